@@ -1,0 +1,168 @@
+//! The derived, immutable view of the mesh that the data plane and the API read.
+//!
+//! ```text
+//!   replica (who published what) + membership (who is alive) + registry (what is local) -> Builder -> Arc<Snapshot>
+//! ```
+//!
+//! Invariants: a snapshot never changes; instances stand in order of (node, instance id); `index` grows with each
+//! snapshot; an entry that did not change is shared with the snapshot before (its `Arc` and its `modify_index` stay).
+//! Not here: deciding who is alive (`membership`), picking an instance (`routing`).
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use tokio::sync::watch;
+
+use crate::model::{
+    CheckRecord, Generation, HealthStatus, InstanceId, MemberStatus, NodeInfo, NodeName, Protocol, ServiceName,
+    ServiceRecord,
+};
+
+/// Everything that a node knows of the mesh at one moment.
+#[derive(Debug, Clone)]
+pub struct Snapshot {
+    /// Grows by at least one with each snapshot; seeded from wall-clock milliseconds, never 0. Local to this agent.
+    pub index: u64,
+    /// This node.
+    pub local_node: NodeName,
+    /// Every node whose record is held, alive or not.
+    pub nodes: BTreeMap<NodeName, Arc<NodeEntry>>,
+    /// Every service with at least one instance.
+    pub services: BTreeMap<ServiceName, Arc<ServiceEntry>>,
+    /// Index of the last change to each service that had an instance once and has none: blocking queries stay right.
+    pub gone_services: BTreeMap<ServiceName, u64>,
+    /// What the data plane serves on this host.
+    pub local: Arc<LocalView>,
+}
+
+/// A node as the catalogue shows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodeEntry {
+    /// Its published facts.
+    pub info: NodeInfo,
+    /// What the membership says; anything but `Alive` makes its instances critical (`serfHealth`).
+    pub status: MemberStatus,
+    /// Which life of it.
+    pub generation: Generation,
+    /// Its node-level checks, by id.
+    pub checks: Vec<CheckRecord>,
+    /// Index at which the node appeared.
+    pub create_index: u64,
+    /// Index of its last change.
+    pub modify_index: u64,
+}
+
+/// A service as the catalogue shows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServiceEntry {
+    /// Its name.
+    pub name: ServiceName,
+    /// Its protocol: that of the first instance in order.
+    pub protocol: Protocol,
+    /// In order of (node, instance id); never empty.
+    pub instances: Vec<Arc<Instance>>,
+    /// Index of the last change to any instance, its checks or its node.
+    pub modify_index: u64,
+}
+
+/// An instance with all that decides whether it gets traffic.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Instance {
+    /// Where it runs.
+    pub node: Arc<NodeEntry>,
+    /// What its node published.
+    pub record: ServiceRecord,
+    /// Its own checks, by id.
+    pub checks: Vec<CheckRecord>,
+    /// The worst of its checks, its node's checks and the membership.
+    pub status: HealthStatus,
+    /// Index at which it appeared.
+    pub create_index: u64,
+    /// Index of its last change.
+    pub modify_index: u64,
+}
+
+/// What the data plane serves on this host: written by the registry.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LocalView {
+    /// Local ports that lead into the mesh.
+    pub upstreams: Vec<UpstreamListener>,
+    /// Instances that mesh traffic may be relayed to.
+    pub instances: BTreeMap<InstanceId, LocalInstance>,
+}
+
+/// A local port that leads to a service.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct UpstreamListener {
+    /// Where the app connects to.
+    pub bind: SocketAddr,
+    /// Which registered service the app is; its SVID authenticates the calls.
+    pub source: ServiceName,
+    /// Where calls go.
+    pub destination: ServiceName,
+    /// Overrides the destination's declared protocol (`Config.protocol` of the upstream).
+    pub protocol: Option<Protocol>,
+}
+
+/// A local instance that mesh traffic is relayed to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LocalInstance {
+    /// Its service.
+    pub service: ServiceName,
+    /// The app's own address, usually loopback.
+    pub app_addr: SocketAddr,
+    /// How its traffic is parsed.
+    pub protocol: Protocol,
+}
+
+/// Writes snapshots. One owner; readers are cloned from [`Publisher::reader`].
+#[derive(Debug)]
+pub struct Publisher {
+    cell: Arc<ArcSwap<Snapshot>>,
+    changed: watch::Sender<Arc<Snapshot>>,
+}
+
+impl Publisher {
+    /// Starts with `first`.
+    pub fn new(first: Arc<Snapshot>) -> Self {
+        let cell = Arc::new(ArcSwap::new(Arc::clone(&first)));
+        Self { cell, changed: watch::Sender::new(first) }
+    }
+
+    /// Publishes `snapshot` to every reader.
+    pub fn publish(&self, snapshot: Arc<Snapshot>) {
+        self.cell.store(Arc::clone(&snapshot));
+        self.changed.send_replace(snapshot);
+    }
+
+    /// Returns a reader.
+    pub fn reader(&self) -> SnapshotReader {
+        SnapshotReader { cell: Arc::clone(&self.cell), changed: self.changed.subscribe() }
+    }
+}
+
+/// Reads the newest snapshot. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct SnapshotReader {
+    cell: Arc<ArcSwap<Snapshot>>,
+    changed: watch::Receiver<Arc<Snapshot>>,
+}
+
+impl SnapshotReader {
+    /// Returns the newest snapshot without a lock.
+    pub fn load(&self) -> Arc<Snapshot> {
+        self.cell.load_full()
+    }
+
+    /// Borrows the newest snapshot without a lock or a shared counter: for the data plane, never across an await.
+    pub fn peek(&self) -> arc_swap::Guard<Arc<Snapshot>> {
+        self.cell.load()
+    }
+
+    /// Returns a receiver that wakes at each new snapshot.
+    pub fn subscribe(&self) -> watch::Receiver<Arc<Snapshot>> {
+        self.changed.clone()
+    }
+}
