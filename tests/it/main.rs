@@ -1,1 +1,17 @@
-fn main() {}
+//! The one integration binary: real agents, real sockets, real certificates.
+//!
+//! `netns_*` modules build network namespaces and need root; where namespaces cannot be made they say so, and fail if
+//! `WEFT_REQUIRE_NETNS=1` (as .ci/run sets it). Everything else runs on loopback addresses without root.
+
+#![expect(clippy::disallowed_methods, reason = "a test drives real processes in real time and reads its environment")]
+
+mod agent;
+mod app;
+mod docs;
+mod http;
+mod imports;
+mod lab;
+mod netns_bad_input;
+mod netns_cluster;
+mod loopback;
+mod wait;

@@ -1,0 +1,130 @@
+//! Small apps that tests put behind the mesh: they answer with their name and what they saw.
+
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+
+use crate::lab::Host;
+
+/// A running app; stops when dropped: its listener closes, open connections are cut.
+pub(crate) struct App {
+    /// Where it listens.
+    pub(crate) addr: SocketAddr,
+    stop: Arc<AtomicBool>,
+    host: Option<Host>,
+    accepting: Option<JoinHandle<()>>,
+}
+
+impl App {
+    /// Starts an HTTP app that answers every request with `<name> <method> <path> <xfcc>` and keeps connections open.
+    pub(crate) fn http(host: Option<&Host>, addr: SocketAddr, name: &str) -> Self {
+        let name = name.to_owned();
+        Self::start(host, addr, move |stream| answer_http(stream, &name))
+    }
+
+    /// Starts a TCP app that speaks first (`hello from <name>\n`), then echoes until the peer's end, then says `bye\n`.
+    pub(crate) fn tcp(host: Option<&Host>, addr: SocketAddr, name: &str) -> Self {
+        let name = name.to_owned();
+        Self::start(host, addr, move |stream| answer_tcp(stream, &name))
+    }
+
+    fn start(host: Option<&Host>, addr: SocketAddr, answer: impl Fn(TcpStream) + Send + Sync + 'static) -> Self {
+        let bind = move || TcpListener::bind(addr).unwrap_or_else(|e| panic!("cannot bind {addr}: {e}"));
+        let listener = match host {
+            Some(host) => host.run(bind),
+            None => bind(),
+        };
+        let addr = listener.local_addr().unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let answer = Arc::new(answer);
+        let stopping = Arc::clone(&stop);
+        let accepting = std::thread::spawn(move || {
+            let mut open: Vec<TcpStream> = Vec::new();
+            for stream in listener.incoming() {
+                if stopping.load(Ordering::SeqCst) {
+                    break;
+                }
+                let Ok(stream) = stream else { break };
+                open.extend(stream.try_clone());
+                let answer = Arc::clone(&answer);
+                std::thread::spawn(move || answer(stream));
+            }
+            for stream in open {
+                let _already_closed = stream.shutdown(Shutdown::Both);
+            }
+        });
+        Self { addr, stop, host: host.cloned(), accepting: Some(accepting) }
+    }
+}
+
+impl Drop for App {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::SeqCst);
+        let addr = self.addr;
+        let wake = move || drop(TcpStream::connect(addr));
+        match &self.host {
+            Some(host) => host.run(wake),
+            None => wake(),
+        }
+        if let Some(accepting) = self.accepting.take() {
+            let _panicked = accepting.join();
+        }
+    }
+}
+
+fn answer_http(stream: TcpStream, name: &str) {
+    let Ok(mut writer) = stream.try_clone() else { return };
+    let mut reader = BufReader::new(stream);
+    loop {
+        let mut line = String::new();
+        if reader.read_line(&mut line).unwrap_or(0) == 0 {
+            return;
+        }
+        let (mut length, mut xfcc) = (0usize, String::new());
+        loop {
+            let mut header = String::new();
+            if reader.read_line(&mut header).unwrap_or(0) == 0 {
+                return;
+            }
+            let header = header.trim();
+            if header.is_empty() {
+                break;
+            }
+            if let Some((key, value)) = header.split_once(':') {
+                match key.to_ascii_lowercase().as_str() {
+                    "content-length" => length = value.trim().parse().unwrap_or(0),
+                    "x-forwarded-client-cert" => xfcc = value.trim().to_owned(),
+                    _ => {}
+                }
+            }
+        }
+        let mut body = vec![0; length];
+        if reader.read_exact(&mut body).is_err() {
+            return;
+        }
+        let mut words = line.split(' ');
+        let (method, path) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
+        let text = format!("{name} {method} {path} {xfcc} {}", String::from_utf8_lossy(&body));
+        let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\nContent-Type: text/plain\r\n\r\n{text}", text.len());
+        if writer.write_all(answer.as_bytes()).is_err() {
+            return;
+        }
+    }
+}
+
+fn answer_tcp(mut stream: TcpStream, name: &str) {
+    if stream.write_all(format!("hello from {name}\n").as_bytes()).is_err() {
+        return;
+    }
+    let mut buffer = [0; 4096];
+    loop {
+        match stream.read(&mut buffer) {
+            Ok(0) | Err(_) => break,
+            Ok(bytes) if stream.write_all(&buffer[..bytes]).is_err() => return,
+            Ok(_) => {}
+        }
+    }
+    let _peer_gone = stream.write_all(b"bye\n");
+}

@@ -1,0 +1,44 @@
+//! The documents say what the program does.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+
+/// Every `weft_…` metric name in double quotes under src/.
+fn metrics_in_source(dir: &Path, found: &mut BTreeSet<String>) {
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            metrics_in_source(&path, found);
+        } else if path.extension().is_some_and(|end| end == "rs") {
+            let source = fs::read_to_string(&path).unwrap();
+            let code = source.split("#[cfg(test)]").next().unwrap_or_default();
+            found.extend(code.split('"').filter(|text| is_metric(text)).map(str::to_owned));
+        }
+    }
+}
+
+fn is_metric(text: &str) -> bool {
+    text.starts_with("weft_") && text.len() > 8 && text.chars().all(|c| c.is_ascii_lowercase() || c == '_' || c.is_ascii_digit())
+}
+
+#[test]
+fn every_metric_is_documented_and_every_documented_metric_exists() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut source = BTreeSet::new();
+    metrics_in_source(&root.join("src"), &mut source);
+    let text = fs::read_to_string(root.join("api/metrics.md")).unwrap();
+    let documented: BTreeSet<String> =
+        text.lines().filter(|l| l.starts_with("| `weft_")).filter_map(|l| l.split('`').nth(1)).map(str::to_owned).collect();
+    assert!(source.len() > 20, "found only {} metrics in the sources", source.len());
+    let missing: Vec<_> = source.difference(&documented).collect();
+    let stale: Vec<_> = documented.difference(&source).collect();
+    assert!(missing.is_empty() && stale.is_empty(), "not in api/metrics.md: {missing:?}; not in src/: {stale:?}");
+}
+
+#[test]
+fn the_readme_names_the_two_commands_that_exist() {
+    let readme = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();
+    assert!(readme.contains("cargo run --release -- demo") && readme.contains("\ncargo test "));
+    assert!(readme.contains("there are no intentions yet"), "the README says what is not enforced");
+}

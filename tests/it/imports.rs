@@ -1,0 +1,119 @@
+//! Who may import whom: walks src/ and holds every `crate::` path against the rules of src/ARCHITECTURE.md.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// What each module may import of the crate's modules; a module that stands not here fails the test.
+fn rules() -> BTreeMap<&'static str, &'static [&'static str]> {
+    const FOUNDATION: &[&str] = &["clock", "model", "wire"];
+    BTreeMap::from([
+        ("model", &[][..]),
+        ("clock", &[]),
+        ("wire", &["model"]),
+        ("supervise", &[]),
+        ("metrics", &[]),
+        ("telemetry", &[]),
+        ("pki", FOUNDATION),
+        ("membership", FOUNDATION),
+        ("replica", FOUNDATION),
+        ("routing", &["model", "catalogue", "clock"]),
+        ("catalogue", &["model", "replica"]),
+        ("store", &["model", "wire", "clock", "registry"]),
+        ("join", &["clock", "model", "pki", "wire", "transport"]),
+        ("transport", &["clock", "metrics", "model", "pki", "supervise"]),
+        ("registry", &["catalogue", "clock", "metrics", "model", "pki", "store", "supervise", "telemetry", "wire"]),
+        (
+            "gossip",
+            &[
+                "catalogue", "clock", "membership", "metrics", "model", "pki", "registry", "replica", "store",
+                "supervise", "telemetry", "transport", "wire",
+            ],
+        ),
+        ("proxy", &["catalogue", "clock", "metrics", "model", "pki", "routing", "telemetry", "transport"]),
+        (
+            "api",
+            &["catalogue", "clock", "gossip", "metrics", "model", "pki", "registry", "supervise", "telemetry"],
+        ),
+        ("config", &["model", "registry"]),
+    ])
+}
+
+/// Modules that may import everything: the composition root.
+const ROOTS: &[&str] = &["node", "lib"];
+
+#[test]
+fn every_module_imports_only_what_its_rule_allows() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let rules = rules();
+    let (mut problems, mut imports) = (Vec::new(), 0);
+    for file in rust_files(&root) {
+        let inside = file.strip_prefix(&root).unwrap();
+        let module = inside.components().next().unwrap().as_os_str().to_str().unwrap().trim_end_matches(".rs");
+        if ROOTS.contains(&module) {
+            continue;
+        }
+        let Some(allowed) = rules.get(module) else {
+            problems.push(format!("{}: module `{module}` has no rule", inside.display()));
+            continue;
+        };
+        for (number, target) in imported(&fs::read_to_string(&file).unwrap()) {
+            imports += 1;
+            if target != module && !allowed.contains(&target.as_str()) {
+                problems.push(format!("{}:{number}: `{module}` may not import `{target}`", inside.display()));
+            }
+        }
+    }
+    assert!(imports > 50, "the walk found only {imports} imports: it no longer reads the sources");
+    assert!(problems.is_empty(), "{}", problems.join("\n"));
+}
+
+#[test]
+fn bincode_is_named_in_wire_alone() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let names: Vec<PathBuf> = rust_files(&root)
+        .into_iter()
+        .filter(|file| fs::read_to_string(file).unwrap().lines().any(|l| !l.trim_start().starts_with("//") && l.contains("bincode::")))
+        .collect();
+    assert_eq!(names, [root.join("wire.rs")]);
+}
+
+fn rust_files(dir: &Path) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            files.extend(rust_files(&path));
+        } else if path.extension().is_some_and(|end| end == "rs") {
+            files.push(path);
+        }
+    }
+    files.sort();
+    files
+}
+
+/// The first segments of all `crate::…` paths outside comments and outside the tests at a file's end.
+fn imported(source: &str) -> Vec<(usize, String)> {
+    let mut found = Vec::new();
+    for (at, line) in source.lines().enumerate() {
+        if line.trim() == "#[cfg(test)]" {
+            break;
+        }
+        if line.trim_start().starts_with("//") {
+            continue;
+        }
+        for part in line.split("crate::").skip(1) {
+            let names = match part.strip_prefix('{') {
+                Some(list) => list.split(',').map(str::trim).collect(),
+                None => vec![part],
+            };
+            for name in names {
+                let name: String = name.chars().take_while(|c| c.is_ascii_alphanumeric() || *c == '_').collect();
+                if !name.is_empty() && name.chars().next().is_some_and(char::is_lowercase) {
+                    found.push((at + 1, name));
+                }
+            }
+        }
+    }
+    found
+}

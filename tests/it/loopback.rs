@@ -1,0 +1,193 @@
+//! Agents on loopback addresses, without root.
+
+use std::fs;
+use std::net::{TcpListener, UdpSocket};
+
+use crate::agent::{Agent, Ca, Spec, path, weft, weft_ok};
+use crate::app::App;
+use crate::wait::until;
+
+#[track_caller]
+fn assert_says(text: &str, words: &[&str]) {
+    for word in words {
+        assert!(text.contains(word), "`{word}` is missing in:\n{text}");
+    }
+}
+
+/// An issuer of its own on 127.77.0.`last`.
+fn alone(last: u8, name: &'static str) -> (Ca, Agent) {
+    let ca = Ca::init("loop.test");
+    let agent = Agent::start(&Spec::loopback(last, name, &["-issuer", path(&ca.issuer())]));
+    (ca, agent)
+}
+
+#[test]
+fn two_agents_on_one_host_join_and_the_verbs_tell_it() {
+    let (ca, n1) = alone(1, "n1");
+    let token = ca.token("n2", "web", "1h");
+    let n2 = Agent::start(&Spec::loopback(2, "n2", &["-join", "127.77.0.1", "-token", &token]));
+    n1.wait_members(&["n1=1", "n2=1"]);
+    let app = App::http(None, "127.77.0.2:0".parse().unwrap(), "app");
+    let file = n2.dir().join("web.hcl");
+    let port = app.addr.port();
+    fs::write(&file, format!("service {{\n  name = \"web\"\n  address = \"127.77.0.2\"\n  port = {port}\n  protocol = \"http\"\n}}\n")).unwrap();
+    let at = |agent: &Agent| format!("-http-addr={}", agent.api);
+
+    weft_ok(&["services", "register", &at(&n2), path(&file)]);
+    n1.wait_passing("web", &["web"]);
+    assert_says(&weft_ok(&["members", &at(&n1)]), &["n1", "n2", "alive", "127.77.0.2:8301"]);
+    assert_says(&weft_ok(&["catalog", "services", &at(&n1)]), &["web"]);
+    assert_says(&weft_ok(&["catalog", "nodes", &at(&n1)]), &["n1", "n2"]);
+    assert_says(&weft_ok(&["info", &at(&n1)]), &["loop.test", "n1", "intentions"]);
+    assert_says(&weft_ok(&["version"]), &[env!("CARGO_PKG_VERSION")]);
+    let json: serde_json::Value = serde_json::from_str(&weft_ok(&["members", "-format=json", &at(&n1)])).unwrap();
+    assert_eq!(json.as_array().unwrap().len(), 2);
+    weft_ok(&["services", "deregister", "-id=web", &at(&n2)]);
+    n1.wait_passing("web", &[]);
+    weft_ok(&["leave", &at(&n2)]);
+    n1.wait_members(&["n1=1", "n2=3"]);
+
+    let nobody = weft(&["members", "-http-addr=127.77.0.99:8500"]);
+    assert_eq!(nobody.status.code(), Some(1));
+    assert_says(&String::from_utf8_lossy(&nobody.stderr), &["127.77.0.99:8500", "weft agent"]);
+}
+
+#[test]
+fn the_shared_http_port_routes_by_host() {
+    let (_ca, n1) = {
+        let ca = Ca::init("loop.test");
+        let issuer = ca.issuer();
+        let agent = Agent::start(&Spec::loopback(3, "n1", &["-issuer", path(&issuer), "-shared-http-port", "8480"]));
+        (ca, agent)
+    };
+    let app = App::http(None, "127.77.0.3:0".parse().unwrap(), "app");
+    let port = app.addr.port();
+    n1.put_ok("/v1/agent/service/register", &format!(r#"{{"Name":"web","Address":"127.77.0.3","Port":{port},"Protocol":"http"}}"#));
+    n1.wait_passing("web", &["web"]);
+    let shared = "127.77.0.3:8480".parse().unwrap();
+    let body = until("the shared port answers", || {
+        let answer = n1.call(shared, "GET", "/p", &[("host", "web.weft")], "")?;
+        if answer.status == 200 { Ok(answer.body) } else { Err(format!("{} {}", answer.status, answer.body)) }
+    });
+    assert_says(&body, &["app GET /p", "URI=spiffe://loop.test/node/n1"]);
+    let lost = n1.call(shared, "GET", "/", &[("host", "nothing.weft")], "").unwrap();
+    assert_eq!(lost.status, 503, "{}", lost.body);
+    assert_says(&lost.body, &["nothing"]);
+}
+
+#[test]
+fn what_cannot_start_says_why() {
+    let ca = Ca::init("loop.test");
+    let issuer = ca.issuer();
+    let fails = |spec: &Spec<'_>| {
+        let mut agent = Agent::spawn(spec, tempfile::TempDir::new().unwrap());
+        let (status, log) = agent.wait_exit();
+        assert!(!status.success(), "{log}");
+        log
+    };
+    let issuing = |last: u8| Spec::loopback(last, "n1", &["-issuer", path(&issuer)]);
+
+    let _udp = UdpSocket::bind("127.77.0.10:8301").unwrap();
+    assert_says(&fails(&issuing(10)), &["127.77.0.10:8301", "in use"]);
+    let _tcp = TcpListener::bind("127.77.0.11:8500").unwrap();
+    assert_says(&fails(&issuing(11)), &["127.77.0.11:8500", "in use"]);
+    assert_says(&fails(&Spec::loopback(12, "n1", &[])), &["-issuer", "-join", "-token"]);
+
+    let dir = tempfile::TempDir::new().unwrap();
+    let file = dir.path().join("file");
+    fs::write(&file, "x").unwrap();
+    let blocked = file.join("data");
+    let log = fails(&Spec::loopback(13, "n1", &["-issuer", path(&issuer), "-data-dir", path(&blocked)]));
+    assert_says(&log, &[path(&blocked)]);
+}
+
+#[test]
+fn a_corrupt_store_is_named_and_kept() {
+    let (_ca, n1) = alone(20, "n1");
+    let data = n1.kill();
+    let file = data.path().join("data/weft.redb");
+    fs::write(&file, b"this is no database").unwrap();
+    let mut again = Agent::spawn(&Spec::loopback(20, "n1", &[]), data);
+    let (status, log) = again.wait_exit();
+    assert!(!status.success());
+    assert_says(&log, &["weft.redb", "corrupt"]);
+    assert_eq!(fs::read(again.dir().join("data/weft.redb")).unwrap(), b"this is no database", "nothing is deleted");
+}
+
+#[test]
+fn a_second_agent_on_the_same_data_directory_is_refused() {
+    let (ca, n1) = alone(21, "n1");
+    let data = n1.dir().join("data");
+    let issuer = ca.issuer();
+    let mut second = Agent::spawn(
+        &Spec::loopback(22, "n1", &["-issuer", path(&issuer), "-data-dir", path(&data)]),
+        tempfile::TempDir::new().unwrap(),
+    );
+    let (status, log) = second.wait_exit();
+    assert!(!status.success());
+    assert_says(&log, &["another"]);
+    n1.wait_members(&["n1=1"]);
+}
+
+#[test]
+fn absurd_json_is_a_400_that_names_the_field() {
+    let (_ca, n1) = alone(23, "n1");
+    #[track_caller]
+    fn check(n1: &Agent, body: &str, status: u16, words: &[&str]) {
+        let answer = n1.put("/v1/agent/service/register", body);
+        assert_eq!(answer.status, status, "{body}: {}", answer.body);
+        assert_says(&answer.body, words);
+    }
+    check(&n1, "", 400, &["Request decode failed"]);
+    check(&n1, "[]", 400, &[]);
+    check(&n1, r#"{"Port":1}"#, 400, &["Missing service name"]);
+    check(&n1, r#"{"Name":"web","Prot":1}"#, 400, &["Prot"]);
+    check(&n1, r#"{"Name":"web","Port":70000}"#, 400, &["Port"]);
+    check(&n1, r#"{"Name":"web","Address":"0.0.0.0"}"#, 400, &["Invalid service address"]);
+    check(&n1, &"[".repeat(100_000), 400, &[]);
+    check(&n1, &format!(r#"{{"Name":"{}"}}"#, "a".repeat(2 << 20)), 413, &[]);
+    n1.wait_members(&["n1=1"]);
+}
+
+#[test]
+fn registrations_survive_a_kill() {
+    let (_ca, n1) = alone(24, "n1");
+    n1.put_ok("/v1/agent/service/register", r#"{"Name":"web","Port":80,"Check":{"TTL":"1h"}}"#);
+    n1.put_ok("/v1/agent/check/pass/service:web", "");
+    n1.wait_passing("web", &["web"]);
+    let data = n1.kill();
+    let again = Agent::spawn(&Spec::loopback(24, "n1", &[]), data);
+    again.wait_ready();
+    again.wait_passing("web", &["web"]);
+}
+
+#[test]
+fn an_api_beyond_loopback_needs_an_admin_token() {
+    let ca = Ca::init("loop.test");
+    let issuer = ca.issuer();
+    let mut spec = Spec::loopback(25, "n1", &["-issuer", path(&issuer)]);
+    spec.client = "0.0.0.0".parse().unwrap();
+    let mut agent = Agent::spawn(&spec, tempfile::TempDir::new().unwrap());
+    let (status, log) = agent.wait_exit();
+    assert!(!status.success());
+    assert_says(&log, &["admin"]);
+}
+
+#[test]
+fn validate_reports_every_problem_at_once() {
+    let dir = tempfile::TempDir::new().unwrap();
+    let file = dir.path().join("bad.hcl");
+    fs::write(&file, "node_name = \"a b\"\nnonsense = 1\nservice {\n  port = 1\n}\n").unwrap();
+    let out = weft(&["validate", path(&file)]);
+    assert_eq!(out.status.code(), Some(1));
+    let text = format!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
+    assert_says(&text, &["node_name", "nonsense", "Missing service name", "bad.hcl"]);
+}
+
+#[test]
+fn the_demo_shows_the_whole_path_and_ends() {
+    let out = weft(&["demo", "--once", "-subnet", "127.78.0"]);
+    let text = String::from_utf8_lossy(&out.stdout);
+    assert!(out.status.success(), "{text}\n{}", String::from_utf8_lossy(&out.stderr));
+    assert_says(&text, &["spiffe://", "p50", "p99", "alive", "TLS", "echo-1", "echo-2"]);
+}
