@@ -254,3 +254,213 @@ fn status_of(node: &NodeEntry, checks: &[&CheckRecord]) -> HealthStatus {
     }
     HealthStatus::worst(node.checks.iter().chain(checks.iter().copied()).map(|check| check.status))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::UnixSeconds;
+    use crate::model::{CheckId, Entry, EntryKey, Generation, NodeInfo, Protocol, ServiceRecord, Weights};
+    use crate::replica::{HeadSigner, Params, Replica};
+
+    const ALIVE: MemberStatus = MemberStatus::Alive;
+
+    #[test]
+    fn nothing_is_built_where_nothing_changed() {
+        let mut builder = Builder::new(name("a"), 7);
+        assert!(builder.build().is_none());
+        let mut a = Node::new("a");
+        a.publish([service("w", "web")]);
+        builder.set_node(&name("a"), a.state(), ALIVE);
+        assert_eq!(builder.build().unwrap().index, 7);
+        builder.set_node(&name("a"), a.state(), ALIVE);
+        builder.set_local(LocalView::default());
+        assert!(builder.build().is_none());
+    }
+
+    #[test]
+    fn a_change_of_one_service_leaves_the_others_alone() {
+        let mut builder = Builder::new(name("a"), 1);
+        let (mut a, mut b) = (Node::new("a"), Node::new("b"));
+        a.publish([service("w", "web"), service("p", "pay")]);
+        b.publish([service("w", "web"), service("d", "db")]);
+        builder.set_node(&name("a"), a.state(), ALIVE);
+        builder.set_node(&name("b"), b.state(), ALIVE);
+        let first = builder.build().unwrap();
+        a.publish([service("w", "web"), service("p", "pay"), check("c", Some("w"), HealthStatus::Warning)]);
+        builder.set_node(&name("a"), a.state(), ALIVE);
+        let second = builder.build().unwrap();
+        assert_eq!(second.index, 2);
+        for same in ["pay", "db"] {
+            assert!(Arc::ptr_eq(&first.services[same], &second.services[same]), "{same}");
+        }
+        assert!(Arc::ptr_eq(&first.nodes["a"], &second.nodes["a"]));
+        let (before, after) = (&first.services["web"], &second.services["web"]);
+        assert_eq!((before.modify_index, after.modify_index), (1, 2));
+        assert_eq!(after.instances[0].status, HealthStatus::Warning);
+        assert_eq!((after.instances[0].create_index, after.instances[0].modify_index), (1, 2));
+        assert!(Arc::ptr_eq(&before.instances[1], &after.instances[1]));
+    }
+
+    #[test]
+    fn the_worst_of_checks_node_and_membership_decides() {
+        #[track_caller]
+        fn status(checks: &[Entry], member: MemberStatus) -> HealthStatus {
+            let mut node = Node::new("a");
+            node.publish(std::iter::once(service("w", "web")).chain(checks.iter().cloned()));
+            let mut builder = Builder::new(name("a"), 1);
+            builder.set_node(&name("a"), node.state(), member);
+            builder.build().unwrap().services["web"].instances[0].status
+        }
+        let warning = check("c", Some("w"), HealthStatus::Warning);
+        assert_eq!(status(&[], ALIVE), HealthStatus::Passing);
+        assert_eq!(status(std::slice::from_ref(&warning), ALIVE), HealthStatus::Warning);
+        assert_eq!(status(&[warning, check("n", None, HealthStatus::Critical)], ALIVE), HealthStatus::Critical);
+        assert_eq!(status(&[check("x", Some("other"), HealthStatus::Critical)], ALIVE), HealthStatus::Passing);
+        for member in [MemberStatus::Leaving, MemberStatus::Left, MemberStatus::Failed] {
+            assert_eq!(status(&[], member), HealthStatus::Critical);
+        }
+    }
+
+    #[test]
+    fn a_failed_node_changes_all_its_services_and_no_other() {
+        let mut builder = Builder::new(name("a"), 1);
+        let (mut a, mut b) = (Node::new("a"), Node::new("b"));
+        a.publish([service("w", "web")]);
+        b.publish([service("w", "web"), service("d", "db")]);
+        builder.set_node(&name("a"), a.state(), ALIVE);
+        builder.set_node(&name("b"), b.state(), ALIVE);
+        let first = builder.build().unwrap();
+        builder.set_node(&name("b"), b.state(), MemberStatus::Failed);
+        let second = builder.build().unwrap();
+        assert_eq!(second.nodes["b"].modify_index, 2);
+        assert_eq!(second.nodes["b"].create_index, 1);
+        assert_eq!(second.services["db"].instances[0].status, HealthStatus::Critical);
+        assert_eq!(second.services["web"].instances.len(), 2);
+        assert!(Arc::ptr_eq(&first.services["web"].instances[0], &second.services["web"].instances[0]));
+    }
+
+    #[test]
+    fn a_service_that_goes_leaves_its_index_and_comes_back_clean() {
+        let mut builder = Builder::new(name("a"), 1);
+        let mut a = Node::new("a");
+        a.publish([service("w", "web")]);
+        builder.set_node(&name("a"), a.state(), ALIVE);
+        builder.build().unwrap();
+        // The instance takes another service's name: the old service goes, the new one comes.
+        a.publish([service("w", "shop")]);
+        builder.set_node(&name("a"), a.state(), ALIVE);
+        let renamed = builder.build().unwrap();
+        assert_eq!(renamed.services.keys().map(ServiceName::as_str).collect::<Vec<_>>(), ["shop"]);
+        assert_eq!(renamed.gone_services["web"], 2);
+        builder.set_node(&name("a"), None, ALIVE);
+        let empty = builder.build().unwrap();
+        assert!(empty.nodes.is_empty() && empty.services.is_empty());
+        assert_eq!(empty.gone_services["shop"], 3);
+        a.publish([service("w", "web")]);
+        builder.set_node(&name("a"), a.state(), ALIVE);
+        let back = builder.build().unwrap();
+        assert_eq!(back.services["web"].modify_index, 4);
+        assert_eq!(back.gone_services.keys().map(ServiceName::as_str).collect::<Vec<_>>(), ["shop"]);
+    }
+
+    #[test]
+    fn the_oldest_gone_service_is_forgotten_first() {
+        let mut builder = Builder::new(name("a"), 1);
+        let mut a = Node::new("a");
+        let mut last = None;
+        for at in 0..=GONE_SERVICES_MAX + 1 {
+            a.publish([service("w", &format!("s{at}"))]);
+            builder.set_node(&name("a"), a.state(), ALIVE);
+            last = builder.build();
+        }
+        let gone = &last.unwrap().gone_services;
+        assert_eq!(gone.len(), GONE_SERVICES_MAX);
+        assert!(!gone.contains_key("s0") && gone.contains_key("s1"));
+    }
+
+    #[test]
+    fn a_node_without_facts_is_not_shown() {
+        let mut replica = Replica::new(name("a"), Generation { number: 1, nonce: 1 }, Params::default());
+        let entry = service("w", "web");
+        replica.publish([(entry.key(), entry)].into(), &Unsigned, UnixSeconds(0)).unwrap();
+        let mut builder = Builder::new(name("a"), 1);
+        builder.set_node(&name("a"), replica.state(&name("a")), ALIVE);
+        assert!(builder.build().is_none());
+    }
+
+    struct Unsigned;
+
+    impl HeadSigner for Unsigned {
+        fn chain(&self) -> Vec<Vec<u8>> {
+            Vec::new()
+        }
+        fn sign(&self, _message: &[u8]) -> Result<Vec<u8>, String> {
+            Ok(Vec::new())
+        }
+    }
+
+    /// A node with the replica that it publishes through.
+    struct Node {
+        name: NodeName,
+        replica: Replica,
+    }
+
+    impl Node {
+        fn new(text: &str) -> Self {
+            let replica = Replica::new(name(text), Generation { number: 1, nonce: 1 }, Params::default());
+            Self { name: name(text), replica }
+        }
+
+        fn publish(&mut self, entries: impl IntoIterator<Item = Entry>) {
+            let info = Entry::Node(NodeInfo {
+                id: String::new(),
+                name: self.name.clone(),
+                mesh_addr: "10.0.0.1:8301".parse().unwrap(),
+                datacenter: String::new(),
+                meta: BTreeMap::new(),
+                build: String::new(),
+                issuer: false,
+            });
+            let records: BTreeMap<EntryKey, Entry> =
+                entries.into_iter().chain([info]).map(|entry| (entry.key(), entry)).collect();
+            self.replica.publish(records, &Unsigned, UnixSeconds(0)).unwrap();
+        }
+
+        fn state(&self) -> Option<&NodeState> {
+            self.replica.state(&self.name)
+        }
+    }
+
+    fn name(text: &str) -> NodeName {
+        text.parse().unwrap()
+    }
+
+    fn service(id: &str, service: &str) -> Entry {
+        Entry::Service(ServiceRecord {
+            id: id.parse().unwrap(),
+            name: service.parse().unwrap(),
+            kind: String::new(),
+            tags: Vec::new(),
+            meta: BTreeMap::new(),
+            address: String::new(),
+            port: 80,
+            tagged_addresses: BTreeMap::new(),
+            weights: Weights::default(),
+            protocol: Protocol::Tcp,
+            enable_tag_override: false,
+        })
+    }
+
+    fn check(id: &str, about: Option<&str>, status: HealthStatus) -> Entry {
+        let id: CheckId = id.parse().unwrap();
+        let service = about.map(|about| about.parse().unwrap());
+        Entry::Check(CheckRecord {
+            id,
+            name: String::new(),
+            status,
+            notes: String::new(),
+            service,
+            kind: String::new(),
+        })
+    }
+}

@@ -39,8 +39,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-pub use self::head::{Delta, Digest, HeadSigner, HeadVerifier, VerifiedHead};
 use self::head::{Base, NodeHead, chain_hash, sha256};
+pub use self::head::{Delta, Digest, HeadSigner, HeadVerifier, VerifiedHead};
 pub use self::state::NodeState;
 use self::state::{Draft, Signed};
 pub use self::sync::BUCKETS;
@@ -471,8 +471,7 @@ impl Replica {
         let Params { chain_bytes_max, signature_bytes_max, grave_max, .. } = self.params;
         let node = || head.node.clone();
         let malformed = |what| Err(ApplyError::Malformed { node: node(), what });
-        let too_large =
-            |what, bytes, bytes_max| Err(ApplyError::TooLarge { node: node(), what, bytes, bytes_max });
+        let too_large = |what, bytes, bytes_max| Err(ApplyError::TooLarge { node: node(), what, bytes, bytes_max });
         if head.not_after <= now {
             return Err(ApplyError::LeaseOver { node: node(), not_after: head.not_after, now });
         }
@@ -531,8 +530,7 @@ impl Replica {
             Base::Nothing => Draft::from_nothing(delta.head.version),
             Base::Version(base) => {
                 let is_base = |state: &&NodeState| {
-                    state.generation == delta.head.generation
-                        && (base..delta.head.version).contains(&state.version)
+                    state.generation == delta.head.generation && (base..delta.head.version).contains(&state.version)
                 };
                 match self.nodes.get(node).filter(is_base) {
                     Some(state) => Draft::from_state(state),

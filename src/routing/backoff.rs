@@ -83,3 +83,53 @@ fn delay(in_a_row: u32) -> Duration {
     let doublings = in_a_row.saturating_sub(1).min(16);
     BACKOFF_START.saturating_mul(1 << doublings).min(BACKOFF_MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::test_support::{instance, now};
+    use super::*;
+    use crate::model::HealthStatus;
+
+    #[test]
+    fn each_failure_in_a_row_doubles_the_time_up_to_the_bound() {
+        let mut backoff = ConnectBackoff::new();
+        let bad = instance("a", HealthStatus::Passing, 1);
+        let mut now = now();
+        for seconds in [1, 2, 4, 8, 16, 30, 30] {
+            let pause = backoff.failed(&bad, now);
+            assert_eq!(pause, Duration::from_secs(seconds));
+            assert!(backoff.is_avoided(&bad, now + pause - Duration::from_millis(1)));
+            now += pause;
+            assert!(!backoff.is_avoided(&bad, now));
+        }
+    }
+
+    #[test]
+    fn failures_side_by_side_count_once_and_a_success_or_a_long_quiet_forgets() {
+        let mut backoff = ConnectBackoff::new();
+        let bad = instance("a", HealthStatus::Passing, 1);
+        let start = now();
+        assert_eq!(backoff.failed(&bad, start), BACKOFF_START);
+        assert_eq!(backoff.failed(&bad, start), BACKOFF_START);
+        backoff.succeeded(&bad);
+        assert!(!backoff.is_avoided(&bad, start));
+        backoff.failed(&bad, start);
+        assert_eq!(backoff.failed(&bad, start + BACKOFF_START), BACKOFF_START * 2);
+        assert_eq!(backoff.failed(&bad, start + BACKOFF_MAX * 3), BACKOFF_START);
+    }
+
+    #[test]
+    fn memory_is_bounded_and_the_one_that_comes_back_first_is_forgotten() {
+        let mut backoff = ConnectBackoff::new();
+        let start = now();
+        let many: Vec<_> =
+            (0..=BACKOFF_INSTANCES_MAX).map(|at| instance(&format!("n{at}"), HealthStatus::Passing, 1)).collect();
+        for (at, bad) in (0u32..).zip(&many) {
+            backoff.failed(bad, start + Duration::from_micros(1) * at);
+        }
+        assert_eq!(backoff.failures.len(), BACKOFF_INSTANCES_MAX);
+        let end = start + Duration::from_millis(10);
+        assert!(!backoff.is_avoided(&many[0], end));
+        assert!(backoff.is_avoided(&many[1], end) && backoff.is_avoided(&many[BACKOFF_INSTANCES_MAX], end));
+    }
+}

@@ -280,3 +280,158 @@ fn why_none(service: &ServiceEntry) -> NoInstance {
         weightless: service.instances.len() - critical().count(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::test_support::{instance, now, service};
+    use super::*;
+    use crate::model::{MemberStatus, NodeName};
+
+    const PASSING: HealthStatus = HealthStatus::Passing;
+    const WARNING: HealthStatus = HealthStatus::Warning;
+    const CRITICAL: HealthStatus = HealthStatus::Critical;
+
+    #[test]
+    fn equal_weights_take_turns_in_order() {
+        let service = service(1, [instance("a", PASSING, 1), instance("b", PASSING, 1), instance("c", PASSING, 1)]);
+        assert_eq!(picks(&mut Balancer::new(0), &service, 7), ["a", "b", "c", "a", "b", "c", "a"]);
+        assert_eq!(picks(&mut Balancer::new(1), &service, 2), ["b", "c"]);
+    }
+
+    #[test]
+    fn weights_are_met_exactly_over_a_turn_and_lie_apart() {
+        let service = service(1, [instance("a", PASSING, 5), instance("b", PASSING, 2), instance("c", PASSING, 1)]);
+        let got = picks(&mut Balancer::new(3), &service, 16);
+        let count = |name: &str| got.iter().filter(|picked| *picked == name).count();
+        assert_eq!((count("a"), count("b"), count("c")), (10, 4, 2));
+        assert!(!got.windows(4).any(|four| four.iter().all(|picked| picked == "a")), "{got:?}");
+    }
+
+    #[test]
+    fn critical_instances_are_left_out_and_warning_ones_use_their_weight() {
+        // The fake's warning weight is 1.
+        let service = service(1, [instance("a", PASSING, 3), instance("b", WARNING, 9), instance("c", CRITICAL, 9)]);
+        let got = picks(&mut Balancer::new(0), &service, 8);
+        assert_eq!(got.iter().filter(|picked| *picked == "a").count(), 6);
+        assert_eq!(got.iter().filter(|picked| *picked == "b").count(), 2);
+    }
+
+    #[test]
+    fn tried_instances_come_only_when_no_other_is_left() {
+        let service = service(1, [instance("a", PASSING, 1), instance("b", PASSING, 1), instance("c", PASSING, 1)]);
+        let mut balancer = Balancer::new(0);
+        let mut tried = Tried::new();
+        let mut seen = Vec::new();
+        for _ in 0..3 {
+            let picked = balancer.pick(&service, &tried, &ConnectBackoff::new(), now()).unwrap();
+            seen.push(picked.node.info.name.to_string());
+            tried.add(picked);
+        }
+        seen.sort();
+        assert_eq!(seen, ["a", "b", "c"]);
+        assert!(balancer.pick(&service, &tried, &ConnectBackoff::new(), now()).is_ok());
+    }
+
+    #[test]
+    fn backed_off_instances_are_left_out_unless_all_are_and_untried_ones_go_first() {
+        let service = service(1, [instance("a", PASSING, 1), instance("b", PASSING, 1)]);
+        let mut backoff = ConnectBackoff::new();
+        backoff.failed(&service.instances[0], now());
+        let mut balancer = Balancer::new(0);
+        for _ in 0..4 {
+            let picked = balancer.pick(&service, &Tried::new(), &backoff, now()).unwrap();
+            assert_eq!(picked.node.info.name.as_str(), "b");
+        }
+        let mut tried = Tried::new();
+        tried.add(Arc::clone(&service.instances[1]));
+        let picked = balancer.pick(&service, &tried, &backoff, now()).unwrap();
+        assert_eq!(picked.node.info.name.as_str(), "a");
+        backoff.failed(&service.instances[1], now());
+        assert!(balancer.pick(&service, &Tried::new(), &backoff, now()).is_ok());
+    }
+
+    #[test]
+    fn the_one_healthy_instance_among_many_bad_ones_is_found() {
+        let mut instances: Vec<_> = (0..100).map(|at| instance(&format!("n{at:03}"), PASSING, 1 + at % 3)).collect();
+        let good = instances.remove(57);
+        let mut backoff = ConnectBackoff::new();
+        for instance in &instances {
+            backoff.failed(instance, now());
+        }
+        let service = service(1, instances.into_iter().chain([Arc::clone(&good)]));
+        let mut balancer = Balancer::new(0);
+        for _ in 0..10 {
+            let picked = balancer.pick(&service, &Tried::new(), &backoff, now()).unwrap();
+            assert!(Arc::ptr_eq(&picked, &good));
+        }
+    }
+
+    #[test]
+    fn a_changed_service_is_seen_at_the_next_pick() {
+        let mut balancer = Balancer::new(0);
+        assert_eq!(picks(&mut balancer, &service(1, [instance("a", PASSING, 1)]), 1), ["a"]);
+        assert_eq!(picks(&mut balancer, &service(2, [instance("b", PASSING, 1)]), 1), ["b"]);
+    }
+
+    #[test]
+    fn no_instance_says_why() {
+        let mut balancer = Balancer::new(0);
+        let mut pick =
+            |service: &ServiceEntry| balancer.pick(service, &Tried::new(), &ConnectBackoff::new(), now()).unwrap_err();
+        let name: ServiceName = "web".parse().unwrap();
+        assert_eq!(pick(&service(1, [])), NoInstance::Empty { service: name.clone() });
+        let mut gone = Arc::unwrap_or_clone(instance("b", CRITICAL, 1));
+        Arc::make_mut(&mut gone.node).status = MemberStatus::Failed;
+        let mut silent = Arc::unwrap_or_clone(instance("c", WARNING, 1));
+        silent.record.weights.warning = 0;
+        let error = pick(&service(2, [instance("a", CRITICAL, 1), gone.into(), silent.into()]));
+        assert_eq!(
+            error,
+            NoInstance::AllCritical { service: name.clone(), critical: 2, unreachable: 1, weightless: 1 }
+        );
+        let empty = Snapshot::empty("here".parse::<NodeName>().unwrap());
+        let unknown = balancer.pick_by_name(&empty, &name, &Tried::new(), &ConnectBackoff::new(), now());
+        assert_eq!(unknown.unwrap_err(), NoInstance::UnknownService { service: name });
+    }
+
+    #[test]
+    fn turns_of_vanished_services_are_dropped_and_their_number_is_bounded() {
+        let mut balancer = Balancer::new(0);
+        for at in 0..=SERVICES_MAX {
+            let mut service = service(1, [instance("a", PASSING, 1)]);
+            service.name = format!("s{at}").parse().unwrap();
+            picks(&mut balancer, &service, 1);
+            assert!(balancer.turns.len() <= SERVICES_MAX);
+        }
+        balancer.forget_vanished(&Snapshot::empty("here".parse().unwrap()));
+        assert!(balancer.turns.is_empty());
+    }
+
+    proptest! {
+        #[test]
+        fn any_weights_are_met_exactly_over_one_turn(weights in proptest::collection::vec(0u32..40, 1..8), seed in any::<u64>()) {
+            let named = weights.iter().enumerate().map(|(at, weight)| instance(&format!("n{at}"), PASSING, *weight));
+            let service = service(1, named);
+            // A passing instance counts at least 1; equal weights make the shortest turn.
+            let weights: Vec<usize> = weights.iter().map(|weight| (*weight).max(1) as usize).collect();
+            let got = picks(&mut Balancer::new(seed), &service, weights.iter().sum());
+            for (at, weight) in weights.iter().enumerate() {
+                prop_assert_eq!(got.iter().filter(|picked| **picked == format!("n{at}")).count(), *weight);
+            }
+        }
+
+        #[test]
+        fn absurd_weights_neither_panic_nor_starve(weights in proptest::collection::vec(any::<u32>(), 1..50)) {
+            let named = weights.iter().enumerate().map(|(at, weight)| instance(&format!("n{at}"), PASSING, *weight));
+            let service = service(1, named);
+            prop_assert_eq!(picks(&mut Balancer::new(u64::MAX), &service, 100).len(), 100);
+        }
+    }
+
+    fn picks(balancer: &mut Balancer, service: &ServiceEntry, count: usize) -> Vec<String> {
+        let mut pick = || balancer.pick(service, &Tried::new(), &ConnectBackoff::new(), now()).unwrap();
+        (0..count).map(|_| pick().node.info.name.to_string()).collect()
+    }
+}
