@@ -195,7 +195,7 @@ impl Balancer {
             };
             Some((preference, instance))
         };
-        let mut best: Option<(Preference, &Arc<Instance>)> = None;
+        let mut best: Option<Found<'_>> = None;
         let mut drawn = 0;
         // Drawing moves the turn past what is left out, so its share goes to all others and not to its neighbour.
         for _ in 0..turn.slots.len().min(DRAWS_MAX) {
@@ -204,14 +204,14 @@ impl Balancer {
             if found.0 == Preference::Fresh {
                 return Ok(Arc::clone(found.1));
             }
-            best = better(best, found);
+            best = Some(best.map_or(found, |best| better(best, found)));
         }
         for slot in (drawn..turn.slots.len()).chain(0..drawn) {
             let Some(found) = candidate(slot, &turn.slots) else { continue };
             if found.0 == Preference::Fresh {
                 return Ok(Arc::clone(found.1));
             }
-            best = better(best, found);
+            best = Some(best.map_or(found, |best| better(best, found)));
         }
         best.map(|(_, instance)| Arc::clone(instance)).ok_or_else(|| why_none(service))
     }
@@ -236,14 +236,11 @@ impl Balancer {
     }
 }
 
-fn better<'a>(
-    best: Option<(Preference, &'a Arc<Instance>)>,
-    found: (Preference, &'a Arc<Instance>),
-) -> Option<(Preference, &'a Arc<Instance>)> {
-    match best {
-        Some(best) if best.0 <= found.0 => Some(best),
-        _ => Some(found),
-    }
+/// A candidate and how good it is.
+type Found<'a> = (Preference, &'a Arc<Instance>);
+
+fn better<'a>(best: Found<'a>, found: Found<'a>) -> Found<'a> {
+    if best.0 <= found.0 { best } else { found }
 }
 
 /// Returns the instance's share of the traffic; 0: none.
