@@ -7,6 +7,8 @@ pub mod metrics;
 pub mod model;
 pub mod pki;
 pub mod registry;
+pub mod replica;
+pub mod routing;
 pub mod store;
 pub mod supervise;
 pub mod transport;

@@ -8,6 +8,8 @@
 //! snapshot; an entry that did not change is shared with the snapshot before (its `Arc` and its `modify_index` stay).
 //! Not here: deciding who is alive (`membership`), picking an instance (`routing`).
 
+pub mod builder;
+
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -15,6 +17,7 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
+pub use self::builder::Builder;
 use crate::model::{
     CheckRecord, Generation, HealthStatus, InstanceId, MemberStatus, NodeInfo, NodeName, Protocol, ServiceName,
     ServiceRecord,
@@ -35,6 +38,20 @@ pub struct Snapshot {
     pub gone_services: BTreeMap<ServiceName, u64>,
     /// What the data plane serves on this host.
     pub local: Arc<LocalView>,
+}
+
+impl Snapshot {
+    /// Returns the snapshot of a node that knows nothing yet.
+    pub fn empty(local_node: NodeName) -> Self {
+        Self {
+            index: 1,
+            local_node,
+            nodes: BTreeMap::new(),
+            services: BTreeMap::new(),
+            gone_services: BTreeMap::new(),
+            local: Arc::new(LocalView::default()),
+        }
+    }
 }
 
 /// A node as the catalogue shows it.

@@ -1,1 +1,146 @@
-fn main() {}
+//! Micro-benchmarks of the pure cores: `cargo bench`. Signatures are left out: they cost the same whatever weft does.
+
+use std::collections::BTreeMap;
+use std::hint::black_box;
+use std::time::Duration;
+
+use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
+use weft::catalogue::Builder;
+use weft::clock::{self, UnixSeconds};
+use weft::model::{
+    Entry, EntryKey, Generation, MemberStatus, NodeInfo, NodeName, Protocol, ServeScope, ServiceName, ServiceRecord,
+    Weights,
+};
+use weft::replica::{Delta, Digest, HeadSigner, HeadVerifier, Params, Replica, VerifiedHead};
+use weft::routing::{Balancer, ConnectBackoff, Tried};
+use weft::wire;
+
+const NOW: UnixSeconds = UnixSeconds(1_700_000_000);
+const SERVICES_PER_NODE: usize = 20;
+
+/// Proves nothing and costs nothing: the benchmark is about the merge.
+struct NoSignature;
+
+impl HeadSigner for NoSignature {
+    fn chain(&self) -> Vec<Vec<u8>> {
+        vec![vec![0; 700]; 2]
+    }
+    fn sign(&self, _message: &[u8]) -> Result<Vec<u8>, String> {
+        Ok(vec![0; 71])
+    }
+}
+
+/// Believes that everything is `node-0`'s.
+struct Trusting(NodeName, ServeScope);
+
+impl HeadVerifier for Trusting {
+    fn verify(&self, _chain: &[Vec<u8>], _message: &[u8], _signature: &[u8]) -> Result<VerifiedHead, String> {
+        let not_after = NOW.plus(Duration::from_hours(24));
+        Ok(VerifiedHead { node: self.0.clone(), scope: self.1.clone(), not_after })
+    }
+}
+
+fn name(text: &str) -> NodeName {
+    text.parse().expect("a valid name")
+}
+
+fn service(at: usize, port: u16) -> Entry {
+    Entry::Service(ServiceRecord {
+        id: format!("web-{at}").parse().expect("a valid id"),
+        name: format!("service-{at}").parse().expect("a valid name"),
+        kind: String::new(),
+        tags: vec!["v1".to_owned(), "blue".to_owned()],
+        meta: BTreeMap::from([("team".to_owned(), "shop".to_owned())]),
+        address: "10.0.0.1".to_owned(),
+        port,
+        tagged_addresses: BTreeMap::new(),
+        weights: Weights::default(),
+        protocol: Protocol::Http,
+        enable_tag_override: false,
+    })
+}
+
+fn records(node: &str, services: usize, port: u16) -> BTreeMap<EntryKey, Entry> {
+    let info = Entry::Node(NodeInfo {
+        id: "6e2e5bd4-0f3e-4f0c-9a43-1b1a4b8f0a11".to_owned(),
+        name: name(node),
+        mesh_addr: "10.0.0.1:8301".parse().expect("a valid address"),
+        datacenter: "dc1".to_owned(),
+        meta: BTreeMap::new(),
+        build: "0.1.0".to_owned(),
+        issuer: false,
+    });
+    // Only the first service's port differs: one entry changes.
+    let services = (0..services).map(|at| service(at, if at == 0 { port } else { 80 }));
+    services.chain([info]).map(|entry| (entry.key(), entry)).collect()
+}
+
+fn publisher(node: &str, services: usize) -> Replica {
+    let mut replica = Replica::new(name(node), Generation { number: 1, nonce: 1 }, Params::default());
+    replica.publish(records(node, services, 80), &NoSignature, NOW).expect("within the bounds");
+    replica
+}
+
+fn whole(replica: &Replica, node: &str) -> Delta {
+    replica.delta_for(&Digest::none(name(node))).expect("published")
+}
+
+fn route(c: &mut Criterion) {
+    for nodes in [3usize, 1000] {
+        let mut builder = Builder::new(name("node-0"), 1);
+        for at in 0..nodes {
+            let node = format!("node-{at}");
+            let replica = publisher(&node, 1);
+            builder.set_node(&name(&node), replica.state(&name(&node)), MemberStatus::Alive);
+        }
+        let snapshot = builder.build().expect("nodes were set");
+        let wanted: ServiceName = "service-0".parse().expect("a valid name");
+        let (mut balancer, tried, backoff) = (Balancer::new(7), Tried::new(), ConnectBackoff::new());
+        let now = clock::now();
+        c.bench_function(&format!("route_and_balance/{nodes}_instances"), |bencher| {
+            bencher.iter(|| balancer.pick_by_name(black_box(&snapshot), &wanted, &tried, &backoff, now).is_ok());
+        });
+    }
+}
+
+fn codec(c: &mut Criterion) {
+    let delta = whole(&publisher("node-0", SERVICES_PER_NODE), "node-0");
+    let bytes = wire::encode(&delta).expect("within the bounds");
+    c.bench_function(&format!("wire/encode_delta_{}_bytes", bytes.len()), |bencher| {
+        bencher.iter(|| wire::encode(black_box(&delta)));
+    });
+    c.bench_function(&format!("wire/decode_delta_{}_bytes", bytes.len()), |bencher| {
+        bencher.iter(|| wire::decode::<Delta>(black_box(&bytes), wire::FRAME_BYTES_MAX));
+    });
+}
+
+fn merge(c: &mut Criterion) {
+    let verifier = Trusting(name("node-0"), "*".parse().expect("a valid scope"));
+    let mut writer = publisher("node-0", SERVICES_PER_NODE);
+    let first = whole(&writer, "node-0");
+    let change = writer.publish(records("node-0", SERVICES_PER_NODE, 81), &NoSignature, NOW);
+    let change = change.expect("within the bounds").expect("a port changed");
+    let empty = || Replica::new(name("reader"), Generation { number: 1, nonce: 1 }, Params::default());
+    let with_first = || {
+        let mut replica = empty();
+        replica.apply(&first, &verifier, NOW).expect("a valid delta");
+        replica
+    };
+    c.bench_function("merge/whole_state_20_services", |bencher| {
+        bencher.iter_batched_ref(empty, |replica| replica.apply(&first, &verifier, NOW).is_ok(), BatchSize::SmallInput);
+    });
+    c.bench_function("merge/one_change_of_20_services", |bencher| {
+        bencher.iter_batched_ref(
+            with_first,
+            |replica| replica.apply(&change, &verifier, NOW).is_ok(),
+            BatchSize::SmallInput,
+        );
+    });
+    let mut replica = with_first();
+    c.bench_function("merge/stale", |bencher| {
+        bencher.iter(|| replica.apply(black_box(&first), &verifier, NOW).is_ok());
+    });
+}
+
+criterion_group!(benches, route, codec, merge);
+criterion_main!(benches);
