@@ -32,8 +32,8 @@ use rand::{RngExt as _, SeedableRng as _};
 use tokio::time::Instant;
 
 pub use id::{Life, MeshId};
-use packet::{Spreader, WireCodec};
 pub use packet::{BROADCAST_BYTES_MAX, Broadcast, Leave, MemberEntry, PACKET_BYTES_MAX, Standing};
+use packet::{Spreader, WireCodec};
 pub use roster::Tracked;
 use roster::{Goodbye, Roster};
 

@@ -131,9 +131,11 @@ impl Mesh {
     fn all_alive(&self) -> bool {
         let count = self.nodes.len();
         self.nodes.values().all(|core| core.alive_count() + 1 == count)
-            && self.nodes.values().flat_map(|core| core.members()).all(|member| {
-                self.nodes.get(&member.id.name).is_none_or(|core| *core.id() == member.id)
-            })
+            && self
+                .nodes
+                .values()
+                .flat_map(|core| core.members())
+                .all(|member| self.nodes.get(&member.id.name).is_none_or(|core| *core.id() == member.id))
     }
 
     fn joined(count: usize, seed: u64) -> Self {
@@ -304,11 +306,18 @@ fn a_packet_from_another_than_its_header_names_is_refused() {
     assert_eq!(victim.handle_packet(&name(0), &packet, now), Err(Refused::OwnName));
     assert_eq!(victim.poll_output(), Some(Output::Conflict { theirs: id(0, 2) }));
 
-    assert_eq!(victim.handle_packet(&name(1), &{
-        honest.announce(id(0, 1), now);
-        let Some(Output::Send { packet, .. }) = honest.poll_output() else { panic!("an announce") };
-        packet
-    }, now), Ok(()));
+    assert_eq!(
+        victim.handle_packet(
+            &name(1),
+            &{
+                honest.announce(id(0, 1), now);
+                let Some(Output::Send { packet, .. }) = honest.poll_output() else { panic!("an announce") };
+                packet
+            },
+            now
+        ),
+        Ok(())
+    );
     assert_eq!(victim.alive_count(), 1);
 }
 
