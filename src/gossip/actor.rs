@@ -31,7 +31,7 @@ use crate::membership::{
 use crate::model::{Entry, EntryKey, Generation, MemberStatus, NodeInfo, NodeName};
 use crate::pki::Identity;
 use crate::registry::Publication;
-use crate::replica::{Applied, Delta, Digest, Params, Replica};
+use crate::replica::{Applied, ApplyError, Delta, Digest, Params, Replica, Report};
 use crate::store::StoredPeer;
 use crate::transport::{Accepted, ControlTransport};
 use crate::wire::{self, WireError};
@@ -56,6 +56,8 @@ const JOIN_PAUSE_MAX: Duration = Duration::from_secs(30);
 const JOIN_PEERS_MAX: usize = 48;
 /// Most peers that are kept on disk.
 const STORED_PEERS_MAX: usize = 512;
+/// Most nodes whose refused records are remembered as logged.
+const REFUSALS_MAX: usize = 1024;
 /// How long a goodbye has to leave the host: a handshake on a slow path and a retransmission.
 const LEAVE_FLUSH: Duration = Duration::from_millis(300);
 
@@ -136,6 +138,8 @@ pub(super) struct Actor {
     join_attempts: usize,
     is_joining: bool,
     conflict_seen: Option<MeshId>,
+    /// Nodes whose records were refused and logged.
+    refusals: BTreeSet<NodeName>,
 }
 
 impl std::fmt::Debug for Actor {
@@ -194,6 +198,7 @@ impl Actor {
             join_attempts: 0,
             is_joining: false,
             conflict_seen: None,
+            refusals: BTreeSet::new(),
             node: params.node,
         };
         actor.publish(now);
@@ -250,7 +255,6 @@ impl Actor {
 
     fn apply(&mut self, event: Event, now: Instant) {
         match event {
-            Event::Stop => {}
             Event::Command(command) => self.command(command, now),
             Event::Accepted(accepted) => self.accepted(accepted, now),
             Event::Input(input) => self.input(input, now),
@@ -259,7 +263,8 @@ impl Actor {
                 self.publication.mark_unchanged();
                 self.publish(now);
             }
-            Event::Wake => {}
+            // What is due runs below.
+            Event::Stop | Event::Wake => {}
         }
         if self.core.poll_timeout() <= now {
             self.core.handle_timeout(now);
@@ -618,20 +623,20 @@ impl Actor {
     }
 
     fn spread(&mut self, delta: &Delta, now: Instant) {
-        let Digest { node, generation, version } = delta.digest();
+        let Digest { node, generation, version, hash } = delta.digest();
         let small = wire::encode(delta).ok().filter(|payload| payload.len() < BROADCAST_BYTES_MAX);
         let is_spread = small.is_some_and(|payload| {
-            self.core.broadcast(&Broadcast::Delta { node: node.clone(), generation, version, payload }, now)
+            self.core.broadcast(&Broadcast::Delta { node: node.clone(), generation, version, hash, payload }, now)
         });
         if !is_spread {
-            self.core.broadcast(&Broadcast::IHave { node, generation, version }, now);
+            self.core.broadcast(&Broadcast::IHave { node, generation, version, hash }, now);
         }
     }
 
     fn received(&mut self, from: &MeshId, broadcast: &Broadcast, now: Instant) {
         match broadcast {
-            Broadcast::Delta { node, generation, version, payload } => {
-                let claimed = Digest { node: node.clone(), generation: *generation, version: *version };
+            Broadcast::Delta { node, generation, version, hash, payload } => {
+                let claimed = Digest { node: node.clone(), generation: *generation, version: *version, hash: *hash };
                 match wire::decode::<Delta>(payload, BROADCAST_BYTES_MAX) {
                     Ok(delta) if delta.digest() == claimed => match self.merge(&delta) {
                         // Verified: passed on as it came.
@@ -644,8 +649,8 @@ impl Actor {
                     Ok(_) | Err(_) => self.metrics.deltas.with_label_values(&["refused"]).inc(),
                 }
             }
-            Broadcast::IHave { node, generation, version } => {
-                let theirs = Digest { node: node.clone(), generation: *generation, version: *version };
+            Broadcast::IHave { node, generation, version, hash } => {
+                let theirs = Digest { node: node.clone(), generation: *generation, version: *version, hash: *hash };
                 if *node != self.node.name && !self.is_gone(node, *generation) {
                     let wanted = self.replica.wanted(&[theirs]);
                     self.pull(&from.name, node, wanted);
@@ -659,7 +664,7 @@ impl Actor {
     /// Applies a delta from anybody; None if it does not count or is bad.
     fn merge(&mut self, delta: &Delta) -> Option<Applied> {
         let Digest { node, generation, .. } = delta.digest();
-        if node == self.node.name || self.is_gone(&node, generation) {
+        if self.is_gone(&node, generation) {
             return None;
         }
         let wall = clock::wall();
@@ -674,15 +679,26 @@ impl Actor {
         match result {
             Ok(applied) => {
                 if matches!(applied, Applied::Updated) {
+                    self.refusals.remove(&node);
                     self.dirty.insert(node);
                     self.are_members_dirty = true;
                 }
                 Some(applied)
             }
             Err(error) => {
-                warn!(%node, %error, "records refused");
+                self.refused(node, &error);
                 None
             }
+        }
+    }
+
+    /// Logs a refusal once per node, until something of it is accepted: a peer may repeat bad records at will.
+    fn refused(&mut self, node: NodeName, error: &ApplyError) {
+        if matches!(error, ApplyError::OwnName { .. }) {
+            self.metrics.conflicts.inc();
+        }
+        if self.refusals.len() < REFUSALS_MAX && self.refusals.insert(node.clone()) {
+            warn!(%node, %error, "records refused");
         }
     }
 
@@ -693,8 +709,8 @@ impl Actor {
     }
 
     fn pull_whole(&mut self, from: &NodeName, delta: &Delta) {
-        let Digest { node, generation, .. } = delta.digest();
-        let none = Digest { node: node.clone(), generation, version: 0 };
+        let node = delta.node().clone();
+        let none = Digest::none(node.clone());
         self.pull(from, &node, vec![none]);
     }
 
@@ -713,8 +729,8 @@ impl Actor {
     fn take_pulled(&mut self, deltas: &[Delta], now: Instant) {
         for delta in deltas {
             if let Some(Applied::Updated) = self.merge(delta) {
-                let Digest { node, generation, version } = delta.digest();
-                self.core.broadcast(&Broadcast::IHave { node, generation, version }, now);
+                let Digest { node, generation, version, hash } = delta.digest();
+                self.core.broadcast(&Broadcast::IHave { node, generation, version, hash }, now);
             }
         }
     }
@@ -797,6 +813,16 @@ impl Actor {
                 Output::Renewed(id) => {
                     info!(renewals = id.life.renewals, "the mesh took this node for gone; it is back");
                     self.are_members_dirty = true;
+                }
+            }
+        }
+        for report in self.replica.take_reports() {
+            match report {
+                Report::OutOfScope { node, services, .. } => {
+                    warn!(%node, ?services, "services outside the node's serve scope are not shown");
+                }
+                Report::Fork { node, generation, version } => {
+                    warn!(%node, %generation, version, "a node signed two states of one version: is its disk a copy?");
                 }
             }
         }

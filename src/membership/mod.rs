@@ -42,7 +42,7 @@ use crate::model::{MemberStatus, NodeName};
 /// Most members that are held, gone ones included: three times the largest mesh that the profile is made for.
 pub const MEMBERS_MAX: usize = 30_000;
 /// How often gone members are looked through for those to forget.
-const REAP_EVERY: Duration = Duration::from_secs(60);
+const REAP_EVERY: Duration = Duration::from_mins(1);
 /// Most members told of a leave directly; the others hear it from them.
 const LEAVE_FANOUT_MAX: usize = 32;
 /// Most goodbyes repeated in one exchange.
@@ -291,7 +291,7 @@ impl Core {
         // Goodbyes first: a member that said goodbye and goes down in one packet has left, not failed.
         for broadcast in inspected.broadcasts {
             match broadcast {
-                Broadcast::Leave(leave) => self.hear_leave(leave, now),
+                Broadcast::Leave(leave) => self.hear_leave(&leave, now),
                 records => self.outputs.push_back(Output::Received { from: src.clone(), broadcast: records }),
             }
         }
@@ -399,7 +399,7 @@ impl Core {
     pub fn learn_farewells(&mut self, farewells: Vec<Leave>, now: Instant) {
         for leave in farewells.into_iter().take(FAREWELLS_MAX) {
             // Only its own mouth or an operator's order prunes; a repetition never does.
-            self.hear_leave(Leave { prune: false, ..leave }, now);
+            self.hear_leave(&Leave { prune: false, ..leave }, now);
         }
     }
 
@@ -454,7 +454,7 @@ impl Core {
         }
     }
 
-    fn hear_leave(&mut self, leave: Leave, now: Instant) {
+    fn hear_leave(&mut self, leave: &Leave, now: Instant) {
         let own = self.id().clone();
         if leave.node == own.name {
             if leave.life >= own.life && leave.life.generation == own.life.generation && !self.has_left {
@@ -463,9 +463,9 @@ impl Core {
             return;
         }
         let mut heard = Goodbye::Stale;
-        self.change(&leave.node, |roster| heard = roster.leave(&leave, now));
+        self.change(&leave.node, |roster| heard = roster.leave(leave, now));
         if heard == Goodbye::News {
-            self.spread_leave(&leave);
+            self.spread_leave(leave);
             let is_gone = self.roster.find(&leave.node).is_some_and(|member| member.status == MemberStatus::Left);
             if leave.prune && is_gone {
                 self.forget(&leave.node);

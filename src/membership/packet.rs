@@ -122,7 +122,7 @@ impl From<MemberEntry> for Member<MeshId> {
 
 /// Why a codec call failed.
 #[derive(Debug, thiserror::Error)]
-pub enum CodecError {
+pub(super) enum CodecError {
     /// The bytes are none of ours.
     #[error("malformed packet")]
     Wire(#[source] WireError),
@@ -199,6 +199,8 @@ pub enum Broadcast {
         generation: Generation,
         /// The version that the change leads to.
         version: u64,
+        /// The replica's hash of that version.
+        hash: u64,
         /// The encoded delta.
         payload: Vec<u8>,
     },
@@ -210,6 +212,8 @@ pub enum Broadcast {
         generation: Generation,
         /// Their version.
         version: u64,
+        /// The replica's hash of that version.
+        hash: u64,
     },
     /// A node goes.
     Leave(Leave),
@@ -226,7 +230,7 @@ pub(super) enum BroadcastKey {
 impl Broadcast {
     pub(super) fn key(&self) -> BroadcastKey {
         match self {
-            Self::Delta { node, generation, version, .. } | Self::IHave { node, generation, version } => {
+            Self::Delta { node, generation, version, .. } | Self::IHave { node, generation, version, .. } => {
                 BroadcastKey::Records(node.clone(), *generation, *version)
             }
             Self::Leave(leave) => BroadcastKey::Leave(leave.node.clone(), leave.life),
@@ -314,7 +318,7 @@ impl Inspected<'_> {
         }
         let mut packet = self.head.to_vec();
         packet.put_u16(u16::try_from(kept.len()).unwrap_or(u16::MAX));
-        kept.iter().for_each(|bytes| packet.extend_from_slice(bytes));
+        packet.extend_from_slice(&kept.concat());
         packet.extend_from_slice(self.tail);
         Some(packet)
     }
@@ -359,13 +363,14 @@ mod tests {
         bytes.put_u16(2);
         WireCodec.encode_member(&Member::down(id("x", 1)), &mut bytes).unwrap();
         WireCodec.encode_member(&Member::alive(id("y", 1)), &mut bytes).unwrap();
-        let item = Broadcast::IHave { node: "y".parse().unwrap(), generation: Generation::default(), version: 3 };
+        let item =
+            Broadcast::IHave { node: "y".parse().unwrap(), generation: Generation::default(), version: 3, hash: 1 };
         let item_bytes = wire::encode(&item).unwrap();
         bytes.put_u16(u16::try_from(item_bytes.len()).unwrap());
         bytes.extend_from_slice(&item_bytes);
 
         let seen = inspect(&bytes).unwrap();
-        assert_eq!(seen.broadcasts, [item.clone()]);
+        assert_eq!(seen.broadcasts, std::slice::from_ref(&item));
         assert!(seen.without(|_| true).is_none());
         let cut = seen.without(|entry| entry.id.name.as_str() != "x").unwrap();
         let again = inspect(&cut).unwrap();

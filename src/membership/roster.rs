@@ -10,9 +10,9 @@ use super::packet::Leave;
 use crate::model::{MemberStatus, NodeName};
 
 /// How long a failed member is remembered (serf's default): it may come back after a long weekend.
-pub const FAILED_REAPED_AFTER: Duration = Duration::from_secs(72 * 3600);
+pub(super) const FAILED_REAPED_AFTER: Duration = Duration::from_hours(72);
 /// How long a member that left is remembered (serf's default).
-pub const LEFT_REAPED_AFTER: Duration = Duration::from_secs(24 * 3600);
+pub(super) const LEFT_REAPED_AFTER: Duration = Duration::from_hours(24);
 
 /// One member.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,18 +61,12 @@ impl Roster {
 
     /// Notes that `id` answers; a goodbye of this life or a later one still stands.
     pub(super) fn up(&mut self, id: &MeshId, now: Instant) {
-        self.set(id, now, |member| match member.said_goodbye() {
-            true => MemberStatus::Leaving,
-            false => MemberStatus::Alive,
-        });
+        self.set(id, now, |member| if member.said_goodbye() { MemberStatus::Leaving } else { MemberStatus::Alive });
     }
 
     /// Notes that `id` is gone.
     pub(super) fn down(&mut self, id: &MeshId, now: Instant) {
-        self.set(id, now, |member| match member.said_goodbye() {
-            true => MemberStatus::Left,
-            false => MemberStatus::Failed,
-        });
+        self.set(id, now, |member| if member.said_goodbye() { MemberStatus::Left } else { MemberStatus::Failed });
     }
 
     /// Notes that a member has a new identity with the standing of the old.

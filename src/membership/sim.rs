@@ -79,9 +79,9 @@ impl Mesh {
                 Output::Changed { node, after, .. } => {
                     self.log.push((self.now - self.start, at.clone(), node, after));
                 }
-                Output::Received { broadcast: Broadcast::IHave { node, generation, version }, .. } => {
+                Output::Received { broadcast: Broadcast::IHave { node, generation, version, hash }, .. } => {
                     if self.received.entry(at.clone()).or_default().insert(version) {
-                        again.push(Broadcast::IHave { node, generation, version });
+                        again.push(Broadcast::IHave { node, generation, version, hash });
                     }
                 }
                 Output::Received { .. } | Output::Conflict { .. } | Output::Renewed(_) => {}
@@ -134,13 +134,13 @@ impl Mesh {
             && self
                 .nodes
                 .values()
-                .flat_map(|core| core.members())
+                .flat_map(Core::members)
                 .all(|member| self.nodes.get(&member.id.name).is_none_or(|core| *core.id() == member.id))
     }
 
     fn joined(count: usize, seed: u64) -> Self {
         let mut mesh = Self::new(count, seed);
-        mesh.run(Duration::from_secs(60), Self::all_alive).expect("the join converges");
+        mesh.run(Duration::from_mins(1), Self::all_alive).expect("the join converges");
         mesh
     }
 }
@@ -254,7 +254,7 @@ fn a_broadcast_reaches_nearly_all_within_a_second() {
     seeds(20, |seed| {
         let mut mesh = Mesh::joined(20, seed);
         let (now, own) = (mesh.now, mesh.nodes.get(&name(1)).unwrap().id().clone());
-        let item = Broadcast::IHave { node: own.name, generation: own.life.generation, version: 7 };
+        let item = Broadcast::IHave { node: own.name, generation: own.life.generation, version: 7, hash: 0 };
         assert!(mesh.nodes.get_mut(&name(1)).unwrap().broadcast(&item, now));
         mesh.flush(&name(1));
         mesh.run(SECOND, |mesh| mesh.received.len() >= 19);
