@@ -28,7 +28,7 @@ use crate::membership::{
     BROADCAST_BYTES_MAX, Broadcast, Core, ForceLeaveError, Leave, MemberEntry, MeshId, Output, PACKET_BYTES_MAX,
     Profile, Standing,
 };
-use crate::model::{Entry, EntryKey, Generation, MemberStatus, NodeInfo, NodeName};
+use crate::model::{Entry, EntryKey, Generation, MemberStatus, NodeInfo, NodeName, SpiffeId};
 use crate::pki::Identity;
 use crate::registry::Publication;
 use crate::replica::{Applied, ApplyError, Delta, Digest, Params, Replica, Report};
@@ -353,8 +353,11 @@ impl Actor {
 
     fn joined(&mut self, outcome: Outcome, reply: Option<oneshot::Sender<Result<usize, GossipError>>>, now: Instant) {
         let Outcome { joined, failed, outdated } = outcome;
-        for (target, reason) in &failed {
-            warn!(%target, %reason, "could not join");
+        let reasons = failed.iter().map(|(target, why)| format!("{target}: {why}")).collect::<Vec<_>>().join("\n");
+        if !failed.is_empty() && joined.is_empty() {
+            warn!(targets = failed.len(), reasons, "could not join");
+        } else if !failed.is_empty() {
+            info!(targets = failed.len(), reasons, "joined, but not through all");
         }
         if let Some(life) = outdated {
             self.outlive(life, now);
@@ -376,10 +379,7 @@ impl Actor {
         }
         match reply {
             Some(reply) if count > 0 => answer(reply, Ok(count)),
-            Some(reply) => {
-                let reasons: Vec<String> = failed.iter().map(|(target, why)| format!("{target}: {why}")).collect();
-                answer(reply, Err(GossipError::Join(reasons.join("\n"))));
-            }
+            Some(reply) => answer(reply, Err(GossipError::Join(reasons))),
             None => self.is_joining = false,
         }
     }
@@ -404,6 +404,11 @@ impl Actor {
             accepted.connection.close(0u32.into(), b"not a gossip connection");
             return;
         };
+        if !matches!(peer.id, SpiffeId::Node { .. }) {
+            warn!(peer = %peer.id, "a service's certificate does not speak for its node in gossip; refused");
+            accepted.connection.close(0u32.into(), b"not a node's certificate");
+            return;
+        }
         if peer.node == self.node.name {
             self.conflict(&peer.node, accepted.connection.remote_address());
             accepted.connection.close(0u32.into(), b"own name");
@@ -486,7 +491,7 @@ impl Actor {
                 self.syncs.remove(&peer);
                 self.metrics.exchanged("sync", result.is_ok());
                 if let Err(error) = result {
-                    debug!(%peer, %error, "sync failed");
+                    debug!(%peer, error = error.explain(None), "sync failed");
                 }
             }
             Done::Pulled { node, from, result } => {
@@ -494,7 +499,7 @@ impl Actor {
                 self.metrics.exchanged("pull", result.is_ok());
                 match result {
                     Ok(deltas) => self.take_pulled(&deltas, now),
-                    Err(error) => debug!(%from, %error, "pull failed"),
+                    Err(error) => debug!(%from, error = error.explain(None), "pull failed"),
                 }
             }
             Done::ConnectionEnded(peer, stable_id) => self.links.ended(&peer, stable_id),
@@ -686,14 +691,14 @@ impl Actor {
                 Some(applied)
             }
             Err(error) => {
-                self.refused(node, &error);
+                self.refused(&node, &error);
                 None
             }
         }
     }
 
     /// Logs a refusal once per node, until something of it is accepted: a peer may repeat bad records at will.
-    fn refused(&mut self, node: NodeName, error: &ApplyError) {
+    fn refused(&mut self, node: &NodeName, error: &ApplyError) {
         if matches!(error, ApplyError::OwnName { .. }) {
             self.metrics.conflicts.inc();
         }
@@ -841,7 +846,8 @@ impl Actor {
 
     fn status_of(&self, name: &NodeName) -> MemberStatus {
         if *name == self.node.name {
-            return if self.core.has_left() { MemberStatus::Left } else { MemberStatus::Alive };
+            // What runs here is served until the agent stops.
+            return if self.core.has_left() { MemberStatus::Leaving } else { MemberStatus::Alive };
         }
         // Records of a node that the membership has not heard of: it may be gone for long.
         self.core.member(name).map_or(MemberStatus::Failed, |member| member.status)
@@ -867,9 +873,14 @@ impl Actor {
                 (_, None) => info!(member = %node, "member forgotten"),
             }
         }
-        if matches!(after, None | Some(MemberStatus::Left)) {
-            self.replica.remove(&node);
-            self.links.close(&node, "member left");
+        match after {
+            None | Some(MemberStatus::Left) => {
+                self.replica.remove(&node);
+                self.links.close(&node, "member left");
+            }
+            // Its connection waits longer and longer between probes; once the path heals, a fresh one is faster.
+            Some(MemberStatus::Failed) if before != after => self.links.close(&node, "member failed"),
+            Some(_) => {}
         }
         let was_alive = matches!(before, Some(MemberStatus::Alive | MemberStatus::Leaving));
         if was_alive && self.core.alive_count() == 0 && !self.core.has_left() {
@@ -989,7 +1000,7 @@ async fn read_connection(peer: NodeName, connection: Connection, inputs: mpsc::S
                 let (peer, inputs) = (peer.clone(), inputs.clone());
                 streams.spawn(async move {
                     if let Err(error) = exchange::serve(peer.clone(), stream, inputs).await {
-                        debug!(%peer, %error, "exchange failed");
+                        debug!(%peer, error = error.explain(None), "exchange failed");
                     }
                 });
             }

@@ -81,14 +81,31 @@ pub(super) enum ExchangeError {
     #[error("peer did not answer within {} s", TIME_MAX.as_secs())]
     Late,
     /// A frame could not be read or written.
-    #[error("exchange failed: {0}")]
+    #[error("exchange failed")]
     Wire(#[from] WireError),
     /// The connection ended.
-    #[error("connection lost: {0}")]
+    #[error("connection lost")]
     Connection(#[from] quinn::ConnectionError),
     /// This agent stops.
     #[error("agent is shutting down")]
     Closed,
+}
+
+impl ExchangeError {
+    /// Returns the error with its causes; where the connection ended, its reason says most.
+    pub(super) fn explain(&self, connection: Option<&Connection>) -> String {
+        if let Some(reason) = connection.and_then(Connection::close_reason) {
+            return format!("connection lost: {reason}");
+        }
+        let mut text = self.to_string();
+        let mut source = std::error::Error::source(self);
+        while let Some(error) = source {
+            text.push_str(": ");
+            text.push_str(&error.to_string());
+            source = error.source();
+        }
+        text
+    }
 }
 
 /// The stream of one exchange.
@@ -214,4 +231,113 @@ pub(super) async fn serve(
         Ok(())
     })
     .await
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use quinn::{ClientConfig, Endpoint, ServerConfig};
+    use tokio::task::JoinSet;
+
+    use super::*;
+    use crate::membership::MeshId;
+    use crate::model::Generation;
+
+    /// Two ends of one connection over loopback; the endpoints live as long as the pair.
+    struct Pair {
+        dialer: Connection,
+        listener: Connection,
+        _endpoints: [Endpoint; 2],
+    }
+
+    async fn pair() -> Pair {
+        let made = rcgen::generate_simple_self_signed(vec!["peer".to_owned()]).unwrap();
+        let certificate = made.cert.der().clone();
+        let key = rustls::pki_types::PrivateKeyDer::try_from(made.signing_key.serialize_der()).unwrap();
+        let server = ServerConfig::with_single_cert(vec![certificate.clone()], key).unwrap();
+        let listener = Endpoint::server(server, "127.0.0.1:0".parse().unwrap()).unwrap();
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(certificate).unwrap();
+        let client = ClientConfig::with_root_certificates(Arc::new(roots)).unwrap();
+        let dialer = Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
+        let addr = listener.local_addr().unwrap();
+        let dial = async { dialer.connect_with(client, addr, "peer").unwrap().await.unwrap() };
+        let accept = async { listener.accept().await.unwrap().await.unwrap() };
+        let (dialled, accepted) = tokio::join!(dial, accept);
+        Pair { dialer: dialled, listener: accepted, _endpoints: [dialer, listener] }
+    }
+
+    fn id() -> MeshId {
+        MeshId::new("b".parse().unwrap(), "10.0.0.2:8301".parse().unwrap(), Generation::default())
+    }
+
+    /// Answers like an actor whose replica differs until `delivered` reaches 2: once on either side.
+    async fn stand_in(mut inputs: mpsc::Receiver<Input>, delivered: Arc<AtomicUsize>) {
+        while let Some(input) = inputs.recv().await {
+            match input {
+                Input::Summary(reply) => drop(reply.send((7, Vec::new()))),
+                Input::Sync(7, _, reply) if delivered.load(Ordering::SeqCst) < 2 => {
+                    drop(reply.send(SyncReply::Buckets(vec![1; 64])));
+                }
+                Input::Sync(_, _, reply) => drop(reply.send(SyncReply::Same)),
+                Input::Differing(theirs, reply) => {
+                    assert_eq!(theirs, vec![1; 64]);
+                    drop(reply.send(Held { buckets: vec![3], digests: Vec::new() }));
+                }
+                Input::Compare(held, reply) => {
+                    assert_eq!(held.buckets, [3]);
+                    drop(reply.send(Trade::default()));
+                }
+                Input::Deliver(_, _, reply) => {
+                    delivered.fetch_add(1, Ordering::SeqCst);
+                    drop(reply.send(Vec::new()));
+                }
+                Input::Hello(peer, id, reply) => {
+                    assert_eq!(peer, id.name);
+                    drop(reply.send(HelloReply::Refused("not today".to_owned())));
+                }
+                Input::Pull(_, reply) => drop(reply.send(Vec::new())),
+                Input::Packet(..) | Input::Unreadable(_) => panic!("no packets here"),
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_sync_ends_when_both_sides_have_delivered_and_hold_the_same() {
+        let pair = pair().await;
+        let delivered = Arc::new(AtomicUsize::new(0));
+        let mut tasks = JoinSet::new();
+        let (near, near_inputs) = mpsc::channel(8);
+        let (far, far_inputs) = mpsc::channel(8);
+        tasks.spawn(stand_in(near_inputs, Arc::clone(&delivered)));
+        tasks.spawn(stand_in(far_inputs, Arc::clone(&delivered)));
+        let listener = pair.listener.clone();
+        tasks.spawn(async move {
+            while let Ok(streams) = listener.accept_bi().await {
+                serve(id().name, streams, far.clone()).await.unwrap();
+            }
+        });
+        let is_same = sync(pair.dialer.clone(), id().name, near, 3).await.unwrap();
+        assert!(is_same);
+        assert_eq!(delivered.load(Ordering::SeqCst), 2);
+        let reply = hello(&pair.dialer, id()).await.unwrap();
+        assert!(matches!(reply, HelloReply::Refused(reason) if reason == "not today"));
+        assert!(pull(&pair.dialer, Vec::new()).await.unwrap().is_empty());
+    }
+
+    #[tokio::test]
+    async fn garbage_and_oversized_requests_end_the_exchange_and_not_the_connection() {
+        let pair = pair().await;
+        let (actor, _inputs) = mpsc::channel(1);
+        for frame in [&b"\x00\x00\x00\x03\x01\xff\xff"[..], b"\xff\xff\xff\xff", b"\x00\x00\x00\x00"] {
+            let (mut send, _recv) = pair.dialer.open_bi().await.unwrap();
+            send.write_all(frame).await.unwrap();
+            let streams = pair.listener.accept_bi().await.unwrap();
+            let result = serve(id().name, streams, actor.clone()).await;
+            assert!(matches!(result, Err(ExchangeError::Wire(_))), "{result:?}");
+        }
+        assert!(pair.listener.close_reason().is_none());
+    }
 }

@@ -115,7 +115,7 @@ async fn join_one(transport: &ControlTransport, own: &MeshId, target: &str) -> R
 
 async fn join_addr(transport: &ControlTransport, own: &MeshId, addr: SocketAddr) -> Result<Attempt, String> {
     let dial = tokio::time::timeout(CONNECT_TIME_MAX, transport.connect(addr, None));
-    let dialled = dial.await.map_err(|_| format!("{addr} did not answer within {} s", CONNECT_TIME_MAX.as_secs()))?;
+    let dialled = dial.await.map_err(|_| no_answer(addr))?;
     let (connection, peer) = dialled.map_err(|error| error.to_string())?;
     if peer.node == own.name {
         connection.close(0u32.into(), b"same name");
@@ -124,7 +124,8 @@ async fn join_addr(transport: &ControlTransport, own: &MeshId, addr: SocketAddr)
             own.name, own.addr
         ));
     }
-    match exchange::hello(&connection, own.clone()).await.map_err(|error| format!("{addr}: {error}"))? {
+    let reply = exchange::hello(&connection, own.clone()).await;
+    match reply.map_err(|error| format!("{addr}: {}", error.explain(Some(&connection))))? {
         HelloReply::Welcome { id, members, farewells } if id.name == peer.node => {
             Ok(Attempt::Joined(Box::new(Joined { connection, id, members, farewells })))
         }
@@ -134,6 +135,14 @@ async fn join_addr(transport: &ControlTransport, own: &MeshId, addr: SocketAddr)
         HelloReply::Refused(reason) => Err(format!("{addr} refused: {reason}")),
         HelloReply::Outdated(life) => Ok(Attempt::Outdated(life)),
     }
+}
+
+fn no_answer(addr: SocketAddr) -> String {
+    let seconds = CONNECT_TIME_MAX.as_secs();
+    format!(
+        "{addr} did not answer within {seconds} s: is an agent running there, and does the firewall let UDP port {} through?",
+        addr.port()
+    )
 }
 
 #[cfg(test)]
