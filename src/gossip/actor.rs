@@ -1,7 +1,10 @@
 //! The gossip task: `select -> apply -> settle`.
 
+mod joining;
+mod records;
+mod view;
+
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,19 +22,15 @@ use super::exchange::{self, ExchangeError, Held, HelloReply, SyncReply, Trade};
 use super::links::{Links, Sent};
 use super::metrics::GossipMetrics;
 use super::targets::{self, Outcome};
-use super::trust::{Signer, Verifier};
-use super::{Command, GossipError, GossipParams, MemberView, Members, PeerStore, Prune};
+use super::{Command, GossipError, GossipParams, Members, PeerStore, Prune};
 use crate::catalogue::builder::Builder;
 use crate::catalogue::{LocalView, Publisher, Snapshot, SnapshotReader};
 use crate::clock;
-use crate::membership::{
-    BROADCAST_BYTES_MAX, Broadcast, Core, ForceLeaveError, Leave, MemberEntry, MeshId, Output, PACKET_BYTES_MAX,
-    Profile, Standing,
-};
-use crate::model::{Entry, EntryKey, Generation, MemberStatus, NodeInfo, NodeName, SpiffeId};
+use crate::membership::{Core, ForceLeaveError, Leave, MeshId, Output, PACKET_BYTES_MAX, Profile};
+use crate::model::{Generation, MemberStatus, NodeInfo, NodeName, SpiffeId};
 use crate::pki::Identity;
 use crate::registry::Publication;
-use crate::replica::{Applied, ApplyError, Delta, Digest, Params, Replica, Report};
+use crate::replica::{Applied, Delta, Digest, Params, Replica, Report};
 use crate::store::StoredPeer;
 use crate::transport::{Accepted, ControlTransport};
 use crate::wire::{self, WireError};
@@ -307,96 +306,6 @@ impl Actor {
         }
     }
 
-    fn start_join(&mut self, targets: Vec<String>, reply: Option<oneshot::Sender<Result<usize, GossipError>>>) {
-        let join = targets::join_all(self.transport.clone(), self.core.id().clone(), targets);
-        self.work.spawn(async move { Done::Joined(join.await, reply) });
-    }
-
-    /// When the next attempt to join is due: only while nobody else is alive, there is somebody to ask, and this
-    /// node has not left.
-    fn join_at(&self) -> Option<Instant> {
-        let is_wanted = !self.is_joining && !self.core.has_left() && self.core.alive_count() == 0;
-        let has_targets =
-            !self.seeds.is_empty() || !self.known_peers.is_empty() || self.core.members().next().is_some();
-        (is_wanted && has_targets).then_some(self.next_join)
-    }
-
-    fn join_again(&mut self, now: Instant) {
-        let targets = self.join_targets();
-        self.join_attempts = self.join_attempts.wrapping_add(1);
-        let jitter = self.rng.random_range(0.5..1.0);
-        self.next_join = now + self.join_pause.mul_f64(jitter);
-        self.join_pause = (self.join_pause * 2).min(JOIN_PAUSE_MAX);
-        if !targets.is_empty() {
-            self.is_joining = true;
-            self.start_join(targets, None);
-        }
-    }
-
-    /// Every seed, and known peers in turn: members first, then those alive at the last run, then the others.
-    fn join_targets(&self) -> Vec<String> {
-        let members = self.core.members().filter(|member| member.status != MemberStatus::Left);
-        let mut known: Vec<SocketAddr> = Vec::new();
-        let stored = self.known_peers.iter().map(|peer| peer.addr);
-        for addr in members.map(|member| member.id.addr).chain(stored) {
-            if addr != self.node.mesh_addr && !known.contains(&addr) {
-                known.push(addr);
-            }
-        }
-        let begin = if known.is_empty() { 0 } else { (self.join_attempts * JOIN_PEERS_MAX) % known.len() };
-        let (before, after) = known.split_at(begin);
-        let turn = after.iter().chain(before).take(JOIN_PEERS_MAX).map(SocketAddr::to_string);
-        let mut targets: Vec<String> = turn.collect();
-        targets.extend(self.seeds.iter().filter(|seed| !targets.contains(seed)).cloned().collect::<Vec<_>>());
-        targets
-    }
-
-    fn joined(&mut self, outcome: Outcome, reply: Option<oneshot::Sender<Result<usize, GossipError>>>, now: Instant) {
-        let Outcome { joined, failed, outdated } = outcome;
-        let reasons = failed.iter().map(|(target, why)| format!("{target}: {why}")).collect::<Vec<_>>().join("\n");
-        if !failed.is_empty() && joined.is_empty() {
-            warn!(targets = failed.len(), reasons, "could not join");
-        } else if !failed.is_empty() {
-            info!(targets = failed.len(), reasons, "joined, but not through all");
-        }
-        if let Some(life) = outdated {
-            self.outlive(life, now);
-        }
-        let count = joined.len();
-        self.metrics.exchanged("join", count > 0);
-        for peer in joined {
-            info!(peer = %peer.id.name, addr = %peer.id.addr, "joined through");
-            let name = peer.id.name.clone();
-            self.watch(&name, peer.connection.clone());
-            let waiting = self.links.accepted(&name, peer.connection);
-            let mut members = peer.members;
-            members.push(MemberEntry { id: peer.id.clone(), incarnation: 0, standing: Standing::Alive });
-            self.core.learn(members, now);
-            self.core.learn_farewells(peer.farewells, now);
-            self.core.announce(peer.id.clone(), now);
-            self.resend(&peer.id, waiting, now);
-            self.start_sync(&name, JOIN_SYNC_ROUNDS);
-        }
-        match reply {
-            Some(reply) if count > 0 => answer(reply, Ok(count)),
-            Some(reply) => answer(reply, Err(GossipError::Join(reasons))),
-            None => self.is_joining = false,
-        }
-    }
-
-    /// Takes a generation above the one that a peer remembers of this name, and publishes anew under it.
-    fn outlive(&mut self, theirs: crate::membership::Life, now: Instant) {
-        if theirs < self.core.id().life {
-            return;
-        }
-        self.core.outlive(theirs, now);
-        warn!(generation = %self.generation(), "a later life of this node is remembered; continuing above it");
-        self.replica = Replica::new(self.node.name.clone(), self.generation(), Params::default());
-        self.publish(now);
-        self.next_join = now;
-        self.are_members_dirty = true;
-    }
-
     // Connections.
 
     fn accepted(&mut self, accepted: Accepted, now: Instant) {
@@ -554,192 +463,6 @@ impl Actor {
         }
     }
 
-    fn hello(&mut self, peer: &NodeName, id: &MeshId) -> HelloReply {
-        let own = self.core.id();
-        if id.name != *peer {
-            return HelloReply::Refused(format!("certified as {peer}, but calls itself {}", id.name));
-        }
-        if id.name == own.name {
-            return HelloReply::Refused(format!("{} is the name of this agent, at {}", id.name, own.addr));
-        }
-        if self.core.has_left() {
-            return HelloReply::Refused("this agent is leaving".to_owned());
-        }
-        if let Some(known) = self.core.member(peer)
-            && let Some(refusal) = judge_newcomer(&known.id, known.status, id)
-        {
-            return refusal;
-        }
-        HelloReply::Welcome {
-            id: own.clone(),
-            members: self.core.entries(exchange::WELCOME_MEMBERS_MAX),
-            farewells: self.core.farewells(),
-        }
-    }
-
-    fn held(&self, theirs: &[u64]) -> Held {
-        let mut held = Held::default();
-        // The lowest buckets that fit; the next round takes the others.
-        for bucket in self.replica.differing(theirs) {
-            let digests = self.replica.digests(&[bucket]);
-            if !held.buckets.is_empty() && held.digests.len() + digests.len() > exchange::DIGESTS_MAX {
-                break;
-            }
-            held.buckets.push(bucket);
-            held.digests.extend(digests);
-        }
-        held
-    }
-
-    /// Returns what a peer lacks, as much as fits one frame.
-    fn deltas_for(&self, have: &[Digest]) -> Vec<Delta> {
-        let mut deltas = Vec::new();
-        let mut bytes = 0;
-        for delta in have.iter().take(exchange::DIGESTS_MAX).filter_map(|digest| self.replica.delta_for(digest)) {
-            bytes += wire::encode(&delta).map_or(wire::FRAME_BYTES_MAX, |encoded| encoded.len());
-            if bytes > exchange::DELTAS_BYTES_MAX {
-                break;
-            }
-            deltas.push(delta);
-        }
-        deltas
-    }
-
-    // Records.
-
-    /// Publishes the own records if they changed or their lease needs it, and spreads them.
-    fn publish(&mut self, now: Instant) {
-        let publication = Arc::clone(&self.publication.borrow());
-        let mut records: BTreeMap<EntryKey, Entry> = publication.records.clone();
-        records.insert(EntryKey::Node, Entry::Node(self.node.clone()));
-        self.builder.set_local(publication.view.clone());
-        match self.replica.publish(records, &Signer::new(&self.identity), clock::wall()) {
-            Ok(Some(delta)) => {
-                self.metrics.publishes.with_label_values(&["ok"]).inc();
-                self.spread(&delta, now);
-            }
-            Ok(None) => {}
-            Err(error) => {
-                self.metrics.publishes.with_label_values(&["failed"]).inc();
-                error!(%error, "own records cannot be published; the mesh keeps the old ones until they end");
-            }
-        }
-        self.dirty.insert(self.node.name.clone());
-    }
-
-    fn spread(&mut self, delta: &Delta, now: Instant) {
-        let Digest { node, generation, version, hash } = delta.digest();
-        let small = wire::encode(delta).ok().filter(|payload| payload.len() < BROADCAST_BYTES_MAX);
-        let is_spread = small.is_some_and(|payload| {
-            self.core.broadcast(&Broadcast::Delta { node: node.clone(), generation, version, hash, payload }, now)
-        });
-        if !is_spread {
-            self.core.broadcast(&Broadcast::IHave { node, generation, version, hash }, now);
-        }
-    }
-
-    fn received(&mut self, from: &MeshId, broadcast: &Broadcast, now: Instant) {
-        match broadcast {
-            Broadcast::Delta { node, generation, version, hash, payload } => {
-                let claimed = Digest { node: node.clone(), generation: *generation, version: *version, hash: *hash };
-                match wire::decode::<Delta>(payload, BROADCAST_BYTES_MAX) {
-                    Ok(delta) if delta.digest() == claimed => match self.merge(&delta) {
-                        // Verified: passed on as it came.
-                        Some(Applied::Updated) => {
-                            self.core.broadcast(broadcast, now);
-                        }
-                        Some(Applied::Behind) => self.pull_whole(&from.name, &delta),
-                        Some(Applied::Stale) | None => {}
-                    },
-                    Ok(_) | Err(_) => self.metrics.deltas.with_label_values(&["refused"]).inc(),
-                }
-            }
-            Broadcast::IHave { node, generation, version, hash } => {
-                let theirs = Digest { node: node.clone(), generation: *generation, version: *version, hash: *hash };
-                if *node != self.node.name && !self.is_gone(node, *generation) {
-                    let wanted = self.replica.wanted(&[theirs]);
-                    self.pull(&from.name, node, wanted);
-                }
-            }
-            // The core keeps goodbyes for itself.
-            Broadcast::Leave(_) => {}
-        }
-    }
-
-    /// Applies a delta from anybody; None if it does not count or is bad.
-    fn merge(&mut self, delta: &Delta) -> Option<Applied> {
-        let Digest { node, generation, .. } = delta.digest();
-        if self.is_gone(&node, generation) {
-            return None;
-        }
-        let wall = clock::wall();
-        let result = self.replica.apply(delta, &Verifier::new(&self.identity, wall), wall);
-        let label = match &result {
-            Ok(Applied::Updated) => "updated",
-            Ok(Applied::Stale) => "stale",
-            Ok(Applied::Behind) => "behind",
-            Err(_) => "refused",
-        };
-        self.metrics.deltas.with_label_values(&[label]).inc();
-        match result {
-            Ok(applied) => {
-                if matches!(applied, Applied::Updated) {
-                    self.refusals.remove(&node);
-                    self.dirty.insert(node);
-                    self.are_members_dirty = true;
-                }
-                Some(applied)
-            }
-            Err(error) => {
-                self.refused(&node, &error);
-                None
-            }
-        }
-    }
-
-    /// Logs a refusal once per node, until something of it is accepted: a peer may repeat bad records at will.
-    fn refused(&mut self, node: &NodeName, error: &ApplyError) {
-        if matches!(error, ApplyError::OwnName { .. }) {
-            self.metrics.conflicts.inc();
-        }
-        if self.refusals.len() < REFUSALS_MAX && self.refusals.insert(node.clone()) {
-            warn!(%node, %error, "records refused");
-        }
-    }
-
-    /// Tells whether `node` left in this life or a later one: its records do not come back.
-    fn is_gone(&self, node: &NodeName, generation: Generation) -> bool {
-        let has_left = |member: &crate::membership::Tracked| member.status == MemberStatus::Left;
-        self.core.member(node).is_some_and(|member| has_left(member) && member.id.life.generation >= generation)
-    }
-
-    fn pull_whole(&mut self, from: &NodeName, delta: &Delta) {
-        let node = delta.node().clone();
-        let none = Digest::none(node.clone());
-        self.pull(from, &node, vec![none]);
-    }
-
-    fn pull(&mut self, from: &NodeName, node: &NodeName, have: Vec<Digest>) {
-        let Some(connection) = self.links.open(from).cloned() else { return };
-        if have.is_empty() || self.pulls.len() >= PULLS_MAX || !self.pulls.insert(node.clone()) {
-            return;
-        }
-        let (node, from) = (node.clone(), from.clone());
-        self.work.spawn(async move {
-            let result = exchange::pull(&connection, have).await;
-            Done::Pulled { node, from, result }
-        });
-    }
-
-    fn take_pulled(&mut self, deltas: &[Delta], now: Instant) {
-        for delta in deltas {
-            if let Some(Applied::Updated) = self.merge(delta) {
-                let Digest { node, generation, version, hash } = delta.digest();
-                self.core.broadcast(&Broadcast::IHave { node, generation, version, hash }, now);
-            }
-        }
-    }
-
     // Rounds.
 
     /// Compares with a random member, refreshes the own lease, ends others' leases, saves peers.
@@ -843,116 +566,6 @@ impl Actor {
         }
         self.metrics.connections.set(i64::try_from(self.links.count()).unwrap_or(i64::MAX));
     }
-
-    fn status_of(&self, name: &NodeName) -> MemberStatus {
-        if *name == self.node.name {
-            // What runs here is served until the agent stops.
-            return if self.core.has_left() { MemberStatus::Leaving } else { MemberStatus::Alive };
-        }
-        // Records of a node that the membership has not heard of: it may be gone for long.
-        self.core.member(name).map_or(MemberStatus::Failed, |member| member.status)
-    }
-
-    fn member_changed(
-        &mut self,
-        node: NodeName,
-        before: Option<MemberStatus>,
-        after: Option<MemberStatus>,
-        now: Instant,
-    ) {
-        self.are_members_dirty = true;
-        self.are_peers_dirty = true;
-        if before != after {
-            let addr = self.core.member(&node).map(|member| tracing::field::display(member.id.addr));
-            match (before, after) {
-                (None, Some(MemberStatus::Alive)) => info!(member = %node, addr, "member joined"),
-                (_, Some(MemberStatus::Alive)) => info!(member = %node, addr, "member is back"),
-                (_, Some(MemberStatus::Failed)) => warn!(member = %node, addr, "member failed"),
-                (_, Some(MemberStatus::Leaving)) => info!(member = %node, addr, "member is leaving"),
-                (_, Some(MemberStatus::Left)) => info!(member = %node, addr, "member left"),
-                (_, None) => info!(member = %node, "member forgotten"),
-            }
-        }
-        match after {
-            None | Some(MemberStatus::Left) => {
-                self.replica.remove(&node);
-                self.links.close(&node, "member left");
-            }
-            // Its connection waits longer and longer between probes; once the path heals, a fresh one is faster.
-            Some(MemberStatus::Failed) if before != after => self.links.close(&node, "member failed"),
-            Some(_) => {}
-        }
-        let was_alive = matches!(before, Some(MemberStatus::Alive | MemberStatus::Leaving));
-        if was_alive && self.core.alive_count() == 0 && !self.core.has_left() {
-            if after == Some(MemberStatus::Failed) {
-                warn!("no other member answers: this node may be cut off");
-            }
-            self.join_pause = JOIN_PAUSE_MIN;
-            self.next_join = now + JOIN_PAUSE_MIN;
-        }
-        self.dirty.insert(node);
-    }
-
-    fn name_claimed(&mut self, theirs: MeshId) {
-        self.metrics.conflicts.inc();
-        if self.conflict_seen.as_ref() != Some(&theirs) {
-            error!(
-                name = %theirs.name, here = %self.node.mesh_addr, there = %theirs.addr,
-                generation_here = %self.generation(), generation_there = %theirs.life.generation,
-                "another node goes by this node's name; stop one of them or give it another name"
-            );
-            self.conflict_seen = Some(theirs);
-        }
-    }
-
-    fn conflict(&self, name: &NodeName, there: SocketAddr) {
-        self.metrics.conflicts.inc();
-        error!(%name, here = %self.node.mesh_addr, %there, "a node with this node's name and certificate connected");
-    }
-
-    fn show_members(&self) {
-        let info = |name: &NodeName| self.replica.state(name).and_then(|state| state.info.clone());
-        let own = MemberView {
-            name: self.node.name.clone(),
-            addr: self.node.mesh_addr,
-            status: self.status_of(&self.node.name),
-            generation: self.generation(),
-            info: Some(Arc::new(self.node.clone())),
-        };
-        let mut members = vec![own];
-        members.extend(self.core.members().map(|member| MemberView {
-            name: member.id.name.clone(),
-            addr: member.id.addr,
-            status: member.status,
-            generation: member.id.life.generation,
-            info: info(&member.id.name),
-        }));
-        members.sort_by(|a, b| a.name.cmp(&b.name));
-        for status in [MemberStatus::Alive, MemberStatus::Leaving, MemberStatus::Left, MemberStatus::Failed] {
-            let count = members.iter().filter(|member| member.status == status).count();
-            self.metrics.members.with_label_values(&[status.as_str()]).set(i64::try_from(count).unwrap_or(i64::MAX));
-        }
-        self.metrics.nodes.set(i64::try_from(self.replica.nodes().count()).unwrap_or(i64::MAX));
-        let has_failed = members.iter().any(|member| member.status == MemberStatus::Failed);
-        let isolated = self.core.alive_count() == 0 && has_failed && !self.core.has_left();
-        self.members.send_replace(Arc::new(Members { members, isolated }));
-    }
-}
-
-/// Decides on a newcomer whose name is known; None: let it in.
-fn judge_newcomer(known: &MeshId, status: MemberStatus, newcomer: &MeshId) -> Option<HelloReply> {
-    let (theirs, ours) = (newcomer.life.generation, known.life.generation);
-    if theirs == ours || theirs.number > ours.number {
-        return None;
-    }
-    let is_alive = matches!(status, MemberStatus::Alive | MemberStatus::Leaving);
-    if is_alive && known.addr != newcomer.addr {
-        return Some(HelloReply::Refused(format!(
-            "the name {} is taken by a live node at {} (you are at {}); take another name, or stop that node first",
-            known.name, known.addr, newcomer.addr
-        )));
-    }
-    (known.life > newcomer.life).then_some(HelloReply::Outdated(known.life))
 }
 
 /// Answers if the other side still waits.
@@ -1023,38 +636,4 @@ async fn read_packet(peer: NodeName, mut stream: quinn::RecvStream, inputs: mpsc
     };
     // The actor is gone only when the agent stops.
     let _stopping = inputs.send(input).await;
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn id(addr: &str, number: u64, nonce: u64) -> MeshId {
-        MeshId::new("a".parse().unwrap(), addr.parse().unwrap(), Generation { number, nonce })
-    }
-
-    #[test]
-    fn a_newcomer_with_a_live_nodes_name_is_refused_with_both_addresses() {
-        let known = id("10.0.0.1:8301", 1, 5);
-        let reply = judge_newcomer(&known, MemberStatus::Alive, &id("10.0.0.2:8301", 1, 9));
-        let Some(HelloReply::Refused(text)) = reply else { panic!("{reply:?}") };
-        assert!(text.contains("10.0.0.1:8301") && text.contains("10.0.0.2:8301"), "{text}");
-    }
-
-    #[test]
-    fn a_restart_is_let_in_at_any_address_while_its_old_life_still_seems_alive() {
-        let known = id("10.0.0.1:8301", 1, 5);
-        assert!(judge_newcomer(&known, MemberStatus::Alive, &id("10.0.0.2:8301", 2, 0)).is_none());
-        assert!(judge_newcomer(&known, MemberStatus::Alive, &known).is_none());
-    }
-
-    #[test]
-    fn a_free_name_is_told_to_come_back_above_its_remembered_life() {
-        let known = id("10.0.0.1:8301", 7, 5);
-        let gone = judge_newcomer(&known, MemberStatus::Failed, &id("10.0.0.2:8301", 1, 0));
-        assert!(matches!(gone, Some(HelloReply::Outdated(life)) if life == known.life));
-        // The disk was lost, the address is the same: the old process cannot be alive.
-        let same_addr = judge_newcomer(&known, MemberStatus::Alive, &id("10.0.0.1:8301", 1, 0));
-        assert!(matches!(same_addr, Some(HelloReply::Outdated(_))));
-    }
 }
