@@ -21,6 +21,8 @@ mod exchange;
 mod links;
 mod metrics;
 mod targets;
+#[cfg(test)]
+mod tests;
 mod trust;
 
 use std::net::SocketAddr;
