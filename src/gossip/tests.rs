@@ -96,9 +96,8 @@ impl Agent {
                 list.collect::<Vec<_>>()
             };
             let wait = members.wait_for(|members| shown(members) == want);
-            if tokio::time::timeout(Duration::from_secs(15), wait).await.is_err() {
-                panic!("wanted {want:?}, seen {:?}", shown(&members.borrow()));
-            }
+            let is_seen = tokio::time::timeout(Duration::from_secs(15), wait).await.is_ok();
+            assert!(is_seen, "wanted {want:?}, seen {:?}", shown(&members.borrow()));
         }
     }
 
