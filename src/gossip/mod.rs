@@ -1,10 +1,52 @@
-//! Gossip (seam; helper G1 keeps the handle and writes the rest).
+//! The owner of membership, replica and catalogue: one task, fed by QUIC, by orders and by the registry.
+//!
+//! ```text
+//!   accepted connections, datagrams, streams --\                       /-> links: datagrams, streams
+//!   orders (join, leave) ----------------------- select -> apply -> settle -> Snapshot, Members
+//!   registry::Publication, timers -------------/                       \-> exchanges (join, pull, sync)
+//! ```
+//!
+//! Invariants:
+//! - Membership, replica and catalogue change in one task alone; streams ask it by messages and never wait for each
+//!   other through it.
+//! - A record counts only when its own node's signature over it was checked, whoever passed it on.
+//! - Every queue, frame, set of tasks and exchange has a bound, and losing any of them loses no data for good:
+//!   anti-entropy repairs.
+//! - A snapshot is published at most once per turn of the loop.
+//!
+//! Not here: SWIM (`membership`), versions and merging (`replica`), TLS (`pki`, `transport`), health (`registry`).
+
+mod actor;
+mod exchange;
+mod links;
+mod metrics;
+mod targets;
+#[cfg(test)]
+mod tests;
+mod trust;
+
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
 
+use crate::catalogue::SnapshotReader;
+use crate::metrics::Metrics;
 use crate::model::{Generation, MemberStatus, NodeInfo, NodeName};
+use crate::pki::Identity;
+use crate::registry;
+use crate::store::StoredPeer;
+use crate::supervise::Tasks;
+use crate::transport::{Accepted, ControlTransport};
+
+/// How often a random member is compared with, unless told otherwise.
+pub const SYNC_INTERVAL: Duration = Duration::from_secs(5);
+/// Most accepted connections that wait for the gossip task.
+pub const INCOMING_MAX: usize = 64;
+/// Most orders that wait for the gossip task.
+const COMMANDS_MAX: usize = 64;
 
 /// A member as `weft members` shows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,32 +89,146 @@ pub enum GossipError {
     Closed,
 }
 
+/// Why gossip cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// A metric's name is taken: gossip was started twice on one registry.
+    #[error("cannot register gossip's metrics")]
+    Metrics(#[source] prometheus::Error),
+}
+
+/// Keeps known peers for the next start.
+pub trait PeerStore: Send + Sync + 'static {
+    /// Replaces what is kept. May block: it is called outside the gossip task, one call at a time.
+    fn save(&self, peers: Vec<StoredPeer>);
+}
+
+/// What gossip needs.
+pub struct GossipParams {
+    /// This node's facts; its mesh address is the one that others dial.
+    pub node: NodeInfo,
+    /// This start's generation, already on disk.
+    pub generation: Generation,
+    /// The control endpoint.
+    pub transport: ControlTransport,
+    /// Gossip connections that peers opened, in a channel of at most [`INCOMING_MAX`].
+    pub incoming: mpsc::Receiver<Accepted>,
+    /// Signs and verifies.
+    pub identity: Arc<Identity>,
+    /// What is registered here.
+    pub publication: watch::Receiver<Arc<registry::Publication>>,
+    /// The first snapshot's index.
+    pub first_index: u64,
+    /// Where to join, as the operator wrote it (`-join`).
+    pub seeds: Vec<String>,
+    /// Peers known from the last run.
+    pub known_peers: Vec<StoredPeer>,
+    /// Keeps peers for the next.
+    pub peer_store: Arc<dyn PeerStore>,
+    /// How often a random member is compared with; [`SYNC_INTERVAL`] unless told otherwise.
+    pub sync_interval: Duration,
+    /// Ends the task.
+    pub stop: CancellationToken,
+}
+
+impl std::fmt::Debug for GossipParams {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("GossipParams")
+            .field("node", &self.node.name)
+            .field("seeds", &self.seeds)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Starts gossip.
+#[derive(Debug)]
+pub struct Gossip;
+
+impl Gossip {
+    /// Starts the gossip task on the current runtime. The reader's first snapshot holds this node and its services.
+    ///
+    /// # Errors
+    /// If the metrics are registered already.
+    pub fn start(
+        params: GossipParams,
+        metrics: &Metrics,
+        tasks: &Tasks,
+    ) -> Result<(GossipHandle, SnapshotReader), StartError> {
+        let metrics = metrics::GossipMetrics::new(metrics).map_err(StartError::Metrics)?;
+        let (commands, received) = mpsc::channel(COMMANDS_MAX);
+        let (actor, members, reader) = actor::Actor::new(params, received, metrics);
+        tasks.spawn("gossip", actor.run());
+        Ok((GossipHandle { commands, members }, reader))
+    }
+}
+
+/// An order to the gossip task.
+#[derive(Debug)]
+enum Command {
+    Join(Vec<String>, oneshot::Sender<Result<usize, GossipError>>),
+    Leave(oneshot::Sender<()>),
+    ForceLeave(NodeName, Prune, oneshot::Sender<Result<(), GossipError>>),
+}
+
+/// Whether a member that is made to leave is forgotten.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Prune {
+    Keep,
+    Forget,
+}
+
 /// Talks to the gossip task. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct GossipHandle {
-    #[expect(dead_code, reason = "seam")]
+    commands: mpsc::Sender<Command>,
     members: watch::Receiver<Arc<Members>>,
 }
 
 impl GossipHandle {
     /// Tries each of `targets` (name, address, host:port; default port 8301) once; returns how many answered.
-    pub async fn join(&self, _targets: Vec<String>) -> Result<usize, GossipError> {
-        todo!()
+    ///
+    /// # Errors
+    /// [`GossipError::Join`] with every reason if none answered.
+    /// # Cancel safety
+    /// Cancelling forgets the answer; the attempts go on.
+    pub async fn join(&self, targets: Vec<String>) -> Result<usize, GossipError> {
+        self.order(|reply| Command::Join(targets, reply)).await?
     }
+
     /// Says goodbye to all and returns when it was sent (500 ms at most).
+    ///
+    /// # Errors
+    /// [`GossipError::Closed`].
+    /// # Cancel safety
+    /// Cancelling forgets the answer; the goodbye is said.
     pub async fn leave(&self) -> Result<(), GossipError> {
-        todo!()
+        self.order(Command::Leave).await
     }
+
     /// Moves a failed member to left; with `prune` forgets it and its records.
-    pub async fn force_leave(&self, _name: NodeName, _prune: bool) -> Result<(), GossipError> {
-        todo!()
+    ///
+    /// # Errors
+    /// If there is no such member or it is alive.
+    /// # Cancel safety
+    /// Cancelling forgets the answer.
+    pub async fn force_leave(&self, name: NodeName, prune: bool) -> Result<(), GossipError> {
+        let prune = if prune { Prune::Forget } else { Prune::Keep };
+        self.order(|reply| Command::ForceLeave(name, prune, reply)).await?
     }
+
     /// The members.
     pub fn members(&self) -> Arc<Members> {
-        todo!()
+        Arc::clone(&self.members.borrow())
     }
+
     /// Wakes at each change.
     pub fn subscribe(&self) -> watch::Receiver<Arc<Members>> {
-        todo!()
+        self.members.clone()
+    }
+
+    async fn order<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, GossipError> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(command(reply)).await.map_err(|_| GossipError::Closed)?;
+        answer.await.map_err(|_| GossipError::Closed)
     }
 }

@@ -1,0 +1,191 @@
+//! Joining: whom to ask, what an answer changes, and whom to let in.
+
+use std::net::SocketAddr;
+
+use rand::RngExt as _;
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+use tracing::{info, warn};
+
+use super::{Actor, Done, JOIN_PAUSE_MAX, JOIN_PEERS_MAX, JOIN_SYNC_ROUNDS, answer};
+use crate::gossip::GossipError;
+use crate::gossip::exchange::{self, HelloReply};
+use crate::gossip::targets::{self, Outcome};
+use crate::membership::{Life, MemberEntry, MeshId, Standing};
+use crate::model::{MemberStatus, NodeName};
+use crate::replica::{Params, Replica};
+
+impl Actor {
+    pub(super) fn start_join(
+        &mut self,
+        targets: Vec<String>,
+        reply: Option<oneshot::Sender<Result<usize, GossipError>>>,
+    ) {
+        let join = targets::join_all(self.transport.clone(), self.core.id().clone(), targets);
+        self.work.spawn(async move { Done::Joined(join.await, reply) });
+    }
+
+    /// When the next attempt to join is due: only while nobody else is alive, there is somebody to ask, and this
+    /// node has not left.
+    pub(super) fn join_at(&self) -> Option<Instant> {
+        let is_wanted = !self.is_joining && !self.core.has_left() && self.core.alive_count() == 0;
+        let has_targets =
+            !self.seeds.is_empty() || !self.known_peers.is_empty() || self.core.members().next().is_some();
+        (is_wanted && has_targets).then_some(self.next_join)
+    }
+
+    pub(super) fn join_again(&mut self, now: Instant) {
+        let targets = self.join_targets();
+        self.join_attempts = self.join_attempts.wrapping_add(1);
+        let jitter = self.rng.random_range(0.5..1.0);
+        self.next_join = now + self.join_pause.mul_f64(jitter);
+        self.join_pause = (self.join_pause * 2).min(JOIN_PAUSE_MAX);
+        if !targets.is_empty() {
+            self.is_joining = true;
+            self.start_join(targets, None);
+        }
+    }
+
+    /// Every seed, and known peers in turn: members first, then those alive at the last run, then the others.
+    pub(super) fn join_targets(&self) -> Vec<String> {
+        let members = self.core.members().filter(|member| member.status != MemberStatus::Left);
+        let mut known: Vec<SocketAddr> = Vec::new();
+        let stored = self.known_peers.iter().map(|peer| peer.addr);
+        for addr in members.map(|member| member.id.addr).chain(stored) {
+            if addr != self.node.mesh_addr && !known.contains(&addr) {
+                known.push(addr);
+            }
+        }
+        let begin = if known.is_empty() { 0 } else { (self.join_attempts * JOIN_PEERS_MAX) % known.len() };
+        let (before, after) = known.split_at(begin);
+        let turn = after.iter().chain(before).take(JOIN_PEERS_MAX).map(SocketAddr::to_string);
+        let mut targets: Vec<String> = turn.collect();
+        targets.extend(self.seeds.iter().filter(|seed| !targets.contains(seed)).cloned().collect::<Vec<_>>());
+        targets
+    }
+
+    pub(super) fn joined(
+        &mut self,
+        outcome: Outcome,
+        reply: Option<oneshot::Sender<Result<usize, GossipError>>>,
+        now: Instant,
+    ) {
+        let Outcome { joined, failed, outdated } = outcome;
+        let reasons = failed.iter().map(|(target, why)| format!("{target}: {why}")).collect::<Vec<_>>().join("\n");
+        if !failed.is_empty() && joined.is_empty() {
+            warn!(targets = failed.len(), reasons, "could not join");
+        } else if !failed.is_empty() {
+            info!(targets = failed.len(), reasons, "joined, but not through all");
+        }
+        if let Some(life) = outdated {
+            self.outlive(life, now);
+        }
+        let count = joined.len();
+        self.metrics.exchanged("join", count > 0);
+        for peer in joined {
+            info!(peer = %peer.id.name, addr = %peer.id.addr, "joined through");
+            let name = peer.id.name.clone();
+            self.watch(&name, peer.connection.clone());
+            let waiting = self.links.accepted(&name, peer.connection);
+            let mut members = peer.members;
+            members.push(MemberEntry { id: peer.id.clone(), incarnation: 0, standing: Standing::Alive });
+            self.core.learn(members, now);
+            self.core.learn_farewells(peer.farewells, now);
+            self.core.announce(peer.id.clone(), now);
+            self.resend(&peer.id, waiting, now);
+            self.start_sync(&name, JOIN_SYNC_ROUNDS);
+        }
+        match reply {
+            Some(reply) if count > 0 => answer(reply, Ok(count)),
+            Some(reply) => answer(reply, Err(GossipError::Join(reasons))),
+            None => self.is_joining = false,
+        }
+    }
+
+    /// Takes a generation above the one that a peer remembers of this name, and publishes anew under it.
+    pub(super) fn outlive(&mut self, theirs: Life, now: Instant) {
+        if theirs < self.core.id().life {
+            return;
+        }
+        self.core.outlive(theirs, now);
+        warn!(generation = %self.generation(), "a later life of this node is remembered; continuing above it");
+        self.replica = Replica::new(self.node.name.clone(), self.generation(), Params::default());
+        self.publish(now);
+        self.next_join = now;
+        self.are_members_dirty = true;
+    }
+
+    pub(super) fn hello(&mut self, peer: &NodeName, id: &MeshId) -> HelloReply {
+        let own = self.core.id();
+        if id.name != *peer {
+            return HelloReply::Refused(format!("certified as {peer}, but calls itself {}", id.name));
+        }
+        if id.name == own.name {
+            return HelloReply::Refused(format!("{} is the name of this agent, at {}", id.name, own.addr));
+        }
+        if self.core.has_left() {
+            return HelloReply::Refused("this agent is leaving".to_owned());
+        }
+        if let Some(known) = self.core.member(peer)
+            && let Some(refusal) = judge_newcomer(&known.id, known.status, id)
+        {
+            return refusal;
+        }
+        HelloReply::Welcome {
+            id: own.clone(),
+            members: self.core.entries(exchange::WELCOME_MEMBERS_MAX),
+            farewells: self.core.farewells(),
+        }
+    }
+}
+
+/// Decides on a newcomer whose name is known; None: let it in.
+fn judge_newcomer(known: &MeshId, status: MemberStatus, newcomer: &MeshId) -> Option<HelloReply> {
+    let (theirs, ours) = (newcomer.life.generation, known.life.generation);
+    if theirs == ours || theirs.number > ours.number {
+        return None;
+    }
+    let is_alive = matches!(status, MemberStatus::Alive | MemberStatus::Leaving);
+    if is_alive && known.addr != newcomer.addr {
+        return Some(HelloReply::Refused(format!(
+            "the name {} is taken by a live node at {} (you are at {}); take another name, or stop that node first",
+            known.name, known.addr, newcomer.addr
+        )));
+    }
+    (known.life > newcomer.life).then_some(HelloReply::Outdated(known.life))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Generation;
+
+    fn id(addr: &str, number: u64, nonce: u64) -> MeshId {
+        MeshId::new("a".parse().unwrap(), addr.parse().unwrap(), Generation { number, nonce })
+    }
+
+    #[test]
+    fn a_newcomer_with_a_live_nodes_name_is_refused_with_both_addresses() {
+        let known = id("10.0.0.1:8301", 1, 5);
+        let reply = judge_newcomer(&known, MemberStatus::Alive, &id("10.0.0.2:8301", 1, 9));
+        let Some(HelloReply::Refused(text)) = reply else { panic!("{reply:?}") };
+        assert!(text.contains("10.0.0.1:8301") && text.contains("10.0.0.2:8301"), "{text}");
+    }
+
+    #[test]
+    fn a_restart_is_let_in_at_any_address_while_its_old_life_still_seems_alive() {
+        let known = id("10.0.0.1:8301", 1, 5);
+        assert!(judge_newcomer(&known, MemberStatus::Alive, &id("10.0.0.2:8301", 2, 0)).is_none());
+        assert!(judge_newcomer(&known, MemberStatus::Alive, &known).is_none());
+    }
+
+    #[test]
+    fn a_free_name_is_told_to_come_back_above_its_remembered_life() {
+        let known = id("10.0.0.1:8301", 7, 5);
+        let gone = judge_newcomer(&known, MemberStatus::Failed, &id("10.0.0.2:8301", 1, 0));
+        assert!(matches!(gone, Some(HelloReply::Outdated(life)) if life == known.life));
+        // The disk was lost, the address is the same: the old process cannot be alive.
+        let same_addr = judge_newcomer(&known, MemberStatus::Alive, &id("10.0.0.1:8301", 1, 0));
+        assert!(matches!(same_addr, Some(HelloReply::Outdated(_))));
+    }
+}

@@ -1,0 +1,209 @@
+//! The QUIC connections to peers, at most one in use per node name.
+//!
+//! ```text
+//!   send(to, packet) -> open: datagram, else a stream -> not open: queue and dial once
+//! ```
+
+use std::collections::{BTreeMap, VecDeque};
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use bytes::Bytes;
+use quinn::{Connection, SendDatagramError};
+use tokio::time::Instant;
+
+use crate::membership::MeshId;
+use crate::model::NodeName;
+
+/// Most peers with a connection: 9 MB of connection state; the least recently used goes first.
+pub(super) const LINKS_MAX: usize = 256;
+/// Most connections of one peer that are read: two agents may dial each other at once.
+const CONNECTIONS_PER_PEER_MAX: usize = 2;
+/// Most packets that wait for one handshake: what SWIM sends to one member in about a second.
+const WAITING_MAX: usize = 16;
+/// After a failed dial the peer is not dialled again for so long.
+const DIAL_PAUSE: Duration = Duration::from_secs(1);
+
+/// What has to happen to a packet.
+#[derive(Debug)]
+pub(super) enum Sent {
+    /// It is on its way.
+    Datagram,
+    /// It does not fit a datagram: send it on a stream of this connection.
+    Stream(Connection, Bytes),
+    /// It waits for a handshake that runs.
+    Queued,
+    /// It waits; this address has to be dialled.
+    Dial(SocketAddr),
+    /// It is given up, with the label of the metric.
+    Dropped(&'static str),
+}
+
+#[derive(Debug, Default)]
+struct Link {
+    /// The newest last; that one is used.
+    open: Vec<Connection>,
+    /// Where the peer was dialled; none if it dialled.
+    dialled: Option<SocketAddr>,
+    is_dialling: bool,
+    waiting: VecDeque<Bytes>,
+    not_before: Option<Instant>,
+    used: u64,
+}
+
+/// All links. Bounded by [`LINKS_MAX`].
+#[derive(Debug, Default)]
+pub(super) struct Links {
+    links: BTreeMap<NodeName, Link>,
+    uses: u64,
+}
+
+impl Links {
+    /// Returns the connection in use to `peer`.
+    pub(super) fn open(&self, peer: &NodeName) -> Option<&Connection> {
+        self.links.get(peer)?.open.iter().rev().find(|connection| connection.close_reason().is_none())
+    }
+
+    /// Returns how many peers have an open connection.
+    pub(super) fn count(&self) -> usize {
+        self.links.values().filter(|link| !link.open.is_empty()).count()
+    }
+
+    /// Sends or queues `packet`.
+    pub(super) fn send(&mut self, to: &MeshId, packet: Bytes, now: Instant) -> Sent {
+        let link = self.touch(&to.name);
+        link.open.retain(|connection| connection.close_reason().is_none());
+        if link.dialled.is_some_and(|addr| addr != to.addr) {
+            // It lives elsewhere: a packet to the old place reaches nobody.
+            close_all(link, "peer moved");
+        }
+        if let Some(connection) = link.open.last() {
+            return match connection.send_datagram(packet.clone()) {
+                Ok(()) => Sent::Datagram,
+                Err(SendDatagramError::ConnectionLost(_)) => Sent::Dropped("no_link"),
+                Err(_) => Sent::Stream(connection.clone(), packet),
+            };
+        }
+        if link.not_before.is_some_and(|then| now < then) {
+            return Sent::Dropped("no_link");
+        }
+        if link.waiting.len() >= WAITING_MAX {
+            // The newest knows most.
+            link.waiting.pop_front();
+        }
+        link.waiting.push_back(packet);
+        if link.is_dialling {
+            return Sent::Queued;
+        }
+        link.is_dialling = true;
+        Sent::Dial(to.addr)
+    }
+
+    /// Takes a connection that a peer opened or a join made.
+    pub(super) fn accepted(&mut self, peer: &NodeName, connection: Connection) -> Vec<Bytes> {
+        self.take(peer, connection, None)
+    }
+
+    /// Takes a dialled connection and returns the packets that waited.
+    pub(super) fn dialled(&mut self, peer: &NodeName, addr: SocketAddr, connection: Connection) -> Vec<Bytes> {
+        self.take(peer, connection, Some(addr))
+    }
+
+    fn take(&mut self, peer: &NodeName, connection: Connection, dialled: Option<SocketAddr>) -> Vec<Bytes> {
+        let link = self.touch(peer);
+        link.is_dialling = false;
+        link.not_before = None;
+        link.dialled = dialled;
+        if link.open.len() >= CONNECTIONS_PER_PEER_MAX {
+            link.open.remove(0).close(0u32.into(), b"replaced by a newer connection");
+        }
+        link.open.push(connection);
+        link.waiting.drain(..).collect()
+    }
+
+    /// Notes that a dial failed; returns how many packets are lost with it.
+    pub(super) fn dial_failed(&mut self, peer: &NodeName, now: Instant) -> usize {
+        let Some(link) = self.links.get_mut(peer) else { return 0 };
+        link.is_dialling = false;
+        link.not_before = Some(now + DIAL_PAUSE);
+        let lost = link.waiting.len();
+        link.waiting.clear();
+        lost
+    }
+
+    /// Forgets a connection that ended.
+    pub(super) fn ended(&mut self, peer: &NodeName, stable_id: usize) {
+        if let Some(link) = self.links.get_mut(peer) {
+            link.open.retain(|connection| connection.stable_id() != stable_id);
+            if link.open.is_empty() && !link.is_dialling {
+                self.links.remove(peer);
+            }
+        }
+    }
+
+    /// Closes everything to `peer`.
+    pub(super) fn close(&mut self, peer: &NodeName, reason: &str) {
+        if let Some(mut link) = self.links.remove(peer) {
+            close_all(&mut link, reason);
+        }
+    }
+
+    /// Closes everything.
+    pub(super) fn close_every(&mut self, reason: &str) {
+        self.links.values_mut().for_each(|link| close_all(link, reason));
+        self.links.clear();
+    }
+
+    fn touch(&mut self, peer: &NodeName) -> &mut Link {
+        if self.links.len() >= LINKS_MAX && !self.links.contains_key(peer) {
+            let oldest = self.links.iter().min_by_key(|(_, link)| link.used).map(|(name, _)| name.clone());
+            if let Some(name) = oldest {
+                self.close(&name, "idle");
+            }
+        }
+        self.uses += 1;
+        let link = self.links.entry(peer.clone()).or_default();
+        link.used = self.uses;
+        link
+    }
+}
+
+fn close_all(link: &mut Link, reason: &str) {
+    link.open.drain(..).for_each(|connection| connection.close(0u32.into(), reason.as_bytes()));
+    link.dialled = None;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Generation;
+
+    fn id(name: &str) -> MeshId {
+        MeshId::new(name.parse().unwrap(), "127.0.0.1:8301".parse().unwrap(), Generation::default())
+    }
+
+    #[test]
+    fn one_dial_runs_per_peer_and_a_failed_one_pauses() {
+        let now = crate::clock::now();
+        let mut links = Links::default();
+        assert!(matches!(links.send(&id("a"), Bytes::from_static(b"1"), now), Sent::Dial(_)));
+        for _ in 0..40 {
+            assert!(matches!(links.send(&id("a"), Bytes::from_static(b"2"), now), Sent::Queued));
+        }
+        assert_eq!(links.dial_failed(&id("a").name, now), WAITING_MAX);
+        assert!(matches!(links.send(&id("a"), Bytes::new(), now), Sent::Dropped("no_link")));
+        assert!(matches!(links.send(&id("a"), Bytes::new(), now + DIAL_PAUSE), Sent::Dial(_)));
+    }
+
+    #[test]
+    fn the_least_recently_used_link_makes_room() {
+        let now = crate::clock::now();
+        let mut links = Links::default();
+        for number in 0..LINKS_MAX + 10 {
+            links.send(&id(&format!("n{number}")), Bytes::new(), now);
+            links.send(&id("n0"), Bytes::new(), now);
+        }
+        assert_eq!(links.links.len(), LINKS_MAX);
+        assert!(links.links.contains_key("n0") && !links.links.contains_key("n1"));
+    }
+}

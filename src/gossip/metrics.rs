@@ -1,0 +1,135 @@
+//! What gossip counts.
+//!
+//! | name | labels | meaning |
+//! |---|---|---|
+//! | `weft_gossip_packets_sent_total` | `via` | membership packets sent, as `datagram` or `stream` |
+//! | `weft_gossip_packets_received_total` | | membership packets received |
+//! | `weft_gossip_packets_refused_total` | `reason` | packets received and refused |
+//! | `weft_gossip_packets_dropped_total` | `reason` | packets given up before they were sent or read |
+//! | `weft_gossip_sent_bytes_total` | | bytes of membership packets sent |
+//! | `weft_gossip_received_bytes_total` | | bytes of membership packets received |
+//! | `weft_gossip_connections` | | peers with an open gossip connection |
+//! | `weft_gossip_dials_total` | `result` | connections dialled: `ok`, `failed` |
+//! | `weft_gossip_exchanges_total` | `kind`, `result` | exchanges begun here: `join`, `sync`, `pull`; `ok`, `failed` |
+//! | `weft_membership_members` | `status` | members by status, this node included |
+//! | `weft_membership_conflicts_total` | | times that another node showed this node's name |
+//! | `weft_replica_nodes` | | nodes whose records are held |
+//! | `weft_replica_deltas_total` | `result` | deltas received: `updated`, `stale`, `behind`, `refused` |
+//! | `weft_replica_publishes_total` | `result` | changes of the own records: `ok`, `failed` |
+
+use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts};
+
+use crate::metrics::Metrics;
+use crate::model::MemberStatus;
+
+/// Handles of gossip's metrics. Cheap to clone.
+#[derive(Debug, Clone)]
+pub(super) struct GossipMetrics {
+    pub(super) sent_datagram: IntCounter,
+    pub(super) sent_stream: IntCounter,
+    pub(super) received: IntCounter,
+    pub(super) refused: IntCounterVec,
+    pub(super) dropped: IntCounterVec,
+    pub(super) sent_bytes: IntCounter,
+    pub(super) received_bytes: IntCounter,
+    pub(super) connections: IntGauge,
+    pub(super) dials: IntCounterVec,
+    pub(super) exchanges: IntCounterVec,
+    pub(super) members: IntGaugeVec,
+    pub(super) conflicts: IntCounter,
+    pub(super) nodes: IntGauge,
+    pub(super) deltas: IntCounterVec,
+    pub(super) publishes: IntCounterVec,
+}
+
+impl GossipMetrics {
+    /// Registers every metric.
+    pub(super) fn new(metrics: &Metrics) -> Result<Self, prometheus::Error> {
+        let counter = |name: &str, help: &str| metrics.add(IntCounter::new(name, help)?);
+        let gauge = |name: &str, help: &str| metrics.add(IntGauge::new(name, help)?);
+        let counters =
+            |name: &str, help: &str, labels: &[&str]| metrics.add(IntCounterVec::new(Opts::new(name, help), labels)?);
+        let sent = counters("weft_gossip_packets_sent_total", "Membership packets sent.", &["via"])?;
+        let members = IntGaugeVec::new(
+            Opts::new("weft_membership_members", "Members by status, this node included."),
+            &["status"],
+        )?;
+        let made = Self {
+            sent_datagram: sent.with_label_values(&["datagram"]),
+            sent_stream: sent.with_label_values(&["stream"]),
+            received: counter("weft_gossip_packets_received_total", "Membership packets received.")?,
+            refused: counters(
+                "weft_gossip_packets_refused_total",
+                "Packets received and refused, by reason.",
+                &["reason"],
+            )?,
+            dropped: counters(
+                "weft_gossip_packets_dropped_total",
+                "Packets given up before they were sent or read, by reason.",
+                &["reason"],
+            )?,
+            sent_bytes: counter("weft_gossip_sent_bytes_total", "Bytes of membership packets sent.")?,
+            received_bytes: counter("weft_gossip_received_bytes_total", "Bytes of membership packets received.")?,
+            connections: gauge("weft_gossip_connections", "Peers with an open gossip connection.")?,
+            dials: counters("weft_gossip_dials_total", "Gossip connections dialled, by result.", &["result"])?,
+            exchanges: counters(
+                "weft_gossip_exchanges_total",
+                "Exchanges begun by this node (join, sync, pull), by result.",
+                &["kind", "result"],
+            )?,
+            members: metrics.add(members)?,
+            conflicts: counter(
+                "weft_membership_conflicts_total",
+                "Times that another node showed the name of this node.",
+            )?,
+            nodes: gauge("weft_replica_nodes", "Nodes whose records are held.")?,
+            deltas: counters("weft_replica_deltas_total", "Deltas received, by result.", &["result"])?,
+            publishes: counters("weft_replica_publishes_total", "Changes of the own records, by result.", &["result"])?,
+        };
+        made.show_all();
+        Ok(made)
+    }
+
+    /// Makes every series appear at zero.
+    fn show_all(&self) {
+        for reason in crate::membership::Refused::ALL {
+            self.refused.with_label_values(&[reason.to_string()]);
+        }
+        for reason in ["queue_full", "no_link", "streams"] {
+            self.dropped.with_label_values(&[reason]);
+        }
+        for result in ["updated", "stale", "behind", "refused"] {
+            self.deltas.with_label_values(&[result]);
+        }
+        for status in [MemberStatus::Alive, MemberStatus::Leaving, MemberStatus::Left, MemberStatus::Failed] {
+            self.members.with_label_values(&[status.as_str()]);
+        }
+    }
+
+    /// Counts the end of an exchange.
+    pub(super) fn exchanged(&self, kind: &str, is_ok: bool) {
+        let result = if is_ok { "ok" } else { "failed" };
+        self.exchanges.with_label_values(&[kind, result]).inc();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_metric_of_the_table_is_registered_once_and_shown_with_a_help_text() {
+        let metrics = Metrics::new();
+        let handles = GossipMetrics::new(&metrics).unwrap();
+        handles.exchanged("sync", true);
+        for with_result in [&handles.dials, &handles.publishes] {
+            with_result.with_label_values(&["ok"]).inc();
+        }
+        let text = metrics.render().unwrap();
+        for line in include_str!("metrics.rs").lines().filter(|line| line.starts_with("//! | `weft_")) {
+            let name = line.split('`').nth(1).unwrap();
+            assert!(text.contains(&format!("# HELP {name} ")), "{name}");
+        }
+        assert!(GossipMetrics::new(&metrics).is_err(), "a second registration is refused");
+    }
+}

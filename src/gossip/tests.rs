@@ -1,0 +1,173 @@
+//! Whole agents' gossip over loopback, with certificates of a fresh CA.
+
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+
+use super::*;
+use crate::catalogue::LocalView;
+use crate::clock;
+use crate::model::{Entry, EntryKey, Protocol, ServeScope, ServiceName, ServiceRecord, Weights};
+use crate::pki::Plane;
+use crate::registry::Publication;
+
+#[derive(Default)]
+struct Kept(Mutex<Vec<StoredPeer>>);
+
+impl PeerStore for Kept {
+    fn save(&self, peers: Vec<StoredPeer>) {
+        *self.0.lock().unwrap() = peers;
+    }
+}
+
+struct Agent {
+    handle: GossipHandle,
+    reader: SnapshotReader,
+    publication: watch::Sender<Arc<Publication>>,
+    addr: SocketAddr,
+    transport: ControlTransport,
+    stop: CancellationToken,
+    tasks: Tasks,
+}
+
+fn start(ca: &crate::pki::EphemeralCa, name: &str, generation: u64, seeds: Vec<String>) -> Agent {
+    let node: NodeName = name.parse().unwrap();
+    let scope: ServeScope = "*".parse().unwrap();
+    let authority = ca.issuer().self_certify(&node, &scope, clock::wall()).unwrap();
+    let identity = Identity::new(authority, clock::wall()).unwrap();
+    let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    socket.set_nonblocking(true).unwrap();
+    let addr = socket.local_addr().unwrap();
+    let transport = ControlTransport::new(socket, Arc::clone(&identity), [7; 64]).unwrap();
+    let stop = CancellationToken::new();
+    let tasks = Tasks::new(stop.clone());
+    let (accepted, incoming) = mpsc::channel(INCOMING_MAX);
+    let accepting = transport.clone();
+    tasks.spawn("accept", async move {
+        while let Some(next) = accepting.accept().await {
+            if next.plane == Plane::Gossip && accepted.send(next).await.is_err() {
+                break;
+            }
+        }
+    });
+    let (publication, publications) = watch::channel(Arc::default());
+    let info = NodeInfo {
+        id: name.to_owned(),
+        name: node,
+        mesh_addr: addr,
+        datacenter: "dc1".to_owned(),
+        meta: BTreeMap::new(),
+        build: "test".to_owned(),
+        issuer: false,
+    };
+    let params = GossipParams {
+        node: info,
+        generation: Generation { number: generation, nonce: rand::random() },
+        transport: transport.clone(),
+        incoming,
+        identity,
+        publication: publications,
+        first_index: 1,
+        seeds,
+        known_peers: Vec::new(),
+        peer_store: Arc::new(Kept::default()),
+        sync_interval: Duration::from_secs(1),
+        stop: stop.clone(),
+    };
+    let (handle, reader) = Gossip::start(params, &Metrics::new(), &tasks).unwrap();
+    Agent { handle, reader, publication, addr, transport, stop, tasks }
+}
+
+impl Agent {
+    /// Ends without a goodbye.
+    async fn kill(self) {
+        self.stop.cancel();
+        self.transport.close("killed");
+        self.tasks.join().await;
+    }
+
+    #[track_caller]
+    fn sees(&self, want: &[(&str, MemberStatus)]) -> impl Future<Output = ()> + use<> {
+        let want: Vec<(String, MemberStatus)> =
+            want.iter().map(|(name, status)| ((*name).to_owned(), *status)).collect();
+        let mut members = self.handle.subscribe();
+        async move {
+            let shown = |members: &Members| {
+                let list = members.members.iter().map(|member| (member.name.to_string(), member.status));
+                list.collect::<Vec<_>>()
+            };
+            let wait = members.wait_for(|members| shown(members) == want);
+            let is_seen = tokio::time::timeout(Duration::from_secs(15), wait).await.is_ok();
+            assert!(is_seen, "wanted {want:?}, seen {:?}", shown(&members.borrow()));
+        }
+    }
+
+    async fn has_service(&self, name: &str) {
+        let name: ServiceName = name.parse().unwrap();
+        let mut snapshots = self.reader.subscribe();
+        let wait = snapshots.wait_for(|snapshot| snapshot.services.contains_key(&name));
+        tokio::time::timeout(Duration::from_secs(15), wait).await.expect("the service is seen").unwrap();
+    }
+
+    fn publish(&self, name: &str, tag: String) {
+        let record = ServiceRecord {
+            id: name.parse().unwrap(),
+            name: name.parse().unwrap(),
+            kind: String::new(),
+            tags: vec![tag],
+            meta: BTreeMap::new(),
+            address: String::new(),
+            port: 8080,
+            tagged_addresses: BTreeMap::new(),
+            weights: Weights::default(),
+            protocol: Protocol::Http,
+            enable_tag_override: false,
+        };
+        let records = BTreeMap::from([(EntryKey::Service(record.id.clone()), Entry::Service(record))]);
+        self.publication.send_replace(Arc::new(Publication { records, view: LocalView::default() }));
+    }
+}
+
+use MemberStatus::{Alive, Failed, Left};
+
+#[tokio::test]
+async fn three_agents_join_share_services_and_tell_a_leave_from_a_crash_and_a_restart() {
+    let ca = crate::pki::ephemeral(&"test.example".parse().unwrap(), clock::wall()).unwrap();
+    let a = start(&ca, "a", 1, Vec::new());
+    let seed = a.addr.to_string();
+    let b = start(&ca, "b", 1, vec![seed.clone()]);
+    let c = start(&ca, "c", 1, vec![seed.clone()]);
+    let all = [("a", Alive), ("b", Alive), ("c", Alive)];
+    tokio::join!(a.sees(&all), b.sees(&all), c.sees(&all));
+
+    b.publish("web", "small".to_owned());
+    tokio::join!(a.has_service("web"), c.has_service("web"));
+    // Too large for a packet: pulled.
+    a.publish("big", "x".repeat(8000));
+    tokio::join!(b.has_service("big"), c.has_service("big"));
+
+    // A crash, and the next life of the same name.
+    c.kill().await;
+    let failed = [("a", Alive), ("b", Alive), ("c", Failed)];
+    tokio::join!(a.sees(&failed), b.sees(&failed));
+    let c = start(&ca, "c", 2, vec![seed.clone()]);
+    tokio::join!(a.sees(&all), b.sees(&all), c.sees(&all));
+    tokio::join!(c.has_service("web"), c.has_service("big"));
+
+    // A goodbye.
+    c.handle.leave().await.unwrap();
+    let left = [("a", Alive), ("b", Alive), ("c", Left)];
+    tokio::join!(a.sees(&left), b.sees(&left));
+    c.kill().await;
+
+    // A second live b is refused with both addresses; a b without its disk comes back above its old life.
+    let twin = start(&ca, "b", 1, Vec::new());
+    let refused = twin.handle.join(vec![seed.clone()]).await.unwrap_err().to_string();
+    assert!(refused.contains(&b.addr.to_string()) && refused.contains(&twin.addr.to_string()), "{refused}");
+    twin.kill().await;
+    b.kill().await;
+    a.sees(&[("a", Alive), ("b", Failed), ("c", Left)]).await;
+    let reborn = start(&ca, "b", 0, vec![seed]);
+    a.sees(&left).await;
+    reborn.kill().await;
+    a.kill().await;
+}
