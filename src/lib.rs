@@ -6,6 +6,7 @@ pub mod gossip;
 pub mod metrics;
 pub mod model;
 pub mod pki;
+pub mod proxy;
 pub mod registry;
 pub mod store;
 pub mod supervise;

@@ -74,11 +74,6 @@ impl WorkerEndpoint {
         peer_of(&*self.credentials, connection)
     }
 
-    /// Refuses connections from here on; those that are open go on.
-    pub(crate) fn stop_accepting(&self) {
-        self.endpoint.set_server_config(None);
-    }
-
     /// Closes every connection and waits until the peers were told.
     pub(crate) async fn close(&self, code: quinn::VarInt, reason: &str) {
         self.endpoint.close(code, reason.as_bytes());
