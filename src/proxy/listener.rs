@@ -189,7 +189,10 @@ async fn accept(worker: Rc<Worker>, listener: TcpListener, addr: SocketAddr) {
 
 /// Tells whether an accept error is about one connection (accept(2)).
 fn is_passing(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset | io::ErrorKind::Interrupted)
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset | io::ErrorKind::Interrupted
+    )
 }
 
 /// Starts the task of one connection.
@@ -232,7 +235,6 @@ fn route(worker: &Worker, addr: SocketAddr) -> Option<(Route, Parse)> {
     let upstream = snapshot.local.upstreams.iter().find(|upstream| upstream.bind == addr)?;
     let declared = || snapshot.services.get(&upstream.destination).map(|service| service.protocol);
     let protocol = upstream.protocol.or_else(declared).unwrap_or_default();
-    let caller =
-        Caller { source: Source::Service(upstream.source.clone()), destination: upstream.destination.clone() };
+    let caller = Caller { source: Source::Service(upstream.source.clone()), destination: upstream.destination.clone() };
     Some((Route::Service(caller), if protocol.is_http() { Parse::Http } else { Parse::Bytes }))
 }

@@ -43,23 +43,42 @@ pub(crate) struct ProxyMetrics {
 impl ProxyMetrics {
     /// Makes the metrics and adds them to the registry.
     pub(crate) fn register(metrics: &Metrics) -> Result<Self, prometheus::Error> {
-        let counters = |name: &str, help: &str, labels: &[&str]| {
-            metrics.add(IntCounterVec::new(Opts::new(name, help), labels)?)
-        };
+        let counters =
+            |name: &str, help: &str, labels: &[&str]| metrics.add(IntCounterVec::new(Opts::new(name, help), labels)?);
         let gauges =
             |name: &str, help: &str, labels: &[&str]| metrics.add(IntGaugeVec::new(Opts::new(name, help), labels)?);
         let [reporter, source, destination] = EDGE_LABELS;
         let closed_labels = [reporter, source, destination, "response_flags"];
         Ok(Self {
             opened: counters("weft_tcp_connections_opened_total", "TCP connections that began.", &EDGE_LABELS)?,
-            closed: counters("weft_tcp_connections_closed_total", "TCP connections that ended, by reason.", &closed_labels)?,
+            closed: counters(
+                "weft_tcp_connections_closed_total",
+                "TCP connections that ended, by reason.",
+                &closed_labels,
+            )?,
             active: gauges("weft_tcp_connections_active", "TCP connections open.", &EDGE_LABELS)?,
             sent: counters("weft_tcp_sent_bytes_total", "Bytes from the called app to the caller.", &EDGE_LABELS)?,
-            received: counters("weft_tcp_received_bytes_total", "Bytes from the caller to the called app.", &EDGE_LABELS)?,
+            received: counters(
+                "weft_tcp_received_bytes_total",
+                "Bytes from the caller to the called app.",
+                &EDGE_LABELS,
+            )?,
             tunnels: gauges("weft_quic_tunnels_open", "QUIC connections that carry traffic.", &["side"])?,
-            handshakes: counters("weft_quic_handshakes_total", "QUIC handshakes of tunnels that succeeded.", &["side"])?,
-            dial_failures: counters("weft_quic_dial_failures_total", "Tunnels that could not be dialled.", &["reason"])?,
-            refused: counters("weft_quic_refused_total", "Tunnels and streams of peers that were refused.", &["reason"])?,
+            handshakes: counters(
+                "weft_quic_handshakes_total",
+                "QUIC handshakes of tunnels that succeeded.",
+                &["side"],
+            )?,
+            dial_failures: counters(
+                "weft_quic_dial_failures_total",
+                "Tunnels that could not be dialled.",
+                &["reason"],
+            )?,
+            refused: counters(
+                "weft_quic_refused_total",
+                "Tunnels and streams of peers that were refused.",
+                &["reason"],
+            )?,
             overflow: metrics.add(IntCounter::new(
                 "weft_proxy_connections_overflow_total",
                 "Connections reset because a worker holds its most.",

@@ -18,7 +18,6 @@
 //! Not here: who may connect (`inbound`), where to (`worker`).
 
 use std::cell::Cell;
-use std::future::Future;
 use std::io;
 use std::net::Shutdown;
 use std::pin::pin;
@@ -155,8 +154,12 @@ enum Way {
 /// # Cancel safety
 /// Cancelling resets both sides.
 pub(crate) async fn relay(tcp: Tcp, send: Sending, recv: RecvStream, count: &impl Count, idle: Duration) -> Ending {
-    let shared =
-        Shared { tcp: &tcp.stream, tcp_lost: CancellationToken::new(), down_ended: CancellationToken::new(), moved_at: Cell::new(clock::now()) };
+    let shared = Shared {
+        tcp: &tcp.stream,
+        tcp_lost: CancellationToken::new(),
+        down_ended: CancellationToken::new(),
+        moved_at: Cell::new(clock::now()),
+    };
     let ways = async {
         let down = async {
             let way = down(&shared, recv, count).await;

@@ -151,11 +151,7 @@ impl Tunnels {
         slot
     }
 
-    async fn dial(
-        &self,
-        key: &TunnelKey,
-        endpoint: &WorkerEndpoint,
-    ) -> Result<Rc<Tunnel>, (ConnectError, Instant)> {
+    async fn dial(&self, key: &TunnelKey, endpoint: &WorkerEndpoint) -> Result<Rc<Tunnel>, (ConnectError, Instant)> {
         let dialled = endpoint.dial(key.addr, &key.node, key.source.as_ref(), DIAL_TIMEOUT).await;
         match dialled {
             Ok(Dialled { connection, peer, not_after }) => {

@@ -261,8 +261,7 @@ impl Worker {
         let service = self.snapshot.peek().services.get(&caller.destination).cloned();
         let service = service.ok_or(OpenError::UnknownService)?;
         let picked = self.picker.borrow_mut().pick(&service, tried);
-        let instance =
-            picked.map_err(|NoInstance { total, critical }| OpenError::NoInstance { total, critical })?;
+        let instance = picked.map_err(|NoInstance { total, critical }| OpenError::NoInstance { total, critical })?;
         tried.add(&instance);
         let node = &instance.node.info;
         let unreachable = |reason| OpenError::Unreachable { node: node.name.clone(), reason };

@@ -111,7 +111,10 @@ mod tests {
     fn silence_names_the_port_and_what_to_look_at() {
         let error = ConnectError::from_quic("10.0.0.1:8301".parse().unwrap(), &ConnectionError::TimedOut);
         let text = error.to_string();
-        assert!(text.contains("10.0.0.1:8301") && text.contains("UDP port 8301") && text.contains("firewall"), "{text}");
+        assert!(
+            text.contains("10.0.0.1:8301") && text.contains("UDP port 8301") && text.contains("firewall"),
+            "{text}"
+        );
     }
 
     #[test]

@@ -21,9 +21,11 @@ mod worker;
 
 pub use bind::{BindError, BoundSockets, SOCKET_BUFFER_BYTES, SocketBuffers, bind};
 pub use control::{Accepted, ControlCounts, ControlTransport};
+#[cfg(test)]
+pub(crate) use credentials::ClientTls;
 pub(crate) use credentials::{Credentials, NodeCredentials};
-pub use error::ConnectError;
 pub(crate) use error::Chain;
+pub use error::ConnectError;
 pub(crate) use steer::Lane;
 pub use tune::client as client_config;
 pub(crate) use tune::{HANDSHAKE_TIMEOUT, HANDSHAKES_MAX, RETRY_FROM, TUNNEL_STREAMS, TUNNEL_STREAMS_MAX};
