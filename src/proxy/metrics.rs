@@ -158,11 +158,14 @@ impl Drop for OpenConnection {
     }
 }
 
+/// Who reports, the source (none: the node itself), the destination.
+type Pair = (Reporter, Option<ServiceName>, ServiceName);
+
 /// One worker's handles.
 #[derive(Debug)]
 pub(crate) struct Edges {
     metrics: ProxyMetrics,
-    held: RefCell<HashMap<(Reporter, Option<ServiceName>, ServiceName), Rc<Edge>>>,
+    held: RefCell<HashMap<Pair, Rc<Edge>>>,
 }
 
 impl Edges {

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Invariants: workers share nothing but the snapshot and atomic metric handles; a panic in one connection ends that
-//! connection; a stream of a peer is served only after its certificate was verified and [`authorize`] agrees; losing
+//! connection; a stream of a peer is served only after its certificate was verified and [`inbound::authorize`] agrees; losing
 //! gossip changes nothing here, the last snapshot is served.
 //! Not here: who is in the mesh (`gossip`), what is registered (`registry`), which instance is best (`routing`).
 
@@ -40,7 +40,6 @@ use crate::metrics::Metrics;
 use crate::pki::Identity;
 use crate::transport::{BindError, Credentials, Lane, NodeCredentials};
 
-pub(crate) use inbound::authorize;
 pub(crate) use pick::Tried;
 pub(crate) use preamble::{StreamKind, StreamStatus};
 pub(crate) use worker::{Caller, OpenError, Opened, Route, Source, Worker};

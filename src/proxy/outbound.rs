@@ -49,7 +49,7 @@ async fn connect(worker: &Rc<Worker>, caller: &Caller) -> Result<(Sending, quinn
         };
         match establish(opened).await {
             Ok(streams) => return Ok(streams),
-            Err(Some(StreamStatus::Forbidden)) => return Err("RBAC"),
+            Err(Some(status)) if !status.may_retry() => return Err("RBAC"),
             Err(status) => {
                 debug!(service = %caller.destination, ?status, "instance was not connected");
                 flag = Some("UF");

@@ -25,7 +25,7 @@ use crate::transport::{ConnectError, Dialled, WorkerEndpoint};
 /// Slots of one worker: 35 KB each side, 36 MB in all (BENCH).
 const TUNNELS_MAX: usize = 1_024;
 /// A tunnel without a new stream for this long leaves the pool.
-const UNUSED_FOR: Duration = Duration::from_secs(300);
+const UNUSED_FOR: Duration = Duration::from_mins(5);
 /// A failed dial answers those who ask within this time, so that a dead node is not dialled per request.
 const FAILED_FOR: Duration = Duration::from_secs(1);
 /// A dial takes at most this long: two lost packets at 300 ms round trip, and time is left for another instance.

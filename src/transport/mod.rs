@@ -24,7 +24,6 @@ pub use control::{Accepted, ControlCounts, ControlTransport};
 #[cfg(test)]
 pub(crate) use credentials::ClientTls;
 pub(crate) use credentials::{Credentials, NodeCredentials};
-pub(crate) use error::Chain;
 pub use error::ConnectError;
 pub(crate) use steer::Lane;
 pub use tune::client as client_config;

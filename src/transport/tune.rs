@@ -28,7 +28,7 @@ const MTU_BOUND_BYTES: u16 = 6_500;
 /// Keeps the mapping in a stateful firewall (30 s in the strictest) while a tunnel is open.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 /// Silence after which a tunnel is given up: four keep-alives.
-const TUNNEL_IDLE: Duration = Duration::from_secs(60);
+const TUNNEL_IDLE: Duration = Duration::from_mins(1);
 /// Silence after which a gossip or join connection is given up; it costs one handshake to have it back.
 const CONTROL_IDLE: Duration = Duration::from_secs(30);
 /// Datagrams that wait for the owner task, in bytes: about 200 packets.
