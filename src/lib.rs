@@ -7,6 +7,7 @@ pub mod membership;
 pub mod metrics;
 pub mod model;
 pub mod pki;
+pub mod proxy;
 pub mod registry;
 pub mod replica;
 pub mod routing;

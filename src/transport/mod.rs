@@ -1,76 +1,31 @@
-//! Transport (seam; helper T1 keeps these and writes the rest).
-use std::net::{SocketAddr, UdpSocket};
-use std::sync::Arc;
+//! The mesh port: its sockets, the QUIC endpoints on them, and who stands at the other end.
+//!
+//! ```text
+//!                 +- socket 0 - WorkerEndpoint 0   (tunnels; its own thread)
+//!   UDP 8301 -BPF-+- ...
+//!                 +- socket N-1 - WorkerEndpoint N-1
+//!                 +- socket N - ControlTransport   (gossip, join; control runtime)
+//! ```
+//!
+//! Invariants: every endpoint speaks TLS 1.3 with certificates of the mesh (join: the server's alone); a connection is
+//! handed out only after its peer is verified; every count of handshakes, streams and bytes has a bound (`tune`).
+//! Not here: what is sent (`gossip`, `proxy`), how certificates come to be (`pki`), which tunnels are kept (`proxy`).
 
-use crate::model::NodeName;
-use crate::pki::{Identity, PeerIdentity, Plane};
+mod bind;
+mod control;
+mod credentials;
+mod error;
+mod steer;
+mod tune;
+mod worker;
 
-/// The mesh port's sockets: one per data-plane worker, the last for control (gossip, join).
-#[derive(Debug)]
-pub struct BoundSockets {
-    /// In order of worker.
-    pub workers: Vec<UdpSocket>,
-    /// Gossip and join.
-    pub control: UdpSocket,
-    /// Where they are bound.
-    pub addr: SocketAddr,
-}
-
-/// Why the mesh port cannot be bound.
-#[derive(Debug, thiserror::Error)]
-#[error("cannot bind the mesh port {addr} (UDP)")]
-pub struct BindError {
-    /// The address.
-    pub addr: SocketAddr,
-    /// Why.
-    #[source]
-    pub source: std::io::Error,
-}
-
-/// Binds `addr` once per worker and once for control (SO_REUSEPORT, steered by connection id).
-pub fn bind(_addr: SocketAddr, _workers: usize) -> Result<BoundSockets, BindError> {
-    todo!()
-}
-
-/// Why a peer could not be connected. The text names the address and, for TLS failures, what to do.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct ConnectError(pub String);
-
-/// A connection that a peer opened to the control socket.
-#[derive(Debug)]
-pub struct Accepted {
-    /// Gossip or Join.
-    pub plane: Plane,
-    /// The connection, its handshake done.
-    pub connection: quinn::Connection,
-    /// Verified; none on the join plane.
-    pub peer: Option<PeerIdentity>,
-}
-
-/// The control endpoint: gossip and join. Lives on the control runtime. Cheap to clone.
-#[derive(Debug, Clone)]
-pub struct ControlTransport {}
-
-impl ControlTransport {
-    /// Starts the endpoint on `socket`.
-    pub fn new(_socket: UdpSocket, _identity: Arc<Identity>, _reset_key: [u8; 64]) -> Result<Self, BindError> {
-        todo!()
-    }
-    /// Dials `addr` for gossip; with `expect` only that node will do.
-    pub async fn connect(
-        &self,
-        _addr: SocketAddr,
-        _expect: Option<NodeName>,
-    ) -> Result<(quinn::Connection, PeerIdentity), ConnectError> {
-        todo!()
-    }
-    /// Waits for the next peer; handshakes run side by side, bounded. None when closed. Cancel safe.
-    pub async fn accept(&self) -> Option<Accepted> {
-        todo!()
-    }
-    /// Closes everything at once with a reason.
-    pub fn close(&self, _reason: &str) {
-        todo!()
-    }
-}
+pub use bind::{BindError, BoundSockets, SOCKET_BUFFER_BYTES, SocketBuffers, bind};
+pub use control::{Accepted, ControlCounts, ControlTransport};
+#[cfg(test)]
+pub(crate) use credentials::ClientTls;
+pub(crate) use credentials::{Credentials, NodeCredentials};
+pub use error::ConnectError;
+pub(crate) use steer::Lane;
+pub use tune::client as client_config;
+pub(crate) use tune::{HANDSHAKE_TIMEOUT, HANDSHAKES_MAX, RETRY_FROM, TUNNEL_STREAMS, TUNNEL_STREAMS_MAX};
+pub(crate) use worker::{Dialled, WorkerEndpoint};

@@ -1,0 +1,199 @@
+//! Tunnels from peers to local apps.
+//!
+//! ```text
+//!   accept -> handshake -> verified peer -> accept_bi -> preamble -> authorize -> connect the app -> status -> relay
+//! ```
+
+use std::cell::Cell;
+use std::rc::Rc;
+use std::time::Duration;
+
+use bytes::BytesMut;
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+use tracing::{debug, warn};
+
+use super::http;
+use super::metrics::Reporter;
+use super::preamble::{PREAMBLE_BYTES_MAX, Preamble, StreamKind, StreamStatus};
+use super::relay::{self, CODE_RESET, Sending, Tcp};
+use super::worker::{CONNECTIONS_MAX, Slot, Worker};
+use crate::catalogue::LocalInstance;
+use crate::clock;
+use crate::model::ServiceName;
+use crate::pki::PeerIdentity;
+use crate::transport::{HANDSHAKE_TIMEOUT, HANDSHAKES_MAX, RETRY_FROM, TUNNEL_STREAMS, TUNNEL_STREAMS_MAX};
+
+/// Tunnels that one worker accepts: 35 KB each (BENCH), four times what one peer's pool holds.
+const TUNNELS_MAX: usize = 4_096;
+/// A preamble is one packet; a peer that does not send it holds a stream for nothing.
+const PREAMBLE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Connecting to an app on this host: a full backlog answers nothing.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// Application code of a connection whose peer is unknown.
+const CODE_UNVERIFIED: u32 = 1;
+
+/// A caller may not call a service.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Denied;
+
+/// Decides whether `peer` may call `service`: every verified service of the trust domain may, while its certificate
+/// lasts.
+pub(crate) fn authorize(peer: &PeerIdentity, _service: &ServiceName) -> Result<(), Denied> {
+    if clock::wall() < peer.not_after { Ok(()) } else { Err(Denied) }
+}
+
+/// Accepts tunnels until the worker closes.
+pub(super) async fn run(worker: &Rc<Worker>) {
+    let mut tunnels = JoinSet::new();
+    let handshakes = Rc::new(Cell::new(0));
+    loop {
+        // Waiting attempts stay with the endpoint, which bounds them.
+        let has_room = handshakes.get() < HANDSHAKES_MAX && tunnels.len() < TUNNELS_MAX;
+        tokio::select! {
+            Some(ended) = tunnels.join_next() => if ended.is_err_and(|error| error.is_panic()) {
+                worker.metrics.panics.inc();
+                warn!("a tunnel's task panicked; the worker goes on");
+            },
+            incoming = worker.endpoint.accept(), if has_room => {
+                let Some(incoming) = incoming else { break };
+                if handshakes.get() >= RETRY_FROM && !incoming.remote_address_validated() && incoming.may_retry() {
+                    let _cannot_fail_when_retry_is_allowed = incoming.retry();
+                    continue;
+                }
+                let Some(slot) = Slot::take(&handshakes, HANDSHAKES_MAX) else { continue };
+                tunnels.spawn_local(tunnel(Rc::clone(worker), incoming, slot));
+            }
+            () = tokio::time::sleep(Duration::from_millis(100)), if handshakes.get() >= HANDSHAKES_MAX => {}
+        }
+    }
+}
+
+/// Serves one peer's connection until it closes.
+async fn tunnel(worker: Rc<Worker>, incoming: quinn::Incoming, handshake: Slot) {
+    let from = incoming.remote_address();
+    let refused = |reason: &str| worker.metrics.refused.with_label_values(&[reason]).inc();
+    let connection = match tokio::time::timeout(HANDSHAKE_TIMEOUT, incoming).await {
+        Ok(Ok(connection)) => connection,
+        Ok(Err(error)) => {
+            refused("handshake");
+            return debug!(%from, %error, "tunnel's handshake failed");
+        }
+        Err(_elapsed) => return refused("handshake_timeout"),
+    };
+    drop(handshake);
+    let peer = match worker.endpoint.peer(&connection) {
+        Ok(peer) => Rc::new(peer),
+        Err(error) => {
+            refused("unverified");
+            warn!(%from, error, "closing a tunnel whose peer does not verify");
+            return connection.close(CODE_UNVERIFIED.into(), b"peer is not verified");
+        }
+    };
+    worker.metrics.handshakes.with_label_values(&["acceptor"]).inc();
+    let gauge = worker.metrics.tunnels.with_label_values(&["acceptor"]);
+    gauge.inc();
+    streams(&worker, &connection, &peer).await;
+    gauge.dec();
+}
+
+/// Accepts streams; a tunnel that comes near its limit is given twice as many.
+async fn streams(worker: &Rc<Worker>, connection: &quinn::Connection, peer: &Rc<PeerIdentity>) {
+    let open = Rc::new(Cell::new(0));
+    let mut limit = TUNNEL_STREAMS;
+    while let Ok((send, recv)) = connection.accept_bi().await {
+        let Some(of_tunnel) = Slot::take(&open, usize::MAX) else { continue };
+        if open.get() >= limit as usize / 4 * 3 && limit < TUNNEL_STREAMS_MAX {
+            limit = (limit * 2).min(TUNNEL_STREAMS_MAX);
+            connection.set_max_concurrent_bi_streams(limit.into());
+        }
+        // Over the bound the halves are dropped: the caller sees a reset and tries another instance.
+        let Some(of_worker) = Slot::take(&worker.streams, CONNECTIONS_MAX) else {
+            worker.metrics.overflow.inc();
+            drop(Sending::new(send));
+            continue;
+        };
+        let (serving, peer) = (Rc::clone(worker), Rc::clone(peer));
+        worker.spawn(async move {
+            stream(&serving, send, recv, peer).await;
+            drop((of_tunnel, of_worker));
+        });
+    }
+}
+
+/// Serves one stream.
+async fn stream(worker: &Rc<Worker>, send: quinn::SendStream, mut recv: quinn::RecvStream, peer: Rc<PeerIdentity>) {
+    let mut rest = BytesMut::new();
+    let preamble = tokio::time::timeout(PREAMBLE_TIMEOUT, preamble(&mut recv, &mut rest)).await;
+    let Some(preamble) = preamble.ok().flatten() else {
+        worker.metrics.refused.with_label_values(&["preamble"]).inc();
+        let _gone = recv.stop(CODE_RESET);
+        return;
+    };
+    let local = match admit(worker, &preamble, &peer) {
+        Ok(local) => local,
+        Err(status) => return refuse(send, recv, status).await,
+    };
+    match preamble.kind {
+        StreamKind::Http => {
+            http::inbound::serve(Rc::clone(worker), send, recv, rest, local, peer).await;
+        }
+        StreamKind::Tcp => {
+            let edge = worker.edges.edge(Reporter::Destination, peer.id.service(), &preamble.service);
+            let mut counted = edge.open();
+            let connecting = TcpStream::connect(local.app_addr);
+            let Ok(Ok(app)) = tokio::time::timeout(CONNECT_TIMEOUT, connecting).await else {
+                counted.ends("UF");
+                return refuse(send, recv, StreamStatus::ConnectFailed).await;
+            };
+            // Without Nagle's delay; a socket that refuses the option still carries bytes.
+            let _slower = app.set_nodelay(true);
+            let (app, mut send) = (Tcp::new(app), Sending::new(send));
+            // Nothing follows a TCP preamble before the status has come, so `rest` is empty for a peer that keeps to it.
+            if !rest.is_empty() || send.stream().write_all(&[StreamStatus::Ok.byte()]).await.is_err() {
+                let _gone = recv.stop(CODE_RESET);
+                return;
+            }
+            counted.ends(relay::relay(app, send, recv, &*edge, relay::IDLE_TIMEOUT).await.flag());
+        }
+    }
+}
+
+/// Reads up to the end of the preamble; what follows stays in `buffer`. None if there is no preamble.
+async fn preamble(recv: &mut quinn::RecvStream, buffer: &mut BytesMut) -> Option<Preamble> {
+    loop {
+        let chunk = recv.read_chunk(usize::MAX, true).await.ok()??;
+        buffer.extend_from_slice(&chunk.bytes);
+        match Preamble::decode(buffer) {
+            Ok(Some(preamble)) => return Some(preamble),
+            Ok(None) if buffer.len() < PREAMBLE_BYTES_MAX => {}
+            Ok(None) => return None,
+            Err(error) => {
+                debug!(%error, "stream begins with no preamble");
+                return None;
+            }
+        }
+    }
+}
+
+/// Finds the instance that a stream is for and asks whether its caller may.
+fn admit(worker: &Worker, preamble: &Preamble, peer: &PeerIdentity) -> Result<LocalInstance, StreamStatus> {
+    if worker.stopping() {
+        return Err(StreamStatus::Draining);
+    }
+    let snapshot = worker.snapshot().peek();
+    let local = snapshot.local.instances.get(&preamble.instance);
+    let local = local.filter(|local| local.service == preamble.service).ok_or(StreamStatus::UnknownInstance)?;
+    authorize(peer, &preamble.service).map_err(|Denied| {
+        worker.metrics.refused.with_label_values(&["forbidden"]).inc();
+        StreamStatus::Forbidden
+    })?;
+    Ok(local.clone())
+}
+
+/// Answers with a status other than ok.
+async fn refuse(mut send: quinn::SendStream, mut recv: quinn::RecvStream, status: StreamStatus) {
+    // Dropping the half finishes it; a caller that is gone needs no answer.
+    let _gone = send.write_all(&[status.byte()]).await;
+    let _gone = recv.stop(CODE_RESET);
+}

@@ -1,0 +1,240 @@
+//! The local ports into the mesh, shared by the workers (SO_REUSEPORT).
+//!
+//! ```text
+//!   snapshot.local.upstreams -> worker 0: probe alone, bind, publish state -> the others bind what is listening
+//! ```
+//!
+//! Invariant: a port that somebody else has is an error that `listeners` shows, never a port shared in silence.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::time::Duration;
+
+use socket2::{Domain, Protocol as SocketProtocol, Socket, Type};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::{AbortHandle, JoinSet};
+use tracing::{debug, info, warn};
+
+use super::relay::Tcp;
+use super::worker::{CONNECTIONS_MAX, Caller, Route, Slot, Source, Worker};
+use super::{ListenerState, Listeners, http, outbound};
+use crate::catalogue::Snapshot;
+
+/// Connections that wait to be accepted, per worker and port; the kernel bounds it by `net.core.somaxconn`.
+const BACKLOG: i32 = 1_024;
+/// A port that cannot be bound is tried again after this long.
+const RETRY: Duration = Duration::from_secs(5);
+/// After an accept error that lasts (no file descriptors left) the port rests this long.
+const ACCEPT_REST: Duration = Duration::from_millis(100);
+/// Local ports of one agent.
+const LISTENERS_MAX: usize = 1_024;
+
+/// Ports that this worker listens on.
+#[derive(Default)]
+struct Held {
+    tasks: JoinSet<()>,
+    ports: BTreeMap<SocketAddr, AbortHandle>,
+}
+
+/// Keeps this worker's listeners as the snapshot wants them; closes them when the drain begins.
+pub(super) async fn run(worker: &Rc<Worker>) {
+    let mut held = Held::default();
+    if worker.index == 0 {
+        lead(worker, &mut held).await;
+    } else {
+        follow(worker, &mut held).await;
+    }
+    drop(held);
+    worker.closes().await;
+}
+
+/// Worker 0: decides which ports are open.
+async fn lead(worker: &Rc<Worker>, held: &mut Held) {
+    let mut changes = worker.snapshot().subscribe();
+    let mut view = None;
+    let mut states = Listeners::new();
+    loop {
+        let snapshot = Rc::new(changes.borrow_and_update().clone());
+        let is_same = view.as_ref().is_some_and(|seen| std::sync::Arc::ptr_eq(seen, &snapshot.local));
+        let has_failed = states.values().any(|state| *state != ListenerState::Listening);
+        if !is_same || has_failed {
+            let wanted = wanted(worker, &snapshot);
+            held.keep(&wanted);
+            states = wanted.iter().map(|addr| (*addr, open_first(worker, held, *addr, states.get(addr)))).collect();
+            let failed = states.values().filter(|state| **state != ListenerState::Listening).count();
+            worker.metrics.listeners_failed.set(i64::try_from(failed).unwrap_or(i64::MAX));
+            worker.listeners.send_if_modified(|published| {
+                let is_new = *published != states;
+                published.clone_from(&states);
+                is_new
+            });
+            view = Some(std::sync::Arc::clone(&snapshot.local));
+        }
+        tokio::select! {
+            changed = changes.changed() => if changed.is_err() { return worker.drains().await },
+            () = tokio::time::sleep(RETRY) => {}
+            () = worker.drains() => return,
+        }
+    }
+}
+
+/// The other workers: open what worker 0 has opened.
+async fn follow(worker: &Rc<Worker>, held: &mut Held) {
+    let mut changes = worker.listeners.subscribe();
+    loop {
+        let states = changes.borrow_and_update().clone();
+        let is_open = |(addr, state): (SocketAddr, ListenerState)| (state == ListenerState::Listening).then_some(addr);
+        let wanted: BTreeSet<SocketAddr> = states.into_iter().filter_map(is_open).collect();
+        held.keep(&wanted);
+        for addr in wanted {
+            if let Err(error) = held.open(worker, addr) {
+                warn!(%addr, %error, worker = worker.index, "worker cannot share an upstream port; it is tried again");
+            }
+        }
+        tokio::select! {
+            changed = changes.changed() => if changed.is_err() { return worker.drains().await },
+            () = tokio::time::sleep(RETRY) => {}
+            () = worker.drains() => return,
+        }
+    }
+}
+
+fn wanted(worker: &Worker, snapshot: &Snapshot) -> BTreeSet<SocketAddr> {
+    let upstreams = snapshot.local.upstreams.iter().map(|upstream| upstream.bind);
+    worker.shared_http.into_iter().chain(upstreams).take(LISTENERS_MAX).collect()
+}
+
+/// Opens a port after a probe that nobody else has it; an error is logged when it appears.
+fn open_first(worker: &Rc<Worker>, held: &mut Held, addr: SocketAddr, before: Option<&ListenerState>) -> ListenerState {
+    if held.ports.contains_key(&addr) {
+        return ListenerState::Listening;
+    }
+    match bind(addr, Sharing::Exclusive).and_then(|_probe| held.open(worker, addr)) {
+        Ok(()) => {
+            info!(%addr, "listening for a local app");
+            ListenerState::Listening
+        }
+        Err(error) => {
+            let state = ListenerState::Failed(match error.kind() {
+                io::ErrorKind::AddrInUse => format!("{addr} is in use by another program"),
+                _ => error.to_string(),
+            });
+            if before != Some(&state) {
+                warn!(%addr, %error, "cannot listen for a local app; trying every 5 s");
+            }
+            state
+        }
+    }
+}
+
+impl Held {
+    /// Closes what is not wanted.
+    fn keep(&mut self, wanted: &BTreeSet<SocketAddr>) {
+        while self.tasks.try_join_next().is_some() {}
+        self.ports.retain(|addr, task| {
+            let stays = wanted.contains(addr) && !task.is_finished();
+            if !stays {
+                task.abort();
+            }
+            stays
+        });
+    }
+
+    /// Opens a port unless it is open.
+    fn open(&mut self, worker: &Rc<Worker>, addr: SocketAddr) -> io::Result<()> {
+        if !self.ports.contains_key(&addr) {
+            let socket = bind(addr, Sharing::Shared)?;
+            socket.listen(BACKLOG)?;
+            let listener = TcpListener::from_std(socket.into())?;
+            let task = self.tasks.spawn_local(accept(Rc::clone(worker), listener, addr));
+            self.ports.insert(addr, task);
+        }
+        Ok(())
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Sharing {
+    Exclusive,
+    Shared,
+}
+
+fn bind(addr: SocketAddr, sharing: Sharing) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(addr), Type::STREAM, Some(SocketProtocol::TCP))?;
+    // Old connections in TIME_WAIT do not hold the port; a program that listens on it does.
+    socket.set_reuse_address(true)?;
+    if sharing == Sharing::Shared {
+        socket.set_reuse_port(true)?;
+    }
+    socket.set_nonblocking(true)?;
+    socket.bind(&addr.into())?;
+    Ok(socket)
+}
+
+/// Accepts until the port is closed.
+async fn accept(worker: Rc<Worker>, listener: TcpListener, addr: SocketAddr) {
+    loop {
+        match listener.accept().await {
+            Ok((stream, _from)) => serve(&worker, stream, addr),
+            Err(error) if is_passing(&error) => debug!(%addr, %error, "a connection was gone before it was accepted"),
+            Err(error) => {
+                warn!(%addr, %error, "cannot accept a connection");
+                tokio::time::sleep(ACCEPT_REST).await;
+            }
+        }
+    }
+}
+
+/// Tells whether an accept error is about one connection (accept(2)).
+fn is_passing(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset | io::ErrorKind::Interrupted
+    )
+}
+
+/// Starts the task of one connection.
+fn serve(worker: &Rc<Worker>, stream: TcpStream, addr: SocketAddr) {
+    let Some(slot) = Slot::take(&worker.connections, CONNECTIONS_MAX) else {
+        worker.metrics.overflow.inc();
+        // Dropped unclean: the app gets an RST.
+        return drop(Tcp::new(stream));
+    };
+    // Without Nagle's delay; a socket that refuses the option still carries bytes.
+    let _slower = stream.set_nodelay(true);
+    let serving = Rc::clone(worker);
+    match route(worker, addr) {
+        Some((Route::Service(caller), Parse::Bytes)) => worker.spawn(async move {
+            outbound::serve(serving, stream, caller).await;
+            drop(slot);
+        }),
+        Some((route, _)) => worker.spawn(async move {
+            http::outbound::serve(serving, stream, route).await;
+            drop(slot);
+        }),
+        // The upstream went while the connection waited.
+        None => drop(Tcp::new(stream)),
+    }
+}
+
+/// How a connection's bytes are taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Parse {
+    Bytes,
+    Http,
+}
+
+/// Finds where the port leads at this moment.
+fn route(worker: &Worker, addr: SocketAddr) -> Option<(Route, Parse)> {
+    if worker.shared_http == Some(addr) {
+        return Some((Route::ByHost, Parse::Http));
+    }
+    let snapshot = worker.snapshot().peek();
+    let upstream = snapshot.local.upstreams.iter().find(|upstream| upstream.bind == addr)?;
+    let declared = || snapshot.services.get(&upstream.destination).map(|service| service.protocol);
+    let protocol = upstream.protocol.or_else(declared).unwrap_or_default();
+    let caller = Caller { source: Source::Service(upstream.source.clone()), destination: upstream.destination.clone() };
+    Some((Route::Service(caller), if protocol.is_http() { Parse::Http } else { Parse::Bytes }))
+}

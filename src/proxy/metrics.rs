@@ -1,0 +1,205 @@
+//! What the data plane counts for TCP and tunnels. Handles are looked up once per pair of services and kept per worker.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::rc::Rc;
+
+use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts};
+
+use super::relay::Count;
+use crate::metrics::Metrics;
+use crate::model::ServiceName;
+
+const EDGE_LABELS: [&str; 3] = ["reporter", "source_service", "destination_service"];
+/// Pairs whose handles one worker keeps; beyond it the cache starts again (the series stay).
+const EDGES_MAX: usize = 4_096;
+/// Label of a caller that shows its node's own SVID; no service can have the name.
+const NODE_LABEL: &str = "_node";
+
+/// The handles of the whole agent. Cheap to clone.
+#[derive(Debug, Clone)]
+pub(crate) struct ProxyMetrics {
+    opened: IntCounterVec,
+    closed: IntCounterVec,
+    active: IntGaugeVec,
+    sent: IntCounterVec,
+    received: IntCounterVec,
+    /// Tunnels open, by side.
+    pub(crate) tunnels: IntGaugeVec,
+    /// Finished handshakes, by side.
+    pub(crate) handshakes: IntCounterVec,
+    /// Failed dials, by reason.
+    pub(crate) dial_failures: IntCounterVec,
+    /// Accepted attempts that came to nothing, by reason.
+    pub(crate) refused: IntCounterVec,
+    /// Connections reset because the worker is full.
+    pub(crate) overflow: IntCounter,
+    /// Upstream ports that cannot be bound.
+    pub(crate) listeners_failed: IntGauge,
+    /// Panics of worker tasks.
+    pub(crate) panics: IntCounter,
+}
+
+impl ProxyMetrics {
+    /// Makes the metrics and adds them to the registry.
+    pub(crate) fn register(metrics: &Metrics) -> Result<Self, prometheus::Error> {
+        let counters =
+            |name: &str, help: &str, labels: &[&str]| metrics.add(IntCounterVec::new(Opts::new(name, help), labels)?);
+        let gauges =
+            |name: &str, help: &str, labels: &[&str]| metrics.add(IntGaugeVec::new(Opts::new(name, help), labels)?);
+        let [reporter, source, destination] = EDGE_LABELS;
+        let closed_labels = [reporter, source, destination, "response_flags"];
+        Ok(Self {
+            opened: counters("weft_tcp_connections_opened_total", "TCP connections that began.", &EDGE_LABELS)?,
+            closed: counters(
+                "weft_tcp_connections_closed_total",
+                "TCP connections that ended, by reason.",
+                &closed_labels,
+            )?,
+            active: gauges("weft_tcp_connections_active", "TCP connections open.", &EDGE_LABELS)?,
+            sent: counters("weft_tcp_sent_bytes_total", "Bytes from the called app to the caller.", &EDGE_LABELS)?,
+            received: counters(
+                "weft_tcp_received_bytes_total",
+                "Bytes from the caller to the called app.",
+                &EDGE_LABELS,
+            )?,
+            tunnels: gauges("weft_quic_tunnels_open", "QUIC connections that carry traffic.", &["side"])?,
+            handshakes: counters(
+                "weft_quic_handshakes_total",
+                "QUIC handshakes of tunnels that succeeded.",
+                &["side"],
+            )?,
+            dial_failures: counters(
+                "weft_quic_dial_failures_total",
+                "Tunnels that could not be dialled.",
+                &["reason"],
+            )?,
+            refused: counters(
+                "weft_quic_refused_total",
+                "Tunnels and streams of peers that were refused.",
+                &["reason"],
+            )?,
+            overflow: metrics.add(IntCounter::new(
+                "weft_proxy_connections_overflow_total",
+                "Connections reset because a worker holds its most.",
+            )?)?,
+            listeners_failed: metrics
+                .add(IntGauge::new("weft_proxy_listeners_failed", "Upstream ports that cannot be bound.")?)?,
+            panics: metrics.add(IntCounter::new("weft_proxy_panics_total", "Panics caught in worker tasks.")?)?,
+        })
+    }
+}
+
+/// Which end reports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Reporter {
+    /// The caller's agent.
+    Source,
+    /// The app's agent.
+    Destination,
+}
+
+/// The handles of one pair of services, at one end.
+#[derive(Debug)]
+pub(crate) struct Edge {
+    reporter: Reporter,
+    labels: [String; 3],
+    metrics: ProxyMetrics,
+    opened: IntCounter,
+    active: IntGauge,
+    sent: IntCounter,
+    received: IntCounter,
+}
+
+impl Edge {
+    /// Counts a connection that begins; it counts as closed when the guard goes.
+    pub(crate) fn open(self: &Rc<Self>) -> OpenConnection {
+        self.opened.inc();
+        self.active.inc();
+        OpenConnection { edge: Rc::clone(self), flag: "UR" }
+    }
+}
+
+impl Count for Edge {
+    fn up(&self, bytes: u64) {
+        match self.reporter {
+            Reporter::Source => self.received.inc_by(bytes),
+            Reporter::Destination => self.sent.inc_by(bytes),
+        }
+    }
+
+    fn down(&self, bytes: u64) {
+        match self.reporter {
+            Reporter::Source => self.sent.inc_by(bytes),
+            Reporter::Destination => self.received.inc_by(bytes),
+        }
+    }
+}
+
+/// A connection that counts as open while this lives.
+#[derive(Debug)]
+pub(crate) struct OpenConnection {
+    edge: Rc<Edge>,
+    flag: &'static str,
+}
+
+impl OpenConnection {
+    /// Says why it ends.
+    pub(crate) fn ends(&mut self, flag: &'static str) {
+        self.flag = flag;
+    }
+}
+
+impl Drop for OpenConnection {
+    fn drop(&mut self) {
+        self.edge.active.dec();
+        let [reporter, source, destination] = &self.edge.labels;
+        self.edge.metrics.closed.with_label_values(&[reporter, source, destination, self.flag]).inc();
+    }
+}
+
+/// Who reports, the source (none: the node itself), the destination.
+type Pair = (Reporter, Option<ServiceName>, ServiceName);
+
+/// One worker's handles.
+#[derive(Debug)]
+pub(crate) struct Edges {
+    metrics: ProxyMetrics,
+    held: RefCell<HashMap<Pair, Rc<Edge>>>,
+}
+
+impl Edges {
+    /// Holds nothing yet.
+    pub(crate) fn new(metrics: ProxyMetrics) -> Self {
+        Self { metrics, held: RefCell::default() }
+    }
+
+    /// Returns the handles of a pair; a source of none is the node itself.
+    pub(crate) fn edge(&self, reporter: Reporter, source: Option<&ServiceName>, destination: &ServiceName) -> Rc<Edge> {
+        let key = (reporter, source.cloned(), destination.clone());
+        let mut held = self.held.borrow_mut();
+        if let Some(edge) = held.get(&key) {
+            return Rc::clone(edge);
+        }
+        if held.len() >= EDGES_MAX {
+            held.clear();
+        }
+        let side = match reporter {
+            Reporter::Source => "source",
+            Reporter::Destination => "destination",
+        };
+        let labels = [side, source.map_or(NODE_LABEL, ServiceName::as_str), destination.as_str()];
+        let metrics = &self.metrics;
+        let edge = Rc::new(Edge {
+            reporter,
+            labels: labels.map(str::to_owned),
+            metrics: metrics.clone(),
+            opened: metrics.opened.with_label_values(&labels),
+            active: metrics.active.with_label_values(&labels),
+            sent: metrics.sent.with_label_values(&labels),
+            received: metrics.received.with_label_values(&labels),
+        });
+        held.insert(key, Rc::clone(&edge));
+        edge
+    }
+}

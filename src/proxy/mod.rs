@@ -1,0 +1,230 @@
+//! The data plane: local ports into the mesh, tunnels between nodes, local apps behind them.
+//!
+//! ```text
+//!            worker k of N: one thread, one runtime, one endpoint
+//!   app -> listener -> outbound | http::outbound -> open -> tunnel ==QUIC==> inbound | http::inbound -> relay -> app
+//! ```
+//!
+//! Invariants: workers share nothing but the snapshot and atomic metric handles; a panic in one connection ends that
+//! connection; a stream of a peer is served only after its certificate was verified and [`inbound::authorize`] agrees; losing
+//! gossip changes nothing here, the last snapshot is served.
+//! Not here: who is in the mesh (`gossip`), what is registered (`registry`), which instance is best (`routing`).
+
+pub(crate) mod head;
+pub(crate) mod http;
+mod inbound;
+mod listener;
+mod metrics;
+mod outbound;
+mod pick;
+mod preamble;
+mod relay;
+#[cfg(test)]
+mod tests;
+mod tunnel;
+mod worker;
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use self::metrics::ProxyMetrics;
+use self::worker::Setup;
+use crate::catalogue::SnapshotReader;
+use crate::metrics::Metrics;
+use crate::pki::Identity;
+use crate::transport::{BindError, Credentials, Lane, NodeCredentials};
+
+pub(crate) use pick::Tried;
+pub(crate) use preamble::{StreamKind, StreamStatus};
+pub(crate) use worker::{Caller, OpenError, Opened, Route, Source, Worker};
+
+/// What the data plane runs on.
+#[derive(Debug)]
+pub struct ProxyParams<'a> {
+    /// The mesh port's sockets, one per worker, in the order in which they were bound.
+    pub sockets: Vec<std::net::UdpSocket>,
+    /// Key of stateless resets, kept on disk.
+    pub reset_key: [u8; 64],
+    /// Certificates of this node.
+    pub identity: Arc<Identity>,
+    /// What is served and where services are.
+    pub snapshot: SnapshotReader,
+    /// The HTTP port that routes by Host.
+    pub shared_http: Option<SocketAddr>,
+    /// Where the metrics go.
+    pub metrics: &'a Metrics,
+    /// Cancelled when the node stops: the drain begins.
+    pub stop: CancellationToken,
+    /// What is open is cut after this long.
+    pub drain_timeout: Duration,
+}
+
+/// Why the data plane cannot start, or stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum ProxyError {
+    /// A worker's endpoint.
+    #[error("data-plane worker {worker} cannot start")]
+    Endpoint {
+        /// Which worker.
+        worker: usize,
+        /// Why.
+        #[source]
+        source: BindError,
+    },
+    /// A worker's thread or runtime.
+    #[error("data-plane worker {worker} gets no thread")]
+    Thread {
+        /// Which worker.
+        worker: usize,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The metrics are registered already.
+    #[error("data-plane metrics cannot be registered")]
+    Metrics(#[source] prometheus::Error),
+    /// A worker ended by itself.
+    #[error("data-plane worker {worker} died: {reason}")]
+    Died {
+        /// Which worker.
+        worker: usize,
+        /// What it said.
+        reason: String,
+    },
+}
+
+/// How a local port fares.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ListenerState {
+    /// Connections are accepted.
+    Listening,
+    /// The port cannot be bound; the text says why. It is tried again every 5 s.
+    Failed(String),
+}
+
+/// Every local port into the mesh.
+pub type Listeners = BTreeMap<SocketAddr, ListenerState>;
+
+/// The data plane.
+#[derive(Debug)]
+pub struct Proxy;
+
+impl Proxy {
+    /// Starts one worker per socket.
+    ///
+    /// # Errors
+    /// [`ProxyError`]; the workers that had started are stopped.
+    pub fn start(params: ProxyParams<'_>) -> Result<ProxyHandle, ProxyError> {
+        let credentials = Arc::new(NodeCredentials(Arc::clone(&params.identity)));
+        Self::start_with(params, credentials)
+    }
+
+    fn start_with(params: ProxyParams<'_>, credentials: Arc<dyn Credentials>) -> Result<ProxyHandle, ProxyError> {
+        start(
+            StartParams {
+                sockets: params.sockets,
+                reset_key: params.reset_key,
+                snapshot: params.snapshot,
+                shared_http: params.shared_http,
+                stop: params.stop,
+                drain_timeout: params.drain_timeout,
+                credentials,
+            },
+            params.metrics,
+        )
+    }
+}
+
+/// [`ProxyParams`] with the seam that tests replace.
+struct StartParams {
+    sockets: Vec<std::net::UdpSocket>,
+    reset_key: [u8; 64],
+    snapshot: SnapshotReader,
+    shared_http: Option<SocketAddr>,
+    stop: CancellationToken,
+    drain_timeout: Duration,
+    credentials: Arc<dyn Credentials>,
+}
+
+fn start(params: StartParams, metrics: &Metrics) -> Result<ProxyHandle, ProxyError> {
+    let proxy_metrics = ProxyMetrics::register(metrics).map_err(ProxyError::Metrics)?;
+    let http_metrics = http::metrics::HttpMetrics::register(metrics).map_err(ProxyError::Metrics)?;
+    let listeners = Arc::new(watch::Sender::new(Listeners::new()));
+    let died = Arc::new(watch::Sender::new(None));
+    let drain = params.stop.child_token();
+    let workers = u8::try_from(params.sockets.len()).unwrap_or(u8::MAX);
+    let mut handle = ProxyHandle { threads: Vec::new(), drain, died: Arc::clone(&died), listeners };
+    for (index, socket) in (0..workers).zip(params.sockets) {
+        let setup = Setup {
+            socket,
+            lane: Lane::Worker { index, workers },
+            index: usize::from(index),
+            reset_key: params.reset_key,
+            credentials: Arc::clone(&params.credentials),
+            snapshot: params.snapshot.clone(),
+            shared_http: params.shared_http,
+            metrics: proxy_metrics.clone(),
+            http_metrics: http_metrics.clone(),
+            drain: handle.drain.clone(),
+            drain_timeout: params.drain_timeout,
+            listeners: Arc::clone(&handle.listeners),
+            died: Arc::clone(&died),
+        };
+        match worker::start(setup) {
+            Ok(thread) => handle.threads.push(thread),
+            Err(error) => {
+                handle.drain.cancel();
+                return Err(error);
+            }
+        }
+    }
+    Ok(handle)
+}
+
+/// Which worker died, and what it said.
+type Died = Option<(usize, String)>;
+
+/// Holds the workers. Dropping it leaves them to the `stop` token.
+#[derive(Debug)]
+pub struct ProxyHandle {
+    threads: Vec<JoinHandle<()>>,
+    drain: CancellationToken,
+    died: Arc<watch::Sender<Died>>,
+    listeners: Arc<watch::Sender<Listeners>>,
+}
+
+impl ProxyHandle {
+    /// Returns how the local ports fare, and wakes at each change.
+    pub fn listeners(&self) -> watch::Receiver<Listeners> {
+        self.listeners.subscribe()
+    }
+
+    /// Waits until a worker dies; never returns while all are well. The node then stops.
+    ///
+    /// # Cancel safety
+    /// Cancelling loses nothing.
+    pub async fn failed(&self) -> ProxyError {
+        let mut died = self.died.subscribe();
+        match died.wait_for(Option::is_some).await.map(|died| died.clone()) {
+            Ok(Some((worker, reason))) => ProxyError::Died { worker, reason },
+            _ => std::future::pending().await,
+        }
+    }
+
+    /// Stops accepting, lets what is open end until the drain timeout, closes the tunnels and joins the workers.
+    ///
+    /// # Cancel safety
+    /// Cancelling leaves the workers draining.
+    pub async fn shutdown(self) {
+        self.drain.cancel();
+        let threads = self.threads;
+        let join = move || threads.into_iter().for_each(|thread| drop(thread.join()));
+        let _runtime_is_going = tokio::task::spawn_blocking(join).await;
+    }
+}

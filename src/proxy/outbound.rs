@@ -1,0 +1,79 @@
+//! TCP from a local app into the mesh.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use tokio::net::TcpStream;
+use tracing::debug;
+
+use super::metrics::Reporter;
+use super::pick::Tried;
+use super::preamble::{StreamKind, StreamStatus};
+use super::relay::{self, CODE_RESET, Sending, Tcp};
+use super::worker::{Caller, OpenError, Opened, Worker};
+
+/// Attempts of one connection, over different instances.
+const ATTEMPTS_MAX: usize = 3;
+/// The destination connects its app within 3 s and answers.
+const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Carries `stream` to an instance of `caller.destination`; resets it if none can be had.
+pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream, caller: Caller) {
+    let edge = worker.edges.edge(Reporter::Source, caller.source.service(), &caller.destination);
+    let mut counted = edge.open();
+    let tcp = Tcp::new(stream);
+    match connect(&worker, &caller).await {
+        Ok((send, recv)) => {
+            let ending = relay::relay(tcp, send, recv, &*edge, relay::IDLE_TIMEOUT).await;
+            counted.ends(ending.flag());
+        }
+        Err(flag) => counted.ends(flag),
+    }
+}
+
+/// Returns a stream whose far end is connected, or the flag that says why there is none.
+async fn connect(worker: &Rc<Worker>, caller: &Caller) -> Result<(Sending, quinn::RecvStream), &'static str> {
+    let mut tried = Tried::default();
+    let mut flag = None;
+    for _ in 0..ATTEMPTS_MAX {
+        let opened = match worker.open(caller, StreamKind::Tcp, &mut tried).await {
+            Ok(opened) => opened,
+            Err(OpenError::Unreachable { node, reason }) => {
+                debug!(service = %caller.destination, %node, reason, "instance is unreachable");
+                flag = Some("UF");
+                continue;
+            }
+            Err(OpenError::UnknownService) => return Err("NR"),
+            Err(OpenError::NoInstance { .. }) => return Err(flag.unwrap_or("UH")),
+            Err(OpenError::Draining) => return Err("DR"),
+        };
+        match establish(opened).await {
+            Ok(streams) => return Ok(streams),
+            Err(Some(status)) if !status.may_retry() => return Err("RBAC"),
+            Err(status) => {
+                debug!(service = %caller.destination, ?status, "instance was not connected");
+                flag = Some("UF");
+            }
+        }
+    }
+    Err(flag.unwrap_or("UF"))
+}
+
+/// Sends the preamble and waits for the status: no byte of the app is at stake yet, so another attempt is safe.
+async fn establish(opened: Opened) -> Result<(Sending, quinn::RecvStream), Option<StreamStatus>> {
+    let Opened { send, mut recv, preamble, .. } = opened;
+    let mut send = Sending::new(send);
+    let mut byte = [0];
+    let exchange = async {
+        send.stream().write_chunk(preamble).await.ok()?;
+        recv.read_exact(&mut byte).await.ok()?;
+        StreamStatus::from_byte(u8::from_be_bytes(byte))
+    };
+    match tokio::time::timeout(STATUS_TIMEOUT, exchange).await.ok().flatten() {
+        Some(StreamStatus::Ok) => Ok((send, recv)),
+        status => {
+            let _gone = recv.stop(CODE_RESET);
+            Err(status)
+        }
+    }
+}

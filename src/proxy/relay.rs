@@ -1,0 +1,342 @@
+//! Carries one TCP connection over one QUIC stream.
+//!
+//! ```text
+//!   app ==TCP==> up:   readable -> allocate -> try_read -> write_chunk ==QUIC==>
+//!   app <==TCP== down: writev <- read_chunks                           <==QUIC==
+//! ```
+//!
+//! | one side       | the other side                                                       |
+//! |----------------|----------------------------------------------------------------------|
+//! | FIN            | `finish()`, and back; the other direction goes on                    |
+//! | RST            | RESET_STREAM and STOP_SENDING                                        |
+//! | RESET_STREAM   | nothing more is written; RST once the other direction has ended      |
+//! | STOP_SENDING   | nothing more is read; RST once the other direction has ended         |
+//! | lost tunnel    | RST                                                                  |
+//!
+//! Invariants: bytes arrive whole and in order, or the receiver sees a reset: a cut-off transfer never looks complete,
+//! even when the relay is dropped half-way; an idle connection holds no buffer.
+//! Not here: who may connect (`inbound`), where to (`worker`).
+
+use std::cell::Cell;
+use std::io;
+use std::net::Shutdown;
+use std::pin::pin;
+use std::time::Duration;
+
+use bytes::{Buf, Bytes, BytesMut};
+use quinn::{ReadError, RecvStream, SendStream, VarInt, WriteError};
+use tokio::io::Interest;
+use tokio::net::TcpStream;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::clock;
+
+/// First buffer of a direction: most requests fit.
+const BUFFER_BYTES_MIN: usize = 16 << 10;
+/// Largest buffer of a direction: 1.2x on bulk, and small transfers never get there (BENCH).
+const BUFFER_BYTES_MAX: usize = 256 << 10;
+/// Chunks taken from the stream per `writev`: 16 packets of GRO arrive together at most times.
+const CHUNKS: usize = 16;
+/// Silence in both directions after which a connection is reset.
+pub(crate) const IDLE_TIMEOUT: Duration = Duration::from_hours(1);
+/// Application code of RESET_STREAM and STOP_SENDING: the TCP connection was reset.
+pub(crate) const CODE_RESET: VarInt = VarInt::from_u32(1);
+
+/// How a relayed connection ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ending {
+    /// FIN both ways.
+    Clean,
+    /// One of the apps or tunnels reset it.
+    Reset,
+    /// Nothing moved for the idle timeout.
+    Idle,
+}
+
+impl Ending {
+    /// Returns the label `response_flags` (Envoy's letters).
+    pub(crate) fn flag(self) -> &'static str {
+        match self {
+            Self::Clean => "-",
+            Self::Reset => "UR",
+            Self::Idle => "SI",
+        }
+    }
+}
+
+/// Bytes of both directions, as they move. `up` runs from the TCP side into the stream.
+pub(crate) trait Count {
+    /// TCP to QUIC.
+    fn up(&self, bytes: u64);
+    /// QUIC to TCP.
+    fn down(&self, bytes: u64);
+}
+
+/// A TCP connection that ends in RST unless [`Tcp::close`] says that all is well.
+pub(crate) struct Tcp {
+    stream: TcpStream,
+    is_clean: bool,
+}
+
+impl Tcp {
+    /// Takes the connection over.
+    pub(crate) fn new(stream: TcpStream) -> Self {
+        Self { stream, is_clean: false }
+    }
+
+    /// Closes with FIN.
+    fn close(mut self) {
+        self.is_clean = true;
+    }
+}
+
+impl Drop for Tcp {
+    fn drop(&mut self) {
+        if !self.is_clean {
+            // With SO_LINGER 0, close sends an RST (tcp(7)); a socket that is gone needs none.
+            let _gone = socket2::SockRef::from(&self.stream).set_linger(Some(Duration::ZERO));
+        }
+    }
+}
+
+/// A sending half that is reset on drop: quinn alone would finish it, and a cut-off transfer would look complete.
+pub(crate) struct Sending {
+    stream: SendStream,
+    is_finished: bool,
+}
+
+impl Sending {
+    /// Takes the half over.
+    pub(crate) fn new(stream: SendStream) -> Self {
+        Self { stream, is_finished: false }
+    }
+
+    /// Returns the stream, to write a status.
+    pub(crate) fn stream(&mut self) -> &mut SendStream {
+        &mut self.stream
+    }
+
+    /// Says that all bytes were written.
+    pub(crate) fn finish(&mut self) {
+        self.is_finished = true;
+        // A stream that is stopped or lost has no end to announce.
+        let _gone = self.stream.finish();
+    }
+}
+
+impl Drop for Sending {
+    fn drop(&mut self) {
+        if !self.is_finished {
+            let _gone = self.stream.reset(CODE_RESET);
+        }
+    }
+}
+
+/// What both directions of one connection share.
+struct Shared<'a> {
+    tcp: &'a TcpStream,
+    /// The TCP connection is gone: both directions end.
+    tcp_lost: CancellationToken,
+    down_ended: CancellationToken,
+    moved_at: Cell<Instant>,
+}
+
+/// How one direction ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    Finished,
+    Aborted,
+}
+
+/// Relays until both directions have ended or nothing moved for `idle`.
+///
+/// # Cancel safety
+/// Cancelling resets both sides.
+pub(crate) async fn relay(tcp: Tcp, send: Sending, recv: RecvStream, count: &impl Count, idle: Duration) -> Ending {
+    let shared = Shared {
+        tcp: &tcp.stream,
+        tcp_lost: CancellationToken::new(),
+        down_ended: CancellationToken::new(),
+        moved_at: Cell::new(clock::now()),
+    };
+    let ways = async {
+        let down = async {
+            let way = down(&shared, recv, count).await;
+            if way == Way::Finished {
+                // The app may have gone meanwhile; `up` notices that.
+                let _gone = socket2::SockRef::from(shared.tcp).shutdown(Shutdown::Write);
+            }
+            shared.down_ended.cancel();
+            way
+        };
+        futures_util::future::join(up(&shared, send, count), down).await
+    };
+    let ending = tokio::select! {
+        ways = ways => match ways {
+            (Way::Finished, Way::Finished) => Ending::Clean,
+            _ => Ending::Reset,
+        },
+        () = silence(&shared, idle) => Ending::Idle,
+    };
+    if ending == Ending::Clean {
+        tcp.close();
+    }
+    ending
+}
+
+/// Returns when nothing has moved for `idle`.
+async fn silence(shared: &Shared<'_>, idle: Duration) {
+    loop {
+        let until = shared.moved_at.get() + idle;
+        if until <= clock::now() {
+            return;
+        }
+        tokio::time::sleep_until(until).await;
+    }
+}
+
+/// TCP to QUIC.
+async fn up(shared: &Shared<'_>, mut send: Sending, count: &impl Count) -> Way {
+    let mut stopped = pin!(send.stream.stopped());
+    let mut buffer_bytes = BUFFER_BYTES_MIN;
+    loop {
+        tokio::select! {
+            readable = shared.tcp.readable() => if readable.is_err() { return lost(shared) },
+            // The peer reads no more, or the tunnel is gone; `down` says which.
+            _ = &mut stopped => return Way::Aborted,
+            () = shared.tcp_lost.cancelled() => return Way::Aborted,
+        }
+        let mut buffer = BytesMut::with_capacity(buffer_bytes);
+        match shared.tcp.try_read_buf(&mut buffer) {
+            Ok(0) => {
+                send.finish();
+                return after_fin(shared).await;
+            }
+            Ok(bytes) => {
+                buffer_bytes = resized(buffer_bytes, bytes);
+                moved(shared, bytes, |bytes| count.up(bytes));
+                match write(shared, &mut send.stream, compact(buffer)).await {
+                    Ok(()) => {}
+                    Err(_stopped_or_lost) => return Way::Aborted,
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(_reset) => return lost(shared),
+        }
+    }
+}
+
+/// Writes to the stream, unless the app resets meanwhile.
+async fn write(shared: &Shared<'_>, send: &mut SendStream, bytes: Bytes) -> Result<(), WriteError> {
+    tokio::select! {
+        biased;
+        written = send.write_chunk(bytes) => written,
+        () = reset(shared.tcp) => {
+            shared.tcp_lost.cancel();
+            Err(WriteError::ClosedStream)
+        }
+        () = shared.tcp_lost.cancelled() => Err(WriteError::ClosedStream),
+    }
+}
+
+/// Waits after the app's FIN: it may still reset while the other direction runs, and only an error event tells.
+async fn after_fin(shared: &Shared<'_>) -> Way {
+    tokio::select! {
+        () = shared.down_ended.cancelled() => Way::Finished,
+        () = reset(shared.tcp) => lost(shared),
+    }
+}
+
+/// Waits until the TCP connection fails.
+async fn reset(tcp: &TcpStream) {
+    if tcp.ready(Interest::ERROR).await.is_ok_and(|ready| !ready.is_error()) {
+        std::future::pending::<()>().await;
+    }
+}
+
+/// QUIC to TCP.
+async fn down(shared: &Shared<'_>, mut recv: RecvStream, count: &impl Count) -> Way {
+    let mut chunks: [Bytes; CHUNKS] = std::array::from_fn(|_| Bytes::new());
+    loop {
+        let read = tokio::select! {
+            read = recv.read_chunks(&mut chunks) => read,
+            () = shared.tcp_lost.cancelled() => {
+                let _gone = recv.stop(CODE_RESET);
+                return Way::Aborted;
+            }
+        };
+        match read {
+            Ok(Some(filled)) => {
+                let Some(filled) = chunks.get_mut(..filled) else { continue };
+                let bytes = filled.iter().map(Bytes::len).sum();
+                if write_all(shared, filled).await.is_err() {
+                    let _gone = recv.stop(CODE_RESET);
+                    return lost(shared);
+                }
+                moved(shared, bytes, |bytes| count.down(bytes));
+            }
+            Ok(None) => return Way::Finished,
+            Err(ReadError::Reset(_)) => return Way::Aborted,
+            Err(_lost_tunnel) => {
+                shared.tcp_lost.cancel();
+                return Way::Aborted;
+            }
+        }
+    }
+}
+
+/// Writes every byte of `chunks` to the app and empties them.
+async fn write_all(shared: &Shared<'_>, chunks: &mut [Bytes]) -> io::Result<()> {
+    while chunks.iter().any(|chunk| !chunk.is_empty()) {
+        let mut slices = [io::IoSlice::new(&[]); CHUNKS];
+        for (slice, chunk) in slices.iter_mut().zip(chunks.iter().filter(|chunk| !chunk.is_empty())) {
+            *slice = io::IoSlice::new(chunk);
+        }
+        match shared.tcp.try_write_vectored(&slices) {
+            Ok(mut bytes) => {
+                for chunk in chunks.iter_mut() {
+                    let part = bytes.min(chunk.len());
+                    chunk.advance(part);
+                    bytes -= part;
+                }
+                shared.moved_at.set(clock::now());
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => tokio::select! {
+                writable = shared.tcp.writable() => writable?,
+                () = shared.tcp_lost.cancelled() => return Err(io::ErrorKind::ConnectionReset.into()),
+            },
+            Err(error) => return Err(error),
+        }
+    }
+    // An empty slice of a buffer still holds the buffer.
+    chunks.fill(Bytes::new());
+    Ok(())
+}
+
+/// Notes that the TCP connection is gone.
+fn lost(shared: &Shared<'_>) -> Way {
+    shared.tcp_lost.cancel();
+    Way::Aborted
+}
+
+fn moved(shared: &Shared<'_>, bytes: usize, count: impl FnOnce(u64)) {
+    shared.moved_at.set(clock::now());
+    count(u64::try_from(bytes).unwrap_or(u64::MAX));
+}
+
+/// Grows a buffer that was filled, shrinks one that was mostly empty.
+fn resized(buffer_bytes: usize, read_bytes: usize) -> usize {
+    if read_bytes >= buffer_bytes {
+        (buffer_bytes * 2).min(BUFFER_BYTES_MAX)
+    } else if read_bytes < buffer_bytes / 4 {
+        (buffer_bytes / 2).max(BUFFER_BYTES_MIN)
+    } else {
+        buffer_bytes
+    }
+}
+
+/// Copies a buffer that is mostly empty: quinn keeps what it is given until the peer has it.
+fn compact(buffer: BytesMut) -> Bytes {
+    if buffer.len() < buffer.capacity() / 8 { Bytes::copy_from_slice(&buffer) } else { buffer.freeze() }
+}

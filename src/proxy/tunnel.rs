@@ -1,0 +1,169 @@
+//! One worker's tunnels: QUIC connections to other nodes, one per (source service, destination node).
+//!
+//! ```text
+//!   key (source, node, address, generation) -> slot -> dialling, shared by all who ask -> open | failed, for a second
+//! ```
+//!
+//! Invariants: at most [`TUNNELS_MAX`] slots; a tunnel gets no new stream once its certificate has ended; streams
+//! outlive the slot, and quinn closes a connection when the slot and its streams are gone.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::time::Duration;
+
+use tokio::sync::OnceCell;
+use tokio::time::Instant;
+
+use super::metrics::ProxyMetrics;
+use crate::clock::{self, UnixSeconds};
+use crate::model::{Generation, NodeName, ServiceName};
+use crate::pki::PeerIdentity;
+use crate::transport::{ConnectError, Dialled, WorkerEndpoint};
+
+/// Slots of one worker: 35 KB each side, 36 MB in all (BENCH).
+const TUNNELS_MAX: usize = 1_024;
+/// A tunnel without a new stream for this long leaves the pool.
+const UNUSED_FOR: Duration = Duration::from_mins(5);
+/// A failed dial answers those who ask within this time, so that a dead node is not dialled per request.
+const FAILED_FOR: Duration = Duration::from_secs(1);
+/// A dial takes at most this long: two lost packets at 300 ms round trip, and time is left for another instance.
+const DIAL_TIMEOUT: Duration = Duration::from_secs(3);
+/// A certificate gets no new streams for this long before its end: clocks differ.
+const CERTIFICATE_MARGIN: Duration = Duration::from_secs(30);
+
+/// Which tunnel.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct TunnelKey {
+    /// Whose SVID it shows; none: the node's.
+    pub(crate) source: Option<ServiceName>,
+    /// Who is at the other end.
+    pub(crate) node: NodeName,
+    /// Where.
+    pub(crate) addr: SocketAddr,
+    /// Which life of the node: a restarted one is dialled anew.
+    pub(crate) generation: Generation,
+}
+
+/// An open tunnel.
+#[derive(Debug)]
+pub(crate) struct Tunnel {
+    pub(crate) connection: quinn::Connection,
+    pub(crate) peer: PeerIdentity,
+    not_after: UnixSeconds,
+    gauge: prometheus::IntGauge,
+}
+
+impl Tunnel {
+    fn is_usable(&self) -> bool {
+        let ends = self.not_after.min(self.peer.not_after);
+        self.connection.close_reason().is_none() && clock::wall().plus(CERTIFICATE_MARGIN) < ends
+    }
+}
+
+impl Drop for Tunnel {
+    fn drop(&mut self) {
+        self.gauge.dec();
+    }
+}
+
+#[derive(Debug)]
+struct Slot {
+    dialled: OnceCell<Result<Rc<Tunnel>, (ConnectError, Instant)>>,
+    used_at: Cell<Instant>,
+}
+
+impl Slot {
+    fn new() -> Rc<Self> {
+        Rc::new(Self { dialled: OnceCell::new(), used_at: Cell::new(clock::now()) })
+    }
+
+    /// Tells whether a new asker is served by this slot.
+    fn is_current(&self) -> bool {
+        match self.dialled.get() {
+            None => true,
+            Some(Ok(tunnel)) => tunnel.is_usable(),
+            Some(Err((_, at))) => clock::now() < *at + FAILED_FOR,
+        }
+    }
+}
+
+/// The pool.
+#[derive(Debug)]
+pub(crate) struct Tunnels {
+    slots: RefCell<HashMap<TunnelKey, Rc<Slot>>>,
+    metrics: ProxyMetrics,
+}
+
+impl Tunnels {
+    /// Holds nothing yet.
+    pub(crate) fn new(metrics: ProxyMetrics) -> Self {
+        Self { slots: RefCell::default(), metrics }
+    }
+
+    /// Returns the tunnel of `key`; dials it if there is none, together with all who ask meanwhile.
+    ///
+    /// # Cancel safety
+    /// Cancelling the one who dials lets the next who waits dial.
+    pub(crate) async fn get(&self, key: &TunnelKey, endpoint: &WorkerEndpoint) -> Result<Rc<Tunnel>, ConnectError> {
+        let slot = self.slot(key);
+        let dialled = slot.dialled.get_or_init(|| self.dial(key, endpoint)).await;
+        dialled.clone().map_err(|(error, _)| error)
+    }
+
+    /// Forgets `tunnel`, so that the next who asks dials anew.
+    pub(crate) fn forget(&self, key: &TunnelKey, tunnel: &Rc<Tunnel>) {
+        let mut slots = self.slots.borrow_mut();
+        let is_same = |slot: &Rc<Slot>| matches!(slot.dialled.get(), Some(Ok(held)) if Rc::ptr_eq(held, tunnel));
+        if slots.get(key).is_some_and(is_same) {
+            slots.remove(key);
+        }
+    }
+
+    /// Lets go of tunnels that nobody used lately and of old failures.
+    pub(crate) fn sweep(&self) {
+        let now = clock::now();
+        self.slots.borrow_mut().retain(|_, slot| {
+            slot.dialled.get().is_none() || (slot.is_current() && now < slot.used_at.get() + UNUSED_FOR)
+        });
+    }
+
+    /// Lets go of all.
+    pub(crate) fn clear(&self) {
+        self.slots.borrow_mut().clear();
+    }
+
+    fn slot(&self, key: &TunnelKey) -> Rc<Slot> {
+        let mut slots = self.slots.borrow_mut();
+        if let Some(slot) = slots.get(key).filter(|slot| slot.is_current()) {
+            slot.used_at.set(clock::now());
+            return Rc::clone(slot);
+        }
+        if slots.len() >= TUNNELS_MAX && !slots.contains_key(key) {
+            let oldest = slots.iter().min_by_key(|(_, slot)| slot.used_at.get()).map(|(key, _)| key.clone());
+            if let Some(oldest) = oldest {
+                slots.remove(&oldest);
+            }
+        }
+        let slot = Slot::new();
+        slots.insert(key.clone(), Rc::clone(&slot));
+        slot
+    }
+
+    async fn dial(&self, key: &TunnelKey, endpoint: &WorkerEndpoint) -> Result<Rc<Tunnel>, (ConnectError, Instant)> {
+        let dialled = endpoint.dial(key.addr, &key.node, key.source.as_ref(), DIAL_TIMEOUT).await;
+        match dialled {
+            Ok(Dialled { connection, peer, not_after }) => {
+                self.metrics.handshakes.with_label_values(&["dialer"]).inc();
+                let gauge = self.metrics.tunnels.with_label_values(&["dialer"]);
+                gauge.inc();
+                Ok(Rc::new(Tunnel { connection, peer, not_after, gauge }))
+            }
+            Err(error) => {
+                self.metrics.dial_failures.with_label_values(&[error.kind()]).inc();
+                Err((error, clock::now()))
+            }
+        }
+    }
+}

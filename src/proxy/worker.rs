@@ -1,0 +1,367 @@
+//! One data-plane worker: a thread, a current-thread runtime, and all that a request needs.
+
+use std::cell::{Cell, RefCell};
+use std::future::Future;
+use std::net::{SocketAddr, UdpSocket};
+use std::panic::AssertUnwindSafe;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::FutureExt;
+use tokio::sync::watch;
+use tokio::task::LocalSet;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{error, info, warn};
+
+use super::http::HttpState;
+use super::http::metrics::HttpMetrics;
+use super::metrics::{Edges, ProxyMetrics};
+use super::pick::{NoInstance, Picker, Tried};
+use super::preamble::{Preamble, StreamKind};
+use super::tunnel::{Tunnel, TunnelKey, Tunnels};
+use super::{Died, Listeners, ProxyError, inbound, listener};
+use crate::catalogue::{Instance, SnapshotReader};
+use crate::model::{NodeName, ServiceName};
+use crate::transport::{Credentials, Lane, WorkerEndpoint};
+
+/// Connections that one worker holds from local apps, and streams from peers: 5 KB each when idle (BENCH).
+pub(super) const CONNECTIONS_MAX: usize = 16_384;
+/// A tunnel that gives no stream within this time is full; another instance may do better.
+const STREAM_TIMEOUT: Duration = Duration::from_secs(3);
+/// How often unused tunnels are let go.
+const SWEEP: Duration = Duration::from_secs(30);
+/// Peers are told of the end within this time, or find out by themselves.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+/// Application code of a connection that ends because the agent stops.
+const CODE_STOPPING: u32 = 0;
+
+/// Whose SVID a tunnel shows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Source {
+    /// A registered service's.
+    Service(ServiceName),
+    /// The node's own.
+    Node,
+}
+
+impl Source {
+    /// Returns the service, if it is one.
+    pub(crate) fn service(&self) -> Option<&ServiceName> {
+        match self {
+            Self::Service(service) => Some(service),
+            Self::Node => None,
+        }
+    }
+}
+
+/// Who calls whom.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Caller {
+    /// The caller.
+    pub(crate) source: Source,
+    /// The called service.
+    pub(crate) destination: ServiceName,
+}
+
+/// Where a local connection leads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Route {
+    /// To one service.
+    Service(Caller),
+    /// To whatever each request's authority names.
+    ByHost,
+}
+
+/// A stream to an instance; nothing is sent yet.
+#[derive(Debug)]
+pub(crate) struct Opened {
+    /// Towards the instance.
+    pub(crate) send: quinn::SendStream,
+    /// From the instance.
+    pub(crate) recv: quinn::RecvStream,
+    /// Goes out before anything else, best in one write with the first data.
+    pub(crate) preamble: Bytes,
+    /// Who was picked.
+    pub(crate) instance: Arc<Instance>,
+}
+
+/// Why no stream came about.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum OpenError {
+    /// The catalogue has no such service.
+    UnknownService,
+    /// None of its instances may get the call.
+    NoInstance {
+        /// How many there are.
+        total: usize,
+        /// How many of them are critical.
+        critical: usize,
+    },
+    /// The instance's node cannot be reached; another instance may do better.
+    Unreachable {
+        /// Which node.
+        node: NodeName,
+        /// Why.
+        reason: String,
+    },
+    /// This agent stops.
+    Draining,
+}
+
+/// What a worker's thread is started with.
+pub(super) struct Setup {
+    pub(super) socket: UdpSocket,
+    pub(super) lane: Lane,
+    pub(super) index: usize,
+    pub(super) reset_key: [u8; 64],
+    pub(super) credentials: Arc<dyn Credentials>,
+    pub(super) snapshot: SnapshotReader,
+    pub(super) shared_http: Option<SocketAddr>,
+    pub(super) metrics: ProxyMetrics,
+    pub(super) http_metrics: HttpMetrics,
+    pub(super) drain: CancellationToken,
+    pub(super) drain_timeout: Duration,
+    pub(super) listeners: Arc<watch::Sender<Listeners>>,
+    pub(super) died: Arc<watch::Sender<Died>>,
+}
+
+/// Everything that a request needs. Lives on one thread.
+pub(crate) struct Worker {
+    pub(super) index: usize,
+    pub(super) endpoint: WorkerEndpoint,
+    pub(super) shared_http: Option<SocketAddr>,
+    pub(super) listeners: Arc<watch::Sender<Listeners>>,
+    pub(super) metrics: ProxyMetrics,
+    pub(super) edges: Edges,
+    /// The state of `proxy::http`.
+    pub(crate) http: HttpState,
+    /// Connections from local apps.
+    pub(super) connections: Rc<Cell<usize>>,
+    /// Streams from peers.
+    pub(super) streams: Rc<Cell<usize>>,
+    snapshot: SnapshotReader,
+    tunnels: Tunnels,
+    picker: RefCell<Picker>,
+    tasks: TaskTracker,
+    drain: CancellationToken,
+    closed: CancellationToken,
+}
+
+/// Starts a worker's thread and waits until its endpoint is up.
+pub(super) fn start(setup: Setup) -> Result<JoinHandle<()>, ProxyError> {
+    let worker = setup.index;
+    let (ready, started) = std::sync::mpsc::sync_channel(1);
+    let run = move || {
+        let (died, drain) = (Arc::clone(&setup.died), setup.drain.clone());
+        let ended = std::panic::catch_unwind(AssertUnwindSafe(|| thread(setup, &ready)));
+        let reason = match ended {
+            Ok(()) if drain.is_cancelled() => return,
+            Ok(()) => "it ended by itself",
+            Err(_panic) => "it panicked",
+        };
+        died.send_replace(Some((worker, reason.to_owned())));
+    };
+    let thread = std::thread::Builder::new().name(format!("weft-worker-{worker}")).spawn(run);
+    let thread = thread.map_err(|source| ProxyError::Thread { worker, source })?;
+    match started.recv() {
+        Ok(Ok(())) => Ok(thread),
+        Ok(Err(error)) => Err(error),
+        Err(_gone) => Err(ProxyError::Died { worker, reason: "it panicked at its start".to_owned() }),
+    }
+}
+
+type Ready = std::sync::mpsc::SyncSender<Result<(), ProxyError>>;
+
+fn thread(setup: Setup, ready: &Ready) {
+    let worker = setup.index;
+    // The starter waits for exactly one message, so a send cannot block, and fails only if the starter is gone.
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(source) => return drop(ready.send(Err(ProxyError::Thread { worker, source }))),
+    };
+    LocalSet::new().block_on(&runtime, async {
+        let drain_timeout = setup.drain_timeout;
+        match Worker::new(setup) {
+            Ok(worker) => {
+                let _starter_is_gone = ready.send(Ok(()));
+                Rc::new(worker).run(drain_timeout).await;
+            }
+            Err(source) => drop(ready.send(Err(ProxyError::Endpoint { worker, source }))),
+        }
+    });
+}
+
+impl Worker {
+    fn new(setup: Setup) -> Result<Self, crate::transport::BindError> {
+        let endpoint = WorkerEndpoint::new(setup.socket, setup.lane, &setup.reset_key, setup.credentials)?;
+        Ok(Self {
+            index: setup.index,
+            endpoint,
+            shared_http: setup.shared_http,
+            listeners: setup.listeners,
+            edges: Edges::new(setup.metrics.clone()),
+            http: HttpState::new(setup.http_metrics),
+            connections: Rc::default(),
+            streams: Rc::default(),
+            snapshot: setup.snapshot,
+            tunnels: Tunnels::new(setup.metrics.clone()),
+            metrics: setup.metrics,
+            picker: RefCell::default(),
+            tasks: TaskTracker::new(),
+            drain: setup.drain,
+            closed: CancellationToken::new(),
+        })
+    }
+
+    /// Serves until the drain is over. The loops run here: a panic of one is the worker's end.
+    async fn run(self: Rc<Self>, drain_timeout: Duration) {
+        let sweep = async {
+            loop {
+                tokio::time::sleep(SWEEP).await;
+                self.tunnels.sweep();
+            }
+        };
+        let drained = async {
+            self.drain.cancelled().await;
+            self.http.drain();
+            self.tasks.close();
+            if tokio::time::timeout(drain_timeout, self.tasks.wait()).await.is_err() {
+                info!(worker = self.index, open = self.tasks.len(), "drain timeout: cutting what is open");
+            }
+        };
+        tokio::select! {
+            () = drained => {}
+            () = async { tokio::join!(listener::run(&self), inbound::run(&self), sweep); } => {}
+        }
+        self.closed.cancel();
+        self.tunnels.clear();
+        let close = self.endpoint.close(CODE_STOPPING.into(), "agent stops");
+        let _peers_find_out = tokio::time::timeout(CLOSE_TIMEOUT, close).await;
+    }
+
+    /// Opens a stream to an instance of `caller.destination` that `tried` does not hold, and adds it there.
+    ///
+    /// After [`OpenError::Unreachable`], and after a status that allows it, the caller may ask again.
+    ///
+    /// # Cancel safety
+    /// Cancelling leaves at most an unused stream, which is reset.
+    pub(crate) async fn open(
+        self: &Rc<Self>,
+        caller: &Caller,
+        kind: StreamKind,
+        tried: &mut Tried,
+    ) -> Result<Opened, OpenError> {
+        if self.closed.is_cancelled() {
+            return Err(OpenError::Draining);
+        }
+        let service = self.snapshot.peek().services.get(&caller.destination).cloned();
+        let service = service.ok_or(OpenError::UnknownService)?;
+        let picked = self.picker.borrow_mut().pick(&service, tried);
+        let instance = picked.map_err(|NoInstance { total, critical }| OpenError::NoInstance { total, critical })?;
+        tried.add(&instance);
+        let node = &instance.node.info;
+        let unreachable = |reason| OpenError::Unreachable { node: node.name.clone(), reason };
+        let key = TunnelKey {
+            source: caller.source.service().cloned(),
+            node: node.name.clone(),
+            addr: node.mesh_addr,
+            generation: instance.node.generation,
+        };
+        let (send, recv) = self.stream(&key, &caller.destination).await.map_err(unreachable)?;
+        let preamble =
+            Preamble { kind, instance: instance.record.id.clone(), service: caller.destination.clone() }.encode();
+        Ok(Opened { send, recv, preamble, instance })
+    }
+
+    /// Opens a stream on the tunnel of `key`; a tunnel that turns out to be lost is dialled once more.
+    async fn stream(
+        &self,
+        key: &TunnelKey,
+        destination: &ServiceName,
+    ) -> Result<(quinn::SendStream, quinn::RecvStream), String> {
+        let mut tunnel = self.tunnel(key, destination).await?;
+        let opened = tokio::time::timeout(STREAM_TIMEOUT, tunnel.connection.open_bi()).await;
+        match opened {
+            Ok(Ok(streams)) => return Ok(streams),
+            Ok(Err(_lost)) => self.tunnels.forget(key, &tunnel),
+            Err(_full) => return Err(format!("the tunnel to {} has no free stream", key.node)),
+        }
+        tunnel = self.tunnel(key, destination).await?;
+        let opened = tokio::time::timeout(STREAM_TIMEOUT, tunnel.connection.open_bi()).await;
+        match opened {
+            Ok(streams) => streams.map_err(|error| error.to_string()),
+            Err(_full) => Err(format!("the tunnel to {} has no free stream", key.node)),
+        }
+    }
+
+    /// Returns a tunnel to a node that may serve `destination`.
+    async fn tunnel(&self, key: &TunnelKey, destination: &ServiceName) -> Result<Rc<Tunnel>, String> {
+        let tunnel = self.tunnels.get(key, &self.endpoint).await.map_err(|error| error.to_string())?;
+        let scope = &tunnel.peer.scope;
+        if !scope.covers(destination.as_str()) {
+            warn!(node = %key.node, %scope, service = %destination, "node announces a service outside its scope");
+            return Err(format!("{} may not serve {destination}: its scope is `{scope}`", key.node));
+        }
+        Ok(tunnel)
+    }
+
+    /// Returns the catalogue.
+    pub(crate) fn snapshot(&self) -> &SnapshotReader {
+        &self.snapshot
+    }
+
+    /// Runs a task on this worker's thread until the end of the drain; a panic ends that task alone.
+    pub(crate) fn spawn(&self, future: impl Future<Output = ()> + 'static) {
+        let panics = self.metrics.panics.clone();
+        let closed = self.closed.clone();
+        self.tasks.spawn_local(async move {
+            let guarded = AssertUnwindSafe(future).catch_unwind();
+            tokio::select! {
+                biased;
+                ended = guarded => if ended.is_err() {
+                    panics.inc();
+                    error!("a connection's task panicked; the worker goes on");
+                },
+                () = closed.cancelled() => {}
+            }
+        });
+    }
+
+    /// Tells whether the agent drains.
+    pub(crate) fn stopping(&self) -> bool {
+        self.drain.is_cancelled()
+    }
+
+    /// Waits until the agent drains.
+    pub(super) async fn drains(&self) {
+        self.drain.cancelled().await;
+    }
+
+    /// Waits until the drain is over.
+    pub(super) async fn closes(&self) {
+        self.closed.cancelled().await;
+    }
+}
+
+/// Counts something while it lives; a count has a bound.
+pub(super) struct Slot(Rc<Cell<usize>>);
+
+impl Slot {
+    /// Takes one of `most`; none if all are taken.
+    pub(super) fn take(count: &Rc<Cell<usize>>, most: usize) -> Option<Self> {
+        (count.get() < most).then(|| {
+            count.set(count.get() + 1);
+            Self(Rc::clone(count))
+        })
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.0.set(self.0.get().saturating_sub(1));
+    }
+}

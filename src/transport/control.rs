@@ -1,0 +1,212 @@
+//! The control endpoint: gossip and join, on the control runtime.
+
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use tokio::sync::Mutex;
+use tokio::task::JoinSet;
+use tracing::{debug, warn};
+
+use super::bind::BindError;
+use super::credentials::{Credentials, NodeCredentials, peer_of};
+use super::error::ConnectError;
+use super::steer::{self, Lane};
+use super::tune::{self, HANDSHAKE_TIMEOUT, HANDSHAKES_MAX, RETRY_FROM};
+use super::worker::{connect, start, verified};
+use crate::model::NodeName;
+use crate::pki::{Identity, PeerIdentity, Plane};
+
+/// Application code of a connection that is closed because its peer is unknown.
+const UNVERIFIED: u32 = 1;
+
+/// A connection that a peer opened to the control socket.
+#[derive(Debug)]
+pub struct Accepted {
+    /// Gossip or Join.
+    pub plane: Plane,
+    /// The connection, its handshake done.
+    pub connection: quinn::Connection,
+    /// Verified; none on the join plane.
+    pub peer: Option<PeerIdentity>,
+}
+
+/// What became of the attempts to connect to the control endpoint.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ControlCounts {
+    /// Handed to the caller of [`ControlTransport::accept`].
+    pub accepted: u64,
+    /// Failed in the handshake, or took too long.
+    pub failed: u64,
+    /// Closed because the peer did not verify.
+    pub unverified: u64,
+}
+
+/// The control endpoint: gossip and join. Lives on the control runtime. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct ControlTransport {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    endpoint: quinn::Endpoint,
+    credentials: Arc<dyn Credentials>,
+    /// The TLS side of newcomers, who have no certificate yet; others get the endpoint's own.
+    join: Arc<quinn::ServerConfig>,
+    handshakes: Mutex<JoinSet<Option<Accepted>>>,
+    accepted: AtomicU64,
+    failed: AtomicU64,
+    unverified: AtomicU64,
+}
+
+impl ControlTransport {
+    /// Starts the endpoint on `socket`, on the current runtime.
+    ///
+    /// # Errors
+    /// If TLS cannot be prepared or the runtime refuses the socket.
+    pub fn new(socket: UdpSocket, identity: Arc<Identity>, reset_key: [u8; 64]) -> Result<Self, BindError> {
+        Self::with(socket, Arc::new(NodeCredentials(identity)), &reset_key)
+    }
+
+    pub(super) fn with(
+        socket: UdpSocket,
+        credentials: Arc<dyn Credentials>,
+        reset_key: &[u8; 64],
+    ) -> Result<Self, BindError> {
+        let server = |addr, plane| {
+            let tls = credentials.server(plane).and_then(|tls| tune::server(plane, tls));
+            tls.map_err(|reason| BindError::Tls { addr, reason })
+        };
+        let mut join = None;
+        let endpoint = start(socket, Lane::Control, reset_key, |addr| {
+            join = Some(server(addr, Plane::Join)?);
+            server(addr, Plane::Gossip)
+        })?;
+        let join = Arc::new(join.expect("an endpoint that started has made its configuration"));
+        Ok(Self {
+            shared: Arc::new(Shared {
+                endpoint,
+                credentials,
+                join,
+                handshakes: Mutex::default(),
+                accepted: AtomicU64::new(0),
+                failed: AtomicU64::new(0),
+                unverified: AtomicU64::new(0),
+            }),
+        })
+    }
+
+    /// Dials `addr` for gossip; with `expect` only that node will do.
+    ///
+    /// The peer checks this side's certificate after this returns: a refusal shows at the first use.
+    ///
+    /// # Errors
+    /// [`ConnectError`], after 10 s at most.
+    ///
+    /// # Cancel safety
+    /// Cancelling gives the attempt up.
+    pub async fn connect(
+        &self,
+        addr: SocketAddr,
+        expect: Option<NodeName>,
+    ) -> Result<(quinn::Connection, PeerIdentity), ConnectError> {
+        let local = |reason| ConnectError::Local { addr, reason };
+        let credentials = &*self.shared.credentials;
+        let tls = credentials.client(Plane::Gossip, None, expect.clone()).map_err(local)?;
+        let config = tune::client(Plane::Gossip, tls.config).map_err(local)?;
+        let connection = connect(&self.shared.endpoint, config, addr, HANDSHAKE_TIMEOUT).await?;
+        let peer = verified(credentials, &connection, addr, expect.as_ref())?;
+        Ok((connection, peer))
+    }
+
+    /// Waits for the next peer; handshakes run side by side, bounded. None when closed.
+    ///
+    /// Attempts are taken in only while somebody waits here.
+    ///
+    /// # Cancel safety
+    /// Cancelling loses nothing: handshakes go on and are handed out by the next call.
+    pub async fn accept(&self) -> Option<Accepted> {
+        let mut handshakes = self.shared.handshakes.lock().await;
+        loop {
+            let has_room = handshakes.len() < HANDSHAKES_MAX;
+            tokio::select! {
+                Some(ended) = handshakes.join_next() => {
+                    if let Ok(Some(accepted)) = ended {
+                        self.shared.accepted.fetch_add(1, Ordering::Relaxed);
+                        return Some(accepted);
+                    }
+                }
+                incoming = self.shared.endpoint.accept(), if has_room => {
+                    let incoming = incoming?;
+                    if handshakes.len() >= RETRY_FROM && !incoming.remote_address_validated() && incoming.may_retry() {
+                        let _cannot_fail_when_retry_is_allowed = incoming.retry();
+                        continue;
+                    }
+                    handshakes.spawn(Arc::clone(&self.shared).handshake(incoming));
+                }
+            }
+        }
+    }
+
+    /// Returns what became of the attempts so far.
+    pub fn counts(&self) -> ControlCounts {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let shared = &self.shared;
+        ControlCounts {
+            accepted: read(&shared.accepted),
+            failed: read(&shared.failed),
+            unverified: read(&shared.unverified),
+        }
+    }
+
+    /// Closes everything at once with a reason.
+    pub fn close(&self, reason: &str) {
+        self.shared.endpoint.close(0_u32.into(), reason.as_bytes());
+    }
+
+    /// Waits until the peers were told of [`ControlTransport::close`].
+    pub async fn wait_idle(&self) {
+        self.shared.endpoint.wait_idle().await;
+    }
+}
+
+impl Shared {
+    /// Finishes one attempt; none if it came to nothing.
+    async fn handshake(self: Arc<Self>, incoming: quinn::Incoming) -> Option<Accepted> {
+        let from = incoming.remote_address();
+        let plane = steer::control_plane(&incoming.orig_dst_cid());
+        let begun = match plane {
+            Plane::Join => incoming.accept_with(Arc::clone(&self.join)),
+            Plane::Gossip | Plane::Tunnel => incoming.accept(),
+        };
+        let connection = match begun {
+            Ok(connecting) => tokio::time::timeout(HANDSHAKE_TIMEOUT, connecting).await,
+            Err(error) => Ok(Err(error)),
+        };
+        let error = match connection {
+            Ok(Ok(connection)) => return self.admit(plane, from, connection),
+            Ok(Err(error)) => error.to_string(),
+            Err(late) => late.to_string(),
+        };
+        self.failed.fetch_add(1, Ordering::Relaxed);
+        debug!(%from, ?plane, error, "peer did not connect");
+        None
+    }
+
+    /// Hands out a connection whose peer verifies; newcomers have nothing to verify yet.
+    fn admit(&self, plane: Plane, from: SocketAddr, connection: quinn::Connection) -> Option<Accepted> {
+        if plane == Plane::Join {
+            return Some(Accepted { plane, connection, peer: None });
+        }
+        match peer_of(&*self.credentials, &connection) {
+            Ok(peer) => Some(Accepted { plane, connection, peer: Some(peer) }),
+            Err(error) => {
+                self.unverified.fetch_add(1, Ordering::Relaxed);
+                warn!(%from, error, "closing a gossip connection whose peer does not verify");
+                connection.close(UNVERIFIED.into(), b"peer is not verified");
+                None
+            }
+        }
+    }
+}

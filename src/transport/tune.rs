@@ -1,0 +1,121 @@
+//! How the endpoints are tuned; the figures stand in BENCH.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+use quinn::{ClientConfig, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, ServerConfig, TransportConfig, VarInt};
+
+use super::steer::{self, Lane, SteeringIds};
+use crate::pki::Plane;
+
+/// Streams that a caller may have open on a fresh tunnel: quinn pays for each at the handshake (100: 35 KB, 0.4 ms;
+/// 1,000: 165 KB). A busy tunnel is given more while it lives ([`TUNNEL_STREAMS_MAX`]).
+pub(crate) const TUNNEL_STREAMS: u32 = 100;
+/// Streams that one tunnel grows to at most: the connections that one worker accepts.
+pub(crate) const TUNNEL_STREAMS_MAX: u32 = 16_384;
+/// Streams of each kind on a gossip connection: eight syncs at once and room for pulls.
+const GOSSIP_STREAMS: u32 = 32;
+/// Streams on a join connection: one exchange and its repetition.
+const JOIN_STREAMS: u32 = 4;
+/// One stream's window: with 4 MiB of socket buffer it fills a LAN's bandwidth-delay product; more only costs memory.
+const STREAM_WINDOW_BYTES: u32 = 4 << 20;
+/// A connection's window: four streams at full speed; it bounds what one peer can make a worker hold.
+const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
+/// Upper bound of MTU discovery. quinn sends 10 segments per GSO call: above 6,553 bytes a call passes 64 KiB, fails,
+/// and the MTU falls to 1,200.
+const MTU_BOUND_BYTES: u16 = 6_500;
+/// Keeps the mapping in a stateful firewall (30 s in the strictest) while a tunnel is open.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
+/// Silence after which a tunnel is given up: four keep-alives.
+const TUNNEL_IDLE: Duration = Duration::from_mins(1);
+/// Silence after which a gossip or join connection is given up; it costs one handshake to have it back.
+const CONTROL_IDLE: Duration = Duration::from_secs(30);
+/// Datagrams that wait for the owner task, in bytes: about 200 packets.
+const DATAGRAM_BUFFER_BYTES: usize = 256 << 10;
+/// Connection attempts that wait to be accepted, per endpoint; quinn refuses the next.
+const INCOMING_MAX: usize = 1_024;
+/// What waiting attempts may hold together, in bytes.
+const INCOMING_BYTES: u64 = 4 << 20;
+/// Handshakes that one endpoint runs at once: 256 take a tenth of a second of one core.
+pub(crate) const HANDSHAKES_MAX: usize = 256;
+/// From this many running handshakes on a newcomer proves its address first (RFC 9000 §8.1.2).
+pub(crate) const RETRY_FROM: usize = 64;
+/// A handshake takes at most this long.
+pub(crate) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Which side of a connection is tuned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Role {
+    Dialer,
+    Listener,
+}
+
+/// Configures the endpoint of `lane`.
+pub(super) fn endpoint(reset_key: &[u8; 64], lane: Lane) -> EndpointConfig {
+    let key = aws_lc_rs::hmac::Key::new(aws_lc_rs::hmac::HMAC_SHA256, reset_key);
+    let mut config = EndpointConfig::new(Arc::new(key));
+    config.cid_generator(move || Box::new(SteeringIds(lane)));
+    if let Lane::Worker { .. } = lane {
+        config.max_udp_payload_size(MTU_BOUND_BYTES).expect("the bound lies within 1,200 and 65,527");
+    }
+    config
+}
+
+/// Configures the accepting side of `plane`.
+///
+/// # Errors
+/// If the TLS configuration has no cipher suite for QUIC's first packets.
+pub(crate) fn server(plane: Plane, tls: Arc<rustls::ServerConfig>) -> Result<ServerConfig, String> {
+    let crypto = QuicServerConfig::try_from(tls).map_err(|error| error.to_string())?;
+    let mut config = ServerConfig::with_crypto(Arc::new(crypto));
+    config.transport_config(transport(plane, Role::Listener));
+    config.migration(true).max_incoming(INCOMING_MAX).incoming_buffer_size_total(INCOMING_BYTES);
+    Ok(config)
+}
+
+/// Configures the dialing side of `plane`: its first datagram leads to the socket that serves the plane.
+///
+/// A dialer that does not use this (its first connection id is steered elsewhere) meets the wrong TLS side.
+///
+/// # Errors
+/// If the TLS configuration has no cipher suite for QUIC's first packets.
+pub fn client(plane: Plane, tls: Arc<rustls::ClientConfig>) -> Result<ClientConfig, String> {
+    let crypto = QuicClientConfig::try_from(tls).map_err(|error| error.to_string())?;
+    let mut config = ClientConfig::new(Arc::new(crypto));
+    config.transport_config(transport(plane, Role::Dialer));
+    config.initial_dst_cid_provider(Arc::new(move || steer::first_id(plane)));
+    Ok(config)
+}
+
+fn transport(plane: Plane, role: Role) -> Arc<TransportConfig> {
+    let mut config = TransportConfig::default();
+    let idle = |limit: Duration| IdleTimeout::try_from(limit).expect("a minute fits the wire's milliseconds");
+    config.stream_receive_window(STREAM_WINDOW_BYTES.into());
+    config.receive_window(CONNECTION_WINDOW_BYTES.into());
+    config.send_window(CONNECTION_WINDOW_BYTES.into());
+    config.enable_segmentation_offload(true);
+    match plane {
+        Plane::Tunnel => {
+            // Only the caller opens streams.
+            let streams = if role == Role::Listener { TUNNEL_STREAMS } else { 0 };
+            config.max_concurrent_bidi_streams(streams.into()).max_concurrent_uni_streams(VarInt::from_u32(0));
+            config.datagram_receive_buffer_size(None).max_idle_timeout(Some(idle(TUNNEL_IDLE)));
+            // The caller alone knows which tunnels it keeps.
+            config.keep_alive_interval((role == Role::Dialer).then_some(KEEP_ALIVE));
+            let mut discovery = MtuDiscoveryConfig::default();
+            discovery.upper_bound(MTU_BOUND_BYTES);
+            config.mtu_discovery_config(Some(discovery));
+        }
+        Plane::Gossip => {
+            config.max_concurrent_bidi_streams(GOSSIP_STREAMS.into()).max_concurrent_uni_streams(GOSSIP_STREAMS.into());
+            config.datagram_receive_buffer_size(Some(DATAGRAM_BUFFER_BYTES));
+            config.datagram_send_buffer_size(DATAGRAM_BUFFER_BYTES).max_idle_timeout(Some(idle(CONTROL_IDLE)));
+        }
+        Plane::Join => {
+            config.max_concurrent_bidi_streams(JOIN_STREAMS.into()).max_concurrent_uni_streams(VarInt::from_u32(0));
+            config.datagram_receive_buffer_size(None).max_idle_timeout(Some(idle(CONTROL_IDLE)));
+        }
+    }
+    Arc::new(config)
+}

@@ -1,0 +1,130 @@
+//! The QUIC endpoint of one data-plane worker.
+
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::bind::BindError;
+use super::credentials::{Credentials, peer_of};
+use super::error::ConnectError;
+use super::steer::Lane;
+use super::tune;
+use crate::clock::UnixSeconds;
+use crate::model::{NodeName, ServiceName};
+use crate::pki::{PeerIdentity, Plane};
+
+/// SNI of every connection; names are checked by SPIFFE id, never by this.
+pub(super) const SERVER_NAME: &str = "mesh.weft";
+
+/// A tunnel that was dialled.
+#[derive(Debug)]
+pub(crate) struct Dialled {
+    pub(crate) connection: quinn::Connection,
+    pub(crate) peer: PeerIdentity,
+    /// End of the certificate that this side showed.
+    pub(crate) not_after: UnixSeconds,
+}
+
+/// A worker's endpoint: accepts tunnels and dials them from the one mesh port.
+#[derive(Debug)]
+pub(crate) struct WorkerEndpoint {
+    endpoint: quinn::Endpoint,
+    credentials: Arc<dyn Credentials>,
+}
+
+impl WorkerEndpoint {
+    /// Starts the endpoint on `socket`, on the current runtime.
+    pub(crate) fn new(
+        socket: UdpSocket,
+        lane: Lane,
+        reset_key: &[u8; 64],
+        credentials: Arc<dyn Credentials>,
+    ) -> Result<Self, BindError> {
+        let server = |addr| {
+            let tls = credentials.server(Plane::Tunnel).and_then(|tls| tune::server(Plane::Tunnel, tls));
+            tls.map_err(|reason| BindError::Tls { addr, reason })
+        };
+        let endpoint = start(socket, lane, reset_key, server)?;
+        Ok(Self { endpoint, credentials })
+    }
+
+    /// Waits for the next attempt to connect; none when closed.
+    pub(crate) async fn accept(&self) -> Option<quinn::Incoming> {
+        self.endpoint.accept().await
+    }
+
+    /// Dials `node` at `addr`, speaking as `source` or, where that is none, as this node.
+    pub(crate) async fn dial(
+        &self,
+        addr: SocketAddr,
+        node: &NodeName,
+        source: Option<&ServiceName>,
+        limit: Duration,
+    ) -> Result<Dialled, ConnectError> {
+        let local = |reason| ConnectError::Local { addr, reason };
+        let tls = self.credentials.client(Plane::Tunnel, source, Some(node.clone())).map_err(local)?;
+        let config = tune::client(Plane::Tunnel, tls.config).map_err(local)?;
+        let connection = connect(&self.endpoint, config, addr, limit).await?;
+        let peer = verified(&*self.credentials, &connection, addr, Some(node))?;
+        Ok(Dialled { connection, peer, not_after: tls.not_after })
+    }
+
+    /// Tells who the peer of an accepted connection is.
+    pub(crate) fn peer(&self, connection: &quinn::Connection) -> Result<PeerIdentity, String> {
+        peer_of(&*self.credentials, connection)
+    }
+
+    /// Closes every connection and waits until the peers were told.
+    pub(crate) async fn close(&self, code: quinn::VarInt, reason: &str) {
+        self.endpoint.close(code, reason.as_bytes());
+        self.endpoint.wait_idle().await;
+    }
+}
+
+/// Starts an endpoint on the current runtime.
+pub(super) fn start(
+    socket: UdpSocket,
+    lane: Lane,
+    reset_key: &[u8; 64],
+    server: impl FnOnce(SocketAddr) -> Result<quinn::ServerConfig, BindError>,
+) -> Result<quinn::Endpoint, BindError> {
+    let unknown = SocketAddr::from(([0, 0, 0, 0], 0));
+    let addr = socket.local_addr().map_err(|source| BindError::Refused { addr: unknown, source })?;
+    let server = server(addr)?;
+    let config = tune::endpoint(reset_key, lane);
+    quinn::Endpoint::new(config, Some(server), socket, Arc::new(quinn::TokioRuntime))
+        .map_err(|source| BindError::Refused { addr, source })
+}
+
+/// Dials `addr`; the handshake takes at most `limit`.
+pub(super) async fn connect(
+    endpoint: &quinn::Endpoint,
+    config: quinn::ClientConfig,
+    addr: SocketAddr,
+    limit: Duration,
+) -> Result<quinn::Connection, ConnectError> {
+    let connecting = endpoint
+        .connect_with(config, addr, SERVER_NAME)
+        .map_err(|error| ConnectError::Local { addr, reason: error.to_string() })?;
+    match tokio::time::timeout(limit, connecting).await {
+        Ok(Ok(connection)) => Ok(connection),
+        Ok(Err(error)) => Err(ConnectError::from_quic(addr, &error)),
+        Err(_elapsed) => Err(ConnectError::NoAnswer { addr }),
+    }
+}
+
+/// Checks again who answered; with `expect` only that node will do.
+pub(super) fn verified(
+    credentials: &dyn Credentials,
+    connection: &quinn::Connection,
+    addr: SocketAddr,
+    expect: Option<&NodeName>,
+) -> Result<PeerIdentity, ConnectError> {
+    let peer = peer_of(credentials, connection).map_err(|reason| ConnectError::Tls { addr, reason })?;
+    match expect {
+        Some(wanted) if *wanted != peer.node => {
+            Err(ConnectError::WrongNode { addr, wanted: wanted.clone(), found: peer.node })
+        }
+        _ => Ok(peer),
+    }
+}
