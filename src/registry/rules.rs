@@ -35,10 +35,7 @@ pub(super) fn in_scope(service: &ServiceDefinition, scope: &ServeScope) -> Resul
 }
 
 /// Holds all services and the checks that stand alone against each other.
-pub(super) fn hold_together(
-    services: &[&ServiceDefinition],
-    alone: &[&CheckDefinition],
-) -> Result<(), RegistryError> {
+pub(super) fn hold_together(services: &[&ServiceDefinition], alone: &[&CheckDefinition]) -> Result<(), RegistryError> {
     check_ids_are_unique(services, alone)?;
     upstreams_do_not_collide(services)?;
     sizes_are_bounded(services, alone)

@@ -105,9 +105,8 @@ impl Task {
         commands: mpsc::Receiver<Command>,
     ) -> Result<Self, RegistryStartError> {
         let metrics = RegistryMetrics::new(&params.metrics).map_err(RegistryStartError::Metrics)?;
-        let loaded = blocking(params.store.clone(), |store| {
-            Ok((store.services()?, store.checks()?, store.check_statuses()?))
-        });
+        let loaded =
+            blocking(params.store.clone(), |store| Ok((store.services()?, store.checks()?, store.check_statuses()?)));
         let (services, checks, statuses) = loaded.await.map_err(RegistryStartError::Store)?;
         let (runners, reports) = Runners::new(metrics.clone());
         let mut task = Self {
@@ -256,7 +255,8 @@ impl Task {
             return Err(RegistryError::UnknownService { id: id.to_string() });
         }
         let of_this = |check: &&HeldCheck| check.shown.definition.service.as_ref() == Some(id);
-        let checks: Vec<_> = self.checks.values().filter(of_this).map(|check| check.shown.definition.id.clone()).collect();
+        let checks: Vec<_> =
+            self.checks.values().filter(of_this).map(|check| check.shown.definition.id.clone()).collect();
         let (stored_id, stored_checks) = (id.clone(), checks.clone());
         self.on_disk(move |store| store.forget_service(&stored_id, &stored_checks)).await?;
         for check in &checks {
@@ -556,11 +556,8 @@ impl Task {
 
     async fn write_statuses(&mut self) {
         self.write_at = None;
-        let statuses: Vec<_> = self
-            .unwritten
-            .iter()
-            .filter_map(|id| Some((id.clone(), self.checks.get(id)?.state.status())))
-            .collect();
+        let statuses: Vec<_> =
+            self.unwritten.iter().filter_map(|id| Some((id.clone(), self.checks.get(id)?.state.status()))).collect();
         if statuses.is_empty() {
             return;
         }
@@ -621,8 +618,7 @@ fn publication(state: &LocalState) -> Publication {
         // A service without a port only calls; there is nothing to relay to.
         if definition.app_addr.port() > 0 {
             let (service, protocol) = (record.name.clone(), record.protocol);
-            view.instances
-                .insert(id.clone(), LocalInstance { service, app_addr: definition.app_addr, protocol });
+            view.instances.insert(id.clone(), LocalInstance { service, app_addr: definition.app_addr, protocol });
         }
     }
     for (id, check) in &state.checks {

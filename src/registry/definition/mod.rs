@@ -198,3 +198,6 @@ impl Probe {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -176,11 +176,7 @@ fn check_fields<'a>(fields: &mut Fields<'a>) -> Result<Vec<Field<'a>>, Definitio
 }
 
 /// Resolves ids: `service:<id>`, or `service:<id>:1..n` for several.
-fn checks(
-    fields: &[Field<'_>],
-    id: &InstanceId,
-    name: &ServiceName,
-) -> Result<Vec<CheckDefinition>, DefinitionError> {
+fn checks(fields: &[Field<'_>], id: &InstanceId, name: &ServiceName) -> Result<Vec<CheckDefinition>, DefinitionError> {
     let several = fields.len() > 1;
     let mut checks: Vec<CheckDefinition> = Vec::with_capacity(fields.len());
     for (at, field) in fields.iter().enumerate() {
@@ -190,7 +186,8 @@ fn checks(
             (_, false) => format!("service:{id}"),
             (_, true) => format!("service:{id}:{}", at + 1),
         };
-        let check_id: CheckId = check_id.parse().map_err(|error: NameError| DefinitionError::Check(error.to_string()))?;
+        let check_id: CheckId =
+            check_id.parse().map_err(|error: NameError| DefinitionError::Check(error.to_string()))?;
         if checks.iter().any(|check| check.id == check_id) {
             return Err(DefinitionError::Check(format!("two checks have the id {:?}", check_id.as_str())));
         }
@@ -223,8 +220,19 @@ fn sidecar(field: &Field<'_>, defaults: &DefinitionDefaults) -> Result<Option<Pr
     let mut fields = Fields::of(field)?;
     let own = "a sidecar with settings of its own (the agent is the proxy)";
     let unused = [
-        "id", "name", "kind", "tags", "meta", "address", "port", "weights", "check", "checks", "taggedaddresses",
-        "enabletagoverride", "connect",
+        "id",
+        "name",
+        "kind",
+        "tags",
+        "meta",
+        "address",
+        "port",
+        "weights",
+        "check",
+        "checks",
+        "taggedaddresses",
+        "enabletagoverride",
+        "connect",
     ];
     for name in unused {
         fields.refuse(&[name], own)?;
