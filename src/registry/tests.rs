@@ -52,7 +52,7 @@ impl Rig {
     /// Waits on a level, at most five minutes of (paused) time.
     async fn wait_for(&self, level: impl Fn(&LocalState) -> bool) {
         let mut states = self.handle.subscribe();
-        let reached = tokio::time::timeout(Duration::from_secs(300), states.wait_for(|state| level(state))).await;
+        let reached = tokio::time::timeout(Duration::from_mins(5), states.wait_for(|state| level(state))).await;
         reached.expect("the level is reached in time").unwrap();
     }
 }
@@ -103,7 +103,7 @@ async fn a_service_that_stays_critical_is_deregistered() {
     let store = Store::in_memory().unwrap();
     let rig = Rig::start(&store).await;
     let mut web = with_ttl("web");
-    web.checks[0].deregister_critical_after = Some(Duration::from_secs(60));
+    web.checks[0].deregister_critical_after = Some(Duration::from_mins(1));
     rig.handle.register_service(web, false).await.unwrap();
     rig.wait_for(|state| state.services.is_empty() && state.checks.is_empty()).await;
     assert!(store.services().unwrap().is_empty());

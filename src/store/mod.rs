@@ -42,7 +42,7 @@ pub const STORE_FILE: &str = "weft.redb";
 const CACHE_BYTES: usize = 4 * 1024 * 1024;
 
 /// How long the uses of a token are remembered after its end: longer than any clock that still lets it in is wrong.
-const TOKEN_KEPT_AFTER_END: Duration = Duration::from_secs(24 * 3600);
+const TOKEN_KEPT_AFTER_END: Duration = Duration::from_hours(24);
 
 type Table = TableDefinition<'static, &'static str, &'static [u8]>;
 
@@ -370,7 +370,7 @@ impl Store {
         let key = uuid::Uuid::from_bytes(id).to_string();
         let path = &self.inner.path;
         // One transaction: two joins at once must not both be the first.
-        let before = self.write(|transaction| {
+        self.write(|transaction| {
             let mut table = transaction.open_table(TOKENS)?;
             let is_kept = |_: &str, bytes: &[u8]| {
                 let uses = wire::decode::<TokenUses>(bytes, FRAME_BYTES_MAX);
@@ -389,8 +389,7 @@ impl Store {
                 Err(error) => return Ok(Err(error)),
             };
             Ok(Ok(before))
-        })?;
-        before
+        })?
     }
 
     fn value<T: DeserializeOwned>(&self, table: Table, key: &str) -> Result<Option<T>, StoreError> {

@@ -227,7 +227,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn only_unbroken_critical_time_counts_towards_deregistration() {
         let start = crate::clock::now();
-        let minute = Duration::from_secs(60);
+        let minute = Duration::from_mins(1);
         let mut definition = testing::ttl_check("c", Some("web"), 3600);
         definition.deregister_critical_after = Some(minute);
         let mut state = CheckState::new(&definition, None, start);

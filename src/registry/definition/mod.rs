@@ -28,7 +28,7 @@ pub const OUTPUT_BYTES_MAX: usize = 4096;
 /// Shortest interval of a check; a shorter one is raised to it.
 pub const INTERVAL_MIN: Duration = Duration::from_secs(1);
 /// Shortest time after which a critical service is deregistered; a shorter one is raised to it.
-pub const DEREGISTER_AFTER_MIN: Duration = Duration::from_secs(60);
+pub const DEREGISTER_AFTER_MIN: Duration = Duration::from_mins(1);
 /// How long a check may take where its definition names no timeout.
 pub const TIMEOUT_DEFAULT: Duration = Duration::from_secs(10);
 

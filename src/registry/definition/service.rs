@@ -64,8 +64,7 @@ pub fn service_from_json(value: &Value, defaults: &DefinitionDefaults) -> Result
         return Err(DefinitionError::ServiceAddress);
     }
     meta_is_bounded(&meta)?;
-    let sidecar = connect.sidecar.is_some();
-    let proxies: Vec<Proxy> = connect.sidecar.into_iter().flatten().chain(proxy).collect();
+    let proxies: Vec<Proxy> = connect.proxy.into_iter().chain(proxy).collect();
     for proxy in &proxies {
         proxy.is_for(&name, &id)?;
     }
@@ -78,7 +77,7 @@ pub fn service_from_json(value: &Value, defaults: &DefinitionDefaults) -> Result
         socket_path: String::new(),
         app_addr: SocketAddr::new(app_ip.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST)), app_port),
         upstreams: proxies.into_iter().flat_map(|proxy| proxy.upstreams).collect(),
-        sidecar,
+        sidecar: connect.sidecar,
         native: connect.native,
         checks,
         record: ServiceRecord {
@@ -203,17 +202,20 @@ fn checks(fields: &[Field<'_>], id: &InstanceId, name: &ServiceName) -> Result<V
 #[derive(Default)]
 struct Connect {
     native: bool,
-    /// `Some(None)`: a sidecar without a `Proxy` of its own.
-    sidecar: Option<Option<Proxy>>,
+    /// Whether `SidecarService` is there, be it empty.
+    sidecar: bool,
+    /// The sidecar's `Proxy`.
+    proxy: Option<Proxy>,
 }
 
 fn connect(field: &Field<'_>, defaults: &DefinitionDefaults) -> Result<Connect, DefinitionError> {
     let mut fields = Fields::of(field)?;
     let native = fields.flag(&["native"])?;
-    let sidecar = fields.take(&["sidecarservice"])?.map(|field| sidecar(&field, defaults)).transpose()?;
+    let given = fields.take(&["sidecarservice"])?;
+    let proxy = given.as_ref().map(|field| sidecar(field, defaults)).transpose()?.flatten();
     fields.refuse(&["proxy"], "a managed proxy")?;
     fields.finish()?;
-    Ok(Connect { native, sidecar })
+    Ok(Connect { native, sidecar: given.is_some(), proxy })
 }
 
 fn sidecar(field: &Field<'_>, defaults: &DefinitionDefaults) -> Result<Option<Proxy>, DefinitionError> {
