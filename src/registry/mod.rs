@@ -1,108 +1,42 @@
-//! Registry (seam; helper R keeps these types and writes the rest).
-use std::collections::BTreeMap;
-use std::net::SocketAddr;
-use std::sync::Arc;
-use std::time::Duration;
+//! The registry: which services run on this host, and whether they are healthy.
+//!
+//! ```text
+//!   API -> RegistryHandle --+                     +-> watch<LocalState>   -> API (outputs included)
+//!   config files -----------+-> Task <-> store    |
+//!   checks/ (http, tcp) ----+    |  owns it all --+-> watch<Publication>  -> gossip, catalogue (no outputs)
+//! ```
+//!
+//! Invariants: one task owns all of it; a registration is on disk before it is answered or published; a service
+//! outside the node's serve scope is refused; two services never ask for one local port; what is published stays
+//! under [`RECORDS_BYTES_MAX`]; an output that changes alone publishes nothing; a check's status outlives
+//! re-registration, reload and restart.
+//! Not here: what other nodes run (`catalogue`), Consul's JSON on the way out (`api`), the relaying (`proxy`).
 
-use tokio::sync::watch;
+mod checks;
+pub mod definition;
+mod metrics;
+mod rules;
+mod task;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
 
 use crate::catalogue::LocalView;
-use crate::model::{CheckId, Entry, EntryKey, HealthStatus, InstanceId, Protocol, ServiceName, ServiceRecord};
+use crate::metrics::Metrics;
+use crate::model::{CheckId, Entry, EntryKey, HealthStatus, InstanceId, ServeScope};
+use crate::store::Store;
+use crate::supervise::Tasks;
 
-/// A service as its owner registered it: by the API or a file.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct ServiceDefinition {
-    /// What other nodes see.
-    pub record: ServiceRecord,
-    /// A unix socket instead of a port; empty: none.
-    pub socket_path: String,
-    /// Where mesh traffic is relayed to: `Proxy.LocalServiceAddress:LocalServicePort`, else the service's own address, else 127.0.0.1:port.
-    pub app_addr: SocketAddr,
-    /// Local ports that it asks for.
-    pub upstreams: Vec<UpstreamDefinition>,
-    /// Whether `Connect.SidecarService` was given: a synthetic `<id>-sidecar-proxy` is then shown.
-    pub sidecar: bool,
-    /// Whether `Connect.Native` was given.
-    pub native: bool,
-    /// Its checks, ids resolved (`service:<id>`, `service:<id>:1..n`).
-    pub checks: Vec<CheckDefinition>,
-}
+pub use self::definition::{CheckDefinition, Probe, ServiceDefinition, UpstreamDefinition};
+pub use self::rules::RECORDS_BYTES_MAX;
+use self::task::{Command, Order};
 
-/// One upstream of a service.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct UpstreamDefinition {
-    /// Where calls go.
-    pub destination: ServiceName,
-    /// The local port's address; default 127.0.0.1 (in an agent with `-client 127.0.0.N`: that address).
-    pub bind: SocketAddr,
-    /// `Config.protocol`.
-    pub protocol: Option<Protocol>,
-}
-
-/// A check as it was registered.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct CheckDefinition {
-    /// Unique on the node.
-    pub id: CheckId,
-    /// For people; default `Service '<name>' check`.
-    pub name: String,
-    /// For people.
-    pub notes: String,
-    /// The instance that it is about.
-    pub service: Option<InstanceId>,
-    /// What is done.
-    pub probe: Probe,
-    /// Status before the first result; default critical.
-    pub initial: HealthStatus,
-    /// Passing results in a row before it passes.
-    pub success_before_passing: u32,
-    /// Failures in a row before it warns.
-    pub failures_before_warning: u32,
-    /// Failures in a row before it is critical.
-    pub failures_before_critical: u32,
-    /// Output kept, in bytes; at most 4096.
-    pub output_bytes_max: usize,
-    /// Deregisters the service after it was critical for so long; at least 1 min.
-    pub deregister_critical_after: Option<Duration>,
-}
-
-/// What a check does.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub enum Probe {
-    /// Requests a URL: 2xx passes, 429 warns, all else is critical.
-    Http {
-        /// `http://…`
-        url: String,
-        /// Default GET.
-        method: String,
-        /// Extra headers.
-        headers: BTreeMap<String, Vec<String>>,
-        /// Request body.
-        body: String,
-        /// Whether redirects stay unfollowed.
-        disable_redirects: bool,
-        /// How often; at least 1 s.
-        interval: Duration,
-        /// Default 10 s.
-        timeout: Duration,
-    },
-    /// Connects.
-    Tcp {
-        /// `host:port`
-        target: String,
-        /// How often; at least 1 s.
-        interval: Duration,
-        /// Default 10 s.
-        timeout: Duration,
-    },
-    /// Waits for the app to say that it lives.
-    Ttl {
-        /// Critical after so long without a word.
-        ttl: Duration,
-    },
-    /// Set by hand (maintenance).
-    Static,
-}
+/// Orders that wait for the registry's task; a caller beyond that waits for room.
+const COMMANDS_MAX: usize = 64;
 
 /// A registered service.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -190,44 +124,160 @@ pub enum RegistryError {
     Closed,
 }
 
+/// Tells which services this node may serve, as its certificate says at the moment.
+pub type ScopeSource = Arc<dyn Fn() -> ServeScope + Send + Sync>;
+
+/// What the registry needs.
+pub struct RegistryParams {
+    /// Where registrations are kept.
+    pub store: Store,
+    /// What this node may serve: `identity.authority().scope()`.
+    pub scope: ScopeSource,
+    /// Services from the node's files: not stored, replaced at a reload.
+    pub config_services: Vec<ServiceDefinition>,
+    /// Where the counters go.
+    pub metrics: Metrics,
+    /// Owns the registry's task.
+    pub tasks: Tasks,
+    /// Ends it.
+    pub stop: CancellationToken,
+    /// The first index; seeded from the wall clock, so that it never goes backwards across a restart.
+    pub first_index: u64,
+}
+
+impl fmt::Debug for RegistryParams {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { store, config_services, first_index, .. } = self;
+        let mut out = f.debug_struct("RegistryParams");
+        out.field("store", store).field("config_services", config_services).field("first_index", first_index);
+        out.finish_non_exhaustive()
+    }
+}
+
+/// Why the registry did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum RegistryStartError {
+    /// The store cannot be read.
+    #[error("cannot read the registered services")]
+    Store(#[source] crate::store::StoreError),
+    /// A service of a config file is refused.
+    #[error("a service of the config files is refused")]
+    Config(#[source] RegistryError),
+    /// A metric's name is taken.
+    #[error("cannot add the registry's metrics")]
+    Metrics(#[source] prometheus::Error),
+}
+
+/// Starts the registry's task.
+#[derive(Debug)]
+pub struct Registry;
+
+impl Registry {
+    /// Loads what is stored, checks it against `params`, and starts the task and the checks.
+    ///
+    /// A stored service that the scope does not cover, or that a config file's service stands against, stays on disk
+    /// and is left out, with a warning.
+    ///
+    /// # Errors
+    /// [`RegistryStartError`].
+    /// # Cancel safety
+    /// Cancelling starts nothing.
+    pub async fn start(
+        params: RegistryParams,
+    ) -> Result<(RegistryHandle, watch::Receiver<Arc<Publication>>), RegistryStartError> {
+        let (commands, receiver) = mpsc::channel(COMMANDS_MAX);
+        let tasks = params.tasks.clone();
+        let stop = params.stop.clone();
+        let task = task::Task::load(params, receiver).await?;
+        let (state, publication) = task.subscribe();
+        tasks.spawn("registry", task.run(stop));
+        Ok((RegistryHandle { state, commands }, publication))
+    }
+}
+
 /// Talks to the registry's task. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct RegistryHandle {
-    #[expect(dead_code, reason = "seam")]
     state: watch::Receiver<Arc<LocalState>>,
+    commands: mpsc::Sender<Command>,
 }
 
 impl RegistryHandle {
     /// Registers or replaces a service; returns when it is on disk and published.
+    ///
+    /// Checks of its id that the definition does not name stay, unless `replace_existing_checks`. A check that is
+    /// registered again keeps its status.
+    ///
+    /// # Errors
+    /// [`RegistryError`]; nothing is changed then.
+    /// # Cancel safety
+    /// A cancelled call may or may not have registered the service.
     pub async fn register_service(
         &self,
-        _definition: ServiceDefinition,
-        _replace_existing_checks: bool,
+        definition: ServiceDefinition,
+        replace_existing_checks: bool,
     ) -> Result<(), RegistryError> {
-        todo!()
+        self.order(Order::RegisterService { definition: Box::new(definition), replace_existing_checks }).await
     }
-    /// Removes a service and its checks.
-    pub async fn deregister_service(&self, _id: InstanceId) -> Result<(), RegistryError> {
-        todo!()
+
+    /// Removes a service and its checks; one of a config file comes back at the next reload.
+    ///
+    /// # Errors
+    /// [`RegistryError::UnknownService`], `Store`, `Closed`.
+    pub async fn deregister_service(&self, id: InstanceId) -> Result<(), RegistryError> {
+        self.order(Order::DeregisterService { id }).await
     }
-    /// Registers or replaces a check by itself.
-    pub async fn register_check(&self, _definition: CheckDefinition) -> Result<(), RegistryError> {
-        todo!()
+
+    /// Registers or replaces a check by itself; [`Probe::Static`] is how maintenance is set.
+    ///
+    /// # Errors
+    /// [`RegistryError::UnknownService`] if it is about a service that is not here; `Invalid`, `Store`, `Closed`.
+    pub async fn register_check(&self, definition: CheckDefinition) -> Result<(), RegistryError> {
+        self.order(Order::RegisterCheck { definition: Box::new(definition) }).await
     }
+
     /// Removes a check.
-    pub async fn deregister_check(&self, _id: CheckId) -> Result<(), RegistryError> {
-        todo!()
+    ///
+    /// # Errors
+    /// [`RegistryError::UnknownCheck`], `Store`, `Closed`.
+    pub async fn deregister_check(&self, id: CheckId) -> Result<(), RegistryError> {
+        self.order(Order::DeregisterCheck { id }).await
     }
-    /// A word from a TTL check's app.
-    pub async fn update_ttl(&self, _id: CheckId, _status: HealthStatus, _output: String) -> Result<(), RegistryError> {
-        todo!()
+
+    /// Takes a word from a TTL check's app. The status is on disk a second later at most.
+    ///
+    /// # Errors
+    /// [`RegistryError::UnknownCheck`], `NotTtl`, `Closed`.
+    pub async fn update_ttl(&self, id: CheckId, status: HealthStatus, output: String) -> Result<(), RegistryError> {
+        self.order(Order::UpdateTtl { id, status, output }).await
     }
-    /// What is registered.
+
+    /// Replaces the services that came from config files (reload); all of them, or none if one is refused.
+    ///
+    /// # Errors
+    /// [`RegistryError`]; nothing is changed then.
+    pub async fn replace_config(&self, services: Vec<ServiceDefinition>) -> Result<(), RegistryError> {
+        self.order(Order::ReplaceConfig { services }).await
+    }
+
+    /// Returns what is registered.
     pub fn state(&self) -> Arc<LocalState> {
-        todo!()
+        Arc::clone(&self.state.borrow())
     }
-    /// Wakes at each change (output included).
+
+    /// Returns a receiver that wakes at each change (output included).
     pub fn subscribe(&self) -> watch::Receiver<Arc<LocalState>> {
-        todo!()
+        self.state.clone()
+    }
+
+    async fn order(&self, order: Order) -> Result<(), RegistryError> {
+        let (answer, answered) = oneshot::channel();
+        self.commands.send(Command { order, answer }).await.map_err(|_| RegistryError::Closed)?;
+        answered.await.unwrap_or(Err(RegistryError::Closed))
     }
 }
+
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,203 @@
+//! Services and checks as they are registered, and how Consul's JSON becomes them.
+//!
+//! ```text
+//!   API body, config file -> serde_json::Value -> fields (case, aliases, unknown names) -> service, check -> definition
+//! ```
+//!
+//! Invariants: decoding is total, whatever the value; a definition that comes out is valid by itself (what other
+//! services of the node have to say to it is the registry's business); no field of the input is ignored: it is used,
+//! or it is empty, or the whole is refused with the field's path.
+//! Not here: Consul's JSON on the way out (`api`).
+
+mod check;
+mod duration;
+mod fields;
+mod service;
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use crate::model::{CheckId, HealthStatus, InstanceId, Protocol, ServiceName, ServiceRecord};
+
+pub use self::check::check_from_json;
+pub use self::service::service_from_json;
+
+/// Output that is kept of a check, in bytes (Consul's default and weft's bound).
+pub const OUTPUT_BYTES_MAX: usize = 4096;
+/// Shortest interval of a check; a shorter one is raised to it.
+pub const INTERVAL_MIN: Duration = Duration::from_secs(1);
+/// Shortest time after which a critical service is deregistered; a shorter one is raised to it.
+pub const DEREGISTER_AFTER_MIN: Duration = Duration::from_mins(1);
+/// How long a check may take where its definition names no timeout.
+pub const TIMEOUT_DEFAULT: Duration = Duration::from_secs(10);
+
+/// What a definition leaves open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DefinitionDefaults {
+    /// Where upstream ports listen unless they name an address: the agent's `-client` address if it is a loopback one.
+    pub bind_ip: IpAddr,
+}
+
+/// Why a JSON value is no definition; the text is the body of a 400.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DefinitionError {
+    /// A field that Consul's shape does not have.
+    #[error("Request decode failed: unknown field `{path}`")]
+    UnknownField {
+        /// Where it stands.
+        path: String,
+    },
+    /// A value of the wrong type or range.
+    #[error("Request decode failed: `{path}` {problem}")]
+    Decode {
+        /// Where it stands.
+        path: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// No name.
+    #[error("Missing service name")]
+    MissingServiceName,
+    /// No name.
+    #[error("Missing check name")]
+    MissingCheckName,
+    /// An address that nobody can dial.
+    #[error("Invalid service address")]
+    ServiceAddress,
+    /// A check that contradicts itself or lacks something.
+    #[error("Invalid check: {0}")]
+    Check(String),
+    /// Weights outside their range.
+    #[error("Invalid Weights: {0}")]
+    Weights(String),
+    /// No status of a check.
+    #[error("Status for checks must 'passing', 'warning', 'critical'")]
+    Status,
+    /// Any other value that breaks a rule.
+    #[error("Invalid {path}: {problem}")]
+    Invalid {
+        /// Where it stands.
+        path: String,
+        /// The rule.
+        problem: String,
+    },
+    /// A field of Consul's that this version does not act on.
+    #[error("Invalid {path}: {what} is not supported by this version of weft; leave the field out")]
+    Unsupported {
+        /// Where it stands.
+        path: String,
+        /// What it asks for.
+        what: String,
+    },
+}
+
+/// A service as its owner registered it: by the API or a file.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct ServiceDefinition {
+    /// What other nodes see.
+    pub record: ServiceRecord,
+    /// A unix socket instead of a port; empty: none.
+    pub socket_path: String,
+    /// Where mesh traffic is relayed to: `Proxy.LocalServiceAddress:LocalServicePort`, else the service's own address, else 127.0.0.1:port.
+    pub app_addr: SocketAddr,
+    /// Local ports that it asks for.
+    pub upstreams: Vec<UpstreamDefinition>,
+    /// Whether `Connect.SidecarService` was given: a synthetic `<id>-sidecar-proxy` is then shown.
+    pub sidecar: bool,
+    /// Whether `Connect.Native` was given.
+    pub native: bool,
+    /// Its checks, ids resolved (`service:<id>`, `service:<id>:1..n`).
+    pub checks: Vec<CheckDefinition>,
+}
+
+/// One upstream of a service.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct UpstreamDefinition {
+    /// Where calls go.
+    pub destination: ServiceName,
+    /// The local port's address; default 127.0.0.1 (in an agent with `-client 127.0.0.N`: that address).
+    pub bind: SocketAddr,
+    /// `Config.protocol`.
+    pub protocol: Option<Protocol>,
+}
+
+/// A check as it was registered.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct CheckDefinition {
+    /// Unique on the node.
+    pub id: CheckId,
+    /// For people; default `Service '<name>' check`.
+    pub name: String,
+    /// For people.
+    pub notes: String,
+    /// The instance that it is about.
+    pub service: Option<InstanceId>,
+    /// What is done.
+    pub probe: Probe,
+    /// Status before the first result; default critical.
+    pub initial: HealthStatus,
+    /// Passing results in a row before it passes.
+    pub success_before_passing: u32,
+    /// Failures in a row before it warns.
+    pub failures_before_warning: u32,
+    /// Failures in a row before it is critical.
+    pub failures_before_critical: u32,
+    /// Output kept, in bytes; at most 4096.
+    pub output_bytes_max: usize,
+    /// Deregisters the service after it was critical for so long; at least 1 min.
+    pub deregister_critical_after: Option<Duration>,
+}
+
+/// What a check does.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub enum Probe {
+    /// Requests a URL: 2xx passes, 429 warns, all else is critical.
+    Http {
+        /// `http://…`
+        url: String,
+        /// Default GET.
+        method: String,
+        /// Extra headers.
+        headers: BTreeMap<String, Vec<String>>,
+        /// Request body.
+        body: String,
+        /// Whether redirects stay unfollowed.
+        disable_redirects: bool,
+        /// How often; at least 1 s.
+        interval: Duration,
+        /// Default 10 s.
+        timeout: Duration,
+    },
+    /// Connects.
+    Tcp {
+        /// `host:port`
+        target: String,
+        /// How often; at least 1 s.
+        interval: Duration,
+        /// Default 10 s.
+        timeout: Duration,
+    },
+    /// Waits for the app to say that it lives.
+    Ttl {
+        /// Critical after so long without a word.
+        ttl: Duration,
+    },
+    /// Set by hand (maintenance).
+    Static,
+}
+
+impl Probe {
+    /// Returns the kind as Consul names it: `http`, `tcp`, `ttl`, `maintenance`.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Http { .. } => "http",
+            Self::Tcp { .. } => "tcp",
+            Self::Ttl { .. } => "ttl",
+            Self::Static => "maintenance",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,180 @@
+use proptest::prelude::*;
+use serde_json::{Value, json};
+
+use super::*;
+use crate::registry::testing::DEFAULTS;
+
+#[track_caller]
+fn refused(value: &Value, want: &str) {
+    let error = service_from_json(value, &DEFAULTS).unwrap_err().to_string();
+    assert!(error.contains(want), "{error}");
+}
+
+#[test]
+fn a_full_registration_is_read_field_by_field() {
+    let value = json!({
+        "ID": "web-1", "Name": "web", "Kind": "", "Tags": ["v1"], "Address": "", "Port": 8080, "SocketPath": "",
+        "TaggedAddresses": {"lan": {"Address": "10.0.0.1", "Port": 8080}}, "Meta": {"k": "v"},
+        "EnableTagOverride": false, "Weights": {"Passing": 2, "Warning": 1}, "Locality": null,
+        "Check": null,
+        "Checks": [
+            {"TTL": "15s", "Status": "passing"},
+            {"HTTP": "http://127.0.0.1:8080/", "Interval": "10s", "Timeout": 5_000_000_000u64, "Header": {"X": ["y"]},
+             "DeregisterCriticalServiceAfter": "1s", "TLSSkipVerify": true, "ServiceID": "ignored"}],
+        "Proxy": {"DestinationServiceName": "web", "LocalServicePort": 9000, "Mode": "", "MeshGateway": {}, "Expose": {},
+            "Upstreams": [{"DestinationType": "service", "DestinationName": "db", "Datacenter": "",
+                "LocalBindPort": 9191, "Config": {"protocol": "grpc"}}],
+            "Config": {}},
+        "Connect": {"Native": false, "SidecarService": {"Proxy": {"Config": {"protocol": "http"}}}},
+    });
+    let service = service_from_json(&value, &DEFAULTS).unwrap();
+    assert_eq!(service.record.id.as_str(), "web-1");
+    assert_eq!(service.record.protocol, Protocol::Http);
+    assert_eq!(service.record.weights.passing, 2);
+    assert_eq!(service.app_addr, "127.0.0.1:9000".parse().unwrap());
+    assert!(service.sidecar && !service.native);
+    let upstream = &service.upstreams[0];
+    assert_eq!((upstream.bind, upstream.protocol), ("127.0.0.1:9191".parse().unwrap(), Some(Protocol::Grpc)));
+    let ids: Vec<_> = service.checks.iter().map(|check| check.id.as_str()).collect();
+    assert_eq!(ids, ["service:web-1:1", "service:web-1:2"]);
+    assert_eq!(service.checks[0].initial, HealthStatus::Passing);
+    assert_eq!(service.checks[0].name, "Service 'web' check");
+    let Probe::Http { timeout, .. } = &service.checks[1].probe else { panic!("an HTTP check") };
+    assert_eq!(*timeout, Duration::from_secs(5));
+    assert_eq!(service.checks[1].deregister_critical_after, Some(DEREGISTER_AFTER_MIN));
+}
+
+#[test]
+fn case_and_snake_case_do_not_matter() {
+    let value = json!({"name": "web", "PORT": 80, "enable_tag_override": true, "check": {"ttl": "9s", "check_id": "c"},
+        "connect": {"sidecar_service": {}}, "tagged_addresses": {"lan": {"address": "a"}}});
+    let service = service_from_json(&value, &DEFAULTS).unwrap();
+    assert!(service.sidecar && service.record.enable_tag_override);
+    assert_eq!(service.checks[0].id.as_str(), "c");
+}
+
+#[test]
+fn bad_registrations_say_what_is_wrong() {
+    refused(&json!({"Port": 1}), "Missing service name");
+    refused(&json!({"Name": "a b"}), "Invalid service name: service name `a b`");
+    refused(&json!({"Name": "a", "Address": "0.0.0.0"}), "Invalid service address");
+    refused(&json!({"Name": "a", "Address": "::"}), "Invalid service address");
+    refused(&json!({"Name": "a", "Weights": {"Passing": 0}}), "Invalid Weights: Passing");
+    refused(&json!({"Name": "a", "Port": 70000}), "Request decode failed: `Port` must be a whole number");
+    refused(&json!({"Name": "a", "Port": "80"}), "`Port` must be a number, and is a string");
+    refused(&json!({"Name": "a", "Foo": 1}), "Request decode failed: unknown field `Foo`");
+    refused(&json!({"Name": "a", "name": "b"}), "one field twice");
+    refused(&json!(["x"]), "must be an object");
+    let upstream = |value| json!({"Name": "a", "Proxy": {"Upstreams": [value]}});
+    refused(&upstream(json!({"Bar": 1})), "unknown field `Proxy.Upstreams[0].Bar`");
+    refused(&upstream(json!({"DestinationName": "b"})), "LocalBindPort");
+    refused(&upstream(json!({"DestinationName": "b", "Datacenter": "dc2"})), "Proxy.Upstreams[0].Datacenter");
+    refused(&json!({"Name": "a", "Proxy": {"Mode": "transparent"}}), "a transparent proxy is not supported");
+    refused(&json!({"Name": "a", "Proxy": {"Expose": {"Checks": true}}}), "Proxy.Expose");
+    refused(&json!({"Name": "a", "Proxy": {"Config": {"envoy_x": 1}}}), "Proxy.Config.envoy_x");
+    refused(&json!({"Name": "a", "SocketPath": "/run/x"}), "Invalid SocketPath");
+    refused(&json!({"Name": "a", "Kind": "connect-proxy"}), "SidecarService");
+    refused(&json!({"Name": "a", "Protocol": "smtp"}), "Invalid Protocol");
+}
+
+#[test]
+fn bad_checks_say_what_is_wrong() {
+    #[track_caller]
+    fn check(check: &Value, want: &str) {
+        refused(&json!({"Name": "a", "Check": check}), want);
+    }
+    check(&json!({"HTTP": "http://x/"}), "Invalid check: an HTTP check needs an Interval");
+    check(&json!({"HTTP": "https://x/", "Interval": "1s"}), "is not supported by this version of weft");
+    check(&json!({"HTTP": "/x", "Interval": "1s"}), "must begin with http://");
+    check(&json!({"TCP": "x", "Interval": "1s"}), "host:port");
+    check(&json!({"TTL": "1s", "Interval": "1s"}), "Invalid check: Interval and TTL exclude each other");
+    check(&json!({"TTL": "1s", "Status": "good"}), "Status for checks must 'passing', 'warning', 'critical'");
+    check(&json!({"TTL": "1 second"}), "`Check.TTL` is wrong: `1 second` is no duration");
+    check(&json!({"TTL": -5}), "no duration in nanoseconds");
+    check(&json!({"Notes": "x"}), "none of HTTP, TCP and TTL");
+    check(&json!({"TTL": "1s", "FailuresBeforeWarning": 3, "FailuresBeforeCritical": 2}), "FailuresBeforeWarning (3)");
+    check(&json!({"HTTP": "http://x", "Interval": "1s", "Header": {"a b": ["c"]}}), "no valid name");
+    for other in ["UDP", "GRPC", "H2PING", "OSService", "AliasService", "DockerContainerID"] {
+        check(&json!({other: "x", "Interval": "1s"}), "is not supported by this version of weft");
+    }
+    check(&json!({"Args": ["true"], "Interval": "1s"}), "Invalid check: a script check");
+    let twice = json!({"Name": "a", "Checks": [{"TTL": "1s", "CheckID": "x"}, {"TTL": "2s", "CheckID": "x"}]});
+    refused(&twice, "two checks have the id \"x\"");
+}
+
+#[test]
+fn a_check_by_itself_has_a_name_and_may_have_a_service() {
+    let value = json!({"ID": "mem", "Name": "Memory in use", "TTL": "30s", "ServiceID": "web"});
+    let check = check_from_json(&value, &DEFAULTS).unwrap();
+    assert_eq!((check.id.as_str(), check.service.unwrap().as_str()), ("mem", "web"));
+    let refused = |value| check_from_json(&value, &DEFAULTS).unwrap_err();
+    assert_eq!(refused(json!({"TTL": "30s"})), DefinitionError::MissingCheckName);
+    assert!(refused(json!({"Name": "a b", "TTL": "1s"})).to_string().contains("check ID"));
+}
+
+#[test]
+fn deep_nesting_is_refused_without_a_panic() {
+    let mut value = json!({});
+    for _ in 0..120 {
+        value = json!([value]);
+    }
+    refused(&json!({"Name": "a", "Proxy": {"Expose": value}}), "Proxy.Expose");
+}
+
+fn any_value() -> impl Strategy<Value = Value> {
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        any::<u64>().prop_map(Value::from),
+        any::<f64>().prop_map(Value::from),
+        "[0-9a-z:/.]{0,12}".prop_map(Value::from),
+        ".{0,8}".prop_map(Value::from),
+    ];
+    let key = prop::sample::select(vec![
+        "Name",
+        "ID",
+        "Port",
+        "Address",
+        "Tags",
+        "Meta",
+        "Weights",
+        "Check",
+        "Checks",
+        "TTL",
+        "HTTP",
+        "TCP",
+        "Interval",
+        "Timeout",
+        "Proxy",
+        "Connect",
+        "SidecarService",
+        "Upstreams",
+        "Config",
+        "protocol",
+        "DestinationName",
+        "LocalBindPort",
+        "Passing",
+        "Header",
+        "Status",
+        "x",
+    ]);
+    leaf.prop_recursive(5, 60, 6, move |inner| {
+        prop_oneof![
+            prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
+            prop::collection::btree_map(key.clone().prop_map(str::to_owned), inner, 0..6)
+                .prop_map(|map| Value::Object(map.into_iter().collect())),
+        ]
+    })
+}
+
+proptest! {
+    #[test]
+    fn any_value_decodes_or_is_refused(value in any_value()) {
+        let _unused = check_from_json(&value, &DEFAULTS);
+        if let Ok(service) = service_from_json(&value, &DEFAULTS) {
+            let bytes = crate::wire::encode(&service).unwrap();
+            prop_assert_eq!(crate::wire::decode::<ServiceDefinition>(&bytes, bytes.len()).unwrap(), service);
+        }
+    }
+}

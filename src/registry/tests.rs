@@ -1,0 +1,250 @@
+use std::time::Duration;
+
+use serde_json::json;
+use tokio::sync::watch::Receiver;
+
+use super::testing::{named, service, ttl_check};
+use super::*;
+
+struct Rig {
+    handle: RegistryHandle,
+    publication: Receiver<Arc<Publication>>,
+    tasks: Tasks,
+    stop: CancellationToken,
+}
+
+impl Rig {
+    async fn try_start(store: &Store, scope: &str, config: Vec<ServiceDefinition>) -> Result<Self, RegistryStartError> {
+        let stop = CancellationToken::new();
+        let tasks = Tasks::new(stop.clone());
+        let scope: ServeScope = scope.parse().unwrap();
+        let params = RegistryParams {
+            store: store.clone(),
+            scope: Arc::new(move || scope.clone()),
+            config_services: config,
+            metrics: Metrics::new(),
+            tasks: tasks.clone(),
+            stop: stop.clone(),
+            first_index: 1000,
+        };
+        let (handle, publication) = Registry::start(params).await?;
+        Ok(Self { handle, publication, tasks, stop })
+    }
+
+    async fn start(store: &Store) -> Self {
+        Self::try_start(store, "*", Vec::new()).await.unwrap()
+    }
+
+    async fn stop(self) {
+        self.stop.cancel();
+        self.tasks.join().await;
+        assert_eq!(self.tasks.failure(), None);
+    }
+
+    fn status(&self, check: &str) -> HealthStatus {
+        self.handle.state().checks[check].status
+    }
+
+    async fn pass(&self, check: &str) {
+        self.handle.update_ttl(check.parse().unwrap(), HealthStatus::Passing, "ok".into()).await.unwrap();
+    }
+
+    /// Waits on a level, at most five minutes of (paused) time.
+    async fn wait_for(&self, level: impl Fn(&LocalState) -> bool) {
+        let mut states = self.handle.subscribe();
+        let reached = tokio::time::timeout(Duration::from_mins(5), states.wait_for(|state| level(state))).await;
+        reached.expect("the level is reached in time").unwrap();
+    }
+}
+
+fn with_ttl(name: &str) -> ServiceDefinition {
+    service(&json!({"Name": name, "Port": 80, "Check": {"TTL": "15s"}}))
+}
+
+fn id(name: &str) -> InstanceId {
+    name.parse().unwrap()
+}
+
+#[tokio::test]
+async fn services_checks_and_statuses_survive_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let rig = Rig::start(&store).await;
+    rig.handle.register_service(with_ttl("web"), false).await.unwrap();
+    rig.handle.register_check(ttl_check("own", Some("web"), 60)).await.unwrap();
+    rig.pass("service:web").await;
+    let before = rig.handle.state();
+    rig.stop().await;
+    drop(store);
+
+    let rig = Rig::start(&Store::open(dir.path()).unwrap()).await;
+    let after = rig.handle.state();
+    assert_eq!(after.services["web"].definition, before.services["web"].definition);
+    assert_eq!(rig.status("service:web"), HealthStatus::Passing);
+    assert_eq!(rig.status("own"), HealthStatus::Critical);
+    assert_eq!(after.checks["own"].service_name, "web");
+    rig.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_ttl_without_a_word_becomes_critical() {
+    let rig = Rig::start(&Store::in_memory().unwrap()).await;
+    rig.handle.register_service(with_ttl("web"), false).await.unwrap();
+    rig.pass("service:web").await;
+    let begin = crate::clock::now();
+    rig.wait_for(|state| state.checks["service:web"].status == HealthStatus::Critical).await;
+    let waited = crate::clock::now() - begin;
+    assert!((Duration::from_secs(14)..Duration::from_secs(16)).contains(&waited), "{waited:?}");
+    assert!(rig.handle.state().checks["service:web"].output.contains("TTL of 15s expired"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_service_that_stays_critical_is_deregistered() {
+    let store = Store::in_memory().unwrap();
+    let rig = Rig::start(&store).await;
+    let mut web = with_ttl("web");
+    web.checks[0].deregister_critical_after = Some(Duration::from_mins(1));
+    rig.handle.register_service(web, false).await.unwrap();
+    rig.wait_for(|state| state.services.is_empty() && state.checks.is_empty()).await;
+    assert!(store.services().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn a_service_outside_the_scope_is_refused_and_not_kept() {
+    let store = Store::in_memory().unwrap();
+    let rig = Rig::try_start(&store, "web,api-*", Vec::new()).await.unwrap();
+    let error = rig.handle.register_service(named("db"), false).await.unwrap_err();
+    assert_eq!(error, RegistryError::OutOfScope { service: "db".into(), scope: "web,api-*".into() });
+    assert!(store.services().unwrap().is_empty() && rig.handle.state().services.is_empty());
+    rig.handle.register_service(named("api-1"), false).await.unwrap();
+    rig.stop().await;
+
+    // The certificate became narrower: what is stored stays stored, and is not published.
+    let rig = Rig::try_start(&store, "web", Vec::new()).await.unwrap();
+    assert!(rig.publication.borrow().records.is_empty());
+    assert_eq!(store.services().unwrap().len(), 1);
+    let refused = Rig::try_start(&store, "web", vec![named("db")]).await;
+    assert!(matches!(refused, Err(RegistryStartError::Config(RegistryError::OutOfScope { .. }))));
+}
+
+#[tokio::test]
+async fn one_local_port_goes_to_one_upstream() {
+    let rig = Rig::start(&Store::in_memory().unwrap()).await;
+    let with_upstream = |id: &str, name: &str, to: &str, bind: &str| {
+        let upstreams = json!([{"DestinationName": to, "LocalBindAddress": bind, "LocalBindPort": 9191}]);
+        service(&json!({"ID": id, "Name": name, "Port": 80, "Proxy": {"Upstreams": upstreams}}))
+    };
+    rig.handle.register_service(with_upstream("a", "a", "db", "127.0.0.1"), false).await.unwrap();
+    for bind in ["127.0.0.1", "0.0.0.0"] {
+        let error = rig.handle.register_service(with_upstream("b", "b", "db", bind), false).await.unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains("\"a\"") && text.contains("\"b\"") && text.contains("9191"), "{text}");
+    }
+    rig.handle.register_service(with_upstream("b", "b", "db", "127.0.0.2"), false).await.unwrap();
+    // Another instance of the same service shares the port.
+    rig.handle.register_service(with_upstream("a2", "a", "db", "127.0.0.1"), false).await.unwrap();
+    assert_eq!(rig.publication.borrow().view.upstreams.len(), 2);
+}
+
+#[tokio::test]
+async fn a_check_id_belongs_to_one_service() {
+    let rig = Rig::start(&Store::in_memory().unwrap()).await;
+    rig.handle.register_service(with_ttl("web"), false).await.unwrap();
+    rig.handle.register_service(named("db"), false).await.unwrap();
+    let error = rig.handle.register_check(ttl_check("service:web", Some("db"), 9)).await.unwrap_err();
+    assert!(matches!(&error, RegistryError::Invalid(text) if text.contains("service:web")), "{error}");
+    let error = rig.handle.register_check(ttl_check("x", Some("nope"), 9)).await.unwrap_err();
+    assert_eq!(error, RegistryError::UnknownService { id: "nope".into() });
+}
+
+#[tokio::test]
+async fn a_full_node_refuses_with_the_number_of_bytes() {
+    let rig = Rig::start(&Store::in_memory().unwrap()).await;
+    let big = |name: &str| service(&json!({"Name": name, "Port": 80, "Tags": ["x".repeat(25_000)]}));
+    rig.handle.register_service(big("a"), false).await.unwrap();
+    rig.handle.register_service(big("b"), false).await.unwrap();
+    let error = rig.handle.register_service(big("c"), false).await.unwrap_err();
+    assert!(error.to_string().contains("would take 75") && error.to_string().contains("61440"), "{error}");
+    rig.handle.deregister_service(id("a")).await.unwrap();
+    rig.handle.register_service(big("c"), false).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_output_alone_publishes_nothing() {
+    let mut rig = Rig::start(&Store::in_memory().unwrap()).await;
+    rig.handle.register_service(with_ttl("web"), false).await.unwrap();
+    rig.pass("service:web").await;
+    rig.publication.borrow_and_update();
+    let check: CheckId = "service:web".parse().unwrap();
+    rig.handle.update_ttl(check.clone(), HealthStatus::Passing, "other words".into()).await.unwrap();
+    assert_eq!(rig.handle.state().checks["service:web"].output, "other words");
+    assert!(!rig.publication.has_changed().unwrap());
+    rig.handle.update_ttl(check, HealthStatus::Warning, "other words".into()).await.unwrap();
+    assert!(rig.publication.has_changed().unwrap());
+}
+
+#[tokio::test]
+async fn registering_again_keeps_statuses_and_replaces_checks_only_if_told() {
+    let rig = Rig::start(&Store::in_memory().unwrap()).await;
+    rig.handle.register_service(with_ttl("web"), false).await.unwrap();
+    rig.pass("service:web").await;
+    let mut again = with_ttl("web");
+    again.record.port = 81;
+    again.checks[0].notes = "other".into();
+    rig.handle.register_service(again, false).await.unwrap();
+    assert_eq!(rig.status("service:web"), HealthStatus::Passing);
+    rig.handle.register_service(named("web"), false).await.unwrap();
+    assert_eq!(rig.handle.state().checks.len(), 1);
+    rig.handle.register_service(named("web"), true).await.unwrap();
+    assert!(rig.handle.state().checks.is_empty());
+}
+
+#[tokio::test]
+async fn unknown_ids_are_named() {
+    let rig = Rig::start(&Store::in_memory().unwrap()).await;
+    let error = rig.handle.deregister_service(id("x")).await.unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "Unknown service ID \"x\". Ensure that the service ID is passed, not the service name."
+    );
+    let check = || "x".parse::<CheckId>().unwrap();
+    assert_eq!(rig.handle.deregister_check(check()).await, Err(RegistryError::UnknownCheck { id: "x".into() }));
+    let mut maintenance = ttl_check("x", None, 1);
+    maintenance.probe = Probe::Static;
+    rig.handle.register_check(maintenance).await.unwrap();
+    let update = rig.handle.update_ttl(check(), HealthStatus::Passing, String::new()).await;
+    assert_eq!(update, Err(RegistryError::NotTtl { id: "x".into() }));
+    let handle = rig.handle.clone();
+    rig.stop().await;
+    assert_eq!(handle.deregister_check(check()).await, Err(RegistryError::Closed));
+}
+
+#[tokio::test]
+async fn a_reload_replaces_the_files_services_and_only_those() {
+    let store = Store::in_memory().unwrap();
+    let rig = Rig::try_start(&store, "*", vec![named("file-1"), with_ttl("file-2")]).await.unwrap();
+    rig.handle.register_service(named("api"), false).await.unwrap();
+    rig.pass("service:file-2").await;
+    assert!(matches!(rig.handle.register_service(named("file-1"), false).await, Err(RegistryError::Invalid(_))));
+    assert!(matches!(rig.handle.replace_config(vec![named("api")]).await, Err(RegistryError::Invalid(_))));
+    rig.handle.replace_config(vec![with_ttl("file-2"), named("file-3")]).await.unwrap();
+    let names: Vec<_> = rig.handle.state().services.keys().map(ToString::to_string).collect();
+    assert_eq!(names, ["api", "file-2", "file-3"]);
+    assert_eq!(rig.status("service:file-2"), HealthStatus::Passing);
+    assert_eq!(store.services().unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn a_tcp_check_runs_by_itself_and_stops_with_its_service() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let target = listener.local_addr().unwrap().to_string();
+    let metrics_text = |rig: &Rig| rig.handle.state().checks["service:web"].output.clone();
+    let rig = Rig::start(&Store::in_memory().unwrap()).await;
+    let check = json!({"TCP": target, "Interval": "1s"});
+    rig.handle.register_service(service(&json!({"Name": "web", "Port": 80, "Check": check})), false).await.unwrap();
+    rig.wait_for(|state| state.checks["service:web"].status == HealthStatus::Passing).await;
+    assert!(metrics_text(&rig).contains("Success"));
+    rig.handle.deregister_service(id("web")).await.unwrap();
+    assert!(rig.publication.borrow().records.is_empty());
+    rig.stop().await;
+}

@@ -1,0 +1,640 @@
+//! What an agent keeps on disk: one redb file, `weft.redb`, in the data directory.
+//!
+//! ```text
+//!   generation, node id, name, reset key, identity, peers -> `meta`
+//!   services, checks, check statuses, token uses          -> a table each
+//!                                                    all of it wire::encode'd
+//! ```
+//!
+//! Invariants: a write is on disk (fsync) when its call returns, whole or not at all; the file is readable by its
+//! owner alone, for it holds the node's key; one agent has it at a time; a file that does not fit is never deleted or
+//! written over. After `kill -9` the database repairs itself as it opens.
+//!
+//! Every call blocks on the disk: async code goes through `tokio::task::spawn_blocking`.
+//! Not here: what the values mean (`pki`, `registry`, `gossip`), and the CA's files (`pki`).
+
+mod error;
+
+use std::fmt;
+use std::fs::{DirBuilder, File, OpenOptions, Permissions};
+use std::net::SocketAddr;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use redb::{
+    Builder, Database, DatabaseError, ReadableDatabase as _, ReadableTable as _, StorageError, TableDefinition,
+};
+use serde::{Serialize, de::DeserializeOwned};
+
+pub use self::error::StoreError;
+use crate::clock::{self, UnixSeconds};
+use crate::model::{CheckId, HealthStatus, InstanceId, NodeName};
+use crate::registry::{CheckDefinition, ServiceDefinition};
+use crate::wire::{self, FRAME_BYTES_MAX};
+
+/// The file's name in the data directory.
+pub const STORE_FILE: &str = "weft.redb";
+
+/// Pages that redb keeps in memory, in bytes: the whole file is a few hundred KiB, its own default is 1 GiB.
+const CACHE_BYTES: usize = 4 * 1024 * 1024;
+
+/// How long the uses of a token are remembered after its end: longer than any clock that still lets it in is wrong.
+const TOKEN_KEPT_AFTER_END: Duration = Duration::from_hours(24);
+
+type Table = TableDefinition<'static, &'static str, &'static [u8]>;
+
+const META: Table = TableDefinition::new("meta");
+const SERVICES: Table = TableDefinition::new("services");
+const CHECKS: Table = TableDefinition::new("checks");
+const STATUSES: Table = TableDefinition::new("check_statuses");
+const TOKENS: Table = TableDefinition::new("token_uses");
+
+const GENERATION: &str = "generation";
+const NODE_ID: &str = "node_id";
+const NODE_NAME: &str = "node_name";
+const RESET_KEY: &str = "reset_key";
+const IDENTITY: &str = "identity";
+const PEERS: &str = "peers";
+
+/// A peer worth dialling at the next start.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct StoredPeer {
+    /// Its name.
+    pub name: NodeName,
+    /// Its mesh address.
+    pub addr: SocketAddr,
+    /// Whether it was alive when last heard of: alive ones are dialled first.
+    pub alive: bool,
+}
+
+/// How often a token was used, and until when that matters.
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
+struct TokenUses {
+    uses: u32,
+    not_after: u64,
+}
+
+struct Inner {
+    path: PathBuf,
+    database: Database,
+}
+
+/// What the agent keeps on disk. Every write is durable (fsync) when the call returns. Cheap to clone; calls block.
+#[derive(Clone)]
+pub struct Store {
+    inner: Arc<Inner>,
+}
+
+impl fmt::Debug for Store {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Store").field("path", &self.inner.path).finish_non_exhaustive()
+    }
+}
+
+impl Store {
+    /// Opens or makes `dir/weft.redb`; makes the directory (mode 0700) and the file (mode 0600) where there is none.
+    ///
+    /// A file whose pages do not match their checksums is refused and left alone. A file that an agent left behind by
+    /// a crash is repaired. The file stays locked until the last clone of the store is dropped.
+    ///
+    /// # Errors
+    /// [`StoreError`]: the directory or the file cannot be used, another agent has it, or it is corrupt.
+    pub fn open(dir: &Path) -> Result<Self, StoreError> {
+        let in_dir = |source| StoreError::Directory { dir: dir.to_owned(), source };
+        DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(in_dir)?;
+        let path = dir.join(STORE_FILE);
+        let in_file = |source| StoreError::File { path: path.clone(), source };
+        let mut options = OpenOptions::new();
+        let file = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
+        let file = file.map_err(in_file)?;
+        file.set_permissions(Permissions::from_mode(0o600)).map_err(in_file)?;
+        // A new file's name is on disk only once its directory is.
+        File::open(dir).and_then(|dir| dir.sync_all()).map_err(in_dir)?;
+        Self::start(path, |builder| builder.create_file(file))
+    }
+
+    /// Makes a store in memory, for `-dev` and tests.
+    ///
+    /// # Errors
+    /// If the database refuses its first transaction.
+    pub fn in_memory() -> Result<Self, StoreError> {
+        let backend = redb::backends::InMemoryBackend::new();
+        Self::start(PathBuf::from("memory"), |builder| builder.create_with_backend(backend))
+    }
+
+    /// Opens, checks every page against its checksum, and makes the tables that are missing.
+    fn start(
+        path: PathBuf,
+        open: impl FnOnce(&mut Builder) -> Result<Database, DatabaseError>,
+    ) -> Result<Self, StoreError> {
+        // redb asserts where a damaged file contradicts itself: that must end as an error, too.
+        let opened = catch_unwind(AssertUnwindSafe(|| {
+            let mut database = open(Builder::new().set_cache_size(CACHE_BYTES))?;
+            let clean = database.check_integrity()?;
+            Ok((database, clean))
+        }));
+        let (database, clean) = match opened {
+            Ok(Ok(opened)) => opened,
+            Ok(Err(error)) => return Err(open_error(path, error)),
+            Err(_panic) => return Err(StoreError::Corrupt { path, reason: "its pages contradict each other".into() }),
+        };
+        if !clean {
+            tracing::warn!(path = %path.display(), "repaired the store");
+        }
+        let store = Self { inner: Arc::new(Inner { path, database }) };
+        store.write(|transaction| {
+            for table in [META, SERVICES, CHECKS, STATUSES, TOKENS] {
+                transaction.open_table(table)?;
+            }
+            Ok(())
+        })?;
+        Ok(store)
+    }
+
+    /// Adds one to the generation, on disk, and returns it; the first one is 1.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails.
+    pub fn next_generation(&self) -> Result<u64, StoreError> {
+        let last: u64 = self.value(META, GENERATION)?.unwrap_or(0);
+        let next = last.saturating_add(1);
+        self.put(META, GENERATION, &next)?;
+        Ok(next)
+    }
+
+    /// Returns the node's UUID, made at first use.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails.
+    pub fn node_id(&self) -> Result<String, StoreError> {
+        if let Some(id) = self.value(META, NODE_ID)? {
+            return Ok(id);
+        }
+        let id = uuid::Uuid::new_v4().to_string();
+        self.put(META, NODE_ID, &id)?;
+        Ok(id)
+    }
+
+    /// Returns QUIC's stateless-reset key: 64 random bytes made at first use.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails.
+    pub fn reset_key(&self) -> Result<[u8; 64], StoreError> {
+        if let Some(kept) = self.value::<Vec<u8>>(META, RESET_KEY)?
+            && let Ok(key) = <[u8; 64]>::try_from(kept)
+        {
+            return Ok(key);
+        }
+        let mut key = [0u8; 64];
+        rand::fill(&mut key);
+        self.put(META, RESET_KEY, &key.to_vec())?;
+        Ok(key)
+    }
+
+    /// Returns what `NodeAuthority::to_bytes` gave.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails.
+    pub fn identity(&self) -> Result<Option<Vec<u8>>, StoreError> {
+        self.value(META, IDENTITY)
+    }
+
+    /// Replaces the identity.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails.
+    pub fn put_identity(&self, bytes: &[u8]) -> Result<(), StoreError> {
+        self.put(META, IDENTITY, &bytes.to_vec())
+    }
+
+    /// Returns the name of the node that this data directory belongs to.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails.
+    pub fn node_name(&self) -> Result<Option<NodeName>, StoreError> {
+        self.value(META, NODE_NAME)
+    }
+
+    /// Sets the node's name.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails.
+    pub fn put_node_name(&self, name: &NodeName) -> Result<(), StoreError> {
+        self.put(META, NODE_NAME, name)
+    }
+
+    /// Returns the peers that were known.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails.
+    pub fn peers(&self) -> Result<Vec<StoredPeer>, StoreError> {
+        Ok(self.value(META, PEERS)?.unwrap_or_default())
+    }
+
+    /// Replaces the known peers.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails or the peers exceed one frame (256 KiB, some 3000 peers).
+    pub fn put_peers(&self, peers: &[StoredPeer]) -> Result<(), StoreError> {
+        self.put(META, PEERS, &peers)
+    }
+
+    /// Returns the services that were registered by the API.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails.
+    pub fn services(&self) -> Result<Vec<ServiceDefinition>, StoreError> {
+        Ok(self.values(SERVICES)?.into_iter().map(|(_, service)| service).collect())
+    }
+
+    /// Adds or replaces a service.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails.
+    pub fn put_service(&self, definition: &ServiceDefinition) -> Result<(), StoreError> {
+        self.put(SERVICES, definition.record.id.as_str(), definition)
+    }
+
+    /// Removes a service.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails.
+    pub fn remove_service(&self, id: &InstanceId) -> Result<(), StoreError> {
+        self.remove(SERVICES, id.as_str())
+    }
+
+    /// Returns the checks that were registered by themselves.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails.
+    pub fn checks(&self) -> Result<Vec<CheckDefinition>, StoreError> {
+        Ok(self.values(CHECKS)?.into_iter().map(|(_, check)| check).collect())
+    }
+
+    /// Adds or replaces a check.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails.
+    pub fn put_check(&self, definition: &CheckDefinition) -> Result<(), StoreError> {
+        self.put(CHECKS, definition.id.as_str(), definition)
+    }
+
+    /// Removes a check and its status.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails.
+    pub fn remove_check(&self, id: &CheckId) -> Result<(), StoreError> {
+        self.write(|transaction| {
+            transaction.open_table(CHECKS)?.remove(id.as_str())?;
+            transaction.open_table(STATUSES)?.remove(id.as_str())?;
+            Ok(())
+        })
+    }
+
+    /// Puts a service in place and removes checks, in one commit.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails; nothing is changed then.
+    pub(crate) fn replace_service(
+        &self,
+        definition: &ServiceDefinition,
+        dropped: &[CheckId],
+    ) -> Result<(), StoreError> {
+        let id = definition.record.id.as_str();
+        let bytes = encode(id, definition)?;
+        self.write(|transaction| {
+            transaction.open_table(SERVICES)?.insert(id, bytes.as_slice())?;
+            remove_all(transaction, dropped)
+        })
+    }
+
+    /// Removes a service together with checks and their statuses, in one commit.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails; nothing is changed then.
+    pub(crate) fn forget_service(&self, id: &InstanceId, checks: &[CheckId]) -> Result<(), StoreError> {
+        self.write(|transaction| {
+            transaction.open_table(SERVICES)?.remove(id.as_str())?;
+            remove_all(transaction, checks)
+        })
+    }
+
+    /// Returns the last status of each check, so that a restart does not flap.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails.
+    pub fn check_statuses(&self) -> Result<Vec<(CheckId, HealthStatus)>, StoreError> {
+        let statuses = self.values::<HealthStatus>(STATUSES)?;
+        // A key is what a check's id was written as, so each one parses.
+        Ok(statuses.into_iter().filter_map(|(id, status)| Some((id.parse().ok()?, status))).collect())
+    }
+
+    /// Sets the status of one check.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails.
+    pub fn put_check_status(&self, id: &CheckId, status: HealthStatus) -> Result<(), StoreError> {
+        self.put(STATUSES, id.as_str(), &status)
+    }
+
+    /// Sets the status of several checks, in one commit.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails; nothing is changed then.
+    pub fn put_check_statuses(&self, statuses: &[(CheckId, HealthStatus)]) -> Result<(), StoreError> {
+        let encode = |(id, status): &(CheckId, HealthStatus)| Ok((id.clone(), encode(id.as_str(), status)?));
+        let encoded = statuses.iter().map(encode).collect::<Result<Vec<_>, StoreError>>()?;
+        self.write(|transaction| {
+            let mut table = transaction.open_table(STATUSES)?;
+            for (id, bytes) in &encoded {
+                table.insert(id.as_str(), bytes.as_slice())?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Counts one use of token `id` and returns how many there were before (issuers).
+    ///
+    /// The count is kept until `not_after` (seconds since the epoch) and a day; counts past that go at each call.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails.
+    pub fn count_token_use(&self, id: [u8; 16], not_after: u64) -> Result<u32, StoreError> {
+        self.count_token_use_at(id, not_after, clock::wall())
+    }
+
+    fn count_token_use_at(&self, id: [u8; 16], not_after: u64, now: UnixSeconds) -> Result<u32, StoreError> {
+        let key = uuid::Uuid::from_bytes(id).to_string();
+        let path = &self.inner.path;
+        // One transaction: two joins at once must not both be the first.
+        self.write(|transaction| {
+            let mut table = transaction.open_table(TOKENS)?;
+            let is_kept = |_: &str, bytes: &[u8]| {
+                let uses = wire::decode::<TokenUses>(bytes, FRAME_BYTES_MAX);
+                // What does not decode is kept: a use too many is worse than a stale line.
+                uses.map_or(true, |uses| UnixSeconds(uses.not_after).plus(TOKEN_KEPT_AFTER_END) >= now)
+            };
+            table.retain(is_kept)?;
+            let kept = table.get(key.as_str())?.map(|bytes| decode(path, TOKENS, &key, bytes.value()));
+            let before = match kept.transpose() {
+                Ok(kept) => kept.map_or(0, |uses: TokenUses| uses.uses),
+                Err(error) => return Ok(Err(error)),
+            };
+            let uses = TokenUses { uses: before.saturating_add(1), not_after };
+            match encode(&key, &uses) {
+                Ok(bytes) => table.insert(key.as_str(), bytes.as_slice())?,
+                Err(error) => return Ok(Err(error)),
+            };
+            Ok(Ok(before))
+        })?
+    }
+
+    fn value<T: DeserializeOwned>(&self, table: Table, key: &str) -> Result<Option<T>, StoreError> {
+        let read = || -> Result<Option<Vec<u8>>, redb::Error> {
+            let table = self.inner.database.begin_read()?.open_table(table)?;
+            Ok(table.get(key)?.map(|bytes| bytes.value().to_vec()))
+        };
+        let bytes = read().map_err(|error| self.failed(error))?;
+        bytes.map(|bytes| decode(&self.inner.path, table, key, &bytes)).transpose()
+    }
+
+    fn values<T: DeserializeOwned>(&self, table: Table) -> Result<Vec<(String, T)>, StoreError> {
+        let read = || -> Result<Vec<(String, Vec<u8>)>, redb::Error> {
+            let table = self.inner.database.begin_read()?.open_table(table)?;
+            let mut rows = Vec::new();
+            for row in table.iter()? {
+                let (key, bytes) = row?;
+                rows.push((key.value().to_owned(), bytes.value().to_vec()));
+            }
+            Ok(rows)
+        };
+        let rows = read().map_err(|error| self.failed(error))?;
+        let decode_row = |(key, bytes): (String, Vec<u8>)| {
+            let value = decode(&self.inner.path, table, &key, &bytes)?;
+            Ok((key, value))
+        };
+        rows.into_iter().map(decode_row).collect()
+    }
+
+    fn put<T: Serialize + ?Sized>(&self, table: Table, key: &str, value: &T) -> Result<(), StoreError> {
+        let bytes = encode(key, &value)?;
+        self.write(|transaction| {
+            transaction.open_table(table)?.insert(key, bytes.as_slice())?;
+            Ok(())
+        })
+    }
+
+    fn remove(&self, table: Table, key: &str) -> Result<(), StoreError> {
+        self.write(|transaction| {
+            transaction.open_table(table)?.remove(key)?;
+            Ok(())
+        })
+    }
+
+    /// Runs `change` in one transaction and commits it to the disk.
+    fn write<T>(
+        &self,
+        change: impl FnOnce(&redb::WriteTransaction) -> Result<T, redb::Error>,
+    ) -> Result<T, StoreError> {
+        let run = || -> Result<T, redb::Error> {
+            let transaction = self.inner.database.begin_write()?;
+            let value = change(&transaction)?;
+            transaction.commit()?;
+            Ok(value)
+        };
+        run().map_err(|error| self.failed(error))
+    }
+
+    fn failed(&self, error: redb::Error) -> StoreError {
+        let path = self.inner.path.clone();
+        match error {
+            redb::Error::Corrupted(reason) => StoreError::Corrupt { path, reason },
+            source => StoreError::Transaction { path, source: Box::new(source) },
+        }
+    }
+}
+
+fn remove_all(transaction: &redb::WriteTransaction, checks: &[CheckId]) -> Result<(), redb::Error> {
+    let mut definitions = transaction.open_table(CHECKS)?;
+    let mut statuses = transaction.open_table(STATUSES)?;
+    for id in checks {
+        definitions.remove(id.as_str())?;
+        statuses.remove(id.as_str())?;
+    }
+    Ok(())
+}
+
+fn encode<T: Serialize>(key: &str, value: &T) -> Result<Vec<u8>, StoreError> {
+    wire::encode(value).map_err(|source| StoreError::Encode { key: key.to_owned(), source })
+}
+
+fn decode<T: DeserializeOwned>(path: &Path, table: Table, key: &str, bytes: &[u8]) -> Result<T, StoreError> {
+    wire::decode(bytes, FRAME_BYTES_MAX).map_err(|source| {
+        use redb::TableHandle as _;
+        let table = match table.name() {
+            "meta" => "meta",
+            "services" => "services",
+            "checks" => "checks",
+            "check_statuses" => "check_statuses",
+            _ => "token_uses",
+        };
+        StoreError::Value { path: path.to_owned(), table, key: key.to_owned(), source }
+    })
+}
+
+fn open_error(path: PathBuf, error: DatabaseError) -> StoreError {
+    match error {
+        DatabaseError::DatabaseAlreadyOpen => StoreError::Locked { path },
+        DatabaseError::UpgradeRequired(found) => StoreError::Format { path, found },
+        DatabaseError::Storage(StorageError::Corrupted(reason)) => StoreError::Corrupt { path, reason },
+        // redb's word for a file that is no database, or one that was cut short.
+        DatabaseError::Storage(StorageError::Io(source))
+            if matches!(source.kind(), std::io::ErrorKind::InvalidData | std::io::ErrorKind::UnexpectedEof) =>
+        {
+            StoreError::Corrupt { path, reason: source.to_string() }
+        }
+        DatabaseError::Storage(StorageError::Io(source)) => StoreError::File { path, source },
+        other => StoreError::Transaction { path, source: Box::new(other.into()) },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id(text: &str) -> CheckId {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn what_is_kept_survives_a_restart() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("deep/data");
+        let store = Store::open(&path).unwrap();
+        let (node_id, key) = (store.node_id().unwrap(), store.reset_key().unwrap());
+        assert_eq!(store.next_generation().unwrap(), 1);
+        store.put_identity(b"secret").unwrap();
+        store.put_node_name(&"web-1".parse().unwrap()).unwrap();
+        let peer = StoredPeer { name: "a".parse().unwrap(), addr: "10.0.0.1:8301".parse().unwrap(), alive: true };
+        store.put_peers(std::slice::from_ref(&peer)).unwrap();
+        store.put_check_status(&id("c"), HealthStatus::Warning).unwrap();
+        store.put_check_statuses(&[(id("d"), HealthStatus::Passing)]).unwrap();
+        drop(store);
+
+        let store = Store::open(&path).unwrap();
+        assert_eq!((store.node_id().unwrap(), store.reset_key().unwrap()), (node_id, key));
+        assert_eq!(store.next_generation().unwrap(), 2);
+        assert_eq!(store.identity().unwrap().unwrap(), b"secret");
+        assert_eq!(store.node_name().unwrap().unwrap().as_str(), "web-1");
+        assert_eq!(store.peers().unwrap(), [peer]);
+        let statuses = [(id("c"), HealthStatus::Warning), (id("d"), HealthStatus::Passing)];
+        assert_eq!(store.check_statuses().unwrap(), statuses);
+        store.remove_check(&id("c")).unwrap();
+        assert_eq!(store.check_statuses().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn the_file_and_its_directory_are_the_owners_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("data");
+        drop(Store::open(&path).unwrap());
+        let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!((mode(&path), mode(&path.join(STORE_FILE))), (0o700, 0o600));
+        std::fs::set_permissions(path.join(STORE_FILE), Permissions::from_mode(0o644)).unwrap();
+        drop(Store::open(&path).unwrap());
+        assert_eq!(mode(&path.join(STORE_FILE)), 0o600);
+    }
+
+    #[test]
+    fn a_second_agent_is_refused_while_the_first_one_runs() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = Store::open(dir.path()).unwrap();
+        let error = Store::open(dir.path()).unwrap_err();
+        assert!(matches!(error, StoreError::Locked { .. }), "{error}");
+        assert!(error.to_string().contains("in use by another agent"));
+        drop(first);
+        Store::open(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn a_directory_that_cannot_be_made_says_what_to_do() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        std::fs::write(&file, b"x").unwrap();
+        let error = Store::open(&file.join("data")).unwrap_err();
+        assert!(matches!(error, StoreError::Directory { .. }), "{error}");
+        assert!(error.to_string().contains("-data-dir"), "{error}");
+    }
+
+    #[test]
+    fn a_file_that_is_no_database_is_named_and_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join(STORE_FILE);
+        let garbage = b"not a database, but worth keeping".repeat(400);
+        std::fs::write(&file, &garbage).unwrap();
+        let error = Store::open(dir.path()).unwrap_err();
+        assert!(matches!(error, StoreError::Corrupt { .. }), "{error:?}");
+        assert!(error.to_string().contains("weft.redb") && error.to_string().contains("token"), "{error}");
+        assert_eq!(std::fs::read(&file).unwrap(), garbage);
+    }
+
+    #[test]
+    fn damage_anywhere_is_found_at_opening_or_does_no_harm() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join(STORE_FILE);
+        let store = Store::open(dir.path()).unwrap();
+        store.put_identity(&[7; 5000]).unwrap();
+        store.next_generation().unwrap();
+        drop(store);
+        let good = std::fs::read(&file).unwrap();
+        let used = good.iter().rposition(|byte| *byte != 0).unwrap();
+        let mut refused = 0;
+        for part in 0..24 {
+            let at = used * part / 24;
+            let mut bad = good.clone();
+            for byte in bad.iter_mut().skip(at).take(700) {
+                *byte ^= 0x5a;
+            }
+            std::fs::write(&file, &bad).unwrap();
+            match Store::open(dir.path()) {
+                Err(error) => {
+                    assert!(matches!(error, StoreError::Corrupt { .. } | StoreError::Format { .. }), "{at}: {error:?}");
+                    refused += 1;
+                }
+                Ok(store) => {
+                    assert_eq!(store.identity().unwrap(), Some(vec![7; 5000]), "damage at {at}");
+                    assert_eq!(store.next_generation().unwrap(), 2);
+                }
+            }
+        }
+        assert!(refused > 0, "no damage was found");
+        std::fs::write(&file, good.get(..good.len() / 2).unwrap()).unwrap();
+        assert!(matches!(Store::open(dir.path()), Err(StoreError::Corrupt { .. })));
+    }
+
+    #[test]
+    fn a_file_left_by_a_killed_agent_opens() {
+        let dir = tempfile::tempdir().unwrap();
+        let copy = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        store.next_generation().unwrap();
+        // The bytes on disk while the agent runs are what `kill -9` leaves behind.
+        std::fs::copy(dir.path().join(STORE_FILE), copy.path().join(STORE_FILE)).unwrap();
+        assert_eq!(Store::open(copy.path()).unwrap().next_generation().unwrap(), 2);
+    }
+
+    #[test]
+    fn uses_of_a_token_are_counted_until_a_day_after_its_end() {
+        let store = Store::in_memory().unwrap();
+        let day = TOKEN_KEPT_AFTER_END.as_secs();
+        assert_eq!(store.count_token_use_at([1; 16], 100, UnixSeconds(50)).unwrap(), 0);
+        assert_eq!(store.count_token_use_at([1; 16], 100, UnixSeconds(60)).unwrap(), 1);
+        assert_eq!(store.count_token_use_at([2; 16], 900, UnixSeconds(60)).unwrap(), 0);
+        assert_eq!(store.count_token_use_at([1; 16], 100, UnixSeconds(100 + day)).unwrap(), 2);
+        store.count_token_use_at([2; 16], 900, UnixSeconds(101 + day)).unwrap();
+        assert_eq!(store.values::<TokenUses>(TOKENS).unwrap().len(), 1);
+    }
+}
