@@ -3,6 +3,7 @@
 pub mod catalogue;
 pub mod clock;
 pub mod gossip;
+pub mod join;
 pub mod metrics;
 pub mod model;
 pub mod pki;
