@@ -3,6 +3,7 @@
 pub mod catalogue;
 pub mod clock;
 pub mod gossip;
+pub mod join;
 pub mod membership;
 pub mod metrics;
 pub mod model;

@@ -1,11 +1,41 @@
-//! Identity (seam; see helper P).
-use std::path::Path;
-use std::sync::Arc;
+//! Identity: who may speak for what, from the operator's root to a service's certificate of one hour.
+//!
+//! ```text
+//!   root (10 y, offline) -+-> issuer (1 y) -> node intermediate (7 d, extension: node, scope) -> leaf (1 h)
+//!     ca, token           +-> operator (1 y) -> join tokens        authority, identity            tls, verify
+//! ```
+//!
+//! Invariants: only `verify` decides whom to believe; a chain is leaf, node intermediate, issuer, root and nothing else;
+//! a leaf's node is the node of its intermediate's extension and its service lies inside the extension's scope; no key
+//! signs two kinds of things with the same bytes (`certificate::signed_bytes`); every input of a peer is bounded.
+//! Not here: the exchange in which a newcomer gets its certificate (`join`), connections (`transport`), revocation.
+
+mod authority;
+mod ca;
+mod certificate;
+mod extension;
+mod identity;
+mod issuer;
+pub(crate) mod join;
+mod tls;
+mod token;
+mod verify;
 
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
 use crate::clock::UnixSeconds;
-use crate::model::{NamePattern, NodeName, ServeScope, ServiceName, SpiffeId, TrustDomain};
+use crate::model::{NodeName, ServeScope, ServiceName, SpiffeId, TrustDomain};
+use crate::wire::WireError;
+
+pub use authority::NodeAuthority;
+pub use ca::{CaDir, CaError, EphemeralCa, ephemeral};
+pub use certificate::root_digest;
+pub use identity::{Identity, SERVICE_SVIDS_MAX};
+pub use issuer::Issuer;
+pub(crate) use tls::JoinVerifier;
+pub use tls::{ALPN_GOSSIP, ALPN_JOIN, ALPN_TUNNEL};
+pub use token::{Token, TokenClaims, TokenError, create_token};
+pub use verify::{VerifyError, verify_peer, verify_signed_by_node};
 
 /// Which plane a connection is for; each has its own ALPN.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -41,7 +71,6 @@ pub struct TrustBundle {
 }
 
 /// A leaf certificate with its chain and key, ready for TLS.
-#[derive(Debug)]
 pub struct Svid {
     /// Who it speaks for.
     pub id: SpiffeId,
@@ -55,159 +84,79 @@ pub struct Svid {
     pub not_after: UnixSeconds,
 }
 
-/// Why something about identity failed. (Helper P: one enum per operation replaces this.)
+impl std::fmt::Debug for Svid {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Svid({}, until {})", self.id, self.not_after.0)
+    }
+}
+
+/// Why something about identity failed.
 #[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct PkiError(pub String);
-
-/// A node's own authority: its intermediate (7 days), its key, its scope.
-#[derive(Debug)]
-pub struct NodeAuthority {}
-
-impl NodeAuthority {
-    /// The node.
-    pub fn node(&self) -> &NodeName {
-        todo!()
-    }
-    /// What it may serve.
-    pub fn scope(&self) -> &ServeScope {
-        todo!()
-    }
-    /// What it trusts.
-    pub fn bundle(&self) -> &TrustBundle {
-        todo!()
-    }
-    /// End of the intermediate.
-    pub fn not_after(&self) -> UnixSeconds {
-        todo!()
-    }
-    /// Node intermediate first, then issuer: what others need to check this node's signatures.
-    pub fn chain(&self) -> &[CertificateDer<'static>] {
-        todo!()
-    }
-    /// Mints the node's leaf (1 h).
-    pub fn mint_node(&self, _now: UnixSeconds) -> Result<Svid, PkiError> {
-        todo!()
-    }
-    /// Mints a service's SVID (1 h); refused outside the scope.
-    pub fn mint_service(&self, _service: &ServiceName, _now: UnixSeconds) -> Result<Svid, PkiError> {
-        todo!()
-    }
-    /// Signs `message` with the intermediate's key (ECDSA P-256, SHA-256, DER).
-    pub fn sign(&self, _message: &[u8]) -> Result<Vec<u8>, PkiError> {
-        todo!()
-    }
-    /// For the store (holds the private key).
-    pub fn to_bytes(&self) -> Result<Vec<u8>, PkiError> {
-        todo!()
-    }
-    /// From the store.
-    pub fn from_bytes(_bytes: &[u8]) -> Result<Self, PkiError> {
-        todo!()
-    }
-}
-
-/// Checks a published chain `[node intermediate, issuer]` and `signature` over `message`; returns node and scope.
-pub fn verify_signed_by_node(
-    _chain: &[CertificateDer<'_>],
-    _message: &[u8],
-    _signature: &[u8],
-    _bundle: &TrustBundle,
-    _now: UnixSeconds,
-) -> Result<(NodeName, ServeScope, UnixSeconds), PkiError> {
-    todo!()
-}
-
-/// Checks a chain that a peer showed in TLS, leaf first.
-pub fn verify_peer(
-    _chain: &[CertificateDer<'_>],
-    _bundle: &TrustBundle,
-    _now: UnixSeconds,
-) -> Result<PeerIdentity, PkiError> {
-    todo!()
-}
-
-/// The live identity of a node: authority, current SVIDs (minted on first use, renewed at 50-80 % of life), bundle.
-/// Shared by transport, proxy, gossip, API. Reads take no lock.
-#[derive(Debug)]
-pub struct Identity {}
-
-impl Identity {
-    /// Mints the node's leaf.
-    pub fn new(_authority: NodeAuthority, _now: UnixSeconds) -> Result<Arc<Self>, PkiError> {
-        todo!()
-    }
-    /// The authority in use (swapped at renewal).
-    pub fn authority(&self) -> Arc<NodeAuthority> {
-        todo!()
-    }
-    /// Swaps the authority after a renewal and mints everything anew.
-    pub fn replace_authority(&self, _authority: NodeAuthority, _now: UnixSeconds) -> Result<(), PkiError> {
-        todo!()
-    }
-    /// The node's current leaf.
-    pub fn node_svid(&self) -> Arc<Svid> {
-        todo!()
-    }
-    /// A service's current SVID, minted if there is none.
-    pub fn service_svid(&self, _service: &ServiceName, _now: UnixSeconds) -> Result<Arc<Svid>, PkiError> {
-        todo!()
-    }
-    /// Renews what is past its renewal point; returns when to call again.
-    pub fn renew_due(&self, _now: UnixSeconds) -> Result<UnixSeconds, PkiError> {
-        todo!()
-    }
-    /// rustls server side for one plane: node SVID by a resolver that always hands out the current one; client
-    /// certificates required and checked by `verify_peer` (Join: none asked, and the root is appended to the chain).
-    pub fn server_config(self: &Arc<Self>, _plane: Plane) -> Result<Arc<rustls::ServerConfig>, PkiError> {
-        todo!()
-    }
-    /// rustls client side: shows `svid`, accepts only a server whose verified node is `expect` (None: any node of the domain).
-    pub fn client_config(
-        self: &Arc<Self>,
-        _plane: Plane,
-        _svid: &Svid,
-        _expect: Option<NodeName>,
-    ) -> Result<Arc<rustls::ClientConfig>, PkiError> {
-        todo!()
-    }
-}
-
-/// What a token allows.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct TokenClaims {
-    /// Unique.
-    pub id: [u8; 16],
-    /// Names that the newcomer may take.
-    pub node: NamePattern,
-    /// What it may serve.
-    pub serve: ServeScope,
-    /// End.
-    pub not_after: UnixSeconds,
-    /// How often it may be used; 0: without bound until it ends.
-    pub uses: u32,
-}
-
-/// An issuer's key and certificate, loaded from `./ca/issuer-N`; signs node intermediates.
-#[derive(Debug)]
-pub struct Issuer {}
-
-impl Issuer {
-    /// Loads a directory; refuses a key that others can read.
-    pub fn load(_dir: &Path) -> Result<Self, PkiError> {
-        todo!()
-    }
-    /// Certifies itself: the first agent.
-    pub fn self_certify(
-        &self,
-        _node: &NodeName,
-        _serve: &ServeScope,
-        _now: UnixSeconds,
-    ) -> Result<NodeAuthority, PkiError> {
-        todo!()
-    }
-    /// Its trust bundle.
-    pub fn bundle(&self) -> &TrustBundle {
-        todo!()
-    }
+pub enum PkiError {
+    /// A peer's chain or signature is refused.
+    #[error(transparent)]
+    Verify(#[from] VerifyError),
+    /// The CA directory cannot be used.
+    #[error(transparent)]
+    Ca(#[from] CaError),
+    /// A token is refused.
+    #[error(transparent)]
+    Token(#[from] TokenError),
+    /// A certificate, key or signature cannot be made.
+    #[error("cannot make {what}")]
+    Make {
+        /// What was to be made.
+        what: &'static str,
+        /// Why not.
+        #[source]
+        source: rcgen::Error,
+    },
+    /// The node's certificate does not cover the service.
+    #[error(
+        "node `{node}` may not speak for service `{service}`: its certificate covers `{scope}`; \
+         join again with a token whose -serve covers the service"
+    )]
+    OutsideScope {
+        /// The node.
+        node: NodeName,
+        /// The service.
+        service: ServiceName,
+        /// What the node may serve.
+        scope: ServeScope,
+    },
+    /// A signing certificate has ended, or this clock is wrong.
+    #[error(
+        "the {what}'s certificate is valid until {} and this host's clock says {}: check the clock; if it is right, {remedy}",
+        verify::Utc(*.until), verify::Utc(*.now)
+    )]
+    Expired {
+        /// Whose certificate.
+        what: &'static str,
+        /// Its end.
+        until: UnixSeconds,
+        /// This host's wall time.
+        now: UnixSeconds,
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// The serve scope does not fit a certificate.
+    #[error("serve scope has {bytes} bytes of text; at most {bytes_max} fit a certificate: use fewer or wider patterns")]
+    ScopeTooLong {
+        /// Its length.
+        bytes: usize,
+        /// The bound.
+        bytes_max: usize,
+    },
+    /// A stored identity does not decode.
+    #[error("the stored identity is damaged; remove it and join again with a new token")]
+    Stored(#[source] WireError),
+    /// A key does not belong to the certificate it came with.
+    #[error("the key does not belong to the certificate of node `{node}`; remove the identity and join again")]
+    KeyMismatch {
+        /// The node.
+        node: NodeName,
+    },
+    /// rustls refuses a configuration.
+    #[error("TLS cannot be configured")]
+    Tls(#[source] rustls::Error),
 }

@@ -1,0 +1,480 @@
+//! How a newcomer gets its certificate from a seed, and how a node renews it.
+//!
+//! ```text
+//!   request_certificate / renew --QUIC weft-join/1--> JoinServer: token, name, uses -> issuer signs
+//! ```
+//!
+//! Invariants: a token is shown to a proven issuer only; the private key never leaves the newcomer; a renewal copies name
+//! and scope from the old certificate; an exchange is bounded in time, streams and bytes.
+//! Not here: the messages (`pki::join`), the accept loop and how many handshakes run at once (`transport`).
+
+use std::collections::VecDeque;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use quinn::crypto::rustls::QuicClientConfig;
+use rcgen::{CertificateParams, KeyPair};
+use rustls::pki_types::CertificateDer;
+use tracing::{info, warn};
+
+use crate::clock::{self, UnixSeconds};
+use crate::model::NodeName;
+use crate::pki::join::{
+    Answer, EXPORTER_LABEL, Hello, ISSUERS_MAX, JOIN_FRAME_BYTES_MAX, Request, Role, Welcome, renewal_message,
+};
+use crate::pki::{Issuer, JoinVerifier, NodeAuthority, PkiError, Token, TrustBundle, VerifyError, join as checks};
+use crate::wire::{self, WireError};
+
+/// Longest exchange, on either side: two round trips, a disk write and a signature, with room for a slow link.
+pub const JOIN_TIMEOUT: Duration = Duration::from_secs(10);
+/// How far two clocks may differ: leaves begin this long in the past.
+pub const CLOCK_SKEW_MAX: Duration = Duration::from_secs(60);
+/// How long after its end a certificate can still be renewed by its key.
+pub const RENEW_GRACE: Duration = Duration::from_secs(30 * 24 * 3600);
+/// Most addresses that one call dials: the seeds and the issuers that they name.
+const DIALS_MAX: usize = 32;
+/// Longest reason of a refusal that is shown, in characters.
+const REASON_CHARS_MAX: usize = 512;
+
+/// Why no certificate was obtained.
+#[derive(Debug, thiserror::Error)]
+pub enum JoinError {
+    /// There is no address to dial.
+    #[error("no seed address is known: give one with -join")]
+    NoSeeds,
+    /// Nobody answers at the address.
+    #[error("no weft agent answers at {seed} (UDP): check the address, the firewall and that the agent runs")]
+    Unreachable {
+        /// The address.
+        seed: SocketAddr,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The seed's chain is not believed; for a newcomer also: the token is of another CA.
+    #[error("{seed} is not believed: {source}")]
+    Untrusted {
+        /// The address.
+        seed: SocketAddr,
+        /// Which rule is broken. Part of the text, because it says what to do.
+        source: Box<VerifyError>,
+    },
+    /// The clocks differ too much.
+    #[error(
+        "clocks differ by {} s: this host's says {} and {seed}'s {} (seconds since 1970); at most {} s are allowed: \
+         set both by NTP",
+        ours.0.abs_diff(theirs.0), ours.0, theirs.0, CLOCK_SKEW_MAX.as_secs()
+    )]
+    ClockSkew {
+        /// The address.
+        seed: SocketAddr,
+        /// This host's wall time.
+        ours: UnixSeconds,
+        /// The seed's.
+        theirs: UnixSeconds,
+    },
+    /// An issuer refuses.
+    #[error("{seed} refuses: {reason}")]
+    Refused {
+        /// The address.
+        seed: SocketAddr,
+        /// Its reason.
+        reason: String,
+    },
+    /// The seeds are no issuers and know none that answers.
+    #[error("no issuer was reached by way of {seed}: start an agent with -issuer, or join by its address")]
+    NoIssuer {
+        /// The last address.
+        seed: SocketAddr,
+    },
+    /// The seed does not keep to the protocol.
+    #[error("{seed} broke off the join exchange")]
+    Exchange {
+        /// The address.
+        seed: SocketAddr,
+        /// How.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// What was granted is not what was asked for.
+    #[error("{seed} granted a certificate for `{found}`, but `{asked}` was asked for")]
+    OtherName {
+        /// The address.
+        seed: SocketAddr,
+        /// The name asked for.
+        asked: NodeName,
+        /// The name granted.
+        found: NodeName,
+    },
+    /// A key, request or signature cannot be made here.
+    #[error("cannot prepare to join")]
+    Local(#[source] PkiError),
+}
+
+/// What an issuer must know of the mesh.
+pub trait JoinDirectory: Send + Sync {
+    /// Where a live node of this name is, if there is one.
+    fn live_holder(&self, name: &NodeName) -> Option<SocketAddr>;
+    /// Known live issuers.
+    fn issuers(&self) -> Vec<SocketAddr>;
+}
+
+/// Where an issuer counts the uses of tokens; calls may block on a disk.
+pub trait TokenLedger: Send + Sync {
+    /// Counts one use and returns how many there were before.
+    fn count_use(&self, id: [u8; 16], not_after: u64) -> Result<u32, String>;
+}
+
+/// Answers newcomers and renewals on the join plane.
+pub struct JoinServer {
+    issuer: Option<Arc<Issuer>>,
+    directory: Arc<dyn JoinDirectory>,
+    ledger: Arc<dyn TokenLedger>,
+}
+
+impl std::fmt::Debug for JoinServer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "JoinServer(issuer: {})", self.issuer.is_some())
+    }
+}
+
+type Streams = (quinn::SendStream, quinn::RecvStream);
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+impl JoinServer {
+    /// Makes a server; without an issuer it only names others.
+    pub fn new(
+        issuer: Option<Arc<Issuer>>,
+        directory: Arc<dyn JoinDirectory>,
+        ledger: Arc<dyn TokenLedger>,
+    ) -> Arc<Self> {
+        Arc::new(Self { issuer, directory, ledger })
+    }
+
+    /// Serves one connection until its exchange ends, at most [`JOIN_TIMEOUT`], and closes it.
+    ///
+    /// # Cancel safety
+    /// Cancelling leaves the connection open to its own idle timeout; a use of a token may have been counted.
+    pub async fn serve(&self, connection: quinn::Connection) {
+        let exchange = async {
+            self.exchange(&connection).await?;
+            // The answer has left when the newcomer closes.
+            connection.closed().await;
+            Ok::<(), Failure>(())
+        };
+        match tokio::time::timeout(JOIN_TIMEOUT, exchange).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => info!(peer = %connection.remote_address(), error, "join exchange broke off"),
+            Err(_) => info!(peer = %connection.remote_address(), "join exchange took too long"),
+        }
+        connection.close(0u32.into(), b"done");
+    }
+
+    async fn exchange(&self, connection: &quinn::Connection) -> Result<(), Failure> {
+        let (mut send, mut recv) = connection.accept_bi().await?;
+        let hello: Hello = read(&mut recv).await?;
+        let nonce: [u8; 32] = rand::random();
+        let now = clock::wall();
+        let role = match &self.issuer {
+            Some(issuer) => {
+                Role::Issuer { certificate: issuer.certificate().to_vec(), proof: issuer.prove(&channel(connection)?)? }
+            }
+            None => {
+                let mut issuers = self.directory.issuers();
+                issuers.truncate(ISSUERS_MAX);
+                Role::Member { issuers }
+            }
+        };
+        write(&mut send, &Welcome { clock: now, nonce, role }).await?;
+        let Some(issuer) = &self.issuer else { return Ok(send.finish()?) };
+        let Ok(request) = read::<Request>(&mut recv).await else {
+            // A newcomer that finds its clock wrong asks for nothing.
+            return Ok(());
+        };
+        let from = connection.remote_address();
+        let decided = if is_skewed(hello.clock, now) {
+            let limit = CLOCK_SKEW_MAX.as_secs();
+            Err(format!("your clock says {} and mine {}; at most {limit} s apart are allowed", hello.clock.0, now.0))
+        } else {
+            self.decide(issuer, request, &nonce, from, now).await
+        };
+        let answer = match decided {
+            Ok(chain) => Answer::Granted { chain: chain.iter().map(|der| der.to_vec()).collect() },
+            Err(reason) => {
+                warn!(peer = %from, reason, "join refused");
+                Answer::Refused { reason }
+            }
+        };
+        write(&mut send, &answer).await?;
+        Ok(send.finish()?)
+    }
+
+    /// Decides one request; the error is the reason for the newcomer's user.
+    async fn decide(
+        &self,
+        issuer: &Issuer,
+        request: Request,
+        nonce: &[u8; 32],
+        from: SocketAddr,
+        now: UnixSeconds,
+    ) -> Result<Vec<CertificateDer<'static>>, String> {
+        match request {
+            Request::Join { token, node, csr } => {
+                let token: Token = token.parse().map_err(|err: crate::pki::TokenError| err.to_string())?;
+                let claims = token.verify(issuer.bundle(), now).map_err(|err| err.to_string())?;
+                if !claims.node.matches(node.as_str()) {
+                    return Err(format!("the token is for nodes named `{}`, not `{node}`", claims.node));
+                }
+                if let Some(holder) = self.directory.live_holder(&node) {
+                    return Err(format!(
+                        "the name `{node}` is taken by a live node at {holder}, and you come from {from}: choose another \
+                         -node, or stop that agent first (`weft leave`)"
+                    ));
+                }
+                let chain = issuer.certify_request(&csr, &node, &claims.serve, now).map_err(|err| text(&err))?;
+                self.count(&claims).await?;
+                info!(%node, scope = %claims.serve, peer = %from, "certified a newcomer");
+                Ok(chain)
+            }
+            Request::Renew { csr, chain, signature } => {
+                let chain: Vec<_> = chain.into_iter().map(CertificateDer::from).collect();
+                let message = renewal_message(&csr, nonce);
+                let old = checks::verify_renewal(&chain, &message, &signature, issuer.bundle(), now, RENEW_GRACE)
+                    .map_err(|err| err.to_string())?;
+                let (node, scope) = old;
+                let chain = issuer.certify_request(&csr, &node, &scope, now).map_err(|err| text(&err))?;
+                info!(%node, %scope, peer = %from, "renewed a node's certificate");
+                Ok(chain)
+            }
+        }
+    }
+
+    async fn count(&self, claims: &crate::pki::TokenClaims) -> Result<(), String> {
+        let (ledger, id, not_after) = (Arc::clone(&self.ledger), claims.id, claims.not_after.0);
+        let counted = tokio::task::spawn_blocking(move || ledger.count_use(id, not_after)).await;
+        let before = counted.map_err(|err| err.to_string())?.map_err(|err| format!("uses cannot be counted: {err}"))?;
+        if claims.uses > 0 && before >= claims.uses {
+            return Err(format!("the token was good for {} uses and has had them: make a new one", claims.uses));
+        }
+        Ok(())
+    }
+}
+
+/// Asks the seeds, and the issuers that they name, for a certificate for `node`, and returns the new authority.
+///
+/// # Errors
+/// The most telling [`JoinError`] of all addresses tried; a refusal by an issuer ends the search.
+/// # Cancel safety
+/// Safe, except that a use of the token may have been counted.
+pub async fn request_certificate(
+    seeds: &[SocketAddr],
+    token: &Token,
+    node: &NodeName,
+    now: UnixSeconds,
+) -> Result<NodeAuthority, JoinError> {
+    let asked = Asked { node, now, by: By::Token(token) };
+    search(seeds, &asked).await
+}
+
+/// Renews the certificate of `authority` with a new key, up to [`RENEW_GRACE`] after its end; name and scope stay.
+///
+/// # Errors
+/// As [`request_certificate`].
+/// # Cancel safety
+/// Safe.
+pub async fn renew(
+    seeds: &[SocketAddr],
+    authority: &NodeAuthority,
+    now: UnixSeconds,
+) -> Result<NodeAuthority, JoinError> {
+    let asked = Asked { node: authority.node(), now, by: By::Key(authority) };
+    search(seeds, &asked).await
+}
+
+enum By<'a> {
+    Token(&'a Token),
+    Key(&'a NodeAuthority),
+}
+
+struct Asked<'a> {
+    node: &'a NodeName,
+    now: UnixSeconds,
+    by: By<'a>,
+}
+
+enum Outcome {
+    Granted(Box<NodeAuthority>),
+    Others(Vec<SocketAddr>),
+}
+
+async fn search(seeds: &[SocketAddr], asked: &Asked<'_>) -> Result<NodeAuthority, JoinError> {
+    let mut queue: VecDeque<SocketAddr> = seeds.iter().copied().take(DIALS_MAX).collect();
+    let mut tried: Vec<SocketAddr> = Vec::new();
+    let mut failed = JoinError::NoSeeds;
+    while let Some(seed) = queue.pop_front() {
+        if tried.len() >= DIALS_MAX || tried.contains(&seed) {
+            continue;
+        }
+        tried.push(seed);
+        let attempt = Box::pin(ask(seed, asked));
+        let outcome = tokio::time::timeout(JOIN_TIMEOUT, attempt).await;
+        let error = match outcome {
+            Ok(Ok(Outcome::Granted(authority))) => return Ok(*authority),
+            Ok(Ok(Outcome::Others(issuers))) => {
+                queue.extend(issuers.into_iter().take(ISSUERS_MAX));
+                JoinError::NoIssuer { seed }
+            }
+            Ok(Err(error @ JoinError::Refused { .. })) => return Err(error),
+            Ok(Err(error)) => error,
+            Err(elapsed) => JoinError::Unreachable { seed, source: elapsed.into() },
+        };
+        // Silence says less than any answer.
+        let says_more = !matches!(error, JoinError::Unreachable { .. } | JoinError::NoIssuer { .. });
+        if says_more || matches!(failed, JoinError::NoSeeds | JoinError::NoIssuer { .. }) {
+            failed = error;
+        }
+    }
+    Err(failed)
+}
+
+async fn ask(seed: SocketAddr, asked: &Asked<'_>) -> Result<Outcome, JoinError> {
+    let verifier = match &asked.by {
+        By::Token(token) => JoinVerifier::pinning(token.root_digest(), asked.now),
+        By::Key(authority) => JoinVerifier::trusting(authority.bundle().clone(), asked.now),
+    };
+    let unreachable = |source: Failure| JoinError::Unreachable { seed, source };
+    let local: SocketAddr =
+        if seed.is_ipv4() { (Ipv4Addr::UNSPECIFIED, 0).into() } else { (Ipv6Addr::UNSPECIFIED, 0).into() };
+    let endpoint = quinn::Endpoint::client(local).map_err(|err| unreachable(err.into()))?;
+    let config = client_config(&verifier).map_err(JoinError::Local)?;
+    // The name is not checked: the chain is, and it names the node.
+    let connecting = endpoint.connect_with(config, seed, "weft").map_err(|err| unreachable(err.into()))?;
+    let connection = match connecting.await {
+        Ok(connection) => connection,
+        Err(error) => {
+            return Err(match verifier.refused() {
+                Some(source) => JoinError::Untrusted { seed, source: Box::new(source.clone()) },
+                None => unreachable(error.into()),
+            });
+        }
+    };
+    let outcome = converse(seed, &connection, &verifier, asked).await;
+    connection.close(0u32.into(), b"done");
+    // The close should reach the seed, but nothing depends on it.
+    let _unused = tokio::time::timeout(Duration::from_millis(200), endpoint.wait_idle()).await;
+    outcome
+}
+
+async fn converse(
+    seed: SocketAddr,
+    connection: &quinn::Connection,
+    verifier: &JoinVerifier,
+    asked: &Asked<'_>,
+) -> Result<Outcome, JoinError> {
+    let broken = |source: Failure| JoinError::Exchange { seed, source };
+    let (mut send, mut recv): Streams = connection.open_bi().await.map_err(|err| broken(err.into()))?;
+    write(&mut send, &Hello { clock: asked.now }).await.map_err(|err| broken(err.into()))?;
+    let welcome: Welcome = read(&mut recv).await.map_err(|err| broken(err.into()))?;
+    if is_skewed(asked.now, welcome.clock) {
+        return Err(JoinError::ClockSkew { seed, ours: asked.now, theirs: welcome.clock });
+    }
+    let untrusted = |source: VerifyError| JoinError::Untrusted { seed, source: Box::new(source) };
+    if let Some(doubt) = verifier.doubt() {
+        return Err(untrusted(doubt.clone()));
+    }
+    let bundle = verifier.bundle().cloned().ok_or_else(|| untrusted(VerifyError::WrongRoot))?;
+    let (certificate, proof) = match welcome.role {
+        Role::Member { issuers } => return Ok(Outcome::Others(issuers)),
+        Role::Issuer { certificate, proof } => (CertificateDer::from(certificate), proof),
+    };
+    let channel = channel(connection).map_err(broken)?;
+    checks::verify_issuer(&certificate, &proof, &channel, asked.node, &bundle, asked.now).map_err(untrusted)?;
+    let key = checks::new_key().map_err(JoinError::Local)?;
+    let request = request(asked, &key, &welcome.nonce).map_err(JoinError::Local)?;
+    write(&mut send, &request).await.map_err(|err| broken(err.into()))?;
+    match read(&mut recv).await.map_err(|err| broken(err.into()))? {
+        Answer::Refused { reason } => {
+            let reason = reason.chars().filter(|c| !c.is_control()).take(REASON_CHARS_MAX).collect();
+            Err(JoinError::Refused { seed, reason })
+        }
+        Answer::Granted { chain } => granted(seed, asked, key, chain, bundle),
+    }
+}
+
+/// Checks what was granted. The bundle is the verified one, not the answer's: a relaying node could add a root to that.
+fn granted(
+    seed: SocketAddr,
+    asked: &Asked<'_>,
+    key: KeyPair,
+    chain: Vec<Vec<u8>>,
+    bundle: TrustBundle,
+) -> Result<Outcome, JoinError> {
+    let chain = chain.into_iter().map(CertificateDer::from).collect();
+    let authority = NodeAuthority::new(key, chain, bundle, asked.now)
+        .map_err(|err| JoinError::Exchange { seed, source: err.into() })?;
+    if authority.node() != asked.node {
+        let (asked, found) = (asked.node.clone(), authority.node().clone());
+        return Err(JoinError::OtherName { seed, asked, found });
+    }
+    Ok(Outcome::Granted(Box::new(authority)))
+}
+
+fn request(asked: &Asked<'_>, key: &KeyPair, nonce: &[u8; 32]) -> Result<Request, PkiError> {
+    let csr = CertificateParams::default()
+        .serialize_request(key)
+        .map_err(|source| PkiError::Make { what: "a signing request", source })?
+        .der()
+        .to_vec();
+    Ok(match &asked.by {
+        By::Token(token) => Request::Join { token: token.to_string(), node: asked.node.clone(), csr },
+        By::Key(authority) => {
+            let signature = authority.sign_renewal(&renewal_message(&csr, nonce))?;
+            Request::Renew { csr, chain: authority.chain().iter().map(|der| der.to_vec()).collect(), signature }
+        }
+    })
+}
+
+fn client_config(verifier: &Arc<JoinVerifier>) -> Result<quinn::ClientConfig, PkiError> {
+    let crypto = QuicClientConfig::try_from(verifier.client_config()?)
+        .map_err(|err| PkiError::Tls(rustls::Error::General(err.to_string())))?;
+    let mut config = quinn::ClientConfig::new(Arc::new(crypto));
+    config.initial_dst_cid_provider(Arc::new(|| {
+        let mut id: [u8; 20] = rand::random();
+        // 128 and above is the control socket's half (`transport`).
+        id[0] |= 0x80;
+        quinn::ConnectionId::new(&id)
+    }));
+    Ok(config)
+}
+
+/// Returns bytes that only the two ends of this TLS session know.
+fn channel(connection: &quinn::Connection) -> Result<[u8; 32], Failure> {
+    let mut bytes = [0; 32];
+    connection.export_keying_material(&mut bytes, EXPORTER_LABEL, b"").map_err(|_| "no TLS exporter")?;
+    Ok(bytes)
+}
+
+fn is_skewed(one: UnixSeconds, other: UnixSeconds) -> bool {
+    one.0.abs_diff(other.0) > CLOCK_SKEW_MAX.as_secs()
+}
+
+/// An error with its causes, on one line: it is shown on another host.
+fn text(err: &dyn std::error::Error) -> String {
+    let mut text = err.to_string();
+    let mut cause = err.source();
+    while let Some(next) = cause {
+        text = format!("{text}: {next}");
+        cause = next.source();
+    }
+    text
+}
+
+async fn read<T: serde::de::DeserializeOwned>(recv: &mut quinn::RecvStream) -> Result<T, WireError> {
+    wire::decode(&wire::read_frame(recv, JOIN_FRAME_BYTES_MAX).await?, JOIN_FRAME_BYTES_MAX)
+}
+
+async fn write<T: serde::Serialize>(send: &mut quinn::SendStream, message: &T) -> Result<(), WireError> {
+    wire::write_frame(send, &wire::encode(message)?).await
+}
+

@@ -1,0 +1,421 @@
+//! The CA directory: the operator's root, issuers and operator key, as files.
+//!
+//! ```text
+//!   dir/root.key  root.crt  issuer-1/{issuer.key,issuer.crt,root.crt}  operator/{operator.key,operator.crt}
+//! ```
+//!
+//! Invariants: nothing is overwritten; keys have mode 0600, directories 0700; files appear under their names all at once,
+//! by a rename of a finished `….partial` directory, so that a failed run leaves only that behind.
+//! Not here: a CA that keeps state or runs as a service.
+
+use std::fs;
+use std::io::{self, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rcgen::{KeyPair, PKCS_ECDSA_P256_SHA256};
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject as _;
+
+use super::certificate::{ISSUER_LIFE, Validity, generate_key, issuer_params, operator_params, root_params};
+use super::token::{Operator, Token, TokenClaims};
+use super::verify::{self, Utc};
+use super::{Issuer, PkiError};
+use crate::clock::UnixSeconds;
+use crate::model::{NodeName, TrustDomain};
+
+/// Largest file that is read from a CA directory, in bytes.
+const FILE_BYTES_MAX: u64 = 64 * 1024;
+/// Most issuers in one directory.
+const ISSUERS_MAX: u32 = 1000;
+
+/// Why a CA directory cannot be made or used.
+#[derive(Debug, thiserror::Error)]
+pub enum CaError {
+    /// Something is there already.
+    #[error("{} exists already; nothing is overwritten: choose another -dir, or move it away", path.display())]
+    Exists {
+        /// What exists.
+        path: PathBuf,
+    },
+    /// An earlier run failed and left its files.
+    #[error("{} is left from a run that failed; nothing uses it: remove it and run again", path.display())]
+    LeftOver {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// A file or directory cannot be written.
+    #[error("cannot write {}", path.display())]
+    Write {
+        /// The path.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A file cannot be read.
+    #[error("cannot read {}; `weft ca init` makes this file", path.display())]
+    Read {
+        /// The path.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Others can read a key.
+    #[error("key {} can be read by others (mode {mode:04o}): run `chmod 600 {}`", path.display(), path.display())]
+    Readable {
+        /// The path.
+        path: PathBuf,
+        /// Its permission bits.
+        mode: u32,
+    },
+    /// A file holds no key or certificate.
+    #[error("{} holds no {what} in PEM form: restore it from a backup", path.display())]
+    Pem {
+        /// The path.
+        path: PathBuf,
+        /// What it should hold.
+        what: &'static str,
+    },
+    /// A key does not belong to its certificate.
+    #[error("the key beside {} does not belong to this certificate: restore both from one backup", path.display())]
+    KeyMismatch {
+        /// The certificate.
+        path: PathBuf,
+    },
+    /// The root has ended.
+    #[error("the root certificate was valid until {}: rotate the root", Utc(*.until))]
+    RootExpired {
+        /// Its end.
+        until: UnixSeconds,
+    },
+    /// There are too many issuers.
+    #[error("the directory has {ISSUERS_MAX} issuers already: remove old ones")]
+    IssuersFull,
+}
+
+/// A key with its certificate.
+struct Pair {
+    key: KeyPair,
+    certificate: rcgen::Certificate,
+}
+
+fn make(what: &'static str) -> impl Fn(rcgen::Error) -> PkiError {
+    move |source| PkiError::Make { what, source }
+}
+
+fn make_root(domain: &TrustDomain, now: UnixSeconds) -> Result<Pair, PkiError> {
+    let key = generate_key()?;
+    let certificate = root_params(domain, now)?.self_signed(&key).map_err(make("the root"))?;
+    Ok(Pair { key, certificate })
+}
+
+fn make_issuer(
+    root: &rcgen::Issuer<'_, &KeyPair>,
+    domain: &TrustDomain,
+    number: u32,
+    validity: Validity,
+) -> Result<Pair, PkiError> {
+    let key = generate_key()?;
+    let params = issuer_params(domain, &format!("issuer {number}"), validity)?;
+    let certificate = params.signed_by(&key, root).map_err(make("an issuer"))?;
+    Ok(Pair { key, certificate })
+}
+
+fn make_operator(
+    root: &rcgen::Issuer<'_, &KeyPair>,
+    domain: &TrustDomain,
+    now: UnixSeconds,
+) -> Result<Pair, PkiError> {
+    let name: NodeName = "operator".parse().expect("a fixed, well-formed name");
+    let key = generate_key()?;
+    let certificate = operator_params(domain, &name, now)?.signed_by(&key, root).map_err(make("an operator"))?;
+    Ok(Pair { key, certificate })
+}
+
+fn signer<'k>(
+    certificate: &CertificateDer<'_>,
+    key: &'k KeyPair,
+) -> Result<rcgen::Issuer<'static, &'k KeyPair>, PkiError> {
+    rcgen::Issuer::from_ca_cert_der(certificate, key).map_err(make("a signer"))
+}
+
+/// A CA in memory: `weft agent -dev` and the demo.
+#[derive(Debug)]
+pub struct EphemeralCa {
+    issuer: Arc<Issuer>,
+    operator: Operator,
+}
+
+impl EphemeralCa {
+    /// Its issuer.
+    pub fn issuer(&self) -> &Arc<Issuer> {
+        &self.issuer
+    }
+
+    /// Makes a token.
+    ///
+    /// # Errors
+    /// [`PkiError::Expired`] if it would outlive the operator's certificate.
+    pub fn token(&self, claims: &TokenClaims) -> Result<Token, PkiError> {
+        self.operator.token(claims)
+    }
+}
+
+/// Makes a CA in memory; its root key is gone when this returns.
+///
+/// # Errors
+/// [`PkiError::Make`] if the system has no randomness.
+pub fn ephemeral(trust_domain: &TrustDomain, now: UnixSeconds) -> Result<EphemeralCa, PkiError> {
+    let root = make_root(trust_domain, now)?;
+    let root_der = root.certificate.der();
+    let root_signer = signer(root_der, &root.key)?;
+    let validity = Validity::starting(now, ISSUER_LIFE, None);
+    let issuer = make_issuer(&root_signer, trust_domain, 1, validity)?;
+    let operator = make_operator(&root_signer, trust_domain, now)?;
+    let operator =
+        Operator { key: operator.key, certificate: operator.certificate.der().clone(), root: root_der.clone() };
+    let issuer = Issuer::new(issuer.key, issuer.certificate.der().clone(), root_der)?;
+    Ok(EphemeralCa { issuer: Arc::new(issuer), operator })
+}
+
+/// A CA directory.
+#[derive(Debug)]
+pub struct CaDir {
+    dir: PathBuf,
+}
+
+impl CaDir {
+    /// Makes root, first issuer and operator in `dir`, which must not exist or be empty.
+    ///
+    /// # Errors
+    /// [`CaError::Exists`] naming what is in the way, [`CaError::LeftOver`], [`CaError::Write`].
+    pub fn init(dir: &Path, trust_domain: &TrustDomain, now: UnixSeconds) -> Result<Self, PkiError> {
+        if let Ok(mut entries) = fs::read_dir(dir) {
+            if let Some(Ok(entry)) = entries.next() {
+                return Err(CaError::Exists { path: entry.path() }.into());
+            }
+        } else if dir.symlink_metadata().is_ok() {
+            return Err(CaError::Exists { path: dir.to_owned() }.into());
+        }
+        let root = make_root(trust_domain, now)?;
+        let root_signer = signer(root.certificate.der(), &root.key)?;
+        let issuer = make_issuer(&root_signer, trust_domain, 1, Validity::starting(now, ISSUER_LIFE, None))?;
+        let operator = make_operator(&root_signer, trust_domain, now)?;
+        build(dir, |partial| {
+            write_pair(partial, "root", &root)?;
+            let issuer_dir = partial.join("issuer-1");
+            make_dir(&issuer_dir)?;
+            write_pair(&issuer_dir, "issuer", &issuer)?;
+            write(&issuer_dir.join("root.crt"), &root.certificate.pem(), 0o644)?;
+            let operator_dir = partial.join("operator");
+            make_dir(&operator_dir)?;
+            write_pair(&operator_dir, "operator", &operator)
+        })?;
+        Ok(Self { dir: dir.to_owned() })
+    }
+
+    /// Opens a directory that [`CaDir::init`] made; reads nothing yet.
+    pub fn open(dir: &Path) -> Self {
+        Self { dir: dir.to_owned() }
+    }
+
+    /// The directory.
+    pub fn path(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Makes a further issuer, `issuer-2` and so on, and returns its directory. Needs the root key.
+    ///
+    /// # Errors
+    /// [`CaError::Read`] without the root key, [`CaError::RootExpired`], [`CaError::Write`].
+    pub fn create_issuer(&self, now: UnixSeconds) -> Result<PathBuf, PkiError> {
+        let key = read_key(&self.dir.join("root.key"))?;
+        let root_path = self.dir.join("root.crt");
+        let root = read_certificate(&root_path)?;
+        if verify::public_key_of(&root)? != key.public_key_raw() {
+            return Err(CaError::KeyMismatch { path: root_path }.into());
+        }
+        let (_, until) = verify::validity_of(&root)?;
+        if now >= until {
+            return Err(CaError::RootExpired { until }.into());
+        }
+        let domain = verify::bundle_of(&root)?.trust_domain;
+        let free = (2..=ISSUERS_MAX).map(|number| (number, self.dir.join(format!("issuer-{number}"))));
+        let (number, dir) = free.into_iter().find(|(_, path)| !path.exists()).ok_or(CaError::IssuersFull)?;
+        let validity = Validity::starting(now, ISSUER_LIFE, Some(until));
+        let issuer = make_issuer(&signer(&root, &key)?, &domain, number, validity)?;
+        let root_pem = fs::read_to_string(&root_path).map_err(|source| CaError::Read { path: root_path, source })?;
+        build(&dir, |partial| {
+            write_pair(partial, "issuer", &issuer)?;
+            write(&partial.join("root.crt"), &root_pem, 0o644)
+        })?;
+        Ok(dir)
+    }
+}
+
+/// Fills `<dir>.partial` and renames it to `dir`; on failure the partial directory is removed as far as possible.
+fn build(dir: &Path, fill: impl FnOnce(&Path) -> Result<(), CaError>) -> Result<(), CaError> {
+    let write_error = |path: &Path| {
+        let path = path.to_owned();
+        move |source| CaError::Write { path, source }
+    };
+    let dir = std::path::absolute(dir).map_err(write_error(dir))?;
+    let mut name = dir.file_name().unwrap_or_default().to_owned();
+    name.push(".partial");
+    let partial = dir.with_file_name(name);
+    let parent = dir.parent().unwrap_or(Path::new("/"));
+    fs::create_dir_all(parent).map_err(write_error(parent))?;
+    if partial.symlink_metadata().is_ok() {
+        return Err(CaError::LeftOver { path: partial });
+    }
+    let built = make_dir(&partial).and_then(|()| fill(&partial)).and_then(|()| {
+        // A rename replaces an empty directory and nothing else.
+        fs::rename(&partial, &dir).map_err(write_error(&dir))?;
+        fs::File::open(parent).and_then(|parent| parent.sync_all()).map_err(write_error(parent))
+    });
+    if built.is_err() {
+        // What cannot be removed is named by the next run.
+        let _unused = fs::remove_dir_all(&partial);
+    }
+    built
+}
+
+fn make_dir(path: &Path) -> Result<(), CaError> {
+    fs::DirBuilder::new().mode(0o700).create(path).map_err(|source| CaError::Write { path: path.to_owned(), source })
+}
+
+fn write_pair(dir: &Path, name: &str, pair: &Pair) -> Result<(), CaError> {
+    write(&dir.join(format!("{name}.key")), &pair.key.serialize_pem(), 0o600)?;
+    write(&dir.join(format!("{name}.crt")), &pair.certificate.pem(), 0o644)
+}
+
+fn write(path: &Path, text: &str, mode: u32) -> Result<(), CaError> {
+    let written = || {
+        let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(path)?;
+        file.write_all(text.as_bytes())?;
+        file.sync_all()
+    };
+    written().map_err(|source| CaError::Write { path: path.to_owned(), source })
+}
+
+fn read(path: &Path) -> Result<String, CaError> {
+    let failed = |source| CaError::Read { path: path.to_owned(), source };
+    if fs::metadata(path).map_err(failed)?.len() > FILE_BYTES_MAX {
+        return Err(failed(io::ErrorKind::FileTooLarge.into()));
+    }
+    fs::read_to_string(path).map_err(failed)
+}
+
+/// Reads a key that only its owner can read.
+pub(super) fn read_key(path: &Path) -> Result<KeyPair, CaError> {
+    let failed = |source| CaError::Read { path: path.to_owned(), source };
+    let mode = fs::metadata(path).map_err(failed)?.permissions().mode() & 0o7777;
+    if mode & 0o077 != 0 {
+        return Err(CaError::Readable { path: path.to_owned(), mode });
+    }
+    let pem = read(path)?;
+    KeyPair::from_pem_and_sign_algo(&pem, &PKCS_ECDSA_P256_SHA256)
+        .map_err(|_| CaError::Pem { path: path.to_owned(), what: "P-256 private key" })
+}
+
+/// Reads a certificate.
+pub(super) fn read_certificate(path: &Path) -> Result<CertificateDer<'static>, CaError> {
+    let pem = read(path)?;
+    CertificateDer::from_pem_slice(pem.as_bytes())
+        .map_err(|_| CaError::Pem { path: path.to_owned(), what: "certificate" })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::token::create_token;
+    use super::*;
+
+    const NOW: UnixSeconds = UnixSeconds(1_800_000_000);
+
+    fn mode(path: &Path) -> u32 {
+        fs::metadata(path).unwrap().permissions().mode() & 0o777
+    }
+
+    #[test]
+    fn init_makes_a_ca_that_certifies_a_node_and_signs_tokens() {
+        let temp = tempfile::tempdir().unwrap();
+        let dir = temp.path().join("ca");
+        CaDir::init(&dir, &"prod.example".parse().unwrap(), NOW).unwrap();
+        for (file, want) in [
+            ("root.key", 0o600),
+            ("issuer-1/issuer.key", 0o600),
+            ("operator/operator.key", 0o600),
+            ("issuer-1", 0o700),
+            ("operator", 0o700),
+            (".", 0o700),
+        ] {
+            assert_eq!(mode(&dir.join(file)), want, "{file}");
+        }
+        let issuer = Issuer::load(&dir.join("issuer-1")).unwrap();
+        let authority = issuer.self_certify(&"a".parse().unwrap(), &"*".parse().unwrap(), NOW).unwrap();
+        let svid = authority.mint_node(NOW).unwrap();
+        verify::verify_peer(&svid.chain, issuer.bundle(), NOW).unwrap();
+        let claims = TokenClaims {
+            id: [0; 16],
+            node: "*".parse().unwrap(),
+            serve: "web".parse().unwrap(),
+            not_after: NOW,
+            uses: 0,
+        };
+        assert_eq!(create_token(&dir, &claims).unwrap().verify(issuer.bundle(), NOW).unwrap(), claims);
+    }
+
+    #[test]
+    fn a_second_issuer_has_its_own_key_and_the_same_root() {
+        let temp = tempfile::tempdir().unwrap();
+        let dir = temp.path().join("ca");
+        let ca = CaDir::init(&dir, &"td".parse().unwrap(), NOW).unwrap();
+        assert_eq!(ca.create_issuer(NOW).unwrap(), dir.join("issuer-2"));
+        assert_eq!(ca.create_issuer(NOW).unwrap(), dir.join("issuer-3"));
+        let (one, two) = (Issuer::load(&dir.join("issuer-1")).unwrap(), Issuer::load(&dir.join("issuer-2")).unwrap());
+        assert_eq!(one.bundle(), two.bundle());
+        let svid = two.self_certify(&"a".parse().unwrap(), &"*".parse().unwrap(), NOW).unwrap().mint_node(NOW).unwrap();
+        verify::verify_peer(&svid.chain, one.bundle(), NOW).unwrap();
+        assert_ne!(one.certificate(), two.certificate());
+    }
+
+    #[test]
+    fn nothing_is_overwritten_and_the_error_names_what_exists() {
+        let temp = tempfile::tempdir().unwrap();
+        let dir = temp.path().join("ca");
+        CaDir::init(&dir, &"td".parse().unwrap(), NOW).unwrap();
+        let root = fs::read(dir.join("root.key")).unwrap();
+        let refused = CaDir::init(&dir, &"td".parse().unwrap(), NOW).unwrap_err();
+        assert!(matches!(&refused, PkiError::Ca(CaError::Exists { path }) if path.starts_with(&dir)), "{refused}");
+        assert_eq!(fs::read(dir.join("root.key")).unwrap(), root);
+
+        fs::create_dir(temp.path().join("new.partial")).unwrap();
+        let refused = CaDir::init(&temp.path().join("new"), &"td".parse().unwrap(), NOW).unwrap_err();
+        assert!(matches!(refused, PkiError::Ca(CaError::LeftOver { .. })));
+        assert!(!temp.path().join("new").exists());
+    }
+
+    #[test]
+    fn a_key_that_others_can_read_is_refused_with_the_chmod() {
+        let temp = tempfile::tempdir().unwrap();
+        let dir = temp.path().join("ca");
+        CaDir::init(&dir, &"td".parse().unwrap(), NOW).unwrap();
+        let key = dir.join("issuer-1/issuer.key");
+        fs::set_permissions(&key, fs::Permissions::from_mode(0o640)).unwrap();
+        let text = Issuer::load(&dir.join("issuer-1")).unwrap_err().to_string();
+        assert!(text.contains(&format!("chmod 600 {}", key.display())), "{text}");
+    }
+
+    #[test]
+    fn a_key_of_another_issuer_is_refused() {
+        let temp = tempfile::tempdir().unwrap();
+        let dir = temp.path().join("ca");
+        CaDir::init(&dir, &"td".parse().unwrap(), NOW).unwrap().create_issuer(NOW).unwrap();
+        fs::copy(dir.join("issuer-2/issuer.key"), dir.join("issuer-1/issuer.key")).unwrap();
+        let refused = Issuer::load(&dir.join("issuer-1")).unwrap_err();
+        assert!(matches!(refused, PkiError::Ca(CaError::KeyMismatch { .. })), "{refused}");
+    }
+}

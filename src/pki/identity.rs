@@ -1,0 +1,262 @@
+//! The live identity of a node: its authority and current SVIDs, behind one pointer that readers load without a lock.
+//!
+//! Invariants: an SVID handed out was minted by the authority beside it; at most [`SERVICE_SVIDS_MAX`] service SVIDs exist.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use arc_swap::ArcSwap;
+
+use super::{NodeAuthority, PeerIdentity, PkiError, Svid, tls, verify};
+use crate::clock::UnixSeconds;
+use crate::model::ServiceName;
+
+/// Most service SVIDs that are kept; the one longest unused gives way.
+pub const SERVICE_SVIDS_MAX: usize = 1024;
+
+/// An SVID with its renewal point, at random within 50 to 80 % of its life, so that renewals spread.
+#[derive(Debug)]
+struct Managed {
+    svid: Arc<Svid>,
+    renew_at: UnixSeconds,
+    used: AtomicU64,
+}
+
+impl Managed {
+    fn new(svid: Svid, now: UnixSeconds) -> Arc<Self> {
+        let life = svid.not_after.since(svid.not_before);
+        let renew_at = svid.not_before.plus(life.mul_f64(rand::random_range(0.5..0.8)));
+        Arc::new(Self { svid: Arc::new(svid), renew_at, used: AtomicU64::new(now.0) })
+    }
+
+    /// Tells whether it can be handed out; a clock that went back also ends it.
+    fn is_fresh(&self, now: UnixSeconds) -> bool {
+        self.svid.not_before <= now && now < self.renew_at
+    }
+
+    fn touch(&self, now: UnixSeconds) {
+        if self.used.load(Ordering::Relaxed) != now.0 {
+            self.used.store(now.0, Ordering::Relaxed);
+        }
+    }
+}
+
+#[derive(Debug, Clone)]
+struct State {
+    authority: Arc<NodeAuthority>,
+    node: Arc<Managed>,
+    certified: Arc<tls::NodeCertificates>,
+    services: HashMap<ServiceName, Arc<Managed>>,
+}
+
+impl State {
+    fn mint(
+        authority: Arc<NodeAuthority>,
+        services: HashMap<ServiceName, Arc<Managed>>,
+        now: UnixSeconds,
+    ) -> Result<Self, PkiError> {
+        let node = Managed::new(authority.mint_node(now)?, now);
+        let certified = Arc::new(tls::NodeCertificates::new(&node.svid, authority.root())?);
+        Ok(Self { authority, node, certified, services })
+    }
+}
+
+/// The live identity of a node: authority, current SVIDs (minted on first use, renewed at 50-80 % of life), bundle.
+/// Shared by transport, proxy, gossip, API. Reads take no lock.
+#[derive(Debug)]
+pub struct Identity {
+    state: ArcSwap<State>,
+}
+
+impl Identity {
+    /// Mints the node's leaf.
+    ///
+    /// # Errors
+    /// [`PkiError::Expired`] when the authority has ended.
+    pub fn new(authority: NodeAuthority, now: UnixSeconds) -> Result<Arc<Self>, PkiError> {
+        let state = State::mint(Arc::new(authority), HashMap::new(), now)?;
+        Ok(Arc::new(Self { state: ArcSwap::from_pointee(state) }))
+    }
+
+    /// The authority in use (swapped at renewal).
+    pub fn authority(&self) -> Arc<NodeAuthority> {
+        Arc::clone(&self.state.load().authority)
+    }
+
+    /// Swaps the authority after a renewal and mints everything anew: services at their next use.
+    ///
+    /// # Errors
+    /// [`PkiError::Expired`] when the new authority has ended; nothing changes.
+    pub fn replace_authority(&self, authority: NodeAuthority, now: UnixSeconds) -> Result<(), PkiError> {
+        self.state.store(Arc::new(State::mint(Arc::new(authority), HashMap::new(), now)?));
+        Ok(())
+    }
+
+    /// The node's current leaf.
+    pub fn node_svid(&self) -> Arc<Svid> {
+        Arc::clone(&self.state.load().node.svid)
+    }
+
+    /// A service's current SVID, minted if there is none.
+    ///
+    /// # Errors
+    /// [`PkiError::OutsideScope`], [`PkiError::Expired`].
+    pub fn service_svid(&self, service: &ServiceName, now: UnixSeconds) -> Result<Arc<Svid>, PkiError> {
+        let state = self.state.load();
+        if let Some(found) = state.services.get(service).filter(|found| found.is_fresh(now)) {
+            found.touch(now);
+            return Ok(Arc::clone(&found.svid));
+        }
+        let minted = Managed::new(state.authority.mint_service(service, now)?, now);
+        self.state.rcu(|current| {
+            let mut next = State::clone(current);
+            // A renewal of the authority in the meantime wins; this SVID is still good for its caller.
+            if Arc::ptr_eq(&current.authority, &state.authority) {
+                make_room(&mut next.services, service);
+                next.services.insert(service.clone(), Arc::clone(&minted));
+            }
+            next
+        });
+        Ok(Arc::clone(&minted.svid))
+    }
+
+    /// Renews what is past its renewal point; returns when to call again. A service's SVID that nobody asked for during
+    /// the last hour is dropped: its next use mints it.
+    ///
+    /// # Errors
+    /// [`PkiError::Expired`] when the authority has ended; what is in use stays.
+    pub fn renew_due(&self, now: UnixSeconds) -> Result<UnixSeconds, PkiError> {
+        let state = self.state.load_full();
+        let mut renewed = HashMap::new();
+        for (service, managed) in &state.services {
+            let used = UnixSeconds(managed.used.load(Ordering::Relaxed));
+            if managed.is_fresh(now) {
+                continue;
+            }
+            let is_used = now.since(used) < super::certificate::LEAF_LIFE;
+            let next = if is_used { Some(Managed::new(state.authority.mint_service(service, now)?, now)) } else { None };
+            if let Some(next) = &next {
+                next.used.store(used.0, Ordering::Relaxed);
+            }
+            renewed.insert(service.clone(), next);
+        }
+        let node = if state.node.is_fresh(now) {
+            None
+        } else {
+            Some(State::mint(Arc::clone(&state.authority), HashMap::new(), now)?)
+        };
+        self.state.rcu(|current| {
+            let mut next = State::clone(current);
+            if !Arc::ptr_eq(&current.authority, &state.authority) {
+                return next;
+            }
+            if let Some(node) = &node {
+                next.node = Arc::clone(&node.node);
+                next.certified = Arc::clone(&node.certified);
+            }
+            for (service, managed) in &renewed {
+                match managed {
+                    Some(managed) => next.services.insert(service.clone(), Arc::clone(managed)),
+                    None => next.services.remove(service),
+                };
+            }
+            next
+        });
+        let state = self.state.load();
+        let first = state.services.values().map(|managed| managed.renew_at).min();
+        Ok(first.map_or(state.node.renew_at, |first| first.min(state.node.renew_at)))
+    }
+
+    /// Checks who is on the other end of an established connection; none if it showed no certificate.
+    ///
+    /// # Errors
+    /// [`PkiError::Verify`] if the chain has ended since the handshake.
+    pub fn peer_of(&self, connection: &quinn::Connection, now: UnixSeconds) -> Result<Option<PeerIdentity>, PkiError> {
+        type Chain = Vec<rustls::pki_types::CertificateDer<'static>>;
+        let Some(Ok(chain)) = connection.peer_identity().map(|identity| identity.downcast::<Chain>()) else {
+            return Ok(None);
+        };
+        Ok(Some(verify::check_peer(&chain, self.authority().bundle(), now)?))
+    }
+
+    /// The node's certificates in the form that rustls takes, minted anew if they are due (after a suspend, before the
+    /// renewal timer runs).
+    pub(super) fn certified(&self, now: UnixSeconds) -> Arc<tls::NodeCertificates> {
+        if !self.state.load().node.is_fresh(now) {
+            // On failure the old certificate is shown, and the peer says what is wrong with it.
+            let _unused = self.renew_due(now);
+        }
+        Arc::clone(&self.state.load().certified)
+    }
+}
+
+/// Leaves the longest unused service out when the map is full.
+fn make_room(services: &mut HashMap<ServiceName, Arc<Managed>>, newcomer: &ServiceName) {
+    if services.len() < SERVICE_SVIDS_MAX || services.contains_key(newcomer) {
+        return;
+    }
+    let oldest = services.iter().min_by_key(|(_, managed)| managed.used.load(Ordering::Relaxed));
+    if let Some(name) = oldest.map(|(name, _)| name.clone()) {
+        services.remove(&name);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::ephemeral;
+    use super::*;
+
+    const NOW: UnixSeconds = UnixSeconds(1_800_000_000);
+
+    fn identity(scope: &str) -> Arc<Identity> {
+        let ca = ephemeral(&"td".parse().unwrap(), NOW).unwrap();
+        let authority = ca.issuer().self_certify(&"a".parse().unwrap(), &scope.parse().unwrap(), NOW).unwrap();
+        Identity::new(authority, NOW).unwrap()
+    }
+
+    #[test]
+    fn svids_are_kept_and_renewed_within_50_to_80_percent_of_their_life() {
+        let identity = identity("web");
+        let web = "web".parse().unwrap();
+        let first = identity.service_svid(&web, NOW).unwrap();
+        assert!(Arc::ptr_eq(&first, &identity.service_svid(&web, NOW).unwrap()));
+        let due = identity.renew_due(NOW).unwrap();
+        let life = 3660.0_f64;
+        let share = |at: UnixSeconds| f64::from(u32::try_from(at.0 - (NOW.0 - 60)).unwrap()) / life;
+        assert!((0.49..0.8).contains(&share(due)), "{}", share(due));
+        let later = UnixSeconds(NOW.0 + 3000);
+        let node = identity.node_svid();
+        assert!(identity.renew_due(later).unwrap() > later);
+        assert!(!Arc::ptr_eq(&node, &identity.node_svid()));
+        assert!(!Arc::ptr_eq(&first, &identity.service_svid(&web, later).unwrap()));
+    }
+
+    #[test]
+    fn a_service_outside_the_scope_gets_no_svid() {
+        let refused = identity("web").service_svid(&"db".parse().unwrap(), NOW).unwrap_err();
+        assert!(matches!(refused, PkiError::OutsideScope { .. }));
+    }
+
+    #[test]
+    fn a_suspended_node_shows_a_fresh_certificate_unaided() {
+        let identity = identity("web");
+        let later = UnixSeconds(NOW.0 + 8 * 3600);
+        identity.certified(later);
+        assert!(identity.node_svid().not_after > later);
+    }
+
+    #[test]
+    fn the_longest_unused_service_gives_way() {
+        let mut services = HashMap::new();
+        let svid = identity("*").service_svid(&"x".parse().unwrap(), NOW).unwrap();
+        for number in 0..SERVICE_SVIDS_MAX {
+            let used = AtomicU64::new(if number == 7 { 1 } else { 2 });
+            let managed = Managed { svid: Arc::clone(&svid), renew_at: NOW, used };
+            services.insert(format!("s{number}").parse().unwrap(), Arc::new(managed));
+        }
+        make_room(&mut services, &"new".parse().unwrap());
+        assert_eq!(services.len(), SERVICE_SVIDS_MAX - 1);
+        assert!(!services.contains_key("s7"));
+    }
+}

@@ -1,0 +1,562 @@
+//! The verifier: the only place that decides which chain is believed.
+//!
+//! ```text
+//!   bounds -> parse -> validity -> path (webpki, or link by link without a leaf) -> SPIFFE rules on each certificate
+//! ```
+//!
+//! Invariants: at most four certificates of 4 KiB are looked at; a chain is exactly leaf, node intermediate, issuer, and a
+//! root of the bundle; nothing of an unverified certificate reaches the caller, other than in an error's text.
+//! Not here: revocation (a later document in gossip), TLS (`tls`).
+
+use std::fmt;
+
+use rustls::pki_types::{CertificateDer, SignatureVerificationAlgorithm, TrustAnchor, UnixTime};
+use time::OffsetDateTime;
+use webpki::aws_lc_rs::ECDSA_P256_SHA256;
+use webpki::{EndEntityCert, KeyUsage};
+use x509_parser::certificate::X509Certificate;
+use x509_parser::extensions::GeneralName;
+use x509_parser::prelude::FromDer as _;
+
+use super::certificate::{CONTEXT_NODE, signed_bytes};
+use super::extension::{self, NodeExtension};
+use super::{PeerIdentity, PkiError, TrustBundle};
+use crate::clock::UnixSeconds;
+use crate::model::{NodeName, ServeScope, ServiceName, SpiffeId, TrustDomain};
+
+/// Most certificates in a chain: leaf, node, issuer and, on the join plane, the root.
+pub(crate) const CHAIN_CERTIFICATES_MAX: usize = 4;
+/// Largest certificate, in bytes: a scope of 2 KiB and room for the rest.
+pub(crate) const CERTIFICATE_BYTES_MAX: usize = 4096;
+
+/// Signatures that weft's certificates carry.
+const ALGORITHMS: [&dyn SignatureVerificationAlgorithm; 1] = [ECDSA_P256_SHA256];
+
+/// A wall time for people: `2026-01-31T12:00:00Z`.
+pub(super) struct Utc(pub(super) UnixSeconds);
+
+impl fmt::Display for Utc {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let time = i64::try_from(self.0.0).ok().and_then(|at| OffsetDateTime::from_unix_timestamp(at).ok());
+        let Some(time) = time else { return write!(f, "{} s after 1970", self.0.0) };
+        let (month, day) = (u8::from(time.month()), time.day());
+        let (year, hour, minute, second) = (time.year(), time.hour(), time.minute(), time.second());
+        write!(f, "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
+    }
+}
+
+/// Why a chain or a signature is not believed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum VerifyError {
+    /// The chain has the wrong number of certificates.
+    #[error("chain has {found} certificates; weft's has {want}")]
+    Length {
+        /// How many it has.
+        found: usize,
+        /// How many it must have.
+        want: usize,
+    },
+    /// A certificate is larger than any of weft's.
+    #[error("certificate has {bytes} bytes; at most {CERTIFICATE_BYTES_MAX} are accepted")]
+    TooLarge {
+        /// Its length.
+        bytes: usize,
+    },
+    /// A certificate does not parse.
+    #[error("{role} certificate does not parse")]
+    Malformed {
+        /// Its place in the chain.
+        role: &'static str,
+    },
+    /// A certificate begins in the future.
+    #[error(
+        "{role} certificate is valid from {} and this host's clock says {}: check the clocks of both hosts (NTP)",
+        Utc(*.from), Utc(*.now)
+    )]
+    NotYetValid {
+        /// Its place in the chain.
+        role: &'static str,
+        /// Its beginning.
+        from: UnixSeconds,
+        /// This host's wall time.
+        now: UnixSeconds,
+    },
+    /// A certificate has ended.
+    #[error(
+        "{role} certificate was valid until {} and this host's clock says {}: check the clocks of both hosts (NTP); \
+         if they are right, the peer must renew its certificate or join again",
+        Utc(*.until), Utc(*.now)
+    )]
+    Expired {
+        /// Its place in the chain.
+        role: &'static str,
+        /// Its end.
+        until: UnixSeconds,
+        /// This host's wall time.
+        now: UnixSeconds,
+    },
+    /// The peer belongs to another mesh.
+    #[error("peer is of trust domain `{theirs}`, this node of `{ours}`: check the address, it belongs to another mesh")]
+    TrustDomain {
+        /// This node's.
+        ours: TrustDomain,
+        /// The peer's.
+        theirs: TrustDomain,
+    },
+    /// No path to a trusted root.
+    #[error("chain leads to no root that this node trusts ({reason}): the peer was certified by another CA, join it again")]
+    Path {
+        /// What path validation says.
+        reason: String,
+    },
+    /// A certificate has not exactly one URI name.
+    #[error("{role} certificate must have exactly one name, a SPIFFE URI")]
+    Names {
+        /// Its place in the chain.
+        role: &'static str,
+    },
+    /// The URI is no SPIFFE id of weft's.
+    #[error("{role} certificate has no SPIFFE id of weft's: {reason}")]
+    Spiffe {
+        /// Its place in the chain.
+        role: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A signing certificate has a SPIFFE path, or a leaf has none that authenticates.
+    #[error("{role} certificate must not carry the id `{id}`")]
+    Id {
+        /// Its place in the chain.
+        role: &'static str,
+        /// Its id.
+        id: String,
+    },
+    /// A leaf may sign certificates, or a signing certificate may not, or a path length is wrong.
+    #[error("{role} certificate has the wrong basic constraints or key usage: {rule}")]
+    Usage {
+        /// Its place in the chain.
+        role: &'static str,
+        /// The rule that it breaks.
+        rule: &'static str,
+    },
+    /// The scope extension is missing, malformed, or where it must not be.
+    #[error("{role} certificate {rule}")]
+    Extension {
+        /// Its place in the chain.
+        role: &'static str,
+        /// The rule that it breaks.
+        rule: &'static str,
+    },
+    /// A leaf names another node than its intermediate.
+    #[error("leaf speaks for node `{leaf}`, but node `{node}` made it")]
+    OtherNode {
+        /// The node in the leaf.
+        leaf: NodeName,
+        /// The node in the intermediate.
+        node: NodeName,
+    },
+    /// A leaf names a service outside its node's scope.
+    #[error("node `{node}` may not speak for service `{service}`: its certificate covers `{scope}`")]
+    OutsideScope {
+        /// The node.
+        node: NodeName,
+        /// The service.
+        service: ServiceName,
+        /// What the node may serve.
+        scope: ServeScope,
+    },
+    /// The peer is not whom the caller dialled.
+    #[error("peer is `{found}`, but `{expected}` was dialled: the address belongs to another node")]
+    Unexpected {
+        /// Whom the caller wants.
+        expected: String,
+        /// Who answered.
+        found: String,
+    },
+    /// A signature over a message is wrong.
+    #[error("signature is not node `{node}`'s: the message was altered or forged")]
+    Signature {
+        /// The claimed signer.
+        node: NodeName,
+    },
+    /// The newcomer's token pins another root.
+    #[error(
+        "the peer's chain does not hold the root that the token pins: the token is of another CA, or the address \
+         belongs to another mesh; check both"
+    )]
+    WrongRoot,
+}
+
+/// A certificate's place in the chain.
+const LEAF: &str = "leaf";
+const NODE: &str = "node";
+const ISSUER: &str = "issuer";
+const ROOT: &str = "root";
+const OPERATOR: &str = "operator";
+
+/// Parses one certificate within the bounds.
+fn parse<'a>(role: &'static str, der: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>, VerifyError> {
+    if der.len() > CERTIFICATE_BYTES_MAX {
+        return Err(VerifyError::TooLarge { bytes: der.len() });
+    }
+    match X509Certificate::from_der(der.as_ref()) {
+        Ok(([], certificate)) => Ok(certificate),
+        _ => Err(VerifyError::Malformed { role }),
+    }
+}
+
+fn seconds(time: x509_parser::time::ASN1Time) -> UnixSeconds {
+    UnixSeconds(u64::try_from(time.timestamp()).unwrap_or(0))
+}
+
+/// Returns when a certificate ends, unchecked.
+pub(super) fn validity_of(der: &CertificateDer<'_>) -> Result<(UnixSeconds, UnixSeconds), VerifyError> {
+    let certificate = parse(NODE, der)?;
+    Ok((seconds(certificate.validity().not_before), seconds(certificate.validity().not_after)))
+}
+
+/// Returns the public key (the bit string of its SPKI), unchecked.
+pub(super) fn public_key_of(der: &CertificateDer<'_>) -> Result<Vec<u8>, VerifyError> {
+    Ok(parse(NODE, der)?.public_key().subject_public_key.data.to_vec())
+}
+
+fn check_time(role: &'static str, certificate: &X509Certificate<'_>, now: UnixSeconds) -> Result<(), VerifyError> {
+    let (from, until) = (seconds(certificate.validity().not_before), seconds(certificate.validity().not_after));
+    if now < from {
+        return Err(VerifyError::NotYetValid { role, from, now });
+    }
+    if now > until {
+        return Err(VerifyError::Expired { role, until, now });
+    }
+    Ok(())
+}
+
+/// Returns the one SPIFFE id of a certificate.
+fn spiffe_id(role: &'static str, certificate: &X509Certificate<'_>) -> Result<SpiffeId, VerifyError> {
+    let names = certificate.subject_alternative_name().map_err(|_| VerifyError::Names { role })?;
+    match names.map(|names| names.value.general_names.as_slice()) {
+        Some([GeneralName::URI(uri)]) => {
+            uri.parse().map_err(|err: crate::model::SpiffeError| VerifyError::Spiffe { role, reason: err.to_string() })
+        }
+        _ => Err(VerifyError::Names { role }),
+    }
+}
+
+fn check_domain(id: &SpiffeId, ours: &TrustDomain) -> Result<(), VerifyError> {
+    if id.trust_domain() == ours {
+        return Ok(());
+    }
+    Err(VerifyError::TrustDomain { ours: ours.clone(), theirs: id.trust_domain().clone() })
+}
+
+/// Checks a signing certificate: no SPIFFE path, cA, keyCertSign, the path length of its place.
+fn check_signing(
+    role: &'static str,
+    certificate: &X509Certificate<'_>,
+    path_length: u32,
+    domain: &TrustDomain,
+) -> Result<(), VerifyError> {
+    let id = spiffe_id(role, certificate)?;
+    check_domain(&id, domain)?;
+    if !matches!(id, SpiffeId::Authority(_)) {
+        return Err(VerifyError::Id { role, id: id.to_string() });
+    }
+    let usage = |rule| VerifyError::Usage { role, rule };
+    let constraints = certificate.basic_constraints().ok().flatten().map(|found| found.value);
+    let constraints = constraints.filter(|found| found.ca).ok_or_else(|| usage("a signing certificate has cA"))?;
+    if constraints.path_len_constraint.is_none_or(|length| length > path_length) {
+        return Err(usage("its path length is that of its place"));
+    }
+    let key_usage = certificate.key_usage().ok().flatten();
+    if !key_usage.is_some_and(|usage| usage.value.key_cert_sign()) {
+        return Err(usage("a signing certificate has keyCertSign"));
+    }
+    Ok(())
+}
+
+/// Checks that a certificate only authenticates: no cA, digitalSignature, no keyCertSign or cRLSign, no scope extension.
+fn check_leaf(role: &'static str, certificate: &X509Certificate<'_>) -> Result<(), VerifyError> {
+    let usage = |rule| VerifyError::Usage { role, rule };
+    let constraints = certificate.basic_constraints().map_err(|_| usage("basic constraints are well-formed"))?;
+    if constraints.is_some_and(|found| found.value.ca) {
+        return Err(usage("a leaf has no cA"));
+    }
+    let key_usage = certificate.key_usage().ok().flatten().ok_or_else(|| usage("a leaf has a key usage"))?.value;
+    if !key_usage.digital_signature() {
+        return Err(usage("a leaf has digitalSignature"));
+    }
+    if key_usage.key_cert_sign() || key_usage.crl_sign() {
+        return Err(usage("a leaf has neither keyCertSign nor cRLSign"));
+    }
+    if extension::read(certificate) != NodeExtension::Absent {
+        return Err(VerifyError::Extension { role, rule: "must not carry a serve scope" });
+    }
+    Ok(())
+}
+
+/// What the signing part of a chain certifies.
+struct Certified {
+    node: NodeName,
+    scope: ServeScope,
+    not_after: UnixSeconds,
+}
+
+/// Checks node intermediate and issuer by weft's rules; the path is the caller's.
+fn check_signers(
+    node: &X509Certificate<'_>,
+    issuer: &X509Certificate<'_>,
+    domain: &TrustDomain,
+) -> Result<Certified, VerifyError> {
+    check_signing(NODE, node, 0, domain)?;
+    check_signing(ISSUER, issuer, 1, domain)?;
+    if extension::read(issuer) != NodeExtension::Absent {
+        return Err(VerifyError::Extension { role: ISSUER, rule: "must not carry a serve scope" });
+    }
+    match extension::read(node) {
+        NodeExtension::Present(name, scope) => {
+            let not_after = seconds(node.validity().not_after).min(seconds(issuer.validity().not_after));
+            Ok(Certified { node: name, scope, not_after })
+        }
+        NodeExtension::Absent => Err(VerifyError::Extension { role: NODE, rule: "has no serve scope" }),
+        NodeExtension::Malformed => Err(VerifyError::Extension { role: NODE, rule: "has a malformed serve scope" }),
+    }
+}
+
+/// Finds the trust anchors of a bundle; a root that does not parse is left out.
+fn anchors(bundle: &TrustBundle) -> Vec<TrustAnchor<'_>> {
+    bundle.roots.iter().filter_map(|root| webpki::anchor_from_trusted_cert(root).ok()).collect()
+}
+
+/// Validates the path from `leaf` to a root of the bundle by webpki.
+fn check_path(
+    leaf: &CertificateDer<'_>,
+    intermediates: &[CertificateDer<'_>],
+    bundle: &TrustBundle,
+    now: UnixSeconds,
+    usage: KeyUsage,
+) -> Result<(), VerifyError> {
+    let path = |err: webpki::Error| VerifyError::Path { reason: err.to_string() };
+    let anchors = anchors(bundle);
+    let entity = EndEntityCert::try_from(leaf).map_err(path)?;
+    let time = UnixTime::since_unix_epoch(std::time::Duration::from_secs(now.0));
+    let verified =
+        entity.verify_for_usage(&ALGORITHMS, &anchors, intermediates, time, usage, None, None).map_err(path)?;
+    // A shorter path than the chain shown would be one with an idle certificate in it.
+    if verified.intermediate_certificates().count() != intermediates.len() {
+        return Err(VerifyError::Path { reason: "the chain has a certificate that the path does not need".to_owned() });
+    }
+    for root in &bundle.roots {
+        check_time(ROOT, &parse(ROOT, root)?, now)?;
+    }
+    Ok(())
+}
+
+/// Checks one link: `signer` signed `certificate`. Names and signature; validity is checked elsewhere.
+fn check_link(
+    certificate: &X509Certificate<'_>,
+    signer: &X509Certificate<'_>,
+    signer_der: &CertificateDer<'_>,
+) -> Result<(), VerifyError> {
+    let path = |reason: &str| VerifyError::Path { reason: reason.to_owned() };
+    if certificate.issuer().as_raw() != signer.subject().as_raw() {
+        return Err(path("issuer and subject differ"));
+    }
+    if certificate.signature_algorithm != certificate.tbs_certificate.signature {
+        return Err(path("signature algorithms differ"));
+    }
+    if certificate.signature_algorithm.algorithm != x509_parser::oid_registry::OID_SIG_ECDSA_WITH_SHA256 {
+        return Err(path("signature is not ECDSA with SHA-256"));
+    }
+    let known = [
+        x509_parser::oid_registry::OID_X509_EXT_BASIC_CONSTRAINTS,
+        x509_parser::oid_registry::OID_X509_EXT_KEY_USAGE,
+        x509_parser::oid_registry::OID_X509_EXT_SUBJECT_ALT_NAME,
+    ];
+    if certificate.extensions().iter().any(|extension| extension.critical && !known.contains(&extension.oid)) {
+        return Err(path("unknown critical extension"));
+    }
+    let entity = EndEntityCert::try_from(signer_der).map_err(|err| path(&err.to_string()))?;
+    entity
+        .verify_signature(ECDSA_P256_SHA256, certificate.tbs_certificate.as_ref(), &certificate.signature_value.data)
+        .map_err(|err| path(&err.to_string()))
+}
+
+/// Checks `[node intermediate, issuer]` up to a root of the bundle, link by link: webpki takes no path that ends in a CA.
+fn check_signing_chain(
+    chain: &[CertificateDer<'_>],
+    bundle: &TrustBundle,
+    now: UnixSeconds,
+) -> Result<Certified, VerifyError> {
+    let [node_der, issuer_der] = chain else {
+        return Err(VerifyError::Length { found: chain.len(), want: 2 });
+    };
+    let node = parse(NODE, node_der)?;
+    let issuer = parse(ISSUER, issuer_der)?;
+    check_domain(&spiffe_id(NODE, &node)?, &bundle.trust_domain)?;
+    check_time(NODE, &node, now)?;
+    check_time(ISSUER, &issuer, now)?;
+    check_link(&node, &issuer, issuer_der)?;
+    let mut refused = VerifyError::Path { reason: "no root".to_owned() };
+    for root_der in &bundle.roots {
+        let root = parse(ROOT, root_der)?;
+        match check_link(&issuer, &root, root_der).and_then(|()| check_time(ROOT, &root, now)) {
+            Ok(()) => return check_signers(&node, &issuer, &bundle.trust_domain),
+            Err(err) => refused = err,
+        }
+    }
+    Err(refused)
+}
+
+/// Checks a published chain `[node intermediate, issuer]`; returns node, scope and the chain's end.
+pub(super) fn verify_node_chain(
+    chain: &[CertificateDer<'_>],
+    bundle: &TrustBundle,
+    now: UnixSeconds,
+) -> Result<(NodeName, ServeScope, UnixSeconds), VerifyError> {
+    check_signing_chain(chain, bundle, now).map(|found| (found.node, found.scope, found.not_after))
+}
+
+/// Checks a message that a node signed for one purpose.
+pub(super) fn verify_signature(
+    signer: &CertificateDer<'_>,
+    node: &NodeName,
+    context: &str,
+    message: &[u8],
+    signature: &[u8],
+) -> Result<(), VerifyError> {
+    let refused = || VerifyError::Signature { node: node.clone() };
+    let entity = EndEntityCert::try_from(signer).map_err(|_| refused())?;
+    entity.verify_signature(ECDSA_P256_SHA256, &signed_bytes(context, message), signature).map_err(|_| refused())
+}
+
+/// Checks a published chain `[node intermediate, issuer]` and `signature` over `message`; returns node, scope and the
+/// chain's end.
+///
+/// # Errors
+/// [`PkiError::Verify`] with the rule that is broken.
+pub fn verify_signed_by_node(
+    chain: &[CertificateDer<'_>],
+    message: &[u8],
+    signature: &[u8],
+    bundle: &TrustBundle,
+    now: UnixSeconds,
+) -> Result<(NodeName, ServeScope, UnixSeconds), PkiError> {
+    let (node, scope, not_after) = verify_node_chain(chain, bundle, now)?;
+    if let Some(signer) = chain.first() {
+        verify_signature(signer, &node, CONTEXT_NODE, message, signature)?;
+    }
+    Ok((node, scope, not_after))
+}
+
+/// Checks a chain that a peer showed in TLS, leaf first.
+///
+/// # Errors
+/// [`PkiError::Verify`] with the rule that is broken.
+pub fn verify_peer(
+    chain: &[CertificateDer<'_>],
+    bundle: &TrustBundle,
+    now: UnixSeconds,
+) -> Result<PeerIdentity, PkiError> {
+    Ok(check_peer(chain, bundle, now)?)
+}
+
+/// As [`verify_peer`], with the plain error.
+pub(super) fn check_peer(
+    chain: &[CertificateDer<'_>],
+    bundle: &TrustBundle,
+    now: UnixSeconds,
+) -> Result<PeerIdentity, VerifyError> {
+    let [leaf_der, node_der, issuer_der] = chain else {
+        return Err(VerifyError::Length { found: chain.len(), want: 3 });
+    };
+    let leaf = parse(LEAF, leaf_der)?;
+    let node = parse(NODE, node_der)?;
+    let issuer = parse(ISSUER, issuer_der)?;
+    let id = spiffe_id(LEAF, &leaf)?;
+    // Before the path, so that a foreign mesh is called by its name.
+    check_domain(&id, &bundle.trust_domain)?;
+    check_time(LEAF, &leaf, now)?;
+    check_time(NODE, &node, now)?;
+    check_time(ISSUER, &issuer, now)?;
+    check_leaf(LEAF, &leaf)?;
+    check_path(leaf_der, chain.get(1..).unwrap_or_default(), bundle, now, KeyUsage::client_auth())?;
+    let certified = check_signers(&node, &issuer, &bundle.trust_domain)?;
+    let Some(leaf_node) = id.node() else {
+        return Err(VerifyError::Id { role: LEAF, id: id.to_string() });
+    };
+    if *leaf_node != certified.node {
+        return Err(VerifyError::OtherNode { leaf: leaf_node.clone(), node: certified.node });
+    }
+    if let Some(service) = id.service()
+        && !certified.scope.covers(service.as_str())
+    {
+        let (node, scope) = (certified.node, certified.scope);
+        return Err(VerifyError::OutsideScope { node, service: service.clone(), scope });
+    }
+    let not_after = certified.not_after.min(seconds(leaf.validity().not_after));
+    Ok(PeerIdentity { id, node: certified.node, scope: certified.scope, not_after })
+}
+
+/// Checks an operator's certificate, which a root signs directly; returns the operator's name.
+pub(super) fn check_operator(
+    der: &CertificateDer<'_>,
+    bundle: &TrustBundle,
+    now: UnixSeconds,
+) -> Result<NodeName, VerifyError> {
+    let certificate = parse(OPERATOR, der)?;
+    let id = spiffe_id(OPERATOR, &certificate)?;
+    check_domain(&id, &bundle.trust_domain)?;
+    check_time(OPERATOR, &certificate, now)?;
+    check_leaf(OPERATOR, &certificate)?;
+    check_path(der, &[], bundle, now, KeyUsage::client_auth())?;
+    match id {
+        SpiffeId::Operator { name, .. } => Ok(name),
+        other => Err(VerifyError::Id { role: OPERATOR, id: other.to_string() }),
+    }
+}
+
+/// Checks an issuer's certificate, which a root signs directly.
+pub(super) fn check_issuer(
+    der: &CertificateDer<'_>,
+    bundle: &TrustBundle,
+    now: UnixSeconds,
+) -> Result<(), VerifyError> {
+    let issuer = parse(ISSUER, der)?;
+    check_signing(ISSUER, &issuer, 1, &bundle.trust_domain)?;
+    check_time(ISSUER, &issuer, now)?;
+    if extension::read(&issuer) != NodeExtension::Absent {
+        return Err(VerifyError::Extension { role: ISSUER, rule: "must not carry a serve scope" });
+    }
+    let mut refused = VerifyError::Path { reason: "no root".to_owned() };
+    for root_der in &bundle.roots {
+        let root = parse(ROOT, root_der)?;
+        match check_link(&issuer, &root, root_der).and_then(|()| check_time(ROOT, &root, now)) {
+            Ok(()) => return Ok(()),
+            Err(err) => refused = err,
+        }
+    }
+    Err(refused)
+}
+
+/// Makes a bundle of one root, whose trust domain its own certificate names.
+pub(super) fn bundle_of(root: &CertificateDer<'_>) -> Result<TrustBundle, VerifyError> {
+    let certificate = parse(ROOT, root)?;
+    let SpiffeId::Authority(trust_domain) = spiffe_id(ROOT, &certificate)? else {
+        return Err(VerifyError::Names { role: ROOT });
+    };
+    check_signing(ROOT, &certificate, 2, &trust_domain)?;
+    check_link(&certificate, &certificate, root)?;
+    Ok(TrustBundle { trust_domain, roots: vec![root.clone().into_owned()] })
+}
+
+/// Finds the root of `bundle` that certifies `issuer`; none if there is none.
+pub(super) fn root_of<'b>(issuer: &CertificateDer<'_>, bundle: &'b TrustBundle) -> Option<&'b CertificateDer<'static>> {
+    let issuer = parse(ISSUER, issuer).ok()?;
+    bundle.roots.iter().find(|der| {
+        parse(ROOT, der).is_ok_and(|root| check_link(&issuer, &root, der).is_ok())
+    })
+}
+
+#[cfg(test)]
+#[path = "verify_tests.rs"]
+mod tests;

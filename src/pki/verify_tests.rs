@@ -1,0 +1,179 @@
+use proptest::prelude::*;
+use rcgen::{CertificateParams, CustomExtension, IsCa, KeyPair, KeyUsagePurpose, SanType};
+
+use super::super::certificate::{
+    ISSUER_LIFE, LEAF_LIFE, NODE_LIFE, Validity, generate_key, issuer_params, leaf_params, node_params, root_params, sign,
+};
+use super::*;
+
+const NOW: UnixSeconds = UnixSeconds(1_800_000_000);
+
+/// A whole chain, each certificate of which a test can bend before it is signed.
+struct Forge {
+    root: CertificateParams,
+    issuer: CertificateParams,
+    node: CertificateParams,
+    leaf: CertificateParams,
+}
+
+fn uri(text: &str) -> SanType {
+    SanType::URI(text.try_into().unwrap())
+}
+
+impl Forge {
+    fn new(id: &str) -> Self {
+        let domain = "td".parse().unwrap();
+        let life = |life| Validity::starting(NOW, life, None);
+        Self {
+            root: root_params(&domain, NOW).unwrap(),
+            issuer: issuer_params(&domain, "issuer 1", life(ISSUER_LIFE)).unwrap(),
+            node: node_params(&domain, &"a".parse().unwrap(), &"web".parse().unwrap(), life(NODE_LIFE)).unwrap(),
+            leaf: leaf_params(&id.parse().unwrap(), life(LEAF_LIFE)).unwrap(),
+        }
+    }
+
+    fn sign(&self) -> (Vec<CertificateDer<'static>>, TrustBundle, KeyPair) {
+        let [root, issuer, node, leaf] = [(); 4].map(|()| generate_key().unwrap());
+        let root_der = self.root.self_signed(&root).unwrap().der().clone();
+        let by_root = rcgen::Issuer::from_params(&self.root, &root);
+        let by_issuer = rcgen::Issuer::from_params(&self.issuer, &issuer);
+        let by_node = rcgen::Issuer::from_params(&self.node, &node);
+        let chain = vec![
+            self.leaf.signed_by(&leaf, &by_node).unwrap().der().clone(),
+            self.node.signed_by(&node, &by_issuer).unwrap().der().clone(),
+            self.issuer.signed_by(&issuer, &by_root).unwrap().der().clone(),
+        ];
+        (chain, TrustBundle { trust_domain: "td".parse().unwrap(), roots: vec![root_der] }, node)
+    }
+
+    fn verify(&self) -> Result<PeerIdentity, VerifyError> {
+        let (chain, bundle, _) = self.sign();
+        check_peer(&chain, &bundle, NOW)
+    }
+}
+
+#[track_caller]
+fn refused(bend: impl FnOnce(&mut Forge)) -> VerifyError {
+    let mut forge = Forge::new("spiffe://td/svc/web/node/a");
+    forge.verify().expect("the unbent chain is good");
+    bend(&mut forge);
+    forge.verify().unwrap_err()
+}
+
+#[test]
+fn a_good_chain_names_the_peer_its_scope_and_the_first_end() {
+    let peer = Forge::new("spiffe://td/node/a").verify().unwrap();
+    assert_eq!((peer.node.as_str(), peer.scope.to_string().as_str()), ("a", "web"));
+    assert_eq!(peer.not_after, NOW.plus(LEAF_LIFE));
+}
+
+#[test]
+fn every_rule_for_a_leaf_holds() {
+    let escalated = refused(|f| f.leaf.subject_alt_names = vec![uri("spiffe://td/svc/db/node/a")]);
+    assert!(matches!(escalated, VerifyError::OutsideScope { .. }), "{escalated}");
+    let other = refused(|f| f.leaf.subject_alt_names = vec![uri("spiffe://td/svc/web/node/b")]);
+    assert!(matches!(other, VerifyError::OtherNode { .. }), "{other}");
+    let node = refused(|f| f.leaf.subject_alt_names = vec![uri("spiffe://td/node/b")]);
+    assert!(matches!(node, VerifyError::OtherNode { .. }), "{node}");
+    let foreign = refused(|f| f.leaf.subject_alt_names = vec![uri("spiffe://other/node/a")]);
+    assert!(matches!(foreign, VerifyError::TrustDomain { .. }), "{foreign}");
+    let operator = refused(|f| f.leaf.subject_alt_names = vec![uri("spiffe://td/operator/a")]);
+    assert!(matches!(operator, VerifyError::Id { role: "leaf", .. }), "{operator}");
+    let shape = refused(|f| f.leaf.subject_alt_names = vec![uri("spiffe://td/ns/x")]);
+    assert!(matches!(shape, VerifyError::Spiffe { role: "leaf", .. }), "{shape}");
+    let two = refused(|f| f.leaf.subject_alt_names.push(uri("spiffe://td/node/a")));
+    assert!(matches!(two, VerifyError::Names { role: "leaf" }), "{two}");
+    let none = refused(|f| f.leaf.subject_alt_names.clear());
+    assert!(matches!(none, VerifyError::Names { role: "leaf" }), "{none}");
+    let ca = refused(|f| f.leaf.is_ca = IsCa::Ca(rcgen::BasicConstraints::Unconstrained));
+    assert!(matches!(ca, VerifyError::Usage { role: "leaf", .. }), "{ca}");
+    for usages in [vec![], vec![KeyUsagePurpose::KeyAgreement]] {
+        let usage = refused(|f| f.leaf.key_usages = usages);
+        assert!(matches!(usage, VerifyError::Usage { role: "leaf", .. }), "{usage}");
+    }
+    for extra in [KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign] {
+        let usage = refused(|f| f.leaf.key_usages.push(extra));
+        assert!(matches!(usage, VerifyError::Usage { role: "leaf", .. }), "{usage}");
+    }
+    let scope = refused(|f| f.leaf.custom_extensions = f.node.custom_extensions.clone());
+    assert!(matches!(scope, VerifyError::Extension { role: "leaf", .. }), "{scope}");
+}
+
+#[test]
+fn every_rule_for_signers_holds() {
+    let path = refused(|f| f.node.subject_alt_names = vec![uri("spiffe://td/node/a")]);
+    assert!(matches!(path, VerifyError::Id { role: "node", .. }), "{path}");
+    let path = refused(|f| f.issuer.subject_alt_names = vec![uri("spiffe://td/node/a")]);
+    assert!(matches!(path, VerifyError::Id { role: "issuer", .. }), "{path}");
+    let domain = refused(|f| f.node.subject_alt_names = vec![uri("spiffe://other")]);
+    assert!(matches!(domain, VerifyError::TrustDomain { .. }), "{domain}");
+    let usage = refused(|f| f.node.key_usages = vec![KeyUsagePurpose::DigitalSignature]);
+    assert!(matches!(usage, VerifyError::Usage { role: "node", .. }), "{usage}");
+    let length = refused(|f| f.node.is_ca = IsCa::Ca(rcgen::BasicConstraints::Constrained(1)));
+    assert!(matches!(length, VerifyError::Usage { role: "node", .. }), "{length}");
+    let absent = refused(|f| f.node.custom_extensions.clear());
+    assert!(matches!(absent, VerifyError::Extension { role: "node", rule: "has no serve scope" }), "{absent}");
+    let issuer = refused(|f| f.issuer.custom_extensions = f.node.custom_extensions.clone());
+    assert!(matches!(issuer, VerifyError::Extension { role: "issuer", .. }), "{issuer}");
+    let malformed = refused(|f| {
+        let oid: Vec<u64> = f.node.custom_extensions[0].oid_components().collect();
+        f.node.custom_extensions = vec![CustomExtension::from_oid_content(&oid, vec![1, 2])];
+    });
+    assert!(matches!(malformed, VerifyError::Extension { role: "node", .. }), "{malformed}");
+    let no_ca = refused(|f| f.node.is_ca = IsCa::ExplicitNoCa);
+    assert!(matches!(no_ca, VerifyError::Path { .. }), "{no_ca}");
+}
+
+#[test]
+fn times_outside_validity_name_both_times_and_the_clock() {
+    let (chain, bundle, _) = Forge::new("spiffe://td/node/a").sign();
+    let early = check_peer(&chain, &bundle, UnixSeconds(NOW.0 - 61)).unwrap_err();
+    assert!(matches!(early, VerifyError::NotYetValid { role: "leaf", .. }) && early.to_string().contains("clock"));
+    let late = check_peer(&chain, &bundle, UnixSeconds(NOW.0 + 3601)).unwrap_err();
+    assert!(matches!(late, VerifyError::Expired { role: "leaf", .. }));
+    assert!(late.to_string().contains("2027-01-15T09:00:00Z"), "{late}");
+}
+
+#[test]
+fn chains_of_another_length_another_root_or_size_are_refused() {
+    let (chain, bundle, _) = Forge::new("spiffe://td/node/a").sign();
+    let (_, other, _) = Forge::new("spiffe://td/node/a").sign();
+    assert!(matches!(check_peer(&chain, &other, NOW), Err(VerifyError::Path { .. })));
+    assert!(matches!(check_peer(&chain[..2], &bundle, NOW), Err(VerifyError::Length { found: 2, .. })));
+    let long = [chain.as_slice(), bundle.roots.as_slice()].concat();
+    assert!(matches!(check_peer(&long, &bundle, NOW), Err(VerifyError::Length { found: 4, .. })));
+    let mut huge = chain.clone();
+    huge[0] = CertificateDer::from(vec![0; CERTIFICATE_BYTES_MAX + 1]);
+    assert!(matches!(check_peer(&huge, &bundle, NOW), Err(VerifyError::TooLarge { .. })));
+}
+
+#[test]
+fn a_nodes_signature_is_believed_for_its_own_message_and_context_only() {
+    let (chain, bundle, key) = Forge::new("spiffe://td/node/a").sign();
+    let (_, other, _) = Forge::new("spiffe://td/node/a").sign();
+    let published = &chain[1..];
+    let good = sign(&key, CONTEXT_NODE, b"state").unwrap();
+    let (node, scope, _) = verify_signed_by_node(published, b"state", &good, &bundle, NOW).unwrap();
+    assert_eq!((node.as_str(), scope.to_string().as_str()), ("a", "web"));
+    let renewal = sign(&key, "weft-renew/1", b"state").unwrap();
+    for (message, signature) in [(b"altered".as_slice(), &good), (b"state", &renewal), (b"state", &vec![])] {
+        let refused = verify_signed_by_node(published, message, signature, &bundle, NOW).unwrap_err();
+        assert!(matches!(refused, PkiError::Verify(VerifyError::Signature { .. })), "{refused}");
+    }
+    assert!(verify_signed_by_node(published, b"state", &good, &other, NOW).is_err());
+    assert!(verify_signed_by_node(published, b"state", &good, &bundle, NOW.plus(NODE_LIFE + LEAF_LIFE)).is_err());
+    assert!(verify_signed_by_node(&chain[..2], b"state", &good, &bundle, NOW).is_err());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    #[test]
+    fn a_damaged_chain_is_refused_without_a_panic(at in 0usize..3, byte in 0usize..400, bits in 1u8..) {
+        let (mut chain, bundle, _) = Forge::new("spiffe://td/node/a").sign();
+        let mut der = chain[at].to_vec();
+        let byte = byte % der.len();
+        der[byte] ^= bits;
+        chain[at] = CertificateDer::from(der);
+        prop_assert!(check_peer(&chain, &bundle, NOW).is_err());
+    }
+}
