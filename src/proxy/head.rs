@@ -584,3 +584,169 @@ impl BodyDecoder {
         self.remaining == 0 && self.state != BodyState::Trailers && inbox.is_empty()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn request(headers: &[(&str, &str)]) -> Result<Bytes, HeadError> {
+        let mut out = BytesMut::new();
+        let target = (&b"web:80"[..], &b"/a?b=c"[..]);
+        let mut writer = HeadWriter::request(&mut out, Payload::Frames, Scheme::Https, &Method::POST, target);
+        for (name, value) in headers {
+            writer.header(&HeaderName::try_from(*name).unwrap(), value.as_bytes());
+        }
+        writer.finish()?;
+        Ok(out.freeze())
+    }
+
+    fn decode(bytes: Bytes) -> Result<Option<RequestHead>, HeadError> {
+        let mut inbox = Inbox::default();
+        inbox.push(bytes);
+        inbox.take_request()
+    }
+
+    #[test]
+    fn the_wire_format_stands() {
+        let wire = request(&[("accept", "*/*"), ("content-length", "5"), ("x-own", "1")]).unwrap();
+        let mut expected = vec![0, 36, 1, 0x82, 6];
+        expected.extend_from_slice(b"web:80\x06/a?b=c\x03\x01\x03*/*\x16\x015\x00\x05x-own\x011");
+        expected[1] = u8::try_from(expected.len() - 2).unwrap();
+        assert_eq!(wire, expected);
+
+        let mut out = BytesMut::new();
+        let mut writer = HeadWriter::response(&mut out, Payload::Empty, StatusCode::NOT_FOUND);
+        writer.header(&header::SEC_WEBSOCKET_VERSION, b"13");
+        writer.finish().unwrap();
+        put_data_header(&mut out, 300);
+        let mut writer = HeadWriter::trailers(&mut out);
+        writer.header(&HeaderName::from_static("grpc-status"), b"0");
+        writer.finish().unwrap();
+        assert_eq!(&out[..], b"\x00\x08\x00\x01\x94\x01\x41\x0213\x41\x2c\x00\x00\x04\x01\x4a\x010");
+    }
+
+    #[test]
+    fn bounds_hold_when_writing_and_leave_nothing_behind() {
+        let long = "x".repeat(HEAD_BYTES_MAX);
+        assert_eq!(request(&[("a", &long)]).unwrap_err(), HeadError::TooLarge);
+        assert_eq!(request(&vec![("a", "b"); HEADERS_MAX + 1]).unwrap_err(), HeadError::TooManyHeaders);
+        assert!(request(&vec![("a", "b"); HEADERS_MAX]).is_ok());
+        let mut out = BytesMut::from(&b"kept"[..]);
+        let mut writer = HeadWriter::response(&mut out, Payload::Empty, StatusCode::OK);
+        writer.header(&header::ACCEPT, long.as_bytes());
+        writer.finish().unwrap_err();
+        assert_eq!(&out[..], b"kept");
+    }
+
+    #[test]
+    fn a_peer_cannot_frame_a_message_by_a_header() {
+        for name in ["transfer-encoding", "connection", "host", "keep-alive", "Transfer-Encoding"] {
+            let mut block = BytesMut::new();
+            block.put_slice(&[1, 0]);
+            put_text(&mut block, name.as_bytes());
+            put_text(&mut block, b"chunked");
+            assert!(matches!(take_headers(&mut block.freeze()), Err(HeadError::Malformed(_))), "{name}");
+        }
+        for lengths in [&["5", "5"][..], &["5,5"], &["-1"], &["+5"], &[""], &["99999999999999999999"]] {
+            let headers: Vec<_> = lengths.iter().map(|length| ("content-length", *length)).collect();
+            assert_eq!(decode(request(&headers).unwrap()).unwrap_err(), HeadError::Malformed("content-length"));
+        }
+    }
+
+    #[test]
+    fn a_body_may_end_only_between_frames() {
+        let mut out = BytesMut::new();
+        put_data_header(&mut out, 3);
+        out.put_slice(b"abc");
+        let mut writer = HeadWriter::trailers(&mut out);
+        writer.header(&header::ETAG, b"x");
+        writer.finish().unwrap();
+        let wire = out.freeze();
+        for cut in 0..=wire.len() {
+            let (mut inbox, mut decoder) = (Inbox::default(), BodyDecoder::default());
+            inbox.push(wire.slice(..cut));
+            while decoder.next(&mut inbox).unwrap().is_some() {}
+            assert_eq!(decoder.may_end(&inbox), [0, 4, wire.len()].contains(&cut), "{cut}");
+        }
+    }
+
+    fn arbitrary_headers() -> impl Strategy<Value = Vec<(String, String)>> {
+        let name = prop_oneof![Just("accept".to_owned()), Just("grpc-status".to_owned()), "x-[a-z]{1,30}"];
+        proptest::collection::vec((name, "[ -~]{0,200}"), 0..40)
+    }
+
+    proptest! {
+        #[test]
+        fn a_head_survives_the_wire_and_any_truncation_is_incomplete(
+            headers in arbitrary_headers(), cut in 0.0..1.0_f64,
+        ) {
+            let headers: Vec<_> = headers.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+            let wire = request(&headers).unwrap();
+            let head = decode(wire.clone()).unwrap().unwrap();
+            prop_assert_eq!(head.payload, Payload::Frames);
+            prop_assert_eq!(head.scheme, Scheme::Https);
+            prop_assert_eq!(head.method, Method::POST);
+            prop_assert_eq!(head.authority.unwrap().as_str(), "web:80");
+            prop_assert_eq!(head.path.as_str(), "/a?b=c");
+            let mut expected = HeaderMap::new();
+            for (name, value) in headers {
+                expected.append(HeaderName::try_from(name).unwrap(), HeaderValue::try_from(value).unwrap());
+            }
+            prop_assert_eq!(head.headers, expected);
+
+            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss, reason = "an index")]
+            let cut = (wire.len() as f64 * cut) as usize;
+            let mut inbox = Inbox::default();
+            inbox.push(wire.slice(..cut));
+            prop_assert!(inbox.take_request().unwrap().is_none());
+            inbox.push(wire.slice(cut..));
+            prop_assert!(inbox.take_request().unwrap().is_some());
+            prop_assert!(inbox.is_empty());
+        }
+
+        #[test]
+        fn garbage_is_refused_without_a_panic(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
+            let mut inbox = Inbox::default();
+            inbox.push(Bytes::from(bytes.clone()));
+            let _unused = inbox.take_request();
+            let mut inbox = Inbox::default();
+            inbox.push(Bytes::from(bytes.clone()));
+            let _unused = inbox.take_response();
+            let _unused = decode_request(Bytes::from(bytes.clone()));
+            let (mut inbox, mut decoder) = (Inbox::default(), BodyDecoder::default());
+            inbox.push(Bytes::from(bytes));
+            while let Ok(Some(_)) = decoder.next(&mut inbox) {}
+        }
+
+        #[test]
+        fn a_body_arrives_whole_however_it_is_cut(data in proptest::collection::vec(1..300_usize, 0..8), step in 1..64_usize) {
+            let mut out = BytesMut::new();
+            let mut sent = Vec::new();
+            for (index, bytes) in data.iter().enumerate() {
+                put_data_header(&mut out, *bytes);
+                let piece = vec![u8::try_from(index).unwrap(); *bytes];
+                out.put_slice(&piece);
+                sent.extend(piece);
+            }
+            let mut writer = HeadWriter::trailers(&mut out);
+            writer.header(&header::ETAG, b"end");
+            writer.finish().unwrap();
+            let (mut inbox, mut decoder) = (Inbox::default(), BodyDecoder::default());
+            let (mut got, mut trailers) = (Vec::new(), None);
+            for chunk in out.chunks(step) {
+                inbox.push(Bytes::copy_from_slice(chunk));
+                while let Some(frame) = decoder.next(&mut inbox).unwrap() {
+                    match frame.into_data() {
+                        Ok(data) => got.extend_from_slice(&data),
+                        Err(frame) => trailers = frame.into_trailers().ok(),
+                    }
+                }
+            }
+            prop_assert_eq!(got, sent);
+            prop_assert_eq!(&trailers.unwrap()["etag"], "end");
+            prop_assert!(decoder.may_end(&inbox));
+        }
+    }
+}

@@ -118,6 +118,11 @@ pub(crate) fn check<B>(request: &Request<B>) -> Result<Option<Authority>, Refusa
             text: "CONNECT is not offered on this port".to_owned(),
         });
     }
+    let framed_twice =
+        request.headers().contains_key(header::TRANSFER_ENCODING) && request.headers().contains_key(header::CONTENT_LENGTH);
+    if framed_twice {
+        return Err(bad("the request has both Content-Length and Transfer-Encoding".to_owned()));
+    }
     let mut hosts = request.headers().get_all(header::HOST).iter();
     let (host, second) = (hosts.next(), hosts.next());
     if second.is_some() {
