@@ -1,0 +1,752 @@
+//! The framing of one HTTP exchange on one QUIC stream: heads, body frames, trailers. A pure codec.
+//!
+//! ```text
+//!   request:   u16 length | payload | scheme+method | authority | path | count | headers      then body frames
+//!   response:  u16 length | payload | u16 status | count | headers                            then body frames
+//!   header:    name code, or 0 + text | value            text: varint length + bytes
+//!   body:      varint n > 0 | n bytes   ...   [ 0 | u16 length | count | trailers ]           then the stream's FIN
+//! ```
+//!
+//! Integers: varints as in RFC 9000 §16, others big-endian. A stream that ends inside a frame, or is reset, is an abort.
+//! Invariants: a head has at most [`HEAD_BYTES_MAX`] bytes and [`HEADERS_MAX`] headers; decoding allocates nothing
+//! beyond that, shares the received buffers, and never yields a header that frames a message (`transfer-encoding`,
+//! `connection`, `host`, a second `content-length`): a peer cannot smuggle through us.
+//! Not here: which headers are forwarded (`http::headers`), any I/O.
+
+use std::sync::LazyLock;
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use http::uri::{Authority, PathAndQuery};
+use http::{Method, StatusCode};
+use http_body::Frame;
+
+/// Longest head or trailer block, in bytes: what nginx and Envoy accept by default, and within the u16 length.
+pub(crate) const HEAD_BYTES_MAX: usize = 60 * 1024;
+/// Most headers in a head: hyper's and Envoy's default.
+pub(crate) const HEADERS_MAX: usize = 100;
+
+/// Why a head or frame cannot be encoded or decoded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum HeadError {
+    /// More bytes than [`HEAD_BYTES_MAX`].
+    #[error("the head is longer than {HEAD_BYTES_MAX} bytes")]
+    TooLarge,
+    /// More headers than [`HEADERS_MAX`].
+    #[error("the head has more than {HEADERS_MAX} headers")]
+    TooManyHeaders,
+    /// The peer breaks the framing.
+    #[error("malformed {0}")]
+    Malformed(&'static str),
+}
+
+/// What follows a head on the stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Payload {
+    /// Nothing: FIN.
+    Empty,
+    /// Body frames.
+    Frames,
+    /// On a request: it asks for an upgrade. On a 101 response: raw bytes both ways.
+    Upgrade,
+}
+
+impl Payload {
+    fn code(self) -> u8 {
+        match self {
+            Self::Empty => 0,
+            Self::Frames => 1,
+            Self::Upgrade => 2,
+        }
+    }
+
+    fn from_code(code: u8) -> Result<Self, HeadError> {
+        match code {
+            0 => Ok(Self::Empty),
+            1 => Ok(Self::Frames),
+            2 => Ok(Self::Upgrade),
+            _ => Err(HeadError::Malformed("payload kind")),
+        }
+    }
+}
+
+/// Which scheme the caller used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Scheme {
+    /// `http`
+    Http,
+    /// `https`: only an HTTP/2 caller says so.
+    Https,
+}
+
+/// A decoded request head.
+#[derive(Debug)]
+pub(crate) struct RequestHead {
+    /// What follows.
+    pub(crate) payload: Payload,
+    /// As the caller said.
+    pub(crate) scheme: Scheme,
+    /// The method.
+    pub(crate) method: Method,
+    /// The caller's Host or `:authority`; none: HTTP/1.0 without Host.
+    pub(crate) authority: Option<Authority>,
+    /// Path and query.
+    pub(crate) path: PathAndQuery,
+    /// The headers, without `host`.
+    pub(crate) headers: HeaderMap,
+}
+
+/// A decoded response head.
+#[derive(Debug)]
+pub(crate) struct ResponseHead {
+    /// What follows.
+    pub(crate) payload: Payload,
+    /// The status.
+    pub(crate) status: StatusCode,
+    /// The headers.
+    pub(crate) headers: HeaderMap,
+}
+
+/// Methods by code less one. The order is wire format: append only.
+const METHODS: [Method; 9] = [
+    Method::GET,
+    Method::POST,
+    Method::PUT,
+    Method::DELETE,
+    Method::HEAD,
+    Method::OPTIONS,
+    Method::PATCH,
+    Method::TRACE,
+    Method::CONNECT,
+];
+/// Bit of the method byte: the scheme is https.
+const HTTPS_BIT: u8 = 0x80;
+
+/// Header names by code less one. The order is wire format: append only, at most 255.
+static NAMES: LazyLock<Vec<HeaderName>> = LazyLock::new(|| {
+    let mut names = vec![
+        header::ACCEPT,
+        header::ACCEPT_CHARSET,
+        header::ACCEPT_ENCODING,
+        header::ACCEPT_LANGUAGE,
+        header::ACCEPT_RANGES,
+        header::ACCESS_CONTROL_ALLOW_CREDENTIALS,
+        header::ACCESS_CONTROL_ALLOW_HEADERS,
+        header::ACCESS_CONTROL_ALLOW_METHODS,
+        header::ACCESS_CONTROL_ALLOW_ORIGIN,
+        header::ACCESS_CONTROL_EXPOSE_HEADERS,
+        header::ACCESS_CONTROL_MAX_AGE,
+        header::ACCESS_CONTROL_REQUEST_HEADERS,
+        header::ACCESS_CONTROL_REQUEST_METHOD,
+        header::AGE,
+        header::ALLOW,
+        header::ALT_SVC,
+        header::AUTHORIZATION,
+        header::CACHE_CONTROL,
+        header::CONTENT_DISPOSITION,
+        header::CONTENT_ENCODING,
+        header::CONTENT_LANGUAGE,
+        header::CONTENT_LENGTH,
+        header::CONTENT_LOCATION,
+        header::CONTENT_RANGE,
+        header::CONTENT_SECURITY_POLICY,
+        header::CONTENT_TYPE,
+        header::COOKIE,
+        header::DATE,
+        header::ETAG,
+        header::EXPECT,
+        header::EXPIRES,
+        header::FORWARDED,
+        header::FROM,
+        header::IF_MATCH,
+        header::IF_MODIFIED_SINCE,
+        header::IF_NONE_MATCH,
+        header::IF_RANGE,
+        header::IF_UNMODIFIED_SINCE,
+        header::LAST_MODIFIED,
+        header::LINK,
+        header::LOCATION,
+        header::MAX_FORWARDS,
+        header::ORIGIN,
+        header::PRAGMA,
+        header::RANGE,
+        header::REFERER,
+        header::REFERRER_POLICY,
+        header::RETRY_AFTER,
+        header::SERVER,
+        header::SET_COOKIE,
+        header::STRICT_TRANSPORT_SECURITY,
+        header::TE,
+        header::TRAILER,
+        header::UPGRADE,
+        header::USER_AGENT,
+        header::VARY,
+        header::VIA,
+        header::WWW_AUTHENTICATE,
+        header::X_CONTENT_TYPE_OPTIONS,
+        header::X_FRAME_OPTIONS,
+        header::SEC_WEBSOCKET_ACCEPT,
+        header::SEC_WEBSOCKET_EXTENSIONS,
+        header::SEC_WEBSOCKET_KEY,
+        header::SEC_WEBSOCKET_PROTOCOL,
+        header::SEC_WEBSOCKET_VERSION,
+    ];
+    names.extend(
+        [
+            "x-request-id",
+            "traceparent",
+            "tracestate",
+            "b3",
+            "x-forwarded-for",
+            "x-forwarded-proto",
+            "x-weft-hops",
+            "x-weft-reason",
+            "grpc-status",
+            "grpc-message",
+            "grpc-timeout",
+            "grpc-encoding",
+            "grpc-accept-encoding",
+            "sec-fetch-mode",
+            "sec-fetch-site",
+            "sec-fetch-dest",
+        ]
+        .map(HeaderName::from_static),
+    );
+    names
+});
+
+/// Codes by the name's length: a name is found by a few comparisons of equal length.
+static CODES: LazyLock<Vec<Vec<u8>>> = LazyLock::new(|| {
+    let longest = NAMES.iter().map(|name| name.as_str().len()).max().unwrap_or(0);
+    let mut codes = vec![Vec::new(); longest.saturating_add(1)];
+    for (code, name) in (1..=u8::MAX).zip(NAMES.iter()) {
+        if let Some(bucket) = codes.get_mut(name.as_str().len()) {
+            bucket.push(code);
+        }
+    }
+    codes
+});
+
+fn name_of(code: u8) -> Option<&'static HeaderName> {
+    NAMES.get(usize::from(code).checked_sub(1)?)
+}
+
+fn code_of(name: &HeaderName) -> Option<u8> {
+    let bucket = CODES.get(name.as_str().len())?;
+    bucket.iter().copied().find(|code| name_of(*code) == Some(name))
+}
+
+/// Names that frame or route a message: never sent, refused when a peer sends them.
+fn is_framing(name: &str) -> bool {
+    matches!(
+        name,
+        "connection" | "transfer-encoding" | "host" | "keep-alive" | "proxy-connection" | "proxy-authorization" | "proxy-authenticate"
+    )
+}
+
+/// Writes one head into a buffer.
+///
+/// Nothing stays in the buffer if [`HeadWriter::finish`] fails.
+#[must_use = "a head is complete only after `finish`"]
+pub(crate) struct HeadWriter<'a> {
+    out: &'a mut BytesMut,
+    start: usize,
+    count_at: usize,
+    count: usize,
+}
+
+impl<'a> HeadWriter<'a> {
+    /// Begins a request head.
+    pub(crate) fn request(
+        out: &'a mut BytesMut,
+        payload: Payload,
+        scheme: Scheme,
+        method: &Method,
+        target: (&[u8], &[u8]),
+    ) -> Self {
+        let start = Self::begin(out, payload);
+        let code = (1_u8..).zip(&METHODS).find(|(_, known)| *known == method).map_or(0, |(code, _)| code);
+        let https = if scheme == Scheme::Https { HTTPS_BIT } else { 0 };
+        out.put_u8(code | https);
+        if code == 0 {
+            put_text(out, method.as_str().as_bytes());
+        }
+        let (authority, path) = target;
+        put_text(out, authority);
+        put_text(out, path);
+        Self::headers(out, start)
+    }
+
+    /// Begins a response head.
+    pub(crate) fn response(out: &'a mut BytesMut, payload: Payload, status: StatusCode) -> Self {
+        let start = Self::begin(out, payload);
+        out.put_u16(status.as_u16());
+        Self::headers(out, start)
+    }
+
+    /// Begins a block of trailers, with the zero that tells it from data.
+    pub(crate) fn trailers(out: &'a mut BytesMut) -> Self {
+        out.put_u8(0);
+        let start = out.len();
+        out.put_u16(0);
+        Self::headers(out, start)
+    }
+
+    fn begin(out: &mut BytesMut, payload: Payload) -> usize {
+        let start = out.len();
+        out.put_u16(0);
+        out.put_u8(payload.code());
+        start
+    }
+
+    fn headers(out: &'a mut BytesMut, start: usize) -> Self {
+        let count_at = out.len();
+        out.put_u8(0);
+        Self { out, start, count_at, count: 0 }
+    }
+
+    /// Adds a header. Framing headers are left out.
+    pub(crate) fn header(&mut self, name: &HeaderName, value: &[u8]) {
+        match code_of(name) {
+            Some(code) => self.out.put_u8(code),
+            None if is_framing(name.as_str()) => return,
+            None => {
+                self.out.put_u8(0);
+                put_text(self.out, name.as_str().as_bytes());
+            }
+        }
+        put_text(self.out, value);
+        self.count = self.count.saturating_add(1);
+    }
+
+    /// Ends the head.
+    ///
+    /// # Errors
+    /// If the head breaks a bound; the buffer is as it was before.
+    pub(crate) fn finish(self) -> Result<(), HeadError> {
+        let Self { out, start, count_at, count } = self;
+        let bytes = out.len().saturating_sub(start).saturating_sub(2);
+        let error = match (u8::try_from(count), u16::try_from(bytes)) {
+            _ if count > HEADERS_MAX => HeadError::TooManyHeaders,
+            (Ok(count), Ok(length)) if bytes <= HEAD_BYTES_MAX => {
+                if let Some(slot) = out.get_mut(count_at) {
+                    *slot = count;
+                }
+                if let Some(slot) = out.get_mut(start..start.saturating_add(2)) {
+                    slot.copy_from_slice(&length.to_be_bytes());
+                }
+                return Ok(());
+            }
+            _ => HeadError::TooLarge,
+        };
+        out.truncate(start);
+        Err(error)
+    }
+}
+
+/// Writes the header of a data frame of `bytes` bytes, which must not be 0.
+pub(crate) fn put_data_header(out: &mut BytesMut, bytes: usize) {
+    put_varint(out, bytes as u64);
+}
+
+fn put_text(out: &mut BytesMut, text: &[u8]) {
+    put_varint(out, text.len() as u64);
+    out.put_slice(text);
+}
+
+/// Writes a varint (RFC 9000 §16). Values above 2^62-1 cannot arise: they count bytes in memory.
+fn put_varint(out: &mut BytesMut, value: u64) {
+    #[expect(clippy::cast_possible_truncation, reason = "each arm's range fits its width")]
+    match value {
+        0..=0x3f => out.put_u8(value as u8),
+        0x40..=0x3fff => out.put_u16(value as u16 | 0x4000),
+        0x4000..=0x3fff_ffff => out.put_u32(value as u32 | 0x8000_0000),
+        _ => out.put_u64(value | 0xc000_0000_0000_0000),
+    }
+}
+
+/// Reads a varint; none: more bytes are needed, and `bytes` stands where it stood.
+fn take_varint(bytes: &mut Bytes) -> Option<u64> {
+    let first = *bytes.first()?;
+    let length = 1_usize << (first >> 6);
+    if bytes.len() < length {
+        return None;
+    }
+    let value = bytes.get_uint(length);
+    let mask = match length {
+        1 => 0x3f,
+        2 => 0x3fff,
+        4 => 0x3fff_ffff,
+        _ => 0x3fff_ffff_ffff_ffff,
+    };
+    Some(value & mask)
+}
+
+fn take_u8(bytes: &mut Bytes) -> Result<u8, HeadError> {
+    bytes.try_get_u8().map_err(|_| HeadError::Malformed("head: it ends early"))
+}
+
+fn take_text(bytes: &mut Bytes) -> Result<Bytes, HeadError> {
+    let length = take_varint(bytes).and_then(|length| usize::try_from(length).ok());
+    match length {
+        Some(length) if length <= bytes.len() => Ok(bytes.split_to(length)),
+        _ => Err(HeadError::Malformed("head: a text is longer than the head")),
+    }
+}
+
+/// Reads `count | headers` up to the end of `block`.
+fn take_headers(block: &mut Bytes) -> Result<HeaderMap, HeadError> {
+    let count = usize::from(take_u8(block)?);
+    if count > HEADERS_MAX {
+        return Err(HeadError::TooManyHeaders);
+    }
+    let mut headers = HeaderMap::with_capacity(count);
+    for _ in 0..count {
+        let name = match take_u8(block)? {
+            0 => {
+                let text = take_text(block)?;
+                let name = HeaderName::from_bytes(&text).map_err(|_| HeadError::Malformed("header name"))?;
+                if is_framing(name.as_str()) {
+                    return Err(HeadError::Malformed("head: a framing header"));
+                }
+                name
+            }
+            code => name_of(code).ok_or(HeadError::Malformed("header code"))?.clone(),
+        };
+        let value = take_text(block)?;
+        let value = HeaderValue::from_maybe_shared(value).map_err(|_| HeadError::Malformed("header value"))?;
+        if name == header::CONTENT_LENGTH && (headers.contains_key(&name) || !is_length(value.as_bytes())) {
+            return Err(HeadError::Malformed("content-length"));
+        }
+        headers.append(name, value);
+    }
+    if block.is_empty() { Ok(headers) } else { Err(HeadError::Malformed("head: bytes after its end")) }
+}
+
+/// Tells whether a content length is plain digits within u64 (RFC 9112 §6.2).
+fn is_length(value: &[u8]) -> bool {
+    (1..=19).contains(&value.len()) && value.iter().all(u8::is_ascii_digit)
+}
+
+/// Received bytes that are not decoded yet. Holds a chunk without copying; joins chunks only where a head spans them.
+#[derive(Debug, Default)]
+pub(crate) struct Inbox {
+    bytes: Bytes,
+    spill: BytesMut,
+    /// Bytes that the block under way needs before it is looked at again: trickled input costs no repeated copy.
+    need: usize,
+}
+
+impl Inbox {
+    /// Adds received bytes.
+    pub(crate) fn push(&mut self, chunk: Bytes) {
+        if self.is_empty() {
+            self.bytes = chunk;
+            return;
+        }
+        if self.spill.is_empty() {
+            self.spill.reserve(self.need.max(self.bytes.len().saturating_add(chunk.len())));
+            self.spill.extend_from_slice(&std::mem::take(&mut self.bytes));
+        }
+        self.spill.extend_from_slice(&chunk);
+    }
+
+    /// Tells whether nothing waits to be decoded.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.bytes.is_empty() && self.spill.is_empty()
+    }
+
+    /// Takes everything: after an upgrade, bytes are raw.
+    pub(crate) fn take(&mut self) -> Bytes {
+        self.settle();
+        std::mem::take(&mut self.bytes)
+    }
+
+    /// Takes one byte, if there is one.
+    pub(crate) fn take_u8(&mut self) -> Option<u8> {
+        self.settle();
+        self.bytes.try_get_u8().ok()
+    }
+
+    /// Decodes a request head; none: more bytes are needed.
+    pub(crate) fn take_request(&mut self) -> Result<Option<RequestHead>, HeadError> {
+        self.take_block()?.map(decode_request).transpose()
+    }
+
+    /// Takes a whole head, undecoded, so that it can be decoded again for a second attempt.
+    pub(crate) fn take_block(&mut self) -> Result<Option<Bytes>, HeadError> {
+        if self.bytes.len().max(self.spill.len()) < self.need.max(2) {
+            return Ok(None);
+        }
+        self.settle();
+        let length = usize::from(self.bytes.first_chunk().map_or(0, |length| u16::from_be_bytes(*length)));
+        if length > HEAD_BYTES_MAX {
+            return Err(HeadError::TooLarge);
+        }
+        let need = length.saturating_add(2);
+        if self.bytes.len() < need {
+            self.need = need;
+            return Ok(None);
+        }
+        self.need = 0;
+        self.bytes.advance(2);
+        Ok(Some(self.bytes.split_to(length)))
+    }
+
+    /// Decodes a response head; none: more bytes are needed.
+    pub(crate) fn take_response(&mut self) -> Result<Option<ResponseHead>, HeadError> {
+        let Some(mut block) = self.take_block()? else { return Ok(None) };
+        let payload = Payload::from_code(take_u8(&mut block)?)?;
+        let status = block.try_get_u16().map_err(|_| HeadError::Malformed("head: it ends early"))?;
+        let status = StatusCode::from_u16(status).map_err(|_| HeadError::Malformed("status"))?;
+        let headers = take_headers(&mut block)?;
+        Ok(Some(ResponseHead { payload, status, headers }))
+    }
+
+    /// Moves joined bytes to where they are decoded from.
+    fn settle(&mut self) {
+        if !self.spill.is_empty() {
+            self.bytes = self.spill.split().freeze();
+        }
+    }
+}
+
+/// Decodes a block that [`Inbox::take_block`] gave.
+pub(crate) fn decode_request(mut block: Bytes) -> Result<RequestHead, HeadError> {
+    let payload = Payload::from_code(take_u8(&mut block)?)?;
+    let code = take_u8(&mut block)?;
+    let scheme = if code & HTTPS_BIT == 0 { Scheme::Http } else { Scheme::Https };
+    let method = match usize::from(code & !HTTPS_BIT).checked_sub(1) {
+        None => Method::from_bytes(&take_text(&mut block)?).map_err(|_| HeadError::Malformed("method"))?,
+        Some(index) => METHODS.get(index).cloned().ok_or(HeadError::Malformed("method code"))?,
+    };
+    let authority = take_text(&mut block)?;
+    let authority = match authority.is_empty() {
+        true => None,
+        false => Some(Authority::from_maybe_shared(authority).map_err(|_| HeadError::Malformed("authority"))?),
+    };
+    let path = take_text(&mut block)?;
+    let path = PathAndQuery::from_maybe_shared(path).map_err(|_| HeadError::Malformed("path"))?;
+    let headers = take_headers(&mut block)?;
+    Ok(RequestHead { payload, scheme, method, authority, path, headers })
+}
+
+/// Decodes body frames as their bytes arrive.
+#[derive(Debug, Default)]
+pub(crate) struct BodyDecoder {
+    /// Bytes of the data frame under way that are still to come.
+    remaining: u64,
+    state: BodyState,
+}
+
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum BodyState {
+    #[default]
+    Data,
+    Trailers,
+    Ended,
+}
+
+impl BodyDecoder {
+    /// Returns the next piece; none: more bytes are needed. Data frames are passed on in pieces as they arrive.
+    pub(crate) fn next(&mut self, inbox: &mut Inbox) -> Result<Option<Frame<Bytes>>, HeadError> {
+        loop {
+            match self.state {
+                BodyState::Trailers => {
+                    let Some(mut block) = inbox.take_block()? else { return Ok(None) };
+                    self.state = BodyState::Ended;
+                    return take_headers(&mut block).map(Frame::trailers).map(Some);
+                }
+                BodyState::Ended if inbox.is_empty() => return Ok(None),
+                BodyState::Ended => return Err(HeadError::Malformed("body: bytes after the trailers")),
+                BodyState::Data => {}
+            }
+            inbox.settle();
+            if self.remaining == 0 {
+                match take_varint(&mut inbox.bytes) {
+                    None => return Ok(None),
+                    Some(0) => self.state = BodyState::Trailers,
+                    Some(bytes) => self.remaining = bytes,
+                }
+                continue;
+            }
+            let ready = usize::try_from(self.remaining).unwrap_or(usize::MAX).min(inbox.bytes.len());
+            if ready == 0 {
+                return Ok(None);
+            }
+            self.remaining = self.remaining.saturating_sub(ready as u64);
+            return Ok(Some(Frame::data(inbox.bytes.split_to(ready))));
+        }
+    }
+
+    /// Tells whether the stream may end here.
+    pub(crate) fn may_end(&self, inbox: &Inbox) -> bool {
+        self.remaining == 0 && self.state != BodyState::Trailers && inbox.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn request(headers: &[(&str, &str)]) -> Result<Bytes, HeadError> {
+        let mut out = BytesMut::new();
+        let target = (&b"web:80"[..], &b"/a?b=c"[..]);
+        let mut writer = HeadWriter::request(&mut out, Payload::Frames, Scheme::Https, &Method::POST, target);
+        for (name, value) in headers {
+            writer.header(&HeaderName::try_from(*name).unwrap(), value.as_bytes());
+        }
+        writer.finish()?;
+        Ok(out.freeze())
+    }
+
+    fn decode(bytes: Bytes) -> Result<Option<RequestHead>, HeadError> {
+        let mut inbox = Inbox::default();
+        inbox.push(bytes);
+        inbox.take_request()
+    }
+
+    #[test]
+    fn the_wire_format_stands() {
+        let wire = request(&[("accept", "*/*"), ("content-length", "5"), ("x-own", "1")]).unwrap();
+        let mut expected = vec![0, 36, 1, 0x82, 6];
+        expected.extend_from_slice(b"web:80\x06/a?b=c\x03\x01\x03*/*\x16\x015\x00\x05x-own\x011");
+        expected[1] = u8::try_from(expected.len() - 2).unwrap();
+        assert_eq!(wire, expected);
+
+        let mut out = BytesMut::new();
+        let mut writer = HeadWriter::response(&mut out, Payload::Empty, StatusCode::NOT_FOUND);
+        writer.header(&header::SEC_WEBSOCKET_VERSION, b"13");
+        writer.finish().unwrap();
+        put_data_header(&mut out, 300);
+        let mut writer = HeadWriter::trailers(&mut out);
+        writer.header(&HeaderName::from_static("grpc-status"), b"0");
+        writer.finish().unwrap();
+        assert_eq!(&out[..], b"\x00\x08\x00\x01\x94\x01\x41\x0213\x41\x2c\x00\x00\x04\x01\x4a\x010");
+    }
+
+    #[test]
+    fn bounds_hold_when_writing_and_leave_nothing_behind() {
+        let long = "x".repeat(HEAD_BYTES_MAX);
+        assert_eq!(request(&[("a", &long)]).unwrap_err(), HeadError::TooLarge);
+        assert_eq!(request(&vec![("a", "b"); HEADERS_MAX + 1]).unwrap_err(), HeadError::TooManyHeaders);
+        assert!(request(&vec![("a", "b"); HEADERS_MAX]).is_ok());
+        let mut out = BytesMut::from(&b"kept"[..]);
+        let mut writer = HeadWriter::response(&mut out, Payload::Empty, StatusCode::OK);
+        writer.header(&header::ACCEPT, long.as_bytes());
+        writer.finish().unwrap_err();
+        assert_eq!(&out[..], b"kept");
+    }
+
+    #[test]
+    fn a_peer_cannot_frame_a_message_by_a_header() {
+        for name in ["transfer-encoding", "connection", "host", "keep-alive", "Transfer-Encoding"] {
+            let mut block = BytesMut::new();
+            block.put_slice(&[1, 0]);
+            put_text(&mut block, name.as_bytes());
+            put_text(&mut block, b"chunked");
+            assert!(matches!(take_headers(&mut block.freeze()), Err(HeadError::Malformed(_))), "{name}");
+        }
+        for lengths in [&["5", "5"][..], &["5,5"], &["-1"], &["+5"], &[""], &["99999999999999999999"]] {
+            let headers: Vec<_> = lengths.iter().map(|length| ("content-length", *length)).collect();
+            assert_eq!(decode(request(&headers).unwrap()).unwrap_err(), HeadError::Malformed("content-length"));
+        }
+    }
+
+    #[test]
+    fn a_body_may_end_only_between_frames() {
+        let mut out = BytesMut::new();
+        put_data_header(&mut out, 3);
+        out.put_slice(b"abc");
+        let mut writer = HeadWriter::trailers(&mut out);
+        writer.header(&header::ETAG, b"x");
+        writer.finish().unwrap();
+        let wire = out.freeze();
+        for cut in 0..=wire.len() {
+            let (mut inbox, mut decoder) = (Inbox::default(), BodyDecoder::default());
+            inbox.push(wire.slice(..cut));
+            while decoder.next(&mut inbox).unwrap().is_some() {}
+            assert_eq!(decoder.may_end(&inbox), [0, 4, wire.len()].contains(&cut), "{cut}");
+        }
+    }
+
+    fn arbitrary_headers() -> impl Strategy<Value = Vec<(String, String)>> {
+        let name = prop_oneof![Just("accept".to_owned()), Just("grpc-status".to_owned()), "x-[a-z]{1,30}"];
+        proptest::collection::vec((name, "[ -~]{0,200}"), 0..40)
+    }
+
+    proptest! {
+        #[test]
+        fn a_head_survives_the_wire_and_any_truncation_is_incomplete(
+            headers in arbitrary_headers(), cut in 0.0..1.0_f64,
+        ) {
+            let headers: Vec<_> = headers.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+            let wire = request(&headers).unwrap();
+            let head = decode(wire.clone()).unwrap().unwrap();
+            prop_assert_eq!(head.payload, Payload::Frames);
+            prop_assert_eq!(head.scheme, Scheme::Https);
+            prop_assert_eq!(head.method, Method::POST);
+            prop_assert_eq!(head.authority.unwrap().as_str(), "web:80");
+            prop_assert_eq!(head.path.as_str(), "/a?b=c");
+            let mut expected = HeaderMap::new();
+            for (name, value) in headers {
+                expected.append(HeaderName::try_from(name).unwrap(), HeaderValue::try_from(value).unwrap());
+            }
+            prop_assert_eq!(head.headers, expected);
+
+            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss, reason = "an index")]
+            let cut = (wire.len() as f64 * cut) as usize;
+            let mut inbox = Inbox::default();
+            inbox.push(wire.slice(..cut));
+            prop_assert!(inbox.take_request().unwrap().is_none());
+            inbox.push(wire.slice(cut..));
+            prop_assert!(inbox.take_request().unwrap().is_some());
+            prop_assert!(inbox.is_empty());
+        }
+
+        #[test]
+        fn garbage_is_refused_without_a_panic(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
+            let mut inbox = Inbox::default();
+            inbox.push(Bytes::from(bytes.clone()));
+            let _unused = inbox.take_request();
+            let mut inbox = Inbox::default();
+            inbox.push(Bytes::from(bytes.clone()));
+            let _unused = inbox.take_response();
+            let _unused = decode_request(Bytes::from(bytes.clone()));
+            let (mut inbox, mut decoder) = (Inbox::default(), BodyDecoder::default());
+            inbox.push(Bytes::from(bytes));
+            while let Ok(Some(_)) = decoder.next(&mut inbox) {}
+        }
+
+        #[test]
+        fn a_body_arrives_whole_however_it_is_cut(data in proptest::collection::vec(1..300_usize, 0..8), step in 1..64_usize) {
+            let mut out = BytesMut::new();
+            let mut sent = Vec::new();
+            for (index, bytes) in data.iter().enumerate() {
+                put_data_header(&mut out, *bytes);
+                let piece = vec![u8::try_from(index).unwrap(); *bytes];
+                out.put_slice(&piece);
+                sent.extend(piece);
+            }
+            let mut writer = HeadWriter::trailers(&mut out);
+            writer.header(&header::ETAG, b"end");
+            writer.finish().unwrap();
+            let (mut inbox, mut decoder) = (Inbox::default(), BodyDecoder::default());
+            let (mut got, mut trailers) = (Vec::new(), None);
+            for chunk in out.chunks(step) {
+                inbox.push(Bytes::copy_from_slice(chunk));
+                while let Some(frame) = decoder.next(&mut inbox).unwrap() {
+                    match frame.into_data() {
+                        Ok(data) => got.extend_from_slice(&data),
+                        Err(frame) => trailers = frame.into_trailers().ok(),
+                    }
+                }
+            }
+            prop_assert_eq!(got, sent);
+            prop_assert_eq!(&trailers.unwrap()["etag"], "end");
+            prop_assert!(decoder.may_end(&inbox));
+        }
+    }
+}

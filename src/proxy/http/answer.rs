@@ -1,0 +1,108 @@
+//! Answers that weft gives itself.
+
+use bytes::Bytes;
+use http::header::{self, HeaderName, HeaderValue};
+use http::{Response, StatusCode};
+
+use super::body::TunnelBody;
+use super::metrics::Flag;
+
+/// Says why weft answered itself, in one word.
+pub(crate) const REASON: HeaderName = HeaderName::from_static("x-weft-reason");
+/// gRPC's UNAVAILABLE: what its clients retry by.
+const GRPC_UNAVAILABLE: &str = "14";
+/// gRPC's DEADLINE_EXCEEDED.
+const GRPC_DEADLINE: &str = "4";
+/// gRPC's INTERNAL: the request itself was refused.
+const GRPC_INTERNAL: &str = "13";
+
+/// Why weft answered itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reason {
+    /// The request breaks HTTP's rules.
+    BadRequest,
+    /// The head is over the bounds.
+    HeadTooLarge,
+    /// It went round in the mesh.
+    Loop,
+    /// The host names no service of the mesh.
+    UnknownHost,
+    /// No such service.
+    UnknownService,
+    /// No instance passes its checks.
+    NoHealthyInstance,
+    /// No instance could be connected.
+    ConnectFailure,
+    /// The connection broke.
+    Reset,
+    /// No answer in time.
+    Timeout,
+    /// The destination does not admit the caller.
+    Forbidden,
+    /// The agent stops.
+    Draining,
+}
+
+impl Reason {
+    /// Returns the word.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::BadRequest => "bad_request",
+            Self::HeadTooLarge => "head_too_large",
+            Self::Loop => "loop",
+            Self::UnknownHost => "unknown_host",
+            Self::UnknownService => "unknown_service",
+            Self::NoHealthyInstance => "no_healthy_instance",
+            Self::ConnectFailure => "connect_failure",
+            Self::Reset => "reset",
+            Self::Timeout => "timeout",
+            Self::Forbidden => "forbidden",
+            Self::Draining => "draining",
+        }
+    }
+}
+
+/// An answer of weft's own, before it is rendered.
+#[derive(Debug)]
+pub(crate) struct Refusal {
+    /// The status.
+    pub(crate) status: StatusCode,
+    /// The metrics' word.
+    pub(crate) flag: Flag,
+    /// The header's word.
+    pub(crate) reason: Reason,
+    /// A sentence for people.
+    pub(crate) text: String,
+}
+
+impl Refusal {
+    /// The connection or stream broke before a response: 502.
+    pub(crate) fn reset(text: String) -> Self {
+        Self { status: StatusCode::BAD_GATEWAY, flag: Flag::Reset, reason: Reason::Reset, text }
+    }
+
+    /// Renders the answer; gRPC callers get a trailers-only response with a gRPC status.
+    pub(crate) fn into_response(self, grpc: bool) -> Response<TunnelBody> {
+        let reason = HeaderValue::from_static(self.reason.as_str());
+        if grpc {
+            let code = match self.flag {
+                Flag::Refused => GRPC_INTERNAL,
+                Flag::Timeout => GRPC_DEADLINE,
+                _ => GRPC_UNAVAILABLE,
+            };
+            let mut response = Response::new(TunnelBody::default());
+            let headers = response.headers_mut();
+            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+            headers.insert("grpc-status", HeaderValue::from_static(code));
+            headers.insert("grpc-message", HeaderValue::from_static(self.reason.as_str()));
+            headers.insert(REASON, reason);
+            return response;
+        }
+        let mut response = Response::new(TunnelBody::text(Bytes::from(format!("weft: {}\n", self.text))));
+        *response.status_mut() = self.status;
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+        headers.insert(REASON, reason);
+        response
+    }
+}

@@ -1,0 +1,377 @@
+//! Bodies: from a tunnel stream to hyper, and from hyper to a tunnel stream.
+
+use std::cell::Cell;
+use std::pin::{Pin, pin};
+use std::rc::Rc;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use http::HeaderMap;
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
+use quinn::{RecvStream, SendStream, VarInt, WriteError};
+
+use super::activity::Busy;
+use super::metrics::{Exchange, Flag};
+use super::{COPY_BYTES_MAX, FIRST_BYTES_MAX, HttpState};
+use crate::proxy::head::{self, BodyDecoder, HeadError, HeadWriter, Inbox};
+
+/// Code of RESET_STREAM when a message is aborted.
+const ABORTED: VarInt = VarInt::from_u32(1);
+/// Most bytes taken from a stream at once: bounds what one slow receiver holds.
+const READ_BYTES_MAX: usize = 64 * 1024;
+
+/// Why a body ended early.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum BodyError {
+    /// The peer reset the stream, or the tunnel broke.
+    #[error("the mesh peer aborted the message")]
+    Read(#[source] quinn::ReadError),
+    /// The peer breaks the framing.
+    #[error("the mesh peer sent a malformed message")]
+    Malformed(#[source] HeadError),
+    /// The stream ended inside the message.
+    #[error("the message ended early")]
+    Truncated,
+    /// The app's or caller's side failed.
+    #[error("the app aborted the message")]
+    App(#[source] hyper::Error),
+    /// The peer wants no more, or the tunnel broke.
+    #[error("the mesh peer stopped reading")]
+    Write(#[source] WriteError),
+}
+
+/// A sending half that is reset when dropped unfinished: quinn alone would end it as if the message were whole.
+#[derive(Debug)]
+pub(crate) struct TunnelSend {
+    stream: SendStream,
+    open: bool,
+}
+
+impl TunnelSend {
+    pub(crate) fn new(stream: SendStream) -> Self {
+        Self { stream, open: true }
+    }
+
+    /// Writes all chunks.
+    pub(crate) async fn write(&mut self, chunks: &mut [Bytes]) -> Result<(), BodyError> {
+        self.stream.write_all_chunks(chunks).await.map_err(BodyError::Write)
+    }
+
+    /// Ends the message.
+    pub(crate) fn finish(&mut self) {
+        self.open = false;
+        // An error means that the peer stopped the stream: then it does not care for the end.
+        let _stopped = self.stream.finish();
+    }
+
+    /// Waits until the peer stops the stream or the tunnel breaks.
+    pub(crate) async fn stopped(&self) -> BodyError {
+        match self.stream.stopped().await {
+            Ok(code) => BodyError::Write(WriteError::Stopped(code.unwrap_or(ABORTED))),
+            Err(quinn::StoppedError::ConnectionLost(error)) => BodyError::Write(WriteError::ConnectionLost(error)),
+            Err(quinn::StoppedError::ZeroRttRejected) => BodyError::Write(WriteError::ZeroRttRejected),
+        }
+    }
+}
+
+impl Drop for TunnelSend {
+    fn drop(&mut self) {
+        if self.open {
+            let _closed = self.stream.reset(ABORTED);
+        }
+    }
+}
+
+/// A message's body for hyper: read from a tunnel stream, or a text of weft's own.
+#[derive(Debug, Default)]
+pub(crate) struct TunnelBody {
+    recv: Option<RecvStream>,
+    inbox: Inbox,
+    decoder: BodyDecoder,
+    text: Bytes,
+    exchange: Option<(Exchange, Busy)>,
+    /// Set when the message came to its end.
+    whole: Option<Rc<Cell<bool>>>,
+    /// Bytes that the message's `content-length` still promises.
+    promised: Option<u64>,
+    failed: bool,
+}
+
+impl TunnelBody {
+    /// Reads frames from `recv`, beginning with what `inbox` holds. `exchange` ends with the body.
+    pub(crate) fn stream(recv: RecvStream, inbox: Inbox, headers: &HeaderMap, exchange: Option<(Exchange, Busy)>) -> Self {
+        let length = headers.get(http::header::CONTENT_LENGTH);
+        let promised = length.and_then(|length| length.to_str().ok()?.parse().ok());
+        let mut body = Self::default();
+        (body.recv, body.inbox) = (Some(recv), inbox);
+        (body.exchange, body.promised) = (exchange, promised);
+        body
+    }
+
+    /// Holds a text of weft's own.
+    pub(crate) fn text(text: Bytes) -> Self {
+        let mut body = Self::default();
+        body.text = text;
+        body
+    }
+
+    /// Reads once.
+    fn fill(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BodyError>> {
+        let Some(recv) = &mut self.recv else { return Poll::Ready(Ok(())) };
+        let chunk = {
+            let mut read = pin!(recv.read_chunk(READ_BYTES_MAX, true));
+            match read.as_mut().poll(cx) {
+                Poll::Ready(chunk) => chunk,
+                Poll::Pending => return Poll::Pending,
+            }
+        };
+        match chunk {
+            Ok(Some(chunk)) => self.inbox.push(chunk.bytes),
+            Ok(None) => {
+                self.recv = None;
+                if !self.decoder.may_end(&self.inbox) {
+                    return Poll::Ready(Err(BodyError::Truncated));
+                }
+            }
+            Err(error) => {
+                self.recv = None;
+                return Poll::Ready(Err(BodyError::Read(error)));
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    fn fail(&mut self, error: BodyError) -> BodyError {
+        self.failed = true;
+        self.recv = None;
+        if let Some((mut exchange, _busy)) = self.exchange.take() {
+            exchange.finish(Flag::Reset);
+        }
+        error
+    }
+
+    /// Returns a flag that is set once the message came whole; none: it is whole.
+    pub(crate) fn whole(&mut self) -> Option<Rc<Cell<bool>>> {
+        if self.is_end_stream() {
+            return None;
+        }
+        Some(Rc::clone(self.whole.get_or_insert_default()))
+    }
+
+    fn end(&mut self) {
+        if let Some(whole) = &self.whole {
+            whole.set(true);
+        }
+        if let Some((mut exchange, _busy)) = self.exchange.take() {
+            exchange.finish(Flag::None);
+        }
+    }
+
+    /// Notes a frame on its way to hyper.
+    fn pass(&mut self, frame: &Frame<Bytes>, cx: &mut Context<'_>) -> Result<(), BodyError> {
+        if let (Some(trailers), Some((exchange, _))) = (frame.trailers_ref(), &mut self.exchange) {
+            exchange.grpc(trailers);
+        }
+        if let (Some(data), Some(promised)) = (frame.data_ref(), &mut self.promised) {
+            *promised = promised.saturating_sub(data.len() as u64);
+        }
+        // The end is looked for at once: with it hyper ends the message in the same write, and it may not ask again.
+        if self.inbox.is_empty()
+            && let Poll::Ready(Err(error)) = self.fill(cx)
+        {
+            return Err(error);
+        }
+        if let (Some(0), Some((exchange, _))) = (self.promised, &mut self.exchange) {
+            exchange.finish(Flag::None);
+        }
+        Ok(())
+    }
+}
+
+impl Body for TunnelBody {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let this = &mut *self;
+        if !this.text.is_empty() {
+            return Poll::Ready(Some(Ok(Frame::data(std::mem::take(&mut this.text)))));
+        }
+        loop {
+            if this.failed {
+                return Poll::Ready(None);
+            }
+            match this.decoder.next(&mut this.inbox) {
+                Ok(Some(frame)) => {
+                    if let Err(error) = this.pass(&frame, cx) {
+                        return Poll::Ready(Some(Err(this.fail(error))));
+                    }
+                    return Poll::Ready(Some(Ok(frame)));
+                }
+                Ok(None) if this.recv.is_none() => {
+                    this.end();
+                    return Poll::Ready(None);
+                }
+                Ok(None) => match this.fill(cx) {
+                    Poll::Ready(Ok(())) => {}
+                    Poll::Ready(Err(error)) => return Poll::Ready(Some(Err(this.fail(error)))),
+                    Poll::Pending => return Poll::Pending,
+                },
+                Err(error) => return Poll::Ready(Some(Err(this.fail(BodyError::Malformed(error))))),
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.text.is_empty() && self.recv.is_none() && self.inbox.is_empty() && !self.failed
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match (&self.recv, self.promised) {
+            (None, _) if self.inbox.is_empty() => SizeHint::with_exact(self.text.len() as u64),
+            (_, Some(promised)) => SizeHint::with_exact(promised),
+            _ => SizeHint::default(),
+        }
+    }
+}
+
+impl Drop for TunnelBody {
+    fn drop(&mut self) {
+        // hyper drops a whole body without asking for its end where it knows the end by itself.
+        // At a length that is exhausted it has the whole message, though not its FIN.
+        if self.is_end_stream() || (self.promised == Some(0) && !self.failed) {
+            self.end();
+        }
+    }
+}
+
+
+/// The beginning of a body that was there when its head was sent.
+#[derive(Debug, Default)]
+pub(crate) struct First {
+    /// Encoded frames.
+    pub(crate) frames: Vec<Bytes>,
+    /// Bytes of data in them.
+    pub(crate) bytes: usize,
+    /// The trailers, if they came.
+    pub(crate) trailers: Option<HeaderMap>,
+    /// The body is whole.
+    pub(crate) ended: bool,
+}
+
+/// Takes what is there of `body`, at most about [`FIRST_BYTES_MAX`], giving hyper one turn to bring it.
+pub(crate) async fn first(body: &mut Incoming, state: &HttpState) -> Result<First, BodyError> {
+    let mut first = First::default();
+    let mut yielded = false;
+    loop {
+        if body.is_end_stream() {
+            first.ended = true;
+            return Ok(first);
+        }
+        if first.bytes >= FIRST_BYTES_MAX {
+            return Ok(first);
+        }
+        let polled = std::future::poll_fn(|cx| match Pin::new(&mut *body).poll_frame(cx) {
+            Poll::Ready(frame) => Poll::Ready(Some(frame)),
+            Poll::Pending if yielded => Poll::Ready(None),
+            Poll::Pending => {
+                yielded = true;
+                cx.waker().wake_by_ref();
+                Poll::Pending
+            }
+        });
+        match polled.await {
+            None => return Ok(first),
+            Some(None) => first.ended = true,
+            Some(Some(Err(error))) => return Err(BodyError::App(error)),
+            Some(Some(Ok(frame))) => {
+                first.bytes = first.bytes.saturating_add(frame.data_ref().map_or(0, Bytes::len));
+                first.trailers = encode_frame(frame, state, &mut first.frames)?;
+                if first.trailers.is_some() {
+                    first.ended = true;
+                }
+            }
+        }
+        if first.ended {
+            return Ok(first);
+        }
+    }
+}
+
+/// Encodes one frame into chunks; returns the trailers if it was those.
+pub(crate) fn encode_frame(
+    frame: Frame<Bytes>,
+    state: &HttpState,
+    chunks: &mut Vec<Bytes>,
+) -> Result<Option<HeaderMap>, BodyError> {
+    let data = match frame.into_data() {
+        Ok(data) => data,
+        Err(frame) => {
+            let Ok(trailers) = frame.into_trailers() else { return Ok(None) };
+            let encoded = state.encode(|out| {
+                let mut writer = HeadWriter::trailers(out);
+                for (name, value) in &trailers {
+                    writer.header(name, value.as_bytes());
+                }
+                writer.finish()
+            });
+            chunks.push(encoded.map_err(BodyError::Malformed)?);
+            return Ok(Some(trailers));
+        }
+    };
+    if data.is_empty() {
+        return Ok(None);
+    }
+    let copied = data.len() <= COPY_BYTES_MAX;
+    let header = state.encode(|out| {
+        head::put_data_header(out, data.len());
+        if copied {
+            out.extend_from_slice(&data);
+        }
+        Ok::<(), HeadError>(())
+    });
+    chunks.push(header.map_err(BodyError::Malformed)?);
+    if !copied {
+        chunks.push(data);
+    }
+    Ok(None)
+}
+
+/// Waits for the next frame of `body`, or for the peer to stop reading.
+pub(crate) async fn next_frame(
+    mut poll: impl FnMut(&mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>>,
+    send: &TunnelSend,
+) -> Result<Option<Frame<Bytes>>, BodyError> {
+    // Mostly a frame is there; only a wait pays for the watch on the stream.
+    let ready = std::future::poll_fn(|cx| Poll::Ready(poll(cx))).await;
+    let frame = match ready {
+        Poll::Ready(frame) => frame,
+        Poll::Pending => tokio::select! {
+            biased;
+            frame = std::future::poll_fn(poll) => frame,
+            error = send.stopped() => return Err(error),
+        },
+    };
+    frame.transpose().map_err(BodyError::App)
+}
+
+/// Sends the rest of `body` and ends the message; returns its trailers.
+pub(crate) async fn pump(
+    body: &mut Incoming,
+    send: &mut TunnelSend,
+    state: &HttpState,
+) -> Result<Option<HeaderMap>, BodyError> {
+    let mut chunks = Vec::with_capacity(2);
+    let mut trailers = None;
+    while let Some(frame) = next_frame(|cx| Pin::new(&mut *body).poll_frame(cx), send).await? {
+        trailers = encode_frame(frame, state, &mut chunks)?.or(trailers);
+        send.write(&mut chunks).await?;
+        chunks.clear();
+    }
+    send.finish();
+    Ok(trailers)
+}

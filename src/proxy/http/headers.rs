@@ -1,0 +1,249 @@
+//! Which headers cross the mesh (RFC 9110 §7.6.1), who is called (RFC 9112 §3.2), and how far a request went.
+
+use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use http::uri::Authority;
+use http::{Method, Request, StatusCode, Version};
+
+use super::answer::{Reason, Refusal};
+use super::metrics::Flag;
+use crate::proxy::head::{HEADERS_MAX, HeadWriter};
+
+/// The identity of the caller, given to the app (Envoy's name and shape).
+pub(crate) const CLIENT_CERT: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
+/// How many outbound proxies a request has passed. Apps that forward headers forward it; that shows loops.
+pub(crate) const HOPS: HeaderName = HeaderName::from_static("x-weft-hops");
+/// Makes a request findable in logs.
+pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// Prefix of weft's own headers.
+const WEFT_PREFIX: &str = "x-weft-";
+/// Longest chain of services: far above real call depths, and a loop reaches it within milliseconds.
+const HOPS_MAX: u8 = 32;
+/// Most names that `Connection` may list; more are refused with the other headers' bound.
+const NOMINATED_MAX: usize = 32;
+
+/// Writes the headers that cross the mesh.
+///
+/// Left out: hop-by-hop headers and those that `Connection` names, `host`, weft's own and the client identity.
+pub(crate) fn write(headers: &HeaderMap, writer: &mut HeadWriter<'_>) {
+    let nominated = Nominated::of(headers);
+    for (name, value) in headers {
+        if name == header::TE {
+            continue;
+        }
+        if is_dropped(name) || nominated.as_ref().is_some_and(|nominated| nominated.holds(name)) {
+            continue;
+        }
+        writer.header(name, value.as_bytes());
+    }
+    if has_token(headers, &header::TE, "trailers") {
+        writer.header(&header::TE, b"trailers");
+    }
+}
+
+fn is_dropped(name: &HeaderName) -> bool {
+    let text = name.as_str();
+    match text.len() {
+        4 => text == "host",
+        7 => text == "upgrade",
+        10 => text == "connection" || text == "keep-alive",
+        17 => text == "transfer-encoding" || text.starts_with(WEFT_PREFIX),
+        23 => *name == CLIENT_CERT || text.starts_with(WEFT_PREFIX),
+        _ => text.starts_with(WEFT_PREFIX) || text.starts_with("proxy-"),
+    }
+}
+
+/// The names that `Connection` lists, beyond its own options.
+struct Nominated<'a> {
+    names: Vec<&'a [u8]>,
+}
+
+impl<'a> Nominated<'a> {
+    fn of(headers: &'a HeaderMap) -> Option<Self> {
+        let mut names = Vec::new();
+        for value in headers.get_all(header::CONNECTION) {
+            for token in value.as_bytes().split(|byte| *byte == b',').map(<[u8]>::trim_ascii) {
+                let known = [&b"keep-alive"[..], b"close", b"upgrade", b"te", b"content-length"];
+                if !token.is_empty()
+                    && !known.iter().any(|known| known.eq_ignore_ascii_case(token))
+                    && names.len() < NOMINATED_MAX
+                {
+                    names.push(token);
+                }
+            }
+        }
+        if names.is_empty() { None } else { Some(Self { names }) }
+    }
+
+    fn holds(&self, name: &HeaderName) -> bool {
+        self.names.iter().any(|nominated| nominated.eq_ignore_ascii_case(name.as_str().as_bytes()))
+    }
+}
+
+/// Tells whether a comma-separated header holds `token`.
+pub(crate) fn has_token(headers: &HeaderMap, name: &HeaderName, token: &str) -> bool {
+    headers.get_all(name).iter().any(|value| {
+        let tokens = value.as_bytes().split(|byte| *byte == b',');
+        tokens.map(<[u8]>::trim_ascii).any(|found| found.eq_ignore_ascii_case(token.as_bytes()))
+    })
+}
+
+/// Returns the protocol that a request asks to change to. Cleartext HTTP/2 is not among them: it is spoken at once.
+pub(crate) fn upgrade(headers: &HeaderMap) -> Option<&HeaderValue> {
+    let upgrade = headers.get(header::UPGRADE)?;
+    let asks = has_token(headers, &header::CONNECTION, "upgrade") && !has_token(headers, &header::UPGRADE, "h2c");
+    asks.then_some(upgrade)
+}
+
+/// Tells whether a message is gRPC's.
+pub(crate) fn is_grpc(headers: &HeaderMap) -> bool {
+    headers.get(header::CONTENT_TYPE).is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"))
+}
+
+/// Checks a caller's request and returns its authority, as it came.
+pub(crate) fn check<B>(request: &Request<B>) -> Result<Option<Authority>, Refusal> {
+    let bad = |text| Refusal { status: StatusCode::BAD_REQUEST, flag: Flag::Refused, reason: Reason::BadRequest, text };
+    if request.headers().len() > HEADERS_MAX {
+        return Err(Refusal {
+            status: StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+            flag: Flag::Refused,
+            reason: Reason::HeadTooLarge,
+            text: format!("the request has more than {HEADERS_MAX} headers"),
+        });
+    }
+    if request.method() == Method::CONNECT {
+        return Err(Refusal {
+            status: StatusCode::NOT_IMPLEMENTED,
+            flag: Flag::Refused,
+            reason: Reason::BadRequest,
+            text: "CONNECT is not offered on this port".to_owned(),
+        });
+    }
+    let framed_twice =
+        request.headers().contains_key(header::TRANSFER_ENCODING) && request.headers().contains_key(header::CONTENT_LENGTH);
+    if framed_twice {
+        return Err(bad("the request has both Content-Length and Transfer-Encoding".to_owned()));
+    }
+    let mut hosts = request.headers().get_all(header::HOST).iter();
+    let (host, second) = (hosts.next(), hosts.next());
+    if second.is_some() {
+        return Err(bad("the request has more than one Host".to_owned()));
+    }
+    let uri = request.uri().authority();
+    let host = match host {
+        Some(host) => Some(
+            Authority::try_from(host.as_bytes()).map_err(|_| bad("the request's Host is malformed".to_owned()))?,
+        ),
+        None => None,
+    };
+    let authority = match (uri, host) {
+        (Some(uri), Some(host)) if *uri != host => {
+            return Err(bad(format!("the request names two authorities: `{uri}` and Host `{host}`")));
+        }
+        (Some(uri), _) => Some(uri.clone()),
+        (None, host) => host,
+    };
+    match authority {
+        Some(authority) if authority.as_str().contains('@') => {
+            Err(bad("the request's authority holds user information".to_owned()))
+        }
+        None if request.version() > Version::HTTP_10 => Err(bad("the request has no Host".to_owned())),
+        authority => Ok(authority),
+    }
+}
+
+/// Returns the number of hops to send, one more than came.
+pub(crate) fn next_hop(headers: &HeaderMap) -> Result<u8, Refusal> {
+    let came = match headers.get(HOPS) {
+        None => 0,
+        Some(value) => value.to_str().ok().and_then(|text| text.parse::<u8>().ok()).unwrap_or(u8::MAX),
+    };
+    if came < HOPS_MAX {
+        return Ok(came.saturating_add(1));
+    }
+    Err(Refusal {
+        status: StatusCode::LOOP_DETECTED,
+        flag: Flag::Refused,
+        reason: Reason::Loop,
+        text: format!("the request passed {came} proxies of the mesh: a service calls itself (`{HOPS}`)"),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::BytesMut;
+
+    use super::*;
+    use crate::proxy::head::{Inbox, Payload};
+
+    fn crossing(headers: &[(&str, &str)]) -> HeaderMap {
+        let mut map = HeaderMap::new();
+        for (name, value) in headers {
+            map.append(HeaderName::try_from(*name).unwrap(), HeaderValue::try_from(*value).unwrap());
+        }
+        let mut out = BytesMut::new();
+        let mut writer = HeadWriter::response(&mut out, Payload::Empty, StatusCode::OK);
+        write(&map, &mut writer);
+        writer.finish().unwrap();
+        let mut inbox = Inbox::default();
+        inbox.push(out.freeze());
+        inbox.take_response().unwrap().unwrap().headers
+    }
+
+    #[test]
+    fn hop_by_hop_headers_and_those_that_connection_names_stay_behind() {
+        let headers = crossing(&[
+            ("connection", "keep-alive, X-Secret"),
+            ("x-secret", "1"),
+            ("keep-alive", "timeout=5"),
+            ("proxy-authorization", "Basic x"),
+            ("proxy-connection", "close"),
+            ("te", "gzip, trailers"),
+            ("transfer-encoding", "chunked"),
+            ("upgrade", "h2c"),
+            ("host", "web"),
+            ("x-forwarded-client-cert", "URI=spiffe://td/node/forged"),
+            ("x-weft-hops", "9"),
+            ("x-weft-anything", "1"),
+            ("traceparent", "00-1-2-01"),
+            ("accept", "a"),
+            ("accept", "b"),
+        ]);
+        assert_eq!(headers.len(), 4, "{headers:?}");
+        assert_eq!(headers["te"], "trailers");
+        assert_eq!(headers["traceparent"], "00-1-2-01");
+        assert_eq!(headers.get_all("accept").iter().count(), 2);
+    }
+
+    #[track_caller]
+    fn authority(uri: &str, hosts: &[&str]) -> Option<Option<String>> {
+        let mut request = Request::builder().uri(uri);
+        for host in hosts {
+            request = request.header("host", *host);
+        }
+        check(&request.body(()).unwrap()).ok().map(|authority| authority.map(|authority| authority.to_string()))
+    }
+
+    #[test]
+    fn one_authority_is_needed_and_two_must_agree() {
+        assert_eq!(authority("/", &["web:80"]), Some(Some("web:80".to_owned())));
+        assert_eq!(authority("http://web/", &["WEB"]), Some(Some("web".to_owned())));
+        assert_eq!(authority("http://web/", &[]), Some(Some("web".to_owned())));
+        assert_eq!(authority("http://web/", &["api"]), None);
+        assert_eq!(authority("/", &["web", "web"]), None);
+        assert_eq!(authority("/", &[]), None);
+        assert_eq!(authority("/", &["a b"]), None);
+        assert_eq!(authority("/", &["u@web"]), None);
+    }
+
+    #[test]
+    fn a_request_that_went_round_too_often_is_refused() {
+        let mut headers = HeaderMap::new();
+        assert_eq!(next_hop(&headers).ok(), Some(1));
+        headers.insert(HOPS, HeaderValue::from_static("31"));
+        assert_eq!(next_hop(&headers).ok(), Some(32));
+        for bad in ["32", "255", "-1", "x"] {
+            headers.insert(HOPS, HeaderValue::from_static(bad));
+            assert_eq!(next_hop(&headers).err().map(|refusal| refusal.status), Some(StatusCode::LOOP_DETECTED));
+        }
+    }
+}

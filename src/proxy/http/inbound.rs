@@ -1,0 +1,370 @@
+//! The destination's side: one request from a tunnel stream to the app, and its response back.
+//!
+//! ```text
+//!   head -> connection from the pool (or: status 1, another instance is tried) -> request -> status 0 + head + body -> FIN
+//! ```
+
+use std::cell::Cell;
+use std::rc::Rc;
+
+use bytes::{Bytes, BytesMut};
+use http::header::{self, HeaderValue};
+use http::{Request, Response, StatusCode, Uri};
+use hyper::body::Incoming;
+use hyper_util::rt::TokioIo;
+use quinn::{RecvStream, SendStream};
+use tokio::net::TcpStream;
+use tracing::debug;
+
+use super::answer::{REASON, Reason, Refusal};
+use super::body::{self, BodyError, First, TunnelBody, TunnelSend};
+use super::headers;
+use super::metrics::{Exchange, Flag, Reporter};
+use super::pool::{ConnectError, Http1, Pool};
+use super::upgrade::{self, Raw};
+use super::{Dial, HttpState};
+use crate::catalogue::LocalInstance;
+use crate::model::Protocol;
+use crate::pki::PeerIdentity;
+use crate::proxy::head::{self, HeadError, HeadWriter, Inbox, Payload, RequestHead};
+
+/// Status bytes that begin every answer (the tunnel code writes the others).
+const STATUS_OK: u8 = 0;
+const STATUS_CONNECT_FAILED: u8 = 1;
+
+/// Why an exchange ended without a whole response.
+#[derive(Debug, thiserror::Error)]
+enum ServeError {
+    #[error("the request's head did not arrive in time")]
+    HeadTimeout,
+    #[error("the request's head is malformed")]
+    Head(#[source] HeadError),
+    #[error("the message was cut off")]
+    Body(#[source] BodyError),
+    #[error("the stream ended inside the request's head")]
+    Truncated,
+}
+
+/// An app's answer, and the connection to give back.
+struct Answered {
+    response: Response<Incoming>,
+    /// The flag tells whether the app has taken the whole request: only then the connection is used again.
+    reusable: Option<(Http1, Option<Rc<Cell<bool>>>)>,
+}
+
+/// Why there is no answer.
+enum CallError {
+    Connect(ConnectError),
+    App(hyper::Error),
+}
+
+/// Serves one request; `rest` is what was read beyond the stream's preamble.
+///
+/// # Cancel safety
+/// Dropping the future resets the stream and closes the app's connection.
+pub(crate) async fn serve<D: Dial>(
+    worker: Rc<D>,
+    send: SendStream,
+    recv: RecvStream,
+    rest: BytesMut,
+    local: LocalInstance,
+    peer: Rc<PeerIdentity>,
+) {
+    let stream = recv.id();
+    if let Err(error) = exchange(&worker, TunnelSend::new(send), recv, rest, &local, &peer).await {
+        debug!(%stream, service = %local.service, error = %error, "request aborted");
+    }
+}
+
+async fn exchange<D: Dial>(
+    worker: &Rc<D>,
+    mut send: TunnelSend,
+    mut recv: RecvStream,
+    rest: BytesMut,
+    local: &LocalInstance,
+    peer: &Rc<PeerIdentity>,
+) -> Result<(), ServeError> {
+    let state = worker.http();
+    let mut inbox = Inbox::default();
+    inbox.push(rest.freeze());
+    let read = read_head(&mut recv, &mut inbox);
+    let block = tokio::time::timeout(state.limits.head, read).await.map_err(|_| ServeError::HeadTimeout)??;
+    let head = head::decode_request(block.clone()).map_err(ServeError::Head)?;
+    let mut exchange = Exchange::new(
+        state.edge(Reporter::Destination, peer.id.service(), Some(&local.service)),
+        crate::clock::now(),
+    );
+
+    let is_grpc = headers::is_grpc(&head.headers);
+    let is_upgrade = head.payload == Payload::Upgrade;
+    let (request_body, raw) = match head.payload {
+        Payload::Frames => (TunnelBody::stream(recv, inbox, &head.headers, None), None),
+        Payload::Upgrade => (TunnelBody::default(), Some((recv, inbox))),
+        Payload::Empty => {
+            // Reads the FIN that came with the head: dropping the stream before it would send STOP_SENDING.
+            let read = recv.read_chunk(1, true);
+            let _fin = futures_util::FutureExt::now_or_never(read);
+            (TunnelBody::default(), None)
+        }
+    };
+    let client_cert = state.client_cert(peer);
+    let call = call(worker, local, (head, request_body), &block, client_cert.as_ref());
+    let answered = tokio::select! {
+        biased;
+        answered = call => answered,
+        error = send.stopped() => return Err(ServeError::Body(error)),
+    };
+    let Answered { mut response, reusable } = match answered {
+        Ok(answered) => answered,
+        Err(CallError::Connect(error)) => {
+            debug!(service = %local.service, error = %error, "app not connected");
+            exchange.finish(Flag::ConnectFailure);
+            send.write(&mut [Bytes::from_static(&[STATUS_CONNECT_FAILED])]).await.map_err(ServeError::Body)?;
+            send.finish();
+            return Ok(());
+        }
+        Err(CallError::App(error)) => {
+            debug!(service = %local.service, error = %error, "app broke off");
+            let refusal = Refusal::reset(format!("the application of `{}` broke off before it answered", local.service));
+            exchange.finish(Flag::Reset);
+            exchange.status(refusal.status);
+            return refuse(state, &mut send, refusal, is_grpc).await;
+        }
+    };
+
+    exchange.status(response.status());
+    if is_grpc {
+        exchange.grpc(response.headers());
+    }
+    if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+        return match raw {
+            Some(raw) if is_upgrade => {
+                exchange.finish(Flag::None);
+                drop(exchange);
+                switch(state, send, raw, response).await
+            }
+            _ => Err(ServeError::Head(HeadError::Malformed("101 without an upgrade"))),
+        };
+    }
+    let result = relay(state, &mut send, &mut response, &mut exchange, is_grpc).await;
+    if result.is_ok()
+        && let Some((sender, whole)) = reusable
+        && whole.is_none_or(|whole| whole.get())
+    {
+        state.pool.put(worker, local.app_addr, sender);
+    }
+    result
+}
+
+async fn read_head(recv: &mut RecvStream, inbox: &mut Inbox) -> Result<Bytes, ServeError> {
+    loop {
+        if let Some(block) = inbox.take_block().map_err(ServeError::Head)? {
+            return Ok(block);
+        }
+        match recv.read_chunk(usize::MAX, true).await {
+            Ok(Some(chunk)) => inbox.push(chunk.bytes),
+            Ok(None) => return Err(ServeError::Truncated),
+            Err(error) => return Err(ServeError::Body(BodyError::Read(error))),
+        }
+    }
+}
+
+/// Sends the app's response.
+async fn relay(
+    state: &HttpState,
+    send: &mut TunnelSend,
+    response: &mut Response<Incoming>,
+    exchange: &mut Exchange,
+    is_grpc: bool,
+) -> Result<(), ServeError> {
+    let app_broke = |error, exchange: &mut Exchange| {
+        if matches!(error, BodyError::App(_)) {
+            exchange.finish(Flag::Reset);
+        }
+        ServeError::Body(error)
+    };
+    let first = match body::first(response.body_mut(), state).await {
+        Ok(first) => first,
+        Err(error) => return Err(app_broke(error, exchange)),
+    };
+    let First { frames, ended, mut trailers, bytes } = first;
+    let payload = if ended && bytes == 0 && trailers.is_none() { Payload::Empty } else { Payload::Frames };
+    let encoded = state.encode(|out| {
+        out.extend_from_slice(&[STATUS_OK]);
+        let mut writer = HeadWriter::response(out, payload, response.status());
+        headers::write(response.headers(), &mut writer);
+        writer.finish()
+    });
+    let Ok(encoded) = encoded else {
+        exchange.finish(Flag::Reset);
+        let refusal = Refusal {
+            reason: Reason::HeadTooLarge,
+            ..Refusal::reset("the application's response has too many or too long headers".to_owned())
+        };
+        return refuse(state, send, refusal, is_grpc).await;
+    };
+    let mut chunks = Vec::with_capacity(frames.len().saturating_add(1));
+    chunks.push(encoded);
+    chunks.extend(frames);
+    send.write(&mut chunks).await.map_err(ServeError::Body)?;
+    if ended {
+        send.finish();
+    } else {
+        trailers = match body::pump(response.body_mut(), send, state).await {
+            Ok(trailers) => trailers,
+            Err(error) => return Err(app_broke(error, exchange)),
+        };
+    }
+    if let Some(trailers) = trailers {
+        exchange.grpc(&trailers);
+    }
+    exchange.finish(Flag::None);
+    Ok(())
+}
+
+/// Sends an answer of weft's own.
+async fn refuse(state: &HttpState, send: &mut TunnelSend, refusal: Refusal, grpc: bool) -> Result<(), ServeError> {
+    let reason = refusal.reason;
+    let text = Bytes::from(format!("weft: {}\n", refusal.text));
+    let response = refusal.into_response(grpc);
+    let payload = if grpc { Payload::Empty } else { Payload::Frames };
+    let encoded = state.encode(|out| {
+        out.extend_from_slice(&[STATUS_OK]);
+        let mut writer = HeadWriter::response(out, payload, response.status());
+        headers::write(response.headers(), &mut writer);
+        writer.header(&REASON, reason.as_str().as_bytes());
+        writer.finish()?;
+        if !grpc {
+            head::put_data_header(out, text.len());
+            out.extend_from_slice(&text);
+        }
+        Ok(())
+    });
+    send.write(&mut [encoded.map_err(ServeError::Head)?]).await.map_err(ServeError::Body)?;
+    send.finish();
+    Ok(())
+}
+
+/// Sends a 101 and relays raw bytes until both sides end.
+async fn switch(
+    state: &HttpState,
+    mut send: TunnelSend,
+    (recv, mut inbox): (RecvStream, Inbox),
+    mut response: Response<Incoming>,
+) -> Result<(), ServeError> {
+    let upgraded = hyper::upgrade::on(&mut response);
+    let encoded = state.encode(|out| {
+        out.extend_from_slice(&[STATUS_OK]);
+        let mut writer = HeadWriter::response(out, Payload::Upgrade, response.status());
+        headers::write(response.headers(), &mut writer);
+        if let Some(protocol) = response.headers().get(header::UPGRADE) {
+            writer.header(&header::UPGRADE, protocol.as_bytes());
+        }
+        writer.finish()
+    });
+    let upgraded = upgraded.await.map_err(|error| ServeError::Body(BodyError::App(error)))?;
+    let Ok(parts) = upgraded.downcast::<TokioIo<TcpStream>>() else {
+        return Err(ServeError::Head(HeadError::Malformed("upgrade: a foreign connection")));
+    };
+    send.write(&mut [encoded.map_err(ServeError::Head)?]).await.map_err(ServeError::Body)?;
+    let raw = Raw { stream: parts.io.into_inner(), read: parts.read_buf };
+    upgrade::relay(raw, send, recv, inbox.take()).await;
+    Ok(())
+}
+
+/// Sends the request to the app and waits for the head of its response.
+///
+/// A pooled connection may have been closed by the app just then: if it took nothing of the request, or nothing that
+/// must not be repeated, a fresh one is tried once.
+async fn call<D: Dial>(
+    worker: &Rc<D>,
+    local: &LocalInstance,
+    (head, body): (RequestHead, TunnelBody),
+    block: &Bytes,
+    client_cert: Option<&HeaderValue>,
+) -> Result<Answered, CallError> {
+    let multiplexed = matches!(local.protocol, Protocol::Http2 | Protocol::Grpc);
+    let state = worker.http();
+    let addr = local.app_addr;
+    let repeatable = head.payload == Payload::Empty && head.method.is_idempotent();
+    let mut request = build(head, body, local, client_cert);
+    if multiplexed {
+        let mut sender = state.pool.shared(worker, addr).await.map_err(CallError::Connect)?;
+        let mut error = match sender.try_send_request(request).await {
+            Ok(response) => return Ok(Answered { response, reusable: None }),
+            Err(error) => error,
+        };
+        let Some(request) = error.take_message() else { return Err(CallError::App(error.into_error())) };
+        let mut sender = state.pool.shared(worker, addr).await.map_err(CallError::Connect)?;
+        let response = sender.send_request(request).await.map_err(CallError::App)?;
+        return Ok(Answered { response, reusable: None });
+    }
+    if let Some(mut sender) = state.pool.checkout(addr).await {
+        let whole = request.body_mut().whole();
+        let mut error = match sender.try_send_request(request).await {
+            Ok(response) => return Ok(Answered { response, reusable: Some((sender, whole)) }),
+            Err(error) => error,
+        };
+        request = match error.take_message() {
+            Some(message) => message,
+            None if repeatable && is_stale(error.error()) => match head::decode_request(block.clone()) {
+                Ok(head) => build(head, TunnelBody::default(), local, client_cert),
+                Err(_) => return Err(CallError::App(error.into_error())),
+            },
+            None => return Err(CallError::App(error.into_error())),
+        };
+    }
+    let whole = request.body_mut().whole();
+    let mut sender = Pool::connect(worker, addr).await.map_err(CallError::Connect)?;
+    match sender.send_request(request).await {
+        Ok(response) => Ok(Answered { response, reusable: Some((sender, whole)) }),
+        Err(error) => Err(CallError::App(error)),
+    }
+}
+
+/// Tells whether a reused connection ended before it answered anything.
+fn is_stale(error: &hyper::Error) -> bool {
+    error.is_incomplete_message() || error.is_canceled() || error.is_closed()
+}
+
+/// Makes the app's request from a decoded head.
+fn build(
+    head: RequestHead,
+    body: TunnelBody,
+    local: &LocalInstance,
+    client_cert: Option<&HeaderValue>,
+) -> Request<TunnelBody> {
+    let RequestHead { payload, method, authority, path, mut headers, .. } = head;
+    headers.remove(super::headers::CLIENT_CERT);
+    if let Some(value) = client_cert {
+        headers.insert(super::headers::CLIENT_CERT, value.clone());
+    }
+    let multiplexed = matches!(local.protocol, Protocol::Http2 | Protocol::Grpc);
+    let uri = if multiplexed {
+        let authority = authority.map_or_else(|| local.app_addr.to_string(), |authority| authority.to_string());
+        headers.remove(header::UPGRADE);
+        Uri::builder().scheme("http").authority(authority).path_and_query(path).build().unwrap_or_default()
+    } else {
+        let host = match authority {
+            Some(authority) => HeaderValue::try_from(authority.as_str()).ok(),
+            None => HeaderValue::try_from(local.app_addr.to_string()).ok(),
+        };
+        if let Some(host) = host {
+            headers.insert(header::HOST, host);
+        }
+        if payload == Payload::Upgrade {
+            headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+        } else {
+            headers.remove(header::UPGRADE);
+            if headers.contains_key(header::TE) {
+                headers.insert(header::CONNECTION, HeaderValue::from_static("te"));
+            }
+        }
+        Uri::from(path)
+    };
+    let mut request = Request::new(body);
+    *request.method_mut() = method;
+    *request.uri_mut() = uri;
+    *request.headers_mut() = headers;
+    request
+}

@@ -1,0 +1,262 @@
+//! What is counted per request. Handles are looked up once per (source, destination) and outcome and kept per worker,
+//! so that a request formats nothing and takes no lock.
+//!
+//! Label values are bounded: services by the registered ones and `_unknown`, codes by HTTP and gRPC, flags by [`Flag`].
+//! Not here: series that expire when idle.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::rc::Rc;
+
+use prometheus::{Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, Opts};
+use tokio::time::Instant;
+
+use crate::metrics::Metrics;
+use crate::model::ServiceName;
+
+/// Bounds of the duration buckets, in seconds: 0.1 ms to 60 s, about three per decade.
+const BUCKETS: [f64; 18] = [
+    0.0001, 0.000_25, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
+];
+const LABELS: [&str; 6] =
+    ["reporter", "source_service", "destination_service", "response_code", "grpc_response_status", "response_flags"];
+/// Pairs kept per worker; beyond it the cache starts again (the series themselves stay).
+const EDGES_MAX: usize = 4096;
+/// The label of a caller that shows its node's own SVID. No service can have the name.
+const NODE_LABEL: &str = "_node";
+/// The label of a destination that is not registered.
+const UNKNOWN_LABEL: &str = "_unknown";
+
+/// The HTTP metrics of the agent. Cheap to clone: one per worker.
+#[derive(Debug, Clone)]
+pub(crate) struct HttpMetrics {
+    requests: IntCounterVec,
+    duration: HistogramVec,
+}
+
+impl HttpMetrics {
+    /// Makes the metrics and adds them to the registry.
+    ///
+    /// # Errors
+    /// If they are there already.
+    pub(crate) fn register(metrics: &Metrics) -> Result<Self, prometheus::Error> {
+        let requests = Opts::new("weft_http_requests_total", "HTTP requests that ended, by outcome.");
+        let duration = HistogramOpts::new(
+            "weft_http_request_duration_seconds",
+            "Time from a request's head to the end of its response.",
+        );
+        let requests = metrics.add(IntCounterVec::new(requests, &LABELS)?)?;
+        let duration = metrics.add(HistogramVec::new(duration.buckets(BUCKETS.to_vec()), &LABELS)?)?;
+        Ok(Self { requests, duration })
+    }
+}
+
+/// Which end reports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Reporter {
+    /// The caller's agent.
+    Source,
+    /// The app's agent.
+    Destination,
+}
+
+/// Why weft answered itself or a response did not end well (Envoy's letters).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Flag {
+    /// The app answered.
+    None,
+    /// The request itself was refused.
+    Refused,
+    /// No route: the service is unknown.
+    NoRoute,
+    /// No healthy instance.
+    NoHealthy,
+    /// No instance could be connected.
+    ConnectFailure,
+    /// The stream or the app's connection broke.
+    Reset,
+    /// No answer in time.
+    Timeout,
+    /// The caller went away.
+    CallerGone,
+}
+
+impl Flag {
+    /// Returns the label.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::None => "-",
+            Self::Refused => "DPE",
+            Self::NoRoute => "NR",
+            Self::NoHealthy => "UH",
+            Self::ConnectFailure => "UF",
+            Self::Reset => "UR",
+            Self::Timeout => "UT",
+            Self::CallerGone => "DC",
+        }
+    }
+}
+
+/// How a request ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Outcome {
+    /// 0: the caller left before there was one.
+    status: u16,
+    /// 0 to 16.
+    grpc: Option<u8>,
+    flag: Flag,
+}
+
+/// The handles of one outcome.
+#[derive(Debug, Clone)]
+struct Series {
+    requests: IntCounter,
+    duration: Histogram,
+}
+
+/// The series between one source and one destination.
+#[derive(Debug)]
+pub(crate) struct Edge {
+    metrics: HttpMetrics,
+    reporter: Reporter,
+    source: Option<ServiceName>,
+    destination: Option<ServiceName>,
+    /// Few outcomes are ever seen; the first is nearly always the right one.
+    series: RefCell<Vec<(Outcome, Series)>>,
+}
+
+impl Edge {
+    fn record(&self, outcome: Outcome, seconds: f64) {
+        let mut series = self.series.borrow_mut();
+        if let Some((_, found)) = series.iter().find(|(known, _)| *known == outcome) {
+            found.requests.inc();
+            found.duration.observe(seconds);
+            return;
+        }
+        let made = self.series(outcome);
+        made.requests.inc();
+        made.duration.observe(seconds);
+        series.push((outcome, made));
+    }
+
+    fn series(&self, outcome: Outcome) -> Series {
+        let reporter = match self.reporter {
+            Reporter::Source => "source",
+            Reporter::Destination => "destination",
+        };
+        let code = outcome.status.to_string();
+        let grpc = outcome.grpc.map(|code| code.to_string()).unwrap_or_default();
+        let source = self.source.as_ref().map_or(NODE_LABEL, ServiceName::as_str);
+        let destination = self.destination.as_ref().map_or(UNKNOWN_LABEL, ServiceName::as_str);
+        let labels = [reporter, source, destination, code.as_str(), grpc.as_str(), outcome.flag.as_str()];
+        Series {
+            requests: self.metrics.requests.with_label_values(&labels),
+            duration: self.metrics.duration.with_label_values(&labels),
+        }
+    }
+}
+
+type EdgeKey = (Reporter, Option<ServiceName>, Option<ServiceName>);
+
+/// The edges that one worker has seen.
+#[derive(Debug)]
+pub(crate) struct EdgeCache {
+    metrics: HttpMetrics,
+    edges: RefCell<HashMap<EdgeKey, Rc<Edge>>>,
+}
+
+impl EdgeCache {
+    pub(crate) fn new(metrics: HttpMetrics) -> Self {
+        Self { metrics, edges: RefCell::default() }
+    }
+
+    /// Returns the edge; no source: the node itself; no destination: an unknown service.
+    pub(crate) fn edge(
+        &self,
+        reporter: Reporter,
+        source: Option<&ServiceName>,
+        destination: Option<&ServiceName>,
+    ) -> Rc<Edge> {
+        let mut edges = self.edges.borrow_mut();
+        let key = (reporter, source.cloned(), destination.cloned());
+        if let Some(edge) = edges.get(&key) {
+            return Rc::clone(edge);
+        }
+        if edges.len() >= EDGES_MAX {
+            edges.clear();
+        }
+        let edge = Rc::new(Edge {
+            metrics: self.metrics.clone(),
+            reporter,
+            source: key.1.clone(),
+            destination: key.2.clone(),
+            series: RefCell::default(),
+        });
+        edges.insert(key, Rc::clone(&edge));
+        edge
+    }
+}
+
+/// One request under way; counted when dropped. Until [`Exchange::finish`] it counts as left by the caller.
+#[derive(Debug)]
+pub(crate) struct Exchange {
+    edge: Rc<Edge>,
+    started: Instant,
+    outcome: Outcome,
+}
+
+impl Exchange {
+    /// Starts the clock.
+    pub(crate) fn new(edge: Rc<Edge>, started: Instant) -> Self {
+        Self { edge, started, outcome: Outcome { status: 0, grpc: None, flag: Flag::CallerGone } }
+    }
+
+    /// Notes the response's head.
+    pub(crate) fn status(&mut self, status: http::StatusCode) {
+        self.outcome.status = status.as_u16();
+    }
+
+    /// Notes `grpc-status`, from headers or trailers.
+    pub(crate) fn grpc(&mut self, headers: &http::HeaderMap) {
+        if let Some(value) = headers.get("grpc-status") {
+            // Codes end at 16; what is no code counts as 2, UNKNOWN.
+            let code = value.to_str().ok().and_then(|text| text.parse().ok()).filter(|code| *code <= 16);
+            self.outcome.grpc = Some(code.unwrap_or(2));
+        }
+    }
+
+    /// Notes how it ended.
+    pub(crate) fn finish(&mut self, flag: Flag) {
+        self.outcome.flag = flag;
+    }
+}
+
+impl Drop for Exchange {
+    fn drop(&mut self) {
+        let seconds = crate::clock::now().saturating_duration_since(self.started).as_secs_f64();
+        self.edge.record(self.outcome, seconds);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_exchange_counts_once_with_its_outcome() {
+        let metrics = Metrics::new();
+        let cache = EdgeCache::new(HttpMetrics::register(&metrics).unwrap());
+        let web: ServiceName = "web".parse().unwrap();
+        let edge = cache.edge(Reporter::Source, None, Some(&web));
+        for _ in 0..2 {
+            let mut exchange = Exchange::new(Rc::clone(&edge), crate::clock::now());
+            exchange.status(http::StatusCode::OK);
+            exchange.finish(Flag::None);
+        }
+        drop(Exchange::new(edge, crate::clock::now()));
+        let text = metrics.render().unwrap();
+        let series = |code, flag| format!("weft_http_requests_total{{destination_service=\"web\",grpc_response_status=\"\",reporter=\"source\",response_code=\"{code}\",response_flags=\"{flag}\",source_service=\"_node\"}}");
+        assert!(text.contains(&format!("{} 2", series(200, "-"))), "{text}");
+        assert!(text.contains(&format!("{} 1", series(0, "DC"))), "{text}");
+    }
+}

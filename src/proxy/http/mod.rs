@@ -1,0 +1,195 @@
+//! HTTP between an app and its mesh: one QUIC stream per request.
+//!
+//! ```text
+//!   app --HTTP/1.1, HTTP/2--> outbound --head + body frames on a fresh QUIC stream--> inbound --HTTP--> app
+//!                              routes, retries, answers errors                        pool of app connections
+//! ```
+//!
+//! Everything of one worker runs on its one thread: `Rc`, `Cell` and `RefCell`, no lock.
+//!
+//! Invariants: a message that is not whole at its end is aborted on the other side, never shortened; no header that
+//! frames a message crosses the tunnel; the caller's identity comes from the tunnel's certificate alone.
+//! Not here: choosing instances and tunnels (`proxy`), intentions, retries of answered requests, limits per route.
+
+mod activity;
+mod answer;
+mod body;
+mod headers;
+pub(crate) mod inbound;
+pub(crate) mod metrics;
+pub(crate) mod outbound;
+mod pool;
+mod upgrade;
+
+#[cfg(test)]
+mod tests;
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::rc::{Rc, Weak};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use http::HeaderValue;
+use tokio_util::sync::CancellationToken;
+
+use self::metrics::{Edge, EdgeCache, HttpMetrics, Reporter};
+use self::pool::Pool;
+use super::{Caller, OpenError, Opened, StreamKind, Tried, Worker};
+use crate::catalogue::SnapshotReader;
+use crate::model::ServiceName;
+use crate::pki::PeerIdentity;
+
+/// What HTTP needs of its worker. [`Worker`] is one; the tests' loopback pair is the other.
+pub(crate) trait Dial: 'static {
+    /// Opens a stream to an instance that `tried` does not hold yet.
+    fn open(
+        self: &Rc<Self>,
+        caller: &Caller,
+        kind: StreamKind,
+        tried: &mut Tried,
+    ) -> impl Future<Output = Result<Opened, OpenError>>;
+    /// The catalogue.
+    fn snapshot(&self) -> &SnapshotReader;
+    /// Runs a task on the worker's thread; the worker ends it at the end of the drain.
+    fn spawn(&self, future: impl Future<Output = ()> + 'static);
+    /// Tells whether the agent drains.
+    fn stopping(&self) -> bool;
+    /// The state of this module.
+    fn http(&self) -> &HttpState;
+}
+
+impl Dial for Worker {
+    async fn open(
+        self: &Rc<Self>,
+        caller: &Caller,
+        kind: StreamKind,
+        tried: &mut Tried,
+    ) -> Result<Opened, OpenError> {
+        Worker::open(self, caller, kind, tried).await
+    }
+
+    fn snapshot(&self) -> &SnapshotReader {
+        Worker::snapshot(self)
+    }
+
+    fn spawn(&self, future: impl Future<Output = ()> + 'static) {
+        Worker::spawn(self, future);
+    }
+
+    fn stopping(&self) -> bool {
+        Worker::stopping(self)
+    }
+
+    fn http(&self) -> &HttpState {
+        &self.http
+    }
+}
+
+/// Attempts of one request in all, over different instances: Envoy's usual setting.
+const ATTEMPTS_MAX: usize = 3;
+/// Body bytes kept for another attempt; beyond it the request is not replayed.
+const REPLAY_BYTES_MAX: usize = 64 * 1024;
+/// Body bytes that are awaited to go out with the head.
+const FIRST_BYTES_MAX: usize = 16 * 1024;
+/// Pieces up to this size are copied behind their frame header: cheaper than one more chunk in the send queue.
+const COPY_BYTES_MAX: usize = 2048;
+/// Growth step of the encode buffer: tens of heads per allocation.
+const SCRATCH_BYTES: usize = 16 * 1024;
+/// Callers whose identity header is kept ready: far above the peers that one worker serves at once.
+const PEERS_MAX: usize = 4096;
+
+/// Time limits, with their defaults' reasons.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Limits {
+    /// A head that began must be whole after at most this: slow senders hold no connection. 30 s, as nginx and hyper.
+    pub(crate) head: Duration,
+    /// From the request's end to the response's head: 60 s, nginx' proxy_read_timeout. gRPC goes by `grpc-timeout`.
+    pub(crate) response: Duration,
+    /// A caller's connection without a request: 1 h, Envoy's idle timeout.
+    pub(crate) idle: Duration,
+    /// Connecting to an app on this host: 5 s, a full backlog answers nothing.
+    pub(crate) connect: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            head: Duration::from_secs(30),
+            response: Duration::from_secs(60),
+            idle: Duration::from_secs(3600),
+            connect: Duration::from_secs(5),
+        }
+    }
+}
+
+/// One worker's HTTP state: pools and caches. Single-threaded.
+pub(crate) struct HttpState {
+    limits: Limits,
+    edges: EdgeCache,
+    pool: Rc<Pool>,
+    drain: CancellationToken,
+    scratch: RefCell<BytesMut>,
+    /// By the address of the identity, which the weak reference keeps from being given to another.
+    peers: RefCell<HashMap<usize, (Weak<PeerIdentity>, HeaderValue)>>,
+}
+
+impl HttpState {
+    /// Makes an empty state.
+    pub(crate) fn new(metrics: HttpMetrics) -> Self {
+        Self::with_limits(metrics, Limits::default())
+    }
+
+    /// Makes an empty state with other limits.
+    pub(crate) fn with_limits(metrics: HttpMetrics, limits: Limits) -> Self {
+        Self {
+            limits,
+            edges: EdgeCache::new(metrics),
+            pool: Rc::default(),
+            drain: CancellationToken::new(),
+            scratch: RefCell::default(),
+            peers: RefCell::default(),
+        }
+    }
+
+    /// Begins the drain: every caller's connection ends after its current requests (`Connection: close`, GOAWAY).
+    pub(crate) fn drain(&self) {
+        self.drain.cancel();
+    }
+
+    fn edge(&self, reporter: Reporter, source: Option<&ServiceName>, destination: Option<&ServiceName>) -> Rc<Edge> {
+        self.edges.edge(reporter, source, destination)
+    }
+
+    /// Encodes into the worker's buffer and returns what was written.
+    fn encode<E>(&self, write: impl FnOnce(&mut BytesMut) -> Result<(), E>) -> Result<Bytes, E> {
+        let mut scratch = self.scratch.borrow_mut();
+        if scratch.capacity() < 1024 {
+            scratch.reserve(SCRATCH_BYTES);
+        }
+        match write(&mut scratch) {
+            Ok(()) => Ok(scratch.split().freeze()),
+            Err(error) => {
+                scratch.clear();
+                Err(error)
+            }
+        }
+    }
+
+    /// Returns the identity header for requests of `peer`.
+    fn client_cert(&self, peer: &Rc<PeerIdentity>) -> Option<HeaderValue> {
+        let key = Rc::as_ptr(peer).addr();
+        let mut peers = self.peers.borrow_mut();
+        if let Some((_, value)) = peers.get(&key) {
+            return Some(value.clone());
+        }
+        let value = HeaderValue::try_from(format!("URI={}", peer.id)).ok()?;
+        if peers.len() >= PEERS_MAX {
+            peers.retain(|_, (peer, _)| peer.strong_count() > 0);
+        }
+        if peers.len() < PEERS_MAX {
+            peers.insert(key, (Rc::downgrade(peer), value.clone()));
+        }
+        Some(value)
+    }
+}

@@ -1,0 +1,184 @@
+//! Connections from a worker to the apps on its host.
+//!
+//! HTTP/1.1: idle keep-alive connections per address, the last used first. HTTP/2: one shared connection per address.
+//! Invariants: a connection waits here only after both its request and its response were whole; one that the app closed
+//! is dropped at checkout. Not here: how many connections an app may get (a limit per route).
+
+use std::cell::{Cell, RefCell};
+use std::collections::{HashMap, VecDeque};
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::time::Duration;
+
+use hyper::client::conn::{http1, http2};
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpStream;
+use tokio::time::Instant;
+use tracing::debug;
+
+use super::Dial;
+use super::body::TunnelBody;
+
+/// Idle connections kept per app and worker: what 512 requests at once leave behind.
+const IDLE_MAX: usize = 512;
+/// An idle connection is closed after this: below the 60-75 s after which common servers close it.
+const IDLE_FOR: Duration = Duration::from_secs(30);
+/// Longest head of an app's response, in bytes, as on the wire between agents.
+const HEAD_BYTES_MAX: usize = crate::proxy::head::HEAD_BYTES_MAX;
+/// HTTP/2 windows towards the app: 1 MiB a stream and 4 MiB a connection carry a loopback without stalls.
+const H2_STREAM_WINDOW: u32 = 1024 * 1024;
+const H2_CONNECTION_WINDOW: u32 = 4 * 1024 * 1024;
+
+/// An HTTP/1.1 connection.
+pub(crate) type Http1 = http1::SendRequest<TunnelBody>;
+/// A handle of an HTTP/2 connection.
+pub(crate) type Http2 = http2::SendRequest<TunnelBody>;
+type SharedHttp2 = Rc<tokio::sync::Mutex<Option<Http2>>>;
+
+/// Why an app cannot be connected.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ConnectError {
+    #[error("the app at {addr} refuses the connection")]
+    Tcp {
+        addr: SocketAddr,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("the app at {addr} does not accept the connection in time")]
+    Timeout { addr: SocketAddr },
+    #[error("the app at {addr} does not speak HTTP/2")]
+    Handshake {
+        addr: SocketAddr,
+        #[source]
+        source: hyper::Error,
+    },
+}
+
+#[derive(Debug)]
+struct Idle {
+    sender: Http1,
+    since: Instant,
+}
+
+/// The pool of one worker. The addresses are those of registered instances: few.
+#[derive(Debug, Default)]
+pub(crate) struct Pool {
+    idle: RefCell<HashMap<SocketAddr, VecDeque<Idle>>>,
+    shared: RefCell<HashMap<SocketAddr, SharedHttp2>>,
+    sweeping: Cell<bool>,
+}
+
+/// Runs hyper's tasks on the worker.
+pub(crate) struct WorkerExec<D>(pub(crate) Rc<D>);
+
+impl<D> Clone for WorkerExec<D> {
+    fn clone(&self) -> Self {
+        Self(Rc::clone(&self.0))
+    }
+}
+
+impl<D: Dial, F: Future + 'static> hyper::rt::Executor<F> for WorkerExec<D> {
+    fn execute(&self, future: F) {
+        self.0.spawn(async move {
+            future.await;
+        });
+    }
+}
+
+impl Pool {
+    /// Returns an idle connection that still stands.
+    pub(crate) async fn checkout(&self, addr: SocketAddr) -> Option<Http1> {
+        loop {
+            let idle = self.idle.borrow_mut().get_mut(&addr)?.pop_back()?;
+            let mut sender = idle.sender;
+            if !sender.is_closed() && sender.ready().await.is_ok() {
+                return Some(sender);
+            }
+        }
+    }
+
+    /// Keeps a connection whose last exchange was whole.
+    pub(crate) fn put<D: Dial>(self: &Rc<Self>, worker: &Rc<D>, addr: SocketAddr, sender: Http1) {
+        if sender.is_closed() || worker.stopping() {
+            return;
+        }
+        let mut idle = self.idle.borrow_mut();
+        let queue = idle.entry(addr).or_default();
+        if queue.len() >= IDLE_MAX {
+            queue.pop_front();
+        }
+        queue.push_back(Idle { sender, since: crate::clock::now() });
+        if !self.sweeping.replace(true) {
+            worker.spawn(Rc::clone(self).sweep());
+        }
+    }
+
+    /// Closes connections that were idle too long, until none is left.
+    async fn sweep(self: Rc<Self>) {
+        while self.sweeping.get() {
+            tokio::time::sleep(IDLE_FOR / 2).await;
+            let now = crate::clock::now();
+            let mut idle = self.idle.borrow_mut();
+            for queue in idle.values_mut() {
+                while queue.front().is_some_and(|idle| now.saturating_duration_since(idle.since) >= IDLE_FOR) {
+                    queue.pop_front();
+                }
+            }
+            idle.retain(|_, queue| !queue.is_empty());
+            self.shared.borrow_mut().retain(|_, shared| {
+                shared.try_lock().map_or(true, |sender| sender.as_ref().is_some_and(|sender| !sender.is_closed()))
+            });
+            self.sweeping.set(!idle.is_empty());
+        }
+    }
+
+    /// Opens an HTTP/1.1 connection.
+    pub(crate) async fn connect<D: Dial>(worker: &Rc<D>, addr: SocketAddr) -> Result<Http1, ConnectError> {
+        let stream = dial(worker, addr).await?;
+        let mut builder = http1::Builder::new();
+        builder.max_buf_size(HEAD_BYTES_MAX);
+        let (sender, connection) =
+            builder.handshake(stream).await.map_err(|source| ConnectError::Handshake { addr, source })?;
+        worker.spawn(async move {
+            if let Err(error) = connection.with_upgrades().await {
+                debug!(%addr, error = %error, "app connection ended");
+            }
+        });
+        Ok(sender)
+    }
+
+    /// Returns the shared HTTP/2 connection, opened if there is none; callers that wait share one attempt.
+    pub(crate) async fn shared<D: Dial>(&self, worker: &Rc<D>, addr: SocketAddr) -> Result<Http2, ConnectError> {
+        let slot = Rc::clone(self.shared.borrow_mut().entry(addr).or_default());
+        let mut slot = slot.lock().await;
+        if let Some(sender) = slot.as_ref().filter(|sender| !sender.is_closed()) {
+            return Ok(sender.clone());
+        }
+        let stream = dial(worker, addr).await?;
+        let mut builder = http2::Builder::new(WorkerExec(Rc::clone(worker)));
+        builder
+            .initial_stream_window_size(H2_STREAM_WINDOW)
+            .initial_connection_window_size(H2_CONNECTION_WINDOW)
+            .max_header_list_size(u32::try_from(HEAD_BYTES_MAX).unwrap_or(u32::MAX));
+        let (sender, connection) =
+            builder.handshake(stream).await.map_err(|source| ConnectError::Handshake { addr, source })?;
+        worker.spawn(async move {
+            if let Err(error) = connection.await {
+                debug!(%addr, error = %error, "app connection ended");
+            }
+        });
+        *slot = Some(sender.clone());
+        Ok(sender)
+    }
+}
+
+async fn dial<D: Dial>(worker: &Rc<D>, addr: SocketAddr) -> Result<TokioIo<TcpStream>, ConnectError> {
+    let limit = worker.http().limits.connect;
+    let connected = tokio::time::timeout(limit, TcpStream::connect(addr)).await;
+    let stream = connected
+        .map_err(|_| ConnectError::Timeout { addr })?
+        .map_err(|source| ConnectError::Tcp { addr, source })?;
+    // A failure costs latency only.
+    let _nodelay = stream.set_nodelay(true);
+    Ok(TokioIo::new(stream))
+}
