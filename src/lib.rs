@@ -2,6 +2,7 @@
 
 pub mod catalogue;
 pub mod clock;
+pub mod config;
 pub mod gossip;
 pub mod metrics;
 pub mod model;
@@ -9,5 +10,6 @@ pub mod pki;
 pub mod registry;
 pub mod store;
 pub mod supervise;
+pub mod telemetry;
 pub mod transport;
 pub mod wire;
