@@ -2,6 +2,7 @@
 
 pub mod catalogue;
 pub mod clock;
+pub mod config;
 pub mod gossip;
 pub mod join;
 pub mod membership;
@@ -14,5 +15,6 @@ pub mod replica;
 pub mod routing;
 pub mod store;
 pub mod supervise;
+pub mod telemetry;
 pub mod transport;
 pub mod wire;

@@ -1,2 +1,61 @@
-//! The weft binary.
-fn main() {}
+//! The weft binary: parses the command line and hands each verb to its function.
+//!
+//! ```text
+//!   argv -> argv::normalize -> cli::Cli -> agent | ca | verbs (over client) | demo
+//! ```
+
+mod agent;
+mod argv;
+mod ca;
+mod cli;
+mod client;
+mod demo;
+mod failure;
+mod table;
+mod verbs;
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+use crate::cli::{CaVerb, CatalogVerb, Cli, IssuerVerb, ServicesVerb, TokenVerb, Verb};
+use crate::failure::Failure;
+
+// 10 % of the request rate against the system's allocator.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse_from(argv::normalize(std::env::args_os()));
+    match run(&cli.verb) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("{failure}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(verb: &Verb) -> Result<(), Failure> {
+    match verb {
+        Verb::Agent(args) => agent::run(args),
+        Verb::Demo(args) => demo::run(args),
+        Verb::Ca(CaVerb::Init { dir, trust_domain }) => ca::init(dir, trust_domain),
+        Verb::Ca(CaVerb::Issuer(IssuerVerb::Create { ca })) => ca::create_issuer(ca),
+        Verb::Token(TokenVerb::Create { ca, node, serve, ttl, uses }) => ca::create_token(ca, node, serve, ttl, *uses),
+        Verb::Members(args) => verbs::members(args),
+        Verb::Join(args) => verbs::join(args),
+        Verb::Leave(args) => verbs::leave(args),
+        Verb::ForceLeave(args) => verbs::force_leave(args),
+        Verb::Info(args) => verbs::info(args),
+        Verb::Version(args) => verbs::version(args),
+        Verb::Validate(args) => verbs::validate(args),
+        Verb::Catalog(CatalogVerb::Datacenters(args)) => verbs::datacenters(args),
+        Verb::Catalog(CatalogVerb::Nodes(args)) => verbs::nodes(args),
+        Verb::Catalog(CatalogVerb::Services(args)) => verbs::services(args),
+        Verb::Services(ServicesVerb::Register { files, client }) => verbs::register(files, client),
+        Verb::Services(ServicesVerb::Deregister { id, id_flag, client }) => {
+            verbs::deregister(id.as_deref().or(id_flag.as_deref()).unwrap_or_default(), client)
+        }
+    }
+}

@@ -1,0 +1,100 @@
+//! `weft agent`: flags to a config, the control runtime, signals, systemd.
+
+use anyhow::Context as _;
+use serde_json::{Value, json};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tracing::{info, warn};
+use weft::config::{Config, Host, Inputs, Mode, Setting, load};
+use weft::node::Node;
+use weft::telemetry::{self, Chain};
+
+use crate::cli::AgentArgs;
+use crate::failure::Failure;
+
+/// Threads of the control runtime: gossip and API; the data plane has its own.
+const CONTROL_THREADS: usize = 2;
+/// What a shell reports for a process that an interrupt ended.
+const EXIT_SECOND_SIGNAL: i32 = 130;
+
+/// Runs an agent until a signal, `weft leave`, or a failure.
+pub(crate) fn run(args: &AgentArgs) -> Result<(), Failure> {
+    let config = load(&inputs(args), &Host::read())?;
+    telemetry::init(&config.log_filter, config.log_format)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(CONTROL_THREADS)
+        .thread_name("weft-control")
+        .enable_all()
+        .build()
+        .context("cannot start the control runtime")?;
+    runtime.block_on(Box::pin(serve(config)))
+}
+
+async fn serve(config: Config) -> Result<(), Failure> {
+    let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
+    let node = Node::start(config).await.context("cannot start the agent")?;
+    notify(&[sd_notify::NotifyState::Ready, sd_notify::NotifyState::Status("running")]);
+    let stopped = node.run_until_stopped();
+    tokio::pin!(stopped);
+    tokio::select! {
+        ended = &mut stopped => return Ok(ended?),
+        () = first_of(&mut terminate, &mut interrupt) => {}
+    }
+    info!("stopping; a second signal ends the agent at once");
+    notify(&[sd_notify::NotifyState::Stopping, sd_notify::NotifyState::Status("draining")]);
+    node.shutdown();
+    tokio::select! {
+        ended = &mut stopped => Ok(ended?),
+        () = first_of(&mut terminate, &mut interrupt) => std::process::exit(EXIT_SECOND_SIGNAL),
+    }
+}
+
+async fn first_of(terminate: &mut Signal, interrupt: &mut Signal) {
+    tokio::select! {
+        _signal = terminate.recv() => {}
+        _signal = interrupt.recv() => {}
+    }
+}
+
+/// Tells systemd; without it this does nothing.
+fn notify(states: &[sd_notify::NotifyState<'_>]) {
+    if let Err(err) = sd_notify::notify(states) {
+        warn!(error = %Chain(&err), "could not tell systemd");
+    }
+}
+
+/// Turns flags into settings: the same keys, the same rules as in files.
+fn inputs(args: &AgentArgs) -> Inputs {
+    let texts = [
+        ("-node", "node_name", &args.node),
+        ("-datacenter", "datacenter", &args.datacenter),
+        ("-data-dir", "data_dir", &args.data_dir),
+        ("-bind", "bind_addr", &args.bind),
+        ("-advertise", "advertise_addr", &args.advertise),
+        ("-client", "client_addr", &args.client),
+        ("-token", "token", &args.token),
+        ("-token-file", "token_file", &args.token_file),
+        ("-issuer", "issuer", &args.issuer),
+        ("-serve", "serve", &args.serve),
+        ("-trust-domain", "trust_domain", &args.trust_domain),
+        ("-admin-token-file", "admin_token_file", &args.admin_token_file),
+        ("-drain-timeout", "drain_timeout", &args.drain_timeout),
+        ("-log-level", "log_level", &args.log_level),
+    ];
+    let ports = [
+        ("-mesh-port", "ports.mesh", args.mesh_port),
+        ("-http-port", "ports.http", args.http_port),
+        ("-shared-http-port", "ports.shared_http", args.shared_http_port),
+    ];
+    let setting = |flag, key, value: Value| Setting { flag, key, value };
+    let mut settings = Vec::new();
+    settings.extend(texts.into_iter().filter_map(|(flag, key, text)| Some(setting(flag, key, json!(text.as_ref()?)))));
+    settings.extend(ports.into_iter().filter_map(|(flag, key, port)| Some(setting(flag, key, json!(port?)))));
+    settings.extend(args.join.iter().map(|addr| setting("-join", "retry_join", json!(addr))));
+    settings.extend(args.workers.map(|count| setting("-workers", "workers", json!(count))));
+    if args.log_json {
+        settings.push(setting("-log-json", "log_json", json!(true)));
+    }
+    let paths = args.config_file.iter().chain(&args.config_dir).cloned().collect();
+    Inputs { mode: if args.dev { Mode::Dev } else { Mode::Durable }, paths, settings }
+}

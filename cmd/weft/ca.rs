@@ -1,0 +1,52 @@
+//! The offline verbs: the mesh CA, its issuers, join tokens.
+
+use std::path::Path;
+
+use anyhow::Context as _;
+use weft::clock;
+use weft::config::parse_duration;
+use weft::model::{NamePattern, ServeScope, TrustDomain};
+use weft::pki::TokenClaims;
+use weft::pki::ca::CaDir;
+use weft::pki::token;
+
+use crate::failure::Failure;
+
+/// `weft ca init`
+pub(crate) fn init(dir: &Path, trust_domain: &str) -> Result<(), Failure> {
+    let trust_domain: TrustDomain = trust_domain.parse().context("cannot use -trust-domain")?;
+    CaDir::init(dir, &trust_domain, clock::wall())?;
+    let dir = dir.display();
+    println!("Made the CA of {trust_domain} in {dir}.");
+    println!("Keep the root key offline. Copy {dir}/issuer-1 to the first node and start it there:");
+    println!("  weft agent -node NAME -data-dir DIR -issuer {dir}/issuer-1");
+    println!("For each further node make a token:");
+    println!("  weft token create -ca {dir} -node NAME -serve SERVICES");
+    Ok(())
+}
+
+/// `weft ca issuer create`
+pub(crate) fn create_issuer(ca: &Path) -> Result<(), Failure> {
+    let issuer = open(ca)?.create_issuer(clock::wall())?;
+    println!("Made {}. Copy it to the node that shall certify newcomers, and start it with -issuer.", issuer.display());
+    Ok(())
+}
+
+/// `weft token create`
+pub(crate) fn create_token(ca: &Path, node: &str, serve: &str, ttl: &str, uses: u32) -> Result<(), Failure> {
+    let node: NamePattern = node.parse().context("cannot use -node")?;
+    let serve: ServeScope = serve.parse().context("cannot use -serve")?;
+    let ttl = parse_duration(ttl).map_err(Failure::text)?;
+    if ttl.is_zero() {
+        return Err(Failure::text("a token with -ttl 0 is never good").hint("give a time, as -ttl 1h"));
+    }
+    let now = clock::wall();
+    let id = *uuid::Uuid::new_v4().as_bytes();
+    let claims = TokenClaims { id, node, serve, not_after: now.plus(ttl), uses };
+    println!("{}", token::create_token(ca, claims, now)?);
+    Ok(())
+}
+
+fn open(ca: &Path) -> Result<CaDir, Failure> {
+    CaDir::open(ca).map_err(|err| Failure::from(err).hint("make a CA first: weft ca init -dir DIR -trust-domain DOMAIN"))
+}

@@ -1,0 +1,328 @@
+//! The command line: verbs, flags, environment. The help texts are the reference.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// weft: a service mesh without a control plane.
+#[derive(Debug, Parser)]
+#[command(name = "weft", version, propagate_version = true, max_term_width = 110)]
+#[command(after_help = "Flags may be written with one dash or two: -node web-1, --node=web-1.\nExit codes: 0 done, 1 failed, 2 wrong usage.")]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Verb {
+    /// Runs an agent in the foreground.
+    #[command(after_help = "Examples:\n  weft agent -dev\n  weft agent -node web-1 -data-dir /var/lib/weft -bind 10.0.0.1 -issuer ./ca/issuer-1\n  weft agent -node web-2 -data-dir /var/lib/weft -bind 10.0.0.2 -join 10.0.0.1 -token weft1-…")]
+    Agent(Box<AgentArgs>),
+    /// Runs three agents and two echo services on loopback, and calls them through the mesh.
+    #[command(after_help = "Example:\n  weft demo --once")]
+    Demo(DemoArgs),
+    /// Makes the mesh CA and its issuers (offline).
+    #[command(subcommand)]
+    Ca(CaVerb),
+    /// Makes join tokens (offline).
+    #[command(subcommand)]
+    Token(TokenVerb),
+    /// Lists the members of the mesh.
+    #[command(after_help = "Example:\n  weft members -format=json")]
+    Members(ListArgs),
+    /// Joins the agent to a mesh through the given addresses.
+    #[command(after_help = "Example:\n  weft join 10.0.0.1 seed.example:8301")]
+    Join(JoinArgs),
+    /// Makes the agent leave the mesh and stop.
+    #[command(after_help = "Example:\n  weft leave -http-addr 127.0.0.2:8500")]
+    Leave(ClientArgs),
+    /// Moves a failed member to `left`.
+    #[command(after_help = "Example:\n  weft force-leave -prune web-3")]
+    ForceLeave(ForceLeaveArgs),
+    /// Shows facts about the agent.
+    #[command(after_help = "Example:\n  weft info")]
+    Info(ListArgs),
+    /// Prints weft's version.
+    #[command(after_help = "Example:\n  weft version")]
+    Version(FormatArgs),
+    /// Checks config files and directories, and reports every problem.
+    #[command(after_help = "Example:\n  weft validate /etc/weft.d")]
+    Validate(ValidateArgs),
+    /// Lists datacenters, nodes or services of the catalogue.
+    #[command(subcommand)]
+    Catalog(CatalogVerb),
+    /// Registers and deregisters services with the agent.
+    #[command(subcommand)]
+    Services(ServicesVerb),
+}
+
+/// How a listing looks.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    /// An aligned table, for people.
+    #[default]
+    Pretty,
+    /// JSON, for programs.
+    Json,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct FormatArgs {
+    /// How the output looks.
+    #[arg(long, value_enum, default_value = "pretty")]
+    pub(crate) format: Format,
+}
+
+/// Flags of every verb that talks to an agent.
+#[derive(Debug, Args)]
+pub(crate) struct ClientArgs {
+    /// The agent's HTTP API: host:port or http://host:port. Default 127.0.0.1:8500.
+    #[arg(long, env = "WEFT_HTTP_ADDR", value_name = "ADDR")]
+    pub(crate) http_addr: Option<String>,
+    /// The agent's admin token, where it asks for one.
+    #[arg(long, env = "WEFT_HTTP_TOKEN", hide_env_values = true)]
+    pub(crate) token: Option<String>,
+    // Consul's variables, read by clap as flags that nobody types.
+    #[arg(long, env = "CONSUL_HTTP_ADDR", hide = true)]
+    pub(crate) consul_http_addr: Option<String>,
+    #[arg(long, env = "CONSUL_HTTP_TOKEN", hide = true, hide_env_values = true)]
+    pub(crate) consul_http_token: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ListArgs {
+    #[command(flatten)]
+    pub(crate) client: ClientArgs,
+    #[command(flatten)]
+    pub(crate) output: FormatArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AgentArgs {
+    /// Loopback, CA and state in memory, everything on: for trying things out.
+    #[arg(long)]
+    pub(crate) dev: bool,
+    /// Config file (*.hcl, *.json); repeatable, later files win.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config_file: Vec<PathBuf>,
+    /// Directory of config files, read in lexical order after -config-file; repeatable.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) config_dir: Vec<PathBuf>,
+    /// This node's name. Default: the host name.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) node: Option<String>,
+    /// Datacenter. Default dc1.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) datacenter: Option<String>,
+    /// Where the agent keeps identity and state; required without -dev.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data_dir: Option<String>,
+    /// Address of the mesh's UDP port. Default: this host's only private address.
+    #[arg(long, value_name = "IP")]
+    pub(crate) bind: Option<String>,
+    /// Address that other nodes reach, if it is not -bind.
+    #[arg(long, value_name = "IP")]
+    pub(crate) advertise: Option<String>,
+    /// Address of the HTTP API. Default 127.0.0.1; others need an admin token.
+    #[arg(long, value_name = "IP")]
+    pub(crate) client: Option<String>,
+    /// Mesh port (UDP). Default 8301.
+    #[arg(long, value_name = "PORT")]
+    pub(crate) mesh_port: Option<u16>,
+    /// HTTP API port (TCP). Default 8500.
+    #[arg(long, value_name = "PORT")]
+    pub(crate) http_port: Option<u16>,
+    /// Shared HTTP port that routes by Host (TCP); 0 is off. Default 0, with -dev 8480.
+    #[arg(long, value_name = "PORT")]
+    pub(crate) shared_http_port: Option<u16>,
+    /// Seed to join through: a name, an address or host:port; repeatable, retried until one answers.
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) join: Vec<String>,
+    /// Join token of `weft token create`; needed at the first start only.
+    #[arg(long, env = "WEFT_JOIN_TOKEN", hide_env_values = true)]
+    pub(crate) token: Option<String>,
+    /// File that holds the join token.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) token_file: Option<String>,
+    /// Issuer directory: this node certifies itself and newcomers.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) issuer: Option<String>,
+    /// Services that an issuer's node may serve: patterns joined by commas. Default '*'.
+    #[arg(long, value_name = "SCOPE")]
+    pub(crate) serve: Option<String>,
+    /// Trust domain that the identity must be of.
+    #[arg(long, value_name = "DOMAIN")]
+    pub(crate) trust_domain: Option<String>,
+    /// Data-plane workers, 1 to 128. Default: one per core.
+    #[arg(long, value_name = "COUNT")]
+    pub(crate) workers: Option<u64>,
+    /// File that holds the HTTP API's admin token (16 characters or more).
+    #[arg(long, value_name = "FILE")]
+    pub(crate) admin_token_file: Option<String>,
+    /// How long open streams may finish at a stop, as 10s or 1m. Default 10s.
+    #[arg(long, value_name = "DURATION")]
+    pub(crate) drain_timeout: Option<String>,
+    /// trace, debug, info, warn, error, or levels by module: info,weft::gossip=debug. Default info.
+    #[arg(long, value_name = "LEVEL")]
+    pub(crate) log_level: Option<String>,
+    /// Logs one JSON object a line.
+    #[arg(long)]
+    pub(crate) log_json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DemoArgs {
+    /// Ends with code 0 after the first round of calls.
+    #[arg(long)]
+    pub(crate) once: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum CaVerb {
+    /// Makes a root (keep its key offline), the first issuer and an operator key; never overwrites.
+    #[command(after_help = "Example:\n  weft ca init -dir ./ca -trust-domain prod.example")]
+    Init {
+        /// Directory to make.
+        #[arg(long)]
+        dir: PathBuf,
+        /// Trust domain of all identities: lower-case letters, digits, `.`, `-`, `_`.
+        #[arg(long)]
+        trust_domain: String,
+    },
+    /// Makes issuers: two or more nodes should be able to certify newcomers.
+    #[command(subcommand)]
+    Issuer(IssuerVerb),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum IssuerVerb {
+    /// Makes the next issuer directory; copy it to the node that shall use it.
+    #[command(after_help = "Example:\n  weft ca issuer create -ca ./ca")]
+    Create {
+        /// Directory of `weft ca init`.
+        #[arg(long)]
+        ca: PathBuf,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum TokenVerb {
+    /// Makes a token that lets a node join; it goes to standard output alone.
+    #[command(after_help = "Example:\n  weft token create -ca ./ca -node 'web-*' -serve 'web,api-*' -ttl 1h")]
+    Create {
+        /// Directory of `weft ca init`.
+        #[arg(long)]
+        ca: PathBuf,
+        /// Name, or pattern of names, that the newcomer may take.
+        #[arg(long)]
+        node: String,
+        /// Services that it may serve: patterns joined by commas. Default '' (none: it may only call).
+        #[arg(long, default_value = "")]
+        serve: String,
+        /// How long the token is good, as 30m or 24h.
+        #[arg(long, default_value = "1h")]
+        ttl: String,
+        /// How often it may be used; 0: as often as wanted until it ends.
+        #[arg(long, default_value_t = 0)]
+        uses: u32,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct JoinArgs {
+    /// Names, addresses, host:port.
+    #[arg(required = true, value_name = "ADDR")]
+    pub(crate) addresses: Vec<String>,
+    #[command(flatten)]
+    pub(crate) client: ClientArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ForceLeaveArgs {
+    /// The member's name.
+    pub(crate) node: String,
+    /// Forgets the member and its records as well.
+    #[arg(long)]
+    pub(crate) prune: bool,
+    #[command(flatten)]
+    pub(crate) client: ClientArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ValidateArgs {
+    /// Config files and directories, in the order in which they are merged.
+    #[arg(required = true, value_name = "PATH")]
+    pub(crate) paths: Vec<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum CatalogVerb {
+    /// Lists the datacenters.
+    #[command(after_help = "Example:\n  weft catalog datacenters")]
+    Datacenters(ListArgs),
+    /// Lists the nodes.
+    #[command(after_help = "Example:\n  weft catalog nodes")]
+    Nodes(ListArgs),
+    /// Lists the services with their tags.
+    #[command(after_help = "Example:\n  weft catalog services -format=json")]
+    Services(ListArgs),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ServicesVerb {
+    /// Registers every service that the files define.
+    #[command(after_help = "Example:\n  weft services register web.hcl db.json")]
+    Register {
+        /// Files with service{} or services[] (*.hcl, *.json).
+        #[arg(required = true, value_name = "FILE")]
+        files: Vec<PathBuf>,
+        #[command(flatten)]
+        client: ClientArgs,
+    },
+    /// Deregisters a service by its ID.
+    #[command(after_help = "Examples:\n  weft services deregister web-1\n  weft services deregister -id web-1")]
+    Deregister {
+        /// The service's ID.
+        #[arg(value_name = "ID", required_unless_present = "id_flag")]
+        id: Option<String>,
+        /// The service's ID, as a flag.
+        #[arg(long = "id", id = "id_flag", value_name = "ID", conflicts_with = "id")]
+        id_flag: Option<String>,
+        #[command(flatten)]
+        client: ClientArgs,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_definition_of_the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn consul_s_spelling_is_understood() {
+        let argv = ["weft", "agent", "-node", "a", "-join=s1", "-join", "s2", "-http-port", "8501"];
+        let cli = Cli::parse_from(crate::argv::normalize(argv.map(Into::into)));
+        let Verb::Agent(agent) = cli.verb else { panic!("not the agent's verb") };
+        assert_eq!((agent.node.as_deref(), agent.http_port), (Some("a"), Some(8501)));
+        assert_eq!(agent.join, ["s1", "s2"]);
+    }
+
+    #[test]
+    fn every_verb_shows_an_example() {
+        #[track_caller]
+        fn check(command: &clap::Command) {
+            if command.get_subcommands().next().is_none() {
+                let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+                assert!(help.contains("Example"), "{}", command.get_name());
+            }
+            command.get_subcommands().for_each(check);
+        }
+        check(&Cli::command());
+    }
+}

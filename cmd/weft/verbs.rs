@@ -1,0 +1,185 @@
+//! The verbs that ask or order a running agent, and `validate`.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+use weft::config::{ConfigError, Host, Inputs, load, read_document};
+
+use crate::cli::{ClientArgs, ForceLeaveArgs, Format, FormatArgs, JoinArgs, ListArgs, ValidateArgs};
+use crate::client::{Client, segment};
+use crate::failure::Failure;
+use crate::table;
+
+/// Consul's numbers for a member's status.
+const MEMBER_STATUS: [&str; 5] = ["none", "alive", "leaving", "left", "failed"];
+
+pub(crate) fn members(args: &ListArgs) -> Result<(), Failure> {
+    list(args, "/v1/agent/members", |value| {
+        let row = |member: &Value| {
+            let status = member.get("Status").and_then(Value::as_u64).and_then(|at| usize::try_from(at).ok());
+            let status = status.and_then(|at| MEMBER_STATUS.get(at)).copied().unwrap_or("unknown");
+            let port = member.get("Port").map(ToString::to_string).unwrap_or_default();
+            let address = match text(member, "Addr") {
+                v6 if v6.contains(':') => format!("[{v6}]:{port}"),
+                v4 => format!("{v4}:{port}"),
+            };
+            let tags = member.get("Tags").unwrap_or(&Value::Null);
+            [text(member, "Name"), address, status.to_owned(), text(tags, "build"), text(tags, "dc")]
+        };
+        table::render(["Node", "Address", "Status", "Build", "DC"], &rows(value, row))
+    })
+}
+
+pub(crate) fn datacenters(args: &ListArgs) -> Result<(), Failure> {
+    list(args, "/v1/catalog/datacenters", |value| {
+        rows(value, |name| name.as_str().unwrap_or_default().to_owned() + "\n").concat()
+    })
+}
+
+pub(crate) fn nodes(args: &ListArgs) -> Result<(), Failure> {
+    list(args, "/v1/catalog/nodes", |value| {
+        let row = |node: &Value| [text(node, "Node"), text(node, "ID"), text(node, "Address"), text(node, "Datacenter")];
+        table::render(["Node", "ID", "Address", "DC"], &rows(value, row))
+    })
+}
+
+pub(crate) fn services(args: &ListArgs) -> Result<(), Failure> {
+    list(args, "/v1/catalog/services", |value| {
+        let row = |(name, tags): (&String, &Value)| [name.clone(), rows(tags, |tag| tag.as_str().unwrap_or_default().to_owned()).join(",")];
+        let services: Vec<[String; 2]> = value.as_object().into_iter().flatten().map(row).collect();
+        table::render(["Service", "Tags"], &services)
+    })
+}
+
+pub(crate) fn info(args: &ListArgs) -> Result<(), Failure> {
+    list(args, "/v1/agent/self", |value| {
+        let mut shown = String::new();
+        for section in ["Config", "Stats", "Meta"] {
+            if let Some(value) = value.get(section) {
+                append_section(&mut shown, section, value, 0);
+            }
+        }
+        shown + "Intentions: none yet: every verified service of the trust domain may call every other one.\n"
+    })
+}
+
+fn append_section(shown: &mut String, name: &str, value: &Value, depth: usize) {
+    let indent = "  ".repeat(depth);
+    match value {
+        Value::Object(map) => {
+            *shown += &format!("{indent}{name}:\n");
+            map.iter().for_each(|(name, value)| append_section(shown, name, value, depth + 1));
+        }
+        Value::String(text) => *shown += &format!("{indent}{name} = {text}\n"),
+        other => *shown += &format!("{indent}{name} = {other}\n"),
+    }
+}
+
+pub(crate) fn join(args: &JoinArgs) -> Result<(), Failure> {
+    let client = Client::new(&args.client)?;
+    for address in &args.addresses {
+        client.put(&format!("/v1/agent/join/{}", segment(address)), None)?;
+        println!("Joined through {address}.");
+    }
+    Ok(())
+}
+
+pub(crate) fn leave(args: &ClientArgs) -> Result<(), Failure> {
+    Client::new(args)?.put("/v1/agent/leave", None)?;
+    println!("The agent has left the mesh.");
+    Ok(())
+}
+
+pub(crate) fn force_leave(args: &ForceLeaveArgs) -> Result<(), Failure> {
+    let prune = if args.prune { "?prune" } else { "" };
+    Client::new(&args.client)?.put(&format!("/v1/agent/force-leave/{}{prune}", segment(&args.node)), None)?;
+    println!("{} is {}.", args.node, if args.prune { "forgotten" } else { "taken as left" });
+    Ok(())
+}
+
+pub(crate) fn version(args: &FormatArgs) -> Result<(), Failure> {
+    let version = env!("CARGO_PKG_VERSION");
+    match args.format {
+        Format::Pretty => println!("weft {version}"),
+        Format::Json => println!("{:#}", json!({ "Version": version })),
+    }
+    Ok(())
+}
+
+/// Checks what `weft agent -config-file PATH…` would start with on this host.
+pub(crate) fn validate(args: &ValidateArgs) -> Result<(), Failure> {
+    let inputs = Inputs { paths: args.paths.clone(), ..Inputs::default() };
+    let config = load(&inputs, &Host::read())?;
+    for warning in &config.warnings {
+        eprintln!("warning: {warning}");
+    }
+    println!("Configuration is valid!");
+    Ok(())
+}
+
+pub(crate) fn register(files: &[PathBuf], args: &ClientArgs) -> Result<(), Failure> {
+    let client = Client::new(args)?;
+    // All files are read before the first service is registered: a typing error changes nothing.
+    let mut services = Vec::new();
+    let mut problems = Vec::new();
+    for file in files {
+        match read_document(file) {
+            Ok(document) => services.extend(definitions(file, document.root)?),
+            Err(found) => problems.extend(found),
+        }
+    }
+    if !problems.is_empty() {
+        return Err(ConfigError { problems }.into());
+    }
+    for service in &services {
+        client.put("/v1/agent/service/register", Some(service))?;
+        let name = ["name", "Name"].iter().find_map(|key| service.get(key)?.as_str()).unwrap_or_default();
+        println!("Registered service: {name}");
+    }
+    Ok(())
+}
+
+/// Takes the services of a file: `service{}`, `services[]`, or a bare definition as the HTTP API takes it.
+fn definitions(file: &Path, mut root: serde_json::Map<String, Value>) -> Result<Vec<Value>, Failure> {
+    if root.contains_key("name") || root.contains_key("Name") {
+        return Ok(vec![Value::Object(root)]);
+    }
+    let mut services = Vec::new();
+    for key in ["service", "services"] {
+        match root.remove(key) {
+            Some(Value::Array(list)) => services.extend(list),
+            Some(one) => services.push(one),
+            None => {}
+        }
+    }
+    match root.keys().next() {
+        Some(key) => Err(Failure::text(format!("{}: {key}: only services can be registered", file.display()))
+            .hint("other keys belong into the agent's config")),
+        None if services.is_empty() => Err(Failure::text(format!("{}: defines no service", file.display()))
+            .hint("write service { name = \"web\" … }")),
+        None => Ok(services),
+    }
+}
+
+pub(crate) fn deregister(id: &str, args: &ClientArgs) -> Result<(), Failure> {
+    Client::new(args)?.put(&format!("/v1/agent/service/deregister/{}", segment(id)), None)?;
+    println!("Deregistered service: {id}");
+    Ok(())
+}
+
+fn list(args: &ListArgs, path: &str, pretty: impl Fn(&Value) -> String) -> Result<(), Failure> {
+    let value = Client::new(&args.client)?.get(path)?;
+    match args.output.format {
+        Format::Pretty => print!("{}", pretty(&value)),
+        Format::Json => println!("{value:#}"),
+    }
+    Ok(())
+}
+
+fn rows<T>(value: &Value, row: impl Fn(&Value) -> T) -> Vec<T> {
+    value.as_array().into_iter().flatten().map(row).collect()
+}
+
+fn text(value: &Value, key: &str) -> String {
+    value.get(key).and_then(Value::as_str).unwrap_or_default().to_owned()
+}

@@ -1,0 +1,270 @@
+//! The specification of the configuration, as tables.
+
+use proptest::prelude::*;
+use serde_json::{Value, json};
+
+use super::*;
+
+#[test]
+fn every_problem_of_every_source_is_reported_in_one_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
+    write("a.hcl", "node_name = \"a b\"\nnode_nmae = \"x\"\nports { http = 99999 \n mush = 1 }\nworkers = \"two\"\n");
+    write("b.json", r#"{"datacenter": "DC 1", "retry_join": ["ok", "not ok", 7], "log_level": "loud"}"#);
+    write("c.hcl", "client_addr = \n");
+    let settings = vec![
+        Setting { flag: "-bind", key: "bind_addr", value: json!("here") },
+        Setting { flag: "-drain-timeout", key: "drain_timeout", value: json!("10") },
+    ];
+    let inputs = Inputs { mode: Mode::Durable, paths: vec![dir.path().to_path_buf()], settings };
+    let text = load(&inputs, &host()).unwrap_err().to_string();
+    for want in [
+        "a.hcl: node_name = a b: node name `a b` has the character ' '",
+        "a.hcl: node_nmae: is not known",
+        "a.hcl: ports.http = 99999: must be a port, 1 to 65535",
+        "a.hcl: ports.mush: is not known",
+        "a.hcl: workers = \"two\": must be a whole number",
+        "b.json: datacenter = DC 1: must be 1 to 63 lower-case",
+        "b.json: retry_join[1] = not ok: must be a host name",
+        "b.json: retry_join[2] = 7: must be an address or name in quotes",
+        "b.json: log_level = loud: `loud` is no log level",
+        "c.hcl: is no valid HCL",
+        "-bind (bind_addr) = here: must be an IP address",
+        "-drain-timeout (drain_timeout) = \"10\": `10` is no duration",
+        "data_dir: must be set",
+    ] {
+        assert!(text.contains(want), "missing {want:?} in:\n{text}");
+    }
+    assert!(text.starts_with("the configuration has 13 problems\n"), "{text}");
+}
+
+#[test]
+fn each_rule_between_keys_is_named_with_what_to_do() {
+    #[track_caller]
+    fn check(mode: Mode, value: Value, want: &str) {
+        let text = load_json(mode, value).unwrap_err().to_string();
+        assert!(text.contains(want), "missing {want:?} in:\n{text}");
+    }
+    let durable = Mode::Durable;
+    check(durable, json!({"client_addr": "0.0.0.0"}), "client_addr = 0.0.0.0: is not loopback");
+    check(durable, json!({"bind_addr": "0.0.0.0"}), "bind_addr = 0.0.0.0: is every address: pass -advertise IP");
+    check(durable, json!({"advertise_addr": "0.0.0.0"}), "must be an address that other nodes reach");
+    check(durable, json!({"advertise_addr": "fd00::1"}), "must be of the same IP version");
+    check(durable, json!({"token": "weft1-x"}), "token: needs an address to join");
+    check(durable, json!({"token": ""}), "token: must not be empty");
+    check(durable, json!({"token_file": "/nonexistent"}), "token_file = /nonexistent: cannot be read");
+    check(durable, json!({"token": "x", "token_file": "y", "retry_join": ["s"]}), "must not be set beside token");
+    check(durable, json!({"issuer": "/nonexistent"}), "issuer = /nonexistent: must be a directory");
+    check(durable, json!({"issuer": "/", "token": "x"}), "token: must not be set beside issuer");
+    check(durable, json!({"serve": "web"}), "serve = web: works with -issuer only");
+    check(durable, json!({"issuer": "/", "serve": "a,,b"}), "serve = a,,b: serve scope `a,,b` has a malformed");
+    check(durable, json!({"admin_token": "short"}), "admin_token: must be at least 16");
+    check(durable, json!({"ports": {"shared_http": 8500}}), "must differ from ports.http = 8500");
+    check(durable, json!({"ports": {"mesh": 0}}), "ports.mesh = 0: must be a port, 1 to 65535");
+    check(durable, json!({"workers": 0}), "workers = 0: must be 1 to 128");
+    check(durable, json!({"drain_timeout": "2h"}), "must be at most 1h");
+    check(durable, json!({"node_meta": {"a b": "x"}}), "node_meta.a b = x: needs a key of");
+    check(durable, json!({"trust_domain": "PROD"}), "trust domain `PROD` has the character 'P'");
+    check(durable, json!({"service": 7}), "service = 7: must be a block");
+    check(durable, json!({"services": [{"name": "web"}, {"name": "web"}]}), "services[1].id = web: is the ID of another");
+    check(Mode::Dev, json!({"data_dir": "/d"}), "data_dir = /d: must not be set with -dev");
+    check(Mode::Dev, json!({"retry_join": "10.0.0.1"}), "must not be set with -dev");
+    check(Mode::Dev, json!({"issuer": "/"}), "issuer = /: must not be set with -dev");
+}
+
+#[test]
+fn a_problem_never_shows_a_secret() {
+    let text = load_json(Mode::Durable, json!({"admin_token": "hunter2", "token": "weft1-hush"})).unwrap_err().to_string();
+    assert!(text.contains("admin_token: ") && !text.contains("hunter2") && !text.contains("hush"), "{text}");
+    let config = load_json(Mode::Durable, json!({"admin_token": "0123456789abcdef"})).unwrap();
+    assert!(!format!("{config:?}").contains("0123456789abcdef"));
+}
+
+#[test]
+fn hcl_and_json_say_the_same() {
+    let hcl = r#"
+        node_name = "web-2"
+        datacenter = "eu-1"
+        data_dir = "/var/lib/weft"
+        bind_addr = "0.0.0.0"
+        advertise_addr = "10.0.0.2"
+        client_addr = "127.0.0.2"
+        retry_join = ["10.0.0.1", "seed.example:8301"]
+        token = "weft1-abc"
+        node_meta { rack = "a1" }
+        ports { http = 8501 shared_http = 8081 }
+        drain_timeout = "1m30s"
+        leave_on_terminate = false
+        log_json = true
+        workers = 3
+    "#
+    .replace("8501 shared", "8501\n shared");
+    let json = json!({
+        "node_name": "web-2", "datacenter": "eu-1", "data_dir": "/var/lib/weft", "bind_addr": "0.0.0.0",
+        "advertise_addr": "10.0.0.2", "client_addr": "127.0.0.2", "retry_join": ["10.0.0.1", "seed.example:8301"],
+        "token": "weft1-abc", "node_meta": {"rack": "a1"}, "ports": {"http": 8501, "shared_http": 8081},
+        "drain_timeout": 90_000_000_000_u64, "leave_on_terminate": false, "log_json": true, "workers": 3,
+    });
+    let from_hcl = load_text("a.hcl", &hcl).unwrap();
+    let from_json = load_text("a.json", &json.to_string()).unwrap();
+    assert_eq!(from_hcl, from_json);
+    assert_eq!(from_hcl.mesh_advertise, "10.0.0.2:8301".parse().unwrap());
+    assert_eq!(from_hcl.mesh_bind, "0.0.0.0:8301".parse().unwrap());
+    assert_eq!(from_hcl.http_addr, "127.0.0.2:8501".parse().unwrap());
+    assert_eq!(from_hcl.upstream_ip, "127.0.0.2".parse::<IpAddr>().unwrap());
+    assert_eq!(from_hcl.drain_timeout, Duration::from_secs(90));
+    assert_eq!(from_hcl.identity, IdentitySource::Token(Secret::new("weft1-abc")));
+    assert_eq!(from_hcl.on_terminate, OnTerminate::Stay);
+}
+
+#[test]
+fn later_files_replace_values_append_lists_and_merge_maps_and_flags_come_last() {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
+    let shared = "node_name = \"first\"\ndata_dir = \"/d\"\nretry_join = [\"a\"]\nnode_meta { x = \"1\" \n y = \"1\" }\n";
+    write("10.hcl", shared);
+    write("20.json", r#"{"node_name": "second", "retry_join": ["b", "a"], "node_meta": {"y": "2"}, "workers": 2}"#);
+    let settings = vec![
+        Setting { flag: "-join", key: "retry_join", value: json!("c") },
+        Setting { flag: "-workers", key: "workers", value: json!(4) },
+    ];
+    let config = load(&Inputs { mode: Mode::Durable, paths: vec![dir.path().into()], settings }, &host()).unwrap();
+    assert_eq!(config.node_name.as_str(), "second");
+    assert_eq!(config.join, ["a", "b", "c"]);
+    assert_eq!(config.node_meta, BTreeMap::from([("x".into(), "1".into()), ("y".into(), "2".into())]));
+    assert_eq!(config.workers.get(), 4);
+}
+
+#[test]
+fn files_named_one_by_one_merge_in_the_order_of_the_command_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let (z, a) = (dir.path().join("z.hcl"), dir.path().join("a.hcl"));
+    std::fs::write(&z, "node_name = \"z\"\ndata_dir = \"/d\"\n").unwrap();
+    std::fs::write(&a, "node_name = \"a\"\n").unwrap();
+    let name = |paths: Vec<PathBuf>| {
+        load(&Inputs { paths, ..Inputs::default() }, &host()).unwrap().node_name.as_str().to_owned()
+    };
+    assert_eq!(name(vec![z.clone(), a.clone()]), "a");
+    assert_eq!(name(vec![a, z]), "z");
+}
+
+#[test]
+fn without_settings_an_agent_takes_its_host_s_name_and_only_address() {
+    let config = load_json(Mode::Durable, json!({})).unwrap();
+    assert_eq!(config.node_name.as_str(), "host-1");
+    assert_eq!(config.mesh_bind, "10.0.0.9:8301".parse().unwrap());
+    assert_eq!(config.mesh_advertise, config.mesh_bind);
+    assert_eq!(config.http_addr, "127.0.0.1:8500".parse().unwrap());
+    assert_eq!(config.shared_http_addr, None);
+    assert_eq!(config.identity, IdentitySource::Stored);
+    assert_eq!(config.workers.get(), 2);
+    assert_eq!(config.on_terminate, OnTerminate::Leave);
+}
+
+#[test]
+fn a_host_that_leaves_doubts_is_told_which_flags_to_pass() {
+    let host = Host { name: None, addresses: vec![[10, 0, 0, 1].into(), [10, 0, 0, 2].into()], cores: 1 };
+    let text = load(&Inputs::default(), &host).unwrap_err().to_string();
+    assert!(text.contains("node_name: ") && text.contains("pass -node NAME"), "{text}");
+    assert!(text.contains("several addresses (10.0.0.1, 10.0.0.2): pass -bind IP"), "{text}");
+}
+
+#[test]
+fn dev_mode_is_loopback_memory_and_everything_on() {
+    let loaded = load(&Inputs { mode: Mode::Dev, ..Inputs::default() }, &host()).unwrap();
+    let made = Config::dev("host-1".parse().unwrap(), [127, 0, 0, 1].into());
+    assert_eq!(Config { workers: made.workers, ..loaded }, made);
+    assert_eq!(made.shared_http_addr, Some("127.0.0.1:8480".parse().unwrap()));
+    assert_eq!(made.storage, Storage::Memory);
+}
+
+#[test]
+fn keys_of_consul_s_servers_are_accepted_with_a_warning() {
+    let value = json!({"server": true, "bootstrap_expect": 3, "raft_protocol": 3, "acl": {}, "connect": {"enabled": true},
+        "ports": {"grpc": 8502}});
+    let warnings = load_json(Mode::Durable, value).unwrap().warnings;
+    let keys: Vec<&str> = warnings.iter().map(|warning| warning.key.as_str()).collect();
+    assert_eq!(keys, ["acl", "bootstrap_expect", "connect", "ports.grpc", "raft_protocol", "server"]);
+    assert!(warnings.iter().all(|warning| warning.to_string().contains("has no effect")));
+}
+
+#[test]
+fn a_secret_file_is_read_and_trimmed() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("token");
+    std::fs::write(&path, "weft1-abc\n").unwrap();
+    let value = json!({"token_file": path.to_str().unwrap(), "retry_join": "10.0.0.1"});
+    assert_eq!(load_json(Mode::Durable, value).unwrap().identity, IdentitySource::Token(Secret::new("weft1-abc")));
+}
+
+#[test]
+fn services_of_files_take_the_client_address_for_their_upstreams() {
+    let text = r#"
+        data_dir = "/d"
+        client_addr = "127.0.0.3"
+        service { name = "web" 
+          port = 8080
+          proxy { upstreams { destination_name = "db" 
+            local_bind_port = 9191 } } }
+        service { name = "db" 
+          port = 5432 }
+    "#;
+    let config = load_text("a.hcl", text).unwrap();
+    let names: Vec<&str> = config.services.iter().map(|service| service.record.id.as_str()).collect();
+    assert_eq!(names, ["web", "db"]);
+    assert_eq!(config.services[0].upstreams[0].bind, "127.0.0.3:9191".parse().unwrap());
+}
+
+proptest! {
+    #[test]
+    fn any_value_of_any_key_is_taken_or_refused_without_a_panic(
+        key in prop::sample::select(vec![
+            "node_name", "datacenter", "data_dir", "bind_addr", "advertise_addr", "client_addr", "ports", "retry_join",
+            "node_meta", "log_level", "log_json", "trust_domain", "serve", "workers", "drain_timeout", "server", "x",
+            "service", "check",
+        ]),
+        value in json_value(),
+    ) {
+        let _unused = load_json(Mode::Durable, json!({key: value}));
+    }
+}
+
+fn json_value() -> impl Strategy<Value = Value> {
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        any::<f64>().prop_map(Value::from),
+        ".{0,20}".prop_map(Value::from),
+    ];
+    leaf.prop_recursive(3, 16, 4, |inner| {
+        prop_oneof![
+            prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
+            prop::collection::btree_map("[a-z_]{0,8}", inner, 0..4)
+                .prop_map(|map| Value::Object(map.into_iter().collect())),
+        ]
+    })
+}
+
+fn host() -> Host {
+    let addresses = vec![[127, 0, 0, 1].into(), [10, 0, 0, 9].into()];
+    Host { name: Some("host-1.example".to_owned()), addresses, cores: 2 }
+}
+
+/// Resolves `value` as the only file; a data directory is added where none is given.
+fn load_json(mode: Mode, mut value: Value) -> Result<Config, ConfigError> {
+    let root = value.as_object_mut().unwrap();
+    if mode == Mode::Durable {
+        root.entry("data_dir").or_insert_with(|| json!("/d"));
+    }
+    let mut raw = raw::Raw::default();
+    raw.add_file(&std::sync::Arc::from(std::path::Path::new("a.json")), root.clone());
+    resolve::resolve(raw, mode, &host())
+}
+
+fn load_text(name: &str, text: &str) -> Result<Config, String> {
+    let documents = file::parse_text(std::path::Path::new(name), text).map_err(|problems| format!("{problems:?}"))?;
+    let mut raw = raw::Raw::default();
+    raw.add_file(&documents.path, documents.root);
+    resolve::resolve(raw, Mode::Durable, &host()).map_err(|err| err.to_string())
+}
