@@ -8,6 +8,7 @@ pub mod join;
 pub mod membership;
 pub mod metrics;
 pub mod model;
+pub mod node;
 pub mod pki;
 pub mod proxy;
 pub mod registry;

@@ -1,0 +1,106 @@
+//! Small adapters between the parts: what one part offers, in the shape that another asks for.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use tokio::sync::{Semaphore, mpsc};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, warn};
+
+use crate::gossip::{GossipHandle, PeerStore};
+use crate::join::{JoinDirectory, JoinServer, TokenLedger};
+use crate::model::{MemberStatus, NodeInfo, NodeName};
+use crate::pki::Plane;
+use crate::store::{Store, StoredPeer};
+use crate::supervise::Tasks;
+use crate::telemetry::Chain;
+use crate::transport::{Accepted, ControlTransport};
+
+/// Join exchanges at once; a newcomer beyond them is closed and tries again.
+const JOINS_MAX: usize = 32;
+/// Application code of a connection that is closed because there are too many.
+const CODE_BUSY: u32 = 4;
+
+/// Keeps the peers for the next start.
+pub(super) struct PeerFile(pub(super) Store);
+
+impl PeerStore for PeerFile {
+    fn save(&self, peers: Vec<StoredPeer>) {
+        if let Err(err) = self.0.put_peers(&peers) {
+            warn!(error = %Chain(&err), "could not keep the known peers; after a restart the seeds must answer");
+        }
+    }
+}
+
+/// Counts the uses of tokens on disk.
+pub(super) struct TokenFile(pub(super) Store);
+
+impl TokenLedger for TokenFile {
+    fn count_use(&self, id: [u8; 16], not_after: u64) -> Result<u32, String> {
+        self.0.count_token_use(id, not_after).map_err(|err| Chain(&err).to_string())
+    }
+}
+
+/// Answers an issuer's questions from the membership.
+pub(super) struct Directory {
+    pub(super) gossip: GossipHandle,
+    pub(super) own: NodeInfo,
+}
+
+impl JoinDirectory for Directory {
+    fn live_holder(&self, name: &NodeName) -> Option<SocketAddr> {
+        let members = self.gossip.members();
+        let live = |status| matches!(status, MemberStatus::Alive | MemberStatus::Leaving);
+        let holder = members.members.iter().find(|member| member.name == *name && live(member.status));
+        holder.map(|member| member.addr).or_else(|| (*name == self.own.name).then_some(self.own.mesh_addr))
+    }
+
+    fn issuers(&self) -> Vec<SocketAddr> {
+        let members = self.gossip.members();
+        let issues = |info: &Arc<NodeInfo>| info.issuer && info.name != self.own.name;
+        let alive = members.members.iter().filter(|member| member.status == MemberStatus::Alive);
+        alive.filter(|member| member.info.as_ref().is_some_and(issues)).map(|member| member.addr).collect()
+    }
+}
+
+/// Hands each connection of the control socket to its plane, until `stop`.
+pub(super) async fn accept(
+    transport: ControlTransport,
+    gossip: mpsc::Sender<Accepted>,
+    joins: Arc<JoinServer>,
+    tasks: Tasks,
+    stop: CancellationToken,
+) {
+    let places = Arc::new(Semaphore::new(JOINS_MAX));
+    loop {
+        let accepted = tokio::select! {
+            () = stop.cancelled() => return,
+            accepted = transport.accept() => accepted,
+        };
+        let Some(accepted) = accepted else { return };
+        let remote = accepted.connection.remote_address();
+        match accepted.plane {
+            Plane::Join => match Arc::clone(&places).try_acquire_owned() {
+                Ok(place) => {
+                    let (joins, connection) = (Arc::clone(&joins), accepted.connection);
+                    tasks.spawn("join", async move {
+                        joins.serve(connection).await;
+                        drop(place);
+                    });
+                }
+                Err(_) => {
+                    warn!(peer = %remote, joins_max = JOINS_MAX, "too many join exchanges at once; the newcomer must try again");
+                    accepted.connection.close(CODE_BUSY.into(), b"too many joins at once");
+                }
+            },
+            Plane::Gossip => {
+                if let Err(mpsc::error::TrySendError::Full(refused)) = gossip.try_send(accepted) {
+                    debug!(peer = %remote, "gossip is busy; the connection is closed");
+                    refused.connection.close(CODE_BUSY.into(), b"gossip is busy");
+                }
+            }
+            // The control socket does not offer the tunnels' ALPN.
+            Plane::Tunnel => accepted.connection.close(CODE_BUSY.into(), b"no tunnels here"),
+        }
+    }
+}

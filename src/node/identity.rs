@@ -1,0 +1,297 @@
+//! How a node gets its certificate at a start, and how it keeps it.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use prometheus::Gauge;
+use rand::RngExt as _;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::clock::{self, UnixSeconds};
+use crate::config::{Config, IdentitySource, MESH_PORT_DEFAULT};
+use crate::gossip::GossipHandle;
+use crate::join::{self, JoinError};
+use crate::metrics::Metrics;
+use crate::model::{MemberStatus, NodeName, TrustDomain};
+use crate::pki::{self, Identity, Issuer, NodeAuthority, PkiError, Token, TokenError};
+use crate::store::{Store, StoreError};
+use crate::telemetry::Chain;
+
+/// Longest pause between two looks at what must be renewed.
+const LOOK: Duration = Duration::from_secs(30);
+/// First pause between two tries to get or renew the node's certificate.
+const RETRY: Duration = Duration::from_millis(500);
+/// Longest pause between two tries.
+const RETRY_MAX: Duration = Duration::from_secs(30);
+/// Seconds of a day.
+const DAY: f64 = 86_400.0;
+
+/// Why a node has no usable certificate.
+#[derive(Debug, thiserror::Error)]
+pub enum IdentityError {
+    /// Nothing on disk and no way to get one.
+    #[error(
+        "node `{0}` has no certificate: start the first agent with -issuer DIR (made by `weft ca init`), every further one with -join ADDR and -token (made by `weft token create`)"
+    )]
+    None(NodeName),
+    /// A token, and nobody to show it to.
+    #[error("a token without -join: name an agent that is up")]
+    NoSeed,
+    /// The token's text.
+    #[error("the join token is not usable")]
+    Token(#[from] TokenError),
+    /// The issuer's directory.
+    #[error("cannot use the issuer in {}", dir.display())]
+    Issuer {
+        /// Where.
+        dir: PathBuf,
+        /// Why.
+        #[source]
+        source: PkiError,
+    },
+    /// Keys or certificates.
+    #[error("cannot use the node's certificate")]
+    Pki(#[from] PkiError),
+    /// The store.
+    #[error("cannot keep the node's certificate")]
+    Store(#[from] StoreError),
+    /// An issuer refused, or the seed is of another mesh.
+    #[error("cannot join the mesh")]
+    Join(#[from] JoinError),
+    /// The stored certificate is of another trust domain than the config names.
+    #[error("the node's certificate is of trust domain `{found}`, the configuration says `{wanted}`: use another -data-dir, or correct -trust-domain")]
+    TrustDomain {
+        /// What the configuration says.
+        wanted: TrustDomain,
+        /// What the certificate says.
+        found: TrustDomain,
+    },
+    /// The stored certificate is of another node.
+    #[error("the stored certificate is of node `{found}`, this node is `{wanted}`: use another -data-dir")]
+    OtherNode {
+        /// This node.
+        wanted: NodeName,
+        /// The certificate's.
+        found: NodeName,
+    },
+    /// The stored certificate has ended and nobody renews it.
+    #[error("the node's certificate ended at {until} (this host's clock says {now}, seconds since 1970): check the clock; if it is right, start with -join ADDR to renew it (up to 30 days), or with -join and a new -token", until = until.0, now = now.0)]
+    Ended {
+        /// When.
+        until: UnixSeconds,
+        /// Our time.
+        now: UnixSeconds,
+    },
+    /// The stored certificate is not valid yet: the clock went back.
+    #[error("the node's certificate becomes valid at {from}, this host's clock says {now} (seconds since 1970): set the clock", from = from.0, now = now.0)]
+    Early {
+        /// When.
+        from: UnixSeconds,
+        /// Our time.
+        now: UnixSeconds,
+    },
+}
+
+/// Returns the issuer, if this node is one, and the node's live identity: the stored one, or a new one that is on disk
+/// when this returns.
+pub(super) async fn obtain(config: &Config, store: &Store) -> Result<(Option<Arc<Issuer>>, Arc<Identity>), IdentityError> {
+    let now = clock::wall();
+    let issuer = match &config.identity {
+        IdentitySource::Dev { trust_domain, .. } => Some(Arc::clone(pki::ephemeral(trust_domain, now)?.issuer())),
+        IdentitySource::Issuer { dir, .. } => {
+            let load = Issuer::load(dir).map_err(|source| IdentityError::Issuer { dir: dir.clone(), source })?;
+            Some(Arc::new(load))
+        }
+        IdentitySource::Token(_) | IdentitySource::Stored => None,
+    };
+    let stored = store.identity()?.map(|bytes| NodeAuthority::from_bytes(&bytes)).transpose()?;
+    let authority = match (stored, &issuer, &config.identity) {
+        // An issuer certifies itself at each start, so that a changed -serve takes effect.
+        (_, Some(issuer), IdentitySource::Dev { serve, .. } | IdentitySource::Issuer { serve, .. }) => {
+            issuer.self_certify(&config.node_name, serve, now)?
+        }
+        (Some(stored), ..) if stored.not_after() > now => stored,
+        (Some(ended), ..) if !config.join.is_empty() => renew_ended(config, &ended).await?,
+        (_, _, IdentitySource::Token(text)) => {
+            let token: Token = text.reveal().parse()?;
+            ask(config, Wish::Token(&token)).await?
+        }
+        (Some(ended), ..) => return Err(IdentityError::Ended { until: ended.not_after(), now }),
+        (None, ..) => return Err(IdentityError::None(config.node_name.clone())),
+    };
+    check(config, &authority, now)?;
+    store.put_identity(&authority.to_bytes()?)?;
+    Ok((issuer, Identity::new(authority, now)?))
+}
+
+fn check(config: &Config, authority: &NodeAuthority, now: UnixSeconds) -> Result<(), IdentityError> {
+    if *authority.node() != config.node_name {
+        let (wanted, found) = (config.node_name.clone(), authority.node().clone());
+        return Err(IdentityError::OtherNode { wanted, found });
+    }
+    let found = &authority.bundle().trust_domain;
+    if let Some(wanted) = &config.trust_domain
+        && wanted != found
+    {
+        return Err(IdentityError::TrustDomain { wanted: wanted.clone(), found: found.clone() });
+    }
+    if authority.not_before() > now {
+        return Err(IdentityError::Early { from: authority.not_before(), now });
+    }
+    Ok(())
+}
+
+/// Renews a certificate that ended; a token, if there is one, serves where its key no longer does.
+async fn renew_ended(config: &Config, ended: &NodeAuthority) -> Result<NodeAuthority, IdentityError> {
+    warn!(until = ended.not_after().0, "the node's certificate has ended; asking an issuer to renew it");
+    match (ask(config, Wish::Renewal(ended)).await, &config.identity) {
+        (Err(IdentityError::Join(refused)), IdentitySource::Token(text)) => {
+            warn!(error = %Chain(&refused), "renewal refused; using the token");
+            let token: Token = text.reveal().parse()?;
+            ask(config, Wish::Token(&token)).await
+        }
+        (outcome, _) => outcome,
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Wish<'a> {
+    Token(&'a Token),
+    Renewal(&'a NodeAuthority),
+}
+
+/// Asks the seeds until one of them decides; pauses grow and are jittered.
+async fn ask(config: &Config, wish: Wish<'_>) -> Result<NodeAuthority, IdentityError> {
+    if config.join.is_empty() {
+        return Err(IdentityError::NoSeed);
+    }
+    let mut pause = RETRY;
+    loop {
+        let seeds = resolve(&config.join).await;
+        let now = clock::wall();
+        let answer = match wish {
+            Wish::Token(token) => join::request_certificate(&seeds, token, &config.node_name, now).await,
+            Wish::Renewal(old) => join::renew(&seeds, old, now).await,
+        };
+        match answer {
+            Ok(authority) => return Ok(authority),
+            Err(err) if is_transient(&err) => {
+                let jittered = pause.mul_f64(rand::rng().random_range(0.5..1.0));
+                warn!(error = %Chain(&err), retry_in = ?jittered, "no certificate yet");
+                tokio::time::sleep(jittered).await;
+                pause = (pause * 2).min(RETRY_MAX);
+            }
+            Err(err) => return Err(err.into()),
+        }
+    }
+}
+
+/// Whether asking again, unchanged, may help.
+fn is_transient(err: &JoinError) -> bool {
+    matches!(
+        err,
+        JoinError::NoSeeds | JoinError::Unreachable { .. } | JoinError::NoIssuer { .. } | JoinError::Exchange { .. }
+    )
+}
+
+/// Resolves names, addresses and `host:port`; what does not resolve is logged and left out.
+async fn resolve(targets: &[String]) -> Vec<SocketAddr> {
+    let mut found = Vec::new();
+    for target in targets {
+        if let Ok(addr) = target.parse::<SocketAddr>() {
+            found.push(addr);
+        } else if let Ok(ip) = target.parse::<IpAddr>() {
+            found.push(SocketAddr::new(ip, MESH_PORT_DEFAULT));
+        } else {
+            let with_port = if target.contains(':') { target.clone() } else { format!("{target}:{MESH_PORT_DEFAULT}") };
+            match tokio::net::lookup_host(&with_port).await {
+                Ok(addrs) => found.extend(addrs),
+                Err(err) => warn!(target, error = %err, "the join address does not resolve"),
+            }
+        }
+    }
+    found
+}
+
+/// Days until the node's certificate ends.
+pub(super) fn expiry_gauge(metrics: &Metrics, identity: &Identity) -> Result<Gauge, prometheus::Error> {
+    let name = "weft_identity_node_certificate_expiry_days";
+    let gauge = metrics.add(Gauge::new(name, "Days until the node's intermediate certificate ends.")?)?;
+    gauge.set(days_left(identity));
+    Ok(gauge)
+}
+
+#[expect(clippy::cast_precision_loss, reason = "seconds until a certificate ends are far below 2^52")]
+fn days_left(identity: &Identity) -> f64 {
+    identity.authority().not_after().since(clock::wall()).as_secs() as f64 / DAY
+}
+
+/// Renews leaves locally, and the node's own certificate by an issuer from half its life on.
+pub(super) struct Renewal {
+    pub(super) identity: Arc<Identity>,
+    pub(super) issuer: Option<Arc<Issuer>>,
+    pub(super) store: Store,
+    pub(super) gossip: GossipHandle,
+    pub(super) expiry: Gauge,
+}
+
+impl Renewal {
+    pub(super) async fn run(self, stop: CancellationToken) {
+        let jitter: f64 = rand::rng().random_range(0.0..0.1);
+        let mut pause = LOOK;
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(pause) => {}
+            }
+            let now = clock::wall();
+            if let Err(err) = self.identity.renew_due(now) {
+                warn!(error = %Chain(&err), "could not renew leaf certificates; the old ones serve until their end");
+            }
+            self.expiry.set(days_left(&self.identity));
+            let authority = self.identity.authority();
+            let life = authority.not_after().since(authority.not_before());
+            pause = LOOK;
+            if now < authority.not_before().plus(life.mul_f64(0.5 + jitter)) {
+                continue;
+            }
+            match self.renew_authority(&authority, now).await {
+                Ok(until) => info!(until = until.0, "renewed the node's certificate"),
+                Err(err) => {
+                    let left_secs = authority.not_after().since(now).as_secs();
+                    warn!(error = %Chain(&err), left_secs, "could not renew the node's certificate; trying again");
+                    pause = RETRY_MAX * 2;
+                }
+            }
+        }
+    }
+
+    async fn renew_authority(&self, old: &NodeAuthority, now: UnixSeconds) -> Result<UnixSeconds, IdentityError> {
+        let renewed = match &self.issuer {
+            Some(issuer) => issuer.self_certify(old.node(), old.scope(), now)?,
+            None => join::renew(&self.askable(), old, now).await?,
+        };
+        let bytes = renewed.to_bytes()?;
+        let until = renewed.not_after();
+        let store = self.store.clone();
+        let kept = tokio::task::spawn_blocking(move || store.put_identity(&bytes)).await;
+        if let Ok(kept) = kept {
+            kept?;
+        }
+        self.identity.replace_authority(renewed, now)?;
+        Ok(until)
+    }
+
+    /// Issuers first, then whoever is alive: it names the issuers that it knows.
+    fn askable(&self) -> Vec<SocketAddr> {
+        let members = self.gossip.members();
+        let own = self.identity.authority();
+        let alive = |member: &&crate::gossip::MemberView| member.status == MemberStatus::Alive && member.name != *own.node();
+        let mut alive: Vec<_> = members.members.iter().filter(alive).collect();
+        alive.sort_by_key(|member| !member.info.as_ref().is_some_and(|info| info.issuer));
+        alive.into_iter().take(16).map(|member| member.addr).collect()
+    }
+}

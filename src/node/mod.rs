@@ -1,0 +1,393 @@
+//! The composition root: builds one agent from a [`Config`], starts its parts in order, stops them in order.
+//!
+//! ```text
+//!   store -> mesh port -> identity (stored | issuer | token) -> generation -> registry -> gossip -> proxy -> api -> ready
+//!   stop:  leave -> drain the proxy -> api, gossip, registry -> close QUIC -> join the tasks
+//! ```
+//!
+//! Invariants: nothing is announced before the generation is on disk; a failed start leaves no task running; the first
+//! task that panics stops the node.
+//! Not here: what the parts do.
+
+mod glue;
+mod identity;
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+use crate::api::{AdminToken, Api, ApiConfig, ApiParams, ListenerState as ApiListener, NodeFacts};
+use crate::catalogue::SnapshotReader;
+use crate::clock;
+use crate::config::{Config, OnTerminate, Secret, Storage};
+use crate::gossip::{self, Gossip, GossipHandle, GossipParams};
+use crate::join::JoinServer;
+use crate::metrics::Metrics;
+use crate::model::{Generation, NodeInfo, NodeName};
+use crate::pki::Identity;
+use crate::proxy::{ListenerState, Proxy, ProxyError, ProxyHandle, ProxyParams};
+use crate::registry::{Registry, RegistryHandle, RegistryParams};
+use crate::store::{Store, StoreError};
+use crate::supervise::{TaskFailure, Tasks};
+use crate::telemetry::Chain;
+use crate::transport::{self, BindError, ControlTransport};
+
+pub use identity::IdentityError;
+
+/// File descriptors that 16,384 connections on each of many workers need; the hard limit caps it.
+const OPEN_FILES_WANTED: u64 = 1 << 20;
+/// The parts of a stopping node end within this time, or are cut.
+const STOP_LIMIT: Duration = Duration::from_secs(5);
+
+/// Why an agent does not start, or stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    /// The data directory.
+    #[error("cannot use the store")]
+    Store(#[from] StoreError),
+    /// The data directory belongs to another name.
+    #[error(
+        "the data directory belongs to node `{stored}`: start with -node {stored}, or give `{given}` a -data-dir of its own"
+    )]
+    OtherNode {
+        /// Whose it is.
+        stored: NodeName,
+        /// Who asks.
+        given: NodeName,
+    },
+    /// No usable certificate.
+    #[error("node has no identity")]
+    Identity(#[from] IdentityError),
+    /// The mesh port.
+    #[error("cannot open the mesh port")]
+    Bind(#[from] BindError),
+    /// A part did not start.
+    #[error("cannot start the {part}")]
+    Part {
+        /// Which.
+        part: &'static str,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A task panicked while the node ran.
+    #[error("a part of the agent failed")]
+    Failed(#[from] TaskFailure),
+    /// A worker of the data plane ended.
+    #[error("the data plane failed")]
+    Worker(#[source] ProxyError),
+}
+
+fn part<E: Into<Box<dyn std::error::Error + Send + Sync>>>(part: &'static str) -> impl FnOnce(E) -> NodeError {
+    move |source| NodeError::Part { part, source: source.into() }
+}
+
+/// A running agent.
+pub struct Node {
+    name: NodeName,
+    api: Vec<SocketAddr>,
+    gossip: GossipHandle,
+    registry: RegistryHandle,
+    snapshot: SnapshotReader,
+    identity: Arc<Identity>,
+    transport: ControlTransport,
+    /// Taken by [`Node::run_until_stopped`].
+    proxy: Mutex<Option<ProxyHandle>>,
+    on_terminate: OnTerminate,
+    tasks: Tasks,
+    /// Cancelled when the API was asked to leave, or a task panicked.
+    leaving: CancellationToken,
+    /// Cancelled by [`Node::shutdown`].
+    terminated: CancellationToken,
+    /// Cancelled when the data plane shall drain.
+    drain: CancellationToken,
+    /// Cancelled when everything else shall end.
+    stop: CancellationToken,
+}
+
+impl std::fmt::Debug for Node {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Node").field("name", &self.name).field("api", &self.api).finish_non_exhaustive()
+    }
+}
+
+impl Node {
+    /// Starts an agent and returns once its listeners are up; finding the other nodes goes on in the background.
+    ///
+    /// Must be called inside a tokio runtime of several threads. A node without a stored certificate waits here, asking
+    /// its seeds with jitter, until an issuer certifies or refuses it.
+    ///
+    /// # Errors
+    /// [`NodeError`]; the tasks that had started are stopped.
+    /// # Cancel safety
+    /// Not cancel safe: what was started ends only with the process.
+    pub async fn start(config: Config) -> Result<Self, NodeError> {
+        let stop = CancellationToken::new();
+        let guard = stop.clone().drop_guard();
+        let node = Box::pin(Self::build(config, stop)).await?;
+        guard.disarm();
+        Ok(node)
+    }
+
+    async fn build(config: Config, stop: CancellationToken) -> Result<Self, NodeError> {
+        for warning in &config.warnings {
+            warn!(%warning, "setting without effect");
+        }
+        let files_max = raise_open_files();
+        let (leaving, drain) = (CancellationToken::new(), CancellationToken::new());
+        let tasks = Tasks::new(leaving.clone());
+        let metrics = Metrics::new();
+
+        let store = match &config.storage {
+            Storage::Memory => Store::in_memory()?,
+            Storage::Directory(dir) => Store::open(dir)?,
+        };
+        claim_name(&store, &config.node_name)?;
+        let sockets = transport::bind(config.mesh_bind, config.workers.get())?;
+        info!(addr = %sockets.addr, workers = config.workers, files_max, "mesh port is open");
+        if !sockets.buffers.are_full() {
+            let (send_bytes, receive_bytes) = (sockets.buffers.send_bytes, sockets.buffers.receive_bytes);
+            warn!(send_bytes, receive_bytes, "small socket buffers: bulk transfers lose packets; raise net.core.rmem_max and net.core.wmem_max to 4194304");
+        }
+        let (issuer, identity) = identity::obtain(&config, &store).await?;
+        let reset_key = store.reset_key()?;
+        let generation = Generation { number: store.next_generation()?, nonce: rand::random() };
+        let info = NodeInfo {
+            id: store.node_id()?,
+            name: config.node_name.clone(),
+            mesh_addr: config.mesh_advertise,
+            datacenter: config.datacenter.clone(),
+            meta: config.node_meta.clone(),
+            build: env!("CARGO_PKG_VERSION").to_owned(),
+            issuer: issuer.is_some(),
+        };
+        let first_index = clock::wall_ms();
+
+        let scope_of = Arc::clone(&identity);
+        let (registry, publication) = Registry::start(RegistryParams {
+            store: store.clone(),
+            scope: Arc::new(move || scope_of.authority().scope().clone()),
+            config_services: config.services.clone(),
+            metrics: metrics.clone(),
+            tasks: tasks.clone(),
+            stop: stop.clone(),
+            first_index,
+        })
+        .await
+        .map_err(part("registry"))?;
+        for check in &config.checks {
+            registry.register_check(check.clone()).await.map_err(part("checks of the config files"))?;
+        }
+        let control = ControlTransport::new(sockets.control, Arc::clone(&identity), reset_key)?;
+        let (incoming_tx, incoming) = mpsc::channel(gossip::INCOMING_MAX);
+        let params = GossipParams {
+            node: info.clone(),
+            generation,
+            transport: control.clone(),
+            incoming,
+            identity: Arc::clone(&identity),
+            publication,
+            first_index,
+            seeds: config.join.clone(),
+            known_peers: store.peers()?,
+            peer_store: Arc::new(glue::PeerFile(store.clone())),
+            sync_interval: gossip::SYNC_INTERVAL,
+            stop: stop.clone(),
+        };
+        let (gossip, snapshot) = Gossip::start(params, &metrics, &tasks).map_err(part("gossip"))?;
+        let directory = Arc::new(glue::Directory { gossip: gossip.clone(), own: info.clone() });
+        let joins = JoinServer::new(issuer.clone(), directory, Arc::new(glue::TokenFile(store.clone())));
+        tasks.spawn("accept", glue::accept(control.clone(), incoming_tx, joins, tasks.clone(), stop.clone()));
+        let expiry = identity::expiry_gauge(&metrics, &identity).map_err(part("identity's metrics"))?;
+        let renewal = identity::Renewal { identity: Arc::clone(&identity), issuer, store, gossip: gossip.clone(), expiry };
+        tasks.spawn("renewal", renewal.run(stop.clone()));
+        let proxy = Proxy::start(ProxyParams {
+            sockets: sockets.workers,
+            reset_key,
+            identity: Arc::clone(&identity),
+            snapshot: snapshot.clone(),
+            shared_http: config.shared_http_addr,
+            metrics: &metrics,
+            stop: drain.clone(),
+            drain_timeout: config.drain_timeout,
+        })
+        .map_err(part("data plane"))?;
+
+        let mut node = Self {
+            name: config.node_name.clone(),
+            api: Vec::new(),
+            gossip,
+            registry,
+            snapshot,
+            identity,
+            transport: control,
+            proxy: Mutex::new(None),
+            on_terminate: config.on_terminate,
+            tasks,
+            leaving,
+            terminated: CancellationToken::new(),
+            drain,
+            stop,
+        };
+        let started = node.start_api(&config, &info, &metrics, &proxy).await;
+        if started.is_err() {
+            node.drain.cancel();
+        }
+        node.api = started?;
+        node.proxy = Mutex::new(Some(proxy));
+        let (http, scope) = (&node.api, node.identity.authority().scope().to_string());
+        info!(node = %node.name, mesh = %info.mesh_addr, ?http, %generation, scope, "agent is up");
+        warn!("there are no intentions yet: every verified service of the trust domain may call every other");
+        Ok(node)
+    }
+
+    async fn start_api(
+        &self,
+        config: &Config,
+        info: &NodeInfo,
+        metrics: &Metrics,
+        proxy: &ProxyHandle,
+    ) -> Result<Vec<SocketAddr>, NodeError> {
+        let states = proxy.listeners();
+        let snapshot = self.snapshot.clone();
+        let listeners = move || {
+            let snapshot = snapshot.load();
+            let destinations: BTreeMap<SocketAddr, String> =
+                snapshot.local.upstreams.iter().map(|up| (up.bind, up.destination.to_string())).collect();
+            let shown = |(bind, state): (&SocketAddr, &ListenerState)| ApiListener {
+                bind: bind.to_string(),
+                destination: destinations.get(bind).cloned().unwrap_or_else(|| "by Host".to_owned()),
+                state: match state {
+                    ListenerState::Listening => "listening".to_owned(),
+                    ListenerState::Failed(why) => why.clone(),
+                },
+            };
+            states.borrow().iter().map(shown).collect()
+        };
+        Api::start(ApiParams {
+            config: ApiConfig {
+                listen: vec![config.http_addr],
+                token: config.admin_token.as_ref().map(|token: &Secret| AdminToken::new(token.reveal())),
+                names: Vec::new(),
+            },
+            registry: self.registry.clone(),
+            gossip: self.gossip.clone(),
+            snapshot: self.snapshot.clone(),
+            identity: Arc::clone(&self.identity),
+            metrics: metrics.clone(),
+            node: NodeFacts {
+                id: info.id.clone(),
+                name: info.name.clone(),
+                datacenter: info.datacenter.clone(),
+                mesh_addr: info.mesh_addr,
+                version: info.build.clone(),
+                revision: String::new(),
+                workers: config.workers.get(),
+                meta: info.meta.clone(),
+            },
+            listeners: Arc::new(listeners),
+            shutdown: self.leaving.clone(),
+            tasks: &self.tasks,
+            stop: self.stop.clone(),
+        })
+        .await
+        .map_err(part("HTTP API"))
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &NodeName {
+        &self.name
+    }
+
+    /// Where its HTTP API listens.
+    pub fn api(&self) -> &[SocketAddr] {
+        &self.api
+    }
+
+    /// Talks to its membership.
+    pub fn gossip(&self) -> &GossipHandle {
+        &self.gossip
+    }
+
+    /// Talks to its registry.
+    pub fn registry(&self) -> &RegistryHandle {
+        &self.registry
+    }
+
+    /// Reads its catalogue.
+    pub fn snapshot(&self) -> &SnapshotReader {
+        &self.snapshot
+    }
+
+    /// Its certificates.
+    pub fn identity(&self) -> &Arc<Identity> {
+        &self.identity
+    }
+
+    /// Asks the node to stop, as a termination signal does; [`Node::run_until_stopped`] does it.
+    pub fn shutdown(&self) {
+        self.terminated.cancel();
+    }
+
+    /// Runs until [`Node::shutdown`], `PUT /v1/agent/leave` or a failure; then leaves, drains and ends every task.
+    ///
+    /// # Errors
+    /// [`NodeError::Failed`] or [`NodeError::Worker`] if a part of the agent failed.
+    /// # Cancel safety
+    /// Not cancel safe: a cancelled stop leaves the data plane draining and the tasks running.
+    pub async fn run_until_stopped(&self) -> Result<(), NodeError> {
+        let proxy = self.proxy.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(proxy) = proxy else {
+            self.stop.cancelled().await;
+            return Ok(());
+        };
+        let (outcome, says_goodbye) = tokio::select! {
+            () = self.terminated.cancelled() => (Ok(()), self.on_terminate == OnTerminate::Leave),
+            () = self.leaving.cancelled() => match self.tasks.failure() {
+                Some(failure) => (Err(NodeError::Failed(failure)), false),
+                None => (Ok(()), true),
+            },
+            died = proxy.failed() => {
+                error!(error = %Chain(&died), "the data plane failed; the node stops");
+                (Err(NodeError::Worker(died)), false)
+            }
+        };
+        if says_goodbye && let Err(err) = self.gossip.leave().await {
+            warn!(error = %Chain(&err), "could not say goodbye; the others will see this node as failed");
+        }
+        self.drain.cancel();
+        proxy.shutdown().await;
+        self.stop.cancel();
+        if tokio::time::timeout(STOP_LIMIT, self.tasks.join()).await.is_err() {
+            warn!(limit = ?STOP_LIMIT, "parts of the agent did not end in time and are cut");
+        }
+        self.transport.close("agent stops");
+        info!(node = %self.name, "agent has stopped");
+        outcome
+    }
+}
+
+/// Holds the data directory against the node's name.
+fn claim_name(store: &Store, given: &NodeName) -> Result<(), NodeError> {
+    match store.node_name()? {
+        Some(stored) if stored != *given => Err(NodeError::OtherNode { stored, given: given.clone() }),
+        Some(_) => Ok(()),
+        None => Ok(store.put_node_name(given)?),
+    }
+}
+
+/// Raises the limit of open files as far as it goes and returns it.
+fn raise_open_files() -> u64 {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return 0 };
+    let wanted = OPEN_FILES_WANTED.min(hard);
+    if wanted > soft && setrlimit(Resource::RLIMIT_NOFILE, wanted, hard).is_ok() {
+        return wanted;
+    }
+    soft
+}
