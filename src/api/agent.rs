@@ -1,0 +1,215 @@
+//! `/v1/agent/…`: this agent, its services, its view of the members.
+
+use std::collections::BTreeMap;
+
+use http::StatusCode;
+use serde_json::{Value, json};
+
+use super::call::{Call, Meta, Refusal, Reply};
+use super::query::{self, Blocking};
+use super::seam::{GossipOrder, RegistryOrder};
+use super::{Shared, block, shape, status};
+use crate::clock;
+use crate::gossip::MemberView;
+use crate::model::InstanceId;
+use crate::registry::definition::{DefinitionDefaults, service_from_json};
+use crate::registry::{LocalState, RegistryError};
+
+/// `GET /v1/agent/services`: by id, synthetic proxies among them.
+pub(super) async fn services(call: Call) -> Result<Reply, Refusal> {
+    query::refuse_tenancy(&call)?;
+    if call.query.given("filter").is_some() {
+        return Err(Refusal::bad("Invalid query parameter: \"filter\" is not supported by this version of weft"));
+    }
+    let state = call.shared.registry.state();
+    Reply::json(&call, &local_services(&call.shared, &state))
+}
+
+/// `GET /v1/agent/service/:id`; with `hash` it waits until the service's content hash is another.
+pub(super) async fn service(call: Call) -> Result<Reply, Refusal> {
+    query::refuse_tenancy(&call)?;
+    let blocking = Blocking::parse(&call.query)?;
+    let known = call.query.given("hash").unwrap_or_default();
+    let mut updates = call.shared.registry.subscribe();
+    let (mut found, mut hash) = one_service(&call)?;
+    if hash == known {
+        let _place = block::take_place(&call)?;
+        let deadline = clock::now() + block::with_jitter(blocking.wait);
+        while hash == known {
+            let woken = tokio::select! {
+                () = call.shared.stop.cancelled() => break,
+                woken = tokio::time::timeout_at(deadline, updates.changed()) => woken,
+            };
+            if !matches!(woken, Ok(Ok(()))) {
+                break;
+            }
+            (found, hash) = one_service(&call)?;
+        }
+    }
+    if let Some(object) = found.as_object_mut() {
+        object.insert("ContentHash".to_owned(), json!(hash));
+    }
+    Reply::json_with(&call, &found, Meta { index: None, content_hash: Some(hash) })
+}
+
+/// Returns the service that the path names, with its content hash.
+fn one_service(call: &Call) -> Result<(Value, String), Refusal> {
+    let state = call.shared.registry.state();
+    let id = &call.argument;
+    let found = local_services(&call.shared, &state).remove(id);
+    let found = found.ok_or_else(|| RegistryError::UnknownService { id: id.clone() })?;
+    let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, found.to_string().as_bytes());
+    // 64 bits tell a change apart; Consul's hashes are as long.
+    let hash = digest.as_ref().iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+    Ok((found, hash))
+}
+
+fn local_services(shared: &Shared, state: &LocalState) -> BTreeMap<String, Value> {
+    let datacenter = &shared.node.datacenter;
+    let mut shapes = BTreeMap::new();
+    for service in state.services.values() {
+        let definition = &service.definition;
+        let id = definition.record.id.as_str();
+        shapes.insert(id.to_owned(), shape::agent_service(definition, datacenter));
+        let sidecar = shape::sidecar_id(id);
+        if definition.sidecar && !state.services.contains_key(sidecar.as_str()) {
+            let port = shared.node.mesh_addr.port();
+            shapes.insert(sidecar, shape::agent_sidecar(definition, datacenter, port));
+        }
+    }
+    shapes
+}
+
+/// `PUT /v1/agent/service/register`
+pub(super) async fn register(call: Call) -> Result<Reply, Refusal> {
+    query::refuse_tenancy(&call)?;
+    let replace_existing_checks = call.query.switch("replace-existing-checks")?;
+    let definition = Box::new(service_from_json(&json_body(&call)?, &defaults(&call))?);
+    let order = RegistryOrder::RegisterService { definition, replace_existing_checks };
+    call.shared.registry.carry_out(order).await?;
+    Ok(Reply::Empty)
+}
+
+/// `PUT /v1/agent/service/deregister/:id`
+pub(super) async fn deregister(call: Call) -> Result<Reply, Refusal> {
+    query::refuse_tenancy(&call)?;
+    let id = &call.argument;
+    let id: InstanceId = id.parse().map_err(|_| RegistryError::UnknownService { id: id.clone() })?;
+    call.shared.registry.carry_out(RegistryOrder::DeregisterService(id)).await?;
+    Ok(Reply::Empty)
+}
+
+/// `GET /v1/agent/members`; `wan` names a pool that weft does not have.
+pub(super) async fn members(call: Call) -> Result<Reply, Refusal> {
+    if call.query.switch("wan")? {
+        return Reply::json(&call, &json!([]));
+    }
+    let members = call.shared.membership.members();
+    let shapes: Vec<Value> = members.members.iter().map(member).collect();
+    Reply::json(&call, &shapes)
+}
+
+/// A member, in serf's shape. What its node has not published yet is left out of the tags.
+fn member(member: &MemberView) -> Value {
+    let mut tags = BTreeMap::from([("role", "node")]);
+    if let Some(info) = &member.info {
+        tags.extend([("dc", info.datacenter.as_str()), ("id", info.id.as_str()), ("build", info.build.as_str())]);
+    }
+    json!({
+        "Name": member.name,
+        "Addr": member.addr.ip().to_string(),
+        "Port": member.addr.port(),
+        "Tags": tags,
+        "Status": member.status.code(),
+        "ProtocolMin": 1,
+        "ProtocolMax": 5,
+        "ProtocolCur": 2,
+        "DelegateMin": 2,
+        "DelegateMax": 5,
+        "DelegateCur": 4,
+    })
+}
+
+/// `GET /v1/agent/self`
+pub(super) async fn this(call: Call) -> Result<Reply, Refusal> {
+    let shared = &call.shared;
+    let node = &shared.node;
+    let state = shared.registry.state();
+    let members = shared.membership.members();
+    let own = members.members.iter().find(|member| member.name == node.name).map(member);
+    let about = json!({
+        "Config": {
+            "Datacenter": node.datacenter,
+            "PrimaryDatacenter": node.datacenter,
+            "NodeName": node.name,
+            "NodeID": node.id,
+            "Revision": node.revision,
+            "Server": false,
+            "Version": node.version,
+            "BuildDate": "",
+        },
+        "DebugConfig": {},
+        // A coordinate that was never measured (Vivaldi's start): the origin, with the largest error.
+        "Coord": {"Vec": [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0], "Error": 1.5, "Adjustment": 0.0, "Height": 1e-5},
+        "Member": own,
+        "Stats": {
+            "agent": {"checks": state.checks.len().to_string(), "services": state.services.len().to_string()},
+            "consul": {"leader_addr": status::representative(shared), "server": "false"},
+            "serf_lan": {"members": members.members.len().to_string()},
+        },
+        "Meta": node.meta,
+        "xDS": {"SupportedProxies": {}, "Ports": {"Plaintext": -1, "TLS": -1}},
+    });
+    Reply::json(&call, &about)
+}
+
+/// `GET /v1/agent/version`
+pub(super) async fn version(call: Call) -> Result<Reply, Refusal> {
+    let node = &call.shared.node;
+    let version = json!({"SHA": node.revision, "BuildDate": "", "HumanVersion": node.version, "FIPS": ""});
+    Reply::json(&call, &version)
+}
+
+/// `GET /v1/agent/metrics?format=prometheus`
+pub(super) async fn metrics(call: Call) -> Result<Reply, Refusal> {
+    if call.query.first("format") != Some("prometheus") {
+        return Err(Refusal::bad("Invalid format: ask for ?format=prometheus, the only one that weft has"));
+    }
+    let rendered = call.shared.metrics.render();
+    let body = rendered.map_err(|error| Refusal::internal(format!("metrics cannot be rendered: {error}")))?;
+    Ok(Reply::Text { body, content_type: "text/plain; version=0.0.4; charset=utf-8" })
+}
+
+/// `PUT /v1/agent/join/:addr`
+pub(super) async fn join(call: Call) -> Result<Reply, Refusal> {
+    if call.query.switch("wan")? {
+        return Err(Refusal::bad("weft has one pool of members, no WAN pool: join without ?wan"));
+    }
+    call.shared.membership.carry_out(GossipOrder::Join(call.argument.clone())).await?;
+    Ok(Reply::Empty)
+}
+
+/// `PUT /v1/agent/leave`: answers first; the node then leaves and stops.
+pub(super) async fn leave(call: Call) -> Result<Reply, Refusal> {
+    call.shared.leave.cancel();
+    Ok(Reply::Empty)
+}
+
+/// `PUT /v1/agent/force-leave/:node`
+pub(super) async fn force_leave(call: Call) -> Result<Reply, Refusal> {
+    let prune = call.query.switch("prune")?;
+    let unknown = || Refusal::new(StatusCode::NOT_FOUND, format!("no member is named {:?}", call.argument));
+    let name = call.argument.parse().map_err(|_| unknown())?;
+    call.shared.membership.carry_out(GossipOrder::ForceLeave { name, prune }).await?;
+    Ok(Reply::Empty)
+}
+
+/// Parses the body; serde_json bounds the depth at 128.
+pub(super) fn json_body(call: &Call) -> Result<Value, Refusal> {
+    serde_json::from_slice(&call.body).map_err(|error| Refusal::bad(format!("Request decode failed: {error}")))
+}
+
+/// What a definition falls back to on this agent.
+pub(super) fn defaults(call: &Call) -> DefinitionDefaults {
+    DefinitionDefaults { bind_ip: call.shared.defaults_ip }
+}

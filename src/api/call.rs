@@ -1,0 +1,167 @@
+//! One request on its way through a handler, and what comes out of it.
+
+use std::sync::Arc;
+
+use axum::body::Body;
+use axum::response::Response;
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use http::{HeaderMap, HeaderValue, StatusCode, header};
+use serde::Serialize;
+
+use super::Shared;
+use super::query::Query;
+use crate::gossip::GossipError;
+use crate::registry::RegistryError;
+use crate::registry::definition::DefinitionError;
+
+/// What an endpoint does with a request.
+pub(super) type Handler = fn(Call) -> BoxFuture<'static, Result<Reply, Refusal>>;
+
+/// A request that passed the guard.
+pub(super) struct Call {
+    pub(super) shared: Arc<Shared>,
+    pub(super) query: Query,
+    pub(super) headers: HeaderMap,
+    /// The path's parameter, decoded; empty where the path has none.
+    pub(super) argument: String,
+    pub(super) body: Bytes,
+}
+
+/// A good answer.
+#[derive(Debug)]
+pub(super) enum Reply {
+    /// 200 without a body.
+    Empty,
+    /// 200 with JSON; with the index of the answer where the endpoint has one.
+    Json { body: Vec<u8>, meta: Meta },
+    /// 200 with text.
+    Text { body: String, content_type: &'static str },
+}
+
+/// The headers that an answer carries.
+#[derive(Debug, Default)]
+pub(super) struct Meta {
+    /// `X-Consul-Index`, and with it `X-Consul-KnownLeader` and `X-Consul-LastContact`.
+    pub(super) index: Option<u64>,
+    /// `X-Consul-ContentHash`.
+    pub(super) content_hash: Option<String>,
+}
+
+impl Reply {
+    /// Answers with `value`.
+    pub(super) fn json<T: Serialize>(call: &Call, value: &T) -> Result<Self, Refusal> {
+        Self::json_with(call, value, Meta::default())
+    }
+
+    /// Answers with `value` at `index`.
+    pub(super) fn at_index<T: Serialize>(call: &Call, value: &T, index: u64) -> Result<Self, Refusal> {
+        Self::json_with(call, value, Meta { index: Some(index.max(1)), content_hash: None })
+    }
+
+    /// Answers with `value` and the headers of `meta`; indented where the query says `pretty`.
+    pub(super) fn json_with<T: Serialize>(call: &Call, value: &T, meta: Meta) -> Result<Self, Refusal> {
+        let written =
+            if call.query.has("pretty") { serde_json::to_vec_pretty(value) } else { serde_json::to_vec(value) };
+        let body = written.map_err(|error| Refusal::internal(format!("answer does not encode: {error}")))?;
+        Ok(Self::Json { body, meta })
+    }
+
+    pub(super) fn into_response(self) -> Response {
+        let mut response = Response::new(Body::empty());
+        match self {
+            Self::Empty => {}
+            Self::Text { body, content_type } => {
+                response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
+                *response.body_mut() = Body::from(body);
+            }
+            Self::Json { body, meta } => {
+                let headers = response.headers_mut();
+                headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+                if let Some(index) = meta.index {
+                    headers.insert("x-consul-index", HeaderValue::from(index));
+                    headers.insert("x-consul-knownleader", HeaderValue::from_static("true"));
+                    headers.insert("x-consul-lastcontact", HeaderValue::from_static("0"));
+                }
+                if let Some(hash) = meta.content_hash.and_then(|hash| HeaderValue::try_from(hash).ok()) {
+                    headers.insert("x-consul-contenthash", hash);
+                }
+                *response.body_mut() = Body::from(body);
+            }
+        }
+        response
+    }
+}
+
+/// An answer that is an error: status and plain text.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Refusal {
+    pub(super) status: StatusCode,
+    pub(super) text: String,
+}
+
+impl Refusal {
+    pub(super) fn new(status: StatusCode, text: impl Into<String>) -> Self {
+        Self { status, text: text.into() }
+    }
+
+    /// 400
+    pub(super) fn bad(text: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, text)
+    }
+
+    /// 403
+    pub(super) fn forbidden(text: impl Into<String>) -> Self {
+        Self::new(StatusCode::FORBIDDEN, text)
+    }
+
+    /// 500
+    pub(super) fn internal(text: impl Into<String>) -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, text)
+    }
+
+    pub(super) fn into_response(self) -> Response {
+        let mut response = Response::new(Body::from(self.text));
+        *response.status_mut() = self.status;
+        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(TEXT));
+        response
+    }
+}
+
+/// The content type of errors and other text.
+pub(super) const TEXT: &str = "text/plain; charset=utf-8";
+
+impl From<RegistryError> for Refusal {
+    fn from(error: RegistryError) -> Self {
+        let status = match &error {
+            RegistryError::UnknownService { .. } | RegistryError::UnknownCheck { .. } => StatusCode::NOT_FOUND,
+            RegistryError::NotTtl { .. } | RegistryError::Invalid(_) => StatusCode::BAD_REQUEST,
+            RegistryError::OutOfScope { .. } => StatusCode::FORBIDDEN,
+            RegistryError::Store(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            RegistryError::Closed => StatusCode::SERVICE_UNAVAILABLE,
+        };
+        let text = match status {
+            StatusCode::FORBIDDEN => format!("Permission denied: {error}"),
+            _ => error.to_string(),
+        };
+        Self::new(status, text)
+    }
+}
+
+impl From<GossipError> for Refusal {
+    fn from(error: GossipError) -> Self {
+        let status = match &error {
+            GossipError::Join(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            GossipError::UnknownMember(_) => StatusCode::NOT_FOUND,
+            GossipError::MemberAlive(_) => StatusCode::BAD_REQUEST,
+            GossipError::Closed => StatusCode::SERVICE_UNAVAILABLE,
+        };
+        Self::new(status, error.to_string())
+    }
+}
+
+impl From<DefinitionError> for Refusal {
+    fn from(error: DefinitionError) -> Self {
+        Self::bad(error.to_string())
+    }
+}

@@ -1,0 +1,336 @@
+//! Fakes of what the API talks to, and a client without a socket.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
+use axum::Router;
+use axum::body::Body;
+use futures_util::future::BoxFuture;
+use http::{HeaderMap, Method, Request, StatusCode};
+use http_body_util::BodyExt as _;
+use hyper::service::Service as _;
+use hyper_util::service::TowerToHyperService;
+use serde_json::Value;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::index::ListIndexes;
+use super::meter::Meter;
+use super::seam::{GossipOrder, Membership, Registry, RegistryOrder};
+use super::{AdminToken, ApiConfig, CertificateFacts, ListenerState, NodeFacts, Shared, guard, routes};
+use crate::catalogue::{Instance, LocalView, NodeEntry, Publisher, ServiceEntry, Snapshot};
+use crate::clock::UnixSeconds;
+use crate::gossip::{GossipError, MemberView, Members};
+use crate::metrics::Metrics;
+use crate::model::{CheckRecord, Generation, HealthStatus, MemberStatus, NodeInfo, Protocol, ServiceRecord, Weights};
+use crate::registry::{
+    CheckDefinition, LocalCheck, LocalService, LocalState, Probe, RegistryError, ServiceDefinition, UpstreamDefinition,
+};
+
+/// A registry that remembers its orders and answers each with `verdict`.
+pub(super) struct FakeRegistry {
+    pub(super) state: watch::Sender<Arc<LocalState>>,
+    pub(super) orders: Mutex<Vec<RegistryOrder>>,
+    pub(super) verdict: Mutex<Result<(), RegistryError>>,
+}
+
+impl Registry for FakeRegistry {
+    fn state(&self) -> Arc<LocalState> {
+        Arc::clone(&self.state.borrow())
+    }
+
+    fn subscribe(&self) -> watch::Receiver<Arc<LocalState>> {
+        self.state.subscribe()
+    }
+
+    fn carry_out(&self, order: RegistryOrder) -> BoxFuture<'_, Result<(), RegistryError>> {
+        self.orders.lock().unwrap().push(order);
+        let verdict = self.verdict.lock().unwrap().clone();
+        Box::pin(async move { verdict })
+    }
+}
+
+/// A membership that remembers its orders and answers each with `verdict`.
+pub(super) struct FakeMembers {
+    pub(super) members: Members,
+    pub(super) orders: Mutex<Vec<GossipOrder>>,
+    pub(super) verdict: Mutex<Result<(), GossipError>>,
+}
+
+impl Membership for FakeMembers {
+    fn members(&self) -> Arc<Members> {
+        Arc::new(self.members.clone())
+    }
+
+    fn carry_out(&self, order: GossipOrder) -> BoxFuture<'_, Result<(), GossipError>> {
+        self.orders.lock().unwrap().push(order);
+        let verdict = self.verdict.lock().unwrap().clone();
+        Box::pin(async move { verdict })
+    }
+}
+
+/// An API over fakes: two nodes, `web-1` of `web` on each, a TTL check on the first.
+pub(super) struct Bench {
+    pub(super) router: Router,
+    pub(super) registry: Arc<FakeRegistry>,
+    pub(super) members: Arc<FakeMembers>,
+    pub(super) publisher: Publisher,
+    pub(super) leave: CancellationToken,
+    pub(super) stop: CancellationToken,
+    pub(super) metrics: Metrics,
+}
+
+/// An answer, read whole.
+#[derive(Debug)]
+pub(super) struct Answer {
+    pub(super) status: StatusCode,
+    pub(super) headers: HeaderMap,
+    pub(super) text: String,
+}
+
+impl Answer {
+    #[track_caller]
+    pub(super) fn json(&self) -> Value {
+        assert_eq!(self.status, StatusCode::OK, "{}", self.text);
+        serde_json::from_str(&self.text).unwrap()
+    }
+
+    #[track_caller]
+    pub(super) fn index(&self) -> u64 {
+        self.headers["x-consul-index"].to_str().unwrap().parse().unwrap()
+    }
+}
+
+impl Bench {
+    pub(super) fn new() -> Self {
+        Self::with(None, 2)
+    }
+
+    pub(super) fn with(token: Option<&str>, blocking_queries_max: usize) -> Self {
+        let registry = Arc::new(FakeRegistry {
+            state: watch::Sender::new(Arc::new(local_state())),
+            orders: Mutex::default(),
+            verdict: Mutex::new(Ok(())),
+        });
+        let members =
+            Arc::new(FakeMembers { members: members(), orders: Mutex::default(), verdict: Mutex::new(Ok(())) });
+        let publisher = Publisher::new(Arc::new(snapshot()));
+        let (leave, stop) = (CancellationToken::new(), CancellationToken::new());
+        let metrics = Metrics::new();
+        let config = ApiConfig { listen: Vec::new(), token: token.map(AdminToken::new), names: Vec::new() };
+        let node = node_facts();
+        let shared = Shared {
+            guard: guard::Guard::new(&config, &node.name),
+            defaults_ip: "127.0.0.7".parse().unwrap(),
+            registry: Arc::<FakeRegistry>::clone(&registry),
+            membership: Arc::<FakeMembers>::clone(&members),
+            snapshot: publisher.reader(),
+            certificates: Arc::new(certificates),
+            listeners: Arc::new(|| {
+                let text = str::to_owned;
+                vec![ListenerState { bind: text("127.0.0.1:9191"), destination: text("db"), state: text("listening") }]
+            }),
+            meter: Meter::new(&metrics).unwrap(),
+            metrics: metrics.clone(),
+            node,
+            indexes: ListIndexes::default(),
+            blocking_queries_max,
+            leave: leave.clone(),
+            stop: stop.clone(),
+        };
+        let router = routes::router(&Arc::new(shared));
+        Self { router, registry, members, publisher, leave, stop, metrics }
+    }
+
+    pub(super) fn send(&self, request: Request<Body>) -> impl Future<Output = Answer> + Send + 'static + use<> {
+        let service = TowerToHyperService::new(self.router.clone());
+        async move {
+            let response = service.call(request).await.unwrap();
+            let (parts, body) = response.into_parts();
+            let bytes = body.collect().await.unwrap().to_bytes();
+            Answer { status: parts.status, headers: parts.headers, text: String::from_utf8(bytes.to_vec()).unwrap() }
+        }
+    }
+
+    pub(super) fn call(
+        &self,
+        method: Method,
+        uri: &str,
+        body: &str,
+    ) -> impl Future<Output = Answer> + Send + 'static + use<> {
+        self.send(Request::builder().method(method).uri(uri).body(Body::from(body.to_owned())).unwrap())
+    }
+
+    pub(super) fn get(&self, uri: &str) -> impl Future<Output = Answer> + Send + 'static + use<> {
+        self.call(Method::GET, uri, "")
+    }
+
+    pub(super) fn put(&self, uri: &str, body: &str) -> impl Future<Output = Answer> + Send + 'static + use<> {
+        self.call(Method::PUT, uri, body)
+    }
+
+    pub(super) fn orders(&self) -> Vec<RegistryOrder> {
+        self.registry.orders.lock().unwrap().clone()
+    }
+
+    /// Publishes the newest snapshot, changed by `change`, under the next index; returns that.
+    pub(super) fn publish(&self, change: impl FnOnce(&mut Snapshot)) -> u64 {
+        let mut next = Snapshot::clone(&self.publisher.reader().load());
+        next.index += 1;
+        change(&mut next);
+        let index = next.index;
+        self.publisher.publish(Arc::new(next));
+        index
+    }
+}
+
+fn certificates() -> CertificateFacts {
+    CertificateFacts {
+        trust_domain: "prod.example".to_owned(),
+        spiffe_id: "spiffe://prod.example/node/n1".to_owned(),
+        serve_scope: "web,api-*".to_owned(),
+        node_ends: UnixSeconds(1_700_000_000),
+        intermediate_ends: UnixSeconds(1_700_604_800),
+    }
+}
+
+fn node_facts() -> NodeFacts {
+    NodeFacts {
+        id: "uuid-1".to_owned(),
+        name: "n1".parse().unwrap(),
+        datacenter: "dc1".to_owned(),
+        mesh_addr: "10.0.0.1:8301".parse().unwrap(),
+        version: "0.1.0".to_owned(),
+        revision: "abc".to_owned(),
+        workers: 2,
+        meta: BTreeMap::new(),
+    }
+}
+
+fn info(number: u8) -> NodeInfo {
+    NodeInfo {
+        id: format!("uuid-{number}"),
+        name: format!("n{number}").parse().unwrap(),
+        mesh_addr: format!("10.0.0.{number}:8301").parse().unwrap(),
+        datacenter: "dc1".to_owned(),
+        meta: BTreeMap::from([("rack".to_owned(), format!("r{number}"))]),
+        build: "0.1.0".to_owned(),
+        issuer: number == 1,
+    }
+}
+
+fn members() -> Members {
+    let member = |number: u8, status| MemberView {
+        name: format!("n{number}").parse().unwrap(),
+        addr: format!("10.0.0.{number}:8301").parse().unwrap(),
+        status,
+        generation: Generation { number: 1, nonce: 1 },
+        info: (number < 3).then(|| Arc::new(info(number))),
+    };
+    let members = vec![member(1, MemberStatus::Alive), member(2, MemberStatus::Alive), member(3, MemberStatus::Failed)];
+    Members { members, isolated: false }
+}
+
+pub(super) fn node_entry(number: u8, status: MemberStatus) -> Arc<NodeEntry> {
+    Arc::new(NodeEntry {
+        info: info(number),
+        status,
+        generation: Generation { number: 1, nonce: 1 },
+        checks: Vec::new(),
+        create_index: 1000,
+        modify_index: 1001,
+    })
+}
+
+fn record() -> ServiceRecord {
+    ServiceRecord {
+        id: "web-1".parse().unwrap(),
+        name: "web".parse().unwrap(),
+        kind: String::new(),
+        tags: vec!["v1".to_owned(), "Blue".to_owned()],
+        meta: BTreeMap::new(),
+        address: String::new(),
+        port: 8080,
+        tagged_addresses: BTreeMap::new(),
+        weights: Weights::default(),
+        protocol: Protocol::Http,
+        enable_tag_override: false,
+    }
+}
+
+/// One service of one instance on each node in `nodes`, changed at `modify_index`.
+pub(super) fn service(name: &str, nodes: &[Arc<NodeEntry>], status: HealthStatus, modify_index: u64) -> ServiceEntry {
+    let instance = |node: &Arc<NodeEntry>| {
+        let mut record = record();
+        record.name = name.parse().unwrap();
+        record.id = format!("{name}-1").parse().unwrap();
+        let check = CheckRecord {
+            id: format!("service:{name}-1").parse().unwrap(),
+            name: "Service check".to_owned(),
+            status,
+            notes: String::new(),
+            service: Some(record.id.clone()),
+            kind: "ttl".to_owned(),
+        };
+        let node = Arc::clone(node);
+        Arc::new(Instance { node, record, checks: vec![check], status, create_index: 1002, modify_index })
+    };
+    let instances = nodes.iter().map(instance).collect();
+    ServiceEntry { name: name.parse().unwrap(), protocol: Protocol::Http, instances, modify_index }
+}
+
+pub(super) fn snapshot() -> Snapshot {
+    let nodes = [node_entry(1, MemberStatus::Alive), node_entry(2, MemberStatus::Alive)];
+    let web = service("web", &nodes, HealthStatus::Passing, 1003);
+    Snapshot {
+        index: 1005,
+        local_node: "n1".parse().unwrap(),
+        nodes: nodes.iter().map(|node| (node.info.name.clone(), Arc::clone(node))).collect(),
+        services: BTreeMap::from([(web.name.clone(), Arc::new(web))]),
+        gone_services: BTreeMap::new(),
+        local: Arc::new(LocalView::default()),
+    }
+}
+
+fn local_state() -> LocalState {
+    let record = record();
+    let check = CheckDefinition {
+        id: "service:web-1".parse().unwrap(),
+        name: "Service check".to_owned(),
+        notes: String::new(),
+        service: Some(record.id.clone()),
+        probe: Probe::Ttl { ttl: std::time::Duration::from_secs(15) },
+        initial: HealthStatus::Critical,
+        success_before_passing: 0,
+        failures_before_warning: 0,
+        failures_before_critical: 0,
+        output_bytes_max: 4096,
+        deregister_critical_after: None,
+    };
+    let upstream = UpstreamDefinition {
+        destination: "db".parse().unwrap(),
+        bind: "127.0.0.1:9191".parse().unwrap(),
+        protocol: None,
+    };
+    let definition = ServiceDefinition {
+        record: record.clone(),
+        socket_path: String::new(),
+        app_addr: "127.0.0.1:8080".parse().unwrap(),
+        upstreams: vec![upstream],
+        sidecar: true,
+        native: false,
+        checks: vec![check.clone()],
+    };
+    let service = LocalService { definition, create_index: 1002, modify_index: 1003 };
+    let local_check = LocalCheck {
+        definition: check.clone(),
+        status: HealthStatus::Passing,
+        output: "all good".to_owned(),
+        service_name: "web".to_owned(),
+        service_tags: record.tags.clone(),
+    };
+    LocalState {
+        services: BTreeMap::from([(record.id, Arc::new(service))]),
+        checks: BTreeMap::from([(check.id, Arc::new(local_check))]),
+    }
+}

@@ -1,0 +1,106 @@
+//! `/v1/health/…`: checks of the mesh, and instances with their checks.
+
+use http::StatusCode;
+use serde_json::{Value, json};
+
+use super::call::{Call, Refusal, Reply};
+use super::query::ReadOptions;
+use super::shape::Check;
+use super::{Shared, block, catalog, index, shape};
+use crate::catalogue::{Instance, NodeEntry, Snapshot};
+use crate::model::HealthStatus;
+use crate::registry::LocalState;
+
+/// `GET /v1/health/service/:name`
+pub(super) async fn service(call: Call) -> Result<Reply, Refusal> {
+    let options = ReadOptions::parse(&call)?;
+    let passing_only = call.query.switch("passing")?;
+    let name = call.argument.as_str();
+    let (snapshot, index) = block::wait(&call, options.blocking, |snapshot| index::service(snapshot, name)).await?;
+    let local = call.shared.registry.state();
+    let instances = catalog::instances(&call, &snapshot, &local, &options);
+    let shown = instances.iter().filter(|i| !passing_only || i.status == HealthStatus::Passing);
+    let entries = shown.map(|instance| {
+        let local = catalog::local_of(&call.shared, &instance.node, &local);
+        let mut checks = node_checks(&instance.node, local);
+        checks.extend(instance_checks(instance, local));
+        json!({
+            "Node": shape::node(&instance.node),
+            "Service": shape::health_service(instance, local),
+            "Checks": checks,
+        })
+    });
+    Reply::at_index(&call, &entries.collect::<Vec<Value>>(), index)
+}
+
+/// `GET /v1/health/checks/:name`: the checks of one service's instances.
+pub(super) async fn checks(call: Call) -> Result<Reply, Refusal> {
+    let options = ReadOptions::parse(&call)?;
+    let name = call.argument.as_str();
+    let (snapshot, index) = block::wait(&call, options.blocking, |snapshot| index::service(snapshot, name)).await?;
+    let local = call.shared.registry.state();
+    let instances = catalog::instances(&call, &snapshot, &local, &options);
+    let checks = instances.iter().flat_map(|instance| {
+        let local = catalog::local_of(&call.shared, &instance.node, &local);
+        instance_checks(instance, local)
+    });
+    Reply::at_index(&call, &checks.collect::<Vec<Check<'_>>>(), index)
+}
+
+/// `GET /v1/health/node/:name`: every check on one node.
+pub(super) async fn node(call: Call) -> Result<Reply, Refusal> {
+    let options = ReadOptions::parse(&call)?;
+    let (snapshot, index) = block::wait(&call, options.blocking, |snapshot| any_check(&call.shared, snapshot)).await?;
+    let local = call.shared.registry.state();
+    let name = call.argument.as_str();
+    let checks = all_checks(&call.shared, &snapshot, &local, &options, |node| node.info.name.as_str() == name);
+    Reply::at_index(&call, &checks, index)
+}
+
+/// `GET /v1/health/state/:state`: every check in one state, or in `any`.
+pub(super) async fn state(call: Call) -> Result<Reply, Refusal> {
+    let options = ReadOptions::parse(&call)?;
+    let wanted = call.argument.as_str();
+    if !["any", "passing", "warning", "critical"].contains(&wanted) {
+        let text = format!("Invalid state {wanted:?}: it is one of any, passing, warning, critical");
+        return Err(Refusal::new(StatusCode::BAD_REQUEST, text));
+    }
+    let (snapshot, index) = block::wait(&call, options.blocking, |snapshot| any_check(&call.shared, snapshot)).await?;
+    let local = call.shared.registry.state();
+    let mut checks = all_checks(&call.shared, &snapshot, &local, &options, |_| true);
+    checks.retain(|check| wanted == "any" || check.status == wanted);
+    Reply::at_index(&call, &checks, index)
+}
+
+/// Returns the index of the last change to any node or service.
+fn any_check(shared: &Shared, snapshot: &Snapshot) -> u64 {
+    shared.indexes.nodes(snapshot).max(index::services(snapshot))
+}
+
+/// Returns the checks of the nodes that `wanted` picks: node by node, the node's own first, then by service and id.
+fn all_checks<'a>(
+    shared: &Shared,
+    snapshot: &'a Snapshot,
+    local: &'a LocalState,
+    options: &ReadOptions,
+    wanted: impl Fn(&NodeEntry) -> bool,
+) -> Vec<Check<'a>> {
+    let mut checks = Vec::new();
+    for node in snapshot.nodes.values().filter(|node| catalog::is_shown(node, options) && wanted(node)) {
+        let local = catalog::local_of(shared, node, local);
+        checks.extend(node_checks(node, local));
+        let instances = snapshot.services.values().flat_map(|service| service.instances.iter());
+        let here = instances.filter(|instance| instance.node.info.name == node.info.name);
+        checks.extend(here.flat_map(|instance| instance_checks(instance, local)));
+    }
+    checks
+}
+
+fn node_checks<'a>(node: &'a NodeEntry, local: Option<&'a LocalState>) -> Vec<Check<'a>> {
+    let own = node.checks.iter().map(|check| Check::published(check, node, None, local));
+    std::iter::once(Check::serf(node)).chain(own).collect()
+}
+
+fn instance_checks<'a>(instance: &'a Instance, local: Option<&'a LocalState>) -> impl Iterator<Item = Check<'a>> {
+    instance.checks.iter().map(move |check| Check::published(check, &instance.node, Some(instance), local))
+}

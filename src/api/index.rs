@@ -1,0 +1,60 @@
+//! Indexes of lists that the snapshot gives no index for: which nodes there are, which datacenters.
+//!
+//! Each list is remembered as it was last seen, with the snapshot's index of that moment. A change is stamped with the
+//! index at which a reader first meets it: later than the change, and above every index that was given out before.
+
+use std::collections::BTreeSet;
+use std::sync::{Mutex, PoisonError};
+
+use crate::catalogue::Snapshot;
+use crate::model::{MemberStatus, NodeName};
+
+use super::shape::SIDECAR_SUFFIX;
+
+/// The lists' indexes.
+#[derive(Debug, Default)]
+pub(super) struct ListIndexes {
+    nodes: Mutex<Seen>,
+}
+
+#[derive(Debug, Default)]
+struct Seen {
+    /// The snapshot that was looked at last.
+    at: u64,
+    names: BTreeSet<NodeName>,
+    changed: u64,
+}
+
+impl ListIndexes {
+    /// Returns the index of the last change to the nodes: one that came, went or changed.
+    pub(super) fn nodes(&self, snapshot: &Snapshot) -> u64 {
+        let shown = || snapshot.nodes.values().filter(|node| node.status != MemberStatus::Left);
+        let newest = shown().map(|node| node.modify_index).max().unwrap_or(0);
+        let mut seen = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
+        if snapshot.index > seen.at {
+            let names: BTreeSet<NodeName> = shown().map(|node| node.info.name.clone()).collect();
+            if names != seen.names {
+                seen.names = names;
+                seen.changed = snapshot.index;
+            }
+            seen.at = snapshot.index;
+        }
+        seen.changed.max(newest)
+    }
+}
+
+/// Returns the index of the last change to any service.
+pub(super) fn services(snapshot: &Snapshot) -> u64 {
+    let living = snapshot.services.values().map(|service| service.modify_index);
+    living.chain(snapshot.gone_services.values().copied()).max().unwrap_or(0)
+}
+
+/// Returns the index of the last change to the service `name`; 0 if it never had an instance.
+///
+/// A synthetic proxy changes with its service.
+pub(super) fn service(snapshot: &Snapshot, name: &str) -> u64 {
+    let owner = name.strip_suffix(SIDECAR_SUFFIX).filter(|_| !snapshot.services.contains_key(name));
+    let name = owner.unwrap_or(name);
+    let living = snapshot.services.get(name).map(|service| service.modify_index);
+    living.max(snapshot.gone_services.get(name).copied()).unwrap_or(0)
+}

@@ -1,0 +1,63 @@
+//! `/v1/mesh/…`: weft's own endpoints.
+
+use serde_json::{Value, json};
+use time::OffsetDateTime;
+
+use super::call::{Call, Refusal, Reply};
+use crate::clock::UnixSeconds;
+use crate::model::MemberStatus;
+
+/// What stands where intentions will: no intention exists yet.
+pub const INTENTIONS: &str = "none yet: every verified service of the trust domain may call";
+
+/// `GET /v1/mesh/info`: what `weft info` prints.
+pub(super) async fn info(call: Call) -> Result<Reply, Refusal> {
+    let shared = &call.shared;
+    let certificates = (shared.certificates)();
+    let members = shared.membership.members();
+    let alive = members.members.iter().filter(|member| member.status == MemberStatus::Alive).count();
+    let listeners = (shared.listeners)();
+    let listeners = listeners
+        .iter()
+        .map(|listener| json!({"Bind": listener.bind, "Destination": listener.destination, "State": listener.state}));
+    let info = json!({
+        "Node": shared.node.name,
+        "NodeID": shared.node.id,
+        "Datacenter": shared.node.datacenter,
+        "Version": shared.node.version,
+        "TrustDomain": certificates.trust_domain,
+        "SpiffeID": certificates.spiffe_id,
+        "ServeScope": certificates.serve_scope,
+        "Certificates": {
+            "NodeEnds": rfc3339(certificates.node_ends),
+            "IntermediateEnds": rfc3339(certificates.intermediate_ends),
+        },
+        "MeshAddress": shared.node.mesh_addr.to_string(),
+        "Workers": shared.node.workers,
+        "UpstreamListeners": listeners.collect::<Vec<Value>>(),
+        "Members": {"Alive": alive, "Known": members.members.len()},
+        "Isolated": members.isolated,
+        "Intentions": INTENTIONS,
+    });
+    Reply::json(&call, &info)
+}
+
+/// Writes `at` as RFC 3339 in UTC.
+fn rfc3339(at: UnixSeconds) -> String {
+    let seconds = i64::try_from(at.0).unwrap_or(i64::MAX);
+    // Beyond the year 9999 the calendar ends.
+    let Ok(t) = OffsetDateTime::from_unix_timestamp(seconds) else { return format!("{} s after 1970", at.0) };
+    let (month, day) = (u8::from(t.month()), t.day());
+    format!("{:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z", t.year(), t.hour(), t.minute(), t.second())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_rfc_3339() {
+        assert_eq!(rfc3339(UnixSeconds(1_700_000_000)), "2023-11-14T22:13:20Z");
+        assert_eq!(rfc3339(UnixSeconds(u64::MAX)), "18446744073709551615 s after 1970");
+    }
+}

@@ -1,0 +1,253 @@
+//! The agent's HTTP API: Consul's shapes under `/v1/…`, weft's own under `/v1/mesh/…`.
+//!
+//! ```text
+//!   TCP -> serve -> guard (token, Host, Origin) -> routes (one table) -> handler -> Reply | Refusal
+//!                                                                          |
+//!                            Snapshot (reads, blocking queries) <----------+----> registry, gossip (orders)
+//! ```
+//!
+//! Invariants: [`routes::ROUTES`] is the only list of endpoints, the router and the check of `api/openapi.yaml` are made
+//! from it; every error is plain text; a body is at most [`BODY_BYTES_MAX`]; reads answer from this agent's own state and
+//! wait for nobody. Indexes (`X-Consul-Index`) are local to one agent: an index of another agent is answered at once.
+//! Without `dc` a read shows the agent's own datacenter, as Consul does.
+//! Not here: what a definition means (`registry::definition`), who is alive (`gossip`), what the data plane does.
+
+mod agent;
+mod block;
+mod call;
+mod catalog;
+mod check;
+mod guard;
+mod health;
+mod index;
+mod mesh;
+mod meter;
+mod query;
+mod routes;
+mod seam;
+mod serve;
+mod shape;
+mod status;
+
+#[cfg(test)]
+mod fake;
+#[cfg(test)]
+mod golden;
+#[cfg(test)]
+mod openapi;
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+
+use tokio_util::sync::CancellationToken;
+
+use crate::catalogue::SnapshotReader;
+use crate::clock::UnixSeconds;
+use crate::gossip::GossipHandle;
+use crate::metrics::Metrics;
+use crate::model::NodeName;
+use crate::pki::Identity;
+use crate::registry::RegistryHandle;
+use crate::supervise::Tasks;
+
+pub use guard::AdminToken;
+
+use index::ListIndexes;
+use meter::Meter;
+use seam::{Membership, Registry};
+
+/// Largest request body, in bytes: Consul's bound for registrations is of this size.
+pub const BODY_BYTES_MAX: usize = 1024 * 1024;
+/// Most blocking queries at once: each holds a task and a receiver, some 4 KiB, so 64 MiB in all.
+pub const BLOCKING_QUERIES_MAX: usize = 16_384;
+
+/// Where and for whom the API listens.
+#[derive(Debug, Clone)]
+pub struct ApiConfig {
+    /// Addresses to listen on; port 0 takes a free one. Any that is not loopback needs `token`.
+    pub listen: Vec<SocketAddr>,
+    /// The admin token; where set, every request must show it.
+    pub token: Option<AdminToken>,
+    /// DNS names that a `Host` header may carry on a loopback listener, beside `localhost`, IP addresses and the node's name.
+    pub names: Vec<String>,
+}
+
+/// What the API tells about its node.
+#[derive(Debug, Clone)]
+pub struct NodeFacts {
+    /// The node's UUID.
+    pub id: String,
+    /// Its name.
+    pub name: NodeName,
+    /// Its datacenter.
+    pub datacenter: String,
+    /// Where its mesh port is reached.
+    pub mesh_addr: SocketAddr,
+    /// weft's version.
+    pub version: String,
+    /// The commit that it was built from; empty if unknown.
+    pub revision: String,
+    /// Data-plane workers.
+    pub workers: usize,
+    /// Free key-value pairs.
+    pub meta: std::collections::BTreeMap<String, String>,
+}
+
+/// An upstream listener of the data plane as `weft info` shows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ListenerState {
+    /// `127.0.0.1:9191`
+    pub bind: String,
+    /// The service that it leads to.
+    pub destination: String,
+    /// `listening`, or why it does not.
+    pub state: String,
+}
+
+/// Returns the upstream listeners of this moment.
+pub type Listeners = Arc<dyn Fn() -> Vec<ListenerState> + Send + Sync>;
+
+/// What the API needs of the agent.
+pub struct ApiParams<'a> {
+    /// Where and for whom it listens.
+    pub config: ApiConfig,
+    /// Registers services and checks.
+    pub registry: RegistryHandle,
+    /// Membership.
+    pub gossip: GossipHandle,
+    /// The catalogue.
+    pub snapshot: SnapshotReader,
+    /// Certificates, for `/v1/mesh/info`.
+    pub identity: Arc<Identity>,
+    /// Where its metrics go and what `/v1/agent/metrics` shows.
+    pub metrics: Metrics,
+    /// The node.
+    pub node: NodeFacts,
+    /// The data plane's upstream listeners.
+    pub listeners: Listeners,
+    /// Cancelled by `PUT /v1/agent/leave`: the node then leaves and stops.
+    pub shutdown: CancellationToken,
+    /// Where its tasks run.
+    pub tasks: &'a Tasks,
+    /// Stops the API: blocking queries answer at once, connections finish the request that they are in.
+    pub stop: CancellationToken,
+}
+
+/// Why the API does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum ApiError {
+    /// An address that others reach, and nothing to tell them apart.
+    #[error(
+        "refusing to serve the HTTP API on {addr} without an admin token: everybody who reaches the address could register and deregister services; set `api_token` in the configuration file, or listen on a loopback address (-client 127.0.0.1)"
+    )]
+    TokenNeeded {
+        /// The address.
+        addr: SocketAddr,
+    },
+    /// Nothing to listen on.
+    #[error("the HTTP API has no address to listen on: set -client")]
+    NoAddress,
+    /// The address is taken or not this host's.
+    #[error(
+        "cannot listen for HTTP on {addr}: {hint}; choose another address with -client or another port with `ports {{ http = N }}`"
+    )]
+    Bind {
+        /// The address.
+        addr: SocketAddr,
+        /// What is wrong with it, in words.
+        hint: &'static str,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A metric of that name exists.
+    #[error("cannot register the metrics of the HTTP API")]
+    Metrics(#[source] prometheus::Error),
+}
+
+/// The HTTP API.
+#[derive(Debug)]
+pub struct Api;
+
+impl Api {
+    /// Binds every address, starts to serve in `params.tasks` and returns the bound addresses, in order.
+    ///
+    /// # Errors
+    /// [`ApiError`]; nothing is served then.
+    pub async fn start(params: ApiParams<'_>) -> Result<Vec<SocketAddr>, ApiError> {
+        let ApiParams { config, registry, gossip, snapshot, identity, metrics, node, listeners, .. } = params;
+        let listening = serve::bind(&config).await?;
+        let certificates: Certificates = Arc::new(move || CertificateFacts::read(&identity));
+        let shared = Shared {
+            guard: guard::Guard::new(&config, &node.name),
+            defaults_ip: upstream_ip(&config.listen),
+            registry: Arc::new(registry),
+            membership: Arc::new(gossip),
+            snapshot,
+            certificates,
+            listeners,
+            meter: Meter::new(&metrics).map_err(ApiError::Metrics)?,
+            metrics,
+            node,
+            indexes: ListIndexes::default(),
+            blocking_queries_max: BLOCKING_QUERIES_MAX,
+            leave: params.shutdown,
+            stop: params.stop.clone(),
+        };
+        let router = routes::router(&Arc::new(shared));
+        let bound = listening.addrs.clone();
+        params.tasks.spawn("api", serve::run(listening, router, params.stop));
+        Ok(bound)
+    }
+}
+
+/// Where upstream ports bind that name no address: the loopback address that the API itself has, else 127.0.0.1.
+fn upstream_ip(listen: &[SocketAddr]) -> IpAddr {
+    let own = listen.iter().map(SocketAddr::ip).find(IpAddr::is_loopback);
+    own.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST))
+}
+
+/// What every handler shares.
+struct Shared {
+    guard: guard::Guard,
+    defaults_ip: IpAddr,
+    registry: Arc<dyn Registry>,
+    membership: Arc<dyn Membership>,
+    snapshot: SnapshotReader,
+    certificates: Certificates,
+    listeners: Listeners,
+    meter: Meter,
+    metrics: Metrics,
+    node: NodeFacts,
+    indexes: ListIndexes,
+    blocking_queries_max: usize,
+    leave: CancellationToken,
+    stop: CancellationToken,
+}
+
+/// Reads the certificates' facts of this moment.
+type Certificates = Arc<dyn Fn() -> CertificateFacts + Send + Sync>;
+
+/// What `/v1/mesh/info` shows of the node's identity.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct CertificateFacts {
+    trust_domain: String,
+    spiffe_id: String,
+    serve_scope: String,
+    node_ends: UnixSeconds,
+    intermediate_ends: UnixSeconds,
+}
+
+impl CertificateFacts {
+    fn read(identity: &Identity) -> Self {
+        let authority = identity.authority();
+        let svid = identity.node_svid();
+        Self {
+            trust_domain: authority.bundle().trust_domain.to_string(),
+            spiffe_id: svid.id.to_string(),
+            serve_scope: authority.scope().to_string(),
+            node_ends: svid.not_after,
+            intermediate_ends: authority.not_after(),
+        }
+    }
+}

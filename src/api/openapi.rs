@@ -1,0 +1,43 @@
+//! Compares `api/openapi.yaml` with the route table, both ways.
+
+use std::collections::BTreeSet;
+
+use super::routes::ROUTES;
+
+const DOCUMENT: &str = include_str!("../../api/openapi.yaml");
+
+/// Reads (method, path) of every operation: under `paths:`, paths stand at two blanks and methods at four.
+fn documented(document: &str) -> BTreeSet<(String, String)> {
+    let mut operations = BTreeSet::new();
+    let mut path = "";
+    let inside = document.lines().skip_while(|line| *line != "paths:").skip(1);
+    for line in inside.take_while(|line| line.is_empty() || line.starts_with(' ')) {
+        let Some(key) = line.trim_start().strip_suffix(':') else { continue };
+        match line.len() - line.trim_start().len() {
+            2 => path = key,
+            4 => {
+                operations.insert((key.to_ascii_uppercase(), path.to_owned()));
+            }
+            _ => {}
+        }
+    }
+    operations
+}
+
+#[test]
+fn the_document_and_the_router_list_the_same_endpoints() {
+    let served: BTreeSet<(String, String)> =
+        ROUTES.iter().map(|route| (route.method.to_string(), route.path.to_owned())).collect();
+    assert_eq!(served.len(), ROUTES.len(), "an endpoint stands in the table twice");
+    let documented = documented(DOCUMENT);
+    let missing: Vec<_> = served.difference(&documented).collect();
+    let invented: Vec<_> = documented.difference(&served).collect();
+    assert!(missing.is_empty() && invented.is_empty(), "not documented: {missing:?}; not served: {invented:?}");
+}
+
+#[test]
+fn the_reader_sees_paths_and_methods_only() {
+    let document = "info:\n  x:\npaths:\n  /a/{b}:\n    get:\n      responses:\n    put:\ncomponents:\n  y:\n    z:\n";
+    let want = [("GET", "/a/{b}"), ("PUT", "/a/{b}")].map(|(method, path)| (method.to_owned(), path.to_owned()));
+    assert_eq!(documented(document), BTreeSet::from(want));
+}

@@ -1,0 +1,206 @@
+//! The table of endpoints, the router made from it, and what stands around every handler.
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{FromRequestParts as _, RawPathParams, Request};
+use axum::response::Response;
+use bytes::Bytes;
+use futures_util::FutureExt as _;
+use http::request::Parts;
+use http::{HeaderValue, Method, StatusCode, header};
+use http_body_util::{BodyExt as _, LengthLimitError, Limited};
+
+use super::call::{Call, Handler, Refusal, Reply, TEXT};
+use super::guard::Arrival;
+use super::query::Query;
+use super::{BODY_BYTES_MAX, Shared, agent, catalog, check, health, mesh, status};
+use crate::clock;
+
+/// A client has so long to send its body: 1 MiB over the slowest link that is worth waiting for.
+const BODY_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(30);
+
+/// One endpoint.
+pub(super) struct Route {
+    pub(super) method: Method,
+    /// With at most one parameter, `{…}`.
+    pub(super) path: &'static str,
+    pub(super) handler: Handler,
+}
+
+/// Makes a row of the table from a method, a path and an `async fn(Call) -> Result<Reply, Refusal>`.
+macro_rules! route {
+    ($method:ident $path:literal $handler:path) => {
+        Route { method: Method::$method, path: $path, handler: |call| $handler(call).boxed() }
+    };
+}
+
+/// Every endpoint. The router and the check of `api/openapi.yaml` are made from this table.
+pub(super) const ROUTES: &[Route] = &[
+    route!(GET "/" root),
+    route!(GET "/v1/agent/services" agent::services),
+    route!(GET "/v1/agent/service/{id}" agent::service),
+    route!(PUT "/v1/agent/service/register" agent::register),
+    route!(PUT "/v1/agent/service/deregister/{id}" agent::deregister),
+    route!(GET "/v1/agent/checks" check::list),
+    route!(PUT "/v1/agent/check/register" check::register),
+    route!(PUT "/v1/agent/check/deregister/{id}" check::deregister),
+    route!(PUT "/v1/agent/check/pass/{id}" check::pass),
+    route!(PUT "/v1/agent/check/warn/{id}" check::warn),
+    route!(PUT "/v1/agent/check/fail/{id}" check::fail),
+    route!(PUT "/v1/agent/check/update/{id}" check::update),
+    route!(GET "/v1/agent/members" agent::members),
+    route!(GET "/v1/agent/self" agent::this),
+    route!(GET "/v1/agent/version" agent::version),
+    route!(GET "/v1/agent/metrics" agent::metrics),
+    route!(PUT "/v1/agent/join/{addr}" agent::join),
+    route!(PUT "/v1/agent/leave" agent::leave),
+    route!(PUT "/v1/agent/force-leave/{node}" agent::force_leave),
+    route!(GET "/v1/catalog/datacenters" catalog::datacenters),
+    route!(GET "/v1/catalog/nodes" catalog::nodes),
+    route!(GET "/v1/catalog/services" catalog::services),
+    route!(GET "/v1/catalog/service/{name}" catalog::service),
+    route!(GET "/v1/health/service/{name}" health::service),
+    route!(GET "/v1/health/node/{name}" health::node),
+    route!(GET "/v1/health/checks/{name}" health::checks),
+    route!(GET "/v1/health/state/{state}" health::state),
+    route!(GET "/v1/status/leader" status::leader),
+    route!(GET "/v1/status/peers" status::peers),
+    route!(GET "/v1/mesh/info" mesh::info),
+];
+
+/// Groups of Consul's that weft refuses on purpose: prefix, status, text.
+const REFUSED: &[(&str, StatusCode, &str)] = &[
+    ("/v1/acl/", StatusCode::UNAUTHORIZED, "ACL support disabled"),
+    (
+        "/v1/session/",
+        StatusCode::NOT_IMPLEMENTED,
+        "needs consensus; weft has none: sessions and locks need one order of writes",
+    ),
+    ("/v1/txn", StatusCode::NOT_IMPLEMENTED, "needs consensus; weft has none: transactions need one order of writes"),
+    (
+        "/v1/snapshot",
+        StatusCode::NOT_IMPLEMENTED,
+        "needs consensus; weft has none: every agent holds its own records, there is no one state to save",
+    ),
+    ("/v1/operator/", StatusCode::NOT_IMPLEMENTED, "needs consensus; weft has none: there are no servers to operate"),
+    (
+        "/v1/kv/",
+        StatusCode::NOT_IMPLEMENTED,
+        "needs consensus; weft has none: keep keys and values in a store that is made for it",
+    ),
+];
+
+/// Makes the router.
+pub(super) fn router(shared: &Arc<Shared>) -> Router {
+    let mut router = Router::new();
+    let mut done: Vec<&'static str> = Vec::new();
+    for Route { path, .. } in ROUTES {
+        if done.contains(path) {
+            continue;
+        }
+        done.push(path);
+        let shared = Arc::clone(shared);
+        router = router.route(path, axum::routing::any(move |request| dispatch(Arc::clone(&shared), path, request)));
+    }
+    let shared = Arc::clone(shared);
+    router.fallback(move |request| unknown(Arc::clone(&shared), request))
+}
+
+/// Answers one request to the endpoint at `path`.
+async fn dispatch(shared: Arc<Shared>, path: &'static str, request: Request) -> Response {
+    let started = clock::now();
+    let asks_to_wait = request.uri().query().is_some_and(|query| query.contains("index=") || query.contains("hash="));
+    let meter = shared.meter.clone();
+    let response = answer(shared, path, request).await.unwrap_or_else(Refusal::into_response);
+    let took = (!asks_to_wait).then(|| clock::now() - started);
+    meter.count(path, response.status(), took);
+    response
+}
+
+/// Guards, picks the method, reads the body and calls the handler.
+async fn answer(shared: Arc<Shared>, path: &'static str, request: Request) -> Result<Response, Refusal> {
+    let (mut parts, body) = request.into_parts();
+    let query = admit(&shared, &parts)?;
+    let method = if parts.method == Method::HEAD { Method::GET } else { parts.method.clone() };
+    let Some(route) = ROUTES.iter().find(|route| route.path == path && route.method == method) else {
+        return Ok(other_method(path, &parts.method));
+    };
+    let argument = argument(&mut parts).await?;
+    let body = read_body(&parts, body).await?;
+    let call = Call { shared, query, headers: parts.headers, argument, body };
+    Ok((route.handler)(call).await?.into_response())
+}
+
+/// Checks token, Host and Origin; returns the query.
+fn admit(shared: &Shared, parts: &Parts) -> Result<Query, Refusal> {
+    let query = Query::parse(&parts.uri)?;
+    let from = parts.extensions.get::<Arrival>().copied().unwrap_or(Arrival::Loopback);
+    shared.guard.admit(&parts.headers, &parts.uri, &query, from)?;
+    Ok(query)
+}
+
+/// `OPTIONS`, and methods that the endpoint does not have.
+fn other_method(path: &'static str, method: &Method) -> Response {
+    let mut allowed: Vec<&str> =
+        ROUTES.iter().filter(|route| route.path == path).map(|route| route.method.as_str()).collect();
+    if allowed.contains(&"GET") {
+        allowed.push("HEAD");
+    }
+    allowed.push("OPTIONS");
+    let mut response = if method == Method::OPTIONS {
+        Response::new(Body::empty())
+    } else {
+        Refusal::new(StatusCode::METHOD_NOT_ALLOWED, format!("method {method} not allowed")).into_response()
+    };
+    let allowed = HeaderValue::try_from(allowed.join(",")).expect("method names are plain text");
+    response.headers_mut().insert(header::ALLOW, allowed);
+    response
+}
+
+/// Returns the path's one parameter, decoded.
+async fn argument(parts: &mut Parts) -> Result<String, Refusal> {
+    let params = RawPathParams::from_request_parts(parts, &()).await;
+    let params = params.map_err(|_| Refusal::bad("Invalid URL path: a segment is not UTF-8"))?;
+    Ok(params.iter().next().map(|(_, value)| value.to_owned()).unwrap_or_default())
+}
+
+/// Reads a body of at most [`BODY_BYTES_MAX`].
+async fn read_body(parts: &Parts, body: Body) -> Result<Bytes, Refusal> {
+    let too_large =
+        || Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, format!("Request body is larger than {BODY_BYTES_MAX} bytes"));
+    let announced = parts.headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
+    if announced.is_some_and(|bytes: u64| bytes > BODY_BYTES_MAX as u64) {
+        return Err(too_large());
+    }
+    let read = tokio::time::timeout(BODY_TIMEOUT, Limited::new(body, BODY_BYTES_MAX).collect()).await;
+    let late = |_| Refusal::new(StatusCode::REQUEST_TIMEOUT, "Request body did not arrive in time");
+    match read.map_err(late)? {
+        Ok(whole) => Ok(whole.to_bytes()),
+        Err(error) if error.is::<LengthLimitError>() => Err(too_large()),
+        Err(error) => Err(Refusal::bad(format!("Request body cannot be read: {error}"))),
+    }
+}
+
+/// Answers every path that is no endpoint.
+async fn unknown(shared: Arc<Shared>, request: Request) -> Response {
+    let (parts, _body) = request.into_parts();
+    let refusal = admit(&shared, &parts).map_or_else(|refusal| refusal, |_| not_found(parts.uri.path()));
+    shared.meter.count("other", refusal.status, None);
+    refusal.into_response()
+}
+
+fn not_found(path: &str) -> Refusal {
+    let refused = REFUSED.iter().find(|(prefix, ..)| path.starts_with(prefix));
+    match refused {
+        Some((_, status, text)) => Refusal::new(*status, *text),
+        None => Refusal::new(StatusCode::NOT_FOUND, "Invalid URL path: not a recognized HTTP API endpoint"),
+    }
+}
+
+/// `GET /`: something answers here.
+async fn root(call: Call) -> Result<Reply, Refusal> {
+    let body = format!("weft {} on {}\n", call.shared.node.version, call.shared.node.name);
+    Ok(Reply::Text { body, content_type: TEXT })
+}

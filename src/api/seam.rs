@@ -1,0 +1,84 @@
+//! The two narrow views of registry and gossip that handlers use: tests put fakes in their place.
+
+use std::sync::Arc;
+
+use futures_util::future::BoxFuture;
+use tokio::sync::watch;
+
+use crate::gossip::{GossipError, GossipHandle, Members};
+use crate::model::{CheckId, HealthStatus, InstanceId, NodeName};
+use crate::registry::{CheckDefinition, LocalState, RegistryError, RegistryHandle, ServiceDefinition};
+
+/// What a client may ask of the registry.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum RegistryOrder {
+    RegisterService { definition: Box<ServiceDefinition>, replace_existing_checks: bool },
+    DeregisterService(InstanceId),
+    RegisterCheck(Box<CheckDefinition>),
+    DeregisterCheck(CheckId),
+    UpdateTtl { id: CheckId, status: HealthStatus, output: String },
+}
+
+/// The registry as the API sees it.
+pub(super) trait Registry: Send + Sync {
+    /// What is registered on this node.
+    fn state(&self) -> Arc<LocalState>;
+    /// Wakes at each change.
+    fn subscribe(&self) -> watch::Receiver<Arc<LocalState>>;
+    /// Carries out `order`; done when it is on disk and published.
+    fn carry_out(&self, order: RegistryOrder) -> BoxFuture<'_, Result<(), RegistryError>>;
+}
+
+impl Registry for RegistryHandle {
+    fn state(&self) -> Arc<LocalState> {
+        Self::state(self)
+    }
+
+    fn subscribe(&self) -> watch::Receiver<Arc<LocalState>> {
+        Self::subscribe(self)
+    }
+
+    fn carry_out(&self, order: RegistryOrder) -> BoxFuture<'_, Result<(), RegistryError>> {
+        Box::pin(async move {
+            match order {
+                RegistryOrder::RegisterService { definition, replace_existing_checks } => {
+                    self.register_service(*definition, replace_existing_checks).await
+                }
+                RegistryOrder::DeregisterService(id) => self.deregister_service(id).await,
+                RegistryOrder::RegisterCheck(definition) => self.register_check(*definition).await,
+                RegistryOrder::DeregisterCheck(id) => self.deregister_check(id).await,
+                RegistryOrder::UpdateTtl { id, status, output } => self.update_ttl(id, status, output).await,
+            }
+        })
+    }
+}
+
+/// What a client may ask of gossip.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum GossipOrder {
+    Join(String),
+    ForceLeave { name: NodeName, prune: bool },
+}
+
+/// Gossip as the API sees it.
+pub(super) trait Membership: Send + Sync {
+    /// The members, in order of name.
+    fn members(&self) -> Arc<Members>;
+    /// Carries out `order`.
+    fn carry_out(&self, order: GossipOrder) -> BoxFuture<'_, Result<(), GossipError>>;
+}
+
+impl Membership for GossipHandle {
+    fn members(&self) -> Arc<Members> {
+        Self::members(self)
+    }
+
+    fn carry_out(&self, order: GossipOrder) -> BoxFuture<'_, Result<(), GossipError>> {
+        Box::pin(async move {
+            match order {
+                GossipOrder::Join(target) => self.join(vec![target]).await.map(drop),
+                GossipOrder::ForceLeave { name, prune } => self.force_leave(name, prune).await,
+            }
+        })
+    }
+}

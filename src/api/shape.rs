@@ -1,0 +1,281 @@
+//! Consul's JSON shapes.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use crate::catalogue::{Instance, NodeEntry};
+use crate::model::{CheckRecord, HealthStatus, MemberStatus, ServiceRecord, Weights};
+use crate::registry::{LocalCheck, LocalState, Probe, ServiceDefinition};
+
+/// The check that every node has: what the membership says of it.
+const SERF_HEALTH: &str = "serfHealth";
+
+/// What the name of a synthetic proxy ends in.
+pub(super) const SIDECAR_SUFFIX: &str = "-sidecar-proxy";
+/// The kind of a synthetic proxy.
+pub(super) const CONNECT_PROXY: &str = "connect-proxy";
+
+/// The id, and the service name, of the synthetic proxy of the service `id`.
+pub(super) fn sidecar_id(id: &str) -> String {
+    format!("{id}{SIDECAR_SUFFIX}")
+}
+
+fn weights(weights: Weights) -> Value {
+    json!({"Passing": weights.passing, "Warning": weights.warning})
+}
+
+fn tagged_addresses(record: &ServiceRecord) -> Value {
+    let pairs = record.tagged_addresses.iter();
+    pairs.map(|(tag, (address, port))| (tag.clone(), json!({"Address": address, "Port": port}))).collect()
+}
+
+/// The `Proxy` part of `record`: filled for a synthetic proxy of this agent, whose registrations are `local`.
+fn proxy(record: &ServiceRecord, local: Option<&LocalState>) -> Value {
+    let services = local.filter(|_| record.kind == CONNECT_PROXY).into_iter().flat_map(|local| local.services.values());
+    let mut owner = services.filter(|service| sidecar_id(service.definition.record.id.as_str()) == record.id.as_str());
+    let plain = || json!({"Mode": "", "MeshGateway": {}, "Expose": {}});
+    owner.next().map_or_else(plain, |service| proxy_of(&service.definition))
+}
+
+/// A node, as health endpoints nest it and `catalog/nodes` lists it.
+pub(super) fn node(node: &NodeEntry) -> Value {
+    let address = node.info.mesh_addr.ip().to_string();
+    json!({
+        "ID": node.info.id,
+        "Node": node.info.name,
+        "Address": address,
+        "Datacenter": node.info.datacenter,
+        "TaggedAddresses": {"lan": address, "wan": address},
+        "Meta": node.info.meta,
+        "CreateIndex": node.create_index,
+        "ModifyIndex": node.modify_index,
+    })
+}
+
+/// An instance, as health endpoints nest it.
+pub(super) fn health_service(instance: &Instance, local: Option<&LocalState>) -> Value {
+    let record = &instance.record;
+    let mut shape = json!({
+        "ID": record.id,
+        "Service": record.name,
+        "Tags": record.tags,
+        "Address": record.address,
+        "Meta": record.meta,
+        "Port": record.port,
+        "Weights": weights(record.weights),
+        "EnableTagOverride": record.enable_tag_override,
+        "Proxy": proxy(record, local),
+        "Connect": {},
+        "CreateIndex": instance.create_index,
+        "ModifyIndex": instance.modify_index,
+    });
+    put_if(&mut shape, "Kind", !record.kind.is_empty(), || json!(record.kind));
+    put_if(&mut shape, "TaggedAddresses", !record.tagged_addresses.is_empty(), || tagged_addresses(record));
+    shape
+}
+
+/// An instance, as `catalog/service` lists it.
+pub(super) fn catalog_service(instance: &Instance, local: Option<&LocalState>) -> Value {
+    let (record, node) = (&instance.record, &instance.node);
+    let address = node.info.mesh_addr.ip().to_string();
+    json!({
+        "ID": node.info.id,
+        "Node": node.info.name,
+        "Address": address,
+        "Datacenter": node.info.datacenter,
+        "TaggedAddresses": {"lan": address, "wan": address},
+        "NodeMeta": node.info.meta,
+        "ServiceKind": record.kind,
+        "ServiceID": record.id,
+        "ServiceName": record.name,
+        "ServiceTags": record.tags,
+        "ServiceAddress": record.address,
+        "ServiceTaggedAddresses": tagged_addresses(record),
+        "ServiceWeights": weights(record.weights),
+        "ServiceMeta": record.meta,
+        "ServicePort": record.port,
+        "ServiceSocketPath": "",
+        "ServiceEnableTagOverride": record.enable_tag_override,
+        "ServiceProxy": proxy(record, local),
+        "ServiceConnect": {},
+        "CreateIndex": instance.create_index,
+        "ModifyIndex": instance.modify_index,
+    })
+}
+
+/// A service of this agent, as `agent/services` lists it: empty parts are left out.
+pub(super) fn agent_service(definition: &ServiceDefinition, datacenter: &str) -> Value {
+    let record = &definition.record;
+    let mut shape = json!({
+        "ID": record.id,
+        "Service": record.name,
+        "Tags": record.tags,
+        "Meta": record.meta,
+        "Port": record.port,
+        "Address": record.address,
+        "Weights": weights(record.weights),
+        "EnableTagOverride": record.enable_tag_override,
+        "Datacenter": datacenter,
+    });
+    put_if(&mut shape, "Kind", !record.kind.is_empty(), || json!(record.kind));
+    put_if(&mut shape, "SocketPath", !definition.socket_path.is_empty(), || json!(definition.socket_path));
+    put_if(&mut shape, "TaggedAddresses", !record.tagged_addresses.is_empty(), || tagged_addresses(record));
+    put_if(&mut shape, "Connect", definition.native, || json!({"Native": true}));
+    shape
+}
+
+/// The synthetic proxy of `definition`: the agent itself, at its mesh port.
+pub(super) fn agent_sidecar(definition: &ServiceDefinition, datacenter: &str, mesh_port: u16) -> Value {
+    let record = &definition.record;
+    json!({
+        "Kind": CONNECT_PROXY,
+        "ID": sidecar_id(record.id.as_str()),
+        "Service": sidecar_id(record.name.as_str()),
+        "Tags": record.tags,
+        "Meta": record.meta,
+        "Port": mesh_port,
+        "Address": record.address,
+        "Weights": weights(record.weights),
+        "EnableTagOverride": record.enable_tag_override,
+        "Datacenter": datacenter,
+        "Proxy": proxy_of(definition),
+    })
+}
+
+/// The `Proxy` part of the synthetic proxy of `definition`.
+fn proxy_of(definition: &ServiceDefinition) -> Value {
+    let upstreams = definition.upstreams.iter().map(|upstream| {
+        let config = upstream.protocol.map_or_else(|| json!({}), |protocol| json!({"protocol": protocol.as_str()}));
+        json!({
+            "DestinationType": "service",
+            "DestinationName": upstream.destination,
+            "Datacenter": "",
+            "LocalBindAddress": upstream.bind.ip().to_string(),
+            "LocalBindPort": upstream.bind.port(),
+            "Config": config,
+            "MeshGateway": {},
+        })
+    });
+    json!({
+        "DestinationServiceName": definition.record.name,
+        "DestinationServiceID": definition.record.id,
+        "LocalServiceAddress": definition.app_addr.ip().to_string(),
+        "LocalServicePort": definition.app_addr.port(),
+        "Mode": "",
+        "Upstreams": upstreams.collect::<Vec<_>>(),
+        "MeshGateway": {},
+        "Expose": {},
+    })
+}
+
+/// A check, in the one shape that agent and health endpoints share.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "PascalCase")]
+pub(super) struct Check<'a> {
+    node: &'a str,
+    #[serde(rename = "CheckID")]
+    check_id: &'a str,
+    name: &'a str,
+    pub(super) status: &'static str,
+    notes: &'a str,
+    output: &'a str,
+    #[serde(rename = "ServiceID")]
+    service_id: &'a str,
+    service_name: &'a str,
+    service_tags: &'a [String],
+    r#type: &'a str,
+    exposed_port: u16,
+    definition: BTreeMap<String, Value>,
+    create_index: u64,
+    modify_index: u64,
+}
+
+impl<'a> Check<'a> {
+    /// What the membership says of `node`.
+    pub(super) fn serf(node: &'a NodeEntry) -> Self {
+        let (status, output) = match node.status {
+            MemberStatus::Alive => (HealthStatus::Passing, "Agent alive and reachable"),
+            MemberStatus::Leaving | MemberStatus::Left => (HealthStatus::Critical, "Agent has left or is leaving"),
+            MemberStatus::Failed => (HealthStatus::Critical, "Agent not live or unreachable"),
+        };
+        Self {
+            node: node.info.name.as_str(),
+            check_id: SERF_HEALTH,
+            name: "Serf Health Status",
+            status: status.as_str(),
+            notes: "",
+            output,
+            service_id: "",
+            service_name: "",
+            service_tags: &[],
+            r#type: "",
+            exposed_port: 0,
+            definition: BTreeMap::new(),
+            create_index: node.create_index,
+            modify_index: node.modify_index,
+        }
+    }
+
+    /// A check of the catalogue: of `instance`, or of `node` as a whole. `local` is given for this agent's own node: it has the output.
+    pub(super) fn published(
+        check: &'a CheckRecord,
+        node: &'a NodeEntry,
+        instance: Option<&'a Instance>,
+        local: Option<&'a LocalState>,
+    ) -> Self {
+        let output = local.and_then(|local| local.checks.get(&check.id)).map_or("", |check| check.output.as_str());
+        let indexes = instance.map_or((node.create_index, node.modify_index), |i| (i.create_index, i.modify_index));
+        Self {
+            node: node.info.name.as_str(),
+            check_id: check.id.as_str(),
+            name: &check.name,
+            status: check.status.as_str(),
+            notes: &check.notes,
+            output,
+            service_id: instance.map_or("", |instance| instance.record.id.as_str()),
+            service_name: instance.map_or("", |instance| instance.record.name.as_str()),
+            service_tags: instance.map_or(&[], |instance| instance.record.tags.as_slice()),
+            r#type: &check.kind,
+            exposed_port: 0,
+            definition: BTreeMap::new(),
+            create_index: indexes.0,
+            modify_index: indexes.1,
+        }
+    }
+
+    /// A check of this agent.
+    pub(super) fn local(check: &'a LocalCheck, node: &'a str) -> Self {
+        let definition = &check.definition;
+        let kind = match &definition.probe {
+            Probe::Http { .. } => "http",
+            Probe::Tcp { .. } => "tcp",
+            Probe::Ttl { .. } => "ttl",
+            Probe::Static => "",
+        };
+        Self {
+            node,
+            check_id: definition.id.as_str(),
+            name: &definition.name,
+            status: check.status.as_str(),
+            notes: &definition.notes,
+            output: &check.output,
+            service_id: definition.service.as_ref().map_or("", |id| id.as_str()),
+            service_name: &check.service_name,
+            service_tags: &check.service_tags,
+            r#type: kind,
+            exposed_port: 0,
+            definition: BTreeMap::new(),
+            create_index: 0,
+            modify_index: 0,
+        }
+    }
+}
+
+/// Adds `key` to the object `shape` where `wanted`.
+fn put_if(shape: &mut Value, key: &str, wanted: bool, value: impl FnOnce() -> Value) {
+    if let (true, Some(object)) = (wanted, shape.as_object_mut()) {
+        object.insert(key.to_owned(), value());
+    }
+}
