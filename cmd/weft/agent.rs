@@ -32,13 +32,18 @@ pub(crate) fn run(args: &AgentArgs) -> Result<(), Failure> {
 async fn serve(config: Config) -> Result<(), Failure> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
+    // Without this a SIGHUP would end the agent.
+    let mut hangup = signal(SignalKind::hangup()).context("cannot listen for SIGHUP")?;
     let node = Node::start(config).await.context("cannot start the agent")?;
     notify(&[sd_notify::NotifyState::Ready, sd_notify::NotifyState::Status("running")]);
     let stopped = node.run_until_stopped();
     tokio::pin!(stopped);
-    tokio::select! {
-        ended = &mut stopped => return Ok(ended?),
-        () = first_of(&mut terminate, &mut interrupt) => {}
+    loop {
+        tokio::select! {
+            ended = &mut stopped => return Ok(ended?),
+            () = first_of(&mut terminate, &mut interrupt) => break,
+            _signal = hangup.recv() => warn!("SIGHUP is ignored: files are read at the start; restart the agent"),
+        }
     }
     info!("stopping; a second signal ends the agent at once");
     notify(&[sd_notify::NotifyState::Stopping, sd_notify::NotifyState::Status("draining")]);

@@ -48,5 +48,6 @@ pub(crate) fn create_token(ca: &Path, node: &str, serve: &str, ttl: &str, uses: 
 }
 
 fn open(ca: &Path) -> Result<CaDir, Failure> {
-    CaDir::open(ca).map_err(|err| Failure::from(err).hint("make a CA first: weft ca init -dir DIR -trust-domain DOMAIN"))
+    CaDir::open(ca)
+        .map_err(|err| Failure::from(err).hint("make a CA first: weft ca init -dir DIR -trust-domain DOMAIN"))
 }

@@ -7,7 +7,9 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 /// weft: a service mesh without a control plane.
 #[derive(Debug, Parser)]
 #[command(name = "weft", version, propagate_version = true, max_term_width = 110)]
-#[command(after_help = "Flags may be written with one dash or two: -node web-1, --node=web-1.\nExit codes: 0 done, 1 failed, 2 wrong usage.")]
+#[command(
+    after_help = "Flags may be written with one dash or two: -node web-1, --node=web-1.\nExit codes: 0 done, 1 failed, 2 wrong usage."
+)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) verb: Verb,
@@ -16,7 +18,9 @@ pub(crate) struct Cli {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Verb {
     /// Runs an agent in the foreground.
-    #[command(after_help = "Examples:\n  weft agent -dev\n  weft agent -node web-1 -data-dir /var/lib/weft -bind 10.0.0.1 -issuer ./ca/issuer-1\n  weft agent -node web-2 -data-dir /var/lib/weft -bind 10.0.0.2 -join 10.0.0.1 -token weft1-…")]
+    #[command(
+        after_help = "Examples:\n  weft agent -dev\n  weft agent -node web-1 -data-dir /var/lib/weft -bind 10.0.0.1 -issuer ./ca/issuer-1\n  weft agent -node web-2 -data-dir /var/lib/weft -bind 10.0.0.2 -join 10.0.0.1 -token weft1-…"
+    )]
     Agent(Box<AgentArgs>),
     /// Runs three agents and two echo services on loopback, and calls them through the mesh.
     #[command(after_help = "Example:\n  weft demo --once")]

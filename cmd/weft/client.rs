@@ -66,7 +66,8 @@ impl Client {
         let addr = &self.addr;
         let stream = TcpStream::connect(addr.as_str()).await.with_context(|| format!("no agent answers at {addr}"));
         let stream = stream.map_err(|err| {
-            Failure::from(err).hint("start one with `weft agent …` (or `weft agent -dev`), or name its address with -http-addr")
+            Failure::from(err)
+                .hint("start one with `weft agent …` (or `weft agent -dev`), or name its address with -http-addr")
         })?;
         let context = || format!("the exchange with {addr} broke off; is it a weft agent's HTTP API?");
         let (mut sender, connection) =
@@ -75,7 +76,8 @@ impl Client {
         if let Some(token) = &self.token {
             request = request.header("x-consul-token", token);
         }
-        let request = request.body(Full::new(body)).context("cannot form the request: check -token for odd characters")?;
+        let request =
+            request.body(Full::new(body)).context("cannot form the request: check -token for odd characters")?;
         let answer = async {
             let response = sender.send_request(request).await.with_context(context)?;
             let status = response.status();
@@ -106,7 +108,9 @@ fn refusal(status: http::StatusCode, body: &[u8]) -> Failure {
 
 /// Takes `host:port`, `host` or `http://host:port`.
 fn parse_addr(text: &str) -> Result<String, Failure> {
-    let refuse = |why: &str| Failure::text(format!("cannot use the agent address `{text}`: {why}")).hint("give -http-addr as host:port");
+    let refuse = |why: &str| {
+        Failure::text(format!("cannot use the agent address `{text}`: {why}")).hint("give -http-addr as host:port")
+    };
     if text.starts_with("https://") || text.starts_with("unix://") {
         return Err(refuse("only plain HTTP over TCP is spoken here"));
     }

@@ -38,14 +38,17 @@ pub(crate) fn datacenters(args: &ListArgs) -> Result<(), Failure> {
 
 pub(crate) fn nodes(args: &ListArgs) -> Result<(), Failure> {
     list(args, "/v1/catalog/nodes", |value| {
-        let row = |node: &Value| [text(node, "Node"), text(node, "ID"), text(node, "Address"), text(node, "Datacenter")];
+        let row =
+            |node: &Value| [text(node, "Node"), text(node, "ID"), text(node, "Address"), text(node, "Datacenter")];
         table::render(["Node", "ID", "Address", "DC"], &rows(value, row))
     })
 }
 
 pub(crate) fn services(args: &ListArgs) -> Result<(), Failure> {
     list(args, "/v1/catalog/services", |value| {
-        let row = |(name, tags): (&String, &Value)| [name.clone(), rows(tags, |tag| tag.as_str().unwrap_or_default().to_owned()).join(",")];
+        let row = |(name, tags): (&String, &Value)| {
+            [name.clone(), rows(tags, |tag| tag.as_str().unwrap_or_default().to_owned()).join(",")]
+        };
         let services: Vec<[String; 2]> = value.as_object().into_iter().flatten().map(row).collect();
         table::render(["Service", "Tags"], &services)
     })
@@ -155,8 +158,10 @@ fn definitions(file: &Path, mut root: serde_json::Map<String, Value>) -> Result<
     match root.keys().next() {
         Some(key) => Err(Failure::text(format!("{}: {key}: only services can be registered", file.display()))
             .hint("other keys belong into the agent's config")),
-        None if services.is_empty() => Err(Failure::text(format!("{}: defines no service", file.display()))
-            .hint("write service { name = \"web\" … }")),
+        None if services.is_empty() => {
+            Err(Failure::text(format!("{}: defines no service", file.display()))
+                .hint("write service { name = \"web\" … }"))
+        }
         None => Ok(services),
     }
 }

@@ -255,7 +255,9 @@ mod tests {
             service {
               name = "web"
               check { http = "http://127.0.0.1:80/" }
-              proxy { upstreams { destination_name = "db" } }
+              proxy {
+                upstreams { destination_name = "db" }
+              }
             }
             service { name = "db" }
         "#;
@@ -293,7 +295,9 @@ mod tests {
 
     #[test]
     fn absurd_nesting_is_refused_before_it_is_parsed() {
-        for text in ["[".repeat(100_000), "a = ".to_owned() + &"!".repeat(100_000), "a = ".to_owned() + &"-".repeat(100_000)] {
+        for text in
+            ["[".repeat(100_000), "a = ".to_owned() + &"!".repeat(100_000), "a = ".to_owned() + &"-".repeat(100_000)]
+        {
             assert!(hcl(&text).is_err());
             assert!(parse_text(Path::new("a.json"), &text).is_err());
         }
@@ -312,7 +316,8 @@ mod tests {
         for name in ["b.hcl", "a.json", "c.hcl.bak", "README", "10.hcl"] {
             std::fs::write(dir.path().join(name), "").unwrap();
         }
-        let names: Vec<_> = list_directory(dir.path()).unwrap().iter().map(|f| f.file_name().unwrap().to_owned()).collect();
+        let names: Vec<_> =
+            list_directory(dir.path()).unwrap().iter().map(|f| f.file_name().unwrap().to_owned()).collect();
         assert_eq!(names, ["10.hcl", "a.json", "b.hcl"]);
     }
 

@@ -12,8 +12,16 @@ use super::problem::{Problem, Source, Warning};
 
 /// Keys that configure servers or features which weft does not need: accepted, so that Consul's files load.
 const CONSUL_ONLY: [&str; 10] = [
-    "server", "bootstrap", "bootstrap_expect", "acl", "autopilot", "performance", "primary_datacenter", "encrypt",
-    "ui_config", "connect",
+    "server",
+    "bootstrap",
+    "bootstrap_expect",
+    "acl",
+    "autopilot",
+    "performance",
+    "primary_datacenter",
+    "encrypt",
+    "ui_config",
+    "connect",
 ];
 /// Ports of Consul's that weft has not.
 const CONSUL_ONLY_PORTS: [&str; 7] = ["dns", "https", "grpc", "grpc_tls", "serf_lan", "serf_wan", "server"];
@@ -170,7 +178,9 @@ impl Raw {
         let parsed = match value {
             Value::String(text) => parse_duration(text),
             // Consul's JSON takes bare numbers as nanoseconds.
-            _ => value.as_u64().map(Duration::from_nanos).ok_or_else(|| "must be a duration such as \"10s\"".to_owned()),
+            _ => {
+                value.as_u64().map(Duration::from_nanos).ok_or_else(|| "must be a duration such as \"10s\"".to_owned())
+            }
         };
         match parsed {
             Ok(value) => {

@@ -324,7 +324,10 @@ impl Resolver<'_> {
             return IdentitySource::Dev { trust_domain, serve };
         }
         if let (Some(serve), None) = (self.raw.serve.clone(), &issuer) {
-            self.refuse(&serve, "works with -issuer only: on other nodes the join token sets the scope (weft token create -serve)");
+            self.refuse(
+                &serve,
+                "works with -issuer only: on other nodes the join token sets the scope (weft token create -serve)",
+            );
         }
         match (issuer, token_given) {
             (Some(issuer), token_given) => {
@@ -376,7 +379,8 @@ impl Resolver<'_> {
         if let (Some(given), Some(token)) = (&given, &token) {
             let header_safe = token.reveal().bytes().all(|byte| byte.is_ascii_graphic());
             if token.reveal().len() < ADMIN_TOKEN_BYTES_MIN || !header_safe {
-                let rule = format!("must be at least {ADMIN_TOKEN_BYTES_MIN} printable ASCII characters without spaces");
+                let rule =
+                    format!("must be at least {ADMIN_TOKEN_BYTES_MIN} printable ASCII characters without spaces");
                 self.refuse(given, rule);
             }
         }

@@ -9,7 +9,7 @@ use super::*;
 fn every_problem_of_every_source_is_reported_in_one_run() {
     let dir = tempfile::tempdir().unwrap();
     let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
-    write("a.hcl", "node_name = \"a b\"\nnode_nmae = \"x\"\nports { http = 99999 \n mush = 1 }\nworkers = \"two\"\n");
+    write("a.hcl", "node_name = \"a b\"\nnode_nmae = \"x\"\nports {\n http = 99999\n mush = 1\n}\nworkers = \"two\"\n");
     write("b.json", r#"{"datacenter": "DC 1", "retry_join": ["ok", "not ok", 7], "log_level": "loud"}"#);
     write("c.hcl", "client_addr = \n");
     let settings = vec![
@@ -66,7 +66,11 @@ fn each_rule_between_keys_is_named_with_what_to_do() {
     check(durable, json!({"node_meta": {"a b": "x"}}), "node_meta.a b = x: needs a key of");
     check(durable, json!({"trust_domain": "PROD"}), "trust domain `PROD` has the character 'P'");
     check(durable, json!({"service": 7}), "service = 7: must be a block");
-    check(durable, json!({"services": [{"name": "web"}, {"name": "web"}]}), "services[1].id = web: is the ID of another");
+    check(
+        durable,
+        json!({"services": [{"name": "web"}, {"name": "web"}]}),
+        "services[1].id = web: is the ID of another",
+    );
     check(Mode::Dev, json!({"data_dir": "/d"}), "data_dir = /d: must not be set with -dev");
     check(Mode::Dev, json!({"retry_join": "10.0.0.1"}), "must not be set with -dev");
     check(Mode::Dev, json!({"issuer": "/"}), "issuer = /: must not be set with -dev");
@@ -74,7 +78,8 @@ fn each_rule_between_keys_is_named_with_what_to_do() {
 
 #[test]
 fn a_problem_never_shows_a_secret() {
-    let text = load_json(Mode::Durable, json!({"admin_token": "hunter2", "token": "weft1-hush"})).unwrap_err().to_string();
+    let text =
+        load_json(Mode::Durable, json!({"admin_token": "hunter2", "token": "weft1-hush"})).unwrap_err().to_string();
     assert!(text.contains("admin_token: ") && !text.contains("hunter2") && !text.contains("hush"), "{text}");
     let config = load_json(Mode::Durable, json!({"admin_token": "0123456789abcdef"})).unwrap();
     assert!(!format!("{config:?}").contains("0123456789abcdef"));
@@ -92,20 +97,22 @@ fn hcl_and_json_say_the_same() {
         retry_join = ["10.0.0.1", "seed.example:8301"]
         token = "weft1-abc"
         node_meta { rack = "a1" }
-        ports { http = 8501 shared_http = 8081 }
+        ports {
+          http = 8501
+          shared_http = 8081
+        }
         drain_timeout = "1m30s"
         leave_on_terminate = false
         log_json = true
         workers = 3
-    "#
-    .replace("8501 shared", "8501\n shared");
+    "#;
     let json = json!({
         "node_name": "web-2", "datacenter": "eu-1", "data_dir": "/var/lib/weft", "bind_addr": "0.0.0.0",
         "advertise_addr": "10.0.0.2", "client_addr": "127.0.0.2", "retry_join": ["10.0.0.1", "seed.example:8301"],
         "token": "weft1-abc", "node_meta": {"rack": "a1"}, "ports": {"http": 8501, "shared_http": 8081},
         "drain_timeout": 90_000_000_000_u64, "leave_on_terminate": false, "log_json": true, "workers": 3,
     });
-    let from_hcl = load_text("a.hcl", &hcl).unwrap();
+    let from_hcl = load_text("a.hcl", hcl).unwrap();
     let from_json = load_text("a.json", &json.to_string()).unwrap();
     assert_eq!(from_hcl, from_json);
     assert_eq!(from_hcl.mesh_advertise, "10.0.0.2:8301".parse().unwrap());
@@ -121,7 +128,8 @@ fn hcl_and_json_say_the_same() {
 fn later_files_replace_values_append_lists_and_merge_maps_and_flags_come_last() {
     let dir = tempfile::tempdir().unwrap();
     let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
-    let shared = "node_name = \"first\"\ndata_dir = \"/d\"\nretry_join = [\"a\"]\nnode_meta { x = \"1\" \n y = \"1\" }\n";
+    let shared =
+        "node_name = \"first\"\ndata_dir = \"/d\"\nretry_join = [\"a\"]\nnode_meta {\n x = \"1\"\n y = \"1\"\n}\n";
     write("10.hcl", shared);
     write("20.json", r#"{"node_name": "second", "retry_join": ["b", "a"], "node_meta": {"y": "2"}, "workers": 2}"#);
     let settings = vec![
@@ -202,17 +210,45 @@ fn services_of_files_take_the_client_address_for_their_upstreams() {
     let text = r#"
         data_dir = "/d"
         client_addr = "127.0.0.3"
-        service { name = "web" 
+        service {
+          name = "web"
           port = 8080
-          proxy { upstreams { destination_name = "db" 
-            local_bind_port = 9191 } } }
-        service { name = "db" 
-          port = 5432 }
+          proxy {
+            upstreams {
+              destination_name = "db"
+              local_bind_port = 9191
+            }
+          }
+        }
+        service {
+          name = "db"
+          port = 5432
+        }
     "#;
     let config = load_text("a.hcl", text).unwrap();
     let names: Vec<&str> = config.services.iter().map(|service| service.record.id.as_str()).collect();
     assert_eq!(names, ["web", "db"]);
     assert_eq!(config.services[0].upstreams[0].bind, "127.0.0.3:9191".parse().unwrap());
+}
+
+#[test]
+fn the_shipped_configurations_are_valid() {
+    let top = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let load_path = |path: &str| load(&Inputs { paths: vec![top.join(path)], ..Inputs::default() }, &host());
+    let packaged = load_path("deploy/weft.d").unwrap();
+    assert_eq!(packaged.services.len(), 1);
+    assert_eq!(packaged.warnings, []);
+    for path in ["examples/three-hosts/web-2.hcl", "examples/three-hosts/client.hcl"] {
+        assert_eq!(load_path(path).unwrap().join, ["127.0.0.1"], "{path}");
+    }
+    // Its issuer is made by the reader of the example.
+    let problems = load_path("examples/three-hosts/web-1.hcl").unwrap_err().problems;
+    assert_eq!(problems.iter().map(|problem| problem.key.as_str()).collect::<Vec<_>>(), ["issuer"]);
+    for path in ["service-web-1.hcl", "service-web-2.hcl", "service-shop.hcl"] {
+        let document = read_document(&top.join("examples/three-hosts").join(path)).unwrap();
+        let defaults = crate::registry::definition::DefinitionDefaults { bind_ip: [127, 0, 0, 1].into() };
+        crate::registry::definition::service_from_json(&document.root["service"], &defaults).unwrap();
+    }
 }
 
 proptest! {

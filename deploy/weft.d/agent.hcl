@@ -1,0 +1,22 @@
+# /etc/weft.d/agent.hcl: the agent of this host. `weft validate /etc/weft.d` checks it.
+
+# Default: the host name.
+node_name  = "web-1"
+datacenter = "dc1"
+data_dir   = "/var/lib/weft"
+
+# The address that other hosts reach: UDP 8301 must be open between them.
+bind_addr = "10.0.0.1"
+
+# The HTTP API; other addresses than loopback need admin_token_file.
+client_addr = "127.0.0.1"
+
+# The first node of a mesh holds an issuer that `weft ca init` made:
+#   issuer = "/etc/weft.d/issuer-1"
+# Every further one joins with a token of `weft token create`, needed at its first start only:
+#   retry_join = ["10.0.0.1"]
+#   token_file = "/etc/weft.d/join-token"
+
+leave_on_terminate = true
+drain_timeout      = "10s"
+log_level          = "info"

@@ -1,0 +1,5 @@
+node_name = "web-1"
+data_dir  = "/tmp/weft/web-1"
+bind_addr = "127.0.0.1"
+client_addr = "127.0.0.1"
+issuer = "./ca/issuer-1"
