@@ -11,7 +11,7 @@ pub enum Applied {
     Updated,
     /// What is held is as new or newer.
     Stale,
-    /// The delta builds on something that is not held (a version, a chain): pull the whole state, with [`Digest::none`].
+    /// The delta builds on something that is not held (a version, a chain): pull the whole state, with [`Digest::none`](super::Digest::none).
     Behind,
 }
 
