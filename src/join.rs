@@ -478,7 +478,6 @@ async fn write<T: serde::Serialize>(send: &mut quinn::SendStream, message: &T) -
     wire::write_frame(send, &wire::encode(message)?).await
 }
 
-
 #[cfg(test)]
 mod tests {
     use std::collections::HashMap;

@@ -6,9 +6,7 @@ use anyhow::Context as _;
 use weft::clock;
 use weft::config::parse_duration;
 use weft::model::{NamePattern, ServeScope, TrustDomain};
-use weft::pki::TokenClaims;
-use weft::pki::ca::CaDir;
-use weft::pki::token;
+use weft::pki::{self, CaDir, TokenClaims};
 
 use crate::failure::Failure;
 
@@ -27,7 +25,9 @@ pub(crate) fn init(dir: &Path, trust_domain: &str) -> Result<(), Failure> {
 
 /// `weft ca issuer create`
 pub(crate) fn create_issuer(ca: &Path) -> Result<(), Failure> {
-    let issuer = open(ca)?.create_issuer(clock::wall())?;
+    let issuer = CaDir::open(ca)
+        .create_issuer(clock::wall())
+        .map_err(|err| Failure::from(err).hint("make a CA first: weft ca init -dir DIR -trust-domain DOMAIN"))?;
     println!("Made {}. Copy it to the node that shall certify newcomers, and start it with -issuer.", issuer.display());
     Ok(())
 }
@@ -43,11 +43,6 @@ pub(crate) fn create_token(ca: &Path, node: &str, serve: &str, ttl: &str, uses: 
     let now = clock::wall();
     let id = *uuid::Uuid::new_v4().as_bytes();
     let claims = TokenClaims { id, node, serve, not_after: now.plus(ttl), uses };
-    println!("{}", token::create_token(ca, claims, now)?);
+    println!("{}", pki::create_token(ca, &claims)?);
     Ok(())
-}
-
-fn open(ca: &Path) -> Result<CaDir, Failure> {
-    CaDir::open(ca)
-        .map_err(|err| Failure::from(err).hint("make a CA first: weft ca init -dir DIR -trust-domain DOMAIN"))
 }

@@ -176,9 +176,12 @@ pub(crate) struct AgentArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct DemoArgs {
-    /// Ends with code 0 after the first round of calls.
+    /// Ends with code 0 after the fail-over instead of running on.
     #[arg(long)]
     pub(crate) once: bool,
+    /// First three numbers of the loopback addresses that the agents take.
+    #[arg(long, value_name = "A.B.C", default_value = "127.0.0")]
+    pub(crate) subnet: String,
 }
 
 #[derive(Debug, Subcommand)]

@@ -62,7 +62,9 @@ pub enum IdentityError {
     #[error("cannot join the mesh")]
     Join(#[from] JoinError),
     /// The stored certificate is of another trust domain than the config names.
-    #[error("the node's certificate is of trust domain `{found}`, the configuration says `{wanted}`: use another -data-dir, or correct -trust-domain")]
+    #[error(
+        "the node's certificate is of trust domain `{found}`, the configuration says `{wanted}`: use another -data-dir, or correct -trust-domain"
+    )]
     TrustDomain {
         /// What the configuration says.
         wanted: TrustDomain,
@@ -97,7 +99,10 @@ pub enum IdentityError {
 
 /// Returns the issuer, if this node is one, and the node's live identity: the stored one, or a new one that is on disk
 /// when this returns.
-pub(super) async fn obtain(config: &Config, store: &Store) -> Result<(Option<Arc<Issuer>>, Arc<Identity>), IdentityError> {
+pub(super) async fn obtain(
+    config: &Config,
+    store: &Store,
+) -> Result<(Option<Arc<Issuer>>, Arc<Identity>), IdentityError> {
     let now = clock::wall();
     let issuer = match &config.identity {
         IdentitySource::Dev { trust_domain, .. } => Some(Arc::clone(pki::ephemeral(trust_domain, now)?.issuer())),
@@ -289,7 +294,8 @@ impl Renewal {
     fn askable(&self) -> Vec<SocketAddr> {
         let members = self.gossip.members();
         let own = self.identity.authority();
-        let alive = |member: &&crate::gossip::MemberView| member.status == MemberStatus::Alive && member.name != *own.node();
+        let alive =
+            |member: &&crate::gossip::MemberView| member.status == MemberStatus::Alive && member.name != *own.node();
         let mut alive: Vec<_> = members.members.iter().filter(alive).collect();
         alive.sort_by_key(|member| !member.info.as_ref().is_some_and(|info| info.issuer));
         alive.into_iter().take(16).map(|member| member.addr).collect()

@@ -30,7 +30,7 @@ use crate::join::JoinServer;
 use crate::metrics::Metrics;
 use crate::model::{Generation, NodeInfo, NodeName};
 use crate::pki::Identity;
-use crate::proxy::{ListenerState, Proxy, ProxyError, ProxyHandle, ProxyParams};
+use crate::proxy::{ListenerState, OpenTunnel, OpenTunnels, Proxy, ProxyError, ProxyHandle, ProxyParams};
 use crate::registry::{Registry, RegistryHandle, RegistryParams};
 use crate::store::{Store, StoreError};
 use crate::supervise::{TaskFailure, Tasks};
@@ -98,6 +98,7 @@ pub struct Node {
     transport: ControlTransport,
     /// Taken by [`Node::run_until_stopped`].
     proxy: Mutex<Option<ProxyHandle>>,
+    tunnels: OpenTunnels,
     on_terminate: OnTerminate,
     tasks: Tasks,
     /// Cancelled when the API was asked to leave, or a task panicked.
@@ -152,7 +153,11 @@ impl Node {
         info!(addr = %sockets.addr, workers = config.workers, files_max, "mesh port is open");
         if !sockets.buffers.are_full() {
             let (send_bytes, receive_bytes) = (sockets.buffers.send_bytes, sockets.buffers.receive_bytes);
-            warn!(send_bytes, receive_bytes, "small socket buffers: bulk transfers lose packets; raise net.core.rmem_max and net.core.wmem_max to 4194304");
+            warn!(
+                send_bytes,
+                receive_bytes,
+                "small socket buffers: bulk transfers lose packets; raise net.core.rmem_max and net.core.wmem_max to 4194304"
+            );
         }
         let (issuer, identity) = identity::obtain(&config, &store).await?;
         let reset_key = store.reset_key()?;
@@ -204,7 +209,8 @@ impl Node {
         let joins = JoinServer::new(issuer.clone(), directory, Arc::new(glue::TokenFile(store.clone())));
         tasks.spawn("accept", glue::accept(control.clone(), incoming_tx, joins, tasks.clone(), stop.clone()));
         let expiry = identity::expiry_gauge(&metrics, &identity).map_err(part("identity's metrics"))?;
-        let renewal = identity::Renewal { identity: Arc::clone(&identity), issuer, store, gossip: gossip.clone(), expiry };
+        let renewal =
+            identity::Renewal { identity: Arc::clone(&identity), issuer, store, gossip: gossip.clone(), expiry };
         tasks.spawn("renewal", renewal.run(stop.clone()));
         let proxy = Proxy::start(ProxyParams {
             sockets: sockets.workers,
@@ -227,6 +233,7 @@ impl Node {
             identity,
             transport: control,
             proxy: Mutex::new(None),
+            tunnels: proxy.tunnels(),
             on_terminate: config.on_terminate,
             tasks,
             leaving,
@@ -327,6 +334,11 @@ impl Node {
     /// Its certificates.
     pub fn identity(&self) -> &Arc<Identity> {
         &self.identity
+    }
+
+    /// The tunnels that are open to other nodes, oldest first.
+    pub fn tunnels(&self) -> Vec<OpenTunnel> {
+        self.tunnels.list()
     }
 
     /// Asks the node to stop, as a termination signal does; [`Node::run_until_stopped`] does it.

@@ -172,9 +172,8 @@ impl NodeAuthority {
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, PkiError> {
         let stored: Stored = wire::decode(bytes, STORED_BYTES_MAX).map_err(PkiError::Stored)?;
         let certificates = |list: Vec<Vec<u8>>| list.into_iter().map(CertificateDer::from).collect::<Vec<_>>();
-        let key =
-            KeyPair::from_pkcs8_der_and_sign_algo(&PrivatePkcs8KeyDer::from(stored.key), &PKCS_ECDSA_P256_SHA256)
-                .map_err(|source| PkiError::Make { what: "a key from the stored identity", source })?;
+        let key = KeyPair::from_pkcs8_der_and_sign_algo(&PrivatePkcs8KeyDer::from(stored.key), &PKCS_ECDSA_P256_SHA256)
+            .map_err(|source| PkiError::Make { what: "a key from the stored identity", source })?;
         let chain = certificates(stored.chain);
         let bundle = TrustBundle { trust_domain: stored.trust_domain, roots: certificates(stored.roots) };
         let Some(certificate) = chain.first() else {

@@ -124,11 +124,7 @@ fn make_issuer(
     Ok(Pair { key, certificate })
 }
 
-fn make_operator(
-    root: &rcgen::Issuer<'_, &KeyPair>,
-    domain: &TrustDomain,
-    now: UnixSeconds,
-) -> Result<Pair, PkiError> {
+fn make_operator(root: &rcgen::Issuer<'_, &KeyPair>, domain: &TrustDomain, now: UnixSeconds) -> Result<Pair, PkiError> {
     let name: NodeName = "operator".parse().expect("a fixed, well-formed name");
     let key = generate_key()?;
     let certificate = operator_params(domain, &name, now)?.signed_by(&key, root).map_err(make("an operator"))?;

@@ -23,9 +23,10 @@ pub(super) fn encode(node: &NodeName, scope: &ServeScope) -> Result<CustomExtens
         return Err(PkiError::ScopeTooLong { bytes: scope.len(), bytes_max: SCOPE_BYTES_MAX });
     }
     let text = format!("{node} {scope}");
-    let content = Utf8String::new(&text)
-        .to_der_vec()
-        .map_err(|source| PkiError::Make { what: "the scope extension", source: rcgen::Error::X509(source.to_string()) })?;
+    let content = Utf8String::new(&text).to_der_vec().map_err(|source| PkiError::Make {
+        what: "the scope extension",
+        source: rcgen::Error::X509(source.to_string()),
+    })?;
     Ok(CustomExtension::from_oid_content(&OID, content))
 }
 

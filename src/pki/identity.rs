@@ -135,7 +135,8 @@ impl Identity {
                 continue;
             }
             let is_used = now.since(used) < super::certificate::LEAF_LIFE;
-            let next = if is_used { Some(Managed::new(state.authority.mint_service(service, now)?, now)) } else { None };
+            let next =
+                if is_used { Some(Managed::new(state.authority.mint_service(service, now)?, now)) } else { None };
             if let Some(next) = &next {
                 next.used.store(used.0, Ordering::Relaxed);
             }

@@ -140,7 +140,9 @@ pub enum PkiError {
         remedy: &'static str,
     },
     /// The serve scope does not fit a certificate.
-    #[error("serve scope has {bytes} bytes of text; at most {bytes_max} fit a certificate: use fewer or wider patterns")]
+    #[error(
+        "serve scope has {bytes} bytes of text; at most {bytes_max} fit a certificate: use fewer or wider patterns"
+    )]
     ScopeTooLong {
         /// Its length.
         bytes: usize,

@@ -20,13 +20,12 @@ use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use rustls::time_provider::TimeProvider;
 use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, OtherError, ServerConfig,
-    SignatureScheme,
+    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, OtherError, ServerConfig, SignatureScheme,
 };
 
 use super::certificate::root_digest;
 use super::verify::{self, VerifyError};
-use super::{Identity, Plane, PkiError, Svid, TrustBundle};
+use super::{Identity, PkiError, Plane, Svid, TrustBundle};
 use crate::clock::{self, UnixSeconds};
 use crate::model::{NodeName, SpiffeId};
 
@@ -280,9 +279,9 @@ impl JoinVerifier {
         };
         let peer = match verify::check_peer(&shown, &bundle, self.now) {
             Err(doubt @ (VerifyError::NotYetValid { .. } | VerifyError::Expired { .. })) => {
-                let at = shown.iter().try_fold(UnixSeconds(0), |at, der| {
-                    verify::validity_of(der).map(|(from, _)| at.max(from))
-                })?;
+                let at = shown
+                    .iter()
+                    .try_fold(UnixSeconds(0), |at, der| verify::validity_of(der).map(|(from, _)| at.max(from)))?;
                 let peer = verify::check_peer(&shown, &bundle, at)?;
                 let _first = self.doubt.set(doubt);
                 peer

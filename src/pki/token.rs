@@ -58,7 +58,9 @@ pub enum TokenError {
         bytes: usize,
     },
     /// The token pins a root that is not trusted here.
-    #[error("the join token is of another CA than this mesh's (`{trust_domain}`): make one with this mesh's CA directory")]
+    #[error(
+        "the join token is of another CA than this mesh's (`{trust_domain}`): make one with this mesh's CA directory"
+    )]
     WrongCa {
         /// The trust domain of this mesh.
         trust_domain: crate::model::TrustDomain,
@@ -76,7 +78,9 @@ pub enum TokenError {
         now: UnixSeconds,
     },
     /// The operator's certificate is refused.
-    #[error("the join token's operator is not certified by this mesh's CA ({0}): make the token with a valid operator key")]
+    #[error(
+        "the join token's operator is not certified by this mesh's CA ({0}): make the token with a valid operator key"
+    )]
     Operator(VerifyError),
     /// The operator's signature does not fit the claims.
     #[error("the join token's signature is wrong: it was altered; make a new one with `weft token create`")]
@@ -192,8 +196,7 @@ impl Operator {
         let payload = Payload { claims: claims.clone(), operator: self.certificate.to_vec(), signature };
         let encoded = wire::encode(&payload).map_err(PkiError::Stored)?;
         let root_digest = root_digest(&self.root);
-        let text =
-            format!("{PREFIX}{}-{}", URL_SAFE_NO_PAD.encode(root_digest), URL_SAFE_NO_PAD.encode(encoded));
+        let text = format!("{PREFIX}{}-{}", URL_SAFE_NO_PAD.encode(root_digest), URL_SAFE_NO_PAD.encode(encoded));
         Ok(Token { root_digest, payload, text })
     }
 }

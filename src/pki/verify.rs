@@ -104,7 +104,9 @@ pub enum VerifyError {
         theirs: TrustDomain,
     },
     /// No path to a trusted root.
-    #[error("chain leads to no root that this node trusts ({reason}): the peer was certified by another CA, join it again")]
+    #[error(
+        "chain leads to no root that this node trusts ({reason}): the peer was certified by another CA, join it again"
+    )]
     Path {
         /// What path validation says.
         reason: String,
@@ -552,9 +554,7 @@ pub(super) fn bundle_of(root: &CertificateDer<'_>) -> Result<TrustBundle, Verify
 /// Finds the root of `bundle` that certifies `issuer`; none if there is none.
 pub(super) fn root_of<'b>(issuer: &CertificateDer<'_>, bundle: &'b TrustBundle) -> Option<&'b CertificateDer<'static>> {
     let issuer = parse(ISSUER, issuer).ok()?;
-    bundle.roots.iter().find(|der| {
-        parse(ROOT, der).is_ok_and(|root| check_link(&issuer, &root, der).is_ok())
-    })
+    bundle.roots.iter().find(|der| parse(ROOT, der).is_ok_and(|root| check_link(&issuer, &root, der).is_ok()))
 }
 
 #[cfg(test)]

@@ -2,7 +2,8 @@ use proptest::prelude::*;
 use rcgen::{CertificateParams, CustomExtension, IsCa, KeyPair, KeyUsagePurpose, SanType};
 
 use super::super::certificate::{
-    ISSUER_LIFE, LEAF_LIFE, NODE_LIFE, Validity, generate_key, issuer_params, leaf_params, node_params, root_params, sign,
+    ISSUER_LIFE, LEAF_LIFE, NODE_LIFE, Validity, generate_key, issuer_params, leaf_params, node_params, root_params,
+    sign,
 };
 use super::*;
 

@@ -240,7 +240,13 @@ fn code_of(name: &HeaderName) -> Option<u8> {
 fn is_framing(name: &str) -> bool {
     matches!(
         name,
-        "connection" | "transfer-encoding" | "host" | "keep-alive" | "proxy-connection" | "proxy-authorization" | "proxy-authenticate"
+        "connection"
+            | "transfer-encoding"
+            | "host"
+            | "keep-alive"
+            | "proxy-connection"
+            | "proxy-authorization"
+            | "proxy-authenticate"
     )
 }
 

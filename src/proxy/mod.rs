@@ -15,6 +15,7 @@ pub(crate) mod http;
 mod inbound;
 mod listener;
 mod metrics;
+mod open;
 mod outbound;
 mod pick;
 mod preamble;
@@ -40,8 +41,9 @@ use crate::metrics::Metrics;
 use crate::pki::Identity;
 use crate::transport::{BindError, Credentials, Lane, NodeCredentials};
 
+pub use open::{OpenTunnel, OpenTunnels};
 pub(crate) use pick::Tried;
-pub(crate) use preamble::{StreamKind, StreamStatus};
+pub(crate) use preamble::StreamKind;
 pub(crate) use worker::{Caller, OpenError, Opened, Route, Source, Worker};
 
 /// What the data plane runs on.
@@ -159,7 +161,8 @@ fn start(params: StartParams, metrics: &Metrics) -> Result<ProxyHandle, ProxyErr
     let died = Arc::new(watch::Sender::new(None));
     let drain = params.stop.child_token();
     let workers = u8::try_from(params.sockets.len()).unwrap_or(u8::MAX);
-    let mut handle = ProxyHandle { threads: Vec::new(), drain, died: Arc::clone(&died), listeners };
+    let mut handle =
+        ProxyHandle { threads: Vec::new(), drain, died: Arc::clone(&died), listeners, open: OpenTunnels::default() };
     for (index, socket) in (0..workers).zip(params.sockets) {
         let setup = Setup {
             socket,
@@ -170,6 +173,7 @@ fn start(params: StartParams, metrics: &Metrics) -> Result<ProxyHandle, ProxyErr
             snapshot: params.snapshot.clone(),
             shared_http: params.shared_http,
             metrics: proxy_metrics.clone(),
+            open: handle.open.clone(),
             http_metrics: http_metrics.clone(),
             drain: handle.drain.clone(),
             drain_timeout: params.drain_timeout,
@@ -197,9 +201,15 @@ pub struct ProxyHandle {
     drain: CancellationToken,
     died: Arc<watch::Sender<Died>>,
     listeners: Arc<watch::Sender<Listeners>>,
+    open: OpenTunnels,
 }
 
 impl ProxyHandle {
+    /// Returns the list of open tunnels; it stays current.
+    pub fn tunnels(&self) -> OpenTunnels {
+        self.open.clone()
+    }
+
     /// Returns how the local ports fare, and wakes at each change.
     pub fn listeners(&self) -> watch::Receiver<Listeners> {
         self.listeners.subscribe()

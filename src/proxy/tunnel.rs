@@ -17,6 +17,7 @@ use tokio::sync::OnceCell;
 use tokio::time::Instant;
 
 use super::metrics::ProxyMetrics;
+use super::open::{Entry, OpenTunnel, OpenTunnels};
 use crate::clock::{self, UnixSeconds};
 use crate::model::{Generation, NodeName, ServiceName};
 use crate::pki::PeerIdentity;
@@ -53,6 +54,7 @@ pub(crate) struct Tunnel {
     pub(crate) peer: PeerIdentity,
     not_after: UnixSeconds,
     gauge: prometheus::IntGauge,
+    _listed: Entry,
 }
 
 impl Tunnel {
@@ -94,12 +96,13 @@ impl Slot {
 pub(crate) struct Tunnels {
     slots: RefCell<HashMap<TunnelKey, Rc<Slot>>>,
     metrics: ProxyMetrics,
+    open: OpenTunnels,
 }
 
 impl Tunnels {
     /// Holds nothing yet.
-    pub(crate) fn new(metrics: ProxyMetrics) -> Self {
-        Self { slots: RefCell::default(), metrics }
+    pub(crate) fn new(metrics: ProxyMetrics, open: OpenTunnels) -> Self {
+        Self { slots: RefCell::default(), metrics, open }
     }
 
     /// Returns the tunnel of `key`; dials it if there is none, together with all who ask meanwhile.
@@ -158,7 +161,14 @@ impl Tunnels {
                 self.metrics.handshakes.with_label_values(&["dialer"]).inc();
                 let gauge = self.metrics.tunnels.with_label_values(&["dialer"]);
                 gauge.inc();
-                Ok(Rc::new(Tunnel { connection, peer, not_after, gauge }))
+                let listed = self.open.add(OpenTunnel {
+                    source: key.source.clone(),
+                    peer: peer.id.clone(),
+                    addr: key.addr,
+                    scope: peer.scope.clone(),
+                    not_after: peer.not_after,
+                });
+                Ok(Rc::new(Tunnel { connection, peer, not_after, gauge, _listed: listed }))
             }
             Err(error) => {
                 self.metrics.dial_failures.with_label_values(&[error.kind()]).inc();

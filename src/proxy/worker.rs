@@ -20,6 +20,7 @@ use tracing::{error, info, warn};
 use super::http::HttpState;
 use super::http::metrics::HttpMetrics;
 use super::metrics::{Edges, ProxyMetrics};
+use super::open::OpenTunnels;
 use super::pick::{NoInstance, Picker, Tried};
 use super::preamble::{Preamble, StreamKind};
 use super::tunnel::{Tunnel, TunnelKey, Tunnels};
@@ -122,6 +123,7 @@ pub(super) struct Setup {
     pub(super) snapshot: SnapshotReader,
     pub(super) shared_http: Option<SocketAddr>,
     pub(super) metrics: ProxyMetrics,
+    pub(super) open: OpenTunnels,
     pub(super) http_metrics: HttpMetrics,
     pub(super) drain: CancellationToken,
     pub(super) drain_timeout: Duration,
@@ -208,7 +210,7 @@ impl Worker {
             connections: Rc::default(),
             streams: Rc::default(),
             snapshot: setup.snapshot,
-            tunnels: Tunnels::new(setup.metrics.clone()),
+            tunnels: Tunnels::new(setup.metrics.clone(), setup.open),
             metrics: setup.metrics,
             picker: RefCell::default(),
             tasks: TaskTracker::new(),

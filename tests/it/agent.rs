@@ -159,7 +159,14 @@ impl Agent {
     }
 
     /// Sends one request to `addr` from the agent's host.
-    pub(crate) fn call(&self, addr: SocketAddr, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Result<Answer, String> {
+    pub(crate) fn call(
+        &self,
+        addr: SocketAddr,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &str,
+    ) -> Result<Answer, String> {
         self.inside(|| request(addr, method, path, headers, body))
     }
 
@@ -265,7 +272,11 @@ impl Drop for Agent {
         if std::thread::panicking() {
             let log = self.log();
             let tail: Vec<&str> = log.lines().rev().take(40).collect();
-            eprintln!("-- last lines of {}'s log\n{}", self.name, tail.into_iter().rev().collect::<Vec<_>>().join("\n"));
+            eprintln!(
+                "-- last lines of {}'s log\n{}",
+                self.name,
+                tail.into_iter().rev().collect::<Vec<_>>().join("\n")
+            );
         }
         let _already_ended = self.child.kill();
         let _reaped = self.child.wait();

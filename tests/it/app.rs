@@ -107,7 +107,8 @@ fn answer_http(stream: TcpStream, name: &str) {
         let mut words = line.split(' ');
         let (method, path) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
         let text = format!("{name} {method} {path} {xfcc} {}", String::from_utf8_lossy(&body));
-        let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\nContent-Type: text/plain\r\n\r\n{text}", text.len());
+        let answer =
+            format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\nContent-Type: text/plain\r\n\r\n{text}", text.len());
         if writer.write_all(answer.as_bytes()).is_err() {
             return;
         }

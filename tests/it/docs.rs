@@ -19,7 +19,9 @@ fn metrics_in_source(dir: &Path, found: &mut BTreeSet<String>) {
 }
 
 fn is_metric(text: &str) -> bool {
-    text.starts_with("weft_") && text.len() > 8 && text.chars().all(|c| c.is_ascii_lowercase() || c == '_' || c.is_ascii_digit())
+    text.starts_with("weft_")
+        && text.len() > 8
+        && text.chars().all(|c| c.is_ascii_lowercase() || c == '_' || c.is_ascii_digit())
 }
 
 #[test]
@@ -28,8 +30,12 @@ fn every_metric_is_documented_and_every_documented_metric_exists() {
     let mut source = BTreeSet::new();
     metrics_in_source(&root.join("src"), &mut source);
     let text = fs::read_to_string(root.join("api/metrics.md")).unwrap();
-    let documented: BTreeSet<String> =
-        text.lines().filter(|l| l.starts_with("| `weft_")).filter_map(|l| l.split('`').nth(1)).map(str::to_owned).collect();
+    let documented: BTreeSet<String> = text
+        .lines()
+        .filter(|l| l.starts_with("| `weft_"))
+        .filter_map(|l| l.split('`').nth(1))
+        .map(str::to_owned)
+        .collect();
     assert!(source.len() > 20, "found only {} metrics in the sources", source.len());
     let missing: Vec<_> = source.difference(&documented).collect();
     let stale: Vec<_> = documented.difference(&source).collect();

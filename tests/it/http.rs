@@ -29,7 +29,13 @@ impl Answer {
 }
 
 /// Sends one request from this thread's network namespace.
-pub(crate) fn request(addr: SocketAddr, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Result<Answer, String> {
+pub(crate) fn request(
+    addr: SocketAddr,
+    method: &str,
+    path: &str,
+    headers: &[(&str, &str)],
+    body: &str,
+) -> Result<Answer, String> {
     let text = |e: std::io::Error| format!("{method} http://{addr}{path}: {e}");
     let mut stream = TcpStream::connect_timeout(&addr, Duration::from_secs(5)).map_err(text)?;
     stream.set_read_timeout(Some(Duration::from_secs(20))).map_err(text)?;

@@ -26,15 +26,23 @@ fn rules() -> BTreeMap<&'static str, &'static [&'static str]> {
         (
             "gossip",
             &[
-                "catalogue", "clock", "membership", "metrics", "model", "pki", "registry", "replica", "store",
-                "supervise", "telemetry", "transport", "wire",
+                "catalogue",
+                "clock",
+                "membership",
+                "metrics",
+                "model",
+                "pki",
+                "registry",
+                "replica",
+                "store",
+                "supervise",
+                "telemetry",
+                "transport",
+                "wire",
             ],
         ),
         ("proxy", &["catalogue", "clock", "metrics", "model", "pki", "routing", "telemetry", "transport"]),
-        (
-            "api",
-            &["catalogue", "clock", "gossip", "metrics", "model", "pki", "registry", "supervise", "telemetry"],
-        ),
+        ("api", &["catalogue", "clock", "gossip", "metrics", "model", "pki", "registry", "supervise", "telemetry"]),
         ("config", &["model", "registry"]),
     ])
 }
@@ -73,7 +81,12 @@ fn bincode_is_named_in_wire_alone() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let names: Vec<PathBuf> = rust_files(&root)
         .into_iter()
-        .filter(|file| fs::read_to_string(file).unwrap().lines().any(|l| !l.trim_start().starts_with("//") && l.contains("bincode::")))
+        .filter(|file| {
+            fs::read_to_string(file)
+                .unwrap()
+                .lines()
+                .any(|l| !l.trim_start().starts_with("//") && l.contains("bincode::"))
+        })
         .collect();
     assert_eq!(names, [root.join("wire.rs")]);
 }

@@ -57,7 +57,10 @@ impl Lab {
             let addr = Ipv4Addr::new(10, 77, 0, number);
             self.hosts.push(Host { netns: netns.clone(), ip: addr.into() });
             let port = format!("p{number}");
-            ip(&["-n", &netns, "link", "add", "eth0", "mtu", "1500", "type", "veth", "peer", "name", &port, "netns", &hub])?;
+            ip(&[
+                "-n", &netns, "link", "add", "eth0", "mtu", "1500", "type", "veth", "peer", "name", &port, "netns",
+                &hub,
+            ])?;
             ip(&["-n", &hub, "link", "set", &port, "master", "br0", "up"])?;
             ip(&["-n", &netns, "addr", "add", &format!("{addr}/24"), "dev", "eth0"])?;
             ip(&["-n", &netns, "link", "set", "eth0", "up"])?;

@@ -30,7 +30,13 @@ fn two_agents_on_one_host_join_and_the_verbs_tell_it() {
     let app = App::http(None, "127.77.0.2:0".parse().unwrap(), "app");
     let file = n2.dir().join("web.hcl");
     let port = app.addr.port();
-    fs::write(&file, format!("service {{\n  name = \"web\"\n  address = \"127.77.0.2\"\n  port = {port}\n  protocol = \"http\"\n}}\n")).unwrap();
+    fs::write(
+        &file,
+        format!(
+            "service {{\n  name = \"web\"\n  address = \"127.77.0.2\"\n  port = {port}\n  protocol = \"http\"\n}}\n"
+        ),
+    )
+    .unwrap();
     let at = |agent: &Agent| format!("-http-addr={}", agent.api);
 
     weft_ok(&["services", "register", &at(&n2), path(&file)]);
@@ -62,7 +68,10 @@ fn the_shared_http_port_routes_by_host() {
     };
     let app = App::http(None, "127.77.0.3:0".parse().unwrap(), "app");
     let port = app.addr.port();
-    n1.put_ok("/v1/agent/service/register", &format!(r#"{{"Name":"web","Address":"127.77.0.3","Port":{port},"Protocol":"http"}}"#));
+    n1.put_ok(
+        "/v1/agent/service/register",
+        &format!(r#"{{"Name":"web","Address":"127.77.0.3","Port":{port},"Protocol":"http"}}"#),
+    );
     n1.wait_passing("web", &["web"]);
     let shared = "127.77.0.3:8480".parse().unwrap();
     let body = until("the shared port answers", || {

@@ -11,7 +11,7 @@ mod docs;
 mod http;
 mod imports;
 mod lab;
+mod loopback;
 mod netns_bad_input;
 mod netns_cluster;
-mod loopback;
 mod wait;

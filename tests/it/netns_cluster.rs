@@ -112,7 +112,10 @@ fn three_hosts_join_register_and_call_each_other() {
 fn tcp_keeps_its_meaning_through_the_mesh() {
     let Some(cluster) = cluster() else { return };
     let app = App::tcp(Some(&cluster.lab.host(2)), loopback(7000), "raw");
-    cluster.n2.put_ok("/v1/agent/service/register", r#"{"Name":"raw","Port":7000,"Check":{"TCP":"127.0.0.1:7000","Interval":"1s"}}"#);
+    cluster.n2.put_ok(
+        "/v1/agent/service/register",
+        r#"{"Name":"raw","Port":7000,"Check":{"TCP":"127.0.0.1:7000","Interval":"1s"}}"#,
+    );
     cluster.n3.put_ok("/v1/agent/service/register", CALLER);
     cluster.n3.wait_passing("raw", &["raw"]);
     wait_upstream(&cluster.n3, RAW_UPSTREAM);
@@ -144,7 +147,8 @@ fn tcp_keeps_its_meaning_through_the_mesh() {
     cluster.n3.inside(|| {
         let mut stream = TcpStream::connect(RAW_UPSTREAM).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-        let end = stream.read(&mut [0; 16]).expect_err("no instance: the connection is reset, not ended as if all were said");
+        let end =
+            stream.read(&mut [0; 16]).expect_err("no instance: the connection is reset, not ended as if all were said");
         assert_eq!(end.kind(), std::io::ErrorKind::ConnectionReset);
     });
 }
@@ -221,7 +225,8 @@ fn a_node_that_leaves_is_left_not_failed_and_its_name_is_free() {
 
     // Another host takes the name at once.
     let token = ca.token("n2", "web", "1h");
-    let again = Agent::start(&Spec::on(&lab.host(4), "n2", &["-join", "10.77.0.3", "-join", "10.77.0.1", "-token", &token]));
+    let again =
+        Agent::start(&Spec::on(&lab.host(4), "n2", &["-join", "10.77.0.3", "-join", "10.77.0.1", "-token", &token]));
     n1.wait_members(&["n1=1", "n2=1", "n3=1"]);
     let members = n1.get("/v1/agent/members");
     let n2 = members.as_array().unwrap().iter().find(|m| m["Name"] == "n2").unwrap();
@@ -258,6 +263,11 @@ fn a_blocking_query_wakes_when_another_node_registers() {
         });
         cluster.n2.put_ok("/v1/agent/service/register", r#"{"Name":"web","Port":8080}"#);
         let woken = watch.join().unwrap().unwrap();
-        assert_eq!(woken.json().as_array().unwrap().len(), 1, "the watcher wakes with the new instance: {}", woken.body);
+        assert_eq!(
+            woken.json().as_array().unwrap().len(),
+            1,
+            "the watcher wakes with the new instance: {}",
+            woken.body
+        );
     });
 }

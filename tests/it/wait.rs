@@ -12,7 +12,9 @@ pub(crate) fn until<T>(what: &str, mut probe: impl FnMut() -> Result<T, String>)
     loop {
         match probe() {
             Ok(value) => return value,
-            Err(state) if begun.elapsed() > PATIENCE => panic!("after {PATIENCE:?} still not: {what}; last seen: {state}"),
+            Err(state) if begun.elapsed() > PATIENCE => {
+                panic!("after {PATIENCE:?} still not: {what}; last seen: {state}")
+            }
             // The pause between two looks at a level, not a wait for a time.
             Err(_) => std::thread::park_timeout(Duration::from_millis(50)),
         }

@@ -100,7 +100,12 @@ pub(crate) struct TunnelBody {
 
 impl TunnelBody {
     /// Reads frames from `recv`, beginning with what `inbox` holds. `exchange` ends with the body.
-    pub(crate) fn stream(recv: RecvStream, inbox: Inbox, headers: &HeaderMap, exchange: Option<(Exchange, Busy)>) -> Self {
+    pub(crate) fn stream(
+        recv: RecvStream,
+        inbox: Inbox,
+        headers: &HeaderMap,
+        exchange: Option<(Exchange, Busy)>,
+    ) -> Self {
         let length = headers.get(http::header::CONTENT_LENGTH);
         let promised = length.and_then(|length| length.to_str().ok()?.parse().ok());
         let mut body = Self::default();
@@ -193,10 +198,7 @@ impl Body for TunnelBody {
     type Data = Bytes;
     type Error = BodyError;
 
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let this = &mut *self;
         if !this.text.is_empty() {
             return Poll::Ready(Some(Ok(Frame::data(std::mem::take(&mut this.text)))));
@@ -248,7 +250,6 @@ impl Drop for TunnelBody {
         }
     }
 }
-
 
 /// The beginning of a body that was there when its head was sent.
 #[derive(Debug, Default)]

@@ -118,8 +118,8 @@ pub(crate) fn check<B>(request: &Request<B>) -> Result<Option<Authority>, Refusa
             text: "CONNECT is not offered on this port".to_owned(),
         });
     }
-    let framed_twice =
-        request.headers().contains_key(header::TRANSFER_ENCODING) && request.headers().contains_key(header::CONTENT_LENGTH);
+    let framed_twice = request.headers().contains_key(header::TRANSFER_ENCODING)
+        && request.headers().contains_key(header::CONTENT_LENGTH);
     if framed_twice {
         return Err(bad("the request has both Content-Length and Transfer-Encoding".to_owned()));
     }
@@ -130,9 +130,9 @@ pub(crate) fn check<B>(request: &Request<B>) -> Result<Option<Authority>, Refusa
     }
     let uri = request.uri().authority();
     let host = match host {
-        Some(host) => Some(
-            Authority::try_from(host.as_bytes()).map_err(|_| bad("the request's Host is malformed".to_owned()))?,
-        ),
+        Some(host) => {
+            Some(Authority::try_from(host.as_bytes()).map_err(|_| bad("the request's Host is malformed".to_owned()))?)
+        }
         None => None,
     };
     let authority = match (uri, host) {

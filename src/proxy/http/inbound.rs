@@ -90,10 +90,8 @@ async fn exchange<D: Dial>(
     let read = read_head(&mut recv, &mut inbox);
     let block = tokio::time::timeout(state.limits.head, read).await.map_err(|_| ServeError::HeadTimeout)??;
     let head = head::decode_request(block.clone()).map_err(ServeError::Head)?;
-    let mut exchange = Exchange::new(
-        state.edge(Reporter::Destination, peer.id.service(), Some(&local.service)),
-        crate::clock::now(),
-    );
+    let mut exchange =
+        Exchange::new(state.edge(Reporter::Destination, peer.id.service(), Some(&local.service)), crate::clock::now());
 
     let is_grpc = headers::is_grpc(&head.headers);
     let is_upgrade = head.payload == Payload::Upgrade;
@@ -125,7 +123,8 @@ async fn exchange<D: Dial>(
         }
         Err(CallError::App(error)) => {
             debug!(service = %local.service, error = %error, "app broke off");
-            let refusal = Refusal::reset(format!("the application of `{}` broke off before it answered", local.service));
+            let refusal =
+                Refusal::reset(format!("the application of `{}` broke off before it answered", local.service));
             exchange.finish(Flag::Reset);
             exchange.status(refusal.status);
             return refuse(state, &mut send, refusal, is_grpc).await;

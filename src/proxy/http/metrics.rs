@@ -255,7 +255,11 @@ mod tests {
         }
         drop(Exchange::new(edge, crate::clock::now()));
         let text = metrics.render().unwrap();
-        let series = |code, flag| format!("weft_http_requests_total{{destination_service=\"web\",grpc_response_status=\"\",reporter=\"source\",response_code=\"{code}\",response_flags=\"{flag}\",source_service=\"_node\"}}");
+        let series = |code, flag| {
+            format!(
+                "weft_http_requests_total{{destination_service=\"web\",grpc_response_status=\"\",reporter=\"source\",response_code=\"{code}\",response_flags=\"{flag}\",source_service=\"_node\"}}"
+            )
+        };
         assert!(text.contains(&format!("{} 2", series(200, "-"))), "{text}");
         assert!(text.contains(&format!("{} 1", series(0, "DC"))), "{text}");
     }

@@ -60,12 +60,7 @@ pub(crate) trait Dial: 'static {
 }
 
 impl Dial for Worker {
-    async fn open(
-        self: &Rc<Self>,
-        caller: &Caller,
-        kind: StreamKind,
-        tried: &mut Tried,
-    ) -> Result<Opened, OpenError> {
+    async fn open(self: &Rc<Self>, caller: &Caller, kind: StreamKind, tried: &mut Tried) -> Result<Opened, OpenError> {
         Worker::open(self, caller, kind, tried).await
     }
 

@@ -463,7 +463,13 @@ fn decimal(number: u8, digits: &mut [u8; 3]) -> &[u8] {
     *hundreds = b'0' + number / 100;
     *tens = b'0' + number / 10 % 10;
     *ones = b'0' + number % 10;
-    let zeros = if number >= 100 { 0 } else if number >= 10 { 1 } else { 2 };
+    let zeros = if number >= 100 {
+        0
+    } else if number >= 10 {
+        1
+    } else {
+        2
+    };
     digits.get(zeros..).unwrap_or_default()
 }
 

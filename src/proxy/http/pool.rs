@@ -175,9 +175,8 @@ impl Pool {
 async fn dial<D: Dial>(worker: &Rc<D>, addr: SocketAddr) -> Result<TokioIo<TcpStream>, ConnectError> {
     let limit = worker.http().limits.connect;
     let connected = tokio::time::timeout(limit, TcpStream::connect(addr)).await;
-    let stream = connected
-        .map_err(|_| ConnectError::Timeout { addr })?
-        .map_err(|source| ConnectError::Tcp { addr, source })?;
+    let stream =
+        connected.map_err(|_| ConnectError::Timeout { addr })?.map_err(|source| ConnectError::Tcp { addr, source })?;
     // A failure costs latency only.
     let _nodelay = stream.set_nodelay(true);
     Ok(TokioIo::new(stream))

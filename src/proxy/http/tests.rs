@@ -91,15 +91,7 @@ impl Loopback {
             local: Arc::new(LocalView::default()),
         }));
         let reader = publisher.reader();
-        Rc::new(Self {
-            http,
-            metrics,
-            publisher,
-            reader,
-            tunnels: RefCell::default(),
-            next: Cell::new(0),
-            instance,
-        })
+        Rc::new(Self { http, metrics, publisher, reader, tunnels: RefCell::default(), next: Cell::new(0), instance })
     }
 
     /// Adds an instance whose app listens at `app`.
@@ -147,10 +139,8 @@ impl Loopback {
         tokio::task::spawn_local(async move {
             loop {
                 let (stream, _) = listener.accept().await.unwrap();
-                let caller = Caller {
-                    source: Source::Service("api".parse().unwrap()),
-                    destination: "web".parse().unwrap(),
-                };
+                let caller =
+                    Caller { source: Source::Service("api".parse().unwrap()), destination: "web".parse().unwrap() };
                 let route = if by_host { Route::ByHost } else { Route::Service(caller) };
                 tokio::task::spawn_local(outbound::serve(Rc::clone(&worker), stream, route));
             }
@@ -190,14 +180,7 @@ fn instance() -> Arc<Instance> {
         protocol: Protocol::Http,
         enable_tag_override: false,
     };
-    Arc::new(Instance {
-        node,
-        record,
-        checks: vec![],
-        status: HealthStatus::Passing,
-        create_index: 1,
-        modify_index: 1,
-    })
+    Arc::new(Instance { node, record, checks: vec![], status: HealthStatus::Passing, create_index: 1, modify_index: 1 })
 }
 
 type AppBody = UnsyncBoxBody<Bytes, std::io::Error>;
@@ -233,7 +216,10 @@ impl App {
             "/abort" => {
                 let frames = [Ok(Frame::data(Bytes::from_static(b"begun"))), Err(std::io::Error::other("cut"))];
                 let frames = futures_util::stream::iter(frames);
-                Response::builder().header("content-length", "100").body(StreamBody::new(frames).boxed_unsync()).unwrap()
+                Response::builder()
+                    .header("content-length", "100")
+                    .body(StreamBody::new(frames).boxed_unsync())
+                    .unwrap()
             }
             "/upgrade" => {
                 tokio::task::spawn_local(async move {
@@ -251,14 +237,17 @@ impl App {
                     .body(text(String::new()))
                     .unwrap()
             }
-            "/trailers-only" => {
-                Response::builder().header("content-type", "application/grpc").header("grpc-status", "5").body(
-                    http_body_util::Empty::new().map_err(|never: Infallible| match never {}).boxed_unsync(),
-                ).unwrap()
-            }
+            "/trailers-only" => Response::builder()
+                .header("content-type", "application/grpc")
+                .header("grpc-status", "5")
+                .body(http_body_util::Empty::new().map_err(|never: Infallible| match never {}).boxed_unsync())
+                .unwrap(),
             _ => {
-                let mut lines: Vec<_> =
-                    request.headers().iter().map(|(name, value)| format!("{name}={}", value.to_str().unwrap())).collect();
+                let mut lines: Vec<_> = request
+                    .headers()
+                    .iter()
+                    .map(|(name, value)| format!("{name}={}", value.to_str().unwrap()))
+                    .collect();
                 lines.sort();
                 Response::new(text(lines.join("\n")))
             }
@@ -280,7 +269,8 @@ async fn app(protocol: Protocol) -> (SocketAddr, mpsc::Receiver<String>) {
             tokio::task::spawn_local(async move {
                 let io = TokioIo::new(stream);
                 if protocol == Protocol::Http {
-                    let _ended = hyper::server::conn::http1::Builder::new().serve_connection(io, service).with_upgrades().await;
+                    let _ended =
+                        hyper::server::conn::http1::Builder::new().serve_connection(io, service).with_upgrades().await;
                 } else {
                     let _ended = hyper::server::conn::http2::Builder::new(Local).serve_connection(io, service).await;
                 }
@@ -378,7 +368,9 @@ fn a_connection_carries_requests_one_after_another_and_the_app_learns_who_calls(
         drop(client);
         let text = setup.worker.metrics.render().unwrap();
         for reporter in ["source", "destination"] {
-            let series = format!("weft_http_requests_total{{destination_service=\"web\",grpc_response_status=\"\",reporter=\"{reporter}\",response_code=\"200\",response_flags=\"-\",source_service=\"api\"}} 3");
+            let series = format!(
+                "weft_http_requests_total{{destination_service=\"web\",grpc_response_status=\"\",reporter=\"{reporter}\",response_code=\"200\",response_flags=\"-\",source_service=\"api\"}} 3"
+            );
             assert!(text.contains(&series), "{text}");
         }
         assert_eq!(setup.worker.publisher.reader().load().index, 1);
@@ -391,8 +383,11 @@ fn a_mebibyte_comes_back_whole() {
         let setup = setup().await;
         let body: Vec<u8> = (0..1024 * 1024_u32).map(|i| i.to_le_bytes()[0] ^ i.to_le_bytes()[1]).collect();
         let mut client = client(setup.port).await;
-        let request =
-            Request::builder().method("POST").uri("/echo").header("host", "web").body(Full::new(Bytes::from(body.clone())));
+        let request = Request::builder()
+            .method("POST")
+            .uri("/echo")
+            .header("host", "web")
+            .body(Full::new(Bytes::from(body.clone())));
         let response = client.send_request(request.unwrap()).await.unwrap();
         assert!(response.into_body().collect().await.unwrap().to_bytes() == body);
     });
@@ -434,7 +429,10 @@ fn after_an_upgrade_bytes_flow_both_ways_and_each_way_ends_by_itself() {
     run(async {
         let setup = setup().await;
         let mut stream = TcpStream::connect(setup.port).await.unwrap();
-        stream.write_all(b"GET /upgrade HTTP/1.1\r\nhost: web\r\nconnection: upgrade\r\nupgrade: raw\r\n\r\n").await.unwrap();
+        stream
+            .write_all(b"GET /upgrade HTTP/1.1\r\nhost: web\r\nconnection: upgrade\r\nupgrade: raw\r\n\r\n")
+            .await
+            .unwrap();
         let mut head = Vec::new();
         while !head.ends_with(b"hello ") {
             head.push(stream.read_u8().await.unwrap());
@@ -482,7 +480,8 @@ fn an_instance_that_cannot_be_connected_is_passed_over_with_the_body_sent_again(
         worker.add(closed, Protocol::Http).await;
         worker.add(app(Protocol::Http).await.0, Protocol::Http).await;
         let port = worker.listen(false).await;
-        let answer = raw(port, b"POST /echo HTTP/1.1\r\nhost: web\r\nconnection: close\r\ncontent-length: 5\r\n\r\nagain").await;
+        let answer =
+            raw(port, b"POST /echo HTTP/1.1\r\nhost: web\r\nconnection: close\r\ncontent-length: 5\r\n\r\nagain").await;
         assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("again"), "{answer}");
 
         worker.tunnels.borrow_mut().pop();
@@ -506,7 +505,8 @@ fn the_shared_port_routes_by_host() {
             ("db.weft", 503, "unknown_service"),
             ("example.org", 404, "unknown_host"),
         ] {
-            let answer = raw(port, format!("GET / HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n").as_bytes()).await;
+            let answer =
+                raw(port, format!("GET / HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n").as_bytes()).await;
             assert!(answer.starts_with(&format!("HTTP/1.1 {status}")) && answer.contains(reason), "{host}: {answer}");
         }
     });
