@@ -99,7 +99,7 @@ impl Guard {
         name == "localhost"
             || name.ends_with(".localhost")
             || bare.parse::<IpAddr>().is_ok()
-            || self.names.iter().any(|own| *own == name)
+            || self.names.contains(&name)
     }
 }
 
