@@ -25,9 +25,7 @@ pub(crate) fn init(dir: &Path, trust_domain: &str) -> Result<(), Failure> {
 
 /// `weft ca issuer create`
 pub(crate) fn create_issuer(ca: &Path) -> Result<(), Failure> {
-    let issuer = CaDir::open(ca)
-        .create_issuer(clock::wall())
-        .map_err(|err| Failure::from(err).hint("make a CA first: weft ca init -dir DIR -trust-domain DOMAIN"))?;
+    let issuer = CaDir::open(ca).create_issuer(clock::wall()).map_err(with_ca_hint)?;
     println!("Made {}. Copy it to the node that shall certify newcomers, and start it with -issuer.", issuer.display());
     Ok(())
 }
@@ -40,9 +38,12 @@ pub(crate) fn create_token(ca: &Path, node: &str, serve: &str, ttl: &str, uses: 
     if ttl.is_zero() {
         return Err(Failure::text("a token with -ttl 0 is never good").hint("give a time, as -ttl 1h"));
     }
-    let now = clock::wall();
     let id = *uuid::Uuid::new_v4().as_bytes();
-    let claims = TokenClaims { id, node, serve, not_after: now.plus(ttl), uses };
-    println!("{}", pki::create_token(ca, &claims)?);
+    let claims = TokenClaims { id, node, serve, not_after: clock::wall().plus(ttl), uses };
+    println!("{}", pki::create_token(ca, &claims).map_err(with_ca_hint)?);
     Ok(())
+}
+
+fn with_ca_hint(err: weft::pki::PkiError) -> Failure {
+    Failure::from(err).hint("-ca names a directory that `weft ca init -dir DIR -trust-domain DOMAIN` made")
 }

@@ -18,7 +18,7 @@ const ADDR_DEFAULT: &str = "127.0.0.1:8500";
 /// Largest answer: the catalogue of a very large mesh.
 const RESPONSE_BYTES_MAX: usize = 64 * 1024 * 1024;
 /// Longest exchange: joining tries several addresses, each with its own timeout.
-const EXCHANGE_TIMEOUT: Duration = Duration::from_secs(60);
+const EXCHANGE_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// Talks to one agent.
 #[derive(Debug)]

@@ -48,7 +48,10 @@ fn run(verb: &Verb) -> Result<(), Failure> {
         Verb::Leave(args) => verbs::leave(args),
         Verb::ForceLeave(args) => verbs::force_leave(args),
         Verb::Info(args) => verbs::info(args),
-        Verb::Version(args) => verbs::version(args),
+        Verb::Version(args) => {
+            verbs::version(args);
+            Ok(())
+        }
         Verb::Validate(args) => verbs::validate(args),
         Verb::Catalog(CatalogVerb::Datacenters(args)) => verbs::datacenters(args),
         Verb::Catalog(CatalogVerb::Nodes(args)) => verbs::nodes(args),

@@ -70,11 +70,11 @@ fn append_section(shown: &mut String, name: &str, value: &Value, depth: usize) {
     let indent = "  ".repeat(depth);
     match value {
         Value::Object(map) => {
-            *shown += &format!("{indent}{name}:\n");
+            shown.extend([&indent, name, ":\n"]);
             map.iter().for_each(|(name, value)| append_section(shown, name, value, depth + 1));
         }
-        Value::String(text) => *shown += &format!("{indent}{name} = {text}\n"),
-        other => *shown += &format!("{indent}{name} = {other}\n"),
+        Value::String(text) => shown.extend([&indent, name, " = ", text, "\n"]),
+        other => shown.extend([&indent, name, " = ", &other.to_string(), "\n"]),
     }
 }
 
@@ -100,13 +100,12 @@ pub(crate) fn force_leave(args: &ForceLeaveArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-pub(crate) fn version(args: &FormatArgs) -> Result<(), Failure> {
+pub(crate) fn version(args: &FormatArgs) {
     let version = env!("CARGO_PKG_VERSION");
     match args.format {
         Format::Pretty => println!("weft {version}"),
         Format::Json => println!("{:#}", json!({ "Version": version })),
     }
-    Ok(())
 }
 
 /// Checks what `weft agent -config-file PATH…` would start with on this host.

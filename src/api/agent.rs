@@ -60,8 +60,8 @@ fn one_service(call: &Call) -> Result<(Value, String), Refusal> {
     let found = found.ok_or_else(|| RegistryError::UnknownService { id: id.clone() })?;
     let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, found.to_string().as_bytes());
     // 64 bits tell a change apart; Consul's hashes are as long.
-    let hash = digest.as_ref().iter().take(8).map(|byte| format!("{byte:02x}")).collect();
-    Ok((found, hash))
+    let hash = digest.as_ref().iter().take(8).fold(0u64, |hash, byte| hash << 8 | u64::from(*byte));
+    Ok((found, format!("{hash:016x}")))
 }
 
 fn local_services(shared: &Shared, state: &LocalState) -> BTreeMap<String, Value> {

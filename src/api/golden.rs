@@ -314,7 +314,7 @@ async fn a_blocking_query_sleeps_through_changes_of_others_and_wakes_at_its_own(
         let db = service("db", &[node_entry(1, MemberStatus::Alive)], HealthStatus::Passing, next.index);
         next.services.insert(db.name.clone(), Arc::new(db));
     });
-    tokio::time::advance(Duration::from_secs(60)).await;
+    tokio::time::advance(Duration::from_mins(1)).await;
     assert!(is_pending(&mut waiting).await);
     let changed = bench.publish(|next| {
         let web = service("web", &[node_entry(1, MemberStatus::Alive)], HealthStatus::Passing, next.index);

@@ -73,7 +73,7 @@ impl Guard {
         let host = host_of(headers, uri)?;
         if from == Arrival::Loopback && host.is_some_and(|host| !self.is_own_name(host_name(host))) {
             return Err(Refusal::forbidden(
-                "Permission denied: the Host header names another host; use an IP address or `localhost`, or add the name to `api_names`",
+                "Permission denied: the Host header names another host; use an IP address, `localhost` or the name of the node",
             ));
         }
         if !is_same_origin(headers, host) {
@@ -99,7 +99,7 @@ impl Guard {
         name == "localhost"
             || name.ends_with(".localhost")
             || bare.parse::<IpAddr>().is_ok()
-            || self.names.iter().any(|own| *own == name)
+            || self.names.contains(&name)
     }
 }
 

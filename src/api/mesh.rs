@@ -8,7 +8,7 @@ use crate::clock::UnixSeconds;
 use crate::model::MemberStatus;
 
 /// What stands where intentions will: no intention exists yet.
-pub const INTENTIONS: &str = "none yet: every verified service of the trust domain may call";
+const INTENTIONS: &str = "none yet: every verified service of the trust domain may call";
 
 /// `GET /v1/mesh/info`: what `weft info` prints.
 pub(super) async fn info(call: Call) -> Result<Reply, Refusal> {

@@ -138,7 +138,7 @@ pub struct ApiParams<'a> {
 pub enum ApiError {
     /// An address that others reach, and nothing to tell them apart.
     #[error(
-        "refusing to serve the HTTP API on {addr} without an admin token: everybody who reaches the address could register and deregister services; set `api_token` in the configuration file, or listen on a loopback address (-client 127.0.0.1)"
+        "refusing to serve the HTTP API on {addr} without an admin token: everybody who reaches the address could register and deregister services; set `admin_token` in the configuration file, or listen on a loopback address (-client 127.0.0.1)"
     )]
     TokenNeeded {
         /// The address.

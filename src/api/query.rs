@@ -175,7 +175,7 @@ pub(super) fn parse_duration(text: &str) -> Option<Duration> {
         total = total.checked_add(Duration::try_from_secs_f64(number * seconds).ok()?)?;
         rest = tail;
     }
-    (!text.is_empty()).then_some(total)
+    text.contains(|c: char| c.is_ascii_digit()).then_some(total)
 }
 
 #[cfg(test)]

@@ -105,7 +105,10 @@ pub(super) fn router(shared: &Arc<Shared>) -> Router {
         router = router.route(path, axum::routing::any(move |request| dispatch(Arc::clone(&shared), path, request)));
     }
     let shared = Arc::clone(shared);
-    router.fallback(move |request| unknown(Arc::clone(&shared), request))
+    router.fallback(move |request| {
+        let response = unknown(&shared, request);
+        async move { response }
+    })
 }
 
 /// Answers one request to the endpoint at `path`.
@@ -184,9 +187,9 @@ async fn read_body(parts: &Parts, body: Body) -> Result<Bytes, Refusal> {
 }
 
 /// Answers every path that is no endpoint.
-async fn unknown(shared: Arc<Shared>, request: Request) -> Response {
+fn unknown(shared: &Shared, request: Request) -> Response {
     let (parts, _body) = request.into_parts();
-    let refusal = admit(&shared, &parts).map_or_else(|refusal| refusal, |_| not_found(parts.uri.path()));
+    let refusal = admit(shared, &parts).map_or_else(|refusal| refusal, |_| not_found(parts.uri.path()));
     shared.meter.count("other", refusal.status, None);
     refusal.into_response()
 }

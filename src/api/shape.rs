@@ -176,7 +176,7 @@ fn proxy_of(definition: &ServiceDefinition) -> Value {
 pub(super) struct Check<'a> {
     node: &'a str,
     #[serde(rename = "CheckID")]
-    check_id: &'a str,
+    id: &'a str,
     name: &'a str,
     pub(super) status: &'static str,
     notes: &'a str,
@@ -202,7 +202,7 @@ impl<'a> Check<'a> {
         };
         Self {
             node: node.info.name.as_str(),
-            check_id: SERF_HEALTH,
+            id: SERF_HEALTH,
             name: "Serf Health Status",
             status: status.as_str(),
             notes: "",
@@ -229,7 +229,7 @@ impl<'a> Check<'a> {
         let indexes = instance.map_or((node.create_index, node.modify_index), |i| (i.create_index, i.modify_index));
         Self {
             node: node.info.name.as_str(),
-            check_id: check.id.as_str(),
+            id: check.id.as_str(),
             name: &check.name,
             status: check.status.as_str(),
             notes: &check.notes,
@@ -256,7 +256,7 @@ impl<'a> Check<'a> {
         };
         Self {
             node,
-            check_id: definition.id.as_str(),
+            id: definition.id.as_str(),
             name: &definition.name,
             status: check.status.as_str(),
             notes: &definition.notes,

@@ -19,8 +19,9 @@ use crate::telemetry::Chain;
 pub const FILE_BYTES_MAX: usize = 1024 * 1024;
 /// Deepest nesting of brackets: parsing recurses, and real files need about six.
 const NESTING_MAX: usize = 64;
-/// Longest run of operator characters in HCL: each one recurses, and a plain value needs one (`-1`).
-const OPERATORS_MAX: usize = 64;
+/// Most operator characters on a line: in HCL each one recurses, and a plain value needs one (`-1`). Rulers in comments
+/// and long names with dashes stay far below.
+const OPERATORS_MAX: usize = 256;
 /// Most files in one config directory: an entry per service, with room.
 const DIRECTORY_FILES_MAX: usize = 4096;
 /// Blocks that are lists however often they stand.
@@ -134,13 +135,13 @@ fn too_deep(text: &str) -> Option<String> {
         }
         match byte {
             b'!' | b'-' | b'?' => operators += 1,
-            b'\n' | b',' | b'"' | b'#' => operators = 0,
+            b'\n' | b',' | b'"' => operators = 0,
             _ => {}
         }
         if depth > NESTING_MAX {
             return Some(format!("nests more than {NESTING_MAX} brackets"));
         }
-        if operators > OPERATORS_MAX && !text.contains('#') {
+        if operators > OPERATORS_MAX {
             return Some(format!("has more than {OPERATORS_MAX} operators on a line"));
         }
     }
@@ -301,6 +302,17 @@ mod tests {
             assert!(hcl(&text).is_err());
             assert!(parse_text(Path::new("a.json"), &text).is_err());
         }
+    }
+
+    #[test]
+    fn the_deepest_text_that_is_let_through_fits_the_stack() {
+        for text in
+            ["!".repeat(OPERATORS_MAX) + "true", "-".repeat(OPERATORS_MAX) + "1", "1?1:".repeat(OPERATORS_MAX) + "1"]
+        {
+            let _parsed = hcl(&format!("# {}\na = {text}\n", "-".repeat(100)));
+        }
+        let _parsed = hcl(&("a = ".to_owned() + &"[".repeat(NESTING_MAX) + &"]".repeat(NESTING_MAX)));
+        assert!(hcl("# !\n").is_ok() && hcl(&format!("#{}\na = {}", "-".repeat(100), "!".repeat(100_000))).is_err());
     }
 
     #[test]

@@ -48,7 +48,7 @@ pub const TRUST_DOMAIN_DEV: &str = "dev.weft";
 /// How long open streams may finish at a stop: longer than a slow request, far below systemd's 90 s.
 pub const DRAIN_TIMEOUT_DEFAULT: Duration = Duration::from_secs(10);
 /// Longest drain: beyond an hour a stop is no stop.
-pub const DRAIN_TIMEOUT_MAX: Duration = Duration::from_secs(3600);
+pub const DRAIN_TIMEOUT_MAX: Duration = Duration::from_hours(1);
 /// Most data-plane workers: the first byte of a connection id names one of at most 128.
 pub const WORKERS_MAX: usize = 128;
 /// Most join addresses: a seed list, not an inventory.

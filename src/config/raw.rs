@@ -100,7 +100,7 @@ impl Raw {
     pub(crate) fn add_setting(&mut self, setting: &Setting) {
         let source = Source::Flag(setting.flag);
         match setting.key.split_once('.') {
-            Some(("ports", port)) => self.add_port(&source, port, setting.value.clone()),
+            Some(("ports", port)) => self.add_port(&source, port, &setting.value),
             _ => self.add(&source, setting.key, setting.value.clone()),
         }
     }
@@ -224,16 +224,16 @@ impl Raw {
             return self.mistyped(source, "ports", &value, "must be a block of numbers");
         };
         for (name, value) in map {
-            self.add_port(source, &name, value);
+            self.add_port(source, &name, &value);
         }
     }
 
-    fn add_port(&mut self, source: &Source, name: &str, value: Value) {
+    fn add_port(&mut self, source: &Source, name: &str, value: &Value) {
         let key = format!("ports.{name}");
         match name {
-            "mesh" => self.count(source, &key, &value, |raw| &mut raw.mesh_port),
-            "http" => self.count(source, &key, &value, |raw| &mut raw.http_port),
-            "shared_http" => self.count(source, &key, &value, |raw| &mut raw.shared_http_port),
+            "mesh" => self.count(source, &key, value, |raw| &mut raw.mesh_port),
+            "http" => self.count(source, &key, value, |raw| &mut raw.http_port),
+            "shared_http" => self.count(source, &key, value, |raw| &mut raw.shared_http_port),
             _ if CONSUL_ONLY_PORTS.contains(&name) => {
                 self.warn(source, &key, "has no effect: weft listens on ports.mesh, ports.http and ports.shared_http");
             }

@@ -199,13 +199,11 @@ impl Resolver<'_> {
 
     fn ip(&mut self, given: Option<Given<String>>) -> Option<IpAddr> {
         let given = given?;
-        match given.value.parse() {
-            Ok(ip) => Some(ip),
-            Err(_) => {
-                self.refuse(&given, "must be an IP address, without a port");
-                None
-            }
+        let ip = given.value.parse().ok();
+        if ip.is_none() {
+            self.refuse(&given, "must be an IP address, without a port");
         }
+        ip
     }
 
     fn addresses(&mut self) -> Addresses {

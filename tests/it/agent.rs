@@ -55,10 +55,20 @@ impl Ca {
     /// Runs `weft token create`.
     #[track_caller]
     pub(crate) fn token(&self, node: &str, serve: &str, ttl: &str) -> String {
+        self.token_made(&[], node, serve, ttl)
+    }
+
+    /// Runs `weft token create` under `wrap` (`faketime -f -2h`).
+    #[track_caller]
+    pub(crate) fn token_made(&self, wrap: &[&str], node: &str, serve: &str, ttl: &str) -> String {
         let dir = self.dir();
-        let out = weft_ok(&["token", "create", "-ca", path(&dir), "-node", node, "-serve", serve, "-ttl", ttl]);
-        let token = out.lines().find(|line| line.starts_with("weft1-"));
-        token.unwrap_or_else(|| panic!("no token in: {out}")).trim().to_owned()
+        let verb = [WEFT, "token", "create", "-ca", path(&dir), "-node", node, "-serve", serve, "-ttl", ttl];
+        let words = [wrap, &verb].concat();
+        let out = Command::new(words[0]).args(&words[1..]).output().unwrap_or_else(|e| panic!("{words:?}: {e}"));
+        assert!(out.status.success(), "{words:?}: {}", String::from_utf8_lossy(&out.stderr));
+        let text = String::from_utf8_lossy(&out.stdout).into_owned();
+        let token = text.lines().find(|line| line.starts_with("weft1-"));
+        token.unwrap_or_else(|| panic!("no token in: {text}")).trim().to_owned()
     }
 }
 

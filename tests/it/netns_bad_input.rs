@@ -30,7 +30,7 @@ fn a_bad_token_is_refused_with_its_reason() {
     let join = |name: &'static str, token: &str| Spec::on(&lab.host(2), name, &["-join", "10.77.0.1", "-token", token]);
 
     assert_says(&must_fail(&join("n2", "weft1-nonsense")), &["token"]);
-    let expired = ca.token("n2", "web", "0s");
+    let expired = ca.token_made(&["faketime", "-f", "-2h"], "n2", "web", "1h");
     assert_says(&must_fail(&join("n2", &expired)), &["expired", "weft token create"]);
     let other = Ca::init("lab.test").token("n2", "web", "1h");
     assert_says(&must_fail(&join("n2", &other)), &["another CA"]);
