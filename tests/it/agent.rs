@@ -139,7 +139,10 @@ impl Agent {
             words.extend(owned(&["ip", "netns", "exec", &host.netns]));
         }
         words.extend(spec.wrap.iter().cloned());
-        words.extend(owned(&[WEFT, "agent", "-node", spec.name, "-data-dir", path(&dir.path().join("data"))]));
+        words.extend(owned(&[WEFT, "agent", "-node", spec.name]));
+        if !spec.args.iter().any(|arg| arg == "-data-dir") {
+            words.extend(owned(&["-data-dir", path(&dir.path().join("data"))]));
+        }
         words.extend([format!("-bind={}", spec.bind), format!("-client={}", spec.client)]);
         words.extend(spec.args.iter().cloned());
         let log = File::options().create(true).append(true).open(dir.path().join("log")).unwrap();
@@ -250,7 +253,7 @@ impl Agent {
 
     /// Kills it with SIGKILL and returns its data directory.
     pub(crate) fn kill(mut self) -> TempDir {
-        self.child.kill().unwrap();
+        let _already_ended = self.child.kill();
         self.child.wait().unwrap();
         std::mem::replace(&mut self.dir, TempDir::new().unwrap())
     }

@@ -159,15 +159,21 @@ fn absurd_json_is_a_400_that_names_the_field() {
 }
 
 #[test]
-fn registrations_survive_a_kill() {
+fn registrations_survive_a_kill_and_check_results_a_stop() {
     let (_ca, n1) = alone(24, "n1");
     n1.put_ok("/v1/agent/service/register", r#"{"Name":"web","Port":80,"Check":{"TTL":"1h"}}"#);
-    n1.put_ok("/v1/agent/check/pass/service:web", "");
-    n1.wait_passing("web", &["web"]);
     let data = n1.kill();
-    let again = Agent::spawn(&Spec::loopback(24, "n1", &[]), data);
+    let mut again = Agent::spawn(&Spec::loopback(24, "n1", &[]), data);
     again.wait_ready();
+    assert!(again.get("/v1/agent/services")["web"].is_object(), "registered before the kill");
+    again.put_ok("/v1/agent/check/pass/service:web", "");
     again.wait_passing("web", &["web"]);
+    again.signal(nix::sys::signal::Signal::SIGTERM);
+    let (status, log) = again.wait_exit();
+    assert!(status.success(), "{log}");
+    let third = Agent::spawn(&Spec::loopback(24, "n1", &[]), again.kill());
+    third.wait_ready();
+    third.wait_passing("web", &["web"]);
 }
 
 #[test]
