@@ -13,7 +13,6 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use quinn::crypto::rustls::QuicClientConfig;
 use rcgen::{CertificateParams, KeyPair};
 use rustls::pki_types::CertificateDer;
 use tracing::{info, warn};
@@ -23,7 +22,10 @@ use crate::model::NodeName;
 use crate::pki::join::{
     Answer, EXPORTER_LABEL, Hello, ISSUERS_MAX, JOIN_FRAME_BYTES_MAX, Request, Role, Welcome, renewal_message,
 };
-use crate::pki::{Issuer, JoinVerifier, NodeAuthority, PkiError, Token, TrustBundle, VerifyError, join as checks};
+use crate::pki::{
+    Issuer, JoinVerifier, NodeAuthority, PkiError, Plane, Token, TrustBundle, VerifyError, join as checks,
+};
+use crate::transport;
 use crate::wire::{self, WireError};
 
 /// Longest exchange, on either side: two round trips, a disk write and a signature, with room for a slow link.
@@ -436,16 +438,9 @@ fn request(asked: &Asked<'_>, key: &KeyPair, nonce: &[u8; 32]) -> Result<Request
 }
 
 fn client_config(verifier: &Arc<JoinVerifier>) -> Result<quinn::ClientConfig, PkiError> {
-    let crypto = QuicClientConfig::try_from(verifier.client_config()?)
-        .map_err(|err| PkiError::Tls(rustls::Error::General(err.to_string())))?;
-    let mut config = quinn::ClientConfig::new(Arc::new(crypto));
-    config.initial_dst_cid_provider(Arc::new(|| {
-        let mut id: [u8; 20] = rand::random();
-        // 128 and above is the control socket's half (`transport`).
-        id[0] |= 0x80;
-        quinn::ConnectionId::new(&id)
-    }));
-    Ok(config)
+    // The transport's configuration leads the first datagram to the socket that serves joins.
+    transport::client_config(Plane::Join, Arc::new(verifier.client_config()?))
+        .map_err(|err| PkiError::Tls(rustls::Error::General(err)))
 }
 
 /// Returns bytes that only the two ends of this TLS session know.

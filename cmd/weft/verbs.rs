@@ -55,14 +55,12 @@ pub(crate) fn services(args: &ListArgs) -> Result<(), Failure> {
 }
 
 pub(crate) fn info(args: &ListArgs) -> Result<(), Failure> {
-    list(args, "/v1/agent/self", |value| {
+    list(args, "/v1/mesh/info", |value| {
         let mut shown = String::new();
-        for section in ["Config", "Stats", "Meta"] {
-            if let Some(value) = value.get(section) {
-                append_section(&mut shown, section, value, 0);
-            }
+        for (name, value) in value.as_object().into_iter().flatten() {
+            append_section(&mut shown, name, value, 0);
         }
-        shown + "Intentions: none yet: every verified service of the trust domain may call every other one.\n"
+        shown
     })
 }
 

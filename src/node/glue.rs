@@ -80,19 +80,18 @@ pub(super) async fn accept(
         let Some(accepted) = accepted else { return };
         let remote = accepted.connection.remote_address();
         match accepted.plane {
-            Plane::Join => match Arc::clone(&places).try_acquire_owned() {
-                Ok(place) => {
+            Plane::Join => {
+                if let Ok(place) = Arc::clone(&places).try_acquire_owned() {
                     let (joins, connection) = (Arc::clone(&joins), accepted.connection);
                     tasks.spawn("join", async move {
                         joins.serve(connection).await;
                         drop(place);
                     });
-                }
-                Err(_) => {
-                    warn!(peer = %remote, joins_max = JOINS_MAX, "too many join exchanges at once; the newcomer must try again");
+                } else {
+                    warn!(peer = %remote, joins_max = JOINS_MAX, "too many joins at once; the newcomer must try again");
                     accepted.connection.close(CODE_BUSY.into(), b"too many joins at once");
                 }
-            },
+            }
             Plane::Gossip => {
                 if let Err(mpsc::error::TrySendError::Full(refused)) = gossip.try_send(accepted) {
                     debug!(peer = %remote, "gossip is busy; the connection is closed");

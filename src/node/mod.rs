@@ -35,7 +35,7 @@ use crate::registry::{Registry, RegistryHandle, RegistryParams};
 use crate::store::{Store, StoreError};
 use crate::supervise::{TaskFailure, Tasks};
 use crate::telemetry::Chain;
-use crate::transport::{self, BindError, ControlTransport};
+use crate::transport::{self, BindError, BoundSockets, ControlTransport};
 
 pub use identity::IdentityError;
 
@@ -139,7 +139,6 @@ impl Node {
         for warning in &config.warnings {
             warn!(%warning, "setting without effect");
         }
-        let files_max = raise_open_files();
         let (leaving, drain) = (CancellationToken::new(), CancellationToken::new());
         let tasks = Tasks::new(leaving.clone());
         let metrics = Metrics::new();
@@ -149,28 +148,11 @@ impl Node {
             Storage::Directory(dir) => Store::open(dir)?,
         };
         claim_name(&store, &config.node_name)?;
-        let sockets = transport::bind(config.mesh_bind, config.workers.get())?;
-        info!(addr = %sockets.addr, workers = config.workers, files_max, "mesh port is open");
-        if !sockets.buffers.are_full() {
-            let (send_bytes, receive_bytes) = (sockets.buffers.send_bytes, sockets.buffers.receive_bytes);
-            warn!(
-                send_bytes,
-                receive_bytes,
-                "small socket buffers: bulk transfers lose packets; raise net.core.rmem_max and net.core.wmem_max to 4194304"
-            );
-        }
+        let sockets = bind_mesh(&config)?;
         let (issuer, identity) = identity::obtain(&config, &store).await?;
         let reset_key = store.reset_key()?;
         let generation = Generation { number: store.next_generation()?, nonce: rand::random() };
-        let info = NodeInfo {
-            id: store.node_id()?,
-            name: config.node_name.clone(),
-            mesh_addr: config.mesh_advertise,
-            datacenter: config.datacenter.clone(),
-            meta: config.node_meta.clone(),
-            build: env!("CARGO_PKG_VERSION").to_owned(),
-            issuer: issuer.is_some(),
-        };
+        let info = node_info(&config, &store, issuer.is_some())?;
         let first_index = clock::wall_ms();
 
         let scope_of = Arc::clone(&identity);
@@ -382,6 +364,35 @@ impl Node {
         info!(node = %self.name, "agent has stopped");
         outcome
     }
+}
+
+/// Opens the mesh port and says what the kernel gave.
+fn bind_mesh(config: &Config) -> Result<BoundSockets, BindError> {
+    let files_max = raise_open_files();
+    let sockets = transport::bind(config.mesh_bind, config.workers.get())?;
+    info!(addr = %sockets.addr, workers = config.workers, files_max, "mesh port is open");
+    if !sockets.buffers.are_full() {
+        let (send_bytes, receive_bytes) = (sockets.buffers.send_bytes, sockets.buffers.receive_bytes);
+        warn!(
+            send_bytes,
+            receive_bytes,
+            "small socket buffers: bulk transfers lose packets; raise net.core.rmem_max and net.core.wmem_max to 4194304"
+        );
+    }
+    Ok(sockets)
+}
+
+/// The facts that the node publishes about itself.
+fn node_info(config: &Config, store: &Store, is_issuer: bool) -> Result<NodeInfo, StoreError> {
+    Ok(NodeInfo {
+        id: store.node_id()?,
+        name: config.node_name.clone(),
+        mesh_addr: config.mesh_advertise,
+        datacenter: config.datacenter.clone(),
+        meta: config.node_meta.clone(),
+        build: env!("CARGO_PKG_VERSION").to_owned(),
+        issuer: is_issuer,
+    })
 }
 
 /// Holds the data directory against the node's name.

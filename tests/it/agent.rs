@@ -102,9 +102,21 @@ impl<'a> Spec<'a> {
 
     /// An agent on a loopback address of this host.
     pub(crate) fn loopback(last: u8, name: &'a str, args: &[&str]) -> Self {
-        let ip = IpAddr::from([127, 77, 0, last]);
+        let ip = loopback_ip(last);
         Self { name, host: None, bind: ip, client: ip, args: owned(args), wrap: Vec::new() }
     }
+}
+
+/// A loopback address of this test process alone: runs side by side do not meet.
+pub(crate) fn loopback_ip(last: u8) -> IpAddr {
+    let [.., high, low] = std::process::id().to_be_bytes();
+    IpAddr::from([127, 64 + high % 64, low, last])
+}
+
+/// Three numbers of loopback addresses for the demo, apart from [`loopback_ip`]'s.
+pub(crate) fn demo_subnet() -> String {
+    let [.., high, low] = std::process::id().to_be_bytes();
+    format!("127.{}.{low}", 128 + high % 64)
 }
 
 fn owned(args: &[&str]) -> Vec<String> {
@@ -139,7 +151,10 @@ impl Agent {
             words.extend(owned(&["ip", "netns", "exec", &host.netns]));
         }
         words.extend(spec.wrap.iter().cloned());
-        words.extend(owned(&[WEFT, "agent", "-node", spec.name, "-data-dir", path(&dir.path().join("data"))]));
+        words.extend(owned(&[WEFT, "agent", "-node", spec.name]));
+        if !spec.args.iter().any(|arg| arg == "-data-dir") {
+            words.extend(owned(&["-data-dir", path(&dir.path().join("data"))]));
+        }
         words.extend([format!("-bind={}", spec.bind), format!("-client={}", spec.client)]);
         words.extend(spec.args.iter().cloned());
         let log = File::options().create(true).append(true).open(dir.path().join("log")).unwrap();
@@ -250,7 +265,7 @@ impl Agent {
 
     /// Kills it with SIGKILL and returns its data directory.
     pub(crate) fn kill(mut self) -> TempDir {
-        self.child.kill().unwrap();
+        let _already_ended = self.child.kill();
         self.child.wait().unwrap();
         std::mem::replace(&mut self.dir, TempDir::new().unwrap())
     }

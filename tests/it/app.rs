@@ -47,9 +47,13 @@ impl App {
                     break;
                 }
                 let Ok(stream) = stream else { break };
-                open.extend(stream.try_clone());
+                let (Ok(kept), Ok(ending)) = (stream.try_clone(), stream.try_clone()) else { break };
+                open.push(kept);
                 let answer = Arc::clone(&answer);
-                std::thread::spawn(move || answer(stream));
+                std::thread::spawn(move || {
+                    answer(stream);
+                    let _already_closed = ending.shutdown(Shutdown::Both);
+                });
             }
             for stream in open {
                 let _already_closed = stream.shutdown(Shutdown::Both);

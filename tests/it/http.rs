@@ -48,9 +48,13 @@ pub(crate) fn request(
     }
     head += "\r\n";
     stream.write_all(head.as_bytes()).map_err(text)?;
-    stream.write_all(body.as_bytes()).map_err(text)?;
+    // A server may refuse a large body before it has read it: what it says counts, not that it stopped reading.
+    let written = stream.write_all(body.as_bytes());
     let mut bytes = Vec::new();
-    stream.read_to_end(&mut bytes).map_err(text)?;
+    let read = stream.read_to_end(&mut bytes);
+    if bytes.is_empty() {
+        written.and(read.map(drop)).map_err(text)?;
+    }
     parse(&bytes).ok_or_else(|| format!("{method} http://{addr}{path}: no HTTP answer in {} bytes", bytes.len()))
 }
 

@@ -43,7 +43,7 @@ fn rules() -> BTreeMap<&'static str, &'static [&'static str]> {
         ),
         ("proxy", &["catalogue", "clock", "metrics", "model", "pki", "routing", "telemetry", "transport"]),
         ("api", &["catalogue", "clock", "gossip", "metrics", "model", "pki", "registry", "supervise", "telemetry"]),
-        ("config", &["model", "registry"]),
+        ("config", &["model", "registry", "telemetry"]),
     ])
 }
 

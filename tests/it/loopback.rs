@@ -1,9 +1,9 @@
 //! Agents on loopback addresses, without root.
 
 use std::fs;
-use std::net::{TcpListener, UdpSocket};
+use std::net::{SocketAddr, TcpListener, UdpSocket};
 
-use crate::agent::{Agent, Ca, Spec, path, weft, weft_ok};
+use crate::agent::{Agent, Ca, Spec, demo_subnet, loopback_ip, path, weft, weft_ok};
 use crate::app::App;
 use crate::wait::until;
 
@@ -14,7 +14,7 @@ fn assert_says(text: &str, words: &[&str]) {
     }
 }
 
-/// An issuer of its own on 127.77.0.`last`.
+/// An issuer of its own on this run's address `last`.
 fn alone(last: u8, name: &'static str) -> (Ca, Agent) {
     let ca = Ca::init("loop.test");
     let agent = Agent::start(&Spec::loopback(last, name, &["-issuer", path(&ca.issuer())]));
@@ -25,23 +25,21 @@ fn alone(last: u8, name: &'static str) -> (Ca, Agent) {
 fn two_agents_on_one_host_join_and_the_verbs_tell_it() {
     let (ca, n1) = alone(1, "n1");
     let token = ca.token("n2", "web", "1h");
-    let n2 = Agent::start(&Spec::loopback(2, "n2", &["-join", "127.77.0.1", "-token", &token]));
+    let n2 = Agent::start(&Spec::loopback(2, "n2", &["-join", &loopback_ip(1).to_string(), "-token", &token]));
     n1.wait_members(&["n1=1", "n2=1"]);
-    let app = App::http(None, "127.77.0.2:0".parse().unwrap(), "app");
+    let app = App::http(None, SocketAddr::new(loopback_ip(2), 0), "app");
     let file = n2.dir().join("web.hcl");
     let port = app.addr.port();
     fs::write(
         &file,
-        format!(
-            "service {{\n  name = \"web\"\n  address = \"127.77.0.2\"\n  port = {port}\n  protocol = \"http\"\n}}\n"
-        ),
+        format!("service {{\n  name = \"web\"\n  address = \"{}\"\n  port = {port}\n  protocol = \"http\"\n}}\n"),
     )
     .unwrap();
     let at = |agent: &Agent| format!("-http-addr={}", agent.api);
 
     weft_ok(&["services", "register", &at(&n2), path(&file)]);
     n1.wait_passing("web", &["web"]);
-    assert_says(&weft_ok(&["members", &at(&n1)]), &["n1", "n2", "alive", "127.77.0.2:8301"]);
+    assert_says(&weft_ok(&["members", &at(&n1)]), &["n1", "n2", "alive", &format!("{}:8301", loopback_ip(2))]);
     assert_says(&weft_ok(&["catalog", "services", &at(&n1)]), &["web"]);
     assert_says(&weft_ok(&["catalog", "nodes", &at(&n1)]), &["n1", "n2"]);
     assert_says(&weft_ok(&["info", &at(&n1)]), &["loop.test", "n1", "intentions"]);
@@ -53,9 +51,9 @@ fn two_agents_on_one_host_join_and_the_verbs_tell_it() {
     weft_ok(&["leave", &at(&n2)]);
     n1.wait_members(&["n1=1", "n2=3"]);
 
-    let nobody = weft(&["members", "-http-addr=127.77.0.99:8500"]);
+    let nobody = weft(&["members", &format!("-http-addr={}:8500", loopback_ip(99))]);
     assert_eq!(nobody.status.code(), Some(1));
-    assert_says(&String::from_utf8_lossy(&nobody.stderr), &["127.77.0.99:8500", "weft agent"]);
+    assert_says(&String::from_utf8_lossy(&nobody.stderr), &[&format!("{}:8500", loopback_ip(99)), "weft agent"]);
 }
 
 #[test]
@@ -66,14 +64,14 @@ fn the_shared_http_port_routes_by_host() {
         let agent = Agent::start(&Spec::loopback(3, "n1", &["-issuer", path(&issuer), "-shared-http-port", "8480"]));
         (ca, agent)
     };
-    let app = App::http(None, "127.77.0.3:0".parse().unwrap(), "app");
+    let app = App::http(None, SocketAddr::new(loopback_ip(3), 0), "app");
     let port = app.addr.port();
     n1.put_ok(
         "/v1/agent/service/register",
-        &format!(r#"{{"Name":"web","Address":"127.77.0.3","Port":{port},"Protocol":"http"}}"#),
+        &format!(r#"{{"Name":"web","Address":"{}","Port":{port},"Protocol":"http"}}"#),
     );
     n1.wait_passing("web", &["web"]);
-    let shared = "127.77.0.3:8480".parse().unwrap();
+    let shared = SocketAddr::new(loopback_ip(3), 8480);
     let body = until("the shared port answers", || {
         let answer = n1.call(shared, "GET", "/p", &[("host", "web.weft")], "")?;
         if answer.status == 200 { Ok(answer.body) } else { Err(format!("{} {}", answer.status, answer.body)) }
@@ -96,10 +94,10 @@ fn what_cannot_start_says_why() {
     };
     let issuing = |last: u8| Spec::loopback(last, "n1", &["-issuer", path(&issuer)]);
 
-    let _udp = UdpSocket::bind("127.77.0.10:8301").unwrap();
-    assert_says(&fails(&issuing(10)), &["127.77.0.10:8301", "in use"]);
-    let _tcp = TcpListener::bind("127.77.0.11:8500").unwrap();
-    assert_says(&fails(&issuing(11)), &["127.77.0.11:8500", "in use"]);
+    let _udp = UdpSocket::bind((loopback_ip(10), 8301)).unwrap();
+    assert_says(&fails(&issuing(10)), &[&format!("{}:8301", loopback_ip(10)), "in use"]);
+    let _tcp = TcpListener::bind((loopback_ip(11), 8500)).unwrap();
+    assert_says(&fails(&issuing(11)), &[&format!("{}:8500", loopback_ip(11)), "in use"]);
     assert_says(&fails(&Spec::loopback(12, "n1", &[])), &["-issuer", "-join", "-token"]);
 
     let dir = tempfile::TempDir::new().unwrap();
@@ -159,15 +157,21 @@ fn absurd_json_is_a_400_that_names_the_field() {
 }
 
 #[test]
-fn registrations_survive_a_kill() {
+fn registrations_survive_a_kill_and_check_results_a_stop() {
     let (_ca, n1) = alone(24, "n1");
     n1.put_ok("/v1/agent/service/register", r#"{"Name":"web","Port":80,"Check":{"TTL":"1h"}}"#);
-    n1.put_ok("/v1/agent/check/pass/service:web", "");
-    n1.wait_passing("web", &["web"]);
     let data = n1.kill();
-    let again = Agent::spawn(&Spec::loopback(24, "n1", &[]), data);
+    let mut again = Agent::spawn(&Spec::loopback(24, "n1", &[]), data);
     again.wait_ready();
+    assert!(again.get("/v1/agent/services")["web"].is_object(), "registered before the kill");
+    again.put_ok("/v1/agent/check/pass/service:web", "");
     again.wait_passing("web", &["web"]);
+    again.signal(nix::sys::signal::Signal::SIGTERM);
+    let (status, log) = again.wait_exit();
+    assert!(status.success(), "{log}");
+    let third = Agent::spawn(&Spec::loopback(24, "n1", &[]), again.kill());
+    third.wait_ready();
+    third.wait_passing("web", &["web"]);
 }
 
 #[test]
@@ -195,7 +199,7 @@ fn validate_reports_every_problem_at_once() {
 
 #[test]
 fn the_demo_shows_the_whole_path_and_ends() {
-    let out = weft(&["demo", "--once", "-subnet", "127.78.0"]);
+    let out = weft(&["demo", "--once", "-subnet", &demo_subnet()]);
     let text = String::from_utf8_lossy(&out.stdout);
     assert!(out.status.success(), "{text}\n{}", String::from_utf8_lossy(&out.stderr));
     assert_says(&text, &["spiffe://", "p50", "p99", "alive", "TLS", "echo-1", "echo-2"]);

@@ -3,7 +3,13 @@
 //! `netns_*` modules build network namespaces and need root; where namespaces cannot be made they say so, and fail if
 //! `WEFT_REQUIRE_NETNS=1` (as .ci/run sets it). Everything else runs on loopback addresses without root.
 
-#![expect(clippy::disallowed_methods, reason = "a test drives real processes in real time and reads its environment")]
+#![expect(
+    clippy::disallowed_methods,
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    unreachable_pub,
+    reason = "a test drives real processes in real time and reads its environment; it fails by panicking"
+)]
 
 mod agent;
 mod app;

@@ -31,7 +31,7 @@ fn a_bad_token_is_refused_with_its_reason() {
 
     assert_says(&must_fail(&join("n2", "weft1-nonsense")), &["token"]);
     let expired = ca.token_made(&["faketime", "-f", "-2h"], "n2", "web", "1h");
-    assert_says(&must_fail(&join("n2", &expired)), &["expired", "weft token create"]);
+    assert_says(&must_fail(&join("n2", &expired)), &["was valid until", "weft token create"]);
     let other = Ca::init("lab.test").token("n2", "web", "1h");
     assert_says(&must_fail(&join("n2", &other)), &["another CA"]);
     let named = ca.token("web-*", "web", "1h");
