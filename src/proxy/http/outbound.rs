@@ -6,6 +6,12 @@
 //!        <- status byte + head                   <- body, trailers
 //! ```
 //!
+//! Framing is read strictly, by hyper: a request whose length is in doubt (differing Content-Length, a folded header, a
+//! final coding other than chunked, a broken chunk) gets 400 and its connection ends. Content-Length beside
+//! Transfer-Encoding: chunked alone counts, Content-Length is left out, and the connection ends after the answer (RFC
+//! 9112 §6.3 allows it). Nothing is smuggled either way: the tunnel's own frames carry the body, and the app's connection
+//! is framed anew from them.
+//!
 //! Floods: 256 streams a connection; hyper's defaults close a connection after 20 resets that are not yet accepted and
 //! 1024 stream errors of the caller's.
 
@@ -20,7 +26,7 @@ use bytes::Bytes;
 use http::header::{self, HeaderMap, HeaderValue};
 use http::request::Parts;
 use http::uri::Authority;
-use http::{Request, Response, StatusCode};
+use http::{Method, Request, Response, StatusCode, Version};
 use http_body::Body;
 use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
@@ -39,7 +45,7 @@ use super::pool::WorkerExec;
 use super::upgrade::{self, Raw};
 use super::{ATTEMPTS_MAX, Dial, HttpState, REPLAY_BYTES_MAX};
 use crate::model::ServiceName;
-use crate::proxy::head::{HEAD_BYTES_MAX, HeadError, HeadWriter, Inbox, Payload, ResponseHead, Scheme};
+use crate::proxy::head::{HEAD_BYTES_MAX, HeadError, HeadWriter, Inbox, Payload, ResponseHead};
 use crate::proxy::{Caller, OpenError, Opened, Route, Source, StreamKind, Tried};
 
 /// Concurrent requests of one HTTP/2 caller.
@@ -118,7 +124,7 @@ pub(crate) async fn serve<D: Dial>(worker: Rc<D>, stream: TcpStream, route: Rout
     } else {
         let mut builder = http1::Builder::new();
         // hyper's own header timeout also ends idle connections and costs a timer per request: `watch` does it.
-        builder.max_buf_size(HEAD_BYTES_MAX).header_read_timeout(None);
+        builder.max_buf_size(HEAD_BYTES_MAX).max_header_size(HEAD_BYTES_MAX).header_read_timeout(None);
         let mut served = pin!(builder.serve_connection(io, service).with_upgrades());
         tokio::select! {
             ended = served.as_mut() => ended,
@@ -211,6 +217,7 @@ async fn request_of<D: Dial>(connection: &Connection<D>, mut request: Request<In
     let busy = Busy::new(&connection.activity);
     let started = crate::clock::now();
     let grpc = headers::is_grpc(request.headers());
+    let version = request.version();
     let checked = headers::check(&request);
     let found = checked.and_then(|authority| Ok((connection.target(authority.as_ref())?, authority)));
     let (target, authority) = match found {
@@ -220,7 +227,7 @@ async fn request_of<D: Dial>(connection: &Connection<D>, mut request: Request<In
                 Some(target) => Rc::clone(&target.edge),
                 None => connection.worker.http().edge(Reporter::Source, None, None),
             };
-            return refuse(Exchange::new(edge, started), refusal, grpc);
+            return refuse_request(Exchange::new(edge, started), refusal, (version, grpc));
         }
     };
     let mut exchange = Exchange::new(Rc::clone(&target.edge), started);
@@ -233,8 +240,12 @@ async fn request_of<D: Dial>(connection: &Connection<D>, mut request: Request<In
     let (parts, body) = request.into_parts();
     let call = Call { parts: &parts, authority, target, payload };
     match attempts(&connection.worker, &call, body).await {
-        Err(refusal) => refuse(exchange, refusal, grpc),
-        Ok(answer) => {
+        Err(refusal) => refuse_request(exchange, refusal, (version, grpc)),
+        Ok(mut answer) => {
+            let bodiless = matches!(answer.head.status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
+            if bodiless || parts.method == Method::HEAD {
+                answer.head.payload = Payload::Empty;
+            }
             exchange.status(answer.head.status);
             if grpc {
                 exchange.grpc(&answer.head.headers);
@@ -242,6 +253,16 @@ async fn request_of<D: Dial>(connection: &Connection<D>, mut request: Request<In
             respond(&connection.worker, answer, exchange, upgraded, busy)
         }
     }
+}
+
+/// Refuses a request; one that breaks HTTP's rules ends its HTTP/1.1 connection, for what follows it is in doubt.
+fn refuse_request(exchange: Exchange, refusal: Refusal, (version, grpc): (Version, bool)) -> Response<TunnelBody> {
+    let in_doubt = matches!(refusal.reason, Reason::BadRequest | Reason::HeadTooLarge);
+    let mut response = refuse(exchange, refusal, grpc);
+    if in_doubt && version < Version::HTTP_2 {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    response
 }
 
 fn refuse(mut exchange: Exchange, refusal: Refusal, grpc: bool) -> Response<TunnelBody> {
@@ -410,14 +431,10 @@ async fn attempts<D: Dial>(worker: &Rc<D>, call: &Call<'_>, body: Incoming) -> R
 /// Takes what is there of the body.
 async fn begin_upload(mut body: Incoming, headers: &HeaderMap, state: &HttpState) -> Result<Rc<Upload>, Refusal> {
     // hyper answers `Expect: 100-continue` when the body is first asked for: the head goes ahead of it.
-    let first = match headers.contains_key(header::EXPECT) {
-        true => body::First::default(),
-        false => body::first(&mut body, state).await.map_err(|_| Refusal {
-            status: StatusCode::BAD_REQUEST,
-            flag: Flag::CallerGone,
-            reason: Reason::BadRequest,
-            text: "the request's body is malformed or ended early".to_owned(),
-        })?,
+    let first = if headers.contains_key(header::EXPECT) {
+        body::First::default()
+    } else {
+        body::first(&mut body, state).await.map_err(|_| malformed_body())?
     };
     Ok(Rc::new(Upload {
         body: RefCell::new(body),
@@ -432,11 +449,10 @@ async fn begin_upload(mut body: Incoming, headers: &HeaderMap, state: &HttpState
 fn encode_head(state: &HttpState, call: &Call<'_>) -> Result<Bytes, Refusal> {
     let Parts { method, uri, headers, .. } = call.parts;
     let hops = headers::next_hop(headers)?;
-    let scheme = if uri.scheme_str() == Some("https") { Scheme::Https } else { Scheme::Http };
     let authority = call.authority.as_ref().map_or(&[][..], |authority| authority.as_str().as_bytes());
     let path = uri.path_and_query().map_or("/", http::uri::PathAndQuery::as_str);
     let encoded = state.encode(|out| {
-        let mut writer = HeadWriter::request(out, call.payload, scheme, method, (authority, path.as_bytes()));
+        let mut writer = HeadWriter::request(out, call.payload, method, (authority, path.as_bytes()));
         headers::write(headers, &mut writer);
         if let (Payload::Upgrade, Some(protocol)) = (call.payload, headers::upgrade(headers)) {
             writer.header(&header::UPGRADE, protocol.as_bytes());
@@ -592,12 +608,7 @@ impl<D: Dial> Attempt<'_, D> {
                     match result {
                         // A caller that left is noticed by hyper as well; a peer that stopped reading answers.
                         Ok(()) | Err(BodyError::Write(quinn::WriteError::Stopped(_))) => {}
-                        Err(BodyError::App(_)) => return Err(Failed::Final(Refusal {
-                            status: StatusCode::BAD_REQUEST,
-                            flag: Flag::CallerGone,
-                            reason: Reason::BadRequest,
-                            text: "the request's body is malformed or ended early".to_owned(),
-                        })),
+                        Err(BodyError::App(_)) => return Err(Failed::Final(malformed_body())),
                         Err(error) => return Err(Failed::Silent(self.broke(&error))),
                     }
                 }
@@ -659,6 +670,15 @@ impl<D: Dial> Attempt<'_, D> {
 
     fn broke(&self, error: &dyn std::error::Error) -> Refusal {
         Refusal::reset(format!("the connection to service `{}` broke before it answered: {error}", self.destination()))
+    }
+}
+
+fn malformed_body() -> Refusal {
+    Refusal {
+        status: StatusCode::BAD_REQUEST,
+        flag: Flag::CallerGone,
+        reason: Reason::BadRequest,
+        text: "the request's body is malformed or ended early".to_owned(),
     }
 }
 
