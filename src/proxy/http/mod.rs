@@ -13,6 +13,7 @@
 
 mod activity;
 mod answer;
+mod attempt;
 mod body;
 mod headers;
 pub(crate) mod inbound;

@@ -631,6 +631,22 @@ fn requests_whose_length_is_in_doubt_never_reach_the_app() {
 }
 
 #[test]
+fn a_chunk_that_turns_out_bad_later_does_not_look_like_the_end() {
+    run(async {
+        let mut setup = setup().await;
+        let mut stream = TcpStream::connect(setup.port).await.unwrap();
+        let head = b"POST /echo HTTP/1.1\r\nhost: web\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n";
+        stream.write_all(head).await.unwrap();
+        assert_eq!(setup.messages.recv().await.unwrap(), "POST /echo");
+        stream.write_all(b"zz\r\n").await.unwrap();
+        let mut answer = Vec::new();
+        let _reset = stream.read_to_end(&mut answer).await;
+        let answer = String::from_utf8(answer).unwrap();
+        assert!(!answer.starts_with("HTTP/1.1 200") || !answer.ends_with("0\r\n\r\n"), "{answer}");
+    });
+}
+
+#[test]
 fn content_length_beside_chunks_is_left_out_and_ends_the_connection() {
     run(async {
         let mut setup = setup().await;
