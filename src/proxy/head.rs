@@ -1,7 +1,7 @@
 //! The framing of one HTTP exchange on one QUIC stream: heads, body frames, trailers. A pure codec.
 //!
 //! ```text
-//!   request:   u16 length | payload | scheme+method | authority | path | count | headers      then body frames
+//!   request:   u16 length | payload | method | authority | path | count | headers      then body frames
 //!   response:  u16 length | payload | u16 status | count | headers                            then body frames
 //!   header:    name code, or 0 + text | value            text: varint length + bytes
 //!   body:      varint n > 0 | n bytes   ...   [ 0 | u16 length | count | trailers ]           then the stream's FIN
@@ -23,8 +23,8 @@ use http_body::Frame;
 
 /// Longest head or trailer block, in bytes: what nginx and Envoy accept by default, and within the u16 length.
 pub(crate) const HEAD_BYTES_MAX: usize = 60 * 1024;
-/// Most headers in a head: hyper's and Envoy's default.
-pub(crate) const HEADERS_MAX: usize = 100;
+/// Most headers in a head: 100 of the message, which is hyper's and Envoy's default, and room for those that weft adds.
+pub(crate) const HEADERS_MAX: usize = 104;
 
 /// Why a head or frame cannot be encoded or decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -70,22 +70,11 @@ impl Payload {
     }
 }
 
-/// Which scheme the caller used.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Scheme {
-    /// `http`
-    Http,
-    /// `https`: only an HTTP/2 caller says so.
-    Https,
-}
-
 /// A decoded request head.
 #[derive(Debug)]
 pub(crate) struct RequestHead {
     /// What follows.
     pub(crate) payload: Payload,
-    /// As the caller said.
-    pub(crate) scheme: Scheme,
     /// The method.
     pub(crate) method: Method,
     /// The caller's Host or `:authority`; none: HTTP/1.0 without Host.
@@ -119,8 +108,6 @@ const METHODS: [Method; 9] = [
     Method::TRACE,
     Method::CONNECT,
 ];
-/// Bit of the method byte: the scheme is https.
-const HTTPS_BIT: u8 = 0x80;
 
 /// Header names by code less one. The order is wire format: append only, at most 255.
 static NAMES: LazyLock<Vec<HeaderName>> = LazyLock::new(|| {
@@ -263,17 +250,10 @@ pub(crate) struct HeadWriter<'a> {
 
 impl<'a> HeadWriter<'a> {
     /// Begins a request head.
-    pub(crate) fn request(
-        out: &'a mut BytesMut,
-        payload: Payload,
-        scheme: Scheme,
-        method: &Method,
-        target: (&[u8], &[u8]),
-    ) -> Self {
+    pub(crate) fn request(out: &'a mut BytesMut, payload: Payload, method: &Method, target: (&[u8], &[u8])) -> Self {
         let start = Self::begin(out, payload);
         let code = (1_u8..).zip(&METHODS).find(|(_, known)| *known == method).map_or(0, |(code, _)| code);
-        let https = if scheme == Scheme::Https { HTTPS_BIT } else { 0 };
-        out.put_u8(code | https);
+        out.put_u8(code);
         if code == 0 {
             put_text(out, method.as_str().as_bytes());
         }
@@ -474,11 +454,6 @@ impl Inbox {
         self.bytes.try_get_u8().ok()
     }
 
-    /// Decodes a request head; none: more bytes are needed.
-    pub(crate) fn take_request(&mut self) -> Result<Option<RequestHead>, HeadError> {
-        self.take_block()?.map(decode_request).transpose()
-    }
-
     /// Takes a whole head, undecoded, so that it can be decoded again for a second attempt.
     pub(crate) fn take_block(&mut self) -> Result<Option<Bytes>, HeadError> {
         if self.bytes.len().max(self.spill.len()) < self.need.max(2) {
@@ -521,20 +496,24 @@ impl Inbox {
 pub(crate) fn decode_request(mut block: Bytes) -> Result<RequestHead, HeadError> {
     let payload = Payload::from_code(take_u8(&mut block)?)?;
     let code = take_u8(&mut block)?;
-    let scheme = if code & HTTPS_BIT == 0 { Scheme::Http } else { Scheme::Https };
-    let method = match usize::from(code & !HTTPS_BIT).checked_sub(1) {
+    let method = match usize::from(code).checked_sub(1) {
         None => Method::from_bytes(&take_text(&mut block)?).map_err(|_| HeadError::Malformed("method"))?,
         Some(index) => METHODS.get(index).cloned().ok_or(HeadError::Malformed("method code"))?,
     };
     let authority = take_text(&mut block)?;
-    let authority = match authority.is_empty() {
-        true => None,
-        false => Some(Authority::from_maybe_shared(authority).map_err(|_| HeadError::Malformed("authority"))?),
+    let authority = if authority.is_empty() {
+        None
+    } else {
+        Some(Authority::from_maybe_shared(authority).map_err(|_| HeadError::Malformed("authority"))?)
     };
     let path = take_text(&mut block)?;
     let path = PathAndQuery::from_maybe_shared(path).map_err(|_| HeadError::Malformed("path"))?;
     let headers = take_headers(&mut block)?;
-    Ok(RequestHead { payload, scheme, method, authority, path, headers })
+    // An app would wait for the promised bytes and take the next request of its connection for them.
+    if payload != Payload::Frames && headers.get(header::CONTENT_LENGTH).is_some_and(|length| length != "0") {
+        return Err(HeadError::Malformed("content-length without a body"));
+    }
+    Ok(RequestHead { payload, method, authority, path, headers })
 }
 
 /// Decodes body frames as their bytes arrive.
@@ -598,9 +577,13 @@ mod tests {
     use super::*;
 
     fn request(headers: &[(&str, &str)]) -> Result<Bytes, HeadError> {
+        request_with(Payload::Frames, headers)
+    }
+
+    fn request_with(payload: Payload, headers: &[(&str, &str)]) -> Result<Bytes, HeadError> {
         let mut out = BytesMut::new();
         let target = (&b"web:80"[..], &b"/a?b=c"[..]);
-        let mut writer = HeadWriter::request(&mut out, Payload::Frames, Scheme::Https, &Method::POST, target);
+        let mut writer = HeadWriter::request(&mut out, payload, &Method::POST, target);
         for (name, value) in headers {
             writer.header(&HeaderName::try_from(*name).unwrap(), value.as_bytes());
         }
@@ -611,13 +594,17 @@ mod tests {
     fn decode(bytes: Bytes) -> Result<Option<RequestHead>, HeadError> {
         let mut inbox = Inbox::default();
         inbox.push(bytes);
-        inbox.take_request()
+        take_request(&mut inbox)
+    }
+
+    fn take_request(inbox: &mut Inbox) -> Result<Option<RequestHead>, HeadError> {
+        inbox.take_block()?.map(decode_request).transpose()
     }
 
     #[test]
     fn the_wire_format_stands() {
         let wire = request(&[("accept", "*/*"), ("content-length", "5"), ("x-own", "1")]).unwrap();
-        let mut expected = vec![0, 36, 1, 0x82, 6];
+        let mut expected = vec![0, 36, 1, 2, 6];
         expected.extend_from_slice(b"web:80\x06/a?b=c\x03\x01\x03*/*\x16\x015\x00\x05x-own\x011");
         expected[1] = u8::try_from(expected.len() - 2).unwrap();
         assert_eq!(wire, expected);
@@ -662,6 +649,16 @@ mod tests {
     }
 
     #[test]
+    fn a_request_without_a_body_promises_no_bytes() {
+        for payload in [Payload::Empty, Payload::Upgrade] {
+            let promise = decode(request_with(payload, &[("content-length", "5")]).unwrap());
+            assert_eq!(promise.unwrap_err(), HeadError::Malformed("content-length without a body"), "{payload:?}");
+            assert!(decode(request_with(payload, &[("content-length", "0")]).unwrap()).unwrap().is_some());
+        }
+        assert!(decode(request_with(Payload::Frames, &[("content-length", "5")]).unwrap()).unwrap().is_some());
+    }
+
+    #[test]
     fn a_body_may_end_only_between_frames() {
         let mut out = BytesMut::new();
         put_data_header(&mut out, 3);
@@ -692,7 +689,6 @@ mod tests {
             let wire = request(&headers).unwrap();
             let head = decode(wire.clone()).unwrap().unwrap();
             prop_assert_eq!(head.payload, Payload::Frames);
-            prop_assert_eq!(head.scheme, Scheme::Https);
             prop_assert_eq!(head.method, Method::POST);
             prop_assert_eq!(head.authority.as_ref().map(Authority::as_str), Some("web:80"));
             prop_assert_eq!(head.path.as_str(), "/a?b=c");
@@ -706,9 +702,9 @@ mod tests {
             let cut = (wire.len() as f64 * cut) as usize;
             let mut inbox = Inbox::default();
             inbox.push(wire.slice(..cut));
-            prop_assert!(inbox.take_request().unwrap().is_none());
+            prop_assert!(take_request(&mut inbox).unwrap().is_none());
             inbox.push(wire.slice(cut..));
-            prop_assert!(inbox.take_request().unwrap().is_some());
+            prop_assert!(take_request(&mut inbox).unwrap().is_some());
             prop_assert!(inbox.is_empty());
         }
 
@@ -716,7 +712,7 @@ mod tests {
         fn garbage_is_refused_without_a_panic(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
             let mut inbox = Inbox::default();
             inbox.push(Bytes::from(bytes.clone()));
-            let _unused = inbox.take_request();
+            let _unused = take_request(&mut inbox);
             let mut inbox = Inbox::default();
             inbox.push(Bytes::from(bytes.clone()));
             let _unused = inbox.take_response();

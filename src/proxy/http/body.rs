@@ -179,7 +179,9 @@ impl TunnelBody {
             exchange.grpc(trailers);
         }
         if let (Some(data), Some(promised)) = (frame.data_ref(), &mut self.promised) {
-            *promised = promised.saturating_sub(data.len() as u64);
+            let left = promised.checked_sub(data.len() as u64);
+            *promised =
+                left.ok_or(BodyError::Malformed(HeadError::Malformed("body: longer than its content-length")))?;
         }
         // The end is looked for at once: with it hyper ends the message in the same write, and it may not ask again.
         if self.inbox.is_empty()
@@ -215,6 +217,9 @@ impl Body for TunnelBody {
                     return Poll::Ready(Some(Ok(frame)));
                 }
                 Ok(None) if this.recv.is_none() => {
+                    if this.promised.is_some_and(|promised| promised > 0) {
+                        return Poll::Ready(Some(Err(this.fail(BodyError::Truncated))));
+                    }
                     this.end();
                     return Poll::Ready(None);
                 }
@@ -229,7 +234,8 @@ impl Body for TunnelBody {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.text.is_empty() && self.recv.is_none() && self.inbox.is_empty() && !self.failed
+        let is_read = self.text.is_empty() && self.recv.is_none() && self.inbox.is_empty();
+        is_read && !self.failed && self.promised.is_none_or(|promised| promised == 0)
     }
 
     fn size_hint(&self) -> SizeHint {

@@ -6,7 +6,7 @@ use http::{Method, Request, StatusCode, Version};
 
 use super::answer::{Reason, Refusal};
 use super::metrics::Flag;
-use crate::proxy::head::{HEADERS_MAX, HeadWriter};
+use crate::proxy::head::HeadWriter;
 
 /// The identity of the caller, given to the app (Envoy's name and shape).
 pub(crate) const CLIENT_CERT: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
@@ -18,16 +18,20 @@ pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id"
 const WEFT_PREFIX: &str = "x-weft-";
 /// Longest chain of services: far above real call depths, and a loop reaches it within milliseconds.
 const HOPS_MAX: u8 = 32;
+/// Most headers of a request: hyper refuses more on HTTP/1.1 by itself.
+const HEADERS_MAX: usize = 100;
 /// Most names that `Connection` may list; more are refused with the other headers' bound.
 const NOMINATED_MAX: usize = 32;
 
 /// Writes the headers that cross the mesh.
 ///
-/// Left out: hop-by-hop headers and those that `Connection` names, `host`, weft's own and the client identity.
+/// Left out: hop-by-hop headers and those that `Connection` names, `host`, weft's own and the client identity; and
+/// `content-length` beside `transfer-encoding`, which overrides it (RFC 9112 §6.3).
 pub(crate) fn write(headers: &HeaderMap, writer: &mut HeadWriter<'_>) {
     let nominated = Nominated::of(headers);
+    let is_chunked = headers.contains_key(header::TRANSFER_ENCODING);
     for (name, value) in headers {
-        if name == header::TE {
+        if name == header::TE || (is_chunked && name == header::CONTENT_LENGTH) {
             continue;
         }
         if is_dropped(name) || nominated.as_ref().is_some_and(|nominated| nominated.holds(name)) {
@@ -118,11 +122,6 @@ pub(crate) fn check<B>(request: &Request<B>) -> Result<Option<Authority>, Refusa
             text: "CONNECT is not offered on this port".to_owned(),
         });
     }
-    let framed_twice = request.headers().contains_key(header::TRANSFER_ENCODING)
-        && request.headers().contains_key(header::CONTENT_LENGTH);
-    if framed_twice {
-        return Err(bad("the request has both Content-Length and Transfer-Encoding".to_owned()));
-    }
     let mut hosts = request.headers().get_all(header::HOST).iter();
     let (host, second) = (hosts.next(), hosts.next());
     if second.is_some() {
@@ -199,6 +198,7 @@ mod tests {
             ("proxy-connection", "close"),
             ("te", "gzip, trailers"),
             ("transfer-encoding", "chunked"),
+            ("content-length", "5"),
             ("upgrade", "h2c"),
             ("host", "web"),
             ("x-forwarded-client-cert", "URI=spiffe://td/node/forged"),
@@ -215,24 +215,25 @@ mod tests {
     }
 
     #[track_caller]
-    fn authority(uri: &str, hosts: &[&str]) -> Option<Option<String>> {
+    fn check_authority(uri: &str, hosts: &[&str], expected: Option<&str>) {
         let mut request = Request::builder().uri(uri);
         for host in hosts {
             request = request.header("host", *host);
         }
-        check(&request.body(()).unwrap()).ok().map(|authority| authority.map(|authority| authority.to_string()))
+        let found = check(&request.body(()).unwrap()).ok().flatten();
+        assert_eq!(found.as_ref().map(Authority::as_str), expected, "{uri} {hosts:?}");
     }
 
     #[test]
     fn one_authority_is_needed_and_two_must_agree() {
-        assert_eq!(authority("/", &["web:80"]), Some(Some("web:80".to_owned())));
-        assert_eq!(authority("http://web/", &["WEB"]), Some(Some("web".to_owned())));
-        assert_eq!(authority("http://web/", &[]), Some(Some("web".to_owned())));
-        assert_eq!(authority("http://web/", &["api"]), None);
-        assert_eq!(authority("/", &["web", "web"]), None);
-        assert_eq!(authority("/", &[]), None);
-        assert_eq!(authority("/", &["a b"]), None);
-        assert_eq!(authority("/", &["u@web"]), None);
+        check_authority("/", &["web:80"], Some("web:80"));
+        check_authority("http://web/", &["WEB"], Some("web"));
+        check_authority("http://web/", &[], Some("web"));
+        check_authority("http://web/", &["api"], None);
+        check_authority("/", &["web", "web"], None);
+        check_authority("/", &[], None);
+        check_authority("/", &["a b"], None);
+        check_authority("/", &["u@web"], None);
     }
 
     #[test]

@@ -184,7 +184,15 @@ async fn relay(
     };
     let first = match body::first(response.body_mut(), state).await {
         Ok(first) => first,
-        Err(error) => return Err(app_broke(error, exchange)),
+        // Nothing was sent yet: an error answer is clearer than a reset, and does not make the caller's side try again.
+        Err(BodyError::App(error)) => {
+            debug!(error = %error, "app broke off");
+            let refusal = Refusal::reset("the application broke off inside its response".to_owned());
+            exchange.finish(Flag::Reset);
+            exchange.status(refusal.status);
+            return refuse(state, send, refusal, is_grpc).await;
+        }
+        Err(error) => return Err(ServeError::Body(error)),
     };
     let First { frames, ended, mut trailers, bytes } = first;
     let payload = if ended && bytes == 0 && trailers.is_none() { Payload::Empty } else { Payload::Frames };

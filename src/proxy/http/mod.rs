@@ -13,6 +13,7 @@
 
 mod activity;
 mod answer;
+mod attempt;
 mod body;
 mod headers;
 pub(crate) mod inbound;
@@ -111,8 +112,8 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             head: Duration::from_secs(30),
-            response: Duration::from_secs(60),
-            idle: Duration::from_secs(3600),
+            response: Duration::from_mins(1),
+            idle: Duration::from_hours(1),
             connect: Duration::from_secs(5),
         }
     }

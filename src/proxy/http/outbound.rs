@@ -1,26 +1,31 @@
 //! The caller's side: a server on the app's connection, one tunnel stream per request.
 //!
 //! ```text
-//!   connection (HTTP/1.1 or HTTP/2 by its preface) -> request -> check -> target -> open a stream, at most 3 times
+//!   connection (HTTP/1.1 or HTTP/2 by its preface) -> request -> check -> target -> `attempt`: at most 3 streams
 //!        preamble + head + first body bytes ->   ... rest of the body (a task of its own)
 //!        <- status byte + head                   <- body, trailers
 //! ```
 //!
+//! Framing is read strictly, by hyper: a request whose length is in doubt (differing Content-Length, a folded header, a
+//! final coding other than chunked, a broken chunk) gets 400 and its connection ends. Content-Length beside
+//! Transfer-Encoding: chunked alone counts, Content-Length is left out, and the connection ends after the answer (RFC
+//! 9112 §6.3 allows it). Nothing is smuggled either way: the tunnel's own frames carry the body, and the app's connection
+//! is framed anew from them.
+//!
 //! Floods: 256 streams a connection; hyper's defaults close a connection after 20 resets that are not yet accepted and
 //! 1024 stream errors of the caller's.
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::convert::Infallible;
-use std::pin::{Pin, pin};
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
-use http::header::{self, HeaderMap, HeaderValue};
+use http::header::{self, HeaderValue};
 use http::request::Parts;
 use http::uri::Authority;
-use http::{Request, Response, StatusCode};
+use http::{Method, Request, Response, StatusCode, Version};
 use http_body::Body;
 use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
@@ -30,17 +35,18 @@ use quinn::RecvStream;
 use tokio::net::TcpStream;
 use tracing::debug;
 
+use super::Dial;
 use super::activity::{Activity, Busy, End, Speaks, Watched, watch};
 use super::answer::{Reason, Refusal};
-use super::body::{self, BodyError, TunnelBody, TunnelSend};
+use super::attempt::attempts;
+use super::body::{TunnelBody, TunnelSend};
 use super::headers;
 use super::metrics::{Edge, Exchange, Flag, Reporter};
 use super::pool::WorkerExec;
 use super::upgrade::{self, Raw};
-use super::{ATTEMPTS_MAX, Dial, HttpState, REPLAY_BYTES_MAX};
 use crate::model::ServiceName;
-use crate::proxy::head::{HEAD_BYTES_MAX, HeadError, HeadWriter, Inbox, Payload, ResponseHead, Scheme};
-use crate::proxy::{Caller, OpenError, Opened, Route, Source, StreamKind, Tried};
+use crate::proxy::head::{HEAD_BYTES_MAX, Inbox, Payload, ResponseHead};
+use crate::proxy::{Caller, Route, Source};
 
 /// Concurrent requests of one HTTP/2 caller.
 const H2_STREAMS_MAX: u32 = 256;
@@ -53,8 +59,8 @@ const PREFACE: &[u8] = b"PRI";
 const HOST_SUFFIXES: [&str; 3] = [".service.consul", ".service.weft", ".weft"];
 
 /// Where a request goes and what counts it.
-struct Target {
-    caller: Caller,
+pub(super) struct Target {
+    pub(super) caller: Caller,
     edge: Rc<Edge>,
 }
 
@@ -118,7 +124,7 @@ pub(crate) async fn serve<D: Dial>(worker: Rc<D>, stream: TcpStream, route: Rout
     } else {
         let mut builder = http1::Builder::new();
         // hyper's own header timeout also ends idle connections and costs a timer per request: `watch` does it.
-        builder.max_buf_size(HEAD_BYTES_MAX).header_read_timeout(None);
+        builder.max_buf_size(HEAD_BYTES_MAX).max_header_size(HEAD_BYTES_MAX).header_read_timeout(None);
         let mut served = pin!(builder.serve_connection(io, service).with_upgrades());
         tokio::select! {
             ended = served.as_mut() => ended,
@@ -199,11 +205,11 @@ fn service_of_host(host: &str) -> Option<ServiceName> {
 }
 
 /// A caller's request, taken apart.
-struct Call<'a> {
-    parts: &'a Parts,
-    authority: Option<Authority>,
-    target: Rc<Target>,
-    payload: Payload,
+pub(super) struct Call<'a> {
+    pub(super) parts: &'a Parts,
+    pub(super) authority: Option<Authority>,
+    pub(super) target: Rc<Target>,
+    pub(super) payload: Payload,
 }
 
 /// Answers one request.
@@ -211,6 +217,7 @@ async fn request_of<D: Dial>(connection: &Connection<D>, mut request: Request<In
     let busy = Busy::new(&connection.activity);
     let started = crate::clock::now();
     let grpc = headers::is_grpc(request.headers());
+    let version = request.version();
     let checked = headers::check(&request);
     let found = checked.and_then(|authority| Ok((connection.target(authority.as_ref())?, authority)));
     let (target, authority) = match found {
@@ -220,7 +227,7 @@ async fn request_of<D: Dial>(connection: &Connection<D>, mut request: Request<In
                 Some(target) => Rc::clone(&target.edge),
                 None => connection.worker.http().edge(Reporter::Source, None, None),
             };
-            return refuse(Exchange::new(edge, started), refusal, grpc);
+            return refuse_request(Exchange::new(edge, started), refusal, (version, grpc));
         }
     };
     let mut exchange = Exchange::new(Rc::clone(&target.edge), started);
@@ -233,8 +240,12 @@ async fn request_of<D: Dial>(connection: &Connection<D>, mut request: Request<In
     let (parts, body) = request.into_parts();
     let call = Call { parts: &parts, authority, target, payload };
     match attempts(&connection.worker, &call, body).await {
-        Err(refusal) => refuse(exchange, refusal, grpc),
-        Ok(answer) => {
+        Err(refusal) => refuse_request(exchange, refusal, (version, grpc)),
+        Ok(mut answer) => {
+            let bodiless = matches!(answer.head.status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
+            if bodiless || parts.method == Method::HEAD {
+                answer.head.payload = Payload::Empty;
+            }
             exchange.status(answer.head.status);
             if grpc {
                 exchange.grpc(&answer.head.headers);
@@ -242,6 +253,16 @@ async fn request_of<D: Dial>(connection: &Connection<D>, mut request: Request<In
             respond(&connection.worker, answer, exchange, upgraded, busy)
         }
     }
+}
+
+/// Refuses a request; one that breaks HTTP's rules ends its HTTP/1.1 connection, for what follows it is in doubt.
+fn refuse_request(exchange: Exchange, refusal: Refusal, (version, grpc): (Version, bool)) -> Response<TunnelBody> {
+    let in_doubt = matches!(refusal.reason, Reason::BadRequest | Reason::HeadTooLarge);
+    let mut response = refuse(exchange, refusal, grpc);
+    if in_doubt && version < Version::HTTP_2 {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    response
 }
 
 fn refuse(mut exchange: Exchange, refusal: Refusal, grpc: bool) -> Response<TunnelBody> {
@@ -253,12 +274,12 @@ fn refuse(mut exchange: Exchange, refusal: Refusal, grpc: bool) -> Response<Tunn
 }
 
 /// A response's head and what is left of its stream.
-struct Answer {
-    head: ResponseHead,
-    recv: RecvStream,
-    inbox: Inbox,
+pub(super) struct Answer {
+    pub(super) head: ResponseHead,
+    pub(super) recv: RecvStream,
+    pub(super) inbox: Inbox,
     /// On an upgrade: the other direction.
-    send: Option<TunnelSend>,
+    pub(super) send: Option<TunnelSend>,
 }
 
 /// Hands the answer to hyper.
@@ -308,390 +329,4 @@ fn respond<D: Dial>(
     *response.status_mut() = status;
     *response.headers_mut() = headers;
     response
-}
-
-/// A request's body while attempts may still need it again.
-struct Upload {
-    body: RefCell<Incoming>,
-    /// Encoded frames, for another attempt.
-    replay: RefCell<Vec<Bytes>>,
-    replay_bytes: Cell<usize>,
-    replayable: Cell<bool>,
-    /// The body came to its end.
-    ended: Cell<bool>,
-}
-
-impl Upload {
-    /// Keeps frames for another attempt, up to the bound.
-    fn keep(&self, chunks: &[Bytes]) {
-        if !self.replayable.get() {
-            return;
-        }
-        let bytes = chunks.iter().fold(self.replay_bytes.get(), |sum, chunk| sum.saturating_add(chunk.len()));
-        self.replay_bytes.set(bytes);
-        if bytes > REPLAY_BYTES_MAX {
-            self.settle();
-        } else {
-            self.replay.borrow_mut().extend_from_slice(chunks);
-        }
-    }
-
-    /// Keeps nothing any more: an attempt was answered, or the body is too long.
-    fn settle(&self) {
-        self.replayable.set(false);
-        self.replay.borrow_mut().clear();
-    }
-}
-
-/// Sends the rest of a body; a failure resets the stream, and reading the answer says why.
-async fn upload<D: Dial>(worker: Rc<D>, upload: Rc<Upload>, mut send: TunnelSend) -> Result<(), BodyError> {
-    let mut chunks = Vec::with_capacity(2);
-    loop {
-        let frame = body::next_frame(|cx| Pin::new(&mut *upload.body.borrow_mut()).poll_frame(cx), &send).await?;
-        let Some(frame) = frame else { break };
-        body::encode_frame(frame, worker.http(), &mut chunks)?;
-        upload.keep(&chunks);
-        send.write(&mut chunks).await?;
-        chunks.clear();
-    }
-    upload.ended.set(true);
-    send.finish();
-    Ok(())
-}
-
-/// How one attempt failed.
-enum Failed {
-    /// The request did not reach an app: another instance may take it.
-    Unreached(Refusal),
-    /// The stream broke with nothing answered: only what is idempotent may be tried again.
-    Silent(Refusal),
-    Final(Refusal),
-}
-
-/// Sends the request until an instance answers or attempts run out.
-async fn attempts<D: Dial>(worker: &Rc<D>, call: &Call<'_>, body: Incoming) -> Result<Answer, Refusal> {
-    let state = worker.http();
-    let destination = &call.target.caller.destination;
-    let head = encode_head(state, call)?;
-    let limit = TimeLimit::of(&call.parts.headers, state.limits.response);
-    let pending = match call.payload {
-        Payload::Frames => Some(begin_upload(body, &call.parts.headers, state).await?),
-        Payload::Empty | Payload::Upgrade => None,
-    };
-    let mut tried = Tried::default();
-    let mut failure = None;
-    for _ in 0..ATTEMPTS_MAX {
-        let opened = match worker.open(&call.target.caller, StreamKind::Http, &mut tried).await {
-            Ok(opened) => opened,
-            Err(OpenError::Unreachable { node, reason }) => {
-                failure = Some(unreachable(destination, &format!("node {node}: {reason}")));
-                continue;
-            }
-            // No instance is left: what the tried ones said is the better answer.
-            Err(error) => return Err(failure.unwrap_or_else(|| open_refusal(destination, error))),
-        };
-        let Opened { send, recv, preamble, .. } = opened;
-        let attempt = Attempt { worker, call, head: head.clone(), pending: pending.as_ref(), limit };
-        let (refusal, again) = match attempt.run(TunnelSend::new(send), recv, preamble).await {
-            Ok(answer) => return Ok(answer),
-            Err(Failed::Final(refusal)) => return Err(refusal),
-            Err(Failed::Unreached(refusal)) => (refusal, true),
-            Err(Failed::Silent(refusal)) => (refusal, call.parts.method.is_idempotent()),
-        };
-        if !again || !pending.as_ref().is_none_or(|upload| upload.replayable.get()) {
-            return Err(refusal);
-        }
-        debug!(service = %destination, error = refusal.text, "another instance is tried");
-        failure = Some(refusal);
-    }
-    Err(failure.unwrap_or_else(|| unreachable(destination, "no attempt was made")))
-}
-
-/// Takes what is there of the body.
-async fn begin_upload(mut body: Incoming, headers: &HeaderMap, state: &HttpState) -> Result<Rc<Upload>, Refusal> {
-    // hyper answers `Expect: 100-continue` when the body is first asked for: the head goes ahead of it.
-    let first = match headers.contains_key(header::EXPECT) {
-        true => body::First::default(),
-        false => body::first(&mut body, state).await.map_err(|_| Refusal {
-            status: StatusCode::BAD_REQUEST,
-            flag: Flag::CallerGone,
-            reason: Reason::BadRequest,
-            text: "the request's body is malformed or ended early".to_owned(),
-        })?,
-    };
-    Ok(Rc::new(Upload {
-        body: RefCell::new(body),
-        replay: RefCell::new(first.frames),
-        replay_bytes: Cell::new(first.bytes),
-        replayable: Cell::new(true),
-        ended: Cell::new(first.ended),
-    }))
-}
-
-/// Encodes a request's head, with what weft adds.
-fn encode_head(state: &HttpState, call: &Call<'_>) -> Result<Bytes, Refusal> {
-    let Parts { method, uri, headers, .. } = call.parts;
-    let hops = headers::next_hop(headers)?;
-    let scheme = if uri.scheme_str() == Some("https") { Scheme::Https } else { Scheme::Http };
-    let authority = call.authority.as_ref().map_or(&[][..], |authority| authority.as_str().as_bytes());
-    let path = uri.path_and_query().map_or("/", http::uri::PathAndQuery::as_str);
-    let encoded = state.encode(|out| {
-        let mut writer = HeadWriter::request(out, call.payload, scheme, method, (authority, path.as_bytes()));
-        headers::write(headers, &mut writer);
-        if let (Payload::Upgrade, Some(protocol)) = (call.payload, headers::upgrade(headers)) {
-            writer.header(&header::UPGRADE, protocol.as_bytes());
-        }
-        let mut digits = [0; 3];
-        writer.header(&headers::HOPS, decimal(hops, &mut digits));
-        if !headers.contains_key(headers::REQUEST_ID) {
-            let id = uuid::Builder::from_random_bytes(rand::random()).into_uuid();
-            writer.header(&headers::REQUEST_ID, id.hyphenated().encode_lower(&mut [0; 36]).as_bytes());
-        }
-        writer.finish()
-    });
-    encoded.map_err(|error: HeadError| Refusal {
-        status: StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
-        flag: Flag::Refused,
-        reason: Reason::HeadTooLarge,
-        text: error.to_string(),
-    })
-}
-
-/// Writes a number without an allocation.
-fn decimal(number: u8, digits: &mut [u8; 3]) -> &[u8] {
-    let [hundreds, tens, ones] = digits;
-    *hundreds = b'0' + number / 100;
-    *tens = b'0' + number / 10 % 10;
-    *ones = b'0' + number % 10;
-    let zeros = if number >= 100 {
-        0
-    } else if number >= 10 {
-        1
-    } else {
-        2
-    };
-    digits.get(zeros..).unwrap_or_default()
-}
-
-/// How long a response's head is awaited.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum TimeLimit {
-    /// A gRPC stream may answer with its first message, whenever that comes.
-    None,
-    /// From the end of the request.
-    AfterRequest(Duration),
-    /// From the beginning: the caller's own `grpc-timeout`.
-    Deadline(Duration),
-}
-
-impl TimeLimit {
-    fn of(headers: &HeaderMap, limit: Duration) -> Self {
-        if !headers::is_grpc(headers) {
-            return Self::AfterRequest(limit);
-        }
-        let timeout = headers.get("grpc-timeout").and_then(|value| value.to_str().ok()).and_then(grpc_timeout);
-        timeout.map_or(Self::None, Self::Deadline)
-    }
-
-    /// Returns when the time is over.
-    async fn over(self, uploading: impl Fn() -> bool) {
-        match self {
-            Self::None => std::future::pending().await,
-            Self::Deadline(limit) => tokio::time::sleep(limit).await,
-            Self::AfterRequest(limit) => loop {
-                let ended = !uploading();
-                tokio::time::sleep(limit).await;
-                if ended {
-                    return;
-                }
-            },
-        }
-    }
-}
-
-/// Parses `grpc-timeout`: at most 8 digits and a unit.
-fn grpc_timeout(text: &str) -> Option<Duration> {
-    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
-    if digits.len() > 8 || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
-        return None;
-    }
-    let number: u64 = digits.parse().ok()?;
-    Some(match unit {
-        "H" => Duration::from_secs(number.saturating_mul(3600)),
-        "M" => Duration::from_secs(number.saturating_mul(60)),
-        "S" => Duration::from_secs(number),
-        "m" => Duration::from_millis(number),
-        "u" => Duration::from_micros(number),
-        "n" => Duration::from_nanos(number),
-        _ => return None,
-    })
-}
-
-/// One try at one instance.
-struct Attempt<'a, D> {
-    worker: &'a Rc<D>,
-    call: &'a Call<'a>,
-    head: Bytes,
-    pending: Option<&'a Rc<Upload>>,
-    limit: TimeLimit,
-}
-
-impl<D: Dial> Attempt<'_, D> {
-    async fn run(self, mut send: TunnelSend, mut recv: RecvStream, preamble: Bytes) -> Result<Answer, Failed> {
-        let mut chunks = vec![preamble, self.head.clone()];
-        if let Some(upload) = self.pending {
-            chunks.extend_from_slice(&upload.replay.borrow());
-        }
-        match send.write(&mut chunks).await {
-            // A peer that stops the stream has said why on the other half.
-            Ok(()) | Err(BodyError::Write(quinn::WriteError::Stopped(_))) => {}
-            Err(error) => return Err(Failed::Silent(self.broke(&error))),
-        }
-        let mut kept = None;
-        let mut uploading = None;
-        match self.pending {
-            Some(pending) if !pending.ended.get() => {
-                uploading = Some(Box::pin(upload(Rc::clone(self.worker), Rc::clone(pending), send)));
-            }
-            None if self.call.payload == Payload::Upgrade => kept = Some(send),
-            _ => send.finish(),
-        }
-        let mut inbox = Inbox::default();
-        let result = {
-            let answer = pin!(self.read_answer(&mut recv, &mut inbox));
-            self.in_time(answer, &mut uploading).await
-        };
-        let head = result?;
-        if let Some(pending) = self.pending {
-            pending.settle();
-        }
-        if let Some(uploading) = uploading {
-            self.worker.spawn(async move {
-                if let Err(error) = uploading.await {
-                    debug!(error = %error, "request body aborted");
-                }
-            });
-        }
-        Ok(Answer { head, recv, inbox, send: kept })
-    }
-
-    /// Waits for the answer while the body goes up.
-    async fn in_time(
-        &self,
-        mut answer: Pin<&mut impl Future<Output = Result<ResponseHead, Failed>>>,
-        uploading: &mut Option<Pin<Box<impl Future<Output = Result<(), BodyError>>>>>,
-    ) -> Result<ResponseHead, Failed> {
-        let still_uploading = || self.pending.is_some_and(|pending| !pending.ended.get());
-        let mut over = pin!(self.limit.over(still_uploading));
-        loop {
-            tokio::select! {
-                biased;
-                head = answer.as_mut() => return head,
-                result = async { match uploading { Some(uploading) => uploading.as_mut().await, None => std::future::pending().await } } => {
-                    *uploading = None;
-                    match result {
-                        // A caller that left is noticed by hyper as well; a peer that stopped reading answers.
-                        Ok(()) | Err(BodyError::Write(quinn::WriteError::Stopped(_))) => {}
-                        Err(BodyError::App(_)) => return Err(Failed::Final(Refusal {
-                            status: StatusCode::BAD_REQUEST,
-                            flag: Flag::CallerGone,
-                            reason: Reason::BadRequest,
-                            text: "the request's body is malformed or ended early".to_owned(),
-                        })),
-                        Err(error) => return Err(Failed::Silent(self.broke(&error))),
-                    }
-                }
-                () = over.as_mut() => return Err(Failed::Final(Refusal {
-                    status: StatusCode::GATEWAY_TIMEOUT,
-                    flag: Flag::Timeout,
-                    reason: Reason::Timeout,
-                    text: format!("service `{}` did not answer in time", self.destination()),
-                })),
-            }
-        }
-    }
-
-    /// Reads the status byte and the response's head.
-    async fn read_answer(&self, recv: &mut RecvStream, inbox: &mut Inbox) -> Result<ResponseHead, Failed> {
-        let mut reached = false;
-        loop {
-            if !reached && let Some(status) = inbox.take_u8() {
-                self.reached(status)?;
-                reached = true;
-            }
-            if reached {
-                match inbox.take_response() {
-                    Ok(Some(head)) => return Ok(head),
-                    Ok(None) => {}
-                    Err(error) => return Err(Failed::Final(self.broke(&error))),
-                }
-            }
-            let failed = |refusal| if reached { Failed::Final(refusal) } else { Failed::Silent(refusal) };
-            match recv.read_chunk(usize::MAX, true).await {
-                Ok(Some(chunk)) => inbox.push(chunk.bytes),
-                Ok(None) => return Err(failed(self.broke(&BodyError::Truncated))),
-                Err(error) => return Err(failed(self.broke(&error))),
-            }
-        }
-    }
-
-    /// Judges the status byte.
-    fn reached(&self, status: u8) -> Result<(), Failed> {
-        let destination = self.destination();
-        match status {
-            0 => Ok(()),
-            1 => Err(Failed::Unreached(unreachable(destination, "its application refuses connections"))),
-            2 => Err(Failed::Unreached(unreachable(destination, "its node does not have the instance"))),
-            3 => Err(Failed::Final(Refusal {
-                status: StatusCode::FORBIDDEN,
-                flag: Flag::Refused,
-                reason: Reason::Forbidden,
-                text: format!("service `{destination}` does not admit this caller"),
-            })),
-            4 => Err(Failed::Unreached(unreachable(destination, "its node is shutting down"))),
-            _ => Err(Failed::Final(self.broke(&HeadError::Malformed("status byte")))),
-        }
-    }
-
-    fn destination(&self) -> &ServiceName {
-        &self.call.target.caller.destination
-    }
-
-    fn broke(&self, error: &dyn std::error::Error) -> Refusal {
-        Refusal::reset(format!("the connection to service `{}` broke before it answered: {error}", self.destination()))
-    }
-}
-
-fn unreachable(destination: &ServiceName, why: &str) -> Refusal {
-    Refusal {
-        status: StatusCode::SERVICE_UNAVAILABLE,
-        flag: Flag::ConnectFailure,
-        reason: Reason::ConnectFailure,
-        text: format!("no instance of service `{destination}` could be connected; the last: {why}"),
-    }
-}
-
-fn open_refusal(destination: &ServiceName, error: OpenError) -> Refusal {
-    let status = StatusCode::SERVICE_UNAVAILABLE;
-    match error {
-        OpenError::UnknownService => Refusal {
-            status,
-            flag: Flag::NoRoute,
-            reason: Reason::UnknownService,
-            text: format!("no service `{destination}` is registered in the mesh"),
-        },
-        OpenError::NoInstance { total, critical } => Refusal {
-            status,
-            flag: Flag::NoHealthy,
-            reason: Reason::NoHealthyInstance,
-            text: format!("service `{destination}` has no healthy instance ({critical} of {total} are critical)"),
-        },
-        OpenError::Unreachable { node, reason } => unreachable(destination, &format!("node {node}: {reason}")),
-        OpenError::Draining => Refusal {
-            status,
-            flag: Flag::NoHealthy,
-            reason: Reason::Draining,
-            text: "this agent is shutting down".to_owned(),
-        },
-    }
 }
