@@ -42,10 +42,11 @@ async fn use_the_mesh(node: &Node) -> Result<(), Failure> {
     // The app: it greets whoever connects.
     let app = TcpListener::bind(SocketAddr::new(IP, 0)).await?;
     let app_addr = app.local_addr()?;
-    let greeter = tokio::spawn(async move {
+    let greet = async move {
         let (mut caller, _) = app.accept().await?;
-        caller.write_all(b"hello from behind the mesh").await
-    });
+        caller.write_all(b"hello from behind the mesh").await?;
+        Ok::<(), Failure>(())
+    };
 
     // The same shapes as in Consul's API and files.
     let defaults = DefinitionDefaults { bind_ip: IP };
@@ -58,8 +59,7 @@ async fn use_the_mesh(node: &Node) -> Result<(), Failure> {
     }
 
     // What is registered is in the catalogue a moment later: wait for it, with a limit.
-    let has_both = |services: &std::collections::BTreeMap<_, _>| services.len() == 2;
-    let seen = snapshots.wait_for(|snapshot| has_both(&snapshot.services));
+    let seen = snapshots.wait_for(|snapshot| snapshot.services.len() == 2);
     let snapshot = tokio::time::timeout(Duration::from_secs(5), seen).await??.clone();
     for service in snapshot.services.values() {
         for instance in &service.instances {
@@ -67,11 +67,14 @@ async fn use_the_mesh(node: &Node) -> Result<(), Failure> {
         }
     }
 
-    let mut stream = connect(UPSTREAM).await?;
-    let mut greeting = String::new();
-    stream.read_to_string(&mut greeting).await?;
+    let call = async {
+        let mut greeting = String::new();
+        connect(UPSTREAM).await?.read_to_string(&mut greeting).await?;
+        Ok(greeting)
+    };
+    let ((), greeting) = tokio::try_join!(greet, call)?;
     println!("{UPSTREAM} says: {greeting}");
-    Ok(greeter.await??)
+    Ok(())
 }
 
 /// Connects to a port that opens a moment after its registration.
