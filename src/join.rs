@@ -178,15 +178,12 @@ impl JoinServer {
         let hello: Hello = read(&mut recv).await?;
         let nonce: [u8; 32] = rand::random();
         let now = clock::wall();
-        let role = match &self.issuer {
-            Some(issuer) => {
-                Role::Issuer { certificate: issuer.certificate().to_vec(), proof: issuer.prove(&channel(connection)?)? }
-            }
-            None => {
-                let mut issuers = self.directory.issuers();
-                issuers.truncate(ISSUERS_MAX);
-                Role::Member { issuers }
-            }
+        let role = if let Some(issuer) = &self.issuer {
+            Role::Issuer { certificate: issuer.certificate().to_vec(), proof: issuer.prove(&channel(connection)?)? }
+        } else {
+            let mut issuers = self.directory.issuers();
+            issuers.truncate(ISSUERS_MAX);
+            Role::Member { issuers }
         };
         write(&mut send, &Welcome { clock: now, nonce, role }).await?;
         let Some(issuer) = &self.issuer else { return Ok(send.finish()?) };

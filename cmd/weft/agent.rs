@@ -34,7 +34,14 @@ async fn serve(config: Config) -> Result<(), Failure> {
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
     // Without this a SIGHUP would end the agent.
     let mut hangup = signal(SignalKind::hangup()).context("cannot listen for SIGHUP")?;
-    let node = Node::start(config).await.context("cannot start the agent")?;
+    // A newcomer may wait here for its issuer, for as long as it takes: a signal ends the wait.
+    let node = tokio::select! {
+        started = Box::pin(Node::start(config)) => started.context("cannot start the agent")?,
+        () = first_of(&mut terminate, &mut interrupt) => {
+            info!("stopped before the agent was up");
+            return Ok(());
+        }
+    };
     notify(&[sd_notify::NotifyState::Ready, sd_notify::NotifyState::Status("running")]);
     let stopped = node.run_until_stopped();
     tokio::pin!(stopped);

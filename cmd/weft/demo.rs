@@ -81,7 +81,7 @@ async fn serve_echo(stream: TcpStream, name: &'static str) {
     let answer = service_fn(move |request: Request<hyper::body::Incoming>| async move {
         let caller = request.headers().get("x-forwarded-client-cert").and_then(|v| v.to_str().ok()).unwrap_or("-");
         let head = format!("{name} {} {} from {caller}\n", request.method(), request.uri().path());
-        let body = request.into_body().collect().await.map(|body| body.to_bytes()).unwrap_or_default();
+        let body = request.into_body().collect().await.map(http_body_util::Collected::to_bytes).unwrap_or_default();
         let bytes = [head.as_bytes(), &body].concat();
         let response = Response::builder().header("x-instance", name).body(Full::new(Bytes::from(bytes)));
         Ok::<_, Infallible>(response.unwrap_or_default())
@@ -278,7 +278,7 @@ fn joining(ca: &Path, node: &str, serve: &str, seed: Ipv4Addr) -> anyhow::Result
         id: *uuid::Uuid::new_v4().as_bytes(),
         node: node.parse()?,
         serve: serve.parse()?,
-        not_after: clock::wall().plus(Duration::from_secs(600)),
+        not_after: clock::wall().plus(Duration::from_mins(10)),
         uses: 1,
     };
     let token = pki::create_token(ca, &claims)?.to_string();
@@ -432,7 +432,11 @@ fn show_identity(from: &Member) -> anyhow::Result<()> {
             None => SpiffeId::Node { trust_domain, node: from.node.name().clone() },
         };
         println!("  {source} -> {} at {}", tunnel.peer, tunnel.addr);
-        println!("    may serve `{}`; its chain ends at {} (seconds since 1970)", tunnel.scope, tunnel.not_after.0);
+        println!(
+            "    may serve `{}`; its chain ends in {} min",
+            tunnel.scope,
+            tunnel.not_after.since(clock::wall()).as_secs() / 60
+        );
     }
     Ok(())
 }

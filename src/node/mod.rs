@@ -30,7 +30,7 @@ use crate::join::JoinServer;
 use crate::metrics::Metrics;
 use crate::model::{Generation, NodeInfo, NodeName};
 use crate::pki::Identity;
-use crate::proxy::{ListenerState, OpenTunnel, OpenTunnels, Proxy, ProxyError, ProxyHandle, ProxyParams};
+use crate::proxy::{ListenerState, OpenTunnel, OpenTunnels, Proxy, ProxyError, ProxyHandle, ProxyHealth, ProxyParams};
 use crate::registry::{Registry, RegistryHandle, RegistryParams};
 use crate::store::{Store, StoreError};
 use crate::supervise::{TaskFailure, Tasks};
@@ -96,8 +96,9 @@ pub struct Node {
     snapshot: SnapshotReader,
     identity: Arc<Identity>,
     transport: ControlTransport,
-    /// Taken by [`Node::run_until_stopped`].
+    /// Taken when the data plane drains.
     proxy: Mutex<Option<ProxyHandle>>,
+    health: ProxyHealth,
     tunnels: OpenTunnels,
     on_terminate: OnTerminate,
     tasks: Tasks,
@@ -215,6 +216,7 @@ impl Node {
             identity,
             transport: control,
             proxy: Mutex::new(None),
+            health: proxy.health(),
             tunnels: proxy.tunnels(),
             on_terminate: config.on_terminate,
             tasks,
@@ -333,20 +335,15 @@ impl Node {
     /// # Errors
     /// [`NodeError::Failed`] or [`NodeError::Worker`] if a part of the agent failed.
     /// # Cancel safety
-    /// Not cancel safe: a cancelled stop leaves the data plane draining and the tasks running.
+    /// Waiting is cancel safe; a stop that has begun and is cancelled goes on when this is called again.
     pub async fn run_until_stopped(&self) -> Result<(), NodeError> {
-        let proxy = self.proxy.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some(proxy) = proxy else {
-            self.stop.cancelled().await;
-            return Ok(());
-        };
         let (outcome, says_goodbye) = tokio::select! {
             () = self.terminated.cancelled() => (Ok(()), self.on_terminate == OnTerminate::Leave),
             () = self.leaving.cancelled() => match self.tasks.failure() {
                 Some(failure) => (Err(NodeError::Failed(failure)), false),
                 None => (Ok(()), true),
             },
-            died = proxy.failed() => {
+            died = self.health.failed() => {
                 error!(error = %Chain(&died), "the data plane failed; the node stops");
                 (Err(NodeError::Worker(died)), false)
             }
@@ -355,7 +352,10 @@ impl Node {
             warn!(error = %Chain(&err), "could not say goodbye; the others will see this node as failed");
         }
         self.drain.cancel();
-        proxy.shutdown().await;
+        let proxy = self.proxy.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(proxy) = proxy {
+            proxy.shutdown().await;
+        }
         self.stop.cancel();
         if tokio::time::timeout(STOP_LIMIT, self.tasks.join()).await.is_err() {
             warn!(limit = ?STOP_LIMIT, "parts of the agent did not end in time and are cut");

@@ -175,7 +175,7 @@ impl Identity {
     /// [`PkiError::Verify`] if the chain has ended since the handshake.
     pub fn peer_of(&self, connection: &quinn::Connection, now: UnixSeconds) -> Result<Option<PeerIdentity>, PkiError> {
         type Chain = Vec<rustls::pki_types::CertificateDer<'static>>;
-        let Some(Ok(chain)) = connection.peer_identity().map(|identity| identity.downcast::<Chain>()) else {
+        let Some(Ok(chain)) = connection.peer_identity().map(<Box<dyn std::any::Any>>::downcast::<Chain>) else {
             return Ok(None);
         };
         Ok(Some(verify::check_peer(&chain, self.authority().bundle(), now)?))

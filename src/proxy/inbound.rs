@@ -24,7 +24,7 @@ use crate::model::ServiceName;
 use crate::pki::PeerIdentity;
 use crate::transport::{HANDSHAKE_TIMEOUT, HANDSHAKES_MAX, RETRY_FROM, TUNNEL_STREAMS, TUNNEL_STREAMS_MAX};
 
-/// Tunnels that one worker accepts: 35 KB each (BENCH), four times what one peer's pool holds.
+/// Tunnels that one worker accepts: 35 KB each, four times what one peer's pool holds.
 const TUNNELS_MAX: usize = 4_096;
 /// A preamble is one packet; a peer that does not send it holds a stream for nothing.
 const PREAMBLE_TIMEOUT: Duration = Duration::from_secs(5);

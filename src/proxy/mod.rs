@@ -204,6 +204,24 @@ pub struct ProxyHandle {
     open: OpenTunnels,
 }
 
+/// Tells when a worker dies. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct ProxyHealth(watch::Receiver<Died>);
+
+impl ProxyHealth {
+    /// Waits until a worker dies; never returns while all are well. The node then stops.
+    ///
+    /// # Cancel safety
+    /// Cancelling loses nothing.
+    pub async fn failed(&self) -> ProxyError {
+        let mut died = self.0.clone();
+        match died.wait_for(Option::is_some).await.map(|died| died.clone()) {
+            Ok(Some((worker, reason))) => ProxyError::Died { worker, reason },
+            _ => std::future::pending().await,
+        }
+    }
+}
+
 impl ProxyHandle {
     /// Returns the list of open tunnels; it stays current.
     pub fn tunnels(&self) -> OpenTunnels {
@@ -215,16 +233,9 @@ impl ProxyHandle {
         self.listeners.subscribe()
     }
 
-    /// Waits until a worker dies; never returns while all are well. The node then stops.
-    ///
-    /// # Cancel safety
-    /// Cancelling loses nothing.
-    pub async fn failed(&self) -> ProxyError {
-        let mut died = self.died.subscribe();
-        match died.wait_for(Option::is_some).await.map(|died| died.clone()) {
-            Ok(Some((worker, reason))) => ProxyError::Died { worker, reason },
-            _ => std::future::pending().await,
-        }
+    /// Returns a watch over the workers, which outlives the handle.
+    pub fn health(&self) -> ProxyHealth {
+        ProxyHealth(self.died.subscribe())
     }
 
     /// Stops accepting, lets what is open end until the drain timeout, closes the tunnels and joins the workers.

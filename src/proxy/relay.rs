@@ -34,7 +34,7 @@ use crate::clock;
 
 /// First buffer of a direction: most requests fit.
 const BUFFER_BYTES_MIN: usize = 16 << 10;
-/// Largest buffer of a direction: 1.2x on bulk, and small transfers never get there (BENCH).
+/// Largest buffer of a direction: 1.2x on bulk, and small transfers never get there (measured).
 const BUFFER_BYTES_MAX: usize = 256 << 10;
 /// Chunks taken from the stream per `writev`: 16 packets of GRO arrive together at most times.
 const CHUNKS: usize = 16;

@@ -23,7 +23,7 @@ use crate::model::{Generation, NodeName, ServiceName};
 use crate::pki::PeerIdentity;
 use crate::transport::{ConnectError, Dialled, WorkerEndpoint};
 
-/// Slots of one worker: 35 KB each side, 36 MB in all (BENCH).
+/// Slots of one worker: 35 KB each side, 36 MB in all.
 const TUNNELS_MAX: usize = 1_024;
 /// A tunnel without a new stream for this long leaves the pool.
 const UNUSED_FOR: Duration = Duration::from_mins(5);

@@ -29,7 +29,7 @@ use crate::catalogue::{Instance, SnapshotReader};
 use crate::model::{NodeName, ServiceName};
 use crate::transport::{Credentials, Lane, WorkerEndpoint};
 
-/// Connections that one worker holds from local apps, and streams from peers: 5 KB each when idle (BENCH).
+/// Connections that one worker holds from local apps, and streams from peers: 5 KB each when idle.
 pub(super) const CONNECTIONS_MAX: usize = 16_384;
 /// A tunnel that gives no stream within this time is full; another instance may do better.
 const STREAM_TIMEOUT: Duration = Duration::from_secs(3);

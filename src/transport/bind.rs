@@ -7,7 +7,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use super::steer::{self, WORKERS_MAX};
 
-/// Socket buffers asked for, each way: the default of 208 KiB loses packets at bulk rates (BENCH: 1.3x).
+/// Socket buffers asked for, each way: the default of 208 KiB loses packets at bulk rates (1.3x measured).
 pub const SOCKET_BUFFER_BYTES: usize = 4 << 20;
 
 /// The mesh port's sockets: one per data-plane worker, the last for control (gossip, join).

@@ -1,4 +1,4 @@
-//! How the endpoints are tuned; the figures stand in BENCH.
+//! How the endpoints are tuned; each figure was measured on two cores.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -32,7 +32,10 @@ fn two_agents_on_one_host_join_and_the_verbs_tell_it() {
     let port = app.addr.port();
     fs::write(
         &file,
-        format!("service {{\n  name = \"web\"\n  address = \"{}\"\n  port = {port}\n  protocol = \"http\"\n}}\n"),
+        format!(
+            "service {{\n  name = \"web\"\n  address = \"{}\"\n  port = {port}\n  protocol = \"http\"\n}}\n",
+            loopback_ip(2)
+        ),
     )
     .unwrap();
     let at = |agent: &Agent| format!("-http-addr={}", agent.api);
@@ -68,7 +71,7 @@ fn the_shared_http_port_routes_by_host() {
     let port = app.addr.port();
     n1.put_ok(
         "/v1/agent/service/register",
-        &format!(r#"{{"Name":"web","Address":"{}","Port":{port},"Protocol":"http"}}"#),
+        &format!(r#"{{"Name":"web","Address":"{}","Port":{port},"Protocol":"http"}}"#, loopback_ip(3)),
     );
     n1.wait_passing("web", &["web"]);
     let shared = SocketAddr::new(loopback_ip(3), 8480);

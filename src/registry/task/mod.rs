@@ -29,6 +29,8 @@ use crate::clock;
 use crate::model::{CheckId, Entry, EntryKey, HealthStatus, InstanceId};
 use crate::store::{Store, StoreError};
 
+/// Longest output of a check in a log line, in characters.
+const LOGGED_CHARS_MAX: usize = 160;
 /// How long statuses gather before one commit writes them: an fsync per second at most, however many checks flap.
 const FLUSH_AFTER: Duration = Duration::from_secs(1);
 /// How long to wait after a write that failed in the background.
@@ -339,7 +341,9 @@ impl Task {
         let before = check.state.status();
         let change = check.state.record(report.outcome, clock::now());
         if change == Change::Status {
-            let (status, output) = (check.state.status(), check.state.output());
+            // The status line; an app's whole page belongs into the API's answer, not into the log.
+            let (status, output) = (check.state.status(), check.state.output().lines().next().unwrap_or_default());
+            let output: String = output.chars().take(LOGGED_CHARS_MAX).collect();
             info!(check = %report.id, %before, %status, output, "check changed");
         }
         self.note_change(&report.id, change);
