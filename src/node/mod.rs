@@ -172,6 +172,7 @@ impl Node {
             registry.register_check(check.clone()).await.map_err(part("checks of the config files"))?;
         }
         let control = ControlTransport::new(sockets.control, Arc::clone(&identity), reset_key)?;
+        control.register(&metrics).map_err(part("transport's metrics"))?;
         let (incoming_tx, incoming) = mpsc::channel(gossip::INCOMING_MAX);
         let params = GossipParams {
             node: info.clone(),

@@ -137,6 +137,7 @@ async fn stream(worker: &Rc<Worker>, send: quinn::SendStream, mut recv: quinn::R
     match preamble.kind {
         StreamKind::Http => {
             http::inbound::serve(Rc::clone(worker), send, recv, rest, local, peer).await;
+            worker.responded_at.set(Some(clock::now()));
         }
         StreamKind::Tcp => {
             let edge = worker.edges.edge(Reporter::Destination, peer.id.service(), &preamble.service);

@@ -24,8 +24,6 @@ use crate::catalogue::Snapshot;
 
 /// Connections that wait to be accepted, per worker and port; the kernel bounds it by `net.core.somaxconn`.
 const BACKLOG: i32 = 1_024;
-/// A port that cannot be bound is tried again after this long.
-const RETRY: Duration = Duration::from_secs(5);
 /// After an accept error that lasts (no file descriptors left) the port rests this long.
 const ACCEPT_REST: Duration = Duration::from_millis(100);
 /// Local ports of one agent.
@@ -74,7 +72,7 @@ async fn lead(worker: &Rc<Worker>, held: &mut Held) {
         }
         tokio::select! {
             changed = changes.changed() => if changed.is_err() { return worker.drains().await },
-            () = tokio::time::sleep(RETRY) => {}
+            () = tokio::time::sleep(worker.listener_retry) => {}
             () = worker.drains() => return,
         }
     }
@@ -95,7 +93,7 @@ async fn follow(worker: &Rc<Worker>, held: &mut Held) {
         }
         tokio::select! {
             changed = changes.changed() => if changed.is_err() { return worker.drains().await },
-            () = tokio::time::sleep(RETRY) => {}
+            () = tokio::time::sleep(worker.listener_retry) => {}
             () = worker.drains() => return,
         }
     }
@@ -122,7 +120,7 @@ fn open_first(worker: &Rc<Worker>, held: &mut Held, addr: SocketAddr, before: Op
                 _ => error.to_string(),
             });
             if before != Some(&state) {
-                warn!(%addr, %error, "cannot listen for a local app; trying every 5 s");
+                warn!(%addr, %error, "cannot listen for a local app; it is tried again");
             }
             state
         }

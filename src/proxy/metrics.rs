@@ -32,6 +32,8 @@ pub(crate) struct ProxyMetrics {
     pub(crate) dial_failures: IntCounterVec,
     /// Accepted attempts that came to nothing, by reason.
     pub(crate) refused: IntCounterVec,
+    /// Calls kept from a node whose certificate does not cover the service.
+    pub(crate) outside_scope: IntCounter,
     /// Connections reset because the worker is full.
     pub(crate) overflow: IntCounter,
     /// Upstream ports that cannot be bound.
@@ -79,6 +81,10 @@ impl ProxyMetrics {
                 "Tunnels and streams of peers that were refused.",
                 &["reason"],
             )?,
+            outside_scope: metrics.add(IntCounter::new(
+                "weft_proxy_outside_scope_total",
+                "Calls kept from a node whose certificate does not cover the service.",
+            )?)?,
             overflow: metrics.add(IntCounter::new(
                 "weft_proxy_connections_overflow_total",
                 "Connections reset because a worker holds its most.",

@@ -17,7 +17,6 @@ mod listener;
 mod metrics;
 mod open;
 mod outbound;
-mod pick;
 mod preamble;
 mod relay;
 #[cfg(test)]
@@ -33,6 +32,7 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use self::metrics::ProxyMetrics;
 use self::worker::Setup;
@@ -42,9 +42,13 @@ use crate::pki::Identity;
 use crate::transport::{BindError, Credentials, Lane, NodeCredentials};
 
 pub use open::{OpenTunnel, OpenTunnels};
-pub(crate) use pick::Tried;
 pub(crate) use preamble::StreamKind;
 pub(crate) use worker::{Caller, OpenError, Opened, Route, Source, Worker};
+
+pub(crate) use crate::routing::Tried;
+
+/// A local port that cannot be bound is tried again after this long: people wait for it, and a try costs nothing.
+const LISTENER_RETRY: Duration = Duration::from_secs(5);
 
 /// What the data plane runs on.
 #[derive(Debug)]
@@ -106,7 +110,7 @@ pub enum ProxyError {
 pub enum ListenerState {
     /// Connections are accepted.
     Listening,
-    /// The port cannot be bound; the text says why. It is tried again every 5 s.
+    /// The port cannot be bound; the text says why. It is tried again.
     Failed(String),
 }
 
@@ -136,6 +140,7 @@ impl Proxy {
                 shared_http: params.shared_http,
                 stop: params.stop,
                 drain_timeout: params.drain_timeout,
+                listener_retry: LISTENER_RETRY,
                 credentials,
             },
             params.metrics,
@@ -151,6 +156,7 @@ struct StartParams {
     shared_http: Option<SocketAddr>,
     stop: CancellationToken,
     drain_timeout: Duration,
+    listener_retry: Duration,
     credentials: Arc<dyn Credentials>,
 }
 
@@ -160,6 +166,7 @@ fn start(params: StartParams, metrics: &Metrics) -> Result<ProxyHandle, ProxyErr
     let listeners = Arc::new(watch::Sender::new(Listeners::new()));
     let died = Arc::new(watch::Sender::new(None));
     let drain = params.stop.child_token();
+    let draining = TaskTracker::new();
     let workers = u8::try_from(params.sockets.len()).unwrap_or(u8::MAX);
     let mut handle =
         ProxyHandle { threads: Vec::new(), drain, died: Arc::clone(&died), listeners, open: OpenTunnels::default() };
@@ -172,11 +179,13 @@ fn start(params: StartParams, metrics: &Metrics) -> Result<ProxyHandle, ProxyErr
             credentials: Arc::clone(&params.credentials),
             snapshot: params.snapshot.clone(),
             shared_http: params.shared_http,
+            listener_retry: params.listener_retry,
             metrics: proxy_metrics.clone(),
             open: handle.open.clone(),
             http_metrics: http_metrics.clone(),
             drain: handle.drain.clone(),
             drain_timeout: params.drain_timeout,
+            draining: draining.clone(),
             listeners: Arc::clone(&handle.listeners),
             died: Arc::clone(&died),
         };

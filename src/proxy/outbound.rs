@@ -1,16 +1,17 @@
 //! TCP from a local app into the mesh.
 
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::TcpStream;
 use tracing::debug;
 
 use super::metrics::Reporter;
-use super::pick::Tried;
 use super::preamble::{StreamKind, StreamStatus};
 use super::relay::{self, CODE_RESET, Sending, Tcp};
 use super::worker::{Caller, OpenError, Opened, Worker};
+use crate::routing::Tried;
 
 /// Attempts of one connection, over different instances.
 const ATTEMPTS_MAX: usize = 3;
@@ -47,10 +48,15 @@ async fn connect(worker: &Rc<Worker>, caller: &Caller) -> Result<(Sending, quinn
             Err(OpenError::NoInstance { .. }) => return Err(flag.unwrap_or("UH")),
             Err(OpenError::Draining) => return Err("DR"),
         };
+        let instance = Arc::clone(&opened.instance);
         match establish(opened).await {
-            Ok(streams) => return Ok(streams),
+            Ok(streams) => {
+                worker.connected(&instance);
+                return Ok(streams);
+            }
             Err(Some(status)) if !status.may_retry() => return Err("RBAC"),
             Err(status) => {
+                worker.connect_failed(&instance);
                 debug!(service = %caller.destination, ?status, "instance was not connected");
                 flag = Some("UF");
             }

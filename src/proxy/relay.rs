@@ -211,7 +211,12 @@ async fn up(shared: &Shared<'_>, mut send: Sending, count: &impl Count) -> Way {
         match shared.tcp.try_read_buf(&mut buffer) {
             Ok(0) => {
                 send.finish();
-                return after_fin(shared).await;
+                let way = after_fin(shared).await;
+                if way == Way::Finished {
+                    // A tunnel that closes drops what is in flight, and an agent that drains closes it right after this.
+                    let _acknowledged = stopped.await;
+                }
+                return way;
             }
             Ok(bytes) => {
                 buffer_bytes = resized(buffer_bytes, bytes);

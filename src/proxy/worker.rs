@@ -13,20 +13,22 @@ use bytes::Bytes;
 use futures_util::FutureExt;
 use tokio::sync::watch;
 use tokio::task::LocalSet;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use super::http::HttpState;
 use super::http::metrics::HttpMetrics;
 use super::metrics::{Edges, ProxyMetrics};
 use super::open::OpenTunnels;
-use super::pick::{NoInstance, Picker, Tried};
 use super::preamble::{Preamble, StreamKind};
 use super::tunnel::{Tunnel, TunnelKey, Tunnels};
 use super::{Died, Listeners, ProxyError, inbound, listener};
-use crate::catalogue::{Instance, SnapshotReader};
-use crate::model::{NodeName, ServiceName};
+use crate::catalogue::{Instance, ServiceEntry, SnapshotReader};
+use crate::clock;
+use crate::model::{HealthStatus, NodeName, ServiceName};
+use crate::routing::{Balancer, ConnectBackoff, Tried};
 use crate::transport::{Credentials, Lane, WorkerEndpoint};
 
 /// Connections that one worker holds from local apps, and streams from peers: 5 KB each when idle.
@@ -35,8 +37,13 @@ pub(super) const CONNECTIONS_MAX: usize = 16_384;
 const STREAM_TIMEOUT: Duration = Duration::from_secs(3);
 /// How often unused tunnels are let go.
 const SWEEP: Duration = Duration::from_secs(30);
+/// Turns of vanished services are dropped at most this often, however fast the catalogue changes.
+const FORGET_REST: Duration = Duration::from_secs(1);
 /// Peers are told of the end within this time, or find out by themselves.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+/// A tunnel that carried a response stays open this long: closing drops what is in flight, and a few round trips later
+/// it has arrived.
+const CLOSE_LINGER: Duration = Duration::from_millis(300);
 /// Application code of a connection that ends because the agent stops.
 const CODE_STOPPING: u32 = 0;
 
@@ -122,11 +129,14 @@ pub(super) struct Setup {
     pub(super) credentials: Arc<dyn Credentials>,
     pub(super) snapshot: SnapshotReader,
     pub(super) shared_http: Option<SocketAddr>,
+    pub(super) listener_retry: Duration,
     pub(super) metrics: ProxyMetrics,
     pub(super) open: OpenTunnels,
     pub(super) http_metrics: HttpMetrics,
     pub(super) drain: CancellationToken,
     pub(super) drain_timeout: Duration,
+    /// Holds one token per worker that still drains.
+    pub(super) draining: TaskTracker,
     pub(super) listeners: Arc<watch::Sender<Listeners>>,
     pub(super) died: Arc<watch::Sender<Died>>,
 }
@@ -136,6 +146,8 @@ pub(crate) struct Worker {
     pub(super) index: usize,
     pub(super) endpoint: WorkerEndpoint,
     pub(super) shared_http: Option<SocketAddr>,
+    /// A port that cannot be bound is tried again after this long.
+    pub(super) listener_retry: Duration,
     pub(super) listeners: Arc<watch::Sender<Listeners>>,
     pub(super) metrics: ProxyMetrics,
     pub(super) edges: Edges,
@@ -145,10 +157,14 @@ pub(crate) struct Worker {
     pub(super) connections: Rc<Cell<usize>>,
     /// Streams from peers.
     pub(super) streams: Rc<Cell<usize>>,
+    /// When the last response was written to a peer.
+    pub(super) responded_at: Cell<Option<Instant>>,
     snapshot: SnapshotReader,
     tunnels: Tunnels,
-    picker: RefCell<Picker>,
+    balancer: RefCell<Balancer>,
+    backoff: RefCell<ConnectBackoff>,
     tasks: TaskTracker,
+    draining: TaskTracker,
     drain: CancellationToken,
     closed: CancellationToken,
 }
@@ -204,22 +220,30 @@ impl Worker {
             index: setup.index,
             endpoint,
             shared_http: setup.shared_http,
+            listener_retry: setup.listener_retry,
             listeners: setup.listeners,
             edges: Edges::new(setup.metrics.clone()),
             http: HttpState::new(setup.http_metrics),
             connections: Rc::default(),
             streams: Rc::default(),
+            responded_at: Cell::new(None),
             snapshot: setup.snapshot,
             tunnels: Tunnels::new(setup.metrics.clone(), setup.open),
             metrics: setup.metrics,
-            picker: RefCell::default(),
+            // Neither the workers of a node nor the nodes move in step.
+            balancer: RefCell::new(Balancer::new(rand::random())),
+            backoff: RefCell::default(),
             tasks: TaskTracker::new(),
+            draining: setup.draining,
             drain: setup.drain,
             closed: CancellationToken::new(),
         })
     }
 
-    /// Serves until the drain is over. The loops run here: a panic of one is the worker's end.
+    /// Serves until the drain of all workers is over. The loops run here: a panic of one is the worker's end.
+    ///
+    /// A socket that leaves the mesh port's group moves another into its place, and datagrams go to the wrong worker:
+    /// so none closes while another has something open.
     async fn run(self: Rc<Self>, drain_timeout: Duration) {
         let sweep = async {
             loop {
@@ -227,17 +251,27 @@ impl Worker {
                 self.tunnels.sweep();
             }
         };
+        let drains = self.draining.token();
         let drained = async {
             self.drain.cancelled().await;
             self.http.drain();
             self.tasks.close();
-            if tokio::time::timeout(drain_timeout, self.tasks.wait()).await.is_err() {
+            self.draining.close();
+            let all = async {
+                self.tasks.wait().await;
+                drop(drains);
+                self.draining.wait().await;
+                if let Some(at) = self.responded_at.get() {
+                    tokio::time::sleep_until(at + CLOSE_LINGER).await;
+                }
+            };
+            if tokio::time::timeout(drain_timeout, all).await.is_err() {
                 info!(worker = self.index, open = self.tasks.len(), "drain timeout: cutting what is open");
             }
         };
         tokio::select! {
             () = drained => {}
-            () = async { tokio::join!(listener::run(&self), inbound::run(&self), sweep); } => {}
+            () = async { tokio::join!(listener::run(&self), inbound::run(&self), sweep, self.forget_vanished()); } => {}
         }
         self.closed.cancel();
         self.tunnels.clear();
@@ -262,9 +296,11 @@ impl Worker {
         }
         let service = self.snapshot.peek().services.get(&caller.destination).cloned();
         let service = service.ok_or(OpenError::UnknownService)?;
-        let picked = self.picker.borrow_mut().pick(&service, tried);
-        let instance = picked.map_err(|NoInstance { total, critical }| OpenError::NoInstance { total, critical })?;
-        tried.add(&instance);
+        let picked = self.balancer.borrow_mut().pick(&service, tried, &self.backoff.borrow(), clock::now());
+        // The balancer comes back to what was tried where there is nothing else; one call meets an instance once.
+        let fresh = picked.ok().filter(|instance| !tried.contains(instance));
+        let instance = fresh.ok_or_else(|| no_instance(&service))?;
+        tried.add(Arc::clone(&instance));
         let node = &instance.node.info;
         let unreachable = |reason| OpenError::Unreachable { node: node.name.clone(), reason };
         let key = TunnelKey {
@@ -273,10 +309,36 @@ impl Worker {
             addr: node.mesh_addr,
             generation: instance.node.generation,
         };
-        let (send, recv) = self.stream(&key, &caller.destination).await.map_err(unreachable)?;
+        let opened = self.stream(&key, &caller.destination).await;
+        let (send, recv) = opened.inspect_err(|_| self.connect_failed(&instance)).map_err(unreachable)?;
+        if kind == StreamKind::Http {
+            // Only TCP waits for the app before it goes on; for HTTP a node that answers is the proof there is.
+            self.connected(&instance);
+        }
         let preamble =
             Preamble { kind, instance: instance.record.id.clone(), service: caller.destination.clone() }.encode();
         Ok(Opened { send, recv, preamble, instance })
+    }
+
+    /// Notes that `instance` could not be connected: it is left out for a while if there are others.
+    pub(crate) fn connect_failed(&self, instance: &Instance) {
+        let left_out = self.backoff.borrow_mut().failed(instance, clock::now());
+        debug!(node = %instance.node.info.name, instance = %instance.record.id, ?left_out, "instance backs off");
+    }
+
+    /// Notes that the app of `instance` is connected.
+    pub(crate) fn connected(&self, instance: &Instance) {
+        self.backoff.borrow_mut().succeeded(instance);
+    }
+
+    /// Drops the turns of services that are gone, as the catalogue changes.
+    async fn forget_vanished(&self) {
+        let mut changes = self.snapshot.subscribe();
+        while changes.changed().await.is_ok() {
+            let snapshot = Arc::clone(&changes.borrow_and_update());
+            self.balancer.borrow_mut().forget_vanished(&snapshot);
+            tokio::time::sleep(FORGET_REST).await;
+        }
     }
 
     /// Opens a stream on the tunnel of `key`; a tunnel that turns out to be lost is dialled once more.
@@ -305,6 +367,7 @@ impl Worker {
         let tunnel = self.tunnels.get(key, &self.endpoint).await.map_err(|error| error.to_string())?;
         let scope = &tunnel.peer.scope;
         if !scope.covers(destination.as_str()) {
+            self.metrics.outside_scope.inc();
             warn!(node = %key.node, %scope, service = %destination, "node announces a service outside its scope");
             return Err(format!("{} may not serve {destination}: its scope is `{scope}`", key.node));
         }
@@ -347,6 +410,13 @@ impl Worker {
     pub(super) async fn closes(&self) {
         self.closed.cancelled().await;
     }
+}
+
+/// Says how many instances there are, and how many of them are critical.
+fn no_instance(service: &ServiceEntry) -> OpenError {
+    let is_critical = |instance: &&Arc<Instance>| instance.status == HealthStatus::Critical;
+    let critical = service.instances.iter().filter(is_critical).count();
+    OpenError::NoInstance { total: service.instances.len(), critical }
 }
 
 /// Counts something while it lives; a count has a bound.

@@ -2,7 +2,6 @@
 
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::sync::Mutex;
 use tokio::task::JoinSet;
@@ -11,9 +10,11 @@ use tracing::{debug, warn};
 use super::bind::BindError;
 use super::credentials::{Credentials, NodeCredentials, peer_of};
 use super::error::ConnectError;
+use super::metrics::{ControlMetrics, Outcome};
 use super::steer::{self, Lane};
 use super::tune::{self, HANDSHAKE_TIMEOUT, HANDSHAKES_MAX, RETRY_FROM};
 use super::worker::{connect, start, verified};
+use crate::metrics::Metrics;
 use crate::model::NodeName;
 use crate::pki::{Identity, PeerIdentity, Plane};
 
@@ -55,9 +56,7 @@ struct Shared {
     /// The TLS side of newcomers, who have no certificate yet; others get the endpoint's own.
     join: Arc<quinn::ServerConfig>,
     handshakes: Mutex<JoinSet<Option<Accepted>>>,
-    accepted: AtomicU64,
-    failed: AtomicU64,
-    unverified: AtomicU64,
+    metrics: ControlMetrics,
 }
 
 impl ControlTransport {
@@ -90,9 +89,7 @@ impl ControlTransport {
                 credentials,
                 join,
                 handshakes: Mutex::default(),
-                accepted: AtomicU64::new(0),
-                failed: AtomicU64::new(0),
-                unverified: AtomicU64::new(0),
+                metrics: ControlMetrics::new(),
             }),
         })
     }
@@ -133,13 +130,14 @@ impl ControlTransport {
             tokio::select! {
                 Some(ended) = handshakes.join_next() => {
                     if let Ok(Some(accepted)) = ended {
-                        self.shared.accepted.fetch_add(1, Ordering::Relaxed);
+                        self.shared.metrics.count(accepted.plane, Outcome::Accepted);
                         return Some(accepted);
                     }
                 }
                 incoming = self.shared.endpoint.accept(), if has_room => {
                     let incoming = incoming?;
                     if handshakes.len() >= RETRY_FROM && !incoming.remote_address_validated() && incoming.may_retry() {
+                        self.shared.metrics.count(steer::control_plane(&incoming.orig_dst_cid()), Outcome::Retried);
                         let _cannot_fail_when_retry_is_allowed = incoming.retry();
                         continue;
                     }
@@ -151,13 +149,18 @@ impl ControlTransport {
 
     /// Returns what became of the attempts so far.
     pub fn counts(&self) -> ControlCounts {
-        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let shared = &self.shared;
-        ControlCounts {
-            accepted: read(&shared.accepted),
-            failed: read(&shared.failed),
-            unverified: read(&shared.unverified),
-        }
+        self.shared.metrics.counts()
+    }
+
+    /// Adds the endpoint's metrics: `weft_transport_control_attempts_total`, `weft_transport_control_connections`.
+    ///
+    /// # Errors
+    /// If another control endpoint was added to `metrics`.
+    pub fn register(&self, metrics: &Metrics) -> Result<(), prometheus::Error> {
+        // The registry does not keep the endpoint alive.
+        let shared = Arc::downgrade(&self.shared);
+        let open = move || shared.upgrade().map_or(0, |shared| shared.endpoint.open_connections());
+        self.shared.metrics.register(metrics, open)
     }
 
     /// Closes everything at once with a reason.
@@ -184,12 +187,12 @@ impl Shared {
             Ok(connecting) => tokio::time::timeout(HANDSHAKE_TIMEOUT, connecting).await,
             Err(error) => Ok(Err(error)),
         };
-        let error = match connection {
+        let (outcome, error) = match connection {
             Ok(Ok(connection)) => return self.admit(plane, from, connection),
-            Ok(Err(error)) => error.to_string(),
-            Err(late) => late.to_string(),
+            Ok(Err(error)) => (Outcome::Failed, error.to_string()),
+            Err(late) => (Outcome::TimedOut, late.to_string()),
         };
-        self.failed.fetch_add(1, Ordering::Relaxed);
+        self.metrics.count(plane, outcome);
         debug!(%from, ?plane, error, "peer did not connect");
         None
     }
@@ -202,7 +205,7 @@ impl Shared {
         match peer_of(&*self.credentials, &connection) {
             Ok(peer) => Some(Accepted { plane, connection, peer: Some(peer) }),
             Err(error) => {
-                self.unverified.fetch_add(1, Ordering::Relaxed);
+                self.metrics.count(plane, Outcome::Unverified);
                 warn!(%from, error, "closing a gossip connection whose peer does not verify");
                 connection.close(UNVERIFIED.into(), b"peer is not verified");
                 None
@@ -210,3 +213,7 @@ impl Shared {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "control_tests.rs"]
+mod tests;

@@ -15,6 +15,7 @@ mod bind;
 mod control;
 mod credentials;
 mod error;
+mod metrics;
 mod steer;
 mod tune;
 mod worker;

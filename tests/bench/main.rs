@@ -1,4 +1,7 @@
-//! Micro-benchmarks of the pure cores: `cargo bench`. Signatures are left out: they cost the same whatever weft does.
+//! Benchmarks: `cargo bench`. Micro-benchmarks of the pure cores leave signatures out: they cost the same whatever weft
+//! does. `proxied_request` is the whole path of one request through two agents.
+
+mod request;
 
 use std::collections::BTreeMap;
 use std::hint::black_box;
@@ -142,5 +145,5 @@ fn merge(c: &mut Criterion) {
     });
 }
 
-criterion_group!(benches, route, codec, merge);
+criterion_group!(benches, route, codec, merge, request::proxied_request);
 criterion_main!(benches);
