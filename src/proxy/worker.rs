@@ -311,10 +311,6 @@ impl Worker {
         };
         let opened = self.stream(&key, &caller.destination).await;
         let (send, recv) = opened.inspect_err(|_| self.connect_failed(&instance)).map_err(unreachable)?;
-        if kind == StreamKind::Http {
-            // Only TCP waits for the app before it goes on; for HTTP a node that answers is the proof there is.
-            self.connected(&instance);
-        }
         let preamble =
             Preamble { kind, instance: instance.record.id.clone(), service: caller.destination.clone() }.encode();
         Ok(Opened { send, recv, preamble, instance })

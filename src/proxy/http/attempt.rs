@@ -112,9 +112,15 @@ pub(super) async fn attempts<D: Dial>(worker: &Rc<D>, call: &Call<'_>, body: Inc
             // No instance is left: what the tried ones said is the better answer.
             Err(error) => return Err(failure.unwrap_or_else(|| open_refusal(destination, error))),
         };
-        let Opened { send, recv, preamble, .. } = opened;
+        let Opened { send, recv, preamble, instance } = opened;
         let attempt = Attempt { worker, call, head: head.clone(), pending: pending.as_ref(), limit };
-        let (refusal, again) = match attempt.run(TunnelSend::new(send), recv, preamble).await {
+        let outcome = attempt.run(TunnelSend::new(send), recv, preamble).await;
+        match &outcome {
+            Err(Failed::Unreached(_)) => worker.connect_failed(&instance),
+            Ok(_) => worker.connected(&instance),
+            Err(Failed::Silent(_) | Failed::Final(_)) => {}
+        }
+        let (refusal, again) = match outcome {
             Ok(answer) => return Ok(answer),
             Err(Failed::Final(refusal)) => return Err(refusal),
             Err(Failed::Unreached(refusal)) => (refusal, true),

@@ -37,7 +37,7 @@ use tokio_util::sync::CancellationToken;
 use self::metrics::{Edge, EdgeCache, HttpMetrics, Reporter};
 use self::pool::Pool;
 use super::{Caller, OpenError, Opened, StreamKind, Tried, Worker};
-use crate::catalogue::SnapshotReader;
+use crate::catalogue::{Instance, SnapshotReader};
 use crate::model::ServiceName;
 use crate::pki::PeerIdentity;
 
@@ -50,6 +50,10 @@ pub(crate) trait Dial: 'static {
         kind: StreamKind,
         tried: &mut Tried,
     ) -> impl Future<Output = Result<Opened, OpenError>>;
+    /// Notes that the app of `instance` was reached.
+    fn connected(&self, _instance: &Instance) {}
+    /// Notes that the app of `instance` was not reached: others come first for a while.
+    fn connect_failed(&self, _instance: &Instance) {}
     /// The catalogue.
     fn snapshot(&self) -> &SnapshotReader;
     /// Runs a task on the worker's thread; the worker ends it at the end of the drain.
@@ -63,6 +67,14 @@ pub(crate) trait Dial: 'static {
 impl Dial for Worker {
     async fn open(self: &Rc<Self>, caller: &Caller, kind: StreamKind, tried: &mut Tried) -> Result<Opened, OpenError> {
         Worker::open(self, caller, kind, tried).await
+    }
+
+    fn connected(&self, instance: &Instance) {
+        Worker::connected(self, instance);
+    }
+
+    fn connect_failed(&self, instance: &Instance) {
+        Worker::connect_failed(self, instance);
     }
 
     fn snapshot(&self) -> &SnapshotReader {
