@@ -30,6 +30,8 @@ use crate::wire::{self, WireError};
 
 /// Longest exchange, on either side: two round trips, a disk write and a signature, with room for a slow link.
 pub const JOIN_TIMEOUT: Duration = Duration::from_secs(10);
+/// A stranger who says nothing for this long gives its place to another.
+const STEP_TIMEOUT: Duration = Duration::from_secs(3);
 /// How far two clocks may differ: leaves begin this long in the past.
 pub const CLOCK_SKEW_MAX: Duration = Duration::from_secs(60);
 /// How long after its end a certificate can still be renewed by its key.
@@ -174,8 +176,8 @@ impl JoinServer {
     }
 
     async fn exchange(&self, connection: &quinn::Connection) -> Result<(), Failure> {
-        let (mut send, mut recv) = connection.accept_bi().await?;
-        let hello: Hello = read(&mut recv).await?;
+        let (mut send, mut recv) = tokio::time::timeout(STEP_TIMEOUT, connection.accept_bi()).await??;
+        let hello: Hello = tokio::time::timeout(STEP_TIMEOUT, read(&mut recv)).await??;
         let nonce: [u8; 32] = rand::random();
         let now = clock::wall();
         let role = if let Some(issuer) = &self.issuer {
@@ -187,7 +189,7 @@ impl JoinServer {
         };
         write(&mut send, &Welcome { clock: now, nonce, role }).await?;
         let Some(issuer) = &self.issuer else { return Ok(send.finish()?) };
-        let Ok(request) = read::<Request>(&mut recv).await else {
+        let Ok(Ok(request)) = tokio::time::timeout(STEP_TIMEOUT, read::<Request>(&mut recv)).await else {
             // A newcomer that finds its clock wrong asks for nothing.
             return Ok(());
         };

@@ -320,6 +320,7 @@ async fn show(
     register(two, &echo_service(&second)).await?;
     let upstream = SocketAddr::from((ips[2], 9191));
     register(three, &caller_service(upstream)).await?;
+    show_spread(one).await?;
     wait_until("both instances pass", || passing(three, 2)).await?;
     wait_until("the upstream port answers", || reachable(upstream)).await?;
     show_catalogue(three).await?;
@@ -438,6 +439,22 @@ fn show_identity(from: &Member) -> anyhow::Result<()> {
             tunnel.not_after.since(clock::wall()).as_secs() / 60
         );
     }
+    Ok(())
+}
+
+/// Tells how long a registration, answered a moment ago, takes to stand in another agent's catalogue.
+#[expect(clippy::disallowed_methods, reason = "measures real time")]
+async fn show_spread(elsewhere: &Member) -> anyhow::Result<()> {
+    let begun = Instant::now();
+    let is_known = async || -> anyhow::Result<bool> {
+        let known = api(elsewhere, "GET", "/v1/catalog/services", None).await?;
+        Ok(known.get("caller").is_some())
+    };
+    while !is_known().await? {
+        ensure!(begun.elapsed() < PATIENCE, "the registration never reached host-1");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    println!("  a registration on host-3 stood in host-1's catalogue after {:.0} ms", millis(begun.elapsed()));
     Ok(())
 }
 

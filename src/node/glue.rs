@@ -1,7 +1,8 @@
 //! Small adapters between the parts: what one part offers, in the shape that another asks for.
 
-use std::net::SocketAddr;
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
@@ -18,6 +19,8 @@ use crate::transport::{Accepted, ControlTransport};
 
 /// Join exchanges at once; a newcomer beyond them is closed and tries again.
 const JOINS_MAX: usize = 32;
+/// Join exchanges of one address at once: a host joins once; a few may stand behind one NAT.
+const JOINS_PER_ADDRESS_MAX: usize = 4;
 /// Application code of a connection that is closed because there are too many.
 const CODE_BUSY: u32 = 4;
 
@@ -72,6 +75,7 @@ pub(super) async fn accept(
     stop: CancellationToken,
 ) {
     let places = Arc::new(Semaphore::new(JOINS_MAX));
+    let by_address: Arc<Mutex<BTreeMap<IpAddr, usize>>> = Arc::default();
     loop {
         let accepted = tokio::select! {
             () = stop.cancelled() => return,
@@ -81,11 +85,12 @@ pub(super) async fn accept(
         let remote = accepted.connection.remote_address();
         match accepted.plane {
             Plane::Join => {
-                if let Ok(place) = Arc::clone(&places).try_acquire_owned() {
+                let address = AddressPlace::take(&by_address, remote.ip());
+                if let (Ok(place), Some(address)) = (Arc::clone(&places).try_acquire_owned(), address) {
                     let (joins, connection) = (Arc::clone(&joins), accepted.connection);
                     tasks.spawn("join", async move {
                         joins.serve(connection).await;
-                        drop(place);
+                        drop((place, address));
                     });
                 } else {
                     warn!(peer = %remote, joins_max = JOINS_MAX, "too many joins at once; the newcomer must try again");
@@ -101,5 +106,52 @@ pub(super) async fn accept(
             // The control socket does not offer the tunnels' ALPN.
             Plane::Tunnel => accepted.connection.close(CODE_BUSY.into(), b"no tunnels here"),
         }
+    }
+}
+
+/// One join exchange of an address; gives its place back when dropped.
+struct AddressPlace {
+    held: Arc<Mutex<BTreeMap<IpAddr, usize>>>,
+    address: IpAddr,
+}
+
+impl AddressPlace {
+    fn take(held: &Arc<Mutex<BTreeMap<IpAddr, usize>>>, address: IpAddr) -> Option<Self> {
+        let mut counts = held.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = counts.entry(address).or_default();
+        if *count >= JOINS_PER_ADDRESS_MAX {
+            return None;
+        }
+        *count += 1;
+        Some(Self { held: Arc::clone(held), address })
+    }
+}
+
+impl Drop for AddressPlace {
+    fn drop(&mut self) {
+        let mut counts = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        match counts.get_mut(&self.address) {
+            Some(count) if *count > 1 => *count -= 1,
+            _ => drop(counts.remove(&self.address)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_address_holds_a_few_places_and_gives_them_back() {
+        let held = Arc::default();
+        let address = "192.0.2.1".parse().unwrap();
+        let mut places: Vec<_> =
+            (0..JOINS_PER_ADDRESS_MAX).map(|_| AddressPlace::take(&held, address).unwrap()).collect();
+        assert!(AddressPlace::take(&held, address).is_none());
+        assert!(AddressPlace::take(&held, "192.0.2.2".parse().unwrap()).is_some());
+        places.pop();
+        assert!(AddressPlace::take(&held, address).is_some());
+        drop(places);
+        assert!(held.lock().unwrap().is_empty(), "nothing is kept of addresses that are gone");
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use prometheus::Gauge;
 use rand::RngExt as _;
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::clock::{self, UnixSeconds};
 use crate::config::{Config, IdentitySource, MESH_PORT_DEFAULT};
@@ -26,6 +26,8 @@ const LOOK: Duration = Duration::from_secs(30);
 const RETRY: Duration = Duration::from_millis(500);
 /// Longest pause between two tries.
 const RETRY_MAX: Duration = Duration::from_secs(30);
+/// Most members that a renewal asks: each that is gone takes seconds.
+const ASKED_MAX: usize = 16;
 /// Seconds of a day.
 const DAY: f64 = 86_400.0;
 
@@ -119,10 +121,10 @@ pub(super) async fn obtain(
             issuer.self_certify(&config.node_name, serve, now)?
         }
         (Some(stored), ..) if stored.not_after() > now => stored,
-        (Some(ended), ..) if !config.join.is_empty() => renew_ended(config, &ended).await?,
+        (Some(ended), ..) if is_askable(config, store)? => renew_ended(config, store, &ended).await?,
         (_, _, IdentitySource::Token(text)) => {
             let token: Token = text.reveal().parse()?;
-            ask(config, Wish::Token(&token)).await?
+            ask(config, &[], Wish::Token(&token)).await?
         }
         (Some(ended), ..) => return Err(IdentityError::Ended { until: ended.not_after(), now }),
         (None, ..) => return Err(IdentityError::None(config.node_name.clone())),
@@ -150,13 +152,14 @@ fn check(config: &Config, authority: &NodeAuthority, now: UnixSeconds) -> Result
 }
 
 /// Renews a certificate that ended; a token, if there is one, serves where its key no longer does.
-async fn renew_ended(config: &Config, ended: &NodeAuthority) -> Result<NodeAuthority, IdentityError> {
+async fn renew_ended(config: &Config, store: &Store, ended: &NodeAuthority) -> Result<NodeAuthority, IdentityError> {
     warn!(until = ended.not_after().0, "the node's certificate has ended; asking an issuer to renew it");
-    match (ask(config, Wish::Renewal(ended)).await, &config.identity) {
+    let peers: Vec<SocketAddr> = store.peers()?.into_iter().map(|peer| peer.addr).collect();
+    match (ask(config, &peers, Wish::Renewal(ended)).await, &config.identity) {
         (Err(IdentityError::Join(refused)), IdentitySource::Token(text)) => {
             warn!(error = %Chain(&refused), "renewal refused; using the token");
             let token: Token = text.reveal().parse()?;
-            ask(config, Wish::Token(&token)).await
+            ask(config, &peers, Wish::Token(&token)).await
         }
         (outcome, _) => outcome,
     }
@@ -168,14 +171,20 @@ enum Wish<'a> {
     Renewal(&'a NodeAuthority),
 }
 
-/// Asks the seeds until one of them decides; pauses grow and are jittered.
-async fn ask(config: &Config, wish: Wish<'_>) -> Result<NodeAuthority, IdentityError> {
-    if config.join.is_empty() {
+/// Whether there is anybody to ask: a seed, or a peer of the last run.
+fn is_askable(config: &Config, store: &Store) -> Result<bool, StoreError> {
+    Ok(!config.join.is_empty() || !store.peers()?.is_empty())
+}
+
+/// Asks the seeds, then `peers`, until one of them decides; pauses grow and are jittered.
+async fn ask(config: &Config, peers: &[SocketAddr], wish: Wish<'_>) -> Result<NodeAuthority, IdentityError> {
+    if config.join.is_empty() && peers.is_empty() {
         return Err(IdentityError::NoSeed);
     }
     let mut pause = RETRY;
     loop {
-        let seeds = resolve(&config.join).await;
+        let mut seeds = resolve(&config.join).await;
+        seeds.extend(peers.iter().take(ASKED_MAX));
         let now = clock::wall();
         let answer = match wish {
             Wish::Token(token) => join::request_certificate(&seeds, token, &config.node_name, now).await,
@@ -240,6 +249,7 @@ pub(super) struct Renewal {
     pub(super) issuer: Option<Arc<Issuer>>,
     pub(super) store: Store,
     pub(super) gossip: GossipHandle,
+    pub(super) seeds: Vec<String>,
     pub(super) expiry: Gauge,
 }
 
@@ -260,7 +270,14 @@ impl Renewal {
             let authority = self.identity.authority();
             let life = authority.not_after().since(authority.not_before());
             pause = LOOK;
-            if now < authority.not_before().plus(life.mul_f64(0.5 + jitter)) {
+            if now < authority.not_before() {
+                // Made while a clock was ahead: nobody accepts it before its time.
+                error!(
+                    from = authority.not_before().0,
+                    now = now.0,
+                    "the node's certificate is not valid yet; renewing it"
+                );
+            } else if now < authority.not_before().plus(life.mul_f64(0.5 + jitter)) {
                 continue;
             }
             match self.renew_authority(&authority, now).await {
@@ -277,27 +294,31 @@ impl Renewal {
     async fn renew_authority(&self, old: &NodeAuthority, now: UnixSeconds) -> Result<UnixSeconds, IdentityError> {
         let renewed = match &self.issuer {
             Some(issuer) => issuer.self_certify(old.node(), old.scope(), now)?,
-            None => join::renew(&self.askable(), old, now).await?,
+            None => join::renew(&self.askable().await, old, now).await?,
         };
         let bytes = renewed.to_bytes()?;
         let until = renewed.not_after();
-        let store = self.store.clone();
-        let kept = tokio::task::spawn_blocking(move || store.put_identity(&bytes)).await;
-        if let Ok(kept) = kept {
-            kept?;
-        }
         self.identity.replace_authority(renewed, now)?;
+        // A full disk must not cost the node its identity: it serves from memory, and the log says so.
+        let store = self.store.clone();
+        if let Ok(Err(err)) = tokio::task::spawn_blocking(move || store.put_identity(&bytes)).await {
+            error!(error = %Chain(&err), "the renewed certificate is in use but not on disk; a restart begins with the old one");
+        }
         Ok(until)
     }
 
-    /// Issuers first, then whoever is alive: it names the issuers that it knows.
-    fn askable(&self) -> Vec<SocketAddr> {
+    /// Live issuers first, in random order, then whoever is alive (it names the issuers that it knows), then the failed
+    /// and the seeds: a node whose certificate has ended sees everybody as failed.
+    async fn askable(&self) -> Vec<SocketAddr> {
         let members = self.gossip.members();
         let own = self.identity.authority();
-        let alive =
-            |member: &&crate::gossip::MemberView| member.status == MemberStatus::Alive && member.name != *own.node();
-        let mut alive: Vec<_> = members.members.iter().filter(alive).collect();
-        alive.sort_by_key(|member| !member.info.as_ref().is_some_and(|info| info.issuer));
-        alive.into_iter().take(16).map(|member| member.addr).collect()
+        let mut others: Vec<_> = members.members.iter().filter(|member| member.name != *own.node()).collect();
+        others.sort_by_cached_key(|member| {
+            let is_issuer = member.info.as_ref().is_some_and(|info| info.issuer);
+            (member.status != MemberStatus::Alive, !is_issuer, rand::random::<u32>())
+        });
+        let mut askable: Vec<SocketAddr> = others.into_iter().take(ASKED_MAX).map(|member| member.addr).collect();
+        askable.extend(resolve(&self.seeds).await);
+        askable
     }
 }

@@ -193,8 +193,14 @@ impl Node {
         let joins = JoinServer::new(issuer.clone(), directory, Arc::new(glue::TokenFile(store.clone())));
         tasks.spawn("accept", glue::accept(control.clone(), incoming_tx, joins, tasks.clone(), stop.clone()));
         let expiry = identity::expiry_gauge(&metrics, &identity).map_err(part("identity's metrics"))?;
-        let renewal =
-            identity::Renewal { identity: Arc::clone(&identity), issuer, store, gossip: gossip.clone(), expiry };
+        let renewal = identity::Renewal {
+            identity: Arc::clone(&identity),
+            issuer,
+            store,
+            gossip: gossip.clone(),
+            seeds: config.join.clone(),
+            expiry,
+        };
         tasks.spawn("renewal", renewal.run(stop.clone()));
         let proxy = Proxy::start(ProxyParams {
             sockets: sockets.workers,

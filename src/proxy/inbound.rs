@@ -4,7 +4,8 @@
 //!   accept -> handshake -> verified peer -> accept_bi -> preamble -> authorize -> connect the app -> status -> relay
 //! ```
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -20,18 +21,27 @@ use super::relay::{self, CODE_RESET, Sending, Tcp};
 use super::worker::{CONNECTIONS_MAX, Slot, Worker};
 use crate::catalogue::LocalInstance;
 use crate::clock;
-use crate::model::ServiceName;
+use crate::model::{NodeName, ServiceName};
 use crate::pki::PeerIdentity;
 use crate::transport::{HANDSHAKE_TIMEOUT, HANDSHAKES_MAX, RETRY_FROM, TUNNEL_STREAMS, TUNNEL_STREAMS_MAX};
 
 /// Tunnels that one worker accepts: 35 KB each, four times what one peer's pool holds.
 const TUNNELS_MAX: usize = 4_096;
+/// Tunnels of one peer node: one per service that calls from there, and as many again while certificates change.
+const TUNNELS_PER_PEER_MAX: usize = 256;
+/// Streams of one tunnel at once: half of what the worker holds, so that no peer takes it all.
+const STREAMS_PER_TUNNEL_MAX: usize = CONNECTIONS_MAX / 2;
 /// A preamble is one packet; a peer that does not send it holds a stream for nothing.
 const PREAMBLE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Connecting to an app on this host: a full backlog answers nothing.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 /// Application code of a connection whose peer is unknown.
 const CODE_UNVERIFIED: u32 = 1;
+/// Application code of a connection beyond [`TUNNELS_PER_PEER_MAX`].
+const CODE_TOO_MANY: u32 = 4;
+
+/// Tunnels by peer node.
+type PerPeer = Rc<RefCell<BTreeMap<NodeName, usize>>>;
 
 /// A caller may not call a service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,6 +57,7 @@ pub(crate) fn authorize(peer: &PeerIdentity, _service: &ServiceName) -> Result<(
 pub(super) async fn run(worker: &Rc<Worker>) {
     let mut tunnels = JoinSet::new();
     let handshakes = Rc::new(Cell::new(0));
+    let per_peer = PerPeer::default();
     loop {
         // Waiting attempts stay with the endpoint, which bounds them.
         let has_room = handshakes.get() < HANDSHAKES_MAX && tunnels.len() < TUNNELS_MAX;
@@ -62,7 +73,7 @@ pub(super) async fn run(worker: &Rc<Worker>) {
                     continue;
                 }
                 let Some(slot) = Slot::take(&handshakes, HANDSHAKES_MAX) else { continue };
-                tunnels.spawn_local(tunnel(Rc::clone(worker), incoming, slot));
+                tunnels.spawn_local(tunnel(Rc::clone(worker), incoming, slot, Rc::clone(&per_peer)));
             }
             () = tokio::time::sleep(Duration::from_millis(100)), if handshakes.get() >= HANDSHAKES_MAX => {}
         }
@@ -70,7 +81,7 @@ pub(super) async fn run(worker: &Rc<Worker>) {
 }
 
 /// Serves one peer's connection until it closes.
-async fn tunnel(worker: Rc<Worker>, incoming: quinn::Incoming, handshake: Slot) {
+async fn tunnel(worker: Rc<Worker>, incoming: quinn::Incoming, handshake: Slot, per_peer: PerPeer) {
     let from = incoming.remote_address();
     let refused = |reason: &str| worker.metrics.refused.with_label_values(&[reason]).inc();
     let connection = match tokio::time::timeout(HANDSHAKE_TIMEOUT, incoming).await {
@@ -90,11 +101,23 @@ async fn tunnel(worker: Rc<Worker>, incoming: quinn::Incoming, handshake: Slot) 
             return connection.close(CODE_UNVERIFIED.into(), b"peer is not verified");
         }
     };
+    let count = per_peer.borrow().get(&peer.node).copied().unwrap_or_default() + 1;
+    if count > TUNNELS_PER_PEER_MAX {
+        refused("too_many");
+        warn!(%from, node = %peer.node, max = TUNNELS_PER_PEER_MAX, "closing a tunnel: its node has too many");
+        return connection.close(CODE_TOO_MANY.into(), b"too many tunnels of this node");
+    }
+    per_peer.borrow_mut().insert(peer.node.clone(), count);
     worker.metrics.handshakes.with_label_values(&["acceptor"]).inc();
     let gauge = worker.metrics.tunnels.with_label_values(&["acceptor"]);
     gauge.inc();
     streams(&worker, &connection, &peer).await;
     gauge.dec();
+    let mut per_peer = per_peer.borrow_mut();
+    match per_peer.get_mut(&peer.node) {
+        Some(count) if *count > 1 => *count -= 1,
+        _ => drop(per_peer.remove(&peer.node)),
+    }
 }
 
 /// Accepts streams; a tunnel that comes near its limit is given twice as many.
@@ -102,7 +125,7 @@ async fn streams(worker: &Rc<Worker>, connection: &quinn::Connection, peer: &Rc<
     let open = Rc::new(Cell::new(0));
     let mut limit = TUNNEL_STREAMS;
     while let Ok((send, recv)) = connection.accept_bi().await {
-        let Some(of_tunnel) = Slot::take(&open, usize::MAX) else { continue };
+        let Some(of_tunnel) = Slot::take(&open, STREAMS_PER_TUNNEL_MAX) else { continue };
         if open.get() >= limit as usize / 4 * 3 && limit < TUNNEL_STREAMS_MAX {
             limit = (limit * 2).min(TUNNEL_STREAMS_MAX);
             connection.set_max_concurrent_bi_streams(limit.into());

@@ -18,17 +18,30 @@ pub(crate) const TUNNEL_STREAMS_MAX: u32 = 16_384;
 const GOSSIP_STREAMS: u32 = 32;
 /// Streams on a join connection: one exchange and its repetition.
 const JOIN_STREAMS: u32 = 4;
-/// One stream's window: with 4 MiB of socket buffer it fills a LAN's bandwidth-delay product; more only costs memory.
-const STREAM_WINDOW_BYTES: u32 = 4 << 20;
-/// A connection's window: four streams at full speed; it bounds what one peer can make a worker hold.
-const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
+/// The windows of one plane's connections, in bytes.
+struct Windows {
+    /// Of one stream.
+    stream: u32,
+    /// Of all streams together: what one peer can make this side hold.
+    connection: u32,
+    /// What this side has sent and the peer not yet acknowledged.
+    send: u32,
+}
+
+/// A stream fills a LAN's bandwidth-delay product. The connection's window is that of all streams of a fresh tunnel, so
+/// that apps which do not read stop their own streams and nobody else's; memory is used only by what waits unread.
+const TUNNEL_WINDOWS: Windows = Windows { stream: 2 << 20, connection: 200 << 20, send: 16 << 20 };
+/// A frame of gossip has at most 256 KiB.
+const GOSSIP_WINDOWS: Windows = Windows { stream: 512 << 10, connection: 4 << 20, send: 4 << 20 };
+/// Strangers get room for one exchange, whose frames have at most 16 KiB.
+const JOIN_WINDOWS: Windows = Windows { stream: 32 << 10, connection: 64 << 10, send: 64 << 10 };
 /// Upper bound of MTU discovery. quinn sends 10 segments per GSO call: above 6,553 bytes a call passes 64 KiB, fails,
 /// and the MTU falls to 1,200.
 const MTU_BOUND_BYTES: u16 = 6_500;
-/// Keeps the mapping in a stateful firewall (30 s in the strictest) while a tunnel is open.
-const KEEP_ALIVE: Duration = Duration::from_secs(15);
-/// Silence after which a tunnel is given up: four keep-alives.
-const TUNNEL_IDLE: Duration = Duration::from_mins(1);
+/// Keeps the mapping in a stateful firewall (30 s in the strictest), and notices a host that lost its power.
+const KEEP_ALIVE: Duration = Duration::from_secs(5);
+/// Silence after which a tunnel is given up, and what waits on it tried elsewhere: three keep-alives.
+const TUNNEL_IDLE: Duration = Duration::from_secs(15);
 /// Silence after which a gossip or join connection is given up; it costs one handshake to have it back.
 const CONTROL_IDLE: Duration = Duration::from_secs(30);
 /// Datagrams that wait for the owner task, in bytes: about 200 packets.
@@ -91,9 +104,14 @@ pub fn client(plane: Plane, tls: Arc<rustls::ClientConfig>) -> Result<ClientConf
 fn transport(plane: Plane, role: Role) -> Arc<TransportConfig> {
     let mut config = TransportConfig::default();
     let idle = |limit: Duration| IdleTimeout::try_from(limit).expect("a minute fits the wire's milliseconds");
-    config.stream_receive_window(STREAM_WINDOW_BYTES.into());
-    config.receive_window(CONNECTION_WINDOW_BYTES.into());
-    config.send_window(CONNECTION_WINDOW_BYTES.into());
+    let windows = match plane {
+        Plane::Tunnel => TUNNEL_WINDOWS,
+        Plane::Gossip => GOSSIP_WINDOWS,
+        Plane::Join => JOIN_WINDOWS,
+    };
+    config.stream_receive_window(windows.stream.into());
+    config.receive_window(windows.connection.into());
+    config.send_window(windows.send.into());
     config.enable_segmentation_offload(true);
     match plane {
         Plane::Tunnel => {

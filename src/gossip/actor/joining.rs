@@ -109,6 +109,8 @@ impl Actor {
         }
         self.core.outlive(theirs, now);
         warn!(generation = %self.generation(), "a later life of this node is remembered; continuing above it");
+        // What is forgotten here leaves the catalogue too, until the others tell it again.
+        self.dirty.extend(self.replica.nodes().map(|(name, _)| name.clone()));
         self.replica = Replica::new(self.node.name.clone(), self.generation(), Params::default());
         self.publish(now);
         self.next_join = now;

@@ -265,7 +265,11 @@ impl<D: Dial> Attempt<'_, D> {
         if let Some(upload) = self.pending {
             chunks.extend_from_slice(&upload.replay.borrow());
         }
-        match send.write(&mut chunks).await {
+        let Ok(written) = tokio::time::timeout(self.worker.http().limits.response, send.write(&mut chunks)).await
+        else {
+            return Err(Failed::Silent(self.broke(&std::io::Error::from(std::io::ErrorKind::TimedOut))));
+        };
+        match written {
             // A peer that stops the stream has said why on the other half.
             Ok(()) | Err(BodyError::Write(quinn::WriteError::Stopped(_))) => {}
             Err(error) => return Err(Failed::Silent(self.broke(&error))),

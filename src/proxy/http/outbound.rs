@@ -52,7 +52,7 @@ use crate::proxy::{Caller, Route, Source};
 const H2_STREAMS_MAX: u32 = 256;
 /// HTTP/2 windows towards the caller: as towards apps.
 const H2_STREAM_WINDOW: u32 = 1024 * 1024;
-const H2_CONNECTION_WINDOW: u32 = 4 * 1024 * 1024;
+const H2_CONNECTION_WINDOW: u32 = 64 * 1024 * 1024;
 /// How an HTTP/2 connection begins; no HTTP/1.1 method begins like it (RFC 9113 §3.4).
 const PREFACE: &[u8] = b"PRI";
 /// Endings of a Host that names a mesh service; the longest first.

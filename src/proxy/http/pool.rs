@@ -25,9 +25,9 @@ const IDLE_MAX: usize = 512;
 const IDLE_FOR: Duration = Duration::from_secs(30);
 /// Longest head of an app's response, in bytes, as on the wire between agents.
 const HEAD_BYTES_MAX: usize = crate::proxy::head::HEAD_BYTES_MAX;
-/// HTTP/2 windows towards the app: 1 MiB a stream and 4 MiB a connection carry a loopback without stalls.
+/// HTTP/2 windows towards the app: a loopback without stalls; streams whose callers do not read leave room for 60 others.
 const H2_STREAM_WINDOW: u32 = 1024 * 1024;
-const H2_CONNECTION_WINDOW: u32 = 4 * 1024 * 1024;
+const H2_CONNECTION_WINDOW: u32 = 64 * 1024 * 1024;
 
 /// An HTTP/1.1 connection.
 pub(crate) type Http1 = http1::SendRequest<TunnelBody>;
