@@ -144,11 +144,7 @@ impl Node {
         let tasks = Tasks::new(leaving.clone());
         let metrics = Metrics::new();
 
-        let store = match &config.storage {
-            Storage::Memory => Store::in_memory()?,
-            Storage::Directory(dir) => Store::open(dir)?,
-        };
-        claim_name(&store, &config.node_name)?;
+        let store = open_store(&config)?;
         let sockets = bind_mesh(&config)?;
         let (issuer, identity) = identity::obtain(&config, &store).await?;
         let reset_key = store.reset_key()?;
@@ -371,6 +367,16 @@ impl Node {
         info!(node = %self.name, "agent has stopped");
         outcome
     }
+}
+
+/// Opens the store, which must be this node's.
+fn open_store(config: &Config) -> Result<Store, NodeError> {
+    let store = match &config.storage {
+        Storage::Memory => Store::in_memory()?,
+        Storage::Directory(dir) => Store::open(dir)?,
+    };
+    claim_name(&store, &config.node_name)?;
+    Ok(store)
 }
 
 /// Opens the mesh port and says what the kernel gave.
