@@ -140,6 +140,8 @@ impl Node {
         for warning in &config.warnings {
             warn!(%warning, "setting without effect");
         }
+        // Secrets do not print (`config::Secret`).
+        info!(?config, "effective configuration");
         let (leaving, drain) = (CancellationToken::new(), CancellationToken::new());
         let tasks = Tasks::new(leaving.clone());
         let metrics = Metrics::new();
