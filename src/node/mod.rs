@@ -137,11 +137,7 @@ impl Node {
     }
 
     async fn build(config: Config, stop: CancellationToken) -> Result<Self, NodeError> {
-        for warning in &config.warnings {
-            warn!(%warning, "setting without effect");
-        }
-        // Secrets do not print (`config::Secret`).
-        info!(?config, "effective configuration");
+        announce(&config);
         let (leaving, drain) = (CancellationToken::new(), CancellationToken::new());
         let tasks = Tasks::new(leaving.clone());
         let metrics = Metrics::new();
@@ -369,6 +365,15 @@ impl Node {
         info!(node = %self.name, "agent has stopped");
         outcome
     }
+}
+
+/// Logs what the node starts with.
+fn announce(config: &Config) {
+    for warning in &config.warnings {
+        warn!(%warning, "setting without effect");
+    }
+    // Secrets do not print (`config::Secret`).
+    info!(?config, "effective configuration");
 }
 
 /// Opens the store, which must be this node's.

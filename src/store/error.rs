@@ -48,7 +48,7 @@ pub enum StoreError {
         found: u8,
     },
     /// A read or a commit failed.
-    #[error("cannot read or write {}: check the disk for free space and errors, then start the agent again", path.display())]
+    #[error("cannot read or write {}: check the disk for free space and errors; the next call tries again", path.display())]
     Transaction {
         /// The file.
         path: PathBuf,

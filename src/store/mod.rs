@@ -21,7 +21,8 @@ use std::net::SocketAddr;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use redb::{
@@ -79,7 +80,18 @@ struct TokenUses {
 
 struct Inner {
     path: PathBuf,
-    database: Database,
+    /// None only while, or after, a failed file could not be opened again.
+    database: RwLock<Option<Database>>,
+    kind: Kind,
+    /// The disk refused something: redb then refuses everything until the file is opened again.
+    has_failed: AtomicBool,
+}
+
+/// Where a store lives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    File,
+    Memory,
 }
 
 /// What the agent keeps on disk. Every write is durable (fsync) when the call returns. Cheap to clone; calls block.
@@ -113,7 +125,7 @@ impl Store {
         file.set_permissions(Permissions::from_mode(0o600)).map_err(in_file)?;
         // A new file's name is on disk only once its directory is.
         File::open(dir).and_then(|dir| dir.sync_all()).map_err(in_dir)?;
-        Self::start(path, |builder| builder.create_file(file))
+        Self::start(path, Kind::File, |builder| builder.create_file(file))
     }
 
     /// Makes a store in memory, for `-dev` and tests.
@@ -122,29 +134,17 @@ impl Store {
     /// If the database refuses its first transaction.
     pub fn in_memory() -> Result<Self, StoreError> {
         let backend = redb::backends::InMemoryBackend::new();
-        Self::start(PathBuf::from("memory"), |builder| builder.create_with_backend(backend))
+        Self::start(PathBuf::from("memory"), Kind::Memory, |builder| builder.create_with_backend(backend))
     }
 
-    /// Opens, checks every page against its checksum, and makes the tables that are missing.
+    /// Opens and makes the tables that are missing.
     fn start(
         path: PathBuf,
+        kind: Kind,
         open: impl FnOnce(&mut Builder) -> Result<Database, DatabaseError>,
     ) -> Result<Self, StoreError> {
-        // redb asserts where a damaged file contradicts itself: that must end as an error, too.
-        let opened = catch_unwind(AssertUnwindSafe(|| {
-            let mut database = open(Builder::new().set_cache_size(CACHE_BYTES))?;
-            let clean = database.check_integrity()?;
-            Ok((database, clean))
-        }));
-        let (database, clean) = match opened {
-            Ok(Ok(opened)) => opened,
-            Ok(Err(error)) => return Err(open_error(path, error)),
-            Err(_panic) => return Err(StoreError::Corrupt { path, reason: "its pages contradict each other".into() }),
-        };
-        if !clean {
-            tracing::warn!(path = %path.display(), "repaired the store");
-        }
-        let store = Self { inner: Arc::new(Inner { path, database }) };
+        let database = RwLock::new(Some(open_checked(&path, open)?));
+        let store = Self { inner: Arc::new(Inner { path, database, kind, has_failed: AtomicBool::new(false) }) };
         store.write(|transaction| {
             for table in [META, SERVICES, CHECKS, STATUSES, TOKENS] {
                 transaction.open_table(table)?;
@@ -393,17 +393,17 @@ impl Store {
     }
 
     fn value<T: DeserializeOwned>(&self, table: Table, key: &str) -> Result<Option<T>, StoreError> {
-        let read = || -> Result<Option<Vec<u8>>, redb::Error> {
-            let table = self.inner.database.begin_read()?.open_table(table)?;
+        let read = |database: &Database| -> Result<Option<Vec<u8>>, redb::Error> {
+            let table = database.begin_read()?.open_table(table)?;
             Ok(table.get(key)?.map(|bytes| bytes.value().to_vec()))
         };
-        let bytes = read().map_err(|error| self.failed(error))?;
+        let bytes = self.with(read)?;
         bytes.map(|bytes| decode(&self.inner.path, table, key, &bytes)).transpose()
     }
 
     fn values<T: DeserializeOwned>(&self, table: Table) -> Result<Vec<(String, T)>, StoreError> {
-        let read = || -> Result<Vec<(String, Vec<u8>)>, redb::Error> {
-            let table = self.inner.database.begin_read()?.open_table(table)?;
+        let read = |database: &Database| -> Result<Vec<(String, Vec<u8>)>, redb::Error> {
+            let table = database.begin_read()?.open_table(table)?;
             let mut rows = Vec::new();
             for row in table.iter()? {
                 let (key, bytes) = row?;
@@ -411,7 +411,7 @@ impl Store {
             }
             Ok(rows)
         };
-        let rows = read().map_err(|error| self.failed(error))?;
+        let rows = self.with(read)?;
         let decode_row = |(key, bytes): (String, Vec<u8>)| {
             let value = decode(&self.inner.path, table, &key, &bytes)?;
             Ok((key, value))
@@ -439,22 +439,73 @@ impl Store {
         &self,
         change: impl FnOnce(&redb::WriteTransaction) -> Result<T, redb::Error>,
     ) -> Result<T, StoreError> {
-        let run = || -> Result<T, redb::Error> {
-            let transaction = self.inner.database.begin_write()?;
+        self.with(|database| {
+            let transaction = database.begin_write()?;
             let value = change(&transaction)?;
             transaction.commit()?;
             Ok(value)
-        };
-        run().map_err(|error| self.failed(error))
+        })
+    }
+
+    /// Runs `work` on the database; opens the file again first if the disk had refused something.
+    fn with<T>(&self, work: impl FnOnce(&Database) -> Result<T, redb::Error>) -> Result<T, StoreError> {
+        if self.inner.has_failed.load(Ordering::Acquire) {
+            self.reopen()?;
+        }
+        let held = self.inner.database.read().unwrap_or_else(PoisonError::into_inner);
+        let Some(database) = held.as_ref() else { return Err(self.failed(redb::Error::PreviousIo)) };
+        work(database).map_err(|error| self.failed(error))
+    }
+
+    fn reopen(&self) -> Result<(), StoreError> {
+        let path = &self.inner.path;
+        let mut held = self.inner.database.write().unwrap_or_else(PoisonError::into_inner);
+        if !self.inner.has_failed.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        // The old handle holds the file's lock.
+        drop(held.take());
+        let file = OpenOptions::new().read(true).write(true).open(path);
+        let file = file.map_err(|source| StoreError::File { path: path.clone(), source })?;
+        *held = Some(open_checked(path, |builder| builder.create_file(file))?);
+        self.inner.has_failed.store(false, Ordering::Release);
+        tracing::info!(path = %path.display(), "opened the store again after the disk had refused");
+        Ok(())
     }
 
     fn failed(&self, error: redb::Error) -> StoreError {
         let path = self.inner.path.clone();
+        if matches!(error, redb::Error::Io(_) | redb::Error::PreviousIo) && self.inner.kind == Kind::File {
+            self.inner.has_failed.store(true, Ordering::Release);
+        }
         match error {
             redb::Error::Corrupted(reason) => StoreError::Corrupt { path, reason },
             source => StoreError::Transaction { path, source: Box::new(source) },
         }
     }
+}
+
+/// Opens a database and checks every page against its checksum.
+fn open_checked(
+    path: &Path,
+    open: impl FnOnce(&mut Builder) -> Result<Database, DatabaseError>,
+) -> Result<Database, StoreError> {
+    let path = path.to_owned();
+    // redb asserts where a damaged file contradicts itself: that must end as an error, too.
+    let opened = catch_unwind(AssertUnwindSafe(|| {
+        let mut database = open(Builder::new().set_cache_size(CACHE_BYTES))?;
+        let clean = database.check_integrity()?;
+        Ok((database, clean))
+    }));
+    let (database, clean) = match opened {
+        Ok(Ok(opened)) => opened,
+        Ok(Err(error)) => return Err(open_error(path, error)),
+        Err(_panic) => return Err(StoreError::Corrupt { path, reason: "its pages contradict each other".into() }),
+    };
+    if !clean {
+        tracing::warn!(path = %path.display(), "repaired the store");
+    }
+    Ok(database)
 }
 
 fn remove_all(transaction: &redb::WriteTransaction, checks: &[CheckId]) -> Result<(), redb::Error> {
@@ -507,6 +558,23 @@ mod tests {
 
     fn id(text: &str) -> CheckId {
         text.parse().unwrap()
+    }
+
+    #[test]
+    fn after_the_disk_refused_the_next_call_opens_the_file_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        store.put_node_name(&"n1".parse().unwrap()).unwrap();
+        // What redb says of every call after an I/O error.
+        let refused = store.failed(redb::Error::PreviousIo);
+        assert!(matches!(refused, StoreError::Transaction { .. }));
+        let away = dir.path().join("away");
+        std::fs::rename(dir.path().join(STORE_FILE), &away).unwrap();
+        assert!(store.node_name().is_err(), "the file cannot be opened, so the old handle is not used on");
+        std::fs::rename(&away, dir.path().join(STORE_FILE)).unwrap();
+        assert_eq!(store.node_name().unwrap().unwrap().as_str(), "n1");
+        assert_eq!(store.next_generation().unwrap(), 1);
+        assert!(Store::open(dir.path()).is_err(), "the lock is held again");
     }
 
     #[test]
