@@ -20,17 +20,25 @@ use quinn::{AsyncUdpSocket, UdpPoller};
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
 
+/// Most bytes that the kernel coalesces into one read: the longest UDP datagram. quinn makes its receive buffer of 32
+/// times the packet size times the segments; 64 segments of 6,500 bytes would take 13 MB per socket, and never fill.
+const COALESCED_BYTES_MAX: u64 = 65_535;
+
 /// A socket of the mesh port on the current runtime.
 #[derive(Debug)]
 pub(super) struct MeshSocket {
     io: UdpSocket,
     state: UdpSocketState,
+    segments: usize,
 }
 
 impl MeshSocket {
-    /// Takes the socket over.
-    pub(super) fn new(socket: std::net::UdpSocket) -> io::Result<Self> {
-        Ok(Self { state: UdpSocketState::new((&socket).into())?, io: UdpSocket::from_std(socket)? })
+    /// Takes the socket over; `payload_bytes_max` is what the endpoint accepts in one packet.
+    pub(super) fn new(socket: std::net::UdpSocket, payload_bytes_max: u64) -> io::Result<Self> {
+        let state = UdpSocketState::new((&socket).into())?;
+        let needed = COALESCED_BYTES_MAX.div_ceil(payload_bytes_max.max(1));
+        let segments = usize::try_from(needed).map_or(1, |needed| needed.min(state.gro_segments()));
+        Ok(Self { state, io: UdpSocket::from_std(socket)?, segments })
     }
 }
 
@@ -77,7 +85,7 @@ impl AsyncUdpSocket for MeshSocket {
     }
 
     fn max_receive_segments(&self) -> usize {
-        self.state.gro_segments()
+        self.segments
     }
 
     fn may_fragment(&self) -> bool {
@@ -124,7 +132,7 @@ mod tests {
         let sender = std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let socket = std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         socket.set_nonblocking(true).unwrap();
-        let socket = MeshSocket::new(socket).unwrap();
+        let socket = MeshSocket::new(socket, 1_472).unwrap();
         let to = socket.local_addr().unwrap();
         for round in 0..100_u8 {
             // Sometimes one, sometimes several between two reads.

@@ -94,7 +94,7 @@ pub(super) fn start(
     let server = server(addr)?;
     let config = tune::endpoint(reset_key, lane);
     let refused = |source| BindError::Refused { addr, source };
-    let socket = Arc::new(MeshSocket::new(socket).map_err(refused)?);
+    let socket = Arc::new(MeshSocket::new(socket, config.get_max_udp_payload_size()).map_err(refused)?);
     quinn::Endpoint::new_with_abstract_socket(config, Some(server), socket, Arc::new(quinn::TokioRuntime))
         .map_err(refused)
 }

@@ -1,10 +1,13 @@
 //! What a caller's connection is doing, so that slow and idle ones are ended.
 //!
-//! One watchman per worker looks at all connections; each is woken only when it has to end.
+//! One watchman per worker looks at all connections; each is woken only when it has to end or may rest.
+//!
+//! A connection rests between two requests: hyper's state and its buffers, 16 KiB, are given back until bytes come. It
+//! may only if no request and no upload is under way, no byte of a head has come and everything written has left.
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, Weak};
@@ -14,12 +17,15 @@ use std::time::Duration;
 use futures_util::task::AtomicWaker;
 use tokio::net::TcpStream;
 
-use super::Dial;
 use super::io::AppIo;
+use super::{Dial, Limits};
 
 /// Values of [`Activity::end`].
 const SLOW: u8 = 1;
 const QUIET: u8 = 2;
+const IDLE: u8 = 3;
+/// Longest round of the watchman: a connection rests after one to two of them without a request.
+const ROUND: Duration = Duration::from_millis(500);
 /// Connections that are gone are taken out of the list from this length on.
 const PURGE_MIN: usize = 64;
 
@@ -30,6 +36,10 @@ pub(crate) struct Activity {
     /// Bytes came while no request was under way.
     head_began: AtomicBool,
     is_http2: AtomicBool,
+    /// Bytes were given to the connection and it has not said that they left.
+    unflushed: AtomicBool,
+    /// Holds no state of hyper's.
+    rests: AtomicBool,
     /// An [`End`], once it is decided.
     end: AtomicU8,
     waker: AtomicWaker,
@@ -43,8 +53,26 @@ impl Activity {
         match self.end.load(Ordering::Relaxed) {
             SLOW => Some(End::Slow),
             QUIET => Some(End::Quiet),
+            IDLE => {
+                self.end.store(0, Ordering::Relaxed);
+                self.is_at_rest().then_some(End::Idle)
+            }
             _ => None,
         }
+    }
+
+    fn is_at_rest(&self) -> bool {
+        self.requests.load(Ordering::Relaxed) == 0
+            && !self.head_began.load(Ordering::Relaxed)
+            && !self.unflushed.load(Ordering::Relaxed)
+    }
+
+    /// Waits until bytes come from the caller; false if the connection should end instead.
+    pub(crate) async fn rest(&self, stream: &TcpStream) -> bool {
+        self.rests.store(true, Ordering::Relaxed);
+        let readable = self.unless_ended(pin!(stream.readable())).await;
+        self.rests.store(false, Ordering::Relaxed);
+        matches!(readable, Ok(Ok(())))
     }
 
     fn tell(&self, end: u8) {
@@ -99,6 +127,11 @@ impl Watched {
     pub(crate) fn into_inner(self) -> TcpStream {
         self.io.into_inner()
     }
+
+    /// Returns the connection, to wait on it.
+    pub(crate) fn stream(&self) -> &TcpStream {
+        self.io.stream()
+    }
 }
 
 impl hyper::rt::Read for Watched {
@@ -117,11 +150,17 @@ impl hyper::rt::Read for Watched {
 
 impl hyper::rt::Write for Watched {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<std::io::Result<usize>> {
+        self.activity.unflushed.store(true, Ordering::Relaxed);
         Pin::new(&mut self.io).poll_write(cx, buf)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(cx)
+        // hyper flushes once its own buffer is empty.
+        let flushed = Pin::new(&mut self.io).poll_flush(cx);
+        if let Poll::Ready(Ok(())) = flushed {
+            self.activity.unflushed.store(false, Ordering::Relaxed);
+        }
+        flushed
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
@@ -137,6 +176,7 @@ impl hyper::rt::Write for Watched {
         cx: &mut Context<'_>,
         bufs: &[std::io::IoSlice<'_>],
     ) -> Poll<std::io::Result<usize>> {
+        self.activity.unflushed.store(true, Ordering::Relaxed);
         Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
     }
 }
@@ -157,6 +197,8 @@ pub(crate) enum End {
     Slow,
     /// The agent drains, or nothing came for long: finish what is under way.
     Quiet,
+    /// Nothing is under way: the connection may rest.
+    Idle,
 }
 
 /// Looks after the callers' connections of one worker.
@@ -189,6 +231,13 @@ impl Watchman {
         activity
     }
 
+    /// Counts the connections that rest.
+    #[cfg(test)]
+    pub(crate) fn resting(&self) -> usize {
+        let connections = self.connections.borrow();
+        connections.iter().filter_map(Weak::upgrade).filter(|one| one.rests.load(Ordering::Relaxed)).count()
+    }
+
     /// Ends every connection after its current requests.
     pub(crate) fn drain(&self) {
         self.is_draining.set(true);
@@ -199,15 +248,14 @@ impl Watchman {
 
     /// Walks round until no connection is left.
     async fn walk<D: Dial>(self: Rc<Self>, worker: Rc<D>) {
-        // A head that is seen unfinished in two rounds took more than half of the limit and at most the whole of it.
         let limits = worker.http().limits;
-        let round = limits.head / 2;
+        let round = ROUND.min(limits.head / 2);
         while self.is_awake.get() {
             tokio::time::sleep(round).await;
             let mut connections = self.connections.borrow_mut();
             connections.retain(|connection| match connection.upgrade() {
                 Some(connection) => {
-                    judge(&connection, round, limits.idle);
+                    judge(&connection, round, &limits);
                     true
                 }
                 None => false,
@@ -218,7 +266,7 @@ impl Watchman {
 }
 
 /// Looks at one connection, once per round.
-fn judge(connection: &Activity, round: Duration, idle: Duration) {
+fn judge(connection: &Activity, round: Duration, limits: &Limits) {
     let busy = connection.requests.load(Ordering::Relaxed) > 0;
     let is_http1 = !connection.is_http2.load(Ordering::Relaxed);
     let began = is_http1 && connection.head_began.load(Ordering::Relaxed);
@@ -230,9 +278,12 @@ fn judge(connection: &Activity, round: Duration, idle: Duration) {
     };
     let slow = count(&connection.slow_rounds, !busy && began);
     let quiet = count(&connection.idle_rounds, !busy);
-    if slow >= 2 {
+    // Seen unfinished in n rounds: for at least n - 1 of them, and for less than n + 1.
+    if slow >= 2 && round.saturating_mul(slow) >= limits.head {
         connection.tell(SLOW);
-    } else if round.saturating_mul(quiet) >= idle {
+    } else if round.saturating_mul(quiet) >= limits.idle {
         connection.tell(QUIET);
+    } else if quiet >= 2 && is_http1 && !connection.rests.load(Ordering::Relaxed) && connection.is_at_rest() {
+        connection.tell(IDLE);
     }
 }

@@ -22,6 +22,7 @@ use hyper::body::Incoming;
 use quinn::RecvStream;
 use tracing::debug;
 
+use super::activity::Busy;
 use super::answer::{Reason, Refusal};
 use super::body::{self, BodyError, TunnelSend};
 use super::headers;
@@ -42,6 +43,7 @@ struct Upload {
     replayable: Cell<bool>,
     /// The body came to its end.
     ended: Cell<bool>,
+    _busy: Option<Busy>,
 }
 
 impl Upload {
@@ -98,7 +100,7 @@ pub(super) async fn attempts<D: Dial>(worker: &Rc<D>, call: &Call<'_>, body: Inc
     let head = encode_head(state, call)?;
     let limit = TimeLimit::of(&call.parts.headers, state.limits.response);
     let pending = match call.payload {
-        Payload::Frames => Some(begin_upload(body, &call.parts.headers, state).await?),
+        Payload::Frames => Some(begin_upload(body, &call.parts.headers, state, call.uploads.take()).await?),
         Payload::Empty | Payload::Upgrade => None,
     };
     let mut tried = Tried::default();
@@ -137,7 +139,12 @@ pub(super) async fn attempts<D: Dial>(worker: &Rc<D>, call: &Call<'_>, body: Inc
 }
 
 /// Takes what is there of the body.
-async fn begin_upload(mut body: Incoming, headers: &HeaderMap, state: &HttpState) -> Result<Rc<Upload>, Refusal> {
+async fn begin_upload(
+    mut body: Incoming,
+    headers: &HeaderMap,
+    state: &HttpState,
+    busy: Option<Busy>,
+) -> Result<Rc<Upload>, Refusal> {
     // hyper answers `Expect: 100-continue` when the body is first asked for: the head goes ahead of it.
     let first = if headers.contains_key(header::EXPECT) {
         body::First::default()
@@ -150,6 +157,7 @@ async fn begin_upload(mut body: Incoming, headers: &HeaderMap, state: &HttpState
         replay_bytes: Cell::new(first.bytes),
         replayable: Cell::new(true),
         ended: Cell::new(first.ended),
+        _busy: busy,
     }))
 }
 

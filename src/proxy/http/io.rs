@@ -26,6 +26,11 @@ impl AppIo {
         Self(TokioIo::new(stream))
     }
 
+    /// Returns the connection, to wait on it.
+    pub(crate) fn stream(&self) -> &TcpStream {
+        self.0.inner()
+    }
+
     /// Returns the connection.
     pub(crate) fn into_inner(self) -> TcpStream {
         self.0.into_inner()

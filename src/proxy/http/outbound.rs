@@ -15,9 +15,9 @@
 //! Floods: 256 streams a connection; hyper's defaults close a connection after 20 resets that are not yet accepted and
 //! 1024 stream errors of the caller's.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::convert::Infallible;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -126,13 +126,24 @@ pub(crate) async fn serve<D: Dial>(worker: Rc<D>, stream: TcpStream, route: Rout
         let mut builder = http1::Builder::new();
         // hyper's own header timeout also ends idle connections and costs a timer per request: the watchman does it.
         builder.max_buf_size(HEAD_BYTES_MAX).max_header_size(HEAD_BYTES_MAX).header_read_timeout(None);
-        let mut served = pin!(builder.serve_connection(io, service).with_upgrades());
-        match activity.unless_ended(served.as_mut()).await {
-            Ok(ended) => ended,
-            Err(End::Slow) => return debug!("caller's request head did not arrive in time"),
-            Err(End::Quiet) => {
-                served.as_mut().graceful_shutdown();
-                served.await
+        let (mut io, mut service) = (io, service);
+        loop {
+            let mut served = builder.serve_connection(io, service).with_upgrades();
+            match activity.unless_ended(Pin::new(&mut served)).await {
+                Ok(ended) => break ended,
+                Err(End::Slow) => return debug!("caller's request head did not arrive in time"),
+                Err(End::Quiet) => {
+                    Pin::new(&mut served).graceful_shutdown();
+                    break served.await;
+                }
+                Err(End::Idle) => {
+                    let Some(parts) = served.into_parts() else { return };
+                    // A connection that rests is between two requests, so nothing was read ahead.
+                    if !parts.read_buf.is_empty() || !activity.rest(parts.io.stream()).await {
+                        return;
+                    }
+                    (io, service) = (parts.io, parts.service);
+                }
             }
         }
     };
@@ -208,6 +219,8 @@ pub(super) struct Call<'a> {
     pub(super) authority: Option<Authority>,
     pub(super) target: Rc<Target>,
     pub(super) payload: Payload,
+    /// Keeps the connection from resting while a body comes, also after the answer.
+    pub(super) uploads: Cell<Option<Busy>>,
 }
 
 /// Answers one request.
@@ -236,7 +249,8 @@ async fn request_of<D: Dial>(connection: &Connection<D>, mut request: Request<In
     };
     let upgraded = (payload == Payload::Upgrade).then(|| hyper::upgrade::on(&mut request));
     let (parts, body) = request.into_parts();
-    let call = Call { parts: &parts, authority, target, payload };
+    let uploads = (payload == Payload::Frames).then(|| Busy::new(&connection.activity));
+    let call = Call { parts: &parts, authority, target, payload, uploads: Cell::new(uploads) };
     match attempts(&connection.worker, &call, body).await {
         Err(refusal) => refuse_request(exchange, refusal, (version, grpc)),
         Ok(mut answer) => {
