@@ -67,9 +67,9 @@ class Lab(lab.Lab):
     def loss(self):
         """Drops packets as they come in, TCP and UDP alike, at both hosts.  Segmentation is done before the link, so that
         one packet is lost and not a burst of up to 64 KiB.  Yields a function that tells (packets, lost)."""
-        rules = (f"table inet loss {{ chain in {{ type filter hook input priority 0; "
-                 f"iifname veth0 meta l4proto {{ tcp, udp }} counter; "
-                 f"iifname veth0 meta l4proto {{ tcp, udp }} numgen random mod 100 < {LOSS_PERCENT} counter drop; }} }}")
+        of_proxies = "iifname veth0 meta l4proto { tcp, udp }"
+        rules = "\n".join(["table inet loss {", "chain in {", "type filter hook input priority 0",
+                           f"{of_proxies} counter", f"{of_proxies} numgen random mod 100 < {LOSS_PERCENT} counter drop", "}", "}"])
 
         def counts():
             seen = lost = 0
