@@ -152,6 +152,8 @@ impl Plan {
             sent = send(&mut output, self.sent_by(me), rng) => sent.expect("nobody else resets"),
             _ended = receive(&mut input, got, &broken, progress) => panic!("nobody else ends this connection"),
         }
+        // Dropped, the half would send a FIN first.
+        output.forget();
     }
 }
 
