@@ -91,7 +91,7 @@ fn parse(args: Vec<String>) -> Option<Load> {
 
 fn report(load: &Load, all: &mut Seen) -> String {
     all.micros.sort_unstable();
-    let counted_secs = (load.lasts - warm_up(load.lasts)).as_secs_f64();
+    let counted_secs = load.lasts.saturating_sub(warm_up(load.lasts)).as_secs_f64();
     let at = |percent: usize| {
         let rank = (all.micros.len() * percent).div_ceil(1_000).saturating_sub(1);
         all.micros.get(rank).copied().unwrap_or_default()

@@ -56,7 +56,7 @@ async fn apps_that_do_not_read_stop_nobody_else_on_their_tunnel() {
 
 /// Writes what the connections take; tells whether that was anything.
 fn fill(slow: &[(TcpStream, TcpStream)]) -> bool {
-    let bytes = [b's'; 64 << 10];
+    let bytes = vec![b's'; 64 << 10];
     let mut took = false;
     for (sender, _) in slow {
         while sender.try_write(&bytes).is_ok() {
@@ -182,5 +182,5 @@ async fn answer(app: &TcpListener) {
     // As many as there are requests, and as workers race to open: connections are kept and used again.
     let accept = async || serve(app.accept().await.unwrap().0).await;
     join_all((0..CONNECTIONS).map(|_| accept())).await;
-    std::future::pending().await
+    std::future::pending::<()>().await;
 }

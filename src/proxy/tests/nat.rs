@@ -15,6 +15,7 @@ use tokio::sync::Notify;
 
 /// Longest datagram.
 const DATAGRAM_BYTES_MAX: usize = 65_535;
+
 /// The address translation of a router between two nodes.
 pub(super) struct Nat {
     front: UdpSocket,
@@ -89,14 +90,13 @@ impl Nat {
     /// Returns what goes out when `packet` has come in.
     fn fates(&self, packet: &[u8], late: &mut Option<Vec<u8>>) -> Vec<Vec<u8>> {
         let mut out = match self.fate() {
-            Fate::Passes => vec![packet.to_vec()],
             Fate::Lost => vec![],
             Fate::Doubled => vec![packet.to_vec(); 2],
             Fate::Late if late.is_none() => {
                 *late = Some(packet.to_vec());
                 return vec![];
             }
-            Fate::Late => vec![packet.to_vec()],
+            Fate::Passes | Fate::Late => vec![packet.to_vec()],
         };
         out.extend(late.take());
         out
