@@ -6,12 +6,14 @@ args: HARNESS-COPY REPO OUT-PARENT [options]; called by tests/bench/compare.  On
   client -> proxy A -> (veth: MTU 1500 | 9000 | 1 % of the packets lost) -> proxy B -> backend
 
 Every namespace, process and rule is made here and taken away here (rules inside the two namespaces alone)."""
-import argparse, contextlib, fcntl, json, os, re, resource, signal, subprocess, sys, tempfile, time
+import argparse, atexit, contextlib, fcntl, json, os, re, resource, shutil, signal, subprocess, sys, tempfile, time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import goals, lab_of
 
 HARNESS, REPO, OUT = sys.argv[1:4]
+if os.path.basename(HARNESS).startswith("weft-compare."):       # the copy that tests/bench/compare made
+    atexit.register(shutil.rmtree, HARNESS, True)
 lab = lab_of.load(HARNESS)
 
 # Which peers take part in which work; `direct` and weft take part in all that they can.

@@ -131,7 +131,7 @@ def page(summary, meta):
     parts = [markdown(head, rows), "Every peer:\n" + markdown(["work", "peers"], others),
              f"commit {meta['commit'][:12]}{' with changes' if meta['uncommitted'] else ''}, profile {meta['weft_profile']}; {meta['started']}; "
              f"{meta.get('cpu_model', meta['machine'])}, {meta['cpus']} CPUs, Linux {meta['kernel']}\n{versions}\n"
-             f"at most {max([e['n'] for e in summary], default=0)} runs at most; disturbed runs are left out where there is another"]
+             f"medians of {max([e['n'] for e in summary], default=0)} runs or fewer; disturbed runs are left out where there is another"]
     if lost:
         parts.append("packets lost under `loss`: " + ", ".join(lost))
     if noisy:

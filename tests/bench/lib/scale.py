@@ -165,6 +165,7 @@ def peers(a, table):
             return 100 * (cpu_s(caller.pid) - before) / secs
 
         cold, cold_cpu = rss_kib(caller.pid), idle()
+        wrk(UPSTREAM, a.secs)                                   # dials the tunnels
         rates = [loaded([caller], lambda: wrk(UPSTREAM, a.secs)) for _ in range(a.repeats)]
         tunnels = caller.metric("weft_quic_tunnels_open", 'side="dialer"')
         warm, warm_cpu = rss_kib(caller.pid), idle()
