@@ -35,6 +35,8 @@ ROWS = [
         [(None, "<=", 6)], [(None, "<=", 4)], L4 + [EH2], less=True, show="{:.1f}"),
     Row("10,000 idle TCP connections, the larger side", "idle10k_l4", ("kib_per_conn_a", "kib_per_conn_b"), "KiB each",
         [(None, "<=", 6)], [(None, "<=", 4)], [EH2], less=True, show="{:.1f}"),
+    Row("10,000 idle HTTP connections, the larger side", "idle10k_http", ("kib_per_conn_a", "kib_per_conn_b"), "KiB each",
+        [], [], [EH2], less=True, show="{:.1f}"),
     Row("p99 at half of its own maximum rate, open loop", "open_half", "p99_ms", "ms", [("best", "<", 1.0)], [], L7, less=True, show="{:.3f}"),
     Row("1 % loss, 64 connections: p99", "loss_small_c64", "p99_ms", "ms", [(EH2, "<=", 0.5)], [], [EH2, HA], less=True, show="{:.1f}"),
     Row("the same: rate", "loss_small_c64", "rps", "req/s", [], [], [EH2, HA]),
