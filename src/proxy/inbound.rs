@@ -6,19 +6,21 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::BytesMut;
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 use tracing::{debug, warn};
 
 use super::http;
 use super::metrics::Reporter;
 use super::preamble::{PREAMBLE_BYTES_MAX, Preamble, StreamKind, StreamStatus};
 use super::relay::{self, CODE_RESET, Sending, Tcp};
-use super::worker::{CONNECTIONS_MAX, Slot, Worker};
+use super::worker::{CONNECTIONS_MAX, Slot, Worker, within};
 use crate::catalogue::LocalInstance;
 use crate::clock;
 use crate::model::{NodeName, ServiceName};
@@ -136,19 +138,32 @@ async fn streams(worker: &Rc<Worker>, connection: &quinn::Connection, peer: &Rc<
             drop(Sending::new(send));
             continue;
         };
-        let (serving, peer) = (Rc::clone(worker), Rc::clone(peer));
-        worker.spawn(async move {
-            stream(&serving, send, recv, peer).await;
-            drop((of_tunnel, of_worker));
-        });
+        let token = worker.task_token();
+        let stream = Stream { send, recv, peer: Rc::clone(peer), held: (of_tunnel, of_worker, token) };
+        if let Some(stream) = worker.runners.give(stream) {
+            let serving = Rc::clone(worker);
+            worker.spawn_untracked(async move {
+                let serve = |stream| self::serve(&serving, stream);
+                serving.runners.run(stream, serve).await;
+            });
+        }
     }
 }
 
+/// A stream of a peer, and what it counts in.
+pub(super) struct Stream {
+    send: quinn::SendStream,
+    recv: quinn::RecvStream,
+    peer: Rc<PeerIdentity>,
+    held: (Slot, Slot, TaskTrackerToken),
+}
+
 /// Serves one stream.
-async fn stream(worker: &Rc<Worker>, send: quinn::SendStream, mut recv: quinn::RecvStream, peer: Rc<PeerIdentity>) {
+async fn serve(worker: &Rc<Worker>, stream: Stream) {
+    let Stream { send, mut recv, peer, held } = stream;
     let mut rest = BytesMut::new();
-    let preamble = tokio::time::timeout(PREAMBLE_TIMEOUT, preamble(&mut recv, &mut rest)).await;
-    let Some(preamble) = preamble.ok().flatten() else {
+    let preamble = within(PREAMBLE_TIMEOUT, preamble(&mut recv, &mut rest)).await;
+    let Some(preamble) = preamble.flatten() else {
         worker.metrics.refused.with_label_values(&["preamble"]).inc();
         let _gone = recv.stop(CODE_RESET);
         return;
@@ -163,24 +178,46 @@ async fn stream(worker: &Rc<Worker>, send: quinn::SendStream, mut recv: quinn::R
             worker.responded_at.set(Some(clock::now()));
         }
         StreamKind::Tcp => {
-            let edge = worker.edges.edge(Reporter::Destination, peer.id.service(), &preamble.service);
-            let mut counted = edge.open();
-            let connecting = TcpStream::connect(local.app_addr);
-            let Ok(Ok(app)) = tokio::time::timeout(CONNECT_TIMEOUT, connecting).await else {
-                counted.ends("UF");
-                return refuse(send, recv, StreamStatus::ConnectFailed).await;
-            };
-            // Without Nagle's delay; a socket that refuses the option still carries bytes.
-            let _slower = app.set_nodelay(true);
-            let (app, mut send) = (Tcp::new(app), Sending::new(send));
-            // Nothing follows a TCP preamble before the status has come, so `rest` is empty for a peer that keeps to it.
-            if !rest.is_empty() || send.stream().write_all(&[StreamStatus::Ok.byte()]).await.is_err() {
-                let _gone = recv.stop(CODE_RESET);
-                return;
-            }
-            counted.ends(relay::relay(app, send, recv, &*edge, relay::IDLE_TIMEOUT).await.flag());
+            // A connection may last for hours: it does not keep the runner with its room for a request.
+            let call = TcpCall { send, recv, rest, app: local.app_addr, service: preamble.service, peer };
+            let serving = Rc::clone(worker);
+            worker.spawn(async move {
+                tcp(&serving, call).await;
+                drop(held);
+            });
         }
     }
+}
+
+/// A TCP connection that a peer asks for.
+struct TcpCall {
+    send: quinn::SendStream,
+    recv: quinn::RecvStream,
+    rest: BytesMut,
+    app: SocketAddr,
+    service: ServiceName,
+    peer: Rc<PeerIdentity>,
+}
+
+/// Connects the app and relays.
+async fn tcp(worker: &Rc<Worker>, call: TcpCall) {
+    let TcpCall { send, mut recv, rest, app, service, peer } = call;
+    let edge = worker.edges.edge(Reporter::Destination, peer.id.service(), &service);
+    drop(peer);
+    let mut counted = edge.open();
+    let Some(Ok(app)) = within(CONNECT_TIMEOUT, TcpStream::connect(app)).await else {
+        counted.ends("UF");
+        return refuse(send, recv, StreamStatus::ConnectFailed).await;
+    };
+    // Without Nagle's delay; a socket that refuses the option still carries bytes.
+    let _slower = app.set_nodelay(true);
+    let (app, mut send) = (Tcp::new(app), Sending::new(send));
+    // Nothing follows a TCP preamble before the status has come, so `rest` is empty for a peer that keeps to it.
+    if !rest.is_empty() || send.stream().write_all(&[StreamStatus::Ok.byte()]).await.is_err() {
+        let _gone = recv.stop(CODE_RESET);
+        return;
+    }
+    counted.ends(relay::relay(app, send, recv, &*edge, relay::IDLE_TIMEOUT).await.flag());
 }
 
 /// Reads up to the end of the preamble; what follows stays in `buffer`. None if there is no preamble.

@@ -1,9 +1,9 @@
 //! What the data plane counts for TCP and tunnels. Handles are looked up once per pair of services and kept per worker.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
 use std::rc::Rc;
 
+use foldhash::HashMap;
 use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts};
 
 use super::relay::Count;

@@ -21,6 +21,7 @@ mod open;
 mod outbound;
 mod preamble;
 mod relay;
+mod runners;
 #[cfg(test)]
 mod tests;
 mod tunnel;

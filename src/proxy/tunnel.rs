@@ -8,11 +8,11 @@
 //! outlive the slot, and quinn closes a connection when the slot and its streams are gone.
 
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::Duration;
 
+use foldhash::HashMap;
 use tokio::sync::OnceCell;
 use tokio::time::Instant;
 

@@ -1,28 +1,33 @@
 //! One data-plane worker: a thread, a current-thread runtime, and all that a request needs.
 
 use std::cell::{Cell, RefCell};
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::net::{SocketAddr, UdpSocket};
 use std::panic::AssertUnwindSafe;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::task::Poll;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::FutureExt;
+use futures_util::FutureExt as _;
+use tokio::runtime::LocalOptions;
 use tokio::sync::watch;
-use tokio::task::LocalSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 use tracing::{debug, error, info, warn};
 
 use super::http::HttpState;
 use super::http::metrics::HttpMetrics;
+use super::inbound::Stream;
 use super::metrics::{Edges, ProxyMetrics};
 use super::open::OpenTunnels;
 use super::preamble::{Preamble, StreamKind};
+use super::runners::Runners;
 use super::tunnel::{Tunnel, TunnelKey, Tunnels};
 use super::{Died, Listeners, ProxyError, inbound, listener};
 use crate::catalogue::{Instance, ServiceEntry, SnapshotReader};
@@ -159,6 +164,8 @@ pub(crate) struct Worker {
     pub(super) streams: Rc<Cell<usize>>,
     /// When the last response was written to a peer.
     pub(super) responded_at: Cell<Option<Instant>>,
+    /// Tasks that serve peers' streams.
+    pub(super) runners: Runners<Stream>,
     snapshot: SnapshotReader,
     tunnels: Tunnels,
     balancer: RefCell<Balancer>,
@@ -197,11 +204,13 @@ type Ready = std::sync::mpsc::SyncSender<Result<(), ProxyError>>;
 fn thread(setup: Setup, ready: &Ready) {
     let worker = setup.index;
     // The starter waits for exactly one message, so a send cannot block, and fails only if the starter is gone.
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+    // One queue for weft's and quinn's tasks: a local set beside the runtime costs a wake-up per turn between the two.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build_local(LocalOptions::default());
+    let runtime = match runtime {
         Ok(runtime) => runtime,
         Err(source) => return drop(ready.send(Err(ProxyError::Thread { worker, source }))),
     };
-    LocalSet::new().block_on(&runtime, async {
+    runtime.block_on(async {
         let drain_timeout = setup.drain_timeout;
         match Worker::new(setup) {
             Ok(worker) => {
@@ -227,6 +236,7 @@ impl Worker {
             connections: Rc::default(),
             streams: Rc::default(),
             responded_at: Cell::new(None),
+            runners: Runners::default(),
             snapshot: setup.snapshot,
             tunnels: Tunnels::new(setup.metrics.clone(), setup.open),
             metrics: setup.metrics,
@@ -344,17 +354,17 @@ impl Worker {
         destination: &ServiceName,
     ) -> Result<(quinn::SendStream, quinn::RecvStream), String> {
         let mut tunnel = self.tunnel(key, destination).await?;
-        let opened = tokio::time::timeout(STREAM_TIMEOUT, tunnel.connection.open_bi()).await;
+        let opened = within(STREAM_TIMEOUT, tunnel.connection.open_bi()).await;
         match opened {
-            Ok(Ok(streams)) => return Ok(streams),
-            Ok(Err(_lost)) => self.tunnels.forget(key, &tunnel),
-            Err(_full) => return Err(format!("the tunnel to {} has no free stream", key.node)),
+            Some(Ok(streams)) => return Ok(streams),
+            Some(Err(_lost)) => self.tunnels.forget(key, &tunnel),
+            None => return Err(format!("the tunnel to {} has no free stream", key.node)),
         }
         tunnel = self.tunnel(key, destination).await?;
-        let opened = tokio::time::timeout(STREAM_TIMEOUT, tunnel.connection.open_bi()).await;
+        let opened = within(STREAM_TIMEOUT, tunnel.connection.open_bi()).await;
         match opened {
-            Ok(streams) => streams.map_err(|error| error.to_string()),
-            Err(_full) => Err(format!("the tunnel to {} has no free stream", key.node)),
+            Some(streams) => streams.map_err(|error| error.to_string()),
+            None => Err(format!("the tunnel to {} has no free stream", key.node)),
         }
     }
 
@@ -375,21 +385,22 @@ impl Worker {
         &self.snapshot
     }
 
-    /// Runs a task on this worker's thread until the end of the drain; a panic ends that task alone.
+    /// Runs a task on this worker's thread, which ends it when it ends itself; a panic ends that task alone.
     pub(crate) fn spawn(&self, future: impl Future<Output = ()> + 'static) {
-        let panics = self.metrics.panics.clone();
-        let closed = self.closed.clone();
-        self.tasks.spawn_local(async move {
-            let guarded = AssertUnwindSafe(future).catch_unwind();
-            tokio::select! {
-                biased;
-                ended = guarded => if ended.is_err() {
-                    panics.inc();
-                    error!("a connection's task panicked; the worker goes on");
-                },
-                () = closed.cancelled() => {}
-            }
-        });
+        let panics = Panics(self.metrics.panics.clone());
+        // `map`, for an async block would hold the future twice: as it came and as it runs.
+        self.tasks.spawn_local(future.map(move |()| drop(panics)));
+    }
+
+    /// Runs a task that the drain does not wait for.
+    pub(super) fn spawn_untracked(&self, future: impl Future<Output = ()> + 'static) {
+        let panics = Panics(self.metrics.panics.clone());
+        tokio::task::spawn_local(future.map(move |()| drop(panics)));
+    }
+
+    /// Returns what the drain waits for until it is dropped.
+    pub(super) fn task_token(&self) -> TaskTrackerToken {
+        self.tasks.token()
     }
 
     /// Tells whether the agent drains.
@@ -413,6 +424,30 @@ fn no_instance(service: &ServiceEntry) -> OpenError {
     let is_critical = |instance: &&Arc<Instance>| instance.status == HealthStatus::Critical;
     let critical = service.instances.iter().filter(is_critical).count();
     OpenError::NoInstance { total: service.instances.len(), critical }
+}
+
+/// Waits for `future` for at most `limit`; one that is ready at once costs no timer and no look at the clock.
+///
+/// # Cancel safety
+/// That of `future`.
+pub(crate) async fn within<F: Future>(limit: Duration, future: F) -> Option<F::Output> {
+    let mut future = pin!(future);
+    if let Poll::Ready(output) = poll_fn(|cx| Poll::Ready(future.as_mut().poll(cx))).await {
+        return Some(output);
+    }
+    tokio::time::timeout(limit, future).await.ok()
+}
+
+/// Counts the panic that it is dropped by; the runtime catches it.
+pub(super) struct Panics(prometheus::IntCounter);
+
+impl Drop for Panics {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.inc();
+            error!("a connection's task panicked; the worker goes on");
+        }
+    }
 }
 
 /// Counts something while it lives; a count has a bound.

@@ -1,8 +1,8 @@
 //! Leaves out, for a short and growing time, the instances whose connect just failed.
 
-use std::collections::HashMap;
 use std::time::Duration;
 
+use foldhash::HashMap;
 use tokio::time::Instant;
 
 use crate::catalogue::Instance;

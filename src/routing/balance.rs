@@ -1,8 +1,8 @@
 //! Weighted round robin.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
+use foldhash::HashMap;
 use tokio::time::Instant;
 
 use super::backoff::ConnectBackoff;
@@ -152,7 +152,7 @@ pub struct Balancer {
 impl Balancer {
     /// Starts with `seed`, another one on each worker, so that workers do not move in step.
     pub fn new(seed: u64) -> Self {
-        Self { turns: HashMap::new(), start: seed }
+        Self { turns: HashMap::default(), start: seed }
     }
 
     /// Picks an instance of the service `name` in `snapshot`; see [`Balancer::pick`].

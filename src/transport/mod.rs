@@ -16,6 +16,7 @@ mod control;
 mod credentials;
 mod error;
 mod metrics;
+mod socket;
 mod steer;
 mod tune;
 mod worker;

@@ -7,6 +7,7 @@ use std::time::Duration;
 use super::bind::BindError;
 use super::credentials::{Credentials, peer_of};
 use super::error::ConnectError;
+use super::socket::MeshSocket;
 use super::steer::Lane;
 use super::tune;
 use crate::clock::UnixSeconds;
@@ -92,8 +93,10 @@ pub(super) fn start(
     let addr = socket.local_addr().map_err(|source| BindError::Refused { addr: unknown, source })?;
     let server = server(addr)?;
     let config = tune::endpoint(reset_key, lane);
-    quinn::Endpoint::new(config, Some(server), socket, Arc::new(quinn::TokioRuntime))
-        .map_err(|source| BindError::Refused { addr, source })
+    let refused = |source| BindError::Refused { addr, source };
+    let socket = Arc::new(MeshSocket::new(socket).map_err(refused)?);
+    quinn::Endpoint::new_with_abstract_socket(config, Some(server), socket, Arc::new(quinn::TokioRuntime))
+        .map_err(refused)
 }
 
 /// Dials `addr`; the handshake takes at most `limit`.

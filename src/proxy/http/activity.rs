@@ -1,22 +1,68 @@
 //! What a caller's connection is doing, so that slow and idle ones are ended.
+//!
+//! One watchman per worker looks at all connections; each is woken only when it has to end.
 
+use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
 use std::pin::Pin;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
+use std::sync::{Arc, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use hyper_util::rt::TokioIo;
+use futures_util::task::AtomicWaker;
 use tokio::net::TcpStream;
 
 use super::Dial;
+use super::io::AppIo;
 
-/// What the connection's watchman sees. Atomic only because hyper's upgrades ask for `Send`.
+/// Values of [`Activity::end`].
+const SLOW: u8 = 1;
+const QUIET: u8 = 2;
+/// Connections that are gone are taken out of the list from this length on.
+const PURGE_MIN: usize = 64;
+
+/// What the watchman sees and says of one connection. Atomic only because hyper's upgrades ask for `Send`.
 #[derive(Debug, Default)]
 pub(crate) struct Activity {
     requests: AtomicU32,
     /// Bytes came while no request was under way.
     head_began: AtomicBool,
+    is_http2: AtomicBool,
+    /// An [`End`], once it is decided.
+    end: AtomicU8,
+    waker: AtomicWaker,
+    /// Rounds in a row in which a head was not whole, and in which nothing was under way.
+    slow_rounds: AtomicU32,
+    idle_rounds: AtomicU32,
+}
+
+impl Activity {
+    fn end(&self) -> Option<End> {
+        match self.end.load(Ordering::Relaxed) {
+            SLOW => Some(End::Slow),
+            QUIET => Some(End::Quiet),
+            _ => None,
+        }
+    }
+
+    fn tell(&self, end: u8) {
+        self.end.store(end, Ordering::Relaxed);
+        self.waker.wake();
+    }
+
+    /// Runs `served` until it is over or the watchman says how it should end.
+    pub(crate) async fn unless_ended<F: Future>(&self, mut served: Pin<&mut F>) -> Result<F::Output, End> {
+        poll_fn(|cx| {
+            if let Some(end) = self.end() {
+                return Poll::Ready(Err(end));
+            }
+            self.waker.register(cx.waker());
+            served.as_mut().poll(cx).map(Ok)
+        })
+        .await
+    }
 }
 
 /// Counts a request as under way.
@@ -39,14 +85,14 @@ impl Drop for Busy {
 
 /// The caller's connection; notes that bytes came.
 pub(crate) struct Watched {
-    io: TokioIo<TcpStream>,
+    io: AppIo,
     activity: Arc<Activity>,
 }
 
 impl Watched {
     /// Wraps a connection.
     pub(crate) fn new(stream: TcpStream, activity: &Arc<Activity>) -> Self {
-        Self { io: TokioIo::new(stream), activity: Arc::clone(activity) }
+        Self { io: AppIo::new(stream), activity: Arc::clone(activity) }
     }
 
     /// Returns the connection.
@@ -113,29 +159,80 @@ pub(crate) enum End {
     Quiet,
 }
 
-/// Returns when the connection should end.
-pub(crate) async fn watch<D: Dial>(worker: &D, activity: &Activity, speaks: Speaks) -> End {
-    let state = worker.http();
-    // A head that is seen unfinished at two ticks took more than half of the limit and at most the whole of it.
-    let tick = state.limits.head / 2;
-    let (mut slow, mut idle) = (0_u32, Duration::ZERO);
-    loop {
-        tokio::select! {
-            () = state.drain.cancelled() => return End::Quiet,
-            () = tokio::time::sleep(tick) => {}
+/// Looks after the callers' connections of one worker.
+#[derive(Debug, Default)]
+pub(crate) struct Watchman {
+    connections: RefCell<Vec<Weak<Activity>>>,
+    /// From this many on those that are gone are taken out.
+    purge_at: Cell<usize>,
+    is_awake: Cell<bool>,
+    is_draining: Cell<bool>,
+}
+
+impl Watchman {
+    /// Begins to look after a connection.
+    pub(crate) fn add<D: Dial>(self: &Rc<Self>, worker: &Rc<D>, speaks: Speaks) -> Arc<Activity> {
+        let activity = Arc::<Activity>::default();
+        activity.is_http2.store(speaks == Speaks::Http2, Ordering::Relaxed);
+        if self.is_draining.get() || worker.stopping() {
+            activity.tell(QUIET);
         }
-        if worker.stopping() {
-            return End::Quiet;
+        let mut connections = self.connections.borrow_mut();
+        if connections.len() >= self.purge_at.get() {
+            connections.retain(|connection| connection.strong_count() > 0);
+            self.purge_at.set(connections.len().saturating_mul(2).max(PURGE_MIN));
         }
-        let busy = activity.requests.load(Ordering::Relaxed) > 0;
-        let began = speaks == Speaks::Http1 && activity.head_began.load(Ordering::Relaxed);
-        slow = if !busy && began { slow.saturating_add(1) } else { 0 };
-        idle = if busy { Duration::ZERO } else { idle.saturating_add(tick) };
-        if slow >= 2 {
-            return End::Slow;
+        connections.push(Arc::downgrade(&activity));
+        if !self.is_awake.replace(true) {
+            worker.spawn_untracked(Rc::clone(self).walk(Rc::clone(worker)));
         }
-        if idle >= state.limits.idle {
-            return End::Quiet;
+        activity
+    }
+
+    /// Ends every connection after its current requests.
+    pub(crate) fn drain(&self) {
+        self.is_draining.set(true);
+        for connection in self.connections.borrow().iter().filter_map(Weak::upgrade) {
+            connection.tell(QUIET);
         }
+    }
+
+    /// Walks round until no connection is left.
+    async fn walk<D: Dial>(self: Rc<Self>, worker: Rc<D>) {
+        // A head that is seen unfinished in two rounds took more than half of the limit and at most the whole of it.
+        let limits = worker.http().limits;
+        let round = limits.head / 2;
+        while self.is_awake.get() {
+            tokio::time::sleep(round).await;
+            let mut connections = self.connections.borrow_mut();
+            connections.retain(|connection| match connection.upgrade() {
+                Some(connection) => {
+                    judge(&connection, round, limits.idle);
+                    true
+                }
+                None => false,
+            });
+            self.is_awake.set(!connections.is_empty());
+        }
+    }
+}
+
+/// Looks at one connection, once per round.
+fn judge(connection: &Activity, round: Duration, idle: Duration) {
+    let busy = connection.requests.load(Ordering::Relaxed) > 0;
+    let is_http1 = !connection.is_http2.load(Ordering::Relaxed);
+    let began = is_http1 && connection.head_began.load(Ordering::Relaxed);
+    let count = |rounds: &AtomicU32, goes_on: bool| {
+        let rounds_before = rounds.load(Ordering::Relaxed);
+        let now = if goes_on { rounds_before.saturating_add(1) } else { 0 };
+        rounds.store(now, Ordering::Relaxed);
+        now
+    };
+    let slow = count(&connection.slow_rounds, !busy && began);
+    let quiet = count(&connection.idle_rounds, !busy);
+    if slow >= 2 {
+        connection.tell(SLOW);
+    } else if round.saturating_mul(quiet) >= idle {
+        connection.tell(QUIET);
     }
 }

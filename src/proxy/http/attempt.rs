@@ -30,6 +30,7 @@ use super::outbound::{Answer, Call};
 use super::{ATTEMPTS_MAX, Dial, HttpState, REPLAY_BYTES_MAX};
 use crate::model::ServiceName;
 use crate::proxy::head::{HeadError, HeadWriter, Inbox, Payload, ResponseHead};
+use crate::proxy::worker::within;
 use crate::proxy::{OpenError, Opened, StreamKind, Tried};
 
 /// A request's body while attempts may still need it again.
@@ -265,8 +266,7 @@ impl<D: Dial> Attempt<'_, D> {
         if let Some(upload) = self.pending {
             chunks.extend_from_slice(&upload.replay.borrow());
         }
-        let Ok(written) = tokio::time::timeout(self.worker.http().limits.response, send.write(&mut chunks)).await
-        else {
+        let Some(written) = within(self.worker.http().limits.response, send.write(&mut chunks)).await else {
             return Err(Failed::Silent(self.broke(&std::io::Error::from(std::io::ErrorKind::TimedOut))));
         };
         match written {

@@ -11,14 +11,13 @@ use bytes::{Bytes, BytesMut};
 use http::header::{self, HeaderValue};
 use http::{Request, Response, StatusCode, Uri};
 use hyper::body::Incoming;
-use hyper_util::rt::TokioIo;
 use quinn::{RecvStream, SendStream};
-use tokio::net::TcpStream;
 use tracing::debug;
 
 use super::answer::{REASON, Reason, Refusal};
 use super::body::{self, BodyError, First, TunnelBody, TunnelSend};
 use super::headers;
+use super::io::AppIo;
 use super::metrics::{Exchange, Flag, Reporter};
 use super::pool::{ConnectError, Http1, Pool};
 use super::upgrade::{self, Raw};
@@ -27,6 +26,7 @@ use crate::catalogue::LocalInstance;
 use crate::model::Protocol;
 use crate::pki::PeerIdentity;
 use crate::proxy::head::{self, HeadError, HeadWriter, Inbox, Payload, RequestHead};
+use crate::proxy::worker::within;
 
 /// Status bytes that begin every answer (the tunnel code writes the others).
 const STATUS_OK: u8 = 0;
@@ -88,7 +88,7 @@ async fn exchange<D: Dial>(
     let mut inbox = Inbox::default();
     inbox.push(rest.freeze());
     let read = read_head(&mut recv, &mut inbox);
-    let block = tokio::time::timeout(state.limits.head, read).await.map_err(|_| ServeError::HeadTimeout)??;
+    let block = within(state.limits.head, read).await.ok_or(ServeError::HeadTimeout)??;
     let head = head::decode_request(block.clone()).map_err(ServeError::Head)?;
     let mut exchange =
         Exchange::new(state.edge(Reporter::Destination, peer.id.service(), Some(&local.service)), crate::clock::now());
@@ -270,7 +270,7 @@ async fn switch(
         writer.finish()
     });
     let upgraded = upgraded.await.map_err(|error| ServeError::Body(BodyError::App(error)))?;
-    let Ok(parts) = upgraded.downcast::<TokioIo<TcpStream>>() else {
+    let Ok(parts) = upgraded.downcast::<AppIo>() else {
         return Err(ServeError::Head(HeadError::Malformed("upgrade: a foreign connection")));
     };
     send.write(&mut [encoded.map_err(ServeError::Head)?]).await.map_err(ServeError::Body)?;

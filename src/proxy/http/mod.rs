@@ -17,6 +17,7 @@ mod attempt;
 mod body;
 mod headers;
 pub(crate) mod inbound;
+mod io;
 pub(crate) mod metrics;
 pub(crate) mod outbound;
 mod pool;
@@ -26,20 +27,19 @@ mod upgrade;
 mod tests;
 
 use std::cell::RefCell;
-use std::collections::HashMap;
 use std::rc::{Rc, Weak};
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
-use http::HeaderValue;
-use tokio_util::sync::CancellationToken;
-
+use self::activity::Watchman;
 use self::metrics::{Edge, EdgeCache, HttpMetrics, Reporter};
 use self::pool::Pool;
 use super::{Caller, OpenError, Opened, StreamKind, Tried, Worker};
 use crate::catalogue::{Instance, SnapshotReader};
 use crate::model::ServiceName;
 use crate::pki::PeerIdentity;
+use bytes::{Bytes, BytesMut};
+use foldhash::HashMap;
+use http::HeaderValue;
 
 /// What HTTP needs of its worker. [`Worker`] is one; the tests' loopback pair is the other.
 pub(crate) trait Dial: 'static {
@@ -58,6 +58,8 @@ pub(crate) trait Dial: 'static {
     fn snapshot(&self) -> &SnapshotReader;
     /// Runs a task on the worker's thread; the worker ends it at the end of the drain.
     fn spawn(&self, future: impl Future<Output = ()> + 'static);
+    /// Runs a task on the worker's thread that the drain does not wait for.
+    fn spawn_untracked(&self, future: impl Future<Output = ()> + 'static);
     /// Tells whether the agent drains.
     fn stopping(&self) -> bool;
     /// The state of this module.
@@ -83,6 +85,10 @@ impl Dial for Worker {
 
     fn spawn(&self, future: impl Future<Output = ()> + 'static) {
         Worker::spawn(self, future);
+    }
+
+    fn spawn_untracked(&self, future: impl Future<Output = ()> + 'static) {
+        Worker::spawn_untracked(self, future);
     }
 
     fn stopping(&self) -> bool {
@@ -136,7 +142,7 @@ pub(crate) struct HttpState {
     limits: Limits,
     edges: EdgeCache,
     pool: Rc<Pool>,
-    drain: CancellationToken,
+    pub(crate) watchman: Rc<Watchman>,
     scratch: RefCell<BytesMut>,
     /// By the address of the identity, which the weak reference keeps from being given to another.
     peers: RefCell<HashMap<usize, (Weak<PeerIdentity>, HeaderValue)>>,
@@ -154,7 +160,7 @@ impl HttpState {
             limits,
             edges: EdgeCache::new(metrics),
             pool: Rc::default(),
-            drain: CancellationToken::new(),
+            watchman: Rc::default(),
             scratch: RefCell::default(),
             peers: RefCell::default(),
         }
@@ -162,7 +168,7 @@ impl HttpState {
 
     /// Begins the drain: every caller's connection ends after its current requests (`Connection: close`, GOAWAY).
     pub(crate) fn drain(&self) {
-        self.drain.cancel();
+        self.watchman.drain();
     }
 
     fn edge(&self, reporter: Reporter, source: Option<&ServiceName>, destination: Option<&ServiceName>) -> Rc<Edge> {

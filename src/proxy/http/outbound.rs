@@ -36,7 +36,7 @@ use tokio::net::TcpStream;
 use tracing::debug;
 
 use super::Dial;
-use super::activity::{Activity, Busy, End, Speaks, Watched, watch};
+use super::activity::{Activity, Busy, End, Speaks, Watched};
 use super::answer::{Reason, Refusal};
 use super::attempt::attempts;
 use super::body::{TunnelBody, TunnelSend};
@@ -94,7 +94,8 @@ pub(crate) async fn serve<D: Dial>(worker: Rc<D>, stream: TcpStream, route: Rout
         }
         Err(_) => return,
     };
-    let activity = Arc::<Activity>::default();
+    let speaks = if speaks_h2 { Speaks::Http2 } else { Speaks::Http1 };
+    let activity = state.watchman.add(&worker, speaks);
     let io = Watched::new(stream, &activity);
     let connection = Rc::new(Connection {
         worker: Rc::clone(&worker),
@@ -114,25 +115,22 @@ pub(crate) async fn serve<D: Dial>(worker: Rc<D>, stream: TcpStream, route: Rout
             .initial_connection_window_size(H2_CONNECTION_WINDOW)
             .max_header_list_size(u32::try_from(HEAD_BYTES_MAX).unwrap_or(u32::MAX));
         let mut served = pin!(builder.serve_connection(io, service));
-        tokio::select! {
-            ended = served.as_mut() => ended,
-            _end = watch(&*worker, &activity, Speaks::Http2) => {
+        match activity.unless_ended(served.as_mut()).await {
+            Ok(ended) => ended,
+            Err(_end) => {
                 served.as_mut().graceful_shutdown();
                 served.await
             }
         }
     } else {
         let mut builder = http1::Builder::new();
-        // hyper's own header timeout also ends idle connections and costs a timer per request: `watch` does it.
+        // hyper's own header timeout also ends idle connections and costs a timer per request: the watchman does it.
         builder.max_buf_size(HEAD_BYTES_MAX).max_header_size(HEAD_BYTES_MAX).header_read_timeout(None);
         let mut served = pin!(builder.serve_connection(io, service).with_upgrades());
-        tokio::select! {
-            ended = served.as_mut() => ended,
-            end = watch(&*worker, &activity, Speaks::Http1) => {
-                if end == End::Slow {
-                    debug!("caller's request head did not arrive in time");
-                    return;
-                }
+        match activity.unless_ended(served.as_mut()).await {
+            Ok(ended) => ended,
+            Err(End::Slow) => return debug!("caller's request head did not arrive in time"),
+            Err(End::Quiet) => {
                 served.as_mut().graceful_shutdown();
                 served.await
             }

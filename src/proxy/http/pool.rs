@@ -5,19 +5,20 @@
 //! is dropped at checkout. Not here: how many connections an app may get (a limit per route).
 
 use std::cell::{Cell, RefCell};
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::Duration;
 
+use foldhash::HashMap;
 use hyper::client::conn::{http1, http2};
-use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 use tracing::debug;
 
 use super::Dial;
 use super::body::TunnelBody;
+use super::io::AppIo;
 
 /// Idle connections kept per app and worker: what 512 requests at once leave behind.
 const IDLE_MAX: usize = 512;
@@ -172,12 +173,12 @@ impl Pool {
     }
 }
 
-async fn dial<D: Dial>(worker: &Rc<D>, addr: SocketAddr) -> Result<TokioIo<TcpStream>, ConnectError> {
+async fn dial<D: Dial>(worker: &Rc<D>, addr: SocketAddr) -> Result<AppIo, ConnectError> {
     let limit = worker.http().limits.connect;
     let connected = tokio::time::timeout(limit, TcpStream::connect(addr)).await;
     let stream =
         connected.map_err(|_| ConnectError::Timeout { addr })?.map_err(|source| ConnectError::Tcp { addr, source })?;
     // A failure costs latency only.
     let _nodelay = stream.set_nodelay(true);
-    Ok(TokioIo::new(stream))
+    Ok(AppIo::new(stream))
 }

@@ -59,6 +59,10 @@ impl Dial for Loopback {
         &self.reader
     }
 
+    fn spawn_untracked(&self, future: impl Future<Output = ()> + 'static) {
+        tokio::task::spawn_local(future);
+    }
+
     fn spawn(&self, future: impl Future<Output = ()> + 'static) {
         tokio::task::spawn_local(future);
     }
