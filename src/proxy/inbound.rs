@@ -30,9 +30,9 @@ use crate::transport::{HANDSHAKE_TIMEOUT, HANDSHAKES_MAX, RETRY_FROM, TUNNEL_STR
 /// Tunnels that one worker accepts: 35 KB each, four times what one peer's pool holds.
 const TUNNELS_MAX: usize = 4_096;
 /// Tunnels of one peer node: one per service that calls from there, and as many again while certificates change.
-const TUNNELS_PER_PEER_MAX: usize = 256;
+pub(super) const TUNNELS_PER_PEER_MAX: usize = 256;
 /// Streams of one tunnel at once: half of what the worker holds, so that no peer takes it all.
-const STREAMS_PER_TUNNEL_MAX: usize = CONNECTIONS_MAX / 2;
+pub(super) const STREAMS_PER_TUNNEL_MAX: usize = CONNECTIONS_MAX / 2;
 /// A preamble is one packet; a peer that does not send it holds a stream for nothing.
 const PREAMBLE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Connecting to an app on this host: a full backlog answers nothing.
@@ -40,7 +40,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 /// Application code of a connection whose peer is unknown.
 const CODE_UNVERIFIED: u32 = 1;
 /// Application code of a connection beyond [`TUNNELS_PER_PEER_MAX`].
-const CODE_TOO_MANY: u32 = 4;
+pub(super) const CODE_TOO_MANY: u32 = 4;
 
 /// Tunnels by peer node.
 type PerPeer = Rc<RefCell<BTreeMap<NodeName, usize>>>;

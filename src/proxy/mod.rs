@@ -14,6 +14,8 @@ pub(crate) mod head;
 pub(crate) mod http;
 mod inbound;
 mod listener;
+#[doc(hidden)]
+pub mod measured;
 mod metrics;
 mod open;
 mod outbound;

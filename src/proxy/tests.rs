@@ -1,7 +1,10 @@
 //! Two nodes on loopback, with throw-away certificates: an app's connection goes through both.
 
+mod bounds;
+mod bytes;
 mod harness;
 mod listeners;
+mod nat;
 
 use std::net::Ipv4Addr;
 use std::time::Duration;

@@ -131,3 +131,7 @@ pub(super) fn verified(
         _ => Ok(peer),
     }
 }
+
+#[cfg(test)]
+#[path = "worker_tests.rs"]
+mod tests;

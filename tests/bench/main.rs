@@ -1,6 +1,7 @@
 //! Benchmarks: `cargo bench`. Micro-benchmarks of the pure cores leave signatures out: they cost the same whatever weft
-//! does. `proxied_request` is the whole path of one request through two agents.
+//! does. `hot_path` has the steps of a request one by one, `proxied_request` is its whole path through two agents.
 
+mod hot_path;
 mod request;
 
 use std::collections::BTreeMap;
@@ -8,14 +9,9 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
-use weft::catalogue::Builder;
-use weft::clock::{self, UnixSeconds};
-use weft::model::{
-    Entry, EntryKey, Generation, MemberStatus, NodeInfo, NodeName, Protocol, ServeScope, ServiceName, ServiceRecord,
-    Weights,
-};
+use weft::clock::UnixSeconds;
+use weft::model::{Entry, EntryKey, Generation, NodeInfo, NodeName, Protocol, ServeScope, ServiceRecord, Weights};
 use weft::replica::{Delta, Digest, HeadSigner, HeadVerifier, Params, Replica, VerifiedHead};
-use weft::routing::{Balancer, ConnectBackoff, Tried};
 use weft::wire;
 
 const NOW: UnixSeconds = UnixSeconds(1_700_000_000);
@@ -63,7 +59,7 @@ fn service(at: usize, port: u16) -> Entry {
     })
 }
 
-fn records(node: &str, services: usize, port: u16) -> BTreeMap<EntryKey, Entry> {
+fn records(node: &str, services: impl Iterator<Item = Entry>) -> BTreeMap<EntryKey, Entry> {
     let info = Entry::Node(NodeInfo {
         id: "6e2e5bd4-0f3e-4f0c-9a43-1b1a4b8f0a11".to_owned(),
         name: name(node),
@@ -73,14 +69,17 @@ fn records(node: &str, services: usize, port: u16) -> BTreeMap<EntryKey, Entry> 
         build: "0.1.0".to_owned(),
         issuer: false,
     });
-    // Only the first service's port differs: one entry changes.
-    let services = (0..services).map(|at| service(at, if at == 0 { port } else { 80 }));
     services.chain([info]).map(|entry| (entry.key(), entry)).collect()
 }
 
-fn publisher(node: &str, services: usize) -> Replica {
+/// Services 0 to `count`; only the first one's port is given: one entry changes with it.
+fn services(count: usize, port: u16) -> impl Iterator<Item = Entry> {
+    (0..count).map(move |at| service(at, if at == 0 { port } else { 80 }))
+}
+
+fn publisher(node: &str, services: impl Iterator<Item = Entry>) -> Replica {
     let mut replica = Replica::new(name(node), Generation { number: 1, nonce: 1 }, Params::default());
-    replica.publish(records(node, services, 80), &NoSignature, NOW).expect("within the bounds");
+    replica.publish(records(node, services), &NoSignature, NOW).expect("within the bounds");
     replica
 }
 
@@ -88,26 +87,8 @@ fn whole(replica: &Replica, node: &str) -> Delta {
     replica.delta_for(&Digest::none(name(node))).expect("published")
 }
 
-fn route(c: &mut Criterion) {
-    for nodes in [3usize, 1000] {
-        let mut builder = Builder::new(name("node-0"), 1);
-        for at in 0..nodes {
-            let node = format!("node-{at}");
-            let replica = publisher(&node, 1);
-            builder.set_node(&name(&node), replica.state(&name(&node)), MemberStatus::Alive);
-        }
-        let snapshot = builder.build().expect("nodes were set");
-        let wanted: ServiceName = "service-0".parse().expect("a valid name");
-        let (mut balancer, tried, backoff) = (Balancer::new(7), Tried::new(), ConnectBackoff::new());
-        let now = clock::now();
-        c.bench_function(&format!("route_and_balance/{nodes}_instances"), |bencher| {
-            bencher.iter(|| balancer.pick_by_name(black_box(&snapshot), &wanted, &tried, &backoff, now).is_ok());
-        });
-    }
-}
-
 fn codec(c: &mut Criterion) {
-    let delta = whole(&publisher("node-0", SERVICES_PER_NODE), "node-0");
+    let delta = whole(&publisher("node-0", services(SERVICES_PER_NODE, 80)), "node-0");
     let bytes = wire::encode(&delta).expect("within the bounds");
     c.bench_function(&format!("wire/encode_delta_{}_bytes", bytes.len()), |bencher| {
         bencher.iter(|| wire::encode(black_box(&delta)));
@@ -119,9 +100,9 @@ fn codec(c: &mut Criterion) {
 
 fn merge(c: &mut Criterion) {
     let verifier = Trusting(name("node-0"), "*".parse().expect("a valid scope"));
-    let mut writer = publisher("node-0", SERVICES_PER_NODE);
+    let mut writer = publisher("node-0", services(SERVICES_PER_NODE, 80));
     let first = whole(&writer, "node-0");
-    let change = writer.publish(records("node-0", SERVICES_PER_NODE, 81), &NoSignature, NOW);
+    let change = writer.publish(records("node-0", services(SERVICES_PER_NODE, 81)), &NoSignature, NOW);
     let change = change.expect("within the bounds").expect("a port changed");
     let empty = || Replica::new(name("reader"), Generation { number: 1, nonce: 1 }, Params::default());
     let with_first = || {
@@ -145,5 +126,14 @@ fn merge(c: &mut Criterion) {
     });
 }
 
-criterion_group!(benches, route, codec, merge, request::proxied_request);
+criterion_group!(
+    benches,
+    hot_path::heads,
+    hot_path::route,
+    hot_path::hosts,
+    hot_path::authorize,
+    codec,
+    merge,
+    request::proxied_request
+);
 criterion_main!(benches);

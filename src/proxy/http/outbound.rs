@@ -207,7 +207,7 @@ impl<D: Dial> Connection<D> {
 }
 
 /// Returns the service that a host names (hosts ignore case; names are taken in lower case).
-fn service_of_host(host: &str) -> Option<ServiceName> {
+pub(in crate::proxy) fn service_of_host(host: &str) -> Option<ServiceName> {
     let host = host.to_ascii_lowercase();
     let host = host.strip_suffix('.').unwrap_or(&host);
     HOST_SUFFIXES.iter().find_map(|suffix| host.strip_suffix(suffix))?.parse().ok()

@@ -20,7 +20,7 @@ use crate::model::{
     Generation, HealthStatus, MemberStatus, NodeInfo, NodeName, Protocol, ServiceName, ServiceRecord, SpiffeId, Weights,
 };
 use crate::pki::{PeerIdentity, Plane};
-use crate::transport::{ClientTls, Credentials, bind};
+use crate::transport::{ClientTls, Credentials, bind, client_config};
 
 /// Where an instance of `web` is said to be: node, its mesh address, instance id.
 pub(super) type Place<'a> = (&'a str, SocketAddr, &'a str);
@@ -44,15 +44,25 @@ impl Mesh {
         scope: &str,
         more: impl FnOnce(&mut LocalView) -> Vec<Place<'static>>,
     ) -> Self {
+        Self::start_on(2, authority, scope, more).await
+    }
+
+    /// As [`Mesh::start_with`], with so many workers on each node.
+    pub(super) async fn start_on(
+        workers: usize,
+        authority: &Arc<Authority>,
+        scope: &str,
+        more: impl FnOnce(&mut LocalView) -> Vec<Place<'static>>,
+    ) -> Self {
         let app = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let mut local = LocalView::default();
         serve(&mut local, "web-1", app.local_addr().unwrap());
         let mut places: Vec<Place<'_>> = more(&mut local);
         let ids: Vec<String> = local.instances.keys().map(ToString::to_string).collect();
-        let b = Node::start(authority, "b", scope, local);
+        let b = Node::start_on(workers, authority, "b", scope, local);
         places.extend(ids.iter().map(|id| ("b", b.addr, id.as_str())));
         let upstream = free_port();
-        let a = Node::start(authority, "a", "*", upstreams(&[upstream]));
+        let a = Node::start_on(workers, authority, "a", "*", upstreams(&[upstream]));
         a.publish(&[upstream], &places);
         a.sees(upstream, |state| state == Some(&ListenerState::Listening)).await;
         Self { a, b, app, upstream }
@@ -97,7 +107,11 @@ pub(super) struct Node {
 
 impl Node {
     pub(super) fn start(authority: &Arc<Authority>, node: &str, scope: &str, local: LocalView) -> Self {
-        let bound = bind((Ipv4Addr::LOCALHOST, 0).into(), 2).unwrap();
+        Self::start_on(2, authority, node, scope, local)
+    }
+
+    fn start_on(workers: usize, authority: &Arc<Authority>, node: &str, scope: &str, local: LocalView) -> Self {
+        let bound = bind((Ipv4Addr::LOCALHOST, 0).into(), workers).unwrap();
         let first = Snapshot { index: 1, local: Arc::new(local), ..Snapshot::empty(node.parse().unwrap()) };
         let publisher = Publisher::new(Arc::new(first));
         let metrics = Metrics::new();
@@ -117,12 +131,17 @@ impl Node {
 
     /// Publishes a snapshot with these upstream ports and instances.
     pub(super) fn publish(&self, ports: &[SocketAddr], places: &[Place<'_>]) {
+        self.publish_local(upstreams(ports), places);
+    }
+
+    /// Publishes a snapshot with this local view and these instances.
+    pub(super) fn publish_local(&self, local: LocalView, places: &[Place<'_>]) {
         let before = self.publisher.reader().load();
         let instances = places.iter().map(|(node, addr, id)| instance(node, *addr, id)).collect();
         let index = before.index + 1;
         let entry = ServiceEntry { name: name("web"), protocol: Protocol::Tcp, instances, modify_index: index };
         let services = BTreeMap::from([(name("web"), Arc::new(entry))]);
-        let local = Arc::new(upstreams(ports));
+        let local = Arc::new(local);
         self.publisher.publish(Arc::new(Snapshot { index, services, local, ..Snapshot::clone(&before) }));
     }
 
@@ -149,6 +168,14 @@ impl Node {
             text.lines().filter(|line| line.starts_with(name) && labels.iter().all(|label| line.contains(label)));
         lines.map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum()
     }
+}
+
+/// An endpoint that dials as node `node`, to do what no agent does.
+pub(super) fn stranger(authority: &Arc<Authority>, node: &str) -> quinn::Endpoint {
+    let tls = authority.certify(node, "*").client(Plane::Tunnel, None, None).unwrap();
+    let mut endpoint = quinn::Endpoint::client((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+    endpoint.set_default_client_config(client_config(Plane::Tunnel, tls.config).unwrap());
+    endpoint
 }
 
 /// An instance of `web` that passes.

@@ -1,0 +1,186 @@
+//! What one peer, or one app that does not read, can take from the others: no more than its share.
+
+use futures_util::FutureExt as _;
+use futures_util::future::join_all;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+
+use super::harness::{Authority, Mesh, free_port, serve, stranger, upstreams};
+use super::{CONNECTIONS, pattern, within};
+use crate::model::Protocol;
+use crate::proxy::inbound::{CODE_TOO_MANY, STREAMS_PER_TUNNEL_MAX, TUNNELS_PER_PEER_MAX};
+use crate::proxy::preamble::{Preamble, StreamKind, StreamStatus};
+
+/// Apps that do not read, on one tunnel.
+const SLOW: usize = 4;
+/// What one reader that does read gets at a time.
+const PIECE_BYTES: usize = 1 << 20;
+/// Slow connections hold at most: what TCP buffers on both hosts and a stream's window take.
+const PIECES_MAX: usize = 400;
+
+#[tokio::test]
+async fn apps_that_do_not_read_stop_nobody_else_on_their_tunnel() {
+    for client_is_slow in [true, false] {
+        // One worker: all connections share one tunnel.
+        let mesh = Mesh::start_on(1, &Authority::new(), "*", |_| Vec::new()).await;
+        let mut slow = Vec::new();
+        for _ in 0..SLOW {
+            let (client, app) = mesh.connect().await;
+            slow.push(if client_is_slow { (app, client) } else { (client, app) });
+        }
+        let (client, app) = mesh.connect().await;
+        let (mut writes, mut reads) = if client_is_slow { (app, client) } else { (client, app) };
+        let piece = pattern(PIECE_BYTES);
+        let mut stuck_for = 0;
+        // The other connection goes on before, while and after the slow ones come to a stop.
+        for _ in 0..PIECES_MAX {
+            stuck_for = if fill(&slow) { 0 } else { stuck_for + 1 };
+            if stuck_for == 8 {
+                break;
+            }
+            let mut read = vec![0; PIECE_BYTES];
+            let (written, read_all) =
+                within(async { tokio::join!(writes.write_all(&piece), reads.read_exact(&mut read)) }).await;
+            assert!(written.is_ok() && read_all.is_ok() && read == piece);
+        }
+        assert!(stuck_for == 8, "the connections whose reader is slow are never full");
+        // Whoever reads again gets what was sent.
+        let (_sender, mut receiver) = slow.swap_remove(0);
+        let mut first = vec![0; PIECE_BYTES];
+        within(receiver.read_exact(&mut first)).await.unwrap();
+        assert!(first.iter().all(|byte| *byte == b's'));
+        drop((slow, receiver, writes, reads));
+        mesh.stop().await;
+    }
+}
+
+/// Writes what the connections take; tells whether that was anything.
+fn fill(slow: &[(TcpStream, TcpStream)]) -> bool {
+    let bytes = vec![b's'; 64 << 10];
+    let mut took = false;
+    for (sender, _) in slow {
+        while sender.try_write(&bytes).is_ok() {
+            took = true;
+        }
+    }
+    took
+}
+
+/// Asks for a TCP connection to the app on a fresh stream; none if the stream is not served.
+async fn call(tunnel: &quinn::Connection) -> Option<(quinn::SendStream, quinn::RecvStream)> {
+    let (mut send, mut recv) = tunnel.open_bi().await.ok()?;
+    send.write_all(&preamble(StreamKind::Tcp)).await.ok()?;
+    let mut status = [0];
+    recv.read_exact(&mut status).await.ok()?;
+    (status == [StreamStatus::Ok.byte()]).then_some((send, recv))
+}
+
+fn preamble(kind: StreamKind) -> bytes::Bytes {
+    Preamble { kind, instance: "web-1".parse().unwrap(), service: "web".parse().unwrap() }.encode()
+}
+
+#[tokio::test]
+async fn a_node_gets_its_share_of_tunnels_and_leaves_the_others_theirs() {
+    let authority = Authority::new();
+    let mesh = Mesh::start_on(1, &authority, "*", |_| Vec::new()).await;
+    let (greedy, modest) = (stranger(&authority, "x"), stranger(&authority, "y"));
+    let dial =
+        async |endpoint: &quinn::Endpoint| within(endpoint.connect(mesh.b.addr, "mesh.weft").unwrap()).await.unwrap();
+    let mut held = Vec::new();
+    for _ in 0..TUNNELS_PER_PEER_MAX {
+        held.push(dial(&greedy).await);
+    }
+    let last = held.last().unwrap();
+    assert!(within(call(last)).await.is_some());
+    let beyond = within(dial(&greedy).await.closed()).await;
+    let quinn::ConnectionError::ApplicationClosed(closed) = beyond else { panic!("{beyond}") };
+    assert_eq!(closed.error_code, CODE_TOO_MANY.into());
+    assert_eq!(mesh.b.count("weft_quic_refused_total", &["reason=\"too_many\""]), 1);
+    assert!(within(call(&dial(&modest).await)).await.is_some());
+    // What it gives back it may take again.
+    held.pop().unwrap().close(0_u32.into(), b"");
+    within(async { while call(&dial(&greedy).await).await.is_none() {} }).await;
+    drop(held);
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn a_tunnel_gets_its_share_of_streams_and_leaves_the_others_theirs() {
+    let authority = Authority::new();
+    let mesh = Mesh::start_on(1, &authority, "*", |_| Vec::new()).await;
+    let (greedy, modest) = (stranger(&authority, "x"), stranger(&authority, "y"));
+    let connect =
+        async |endpoint: &quinn::Endpoint| within(endpoint.connect(mesh.b.addr, "mesh.weft").unwrap()).await.unwrap();
+    let (greedy, modest) = (connect(&greedy).await, connect(&modest).await);
+    // Requests whose head never comes hold their streams for longer than this test takes.
+    let open = async || {
+        let (mut send, recv) = within(greedy.open_bi()).await.unwrap();
+        within(send.write_all(&preamble(StreamKind::Http))).await.unwrap();
+        (send, recv)
+    };
+    let mut held = Vec::new();
+    for _ in 0..STREAMS_PER_TUNNEL_MAX {
+        held.push(open().await);
+    }
+    let (_send, mut recv) = open().await;
+    let answer = within(recv.read_chunk(1, true)).await;
+    assert!(matches!(answer, Ok(None) | Err(quinn::ReadError::Reset(_))), "{answer:?}");
+    for (_, recv) in &mut held {
+        assert!(recv.read_chunk(1, true).now_or_never().is_none(), "a stream within the bound was refused");
+    }
+    assert!(within(call(&modest)).await.is_some());
+    // What it gives back it may take again.
+    let (mut send, _recv) = held.pop().unwrap();
+    send.reset(0_u32.into()).unwrap();
+    within(async { while call(&greedy).await.is_none() {} }).await;
+    drop(held);
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn an_http_instance_whose_app_is_gone_is_passed_over_and_left_alone_for_a_while() {
+    let with_dead = |local: &mut crate::catalogue::LocalView| {
+        serve(local, "web-2", free_port());
+        local.instances.values_mut().for_each(|instance| instance.protocol = Protocol::Http);
+        Vec::new()
+    };
+    let mesh = Mesh::start_on(2, &Authority::new(), "*", with_dead).await;
+    let mut local = upstreams(&[mesh.upstream]);
+    local.upstreams.iter_mut().for_each(|upstream| upstream.protocol = Some(Protocol::Http));
+    mesh.a.publish_local(local, &[("b", mesh.b.addr, "web-1"), ("b", mesh.b.addr, "web-2")]);
+    let requests = async {
+        for _ in 0..CONNECTIONS {
+            let mut client = TcpStream::connect(mesh.upstream).await.unwrap();
+            client.write_all(b"GET / HTTP/1.1\r\nhost: web\r\nconnection: close\r\n\r\n").await.unwrap();
+            let mut answer = String::new();
+            client.read_to_string(&mut answer).await.unwrap();
+            assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        }
+    };
+    tokio::select! {
+        never = answer(&mesh.app) => never,
+        () = within(requests) => {}
+    }
+    // Half of the turns are the dead instance's; each of the two workers meets it once a second at most.
+    let met = mesh.b.count("weft_http_requests_total", &["reporter=\"destination\"", "\"UF\""]);
+    assert!((1..CONNECTIONS / 4).contains(&met), "{met}");
+    mesh.stop().await;
+}
+
+/// An app that answers every request of every connection.
+async fn answer(app: &TcpListener) {
+    let serve = async |mut stream: TcpStream| {
+        let mut head = Vec::new();
+        while stream.read_buf(&mut head).await.is_ok_and(|bytes| bytes > 0) {
+            if head.ends_with(b"\r\n\r\n") {
+                head.clear();
+                // The caller may be gone.
+                let _gone = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await;
+            }
+        }
+    };
+    // As many as there are requests, and as workers race to open: connections are kept and used again.
+    let accept = async || serve(app.accept().await.unwrap().0).await;
+    join_all((0..CONNECTIONS).map(|_| accept())).await;
+    std::future::pending::<()>().await;
+}

@@ -1,0 +1,89 @@
+//! How long a silent tunnel lives. Time is virtual once the tunnel is up.
+
+use std::net::Ipv4Addr;
+
+use tokio::net::UdpSocket as Forward;
+
+use super::*;
+use crate::clock;
+use crate::pki::{Identity, ephemeral};
+use crate::transport::{NodeCredentials, bind};
+
+#[tokio::test]
+async fn a_silent_tunnel_lives_on_and_one_whose_path_is_cut_ends_after_15_seconds() {
+    let ca = ephemeral(&"td".parse().unwrap(), clock::wall()).unwrap();
+    let start = |node: &str| {
+        let now = clock::wall();
+        let authority = ca.issuer().self_certify(&node.parse().unwrap(), &"*".parse().unwrap(), now).unwrap();
+        let bound = bind((Ipv4Addr::LOCALHOST, 0).into(), 1).unwrap();
+        let credentials = Arc::new(NodeCredentials(Identity::new(authority, now).unwrap()));
+        let socket = bound.workers.into_iter().next().unwrap();
+        let endpoint = WorkerEndpoint::new(socket, Lane::Worker { index: 0, workers: 1 }, &[7; 64], credentials);
+        (endpoint.unwrap(), bound.addr, bound.control)
+    };
+    let ((a, _, _a_control), (b, b_addr, _b_control)) = (start("a"), start("b"));
+    let path = Path::to(b_addr).await;
+    let dial = async {
+        let b_name = "b".parse().unwrap();
+        let dial = a.dial(path.front.local_addr().unwrap(), &b_name, None, Duration::from_secs(20));
+        let accept = async { b.accept().await.unwrap().await.unwrap() };
+        tokio::join!(dial, accept)
+    };
+    let (dialled, accepted) = tokio::select! {
+        () = path.carry() => unreachable!("it carries for ever"),
+        both = dial => both,
+    };
+    let dialled = dialled.unwrap().connection;
+
+    tokio::time::pause();
+    tokio::select! {
+        () = path.carry() => unreachable!("it carries for ever"),
+        () = tokio::time::sleep(Duration::from_mins(10)) => {}
+    }
+    assert_eq!((dialled.close_reason(), accepted.close_reason()), (None, None));
+
+    // Nobody carries any more.
+    let cut = clock::now();
+    for (connection, side) in [(dialled, "dialer"), (accepted, "listener")] {
+        assert_eq!(connection.closed().await, quinn::ConnectionError::TimedOut);
+        // The last packet was heard at most 5 s (a keep-alive) before the cut; a packet that is sent afterwards, a
+        // keep-alive as well, starts the time anew (RFC 9000 §10.1).
+        let lasted = clock::now() - cut;
+        let bounds = Duration::from_secs(10)..Duration::from_secs(21);
+        assert!(bounds.contains(&lasted), "the {side}'s side ended after {lasted:?}");
+    }
+}
+
+/// A router between the dialer and the listener.
+struct Path {
+    front: Forward,
+    back: Forward,
+    listener: SocketAddr,
+    dialer: std::cell::Cell<Option<SocketAddr>>,
+}
+
+impl Path {
+    async fn to(listener: SocketAddr) -> Self {
+        let socket = async || Forward::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        Self { front: socket().await, back: socket().await, listener, dialer: std::cell::Cell::default() }
+    }
+
+    /// Forwards for ever.
+    async fn carry(&self) {
+        let (mut up, mut down) = (vec![0; 65_535], vec![0; 65_535]);
+        loop {
+            // A full socket buffer drops the datagram, as a network does.
+            tokio::select! {
+                got = self.front.recv_from(&mut up) => {
+                    let (bytes, from) = got.unwrap();
+                    self.dialer.set(Some(from));
+                    let _dropped = self.back.send_to(&up[..bytes], self.listener).await;
+                }
+                got = self.back.recv_from(&mut down) => {
+                    let (Ok((bytes, _)), Some(dialer)) = (got, self.dialer.get()) else { continue };
+                    let _dropped = self.front.send_to(&down[..bytes], dialer).await;
+                }
+            }
+        }
+    }
+}

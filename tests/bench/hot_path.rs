@@ -1,0 +1,106 @@
+//! The steps of one request in the agents, one by one: head, host, instance, permission.
+
+use std::hint::black_box;
+use std::sync::Arc;
+
+use bytes::{Bytes, BytesMut};
+use criterion::Criterion;
+use http::{HeaderMap, HeaderName, HeaderValue, Method};
+use weft::catalogue::{Builder, Snapshot};
+use weft::clock::{self, UnixSeconds};
+use weft::model::{MemberStatus, ServiceName};
+use weft::pki::PeerIdentity;
+use weft::proxy::measured;
+use weft::routing::{Balancer, ConnectBackoff, Tried};
+
+use super::{name, publisher, service};
+
+/// What a browser sends with a request for a page, and what weft adds.
+const HEADERS: [(&str, &str); 10] = [
+    ("accept", "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"),
+    ("accept-encoding", "gzip, deflate, br"),
+    ("accept-language", "en-GB,en;q=0.5"),
+    ("user-agent", "Mozilla/5.0 (X11; Linux x86_64; rv:128.0) Gecko/20100101 Firefox/128.0"),
+    ("cookie", "session=0123456789abcdef0123456789abcdef"),
+    ("referer", "https://shop.example/cart"),
+    ("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"),
+    ("x-team", "shop"),
+    ("x-weft-hops", "1"),
+    ("x-request-id", "6e2e5bd4-0f3e-4f0c-9a43-1b1a4b8f0a11"),
+];
+
+/// Encodes and decodes the head of a bare request and of a browser's.
+pub(crate) fn heads(c: &mut Criterion) {
+    let browser = HEADERS.map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value)));
+    for (kind, headers) in [("bare", HeaderMap::new()), ("10_headers", browser.into_iter().collect())] {
+        let mut out = BytesMut::new();
+        let target = ("web.weft", "/cart?item=42");
+        assert!(measured::encode_request(&mut out, &Method::GET, target, &headers), "the head is within its bounds");
+        let wire: Bytes = out.split().freeze();
+        c.bench_function(&format!("head/encode_{kind}_{}_bytes", wire.len()), |bencher| {
+            bencher.iter(|| {
+                out.clear();
+                measured::encode_request(&mut out, &Method::GET, black_box(target), black_box(&headers))
+            });
+        });
+        assert_eq!(measured::decode_request(wire.clone()), Some(headers.len()));
+        c.bench_function(&format!("head/decode_{kind}_{}_bytes", wire.len()), |bencher| {
+            bencher.iter(|| measured::decode_request(black_box(&wire).clone()));
+        });
+    }
+}
+
+/// A catalogue of `nodes` nodes with `each` instances, of `services` services in turn.
+fn catalogue(nodes: usize, each: usize, services: usize) -> Arc<Snapshot> {
+    let mut builder = Builder::new(name("node-0"), 1);
+    for at in 0..nodes {
+        let node = format!("node-{at}");
+        let replica = publisher(&node, (at * each..(at + 1) * each).map(|number| service(number % services, 80)));
+        builder.set_node(&name(&node), replica.state(&name(&node)), MemberStatus::Alive);
+    }
+    builder.build().expect("nodes were set")
+}
+
+/// Picks an instance of a service that has 10, 1,000 or 5,000.
+pub(crate) fn route(c: &mut Criterion) {
+    for instances in [10, 1_000, 5_000] {
+        let snapshot = catalogue(instances, 1, 1);
+        let wanted: ServiceName = "service-0".parse().expect("a valid name");
+        let (mut balancer, tried, backoff) = (Balancer::new(7), Tried::new(), ConnectBackoff::new());
+        let now = clock::now();
+        c.bench_function(&format!("route_and_balance/{instances}_instances"), |bencher| {
+            bencher.iter(|| balancer.pick_by_name(black_box(&snapshot), &wanted, &tried, &backoff, now).is_ok());
+        });
+    }
+}
+
+/// Finds a service by the Host of a request and picks an instance, with 2 and with 1,000 services (5,000 instances).
+pub(crate) fn hosts(c: &mut Criterion) {
+    for (services, snapshot) in [(2, catalogue(2, 1, 2)), (1_000, catalogue(250, 20, 1_000))] {
+        let hosts: Vec<String> = (0..services).map(|at| format!("Service-{at}.weft")).collect();
+        let (mut balancer, tried, backoff) = (Balancer::new(7), Tried::new(), ConnectBackoff::new());
+        let (mut turn, now) = (hosts.iter().cycle(), clock::now());
+        c.bench_function(&format!("host_to_instance/{services}_services"), |bencher| {
+            bencher.iter(|| {
+                let host = turn.next().expect("a cycle");
+                let service = measured::service_of_host(black_box(host)).expect("a host of the mesh");
+                balancer.pick_by_name(&snapshot, &service, &tried, &backoff, now).expect("it has instances")
+            });
+        });
+    }
+}
+
+/// Decides whether a caller may call a service.
+pub(crate) fn authorize(c: &mut Criterion) {
+    let peer = PeerIdentity {
+        id: "spiffe://bench.weft/svc/api/node/node-1".parse().expect("a valid id"),
+        node: name("node-1"),
+        scope: "api,web-*".parse().expect("a valid scope"),
+        not_after: UnixSeconds(u64::MAX),
+    };
+    let service: ServiceName = "web".parse().expect("a valid name");
+    assert!(measured::is_authorized(&peer, &service));
+    c.bench_function("authorize", |bencher| {
+        bencher.iter(|| measured::is_authorized(black_box(&peer), black_box(&service)));
+    });
+}
