@@ -209,6 +209,8 @@ async fn up(shared: &Shared<'_>, mut send: Sending, count: &impl Count) -> Way {
         }
         let mut buffer = BytesMut::with_capacity(buffer_bytes);
         match shared.tcp.try_read_buf(&mut buffer) {
+            // The kernel tells of a reset once: where `down` met it first, what is left looks like an end.
+            Ok(0) if shared.tcp_lost.is_cancelled() => return Way::Aborted,
             Ok(0) => {
                 send.finish();
                 let way = after_fin(shared).await;

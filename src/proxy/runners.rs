@@ -59,12 +59,12 @@ impl<J> Runners<J> {
                 }
                 idle.push(Rc::clone(&seat));
             }
-            job = poll_fn(|cx| match seat.job.take() {
-                Some(job) => Poll::Ready(job),
-                None => {
-                    seat.waker.set(Some(cx.waker().clone()));
-                    Poll::Pending
+            job = poll_fn(|cx| {
+                if let Some(job) = seat.job.take() {
+                    return Poll::Ready(job);
                 }
+                seat.waker.set(Some(cx.waker().clone()));
+                Poll::Pending
             })
             .await;
         }

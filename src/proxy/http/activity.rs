@@ -25,7 +25,7 @@ const SLOW: u8 = 1;
 const QUIET: u8 = 2;
 const IDLE: u8 = 3;
 /// Longest round of the watchman: a connection rests after one to two of them without a request.
-const ROUND: Duration = Duration::from_millis(500);
+const ROUND: Duration = Duration::from_millis(250);
 /// Connections that are gone are taken out of the list from this length on.
 const PURGE_MIN: usize = 64;
 
