@@ -3,6 +3,7 @@
 mod joining;
 mod records;
 mod view;
+mod vouch;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -532,6 +533,7 @@ impl Actor {
 
     /// Carries out what the core wants and publishes what changed, once.
     fn settle(&mut self, now: Instant) {
+        self.core.set_state_hash(self.replica.set_hash(), now);
         while let Some(output) = self.core.poll_output() {
             match output {
                 Output::Send { to, packet } => self.send(&to, packet, now),
@@ -542,6 +544,9 @@ impl Actor {
                     info!(renewals = id.life.renewals, "the mesh took this node for gone; it is back");
                     self.are_members_dirty = true;
                 }
+                Output::Sign(statement) => self.sign(statement, now),
+                Output::Verify(statement) => self.verify(statement, now),
+                Output::Differs { peer } => self.start_sync(&peer.name, SYNC_ROUNDS),
             }
         }
         for report in self.replica.take_reports() {
@@ -564,6 +569,7 @@ impl Actor {
         if std::mem::take(&mut self.are_members_dirty) {
             self.show_members();
         }
+        self.metrics.show_membership(&self.core.stats());
         self.metrics.connections.set(i64::try_from(self.links.count()).unwrap_or(i64::MAX));
     }
 }

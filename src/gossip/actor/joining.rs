@@ -11,7 +11,7 @@ use super::{Actor, Done, JOIN_PAUSE_MAX, JOIN_PEERS_MAX, JOIN_SYNC_ROUNDS, answe
 use crate::gossip::GossipError;
 use crate::gossip::exchange::{self, HelloReply};
 use crate::gossip::targets::{self, Outcome};
-use crate::membership::{Life, MemberEntry, MeshId, Standing};
+use crate::membership::{Life, MeshId};
 use crate::model::{MemberStatus, NodeName};
 use crate::replica::{Params, Replica};
 
@@ -87,9 +87,8 @@ impl Actor {
             let name = peer.id.name.clone();
             self.watch(&name, peer.connection.clone());
             let waiting = self.links.accepted(&name, peer.connection);
-            let mut members = peer.members;
-            members.push(MemberEntry { id: peer.id.clone(), incarnation: 0, standing: Standing::Alive });
-            self.core.learn(members, now);
+            self.core.meet(&peer.id, now);
+            self.core.learn(peer.members, now);
             self.core.learn_farewells(peer.farewells, now);
             self.core.announce(peer.id.clone(), now);
             self.resend(&peer.id, waiting, now);
@@ -107,7 +106,10 @@ impl Actor {
         if theirs < self.core.id().life {
             return;
         }
-        self.core.outlive(theirs, now);
+        if !self.core.outlive(theirs, now) {
+            warn!(generation = %theirs.generation, "a peer remembers a life of this node that cannot be; ignored");
+            return;
+        }
         warn!(generation = %self.generation(), "a later life of this node is remembered; continuing above it");
         // What is forgotten here leaves the catalogue too, until the others tell it again.
         self.dirty.extend(self.replica.nodes().map(|(name, _)| name.clone()));

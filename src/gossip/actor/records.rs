@@ -98,8 +98,8 @@ impl Actor {
                     self.pull(&from.name, node, wanted);
                 }
             }
-            // The core keeps goodbyes for itself.
-            Broadcast::Leave(_) => {}
+            // The core keeps statements for itself.
+            Broadcast::Said(_) => {}
         }
     }
 
@@ -122,6 +122,7 @@ impl Actor {
             Ok(applied) => {
                 if matches!(applied, Applied::Updated) {
                     self.refusals.remove(&node);
+                    self.attest(&node, clock::now());
                     self.dirty.insert(node);
                     self.are_members_dirty = true;
                 }
