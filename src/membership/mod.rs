@@ -49,7 +49,7 @@ use std::num::NonZeroUsize;
 use std::time::Duration;
 
 use bytes::Bytes;
-use foca::{AccumulatingRuntime, Foca, Identity as _, Member, State, Timer};
+use foca::{AccumulatingRuntime, Foca, Member, State, Timer};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use tokio::time::Instant;

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::id::{Life, MeshId};
+use super::id::MeshId;
 use super::statement::{Leave, LifeClaim};
 use crate::model::{MemberStatus, NodeName};
 
