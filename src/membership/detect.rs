@@ -16,7 +16,7 @@ use super::checks::{HELPERS, Settled, Step};
 use super::packet::Call;
 use super::statement::{Accusation, Certainty, Statement};
 use super::suspicion::Suspicion;
-use super::{Cause, Core, Detector, MemberStatus, Output, REAP_EVERY};
+use super::{Broadcast, Cause, Core, Detector, MemberStatus, Output, REAP_EVERY};
 use crate::model::NodeName;
 
 /// A wake-up later than this blames itself: longer than a loaded machine's scheduling, shorter than a check.
@@ -297,6 +297,7 @@ impl Core {
                 self.suspicions.remove(&name);
                 self.check(&name, now);
             } else {
+                eprintln!("DOWN at {} of {name} known inc {:?}: {:?} heard {:?} health {}", self.id().name, self.roster.find(&name).map(|m| m.incarnation), self.suspicions.get(&name).map(|s| s.describe(now)), self.roster.find(&name).and_then(|m| m.heard).map(|h| now - h), self.health.score());
                 self.declare_down(&name, now);
             }
         }
@@ -340,13 +341,20 @@ impl Core {
 
     /// Notes that this node is accused at `incarnation` of its present life.
     pub(super) fn accused(&mut self, incarnation: u16, now: Instant) {
-        // Nobody can have heard of a later one; an earlier is refuted already.
-        if incarnation == self.incarnation && self.when.refute.is_none() && !self.has_left {
-            let at = self.when.refuted_last.map_or(now, |last| (last + REFUTE_PAUSE).max(now));
+        // Nobody can have heard of a later one.
+        if incarnation > self.incarnation || self.when.refute.is_some() || self.has_left {
+            return;
+        }
+        let at = self.when.refuted_last.map_or(now, |last| (last + REFUTE_PAUSE).max(now));
+        if incarnation == self.incarnation {
             self.when.refute = Some(at);
             if at <= now {
                 self.refute(now);
             }
+        } else if let Some(claim) = self.own_life.clone().filter(|_| at <= now) {
+            // Refuted already, and whoever says so has not heard of it.
+            self.when.refuted_last = Some(now);
+            self.spread(&Broadcast::Said(Statement::Life(claim)), now);
         }
     }
 

@@ -228,6 +228,8 @@ pub struct Core {
     has_left: bool,
     /// foca's incarnation of this node, which it does not tell.
     incarnation: u16,
+    /// This node's own word for its present life, once it is signed.
+    own_life: Option<LifeClaim>,
     health: LocalHealth,
     checks: Checks,
     suspicions: BTreeMap<NodeName, Suspicion>,
@@ -298,6 +300,7 @@ impl Core {
             rng,
             has_left: false,
             incarnation: 0,
+            own_life: None,
             health: LocalHealth::default(),
             checks: Checks::default(),
             suspicions: BTreeMap::new(),

@@ -111,6 +111,10 @@ impl Suspicion {
         before - self.votes.len()
     }
 
+    pub(super) fn describe(&self, now: Instant) -> String {
+        format!("{:?} since {:?}", self.votes.iter().map(|(n, v)| (n.to_string(), v.incarnation, now - v.at)).collect::<Vec<_>>(), self.believed_since.map(|b| now - b))
+    }
+
     fn settle(&mut self, own: &NodeName, now: Instant) {
         let is_believed = self.has_vote(own) || self.votes.len() >= 2;
         self.believed_since = is_believed.then(|| self.believed_since.unwrap_or(now));

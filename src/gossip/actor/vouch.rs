@@ -7,7 +7,7 @@ use super::Actor;
 use crate::clock;
 use crate::gossip::trust::{Signer, Verifier};
 use crate::membership::{MeshId, Statement, Verdict};
-use crate::model::NodeName;
+use crate::model::{Generation, NodeName};
 use crate::replica::{HeadSigner as _, HeadVerifier as _};
 
 impl Actor {
@@ -28,7 +28,7 @@ impl Actor {
                 let verifier = Verifier::new(&self.identity, clock::wall());
                 match verifier.verify(state.chain(), &message, statement.signature()) {
                     Ok(verified) if verified.node == *statement.signer() => Verdict::Holds,
-                    // A signer that has renewed its certificate since looks like this until its records came.
+                    Ok(_) | Err(_) if is_ahead(&statement, state.digest().generation) => Verdict::Unknown,
                     Ok(_) | Err(_) => Verdict::Broken,
                 }
             }
@@ -44,4 +44,9 @@ impl Actor {
         let id = MeshId::new(node.clone(), addr, state.digest().generation);
         self.core.attest(&id, now);
     }
+}
+
+/// Tells whether `statement` speaks of a later life than the records at hand, whose key may be another.
+fn is_ahead(statement: &Statement, held: Generation) -> bool {
+    matches!(statement, Statement::Life(claim) if claim.id.life.generation > held)
 }
