@@ -254,6 +254,11 @@ impl Core {
         self.swim.num_members()
     }
 
+    /// How many timers run.
+    pub fn timer_count(&self) -> usize {
+        self.timers.len()
+    }
+
     /// Acts on `packet` from the peer that TLS verified as `sender`.
     ///
     /// # Errors

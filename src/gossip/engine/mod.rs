@@ -201,6 +201,27 @@ pub enum Event {
     Report(Report),
 }
 
+/// How much an engine holds, for tests of its bounds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sizes {
+    /// Other members, gone ones included.
+    pub members: usize,
+    /// Timers of the membership.
+    pub timers: usize,
+    /// Nodes whose records are held.
+    pub nodes: usize,
+    /// Most removals remembered of one node.
+    pub grave_max: usize,
+    /// Comparisons that it began.
+    pub syncs: usize,
+    /// Pulls that it began.
+    pub pulls: usize,
+    /// Nodes whose records were refused and told.
+    pub refusals: usize,
+    /// Outputs that nobody has taken yet.
+    pub outputs: usize,
+}
+
 /// The gossip of one node.
 pub struct Engine {
     node: NodeInfo,
@@ -312,6 +333,20 @@ impl Engine {
     pub fn is_isolated(&self) -> bool {
         let has_failed = || self.core.members().any(|member| member.status == MemberStatus::Failed);
         self.core.alive_count() == 0 && !self.core.has_left() && has_failed()
+    }
+
+    /// Returns how much is held.
+    pub fn sizes(&self) -> Sizes {
+        Sizes {
+            members: self.core.members().count(),
+            timers: self.core.timer_count(),
+            nodes: self.replica.nodes().count(),
+            grave_max: self.replica.nodes().map(|(_, state)| state.grave_len()).max().unwrap_or(0),
+            syncs: self.syncs.len(),
+            pulls: self.pulls.len(),
+            refusals: self.refusals.len(),
+            outputs: self.outputs.len(),
+        }
     }
 
     /// Takes the names of the nodes whose records or status changed since the last call.
