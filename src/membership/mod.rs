@@ -43,6 +43,9 @@ use crate::model::{MemberStatus, NodeName};
 pub const MEMBERS_MAX: usize = 30_000;
 /// How often gone members are looked through for those to forget.
 const REAP_EVERY: Duration = Duration::from_mins(1);
+/// A node that was told that it is gone comes back at once, and again after this pause at the earliest: whoever remembers
+/// a later life of its name says so to every renewal, once per round trip.
+const RENEWAL_PAUSE: Duration = Duration::from_secs(1);
 /// Most members told of a leave directly; the others hear it from them.
 const LEAVE_FANOUT_MAX: usize = 32;
 /// Most goodbyes repeated in one exchange.
@@ -189,6 +192,7 @@ pub struct Core {
     timers: BTreeMap<(Instant, u64), Timer<MeshId>>,
     timer_number: u64,
     next_reap: Instant,
+    next_renewal: Instant,
     outputs: VecDeque<Output>,
     rng: StdRng,
     has_left: bool,
@@ -218,6 +222,7 @@ impl Core {
             timers: BTreeMap::new(),
             timer_number: 0,
             next_reap: now + REAP_EVERY,
+            next_renewal: now,
             outputs: VecDeque::new(),
             rng,
             has_left: false,
@@ -276,7 +281,7 @@ impl Core {
             self.outputs.push_back(Output::Conflict { theirs: src });
             return Err(Refused::OwnName);
         }
-        if self.has_left {
+        if self.has_left || (inspected.is_undead_call && now < self.next_renewal) {
             return Ok(());
         }
         let is_full = self.roster.len() >= MEMBERS_MAX;
@@ -542,7 +547,10 @@ impl Core {
                 OwnedNotification::MemberUp(id) => self.change(&id.name, |roster| roster.up(&id, now)),
                 OwnedNotification::MemberDown(id) => self.change(&id.name, |roster| roster.down(&id, now)),
                 OwnedNotification::Rename(_, id) => self.change(&id.name, |roster| roster.renamed(&id, now)),
-                OwnedNotification::Rejoin(id) => self.outputs.push_back(Output::Renewed(id)),
+                OwnedNotification::Rejoin(id) => {
+                    self.next_renewal = now + RENEWAL_PAUSE;
+                    self.outputs.push_back(Output::Renewed(id));
+                }
                 OwnedNotification::Idle => is_idle = true,
                 OwnedNotification::Active | OwnedNotification::Defunct => {}
             }

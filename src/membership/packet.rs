@@ -270,6 +270,8 @@ impl foca::BroadcastHandler<MeshId> for Spreader {
 #[derive(Debug)]
 pub(super) struct Inspected<'a> {
     pub(super) src: MeshId,
+    /// The sender takes this node for gone.
+    pub(super) is_undead_call: bool,
     head: &'a [u8],
     /// Absent where the message carries no updates.
     updates: Option<Vec<(MemberEntry, &'a [u8])>>,
@@ -300,7 +302,8 @@ pub(super) fn inspect(packet: &[u8]) -> Result<Inspected<'_>, CodecError> {
         broadcasts.push(wire::decode(item, BROADCAST_BYTES_MAX).map_err(CodecError::Wire)?);
         rest = after;
     }
-    Ok(Inspected { src: header.src, head, updates, tail, broadcasts })
+    let is_undead_call = matches!(header.message, WireMessage::TurnUndead);
+    Ok(Inspected { src: header.src, is_undead_call, head, updates, tail, broadcasts })
 }
 
 impl Inspected<'_> {

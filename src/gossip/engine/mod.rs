@@ -55,6 +55,8 @@ const JOIN_SYNC_ROUNDS: usize = 64;
 /// First and longest pause between attempts to join.
 const JOIN_PAUSE_MIN: Duration = Duration::from_millis(500);
 const JOIN_PAUSE_MAX: Duration = Duration::from_secs(30);
+/// A second renewal within this time makes a node ask whether a later life of it is remembered.
+const DOUBT_TIME: Duration = Duration::from_secs(30);
 /// Most known peers that are tried per attempt, beside the seeds.
 const JOIN_PEERS_MAX: usize = 48;
 /// Most peers that are kept on disk.
@@ -246,6 +248,10 @@ pub struct Engine {
     next_join: Instant,
     join_attempts: usize,
     is_joining: bool,
+    /// The last time that the others took this node for gone.
+    renewed_at: Option<Instant>,
+    /// They did so again soon after: a peer may remember a later life of this name.
+    is_doubted: bool,
     conflict_seen: Option<MeshId>,
     /// Nodes whose records were refused and told.
     refusals: BTreeSet<NodeName>,
@@ -288,6 +294,8 @@ impl Engine {
             next_join: now,
             join_attempts: 0,
             is_joining: false,
+            renewed_at: None,
+            is_doubted: false,
             conflict_seen: None,
             refusals: BTreeSet::new(),
             node: params.node,
@@ -462,6 +470,7 @@ impl Engine {
                 membership::Output::Renewed(id) => {
                     self.are_members_dirty = true;
                     self.tell(Event::Renewed(id));
+                    self.doubt(turn.now);
                 }
             }
         }
