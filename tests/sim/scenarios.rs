@@ -15,7 +15,8 @@ pub(crate) const SECOND: Duration = Duration::from_secs(1);
 pub(crate) fn kill(world: &mut World) -> Times {
     let idle = Duration::from_millis(world.rng.random_range(0..3000));
     world.run(idle);
-    let victims: Vec<usize> = world.running().collect();
+    // Never the first: a large mesh follows its registrations.
+    let victims: Vec<usize> = world.running().filter(|host| *host != 0).collect();
     let victim = victims[world.rng.random_range(0..victims.len())];
     let name = world.hosts[victim].name.clone();
     world.seen.clear();
@@ -34,10 +35,15 @@ pub(crate) fn kill(world: &mut World) -> Times {
 
 /// Registers a service on a random host and returns when each other held it.
 pub(crate) fn register(world: &mut World) -> Times {
+    register_at(world, None)
+}
+
+/// Registers a service on `writer`, or on a random host, and returns when each other held it.
+pub(crate) fn register_at(world: &mut World, writer: Option<usize>) -> Times {
     let idle = Duration::from_millis(world.rng.random_range(0..3000));
     world.run(idle);
     let writers: Vec<usize> = world.running().collect();
-    let writer = writers[world.rng.random_range(0..writers.len())];
+    let writer = writer.unwrap_or_else(|| writers[world.rng.random_range(0..writers.len())]);
     let name = world.hosts[writer].name.clone();
     let version = world.engine(writer).replica().state(&name).map_or(0, |state| state.version);
     world.arrivals.clear();
