@@ -28,8 +28,9 @@ const VETO: Duration = Duration::from_secs(1);
 const APPEAL_EVERY: Duration = Duration::from_millis(150);
 /// Least time between two refutations: whoever accuses faster gains nothing.
 const REFUTE_PAUSE: Duration = Duration::from_millis(500);
-/// Least time between two returns under a new life on somebody's word that this one is over.
-const RENEW_PAUSE: Duration = Duration::from_secs(2);
+/// Least time between two returns under a new life on somebody's word that this one is over: whoever remembers a later
+/// life of the name says so to every return, once per round trip.
+const RENEW_PAUSE: Duration = Duration::from_secs(1);
 /// Least time between two refutations that count against the own health: one liar must not slow this node down.
 const BLAME_PAUSE: Duration = Duration::from_secs(5);
 /// Members that look closer on average when somebody accuses a member, beside its watchers.

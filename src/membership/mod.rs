@@ -345,6 +345,11 @@ impl Core {
         self.swim.num_members()
     }
 
+    /// How many timers run.
+    pub fn timer_count(&self) -> usize {
+        self.timers.len()
+    }
+
     /// What was counted, and how this node is.
     pub fn stats(&self) -> Stats {
         let suspected = self.suspicions.values().filter(|suspicion| suspicion.is_believed()).count();

@@ -239,8 +239,7 @@ impl NodeState {
     }
 
     /// Returns how many removals are remembered.
-    #[cfg(test)]
-    pub(super) fn grave_len(&self) -> usize {
+    pub fn grave_len(&self) -> usize {
         self.grave.len()
     }
 
