@@ -91,7 +91,10 @@ impl GossipMetrics {
                 "weft_membership_conflicts_total",
                 "Times that another node showed the name of this node.",
             )?,
-            local_health: gauge("weft_membership_local_health", "Lifeguard's score of this node: 0 is well, 8 the worst.")?,
+            local_health: gauge(
+                "weft_membership_local_health",
+                "Lifeguard's score of this node: 0 is well, 8 the worst.",
+            )?,
             suspected: gauge("weft_membership_suspected", "Members under suspicion here.")?,
             held: gauge("weft_membership_held", "Members that are back and held because they flap.")?,
             events: counters("weft_membership_events_total", "What failure detection did, by event.", &["event"])?,

@@ -183,8 +183,13 @@ impl Core {
             Step::AskHelpers { target, number, patience } => {
                 let own = self.id().name.clone();
                 let is_fit = |name: &&NodeName| **name != target && **name != own;
-                let helpers: Vec<NodeName> =
-                    self.swim.iter_members().map(|member| &member.id().name).filter(is_fit).cloned().sample(&mut self.rng, HELPERS);
+                let helpers: Vec<NodeName> = self
+                    .swim
+                    .iter_members()
+                    .map(|member| &member.id().name)
+                    .filter(is_fit)
+                    .cloned()
+                    .sample(&mut self.rng, HELPERS);
                 self.checks.asked(number, &helpers);
                 let patience_ms = u16::try_from(patience.as_millis()).unwrap_or(u16::MAX);
                 for helper in helpers {
@@ -298,7 +303,6 @@ impl Core {
                 self.suspicions.remove(&name);
                 self.check(&name, now);
             } else {
-                eprintln!("DOWN at {} of {name} known inc {:?}: {:?} heard {:?} health {}", self.id().name, self.roster.find(&name).map(|m| m.incarnation), self.suspicions.get(&name).map(|s| s.describe(now)), self.roster.find(&name).and_then(|m| m.heard).map(|h| now - h), self.health.score());
                 self.declare_down(&name, now);
             }
         }
@@ -316,7 +320,9 @@ impl Core {
 
     /// Plain SWIM: the prober whose suspicion ended tells everybody, and is believed.
     fn tell_plain_down(&mut self, name: &NodeName, now: Instant) {
-        let Some(member) = self.roster.find(name).filter(|member| member.status == MemberStatus::Failed) else { return };
+        let Some(member) = self.roster.find(name).filter(|member| member.status == MemberStatus::Failed) else {
+            return;
+        };
         let (life, incarnation) = (member.id.life, member.incarnation);
         if self.profile.detector == Detector::Plain && now == member.since() {
             self.stats.failures += 1;

@@ -131,8 +131,7 @@ impl Core {
         match self.roster.find(&id.name) {
             None if self.roster.len() >= MEMBERS_MAX => Err(Refused::Full),
             Some(known)
-                if id.life.generation.number
-                    > known.id.life.generation.number.saturating_add(GENERATION_JUMP_MAX) =>
+                if id.life.generation.number > known.id.life.generation.number.saturating_add(GENERATION_JUMP_MAX) =>
             {
                 self.stats.forged_lives += 1;
                 Err(Refused::Generation)
@@ -180,9 +179,10 @@ impl Core {
     fn hear_call(&mut self, src: &MeshId, incarnation: u16, call: Call, is_meant: bool, now: Instant) {
         // A stranger that a peer called gone is not: it speaks.
         let is_dead = self.living(&src.name).is_none() && !self.gone.contains_key(&src.name);
-        let is_gone = self.roster.find(&src.name).is_some_and(|known| {
-            known.id.life > src.life || (is_dead && known.id.life == src.life)
-        });
+        let is_gone = self
+            .roster
+            .find(&src.name)
+            .is_some_and(|known| known.id.life > src.life || (is_dead && known.id.life == src.life));
         if call == Call::Gone {
             if is_meant {
                 self.told_gone(now);

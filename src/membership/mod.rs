@@ -75,6 +75,8 @@ pub const MEMBERS_MAX: usize = 30_000;
 /// Furthest that a generation may lie above the known one: a start per second for twelve days. A greater jump would
 /// use up the numbers that a name has left.
 pub const GENERATION_JUMP_MAX: u64 = 1 << 20;
+/// Most strangers that are held as gone on a peer's word: a peer may have made them up.
+pub const STRANGERS_MAX: usize = 2048;
 /// How often gone members are looked through for those to forget.
 const REAP_EVERY: Duration = Duration::from_mins(1);
 /// Most members told of a leave directly; the others hear it from them.
@@ -110,15 +112,8 @@ pub enum Refused {
 
 impl Refused {
     /// Every reason.
-    pub const ALL: [Self; 7] = [
-        Self::TooLarge,
-        Self::Malformed,
-        Self::Sender,
-        Self::OwnName,
-        Self::Full,
-        Self::Generation,
-        Self::Protocol,
-    ];
+    pub const ALL: [Self; 7] =
+        [Self::TooLarge, Self::Malformed, Self::Sender, Self::OwnName, Self::Full, Self::Generation, Self::Protocol];
 }
 
 /// What the owner of the core has to do.
@@ -381,11 +376,8 @@ impl Core {
     pub fn entries(&self, limit: usize) -> Vec<MemberEntry> {
         let living = self.swim.iter_members().map(MemberEntry::from);
         let down = self.swim.iter_membership_state().filter(|member| member.state() == State::Down);
-        let gone = self.gone.values().map(|id| MemberEntry {
-            id: id.clone(),
-            incarnation: 0,
-            standing: Standing::Down,
-        });
+        let gone =
+            self.gone.values().map(|id| MemberEntry { id: id.clone(), incarnation: 0, standing: Standing::Down });
         living.chain(down.map(MemberEntry::from)).chain(gone).take(limit).collect()
     }
 
@@ -412,7 +404,7 @@ impl Core {
             }
             if self.roster.find(&entry.id.name).is_some() {
                 self.stats.advisories_ignored += 1;
-            } else if self.roster.len() < MEMBERS_MAX {
+            } else if self.roster.len() < MEMBERS_MAX && self.gone.len() < STRANGERS_MAX {
                 self.change(&entry.id.name, |roster| roster.down(&entry.id, now));
                 if self.gone.is_empty() {
                     self.when.recall = now + self.profile.recall_period;
@@ -526,6 +518,7 @@ impl Core {
 
     fn sign_life(&mut self) {
         let claim = LifeClaim { id: self.id().clone(), incarnation: self.incarnation, signature: Vec::new() };
+        self.own_life = None;
         self.outputs.push_back(Output::Sign(Statement::Life(claim)));
     }
 

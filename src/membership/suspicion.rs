@@ -67,7 +67,9 @@ impl Suspicion {
     /// Tells whether a vote of `accuser` about `incarnation` would add something.
     pub(super) fn wants(&self, accuser: &NodeName, incarnation: u16, certainty: Certainty) -> bool {
         match self.votes.get(accuser) {
-            Some(vote) => vote.incarnation < incarnation || (vote.certainty, certainty) == (Certainty::Silent, Certainty::Crashed),
+            Some(vote) => {
+                vote.incarnation < incarnation || (vote.certainty, certainty) == (Certainty::Silent, Certainty::Crashed)
+            }
             None => self.votes.len() < ACCUSERS_MAX,
         }
     }
@@ -109,10 +111,6 @@ impl Suspicion {
         let before = self.votes.len();
         self.votes.retain(|_, vote| now.saturating_duration_since(vote.at) < VOTE_LIFE);
         before - self.votes.len()
-    }
-
-    pub(super) fn describe(&self, now: Instant) -> String {
-        format!("{:?} since {:?}", self.votes.iter().map(|(n, v)| (n.to_string(), v.incarnation, now - v.at)).collect::<Vec<_>>(), self.believed_since.map(|b| now - b))
     }
 
     fn settle(&mut self, own: &NodeName, now: Instant) {

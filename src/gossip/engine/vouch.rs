@@ -1,4 +1,4 @@
-//! Signatures that the membership asks for, and lives that signed records prove.
+//! What the membership is given from outside: signatures, lives that signed records prove, evidence of connections.
 
 use super::{Engine, Event, Turn};
 use crate::membership::{MeshId, Statement, Verdict};
@@ -31,6 +31,20 @@ impl Engine {
             _ => Verdict::Unknown,
         };
         self.core.handle_verified(statement, verdict, turn.now);
+    }
+
+    /// Notes that `peer` acknowledged a packet of this node at `turn.now`, outside of SWIM: it is not declared failed
+    /// within the second after.
+    pub fn evidence_alive(&mut self, peer: &NodeName, turn: &Turn<'_>) {
+        self.core.evidence_alive(peer, turn.now);
+        self.settle(turn);
+    }
+
+    /// Notes that the host of `peer` refuses its port, or reset a connection that was alive: failed at once, and the
+    /// others are told.
+    pub fn evidence_crashed(&mut self, peer: &NodeName, turn: &Turn<'_>) {
+        self.core.evidence_crashed(peer, turn.now);
+        self.settle(turn);
     }
 
     /// Takes `members` for met, without a word to them: for a beginning that somebody else vouches for (a simulator's).

@@ -95,22 +95,29 @@ fn any_lie() -> impl Strategy<Value = Lie> {
     });
     let leave = leave.boxed();
     let accuser = 0usize..HONEST + 4;
-    let accusation = (any_id(), incarnation.clone(), certainty, accuser).prop_map(|(id, incarnation, certainty, by)| {
-        let (accused, accuser) = (id.name, name(by));
-        let word = Accusation { accused, life: id.life, incarnation, certainty, accuser, signature: Vec::new() };
-        Lie::Said(Statement::Accuse(word))
-    });
+    let accusation =
+        (any_id(), incarnation.clone(), certainty, accuser).prop_map(|(id, incarnation, certainty, by)| {
+            let (accused, accuser) = (id.name, name(by));
+            let word = Accusation { accused, life: id.life, incarnation, certainty, accuser, signature: Vec::new() };
+            Lie::Said(Statement::Accuse(word))
+        });
     let call = prop_oneof![
         Just(Call::Gone),
         any::<u32>().prop_map(Call::Answer),
         (0u32..50).prop_map(Call::Reached),
         (0u32..50).prop_map(Call::Missed),
-        (1usize..HONEST + 4, 0u32..50, any::<u16>())
-            .prop_map(|(of, number, patience_ms)| Call::CheckFor { target: name(of), number, patience_ms }),
+        (1usize..HONEST + 4, 0u32..50, any::<u16>()).prop_map(|(of, number, patience_ms)| Call::CheckFor {
+            target: name(of),
+            number,
+            patience_ms
+        }),
     ];
     let standing = prop_oneof![Just(Standing::Alive), Just(Standing::Suspect), Just(Standing::Down)];
-    let entry = (any_id(), any::<u16>(), standing)
-        .prop_map(|(id, incarnation, standing)| MemberEntry { id, incarnation, standing });
+    let entry = (any_id(), any::<u16>(), standing).prop_map(|(id, incarnation, standing)| MemberEntry {
+        id,
+        incarnation,
+        standing,
+    });
     prop_oneof![
         life,
         leave.clone().prop_map(|leave| Lie::Said(Statement::Leave(leave))),
@@ -223,7 +230,9 @@ fn carry(from: &mut Core, to: &mut Core, now: Instant) {
     let (source, target) = (from.id().name.clone(), to.id().name.clone());
     while let Some(output) = from.poll_output() {
         match output {
-            Output::Send { to: whom, packet } if whom.name == target => to.handle_packet(&source, &packet, now).unwrap(),
+            Output::Send { to: whom, packet } if whom.name == target => {
+                to.handle_packet(&source, &packet, now).unwrap()
+            }
             Output::Sign(statement) => from.handle_signed(signed(&source, statement), now),
             Output::Verify(statement) => {
                 let verdict = verdict(&statement);
