@@ -118,7 +118,7 @@ fn scenario_06_a_node_stopped_for_ten_seconds_is_out_in_three_and_back_in_one() 
         mesh.pause(4);
         let out = mesh.run(10 * SECOND, |mesh| mesh.all_see(4, Some(MemberStatus::Failed)));
         assert!(out.is_some_and(|out| out < 3 * SECOND), "{out:?}");
-        mesh.pass(10 * SECOND - out.unwrap());
+        mesh.pass((10 * SECOND).saturating_sub(out.unwrap()));
         mesh.resume(4, seed % 2 == 0);
         let back = mesh.run(10 * SECOND, |mesh| mesh.all_see(4, Some(MemberStatus::Alive)));
         assert!(back.is_some_and(|back| back < SECOND), "{back:?}");
