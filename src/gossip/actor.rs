@@ -171,6 +171,7 @@ impl Actor {
             let now = clock::now();
             self.apply(event, now);
             if self.engine.poll_timeout() <= now {
+                self.drain_inputs(now);
                 self.turn(now, Engine::handle_timeout);
             }
             self.settle(now);
@@ -221,6 +222,14 @@ impl Actor {
             }
             // What is due runs afterwards.
             Event::Stop | Event::Wake => {}
+        }
+    }
+
+    /// Hands over what has arrived: it counts before anybody is taken for silent. One queue's length at most.
+    fn drain_inputs(&mut self, now: Instant) {
+        for _ in 0..INPUTS_MAX {
+            let Ok(input) = self.inputs.try_recv() else { return };
+            self.input(input, now);
         }
     }
 

@@ -344,6 +344,32 @@ fn strangers_are_believed_with_a_proof_only() {
 }
 
 #[test]
+fn invented_members_are_bounded_and_a_flood_of_forgeries_costs_a_bounded_number_of_checks() {
+    let mut mesh = Mesh::joined(3, 1);
+    let now = mesh.now;
+    let gone = |number| MemberEntry { id: id(number, 1), incarnation: 0, standing: Standing::Down };
+    mesh.at(1).learn((100..10_100).map(gone).collect(), now);
+    assert_eq!(mesh.at(1).members().count(), 2 + STRANGERS_MAX);
+
+    mesh.pass(2 * SECOND);
+    let (from, to, now) = (mesh.at(LIAR).id().clone(), mesh.at(2).id().clone(), mesh.now);
+    let (mut checks, mut packets) = (0, 0);
+    for number in 0..600 {
+        let mut packet = gossip(&from, &to, foca::Message::Gossip, None);
+        packet.extend_from_slice(&[0, 0]);
+        let claim = LifeClaim { id: id(20_000 + number, 1), incarnation: 0, signature: Vec::new() };
+        assert!(append(&mut packet, &Broadcast::Said(liar_signs(Statement::Life(claim)))));
+        mesh.at(2).handle_packet(&name(LIAR), &packet, now).unwrap();
+        packets += 1;
+        let outputs = std::iter::from_fn(|| mesh.at(2).poll_output());
+        checks += outputs.filter(|output| matches!(output, Output::Verify(_))).count();
+    }
+    assert_eq!(packets, 600);
+    assert!((1..=105).contains(&checks), "{checks} signatures checked for one sender in one second");
+    assert!(mesh.at(2).stats().statements_dropped >= 495);
+}
+
+#[test]
 fn evidence_of_life_vetoes_and_evidence_of_a_crash_convicts_at_once() {
     let now = crate::clock::now();
     let mut core = Core::new(id(0, 1), Profile::default(), 1, now);
