@@ -245,14 +245,11 @@ impl Core {
         heard.is_some_and(|at| now.saturating_duration_since(at) < VETO)
     }
 
-    /// Adds this node's own vote against `name` and has it signed.
+    /// Adds this node's own vote against `name` and has it signed. An answer since the check began has ended the check, so
+    /// there is nothing to veto here.
     pub(super) fn accuse(&mut self, name: &NodeName, incarnation: u16, certainty: Certainty, now: Instant) {
         let own = self.id().name.clone();
         let Some(life) = self.roster.find(name).map(|member| member.id.life) else { return };
-        if certainty == Certainty::Silent && self.has_veto(name, now) {
-            self.stats.vetoes += 1;
-            return;
-        }
         if self.profile.detector == Detector::Lifeguard {
             let suspicion = self.suspicions.entry(name.clone()).or_insert_with(|| Suspicion::new(life, now));
             suspicion.next_appeal = now + APPEAL_EVERY;
