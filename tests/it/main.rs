@@ -23,4 +23,7 @@ mod lab;
 mod loopback;
 mod netns_bad_input;
 mod netns_cluster;
+#[path = "../sim/mod.rs"]
+mod sim;
+mod simulated;
 mod wait;
