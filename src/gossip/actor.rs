@@ -442,6 +442,7 @@ impl Actor {
         if self.engine.take_members_changed() {
             self.show_members();
         }
+        self.metrics.show_membership(&self.engine.membership().stats());
         self.metrics.connections.set(i64::try_from(self.links.count()).unwrap_or(i64::MAX));
     }
 }

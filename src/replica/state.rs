@@ -203,6 +203,11 @@ impl NodeState {
         &self.signed.head.node
     }
 
+    /// Returns the certificates that prove the owner's signatures, the signer's first.
+    pub fn chain(&self) -> &[Vec<u8>] {
+        &self.signed.chain
+    }
+
     /// Returns the version that is held.
     pub fn digest(&self) -> &Digest {
         &self.signed.digest

@@ -26,6 +26,12 @@ impl Actor {
             Event::Outlived(generation) => {
                 warn!(%generation, "a later life of this node is remembered; continuing above it");
             }
+            Event::AbsurdLife(life) => {
+                warn!(generation = %life.generation, "a peer remembers a life of this node that cannot be; ignored");
+            }
+            Event::Unsigned(error) => {
+                warn!(%error, "a statement about the membership cannot be signed; others will not pass it on");
+            }
             Event::Conflict { theirs, is_news } => {
                 self.metrics.conflicts.inc();
                 if is_news {

@@ -9,7 +9,7 @@ use super::message::{HelloReply, WELCOME_MEMBERS_MAX};
 use super::{
     DOUBT_TIME, Engine, Event, JOIN_PAUSE_MAX, JOIN_PAUSE_MIN, JOIN_PEERS_MAX, JOIN_SYNC_ROUNDS, Output, Turn,
 };
-use crate::membership::{Leave, Life, MemberEntry, MeshId, Standing};
+use crate::membership::{Leave, Life, MemberEntry, MeshId};
 use crate::model::{MemberStatus, NodeName};
 use crate::replica::Replica;
 
@@ -132,9 +132,8 @@ impl Engine {
             self.outlive(life, turn);
         }
         for peer in joined {
-            let mut members = peer.members;
-            members.push(MemberEntry { id: peer.id.clone(), incarnation: 0, standing: Standing::Alive });
-            self.core.learn(members, turn.now);
+            self.core.meet(&peer.id, turn.now);
+            self.core.learn(peer.members, turn.now);
             self.core.learn_farewells(peer.farewells, turn.now);
             self.core.announce(peer.id.clone(), turn.now);
             self.start_sync(&peer.id.name, JOIN_SYNC_ROUNDS);
@@ -151,7 +150,9 @@ impl Engine {
         if theirs < self.core.id().life {
             return;
         }
-        self.core.outlive(theirs, turn.now);
+        if !self.core.outlive(theirs, turn.now) {
+            return self.tell(Event::AbsurdLife(theirs));
+        }
         self.tell(Event::Outlived(self.generation()));
         // What is forgotten here leaves the catalogue too, until the others tell it again.
         self.dirty.extend(self.replica.nodes().map(|(name, _)| name.clone()));

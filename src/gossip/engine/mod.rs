@@ -24,6 +24,7 @@ mod joining;
 mod message;
 mod records;
 mod rounds;
+mod vouch;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
@@ -40,7 +41,7 @@ pub use self::message::{
     WELCOME_MEMBERS_MAX,
 };
 use crate::clock::UnixSeconds;
-use crate::membership::{self, Core, ForceLeaveError, MeshId, Profile, Refused};
+use crate::membership::{self, Core, ForceLeaveError, Life, MeshId, Profile, Refused};
 use crate::model::{Entry, EntryKey, Generation, MemberStatus, NodeInfo, NodeName};
 use crate::replica::{self, ApplyError, HeadSigner, HeadVerifier, PublishError, Replica, Report};
 use crate::store::StoredPeer;
@@ -163,6 +164,10 @@ pub enum Event {
     Renewed(MeshId),
     /// A peer remembered a later life of this name; this one goes on above it.
     Outlived(Generation),
+    /// A peer says that it remembers a life of this node that cannot be.
+    AbsurdLife(Life),
+    /// A statement about the membership could not be signed.
+    Unsigned(String),
     /// Another node goes by this node's name.
     Conflict {
         /// The other.
@@ -472,8 +477,13 @@ impl Engine {
                     self.tell(Event::Renewed(id));
                     self.doubt(turn.now);
                 }
+                membership::Output::Sign(statement) => self.sign(statement, turn),
+                membership::Output::Verify(statement) => self.verify(statement, turn),
+                membership::Output::Differs { peer } => self.start_sync(&peer.name, SYNC_ROUNDS),
             }
         }
+        // Before anything is sent again.
+        self.core.set_state_hash(self.replica.set_hash(), turn.now);
         for report in self.replica.take_reports() {
             self.tell(Event::Report(report));
         }
