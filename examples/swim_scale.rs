@@ -44,6 +44,9 @@ struct Args {
     /// How many seeds, from the first on.
     #[arg(long, default_value_t = 1)]
     seeds: u64,
+    /// Members that each agent knows beside its neighbours; none: all. By default 300 from 3,000 agents on.
+    #[arg(long)]
+    view: Option<usize>,
     /// Part of the packets that is lost, from 0 to 1.
     #[arg(long, default_value_t = 0.0)]
     loss: f64,
@@ -98,8 +101,8 @@ fn scale(args: &Args) -> (Times, Times) {
         let mut world = match args.scenario {
             Scenario::Full => scenarios::mesh(args.nodes, 1, seed, Settings::default()),
             Scenario::Scale | Scenario::Lives => {
-                let settings = Settings { sync_interval: Duration::from_secs(3600), ..Settings::default() };
-                World::preloaded(args.nodes, seed, settings)
+                let view = args.view.or((args.nodes >= 3000).then_some(300));
+                World::preloaded(args.nodes, view, seed, Settings::default())
             }
         };
         world.net.loss = args.loss;

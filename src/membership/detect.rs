@@ -16,7 +16,7 @@ use super::checks::{HELPERS, Settled, Step};
 use super::packet::Call;
 use super::statement::{Accusation, Certainty, Statement};
 use super::suspicion::Suspicion;
-use super::{Cause, Core, Detector, MemberStatus, Output, REAP_EVERY};
+use super::{Broadcast, Cause, Core, Detector, MemberStatus, Output, REAP_EVERY};
 use crate::model::NodeName;
 
 /// A wake-up later than this blames itself: longer than a loaded machine's scheduling, shorter than a check.
@@ -28,8 +28,9 @@ const VETO: Duration = Duration::from_secs(1);
 const APPEAL_EVERY: Duration = Duration::from_millis(150);
 /// Least time between two refutations: whoever accuses faster gains nothing.
 const REFUTE_PAUSE: Duration = Duration::from_millis(500);
-/// Least time between two returns under a new life on somebody's word that this one is over.
-const RENEW_PAUSE: Duration = Duration::from_secs(2);
+/// Least time between two returns under a new life on somebody's word that this one is over: whoever remembers a later
+/// life of the name says so to every return, once per round trip.
+const RENEW_PAUSE: Duration = Duration::from_secs(1);
 /// Least time between two refutations that count against the own health: one liar must not slow this node down.
 const BLAME_PAUSE: Duration = Duration::from_secs(5);
 /// Members that look closer on average when somebody accuses a member, beside its watchers.
@@ -347,13 +348,20 @@ impl Core {
 
     /// Notes that this node is accused at `incarnation` of its present life.
     pub(super) fn accused(&mut self, incarnation: u16, now: Instant) {
-        // Nobody can have heard of a later one; an earlier is refuted already.
-        if incarnation == self.incarnation && self.when.refute.is_none() && !self.has_left {
-            let at = self.when.refuted_last.map_or(now, |last| (last + REFUTE_PAUSE).max(now));
+        // Nobody can have heard of a later one.
+        if incarnation > self.incarnation || self.when.refute.is_some() || self.has_left {
+            return;
+        }
+        let at = self.when.refuted_last.map_or(now, |last| (last + REFUTE_PAUSE).max(now));
+        if incarnation == self.incarnation {
             self.when.refute = Some(at);
             if at <= now {
                 self.refute(now);
             }
+        } else if let Some(claim) = self.own_life.clone().filter(|_| at <= now) {
+            // Refuted already, and whoever says so has not heard of it.
+            self.when.refuted_last = Some(now);
+            self.spread(&Broadcast::Said(Statement::Life(claim)), now);
         }
     }
 

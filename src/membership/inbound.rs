@@ -87,6 +87,9 @@ impl Core {
             Statement::Accuse(word) => word.accuser == own.name && !self.has_left,
         };
         if is_signed && is_spread {
+            if let Statement::Life(claim) = &statement {
+                self.own_life = Some(claim.clone());
+            }
             if let Statement::Leave(leave) = &statement
                 && let Some(member) = self.roster.find_mut(&leave.node)
             {
@@ -140,6 +143,10 @@ impl Core {
     /// Makes `id` a living member: it is proven.
     pub(super) fn accept(&mut self, id: &MeshId, incarnation: u16, now: Instant) {
         self.gone.remove(&id.name);
+        if self.is_current(id) {
+            self.note_incarnation(id, incarnation, now);
+            return;
+        }
         let alive = Member::new(id.clone(), incarnation, State::Alive);
         let result = self.swim.apply_many(std::iter::once(alive), false, &mut self.effects);
         self.settle(result, now);
@@ -234,9 +241,10 @@ impl Core {
         match self.roster.find(&claim.id.name) {
             None => true,
             Some(known) => {
+                // Heard from the member itself already: its word is what the others can be shown.
                 let is_same = claim.id == known.id && claim.incarnation == known.incarnation;
-                (claim.id.life, claim.incarnation) > (known.id.life, known.incarnation)
-                    || (is_same && known.proof.is_none())
+                let is_shown = known.proof.as_ref().is_some_and(|proof| proof.incarnation >= claim.incarnation);
+                (claim.id.life, claim.incarnation) > (known.id.life, known.incarnation) || (is_same && !is_shown)
             }
         }
     }

@@ -75,6 +75,8 @@ pub const MEMBERS_MAX: usize = 30_000;
 /// Furthest that a generation may lie above the known one: a start per second for twelve days. A greater jump would
 /// use up the numbers that a name has left.
 pub const GENERATION_JUMP_MAX: u64 = 1 << 20;
+/// Most strangers that are held as gone on a peer's word: a peer may have made them up.
+pub const STRANGERS_MAX: usize = 2048;
 /// How often gone members are looked through for those to forget.
 const REAP_EVERY: Duration = Duration::from_mins(1);
 /// Most members told of a leave directly; the others hear it from them.
@@ -221,6 +223,8 @@ pub struct Core {
     has_left: bool,
     /// foca's incarnation of this node, which it does not tell.
     incarnation: u16,
+    /// This node's own word for its present life, once it is signed.
+    own_life: Option<LifeClaim>,
     health: LocalHealth,
     checks: Checks,
     suspicions: BTreeMap<NodeName, Suspicion>,
@@ -291,6 +295,7 @@ impl Core {
             rng,
             has_left: false,
             incarnation: 0,
+            own_life: None,
             health: LocalHealth::default(),
             checks: Checks::default(),
             suspicions: BTreeMap::new(),
@@ -335,15 +340,15 @@ impl Core {
         self.swim.num_members()
     }
 
+    /// How many timers run.
+    pub fn timer_count(&self) -> usize {
+        self.timers.len()
+    }
+
     /// What was counted, and how this node is.
     pub fn stats(&self) -> Stats {
         let suspected = self.suspicions.values().filter(|suspicion| suspicion.is_believed()).count();
         Stats { local_health: self.health.score(), suspected, held: self.roster.holds().0, ..self.stats }
-    }
-
-    /// How many timers of foca's run.
-    pub fn timer_count(&self) -> usize {
-        self.timers.len()
     }
 
     /// Returns the next thing to do.
@@ -399,7 +404,7 @@ impl Core {
             }
             if self.roster.find(&entry.id.name).is_some() {
                 self.stats.advisories_ignored += 1;
-            } else if self.roster.len() < MEMBERS_MAX {
+            } else if self.roster.len() < MEMBERS_MAX && self.gone.len() < STRANGERS_MAX {
                 self.change(&entry.id.name, |roster| roster.down(&entry.id, now));
                 if self.gone.is_empty() {
                     self.when.recall = now + self.profile.recall_period;
@@ -513,6 +518,7 @@ impl Core {
 
     fn sign_life(&mut self) {
         let claim = LifeClaim { id: self.id().clone(), incarnation: self.incarnation, signature: Vec::new() };
+        self.own_life = None;
         self.outputs.push_back(Output::Sign(Statement::Life(claim)));
     }
 

@@ -43,7 +43,7 @@ pub(crate) fn kills(count: usize, runs: u64, loss: f64, settings: &Settings) -> 
     let mut times = Times::default();
     for seed in 0..runs {
         let mut world = if count > 200 {
-            World::preloaded(count, seed, Settings { sync_interval: SECOND * 3600, ..settings.clone() })
+            World::preloaded(count, None, seed, settings.clone())
         } else {
             World::joined(count, seed, settings.clone())
         };
@@ -266,17 +266,12 @@ pub(crate) fn all(report: &mut dyn FnMut(Figure)) {
     report(Figure::times("same name, new address, N=20: known", SECOND, &times));
     idle_figures(&settings, report);
     let found = false_positives(100, Duration::from_hours(10), 1, &settings);
-    let plain = false_positives(100, Duration::from_hours(10), 1, &Settings { profile: plain(), ..settings });
+    let plain = false_positives(100, Duration::from_hours(10), 1, &Settings { profile: Profile::plain(), ..settings });
     let measured = format!("{} ({} at all nodes) in {:.0} h", found.at_healthy, found.at_all, found.node_hours);
     report(Figure::new("false positives, N=100", "0", measured, found.at_healthy == 0));
     let ratio = format!("{} beside {} ({} beside {})", found.at_healthy, plain.at_healthy, found.at_all, plain.at_all);
     let is_reached = found.at_healthy * 50 <= plain.at_healthy;
     report(Figure::new("  beside plain foca", "1/50", ratio, is_reached));
-}
-
-/// foca as it comes.
-fn plain() -> Profile {
-    Profile::default()
 }
 
 fn idle_figures(settings: &Settings, report: &mut dyn FnMut(Figure)) {

@@ -77,6 +77,10 @@ impl World {
 
     /// Begins an exchange that an engine wants; without a connection it ends at once.
     pub(crate) fn begin(&mut self, host: usize, peer: &str, exchange: Exchange, first: (Message, Stage)) {
+        if matches!(exchange, Exchange::Sync(_)) && !self.settings.has_syncs {
+            self.turn(host, |engine, turn| engine.handle_end(&exchange, Ending::Failed, turn));
+            return;
+        }
         let linked = self.hosts_named(peer).find_map(|to| self.open_link(host, to).map(|connection| (to, connection)));
         let Some((to, connection)) = linked.filter(|_| self.settings.has_exchanges) else {
             self.turn(host, |engine, turn| engine.handle_end(&exchange, Ending::NoLink, turn));

@@ -38,6 +38,8 @@ pub(crate) struct Settings {
     pub(crate) sync_interval: Duration,
     /// Whether there are streams: without them nothing is compared or pulled, and the replicas stay small.
     pub(crate) has_exchanges: bool,
+    /// Whether replicas are compared: without it each holds what broadcasts brought.
+    pub(crate) has_syncs: bool,
     /// Size of each node's certificates.
     pub(crate) chain_bytes: usize,
 }
@@ -48,6 +50,7 @@ impl Default for Settings {
             profile: Profile::default(),
             sync_interval: weft::gossip::SYNC_INTERVAL,
             has_exchanges: true,
+            has_syncs: true,
             chain_bytes: CHAIN_BYTES,
         }
     }

@@ -26,11 +26,11 @@ impl Actor {
             Event::Outlived(generation) => {
                 warn!(%generation, "a later life of this node is remembered; continuing above it");
             }
-            Event::AbsurdLife(life) => {
-                warn!(generation = %life.generation, "a peer remembers a life of this node that cannot be; ignored");
+            Event::Implausible(generation) => {
+                warn!(%generation, "a peer remembers a life of this node that lies too far ahead to be true; ignored");
             }
             Event::Unsigned(error) => {
-                warn!(%error, "a statement about the membership cannot be signed; others will not pass it on");
+                error!(%error, "this node cannot sign what it says of members; others will not pass it on");
             }
             Event::Conflict { theirs, is_news } => {
                 self.metrics.conflicts.inc();

@@ -151,7 +151,8 @@ impl Engine {
             return;
         }
         if !self.core.outlive(theirs, turn.now) {
-            return self.tell(Event::AbsurdLife(theirs));
+            self.tell(Event::Implausible(theirs.generation));
+            return;
         }
         self.tell(Event::Outlived(self.generation()));
         // What is forgotten here leaves the catalogue too, until the others tell it again.

@@ -41,7 +41,7 @@ pub use self::message::{
     WELCOME_MEMBERS_MAX,
 };
 use crate::clock::UnixSeconds;
-use crate::membership::{self, Core, ForceLeaveError, Life, MeshId, Profile, Refused};
+use crate::membership::{self, Core, ForceLeaveError, MeshId, Profile, Refused};
 use crate::model::{Entry, EntryKey, Generation, MemberStatus, NodeInfo, NodeName};
 use crate::replica::{self, ApplyError, HeadSigner, HeadVerifier, PublishError, Replica, Report};
 use crate::store::StoredPeer;
@@ -164,10 +164,10 @@ pub enum Event {
     Renewed(MeshId),
     /// A peer remembered a later life of this name; this one goes on above it.
     Outlived(Generation),
-    /// A peer says that it remembers a life of this node that cannot be.
-    AbsurdLife(Life),
-    /// A statement about the membership could not be signed.
+    /// A statement about members could not be signed.
     Unsigned(String),
+    /// A peer remembers a life of this name that cannot be: so far ahead that it is ignored.
+    Implausible(Generation),
     /// Another node goes by this node's name.
     Conflict {
         /// The other.
@@ -482,7 +482,7 @@ impl Engine {
                 membership::Output::Differs { peer } => self.start_sync(&peer.name, SYNC_ROUNDS),
             }
         }
-        // Before anything is sent again.
+        // Before anything is sent again: an old hash on a probe would begin a comparison for nothing.
         self.core.set_state_hash(self.replica.set_hash(), turn.now);
         for report in self.replica.take_reports() {
             self.tell(Event::Report(report));

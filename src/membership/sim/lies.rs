@@ -166,11 +166,11 @@ proptest! {
         }
         mesh.pass(5 * SECOND);
         check_honest(&mesh)?;
-        // The bound on what a lie costs: a return under a new life every two seconds.
+        // The bound on what a lie costs: a return under a new life every second.
         let seconds = u32::try_from((mesh.now - begin).as_secs()).unwrap();
         for number in 1..=HONEST {
             let renewals = mesh.at(number).id().life.renewals;
-            prop_assert!(renewals <= seconds / 2 + 1, "{} returns in {} s", renewals, seconds);
+            prop_assert!(renewals <= seconds + 1, "{} returns in {} s", renewals, seconds);
         }
         prop_assert!(mesh.run(10 * SECOND, Mesh::all_alive).is_some(), "and everybody agrees in the end");
     }
@@ -199,7 +199,7 @@ fn scenario_17_a_liar_that_never_stops_neither_unseats_nor_slows_anybody() {
     for number in 1..8 {
         let stats = mesh.at(number).stats();
         assert!(stats.local_health <= 1, "{stats:?}");
-        assert!(mesh.at(number).id().life.renewals <= 16, "one return in two seconds at most");
+        assert!(mesh.at(number).id().life.renewals <= 31, "one return in a second at most");
     }
     mesh.pass(15 * SECOND);
     assert!((1..8).all(|number| mesh.at(number).suspicions.is_empty()), "advice ends");
@@ -257,10 +257,13 @@ fn scenario_03_a_suspect_refutes_from_the_probe_alone() {
         while prober.poll_output().is_some() {}
         assert!(at < now + 5 * SECOND);
     }
-    // One question comes through and says what it is about; its answer carries the greater incarnation.
-    let at = prober.poll_timeout();
-    prober.handle_timeout(at);
-    carry(&mut prober, &mut suspect, at);
+    // The next question comes through and says what it is about; its answer carries the greater incarnation.
+    let mut at = now;
+    while suspect.incarnation == 0 && prober.stats().suspected == 1 {
+        at = prober.poll_timeout();
+        prober.handle_timeout(at);
+        carry(&mut prober, &mut suspect, at);
+    }
     assert_eq!(suspect.incarnation, 1, "the probe told it");
     carry(&mut suspect, &mut prober, at);
     assert_eq!(prober.stats().suspected, 0);
