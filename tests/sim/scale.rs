@@ -10,7 +10,7 @@ use weft::replica::Digest;
 use super::world::{Settings, World};
 
 /// Hosts that everybody knows: those whose ends are watched and whose registrations are followed.
-const COMMON: usize = 16;
+const COMMON: usize = 32;
 /// Neighbours on the ring of watchers that a partial view holds, on each side.
 const NEIGHBOURS: usize = 4;
 

@@ -115,6 +115,8 @@ pub(crate) struct World {
     pub(crate) net: Net,
     pub(crate) hosts: Vec<Host>,
     by_addr: HashMap<SocketAddr, usize>,
+    /// A host has another's name.
+    has_twins: bool,
     queue: BinaryHeap<Reverse<Scheduled>>,
     number: u64,
     pub(crate) connections: u64,
@@ -160,6 +162,7 @@ impl World {
             net: Net::default(),
             hosts: Vec::new(),
             by_addr: HashMap::new(),
+            has_twins: false,
             queue: BinaryHeap::new(),
             number: 0,
             connections: 0,
@@ -201,6 +204,7 @@ impl World {
     }
 
     pub(crate) fn add_host(&mut self, host: Host) {
+        self.has_twins |= host.name != host::name(self.hosts.len());
         self.by_addr.insert(host.addr, self.hosts.len());
         self.hosts.push(host);
         self.net.add_host();
@@ -226,8 +230,9 @@ impl World {
         // Hosts are named after their number; only a twin has another's name.
         let own = name.as_str().strip_prefix('n').and_then(|number| number.parse::<usize>().ok());
         let own = own.filter(|host| self.hosts.get(*host).is_some_and(|found| found.name == name));
-        let others = if own.is_some() { 0..0 } else { 0..self.hosts.len() };
-        own.into_iter().chain(others.filter(move |host| self.hosts[*host].name == name))
+        let others = if own.is_some() && !self.has_twins { 0..0 } else { 0..self.hosts.len() };
+        let others = others.filter(move |host| Some(*host) != own && self.hosts[*host].name == name);
+        own.into_iter().chain(others)
     }
 
     pub(crate) fn engine(&self, host: usize) -> &Engine {
