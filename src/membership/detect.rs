@@ -23,8 +23,8 @@ use crate::model::NodeName;
 const LATE: Duration = Duration::from_millis(200);
 /// An answer counts against a sentence for so long.
 const VETO: Duration = Duration::from_secs(1);
-/// How often a suspect is asked again by a node that found it silent: seven times within the longest suspicion of 20
-/// members, so that lost packets alone never make a sentence.
+/// How often a suspect is asked again by a node that found it silent: twelve times within the longest suspicion of
+/// 20 members, so that lost packets alone never make a sentence.
 const APPEAL_EVERY: Duration = Duration::from_millis(150);
 /// Least time between two refutations: whoever accuses faster gains nothing.
 const REFUTE_PAUSE: Duration = Duration::from_millis(500);

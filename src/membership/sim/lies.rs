@@ -41,8 +41,7 @@ fn tell(mesh: &mut Mesh, victim: usize, lie: Lie) {
     let packet = match lie {
         Lie::Said(statement) => {
             let mut packet = gossip(&from, &to, foca::Message::Gossip, None);
-            use bytes::BufMut as _;
-            packet.put_u16(0);
+            packet.extend_from_slice(&[0, 0]);
             assert!(append(&mut packet, &Broadcast::Said(liar_signs(statement))));
             packet
         }
@@ -231,9 +230,9 @@ fn carry(from: &mut Core, to: &mut Core, now: Instant) {
     while let Some(output) = from.poll_output() {
         match output {
             Output::Send { to: whom, packet } if whom.name == target => {
-                to.handle_packet(&source, &packet, now).unwrap()
+                to.handle_packet(&source, &packet, now).unwrap();
             }
-            Output::Sign(statement) => from.handle_signed(signed(&source, statement), now),
+            Output::Sign(statement) => from.handle_signed(&signed(&source, statement), now),
             Output::Verify(statement) => {
                 let verdict = verdict(&statement);
                 from.handle_verified(statement, verdict, now);
