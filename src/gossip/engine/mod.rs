@@ -24,6 +24,8 @@ mod joining;
 mod message;
 mod records;
 mod rounds;
+#[cfg(test)]
+mod tests;
 mod vouch;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
