@@ -10,6 +10,8 @@
 //! The engine is the one that ships (`weft::gossip::engine`); connections, streams, disks and clocks are simulated
 //! (tests/sim). A failure prints its seed, and `--seed` repeats it alone.
 
+#![allow(clippy::cast_precision_loss, reason = "figures for people")]
+
 #[path = "../tests/sim/mod.rs"]
 mod sim;
 

@@ -61,11 +61,11 @@ impl Default for Settings {
 pub(crate) enum Event {
     Wake { host: usize, boot: u32 },
     Packet { from: usize, to: usize, connection: Connection, packet: Bytes },
-    Dialled { from: usize, boot: u32, peer: usize, addr: SocketAddr },
+    Dialled { from: usize, boot: u32, peer: usize, addr: SocketAddr, begun: Duration },
     ConnectionLost { host: usize, peer: usize, number: u64 },
     Frame { talk: u64, stream: u32, to: Side, bytes: Vec<u8> },
     StreamTimeout { talk: u64, stream: u32 },
-    JoinDialled { attempt: u64, addr: SocketAddr },
+    JoinDialled { attempt: u64, addr: SocketAddr, begun: Duration },
     Synced { host: usize, boot: u32, peers: Vec<StoredPeer> },
 }
 
@@ -291,7 +291,7 @@ impl World {
                 }
             }
             Event::Packet { from, to, connection, packet } => self.packet(from, to, connection, packet),
-            Event::Dialled { from, boot, peer, addr } => self.dialled(from, boot, peer, addr),
+            Event::Dialled { from, boot, peer, addr, begun } => self.dialled(from, boot, peer, addr, begun),
             Event::ConnectionLost { host, peer, number } => match &mut self.hosts[host].process {
                 Some(process) if process.is_paused => {
                     process.inbox.push_back(Event::ConnectionLost { host, peer, number });
@@ -300,7 +300,7 @@ impl World {
             },
             Event::Frame { talk, stream, to, bytes } => self.frame(talk, stream, to, bytes),
             Event::StreamTimeout { talk, stream } => self.stream_timeout(talk, stream),
-            Event::JoinDialled { attempt, addr } => self.join_dialled(attempt, addr),
+            Event::JoinDialled { attempt, addr, begun } => self.join_dialled(attempt, addr, begun),
             Event::Synced { host, boot, peers } => {
                 let machine = &mut self.hosts[host];
                 if machine.process.as_ref().is_some_and(|process| process.boot == boot) {
