@@ -11,6 +11,8 @@
     clippy::format_push_string,
     clippy::items_after_statements,
     clippy::unused_self,
+    clippy::needless_for_each,
+    clippy::semicolon_if_nothing_returned,
     reason = "a test drives real processes in real time and reads its environment; it fails by panicking, plainly"
 )]
 

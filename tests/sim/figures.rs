@@ -43,7 +43,7 @@ pub(crate) fn kills(count: usize, runs: u64, loss: f64, settings: &Settings) -> 
     let mut times = Times::default();
     for seed in 0..runs {
         let mut world = if count > 200 {
-            World::preloaded(count, seed, Settings { sync_interval: SECOND * 3600, ..settings.clone() })
+            World::preloaded(count, None, seed, settings.clone())
         } else {
             World::joined(count, seed, settings.clone())
         };
@@ -221,27 +221,45 @@ pub(crate) fn readdressed(count: usize, seed: u64, settings: &Settings) -> Durat
     took
 }
 
-/// Everything of the table that a simulation can show.
-pub(crate) fn all(report: &mut dyn FnMut(Figure)) {
-    let settings = Settings::default();
-    for (count, runs, must) in [(20, 40, 3), (100, 10, 3), (1000, 1, 5)] {
-        let times = kills(count, runs, 0.0, &settings);
-        report(Figure::times(format!("kill -9, N={count}: unrouted"), SECOND * must, &times));
+/// A part of the table.
+pub(crate) type Group = (&'static str, fn(&Settings, &mut dyn FnMut(Figure)));
+
+/// Everything that the mesh must reach and that a simulation can show, by group.
+pub(crate) const GROUPS: [Group; 10] = [
+    ("kill", kill_figures),
+    ("kill-1000", |settings, report| kill_figure(1000, 1, 5, settings, report)),
+    ("register", |settings, report| register_figures(20, 20, 5, settings, report)),
+    ("register-1000", |settings, report| register_figures(1000, 1, 10, settings, report)),
+    ("sigstop", sigstop_figures),
+    ("split", split_figures),
+    ("leave", leave_figures),
+    ("readdress", readdress_figures),
+    ("idle", idle_figures),
+    ("false-positives", false_positive_figures),
+];
+
+fn kill_figures(settings: &Settings, report: &mut dyn FnMut(Figure)) {
+    kill_figure(20, 40, 3, settings, report);
+    kill_figure(100, 10, 3, settings, report);
+}
+
+fn kill_figure(count: usize, runs: u64, must: u32, settings: &Settings, report: &mut dyn FnMut(Figure)) {
+    let times = kills(count, runs, 0.0, settings);
+    report(Figure::times(format!("kill -9, N={count}: unrouted"), SECOND * must, &times));
+}
+
+fn register_figures(count: usize, runs: u64, each: usize, settings: &Settings, report: &mut dyn FnMut(Figure)) {
+    let quick = if count > 100 { SECOND } else { Duration::from_millis(300) };
+    for (loss, must) in [(0.0, quick), (0.01, quick), (0.2, 3 * SECOND)] {
+        let times = registrations(count, runs, each, loss, settings);
+        report(Figure::times(format!("registration, N={count}, {} % loss", loss * 100.0), must, &times));
     }
-    for (count, runs, each, loss, must) in [
-        (20, 20, 5, 0.0, Duration::from_millis(300)),
-        (20, 20, 5, 0.01, Duration::from_millis(300)),
-        (20, 20, 5, 0.2, 3 * SECOND),
-        (1000, 1, 10, 0.01, SECOND),
-        (1000, 1, 10, 0.2, 3 * SECOND),
-    ] {
-        let times = registrations(count, runs, each, loss, &settings);
-        let name = format!("registration, N={count}, {} % loss", loss * 100.0);
-        report(Figure::times(name, must, &times));
-    }
+}
+
+fn sigstop_figures(settings: &Settings, report: &mut dyn FnMut(Figure)) {
     let (mut gone, mut back, mut flaps) = (Times::default(), Times::default(), 0);
     for seed in 0..40 {
-        let (unrouted, returned, flapped) = sigstop(20, seed, &settings);
+        let (unrouted, returned, flapped) = sigstop(20, seed, settings);
         gone.0.push(unrouted);
         back.0.push(returned);
         flaps += flapped;
@@ -249,34 +267,30 @@ pub(crate) fn all(report: &mut dyn FnMut(Figure)) {
     report(Figure::times("SIGSTOP 10 s, N=20: unrouted everywhere", 3 * SECOND, &gone));
     report(Figure::times("  back everywhere after SIGCONT", SECOND, &back));
     report(Figure::new("  others that flapped", "0", flaps.to_string(), flaps == 0));
+}
+
+fn split_figures(settings: &Settings, report: &mut dyn FnMut(Figure)) {
     let (mut healed, mut flaps) = (Times::default(), 0);
     for seed in 0..20 {
-        let (took, flapped) = split(20, seed, &settings);
+        let (took, flapped) = split(20, seed, settings);
         healed.0.push(took);
         flaps += flapped;
     }
     report(Figure::times("split 50/50 of 60 s, N=20: equal again", 5 * SECOND, &healed));
     report(Figure::new("  third parties that flapped", "0", flaps.to_string(), flaps == 0));
-    for count in [20, 100] {
-        let mut times = Times::default();
-        (0..10).for_each(|seed| times.add(leave(count, seed, &settings)));
-        report(Figure::times(format!("leave, N={count}: seen"), SECOND / 2, &times));
-    }
-    let times = Times((0..40).map(|seed| readdressed(20, seed, &settings)).collect());
-    report(Figure::times("same name, new address, N=20: known", SECOND, &times));
-    idle_figures(&settings, report);
-    let found = false_positives(100, Duration::from_hours(10), 1, &settings);
-    let plain = false_positives(100, Duration::from_hours(10), 1, &Settings { profile: plain(), ..settings });
-    let measured = format!("{} ({} at all nodes) in {:.0} h", found.at_healthy, found.at_all, found.node_hours);
-    report(Figure::new("false positives, N=100", "0", measured, found.at_healthy == 0));
-    let ratio = format!("{} beside {} ({} beside {})", found.at_healthy, plain.at_healthy, found.at_all, plain.at_all);
-    let is_reached = found.at_healthy * 50 <= plain.at_healthy;
-    report(Figure::new("  beside plain foca", "1/50", ratio, is_reached));
 }
 
-/// foca as it comes.
-fn plain() -> Profile {
-    Profile::default()
+fn leave_figures(settings: &Settings, report: &mut dyn FnMut(Figure)) {
+    for count in [20, 100] {
+        let mut times = Times::default();
+        (0..10).for_each(|seed| times.add(leave(count, seed, settings)));
+        report(Figure::times(format!("leave, N={count}: seen"), SECOND / 2, &times));
+    }
+}
+
+fn readdress_figures(settings: &Settings, report: &mut dyn FnMut(Figure)) {
+    let times = Times((0..40).map(|seed| readdressed(20, seed, settings)).collect());
+    report(Figure::times("same name, new address, N=20: known", SECOND, &times));
 }
 
 fn idle_figures(settings: &Settings, report: &mut dyn FnMut(Figure)) {
@@ -289,4 +303,15 @@ fn idle_figures(settings: &Settings, report: &mut dyn FnMut(Figure)) {
         let name = format!("idle, N={count}, {} instances", count * services);
         report(Figure::new(name, "1,000 B/s", measured, wire_bytes <= 1000.0));
     }
+}
+
+fn false_positive_figures(settings: &Settings, report: &mut dyn FnMut(Figure)) {
+    let ten_hours = Duration::from_hours(10);
+    let found = false_positives(100, ten_hours, 1, settings);
+    let measured = format!("{} ({} at all nodes) in {:.0} h", found.at_healthy, found.at_all, found.node_hours);
+    report(Figure::new("false positives, N=100", "0", measured, found.at_healthy == 0));
+    let plain = false_positives(100, ten_hours, 1, &Settings { profile: Profile::plain(), ..settings.clone() });
+    let ratio = format!("{} beside {} ({} beside {})", found.at_healthy, plain.at_healthy, found.at_all, plain.at_all);
+    let is_reached = found.at_healthy * 50 <= plain.at_healthy;
+    report(Figure::new("  beside plain foca", "1/50", ratio, is_reached));
 }

@@ -80,6 +80,8 @@ pub(crate) struct Host {
     pub(crate) name: NodeName,
     pub(crate) addr: SocketAddr,
     pub(crate) scope: String,
+    /// An insider's engine calls itself so; its certificate says `name`.
+    pub(crate) poses_as: Option<NodeName>,
     pub(crate) process: Option<Process>,
     pub(crate) disk: Disk,
     pub(crate) boots: u32,
@@ -98,6 +100,7 @@ impl Host {
             name: name(number),
             addr: addr(number, 0),
             scope: "*".to_owned(),
+            poses_as: None,
             process: None,
             disk: Disk::default(),
             boots: 0,
@@ -116,7 +119,7 @@ impl Host {
     pub(crate) fn info(&self) -> NodeInfo {
         NodeInfo {
             id: format!("{:-^36}", self.name.as_str()),
-            name: self.name.clone(),
+            name: self.poses_as.clone().unwrap_or_else(|| self.name.clone()),
             mesh_addr: self.addr,
             datacenter: "dc1".to_owned(),
             meta: BTreeMap::new(),

@@ -1,7 +1,7 @@
 //! The QUIC connections between simulated agents: what `gossip::links` does, with the handshake as a delay.
 //!
-//! A handshake takes a round trip, a lost flight a second more (QUIC's first probe time-out), an unreachable peer the
-//! whole time limit. Idle connections end after 30 s. A packet on a connection that the peer has lost is answered by a
+//! A handshake takes a round trip, a lost flight a second more (QUIC's first probe time-out); to an unreachable peer the
+//! first flight is repeated until the time limit. Idle connections end after 30 s. A packet on a connection that the peer has lost is answered by a
 //! stateless reset, which ends the sender's as well.
 
 use std::collections::VecDeque;
@@ -83,7 +83,8 @@ impl World {
             let boot = process.boot;
             let (delay, addr) = (self.handshake(host, to.addr), to.addr);
             self.hosts[host].traffic.dials += 1;
-            self.after(delay, Event::Dialled { from: host, boot, peer, addr });
+            let begun = self.now;
+            self.after(delay, Event::Dialled { from: host, boot, peer, addr, begun });
         }
     }
 
@@ -100,7 +101,7 @@ impl World {
     /// Returns how long a handshake with `addr` takes; more than the limit if it does not come to an end.
     pub(crate) fn handshake(&mut self, from: usize, addr: SocketAddr) -> Duration {
         let Some(to) = self.host_at(addr).filter(|to| self.net.passes(from, *to) && self.net.passes(*to, from)) else {
-            return CONNECT_TIME_MAX;
+            return FIRST_PROBE;
         };
         let mut time = self.net.latency(from, to, &mut self.rng) + self.net.latency(to, from, &mut self.rng);
         for (a, b) in [(from, to), (to, from)] {
@@ -113,6 +114,14 @@ impl World {
         time.min(CONNECT_TIME_MAX)
     }
 
+    /// Returns when the first flight of a dial that nobody answered is sent again: 1 s and 3 s after it was, and the end of
+    /// the time limit; none after that.
+    pub(crate) fn next_flight(&self, begun: Duration) -> Option<Duration> {
+        let waited = self.now - begun;
+        let wait = (waited.max(FIRST_PROBE) * 2).min(CONNECT_TIME_MAX.saturating_sub(waited));
+        (!wait.is_zero()).then_some(wait)
+    }
+
     /// Tells whether a handshake from `from` to `addr` that took `time` has succeeded, and with whom.
     pub(crate) fn reaches(&self, from: usize, addr: SocketAddr) -> Option<usize> {
         let to = self.host_at(addr)?;
@@ -121,7 +130,7 @@ impl World {
     }
 
     /// The end of a dial.
-    pub(crate) fn dialled(&mut self, from: usize, boot: u32, peer: usize, addr: SocketAddr) {
+    pub(crate) fn dialled(&mut self, from: usize, boot: u32, peer: usize, addr: SocketAddr, begun: Duration) {
         if self.hosts[from].process.as_ref().is_none_or(|process| process.boot != boot) {
             return;
         }
@@ -132,6 +141,9 @@ impl World {
                 self.connect(from, to, Some(addr));
             }
             None => {
+                if let Some(wait) = self.next_flight(begun) {
+                    return self.after(wait, Event::Dialled { from, boot, peer, addr, begun });
+                }
                 let now = self.now;
                 let process = self.hosts[from].process.as_mut().unwrap();
                 if let Some(link) = process.links.get_mut(&peer) {

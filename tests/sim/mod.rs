@@ -25,6 +25,11 @@
     clippy::cast_precision_loss,
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,
+    clippy::unchecked_time_subtraction,
+    clippy::single_match_else,
+    clippy::needless_for_each,
+    clippy::semicolon_if_nothing_returned,
+    clippy::needless_pass_by_value,
     reason = "two programs use different parts of it; a simulation fails by panicking, plainly"
 )]
 

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use weft::membership::MeshId;
 use weft::model::{Entry, EntryKey, MemberStatus, NodeName};
 use weft::replica::Digest;
 
@@ -20,11 +21,17 @@ impl World {
             .map(|host| (&self.hosts[host].name, host))
             .collect();
         running.values().all(|observer| {
-            let core = self.engine(*observer).membership();
-            core.alive_count() + 1 == running.len()
-                && core.members().filter(|member| member.status == MemberStatus::Alive).all(|member| {
-                    running.get(&member.id.name).is_some_and(|host| self.hosts[*host].id() == Some(&member.id))
-                })
+            let members = self.engine(*observer).membership().members();
+            let is_present = |id: &MeshId| running.get(&id.name).is_some_and(|host| self.hosts[*host].id() == Some(id));
+            // Who is back and held because it flaps is not shown as alive yet.
+            let mut count = 1;
+            for member in members.filter(|member| member.status == MemberStatus::Alive) {
+                if !is_present(&member.id) {
+                    return false;
+                }
+                count += 1;
+            }
+            count == running.len()
         })
     }
 

@@ -1,38 +1,68 @@
 //! Large meshes that exist at once: everybody knows everybody from the start, and no replica holds all.
 
+use std::collections::BTreeSet;
+
+use rand::RngExt as _;
 use weft::gossip::engine::{JoinCause, JoinOutcome, Message, Request, Stage, Step, Welcomed};
 use weft::membership::MeshId;
 use weft::replica::Digest;
 
 use super::world::{Settings, World};
 
+/// Hosts that everybody knows: those whose ends are watched and whose registrations are followed.
+const COMMON: usize = 32;
+/// Neighbours on the ring of watchers that a partial view holds, on each side.
+const NEIGHBOURS: usize = 4;
+
+/// The place of a host on the ring of watchers, as `membership::ring` has it: a partial view must hold the true neighbours.
+fn place(world: &World, host: usize) -> u64 {
+    let mix = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+    let hash = world.hosts[host].name.as_str().as_bytes().iter().fold(0xcbf2_9ce4_8422_2325, mix);
+    (hash ^ (hash >> 32)).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+}
+
 impl World {
-    /// Makes `count` hosts that know each other, without the hours of a real start: at 10,000 hosts the members alone are
-    /// 10^8 entries. Replicas hold the own records and those of the first host, whose registrations can be followed.
-    pub(crate) fn preloaded(count: usize, seed: u64, settings: Settings) -> Self {
-        let mut world = Self::new(seed, settings);
+    /// Makes `count` hosts that know each other, without the hours of a real start. Replicas hold the own records and
+    /// those of the first host, whose registrations can be followed.
+    ///
+    /// With a `view`, each knows its neighbours on the ring, [`COMMON`] hosts that all know, and so many random others: at
+    /// 10,000 hosts the members alone would be 10^8 entries. Probes and gossip go to random members either way.
+    pub(crate) fn preloaded(count: usize, view: Option<usize>, seed: u64, settings: Settings) -> Self {
+        let mut world = Self::new(seed, Settings { has_syncs: false, ..settings });
         world.add_hosts(count);
         for host in 0..count {
             world.hosts[host].seeds.clear();
             world.start(host);
         }
         let ids: Vec<MeshId> = (0..count).map(|host| world.hosts[host].id().expect("it runs").clone()).collect();
-        let ask = Message::Request(Request::Pull(vec![Digest::none(world.hosts[0].name.clone())]));
+        let mut ring: Vec<usize> = (0..count).collect();
+        ring.sort_by_key(|host| place(&world, *host));
+        let mut at_ring = vec![0; count];
+        ring.iter().enumerate().for_each(|(at, host)| at_ring[*host] = at);
         let name = world.hosts[0].name.clone();
+        let ask = Message::Request(Request::Pull(vec![Digest::none(name.clone())]));
         let whole = world.turn(0, |engine, turn| engine.handle_message(&name, Stage::Asked, ask, turn));
         let Some(Step::Last(Message::Deltas(whole))) = whole else { panic!("a pull is answered") };
         for host in 0..count {
-            let neighbour = ids[(host + 1) % count].clone();
+            let known: BTreeSet<usize> = match view.filter(|view| *view < count) {
+                None => (0..count).collect(),
+                Some(view) => {
+                    let near =
+                        (0..=2 * NEIGHBOURS).map(|step| ring[(at_ring[host] + count + step - NEIGHBOURS) % count]);
+                    let mut known: BTreeSet<usize> = near.chain(0..COMMON.min(count)).collect();
+                    known.extend((0..view).map(|_| world.rng.random_range(0..count)));
+                    known
+                }
+            };
+            let neighbour = ids[ring[(at_ring[host] + 1) % count]].clone();
             let joined = vec![Welcomed { id: neighbour, members: Vec::new(), farewells: Vec::new() }];
             let outcome = JoinOutcome { joined, ..JoinOutcome::default() };
+            let known = known.into_iter().filter(|other| *other != host).map(|other| &ids[other]);
             world.turn(host, |engine, turn| {
-                engine.vouch_for(&ids, turn);
+                engine.vouch_for(known, turn);
                 engine.handle_joined(JoinCause::Order, outcome, turn);
                 engine.handle_message(&name, Stage::Taking, Message::Deltas(whole.clone()), turn);
             });
-            if count >= 5000 && host % 1000 == 999 {
-                eprintln!("{} of {count} hosts know all", host + 1);
-            }
         }
         world
     }

@@ -77,6 +77,10 @@ impl World {
 
     /// Begins an exchange that an engine wants; without a connection it ends at once.
     pub(crate) fn begin(&mut self, host: usize, peer: &str, exchange: Exchange, first: (Message, Stage)) {
+        if matches!(exchange, Exchange::Sync(_)) && !self.settings.has_syncs {
+            self.turn(host, |engine, turn| engine.handle_end(&exchange, Ending::Failed, turn));
+            return;
+        }
         let linked = self.hosts_named(peer).find_map(|to| self.open_link(host, to).map(|connection| (to, connection)));
         let Some((to, connection)) = linked.filter(|_| self.settings.has_exchanges) else {
             self.turn(host, |engine, turn| engine.handle_end(&exchange, Ending::NoLink, turn));
@@ -226,7 +230,8 @@ impl World {
             let host = joining.host;
             let time = self.handshake(host, addr);
             self.hosts[host].traffic.dials += 1;
-            self.after(time, Event::JoinDialled { attempt, addr });
+            let begun = self.now;
+            self.after(time, Event::JoinDialled { attempt, addr, begun });
         }
         if self.joinings.get(&attempt).is_some_and(|joining| joining.running == 0) {
             let joining = self.joinings.remove(&attempt).unwrap();
@@ -238,7 +243,7 @@ impl World {
     }
 
     /// The end of a dial for an attempt to join.
-    pub(crate) fn join_dialled(&mut self, attempt: u64, addr: SocketAddr) {
+    pub(crate) fn join_dialled(&mut self, attempt: u64, addr: SocketAddr, begun: Duration) {
         let Some(joining) = self.joinings.get(&attempt) else { return };
         let (host, boot) = (joining.host, joining.boot);
         if self.boot_of(host) != Some(boot) {
@@ -246,6 +251,9 @@ impl World {
             return;
         }
         let Some(to) = self.reaches(host, addr) else {
+            if let Some(wait) = self.next_flight(begun) {
+                return self.after(wait, Event::JoinDialled { attempt, addr, begun });
+            }
             return self.join_answered(attempt, addr, Err(format!("{addr} did not answer in time")));
         };
         if self.hosts[to].name == self.hosts[host].name {

@@ -38,6 +38,8 @@ pub(crate) struct Settings {
     pub(crate) sync_interval: Duration,
     /// Whether there are streams: without them nothing is compared or pulled, and the replicas stay small.
     pub(crate) has_exchanges: bool,
+    /// Whether replicas are compared: without it each holds what broadcasts brought.
+    pub(crate) has_syncs: bool,
     /// Size of each node's certificates.
     pub(crate) chain_bytes: usize,
 }
@@ -48,6 +50,7 @@ impl Default for Settings {
             profile: Profile::default(),
             sync_interval: weft::gossip::SYNC_INTERVAL,
             has_exchanges: true,
+            has_syncs: true,
             chain_bytes: CHAIN_BYTES,
         }
     }
@@ -58,11 +61,11 @@ impl Default for Settings {
 pub(crate) enum Event {
     Wake { host: usize, boot: u32 },
     Packet { from: usize, to: usize, connection: Connection, packet: Bytes },
-    Dialled { from: usize, boot: u32, peer: usize, addr: SocketAddr },
+    Dialled { from: usize, boot: u32, peer: usize, addr: SocketAddr, begun: Duration },
     ConnectionLost { host: usize, peer: usize, number: u64 },
     Frame { talk: u64, stream: u32, to: Side, bytes: Vec<u8> },
     StreamTimeout { talk: u64, stream: u32 },
-    JoinDialled { attempt: u64, addr: SocketAddr },
+    JoinDialled { attempt: u64, addr: SocketAddr, begun: Duration },
     Synced { host: usize, boot: u32, peers: Vec<StoredPeer> },
 }
 
@@ -112,6 +115,8 @@ pub(crate) struct World {
     pub(crate) net: Net,
     pub(crate) hosts: Vec<Host>,
     by_addr: HashMap<SocketAddr, usize>,
+    /// A host has another's name.
+    has_twins: bool,
     queue: BinaryHeap<Reverse<Scheduled>>,
     number: u64,
     pub(crate) connections: u64,
@@ -157,6 +162,7 @@ impl World {
             net: Net::default(),
             hosts: Vec::new(),
             by_addr: HashMap::new(),
+            has_twins: false,
             queue: BinaryHeap::new(),
             number: 0,
             connections: 0,
@@ -198,6 +204,7 @@ impl World {
     }
 
     pub(crate) fn add_host(&mut self, host: Host) {
+        self.has_twins |= host.name != host::name(self.hosts.len());
         self.by_addr.insert(host.addr, self.hosts.len());
         self.hosts.push(host);
         self.net.add_host();
@@ -223,8 +230,9 @@ impl World {
         // Hosts are named after their number; only a twin has another's name.
         let own = name.as_str().strip_prefix('n').and_then(|number| number.parse::<usize>().ok());
         let own = own.filter(|host| self.hosts.get(*host).is_some_and(|found| found.name == name));
-        let others = if own.is_some() { 0..0 } else { 0..self.hosts.len() };
-        own.into_iter().chain(others.filter(move |host| self.hosts[*host].name == name))
+        let others = if own.is_some() && !self.has_twins { 0..0 } else { 0..self.hosts.len() };
+        let others = others.filter(move |host| Some(*host) != own && self.hosts[*host].name == name);
+        own.into_iter().chain(others)
     }
 
     pub(crate) fn engine(&self, host: usize) -> &Engine {
@@ -283,7 +291,7 @@ impl World {
                 }
             }
             Event::Packet { from, to, connection, packet } => self.packet(from, to, connection, packet),
-            Event::Dialled { from, boot, peer, addr } => self.dialled(from, boot, peer, addr),
+            Event::Dialled { from, boot, peer, addr, begun } => self.dialled(from, boot, peer, addr, begun),
             Event::ConnectionLost { host, peer, number } => match &mut self.hosts[host].process {
                 Some(process) if process.is_paused => {
                     process.inbox.push_back(Event::ConnectionLost { host, peer, number });
@@ -292,7 +300,7 @@ impl World {
             },
             Event::Frame { talk, stream, to, bytes } => self.frame(talk, stream, to, bytes),
             Event::StreamTimeout { talk, stream } => self.stream_timeout(talk, stream),
-            Event::JoinDialled { attempt, addr } => self.join_dialled(attempt, addr),
+            Event::JoinDialled { attempt, addr, begun } => self.join_dialled(attempt, addr, begun),
             Event::Synced { host, boot, peers } => {
                 let machine = &mut self.hosts[host];
                 if machine.process.as_ref().is_some_and(|process| process.boot == boot) {

@@ -24,6 +24,8 @@ mod joining;
 mod message;
 mod records;
 mod rounds;
+#[cfg(test)]
+mod tests;
 mod vouch;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -462,7 +464,6 @@ impl Engine {
 
     /// Acts on what the core says, until it says nothing more.
     fn settle(&mut self, turn: &Turn<'_>) {
-        self.core.set_state_hash(self.replica.set_hash(), turn.now);
         while let Some(output) = self.core.poll_output() {
             match output {
                 membership::Output::Send { to, packet } => self.outputs.push_back(Output::Send { to, packet }),
@@ -483,6 +484,8 @@ impl Engine {
                 membership::Output::Differs { peer } => self.start_sync(&peer.name, SYNC_ROUNDS),
             }
         }
+        // Before anything is sent again: an old hash on a probe would begin a comparison for nothing.
+        self.core.set_state_hash(self.replica.set_hash(), turn.now);
         for report in self.replica.take_reports() {
             self.tell(Event::Report(report));
         }
