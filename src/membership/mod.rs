@@ -34,7 +34,7 @@ use tokio::time::Instant;
 pub use id::{Life, MeshId};
 pub use packet::{BROADCAST_BYTES_MAX, Broadcast, Leave, MemberEntry, PACKET_BYTES_MAX, Standing};
 use packet::{Spreader, WireCodec};
-pub use roster::Tracked;
+pub use roster::{LEFT_REAPED_AFTER, Tracked};
 use roster::{Goodbye, Roster};
 
 use crate::model::{MemberStatus, NodeName};
@@ -62,6 +62,8 @@ pub struct Profile {
     pub gossip_period: Duration,
     /// How often two members that are gone are called: heals a partition.
     pub recall_period: Duration,
+    /// How long a failed member is remembered and called.
+    pub reconnect_timeout: Duration,
 }
 
 impl Default for Profile {
@@ -72,6 +74,7 @@ impl Default for Profile {
             suspicion: Duration::from_millis(1500),
             gossip_period: Duration::from_millis(200),
             recall_period: Duration::from_secs(2),
+            reconnect_timeout: roster::FAILED_REAPED_AFTER,
         }
     }
 }
@@ -499,7 +502,7 @@ impl Core {
         for id in unseen {
             self.change(&id.name, |roster| roster.down(&id, now));
         }
-        for id in self.roster.due(now) {
+        for id in self.roster.due(self.profile.reconnect_timeout, now) {
             self.forget(&id.name);
         }
     }

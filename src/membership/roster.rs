@@ -9,10 +9,10 @@ use super::id::{Life, MeshId};
 use super::packet::Leave;
 use crate::model::{MemberStatus, NodeName};
 
-/// How long a failed member is remembered (serf's default): it may come back after a long weekend.
+/// How long a failed member is remembered unless told otherwise (serf's default): it may come back after a long weekend.
 pub(super) const FAILED_REAPED_AFTER: Duration = Duration::from_hours(72);
 /// How long a member that left is remembered (serf's default).
-pub(super) const LEFT_REAPED_AFTER: Duration = Duration::from_hours(24);
+pub const LEFT_REAPED_AFTER: Duration = Duration::from_hours(24);
 
 /// One member.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,7 +21,8 @@ pub struct Tracked {
     pub id: MeshId,
     /// What it is.
     pub status: MemberStatus,
-    since: Instant,
+    /// Since when it is that.
+    pub since: Instant,
     farewell: Option<Life>,
 }
 
@@ -117,10 +118,10 @@ impl Roster {
         self.members.remove(name)
     }
 
-    /// Returns the members that have been gone for so long that they are forgotten.
-    pub(super) fn due(&self, now: Instant) -> Vec<MeshId> {
+    /// Returns the members that have been gone for so long that they are forgotten: failed ones after `failed_for`.
+    pub(super) fn due(&self, failed_for: Duration, now: Instant) -> Vec<MeshId> {
         let is_due = |member: &&Tracked| match member.status {
-            MemberStatus::Failed => now.saturating_duration_since(member.since) >= FAILED_REAPED_AFTER,
+            MemberStatus::Failed => now.saturating_duration_since(member.since) >= failed_for,
             MemberStatus::Left => now.saturating_duration_since(member.since) >= LEFT_REAPED_AFTER,
             MemberStatus::Alive | MemberStatus::Leaving => false,
         };
@@ -199,9 +200,10 @@ mod tests {
         let mut roster = Roster::default();
         roster.up(&id(1, 0), now);
         roster.down(&id(1, 0), now);
-        assert!(roster.due(now + FAILED_REAPED_AFTER.saturating_sub(Duration::from_secs(1))).is_empty());
-        assert_eq!(roster.due(now + FAILED_REAPED_AFTER), [id(1, 0)]);
+        assert!(roster.due(FAILED_REAPED_AFTER, now + FAILED_REAPED_AFTER.saturating_sub(Duration::from_secs(1))).is_empty());
+        assert_eq!(roster.due(FAILED_REAPED_AFTER, now + FAILED_REAPED_AFTER), [id(1, 0)]);
+        assert_eq!(roster.due(Duration::from_hours(8), now + Duration::from_hours(8)), [id(1, 0)]);
         roster.leave(&leave(&id(1, 0)), now);
-        assert_eq!(roster.due(now + LEFT_REAPED_AFTER), [id(1, 0)]);
+        assert_eq!(roster.due(FAILED_REAPED_AFTER, now + LEFT_REAPED_AFTER), [id(1, 0)]);
     }
 }
