@@ -12,8 +12,7 @@ use super::{
     ADMIN_TOKEN_BYTES_MIN, Config, ConfigError, DATACENTER_DEFAULT, DRAIN_TIMEOUT_DEFAULT, DRAIN_TIMEOUT_MAX,
     HTTP_PORT_DEFAULT, Host, IdentitySource, JOIN_MAX, MESH_PORT_DEFAULT, Mode, NODE_META_KEY_BYTES_MAX, NODE_META_MAX,
     NODE_META_VALUE_BYTES_MAX, OnTerminate, Problem, RECONNECT_TIMEOUT_DEFAULT, RECONNECT_TIMEOUT_MAX,
-    RECONNECT_TIMEOUT_MIN, SHARED_HTTP_PORT_DEFAULT, Secret, Storage, TRUST_DOMAIN_DEV,
-    WORKERS_MAX,
+    RECONNECT_TIMEOUT_MIN, SHARED_HTTP_PORT_DEFAULT, Secret, Storage, TRUST_DOMAIN_DEV, WORKERS_MAX,
 };
 use crate::model::{NodeName, ServeScope, TrustDomain};
 use crate::registry::definition::{DefinitionDefaults, check_from_json, service_from_json};

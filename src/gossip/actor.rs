@@ -102,6 +102,7 @@ enum Event {
 pub(super) struct Actor {
     node: NodeInfo,
     core: Core,
+    started_at: Instant,
     replica: Replica,
     builder: Builder,
     publisher: Publisher,
@@ -161,8 +162,10 @@ impl Actor {
         let mut known_peers = params.known_peers;
         known_peers.retain(|peer| peer.name != name);
         known_peers.sort_by_key(|peer| !peer.alive);
+        let profile = Profile { reconnect_timeout: params.reconnect_timeout, ..Profile::default() };
         let mut actor = Self {
-            core: Core::new(id, Profile::default(), rand::random(), now),
+            core: Core::new(id, profile, rand::random(), now),
+            started_at: now,
             replica: Replica::new(name.clone(), params.generation, Params::default()),
             builder: Builder::new(name.clone(), params.first_index),
             publisher: Publisher::new(Arc::new(empty_snapshot(name, params.first_index))),

@@ -34,8 +34,8 @@ use tokio::time::Instant;
 pub use id::{Life, MeshId};
 pub use packet::{BROADCAST_BYTES_MAX, Broadcast, Leave, MemberEntry, PACKET_BYTES_MAX, Standing};
 use packet::{Spreader, WireCodec};
-pub use roster::{LEFT_REAPED_AFTER, Tracked};
-use roster::{Goodbye, Roster};
+pub use roster::Tracked;
+use roster::{Goodbye, LEFT_REAPED_AFTER, Roster};
 
 use crate::model::{MemberStatus, NodeName};
 
@@ -240,6 +240,15 @@ impl Core {
     /// The other members, in order of name.
     pub fn members(&self) -> impl Iterator<Item = &Tracked> {
         self.roster.iter()
+    }
+
+    /// When a member that stays as it is will be forgotten; none while it answers.
+    pub fn forgotten_at(&self, member: &Tracked) -> Option<Instant> {
+        match member.status {
+            MemberStatus::Failed => Some(member.since + self.profile.reconnect_timeout),
+            MemberStatus::Left => Some(member.since + LEFT_REAPED_AFTER),
+            MemberStatus::Alive | MemberStatus::Leaving => None,
+        }
     }
 
     /// One other member.

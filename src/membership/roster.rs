@@ -12,7 +12,7 @@ use crate::model::{MemberStatus, NodeName};
 /// How long a failed member is remembered unless told otherwise (serf's default): it may come back after a long weekend.
 pub(super) const FAILED_REAPED_AFTER: Duration = Duration::from_hours(72);
 /// How long a member that left is remembered (serf's default).
-pub const LEFT_REAPED_AFTER: Duration = Duration::from_hours(24);
+pub(super) const LEFT_REAPED_AFTER: Duration = Duration::from_hours(24);
 
 /// One member.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -200,7 +200,11 @@ mod tests {
         let mut roster = Roster::default();
         roster.up(&id(1, 0), now);
         roster.down(&id(1, 0), now);
-        assert!(roster.due(FAILED_REAPED_AFTER, now + FAILED_REAPED_AFTER.saturating_sub(Duration::from_secs(1))).is_empty());
+        assert!(
+            roster
+                .due(FAILED_REAPED_AFTER, now + FAILED_REAPED_AFTER.saturating_sub(Duration::from_secs(1)))
+                .is_empty()
+        );
         assert_eq!(roster.due(FAILED_REAPED_AFTER, now + FAILED_REAPED_AFTER), [id(1, 0)]);
         assert_eq!(roster.due(Duration::from_hours(8), now + Duration::from_hours(8)), [id(1, 0)]);
         roster.leave(&leave(&id(1, 0)), now);

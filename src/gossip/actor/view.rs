@@ -85,6 +85,8 @@ impl Actor {
             addr: self.node.mesh_addr,
             status: self.status_of(&self.node.name),
             generation: self.generation(),
+            since: self.started_at,
+            forgotten_at: None,
             info: Some(Arc::new(self.node.clone())),
         };
         let mut members = vec![own];
@@ -93,6 +95,8 @@ impl Actor {
             addr: member.id.addr,
             status: member.status,
             generation: member.id.life.generation,
+            since: member.since,
+            forgotten_at: self.core.forgotten_at(member),
             info: info(&member.id.name),
         }));
         members.sort_by(|a, b| a.name.cmp(&b.name));
