@@ -77,7 +77,9 @@ impl Links {
             // It lives elsewhere: a packet to the old place reaches nobody.
             close_all(link, "peer moved");
         }
-        if let Some(connection) = link.open.last() {
+        // One from where the member lives, if there is one: somebody else may have come with a copy of its certificate.
+        let at_home = link.open.iter().rev().find(|connection| connection.remote_address() == to.addr);
+        if let Some(connection) = at_home.or(link.open.last()) {
             return match connection.send_datagram(packet.clone()) {
                 Ok(()) => Sent::Datagram,
                 Err(SendDatagramError::ConnectionLost(_)) => Sent::Dropped("no_link"),

@@ -195,6 +195,7 @@ pub struct Core {
     outputs: VecDeque<Output>,
     rng: StdRng,
     has_left: bool,
+    goodbye: Option<Leave>,
 }
 
 impl std::fmt::Debug for Core {
@@ -224,6 +225,7 @@ impl Core {
             outputs: VecDeque::new(),
             rng,
             has_left: false,
+            goodbye: None,
         }
     }
 
@@ -235,6 +237,11 @@ impl Core {
     /// Whether this node said goodbye.
     pub fn has_left(&self) -> bool {
         self.has_left
+    }
+
+    /// This node's goodbye, once it was said.
+    pub fn goodbye(&self) -> Option<&Leave> {
+        self.goodbye.as_ref()
     }
 
     /// The other members, in order of name.
@@ -430,6 +437,20 @@ impl Core {
         self.spread_leave(&leave);
         let result = self.swim.leave_cluster(&mut self.effects);
         self.has_left = true;
+        self.goodbye = Some(leave);
+        self.settle(result, now);
+    }
+
+    /// Takes note that nothing listens at a living member's address: it has failed, and the others are told at once.
+    pub fn evidence_crashed(&mut self, name: &NodeName, now: Instant) {
+        let is_alive = |member: &&Tracked| matches!(member.status, MemberStatus::Alive | MemberStatus::Leaving);
+        let Some(id) = self.roster.find(name).filter(is_alive).map(|member| member.id.clone()) else { return };
+        let known = self.swim.iter_members().find(|member| *member.id() == id).map(Member::incarnation);
+        let Some(incarnation) = known.filter(|_| !self.has_left) else { return };
+        let down = Member::new(id, incarnation, State::Down);
+        let result = self.swim.apply_many(std::iter::once(down), true, &mut self.effects);
+        self.settle(result, now);
+        let result = self.swim.gossip(&mut self.effects);
         self.settle(result, now);
     }
 

@@ -20,6 +20,7 @@
 //! (`gossip::targets`), the catalogue and the log (`gossip::actor`).
 
 mod answer;
+mod goodbye;
 mod joining;
 mod message;
 mod records;
@@ -34,7 +35,8 @@ use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use tokio::time::Instant;
 
-pub use self::joining::{Attempt, JoinCause, JoinOutcome, Welcomed};
+use self::goodbye::Goodbye;
+pub use self::joining::{Attempt, Incumbent, JoinCause, JoinOutcome, Welcomed};
 pub use self::message::{
     DELTAS_BYTES_MAX, DIGESTS_MAX, Ending, Exchange, Held, HelloReply, Message, Request, Stage, Step, SyncReply, Trade,
     WELCOME_MEMBERS_MAX,
@@ -155,8 +157,12 @@ pub enum Event {
         /// What it is.
         after: Option<MemberStatus>,
     },
-    /// The last other member stopped answering.
+    /// Nobody else answers: this node may be cut off.
     Isolated,
+    /// Somebody answers again.
+    Connected,
+    /// So many peers have said that they heard this node's goodbye; no more are asked.
+    GoodbyeHeard(usize),
     /// The others took this node for failed; it is back under a new identity.
     Renewed(MeshId),
     /// A peer remembered a later life of this name; this one goes on above it.
@@ -170,6 +176,8 @@ pub enum Event {
     },
     /// An attempt to join has ended.
     Joined {
+        /// How many in a row, this one included, have brought nobody; 0 if this one has.
+        in_vain: u32,
         /// Who let this node in.
         peers: Vec<MeshId>,
         /// Target and reason.
@@ -225,7 +233,11 @@ pub struct Engine {
     join_pause: Duration,
     next_join: Instant,
     join_attempts: usize,
+    /// Attempts of the engine's since the last one that brought somebody.
+    joins_in_vain: u32,
     is_joining: bool,
+    was_isolated: bool,
+    goodbye: Option<Goodbye>,
     conflict_seen: Option<MeshId>,
     /// Nodes whose records were refused and told.
     refusals: BTreeSet<NodeName>,
@@ -268,7 +280,10 @@ impl Engine {
             join_pause: JOIN_PAUSE_MIN,
             next_join: now,
             join_attempts: 0,
+            joins_in_vain: 0,
             is_joining: false,
+            was_isolated: false,
+            goodbye: None,
             conflict_seen: None,
             refusals: BTreeSet::new(),
             node: params.node,
@@ -315,10 +330,19 @@ impl Engine {
         self.core.member(name).map_or(MemberStatus::Failed, |member| member.status)
     }
 
-    /// Tells whether no other member answers though some are known: this node may be cut off.
+    /// Tells whether nobody else answers, though members have failed or an attempt to join has: this node may be cut
+    /// off. Then what it says of others is what it last knew.
     pub fn is_isolated(&self) -> bool {
         let has_failed = || self.core.members().any(|member| member.status == MemberStatus::Failed);
-        self.core.alive_count() == 0 && !self.core.has_left() && has_failed()
+        self.core.alive_count() == 0 && !self.core.has_left() && (self.joins_in_vain > 0 || has_failed())
+    }
+
+    /// Returns the living members that this one watches closely: the next `count` after it in the order of names.
+    pub fn successors(&self, count: usize) -> Vec<MeshId> {
+        let living =
+            || self.core.members().filter(|member| member.status == MemberStatus::Alive).map(|member| &member.id);
+        let after = living().filter(|id| id.name > self.node.name);
+        after.chain(living().filter(|id| id.name < self.node.name)).take(count).cloned().collect()
     }
 
     /// Takes the names of the nodes whose records or status changed since the last call.
@@ -359,6 +383,7 @@ impl Engine {
             Exchange::Pull(node) => {
                 self.pulls.remove(node);
             }
+            Exchange::Goodbye(_) => self.goodbye_ended(ending),
         }
         self.settle(turn);
     }
@@ -375,12 +400,12 @@ impl Engine {
         self.is_saving = false;
     }
 
-    /// Says goodbye. What runs here is still shown here, as leaving.
-    pub fn leave(&mut self, turn: &Turn<'_>) {
-        self.core.leave(turn.now);
-        self.dirty.insert(self.node.name.clone());
-        self.are_members_dirty = true;
-        self.settle(turn);
+    /// Takes note that nothing listens at the address of `id`: that life has ended.
+    pub fn handle_refused_port(&mut self, id: &MeshId, turn: &Turn<'_>) {
+        if self.core.member(&id.name).is_some_and(|member| member.id == *id) {
+            self.core.evidence_crashed(&id.name, turn.now);
+            self.settle(turn);
+        }
     }
 
     /// Says goodbye for a failed member; with `prune` everybody forgets it.
@@ -440,10 +465,24 @@ impl Engine {
         for report in self.replica.take_reports() {
             self.tell(Event::Report(report));
         }
+        self.say_goodbyes();
+        self.tell_isolation();
     }
 
     fn tell(&mut self, event: Event) {
         self.outputs.push_back(Output::Event(event));
+    }
+
+    fn tell_isolation(&mut self) {
+        if self.core.alive_count() > 0 {
+            self.joins_in_vain = 0;
+        }
+        let is_isolated = self.is_isolated();
+        if is_isolated != self.was_isolated {
+            self.was_isolated = is_isolated;
+            self.are_members_dirty = true;
+            self.tell(if is_isolated { Event::Isolated } else { Event::Connected });
+        }
     }
 
     fn member_changed(
@@ -460,6 +499,8 @@ impl Engine {
         match after {
             None | Some(MemberStatus::Left) => {
                 self.replica.remove(&node);
+                // Nor is it called after the next start.
+                self.known_peers.retain(|peer| peer.name != node);
                 self.outputs.push_back(Output::Close { peer: node.clone(), reason: "member left" });
             }
             // Its connection waits longer and longer between probes; once the path heals, a fresh one is faster.
@@ -470,9 +511,6 @@ impl Engine {
         }
         let was_alive = matches!(before, Some(MemberStatus::Alive | MemberStatus::Leaving));
         if was_alive && self.core.alive_count() == 0 && !self.core.has_left() {
-            if after == Some(MemberStatus::Failed) {
-                self.tell(Event::Isolated);
-            }
             self.join_pause = JOIN_PAUSE_MIN;
             self.next_join = turn.now + JOIN_PAUSE_MIN;
         }
