@@ -217,6 +217,8 @@ impl Actor {
             Some(input) = self.inputs.recv() => Event::Input(input),
             Some(done) = self.work.join_next() => match done {
                 Ok(done) => Event::Done(done),
+                // A watch that is over.
+                Err(error) if error.is_cancelled() => Event::Wake,
                 Err(error) => {
                     error!(%error, "gossip work failed");
                     Event::Wake

@@ -331,9 +331,9 @@ fn scenario_07_both_halves_of_a_split_serve_their_own_and_are_one_again_after_it
 #[test]
 fn scenario_08_half_of_the_mesh_returns_without_its_seed_from_the_peers_on_disk() {
     let Some(mut fleet) = Fleet::start(5, 0) else { return };
-    // The peers are on disk some seconds after they are known.
     fleet.agent(2).put_ok("/v1/agent/service/register", &service("eight"));
     fleet.all_pass("eight", &["eight"]);
+    // The first peers are kept at once, changes every 5 s.
     std::thread::sleep(Duration::from_secs(7));
     let dirs: Vec<TempDir> = (1..=5).map(|number| fleet.take(number).kill()).collect();
     let begun = Instant::now();

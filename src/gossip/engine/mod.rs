@@ -229,6 +229,8 @@ pub struct Engine {
     seeds: Vec<String>,
     known_peers: Vec<StoredPeer>,
     is_saving: bool,
+    /// Whether this life has kept any peers yet.
+    has_saved: bool,
     are_peers_dirty: bool,
     join_pause: Duration,
     next_join: Instant,
@@ -276,6 +278,7 @@ impl Engine {
             seeds: params.seeds,
             known_peers,
             is_saving: false,
+            has_saved: false,
             are_peers_dirty: false,
             join_pause: JOIN_PAUSE_MIN,
             next_join: now,
@@ -464,6 +467,10 @@ impl Engine {
         }
         for report in self.replica.take_reports() {
             self.tell(Event::Report(report));
+        }
+        if !self.has_saved && self.core.alive_count() > 0 {
+            // A crash right after the first join must find the way back, too.
+            self.save_peers();
         }
         self.say_goodbyes();
         self.tell_isolation();

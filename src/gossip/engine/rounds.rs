@@ -26,10 +26,16 @@ impl Engine {
                 self.start_sync(&peer, SYNC_ROUNDS);
             }
         }
+        self.save_peers();
+    }
+
+    /// Has the peers kept that changed, unless that runs.
+    pub(super) fn save_peers(&mut self) {
         if !self.is_saving
             && let Some(peers) = self.unsaved_peers()
         {
             self.is_saving = true;
+            self.has_saved = true;
             self.are_peers_dirty = false;
             self.outputs.push_back(Output::SavePeers(peers));
         }
