@@ -193,6 +193,8 @@ impl Actor {
             let now = clock::now();
             self.apply(event, now);
             if self.engine.poll_timeout() <= now {
+                // What sockets say of peers comes before the verdict over them.
+                self.tell_signs_of_life(now);
                 self.turn(now, Engine::handle_timeout);
             }
             self.settle(now);
@@ -437,6 +439,7 @@ impl Actor {
     fn input(&mut self, input: Input, now: Instant) {
         match input {
             Input::Packet(from, packet) => {
+                self.links.heard(&from);
                 self.metrics.received.inc();
                 self.metrics.received_bytes.inc_by(packet.len() as u64);
                 self.turn(now, |engine, turn| engine.handle_packet(&from, &packet, turn));

@@ -23,6 +23,7 @@ pub mod engine;
 mod exchange;
 mod links;
 mod metrics;
+mod pulse;
 mod targets;
 #[cfg(test)]
 mod tests;

@@ -441,6 +441,9 @@ impl Core {
         self.settle(result, now);
     }
 
+    /// Takes note that `name` answered at `at`, outside of SWIM. Nothing follows from it yet.
+    pub fn evidence_alive(&mut self, _name: &NodeName, _at: Instant) {}
+
     /// Takes note that nothing listens at a living member's address: it has failed, and the others are told at once.
     pub fn evidence_crashed(&mut self, name: &NodeName, now: Instant) {
         let is_alive = |member: &&Tracked| matches!(member.status, MemberStatus::Alive | MemberStatus::Leaving);

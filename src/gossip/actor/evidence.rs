@@ -3,6 +3,7 @@
 //! ```text
 //!   next two members by name -> a watch each: two bytes every 300 ms -> refused -> the engine, at once
 //!   a dial that is refused --------------------------------------------^
+//!   packets that QUIC acknowledges -> signs of life, before each verdict
 //! ```
 //!
 //! A process that dies closes its port, and its host says so: two watchers per member see that within a watch period,
@@ -65,6 +66,13 @@ impl Actor {
                 Done::PortRefused(watched)
             });
             self.watches.0.insert(id, watch);
+        }
+    }
+
+    /// Tells the engine which peers acknowledge what they are sent.
+    pub(super) fn tell_signs_of_life(&mut self, now: Instant) {
+        for peer in self.links.signs_of_life(now) {
+            self.engine.handle_sign_of_life(&peer, now);
         }
     }
 

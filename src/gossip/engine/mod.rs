@@ -403,6 +403,11 @@ impl Engine {
         self.is_saving = false;
     }
 
+    /// Takes note that `peer` acknowledged something at `at`, though not with a packet.
+    pub fn handle_sign_of_life(&mut self, peer: &NodeName, at: Instant) {
+        self.core.evidence_alive(peer, at);
+    }
+
     /// Takes note that nothing listens at the address of `id`: that life has ended.
     pub fn handle_refused_port(&mut self, id: &MeshId, turn: &Turn<'_>) {
         if self.core.member(&id.name).is_some_and(|member| member.id == *id) {

@@ -1,0 +1,54 @@
+//! The end of tunnels to nodes that died.
+//!
+//! ```text
+//!   snapshot: node failed -> a tunnel to that life is open -> its host refuses the port? -> closed: streams end now
+//! ```
+//!
+//! A request that is on its way to a killed agent would wait until the tunnel's idle limit. That a node failed is the
+//! membership's word and may be wrong, so it closes nothing by itself: the peer's kernel is asked. A host that says
+//! nothing keeps its tunnels until the limit.
+
+use std::collections::BTreeSet;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use futures_util::future::join_all;
+use tracing::info;
+
+use super::tunnel::TunnelKey;
+use super::worker::Worker;
+use crate::catalogue::Snapshot;
+use crate::model::MemberStatus;
+
+/// Most hosts that are asked at once; the others keep their tunnels until the idle limit.
+const ASKED_MAX: usize = 64;
+/// Application code of a tunnel whose node died.
+const CODE_DEAD: u32 = 3;
+
+/// Closes tunnels to dead nodes as the catalogue changes.
+pub(super) async fn run(worker: &Rc<Worker>) {
+    let mut changes = worker.snapshot().subscribe();
+    // A failure is asked about once; the node is alive or gone before it can fail again.
+    let mut asked: BTreeSet<TunnelKey> = BTreeSet::new();
+    while changes.changed().await.is_ok() {
+        let snapshot = Arc::clone(&changes.borrow_and_update());
+        asked.retain(|key| has_failed(&snapshot, key));
+        let open = worker.tunnels().keys();
+        let failed = open.into_iter().filter(|key| has_failed(&snapshot, key) && !asked.contains(key));
+        let failed: Vec<TunnelKey> = failed.take(ASKED_MAX).collect();
+        asked.extend(failed.iter().cloned());
+        join_all(failed.iter().map(|key| async {
+            if worker.is_port_refused(key.addr).await {
+                info!(node = %key.node, addr = %key.addr, "the node's host says that its port is closed; its tunnel ends");
+                worker.tunnels().close(key, CODE_DEAD.into(), "node died");
+            }
+        }))
+        .await;
+    }
+}
+
+/// Tells whether the life that the tunnel leads to has failed.
+fn has_failed(snapshot: &Snapshot, key: &TunnelKey) -> bool {
+    let node = snapshot.nodes.get(&key.node);
+    node.is_some_and(|node| node.status == MemberStatus::Failed && node.generation == key.generation)
+}
