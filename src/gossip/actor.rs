@@ -482,6 +482,7 @@ impl Actor {
             self.show_members();
             self.watch_successors();
         }
+        self.metrics.show_membership(&self.engine.membership().stats());
         self.metrics.connections.set(i64::try_from(self.links.count()).unwrap_or(i64::MAX));
     }
 }

@@ -15,12 +15,17 @@
 //! | `weft_membership_isolated` | | 1 while no other member answers this node |
 //! | `weft_membership_members` | `status` | members by status, this node included |
 //! | `weft_membership_conflicts_total` | | times that another node showed this node's name |
+//! | `weft_membership_local_health` | | Lifeguard's score of this node: 0 is well, 8 the worst |
+//! | `weft_membership_suspected` | | members under suspicion here |
+//! | `weft_membership_held` | | members that are back and held because they flap |
+//! | `weft_membership_events_total` | `event` | what failure detection did, see `api/metrics.md` |
 //! | `weft_replica_nodes` | | nodes whose records are held |
 //! | `weft_replica_deltas_total` | `result` | deltas received: `updated`, `stale`, `behind`, `refused` |
 //! | `weft_replica_publishes_total` | `result` | changes of the own records: `ok`, `failed` |
 
 use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts};
 
+use crate::membership::Stats;
 use crate::metrics::Metrics;
 use crate::model::MemberStatus;
 
@@ -41,6 +46,10 @@ pub(super) struct GossipMetrics {
     pub(super) isolated: IntGauge,
     pub(super) members: IntGaugeVec,
     pub(super) conflicts: IntCounter,
+    pub(super) local_health: IntGauge,
+    pub(super) suspected: IntGauge,
+    pub(super) held: IntGauge,
+    pub(super) events: IntCounterVec,
     pub(super) nodes: IntGauge,
     pub(super) deltas: IntCounterVec,
     pub(super) publishes: IntCounterVec,
@@ -91,6 +100,13 @@ impl GossipMetrics {
                 "weft_membership_conflicts_total",
                 "Times that another node showed the name of this node.",
             )?,
+            local_health: gauge(
+                "weft_membership_local_health",
+                "Lifeguard's score of this node: 0 is well, 8 the worst.",
+            )?,
+            suspected: gauge("weft_membership_suspected", "Members under suspicion here.")?,
+            held: gauge("weft_membership_held", "Members that are back and held because they flap.")?,
+            events: counters("weft_membership_events_total", "What failure detection did, by event.", &["event"])?,
             nodes: gauge("weft_replica_nodes", "Nodes whose records are held.")?,
             deltas: counters("weft_replica_deltas_total", "Deltas received, by result.", &["result"])?,
             publishes: counters("weft_replica_publishes_total", "Changes of the own records, by result.", &["result"])?,
@@ -110,8 +126,31 @@ impl GossipMetrics {
         for result in ["updated", "stale", "behind", "refused"] {
             self.deltas.with_label_values(&[result]);
         }
+        self.show_membership(&Stats::default());
         for status in [MemberStatus::Alive, MemberStatus::Leaving, MemberStatus::Left, MemberStatus::Failed] {
             self.members.with_label_values(&[status.as_str()]);
+        }
+    }
+
+    /// Shows what the membership counted.
+    pub(super) fn show_membership(&self, stats: &Stats) {
+        self.local_health.set(stats.local_health.into());
+        self.suspected.set(i64::try_from(stats.suspected).unwrap_or(i64::MAX));
+        self.held.set(i64::try_from(stats.held).unwrap_or(i64::MAX));
+        for (event, count) in [
+            ("accusation", stats.accusations),
+            ("failure", stats.failures),
+            ("refuted", stats.refuted),
+            ("refutation", stats.refutations),
+            ("advisory_ignored", stats.advisories_ignored),
+            ("veto", stats.vetoes),
+            ("forged_life", stats.forged_lives),
+            ("signature_broken", stats.signatures_broken),
+            ("statement_dropped", stats.statements_dropped),
+            ("late_wakeup", stats.late_wakeups),
+        ] {
+            let counter = self.events.with_label_values(&[event]);
+            counter.inc_by(count.saturating_sub(counter.get()));
         }
     }
 

@@ -1,105 +1,88 @@
-//! Who is in the mesh: SWIM (foca) as a pure core.
+//! Who is in the mesh: SWIM as a pure core, with foca as its engine and Lifeguard and proofs around it.
 //!
 //! ```text
-//!   packet -> inspect: sender? own name? bound? -> foca -> drain -> outputs: packets, changes, broadcasts
-//!   timer queue ---------------------------------^            \-> roster: alive, leaving, left, failed
+//!   packet -> inspect: sender? own name? bound? -> calls, statements -> believed? --\      /-> roster: alive, leaving, left, failed
+//!                                \-> foca: probes, gossip, random choices -----------> drain -> outputs: packets, changes, broadcasts
+//!   handle_timeout -> late? -> foca's timers, watch, checks, suspicions -> judge ---/
 //! ```
 //!
-//! Invariants:
-//! - The core owns no clock, socket or source of randomness: `now` and a seed come from outside, so a run repeats.
-//! - A packet counts only if the peer that TLS verified is the member that its header names.
-//! - Nothing that is said about an older life of a member changes what is known of a newer one.
-//! - Nobody else's word about this node's name is passed on: a newer claim to it is reported as a conflict.
-//! - A broadcast is passed on only when its owner hands it back (`broadcast`): verified first, spread then.
-//! - Members, timers and broadcasts are bounded by [`MEMBERS_MAX`].
+//! foca sends and answers probes, carries broadcasts and holds the list of members. What is believed about them is decided
+//! here: foca never reads what packets say of third parties, and its suspicions begin a check instead of a sentence.
 //!
-//! Not here: connections (`gossip`), what the broadcasts mean (`replica`), repair of lost ones (`gossip::exchange`).
+//! Invariants:
+//! - The core owns no clock, socket, key or source of randomness: `now` and a seed come from outside, signatures are asked
+//!   of the owner, so a run repeats.
+//! - A packet counts only if the peer that TLS verified is the member that its header names.
+//! - A life of a member is learned from that member itself, from its signed word, or from its signed records
+//!   (`attest`): nobody can invent members, later lives or returns, nor say another's goodbye.
+//! - A member counts as failed on this node's own failed check or on the signed words of two others, after the time to
+//!   refute; one liar's word is checked and never judged. An answer within the last second vetoes.
+//! - Nothing that is said about an older life of a member changes what is known of a newer one.
+//! - A broadcast is passed on only when it was verified: statements by the core, records when their owner hands them
+//!   back (`broadcast`).
+//! - Members, timers, broadcasts, checks, votes and signature checks are bounded.
+//!
+//! The owner hands over what has arrived before it calls [`Core::handle_timeout`]; a call that comes late makes the core
+//! blame itself first.
+//!
+//! Not here: connections (`gossip`), keys (`pki`), what the broadcasts of records mean (`replica`), repair of lost ones
+//! (`gossip::exchange`).
 
+mod budget;
+mod checks;
+mod detect;
+mod effects;
+mod health;
 mod id;
+mod inbound;
 mod packet;
+mod profile;
+mod ring;
 mod roster;
 #[cfg(test)]
 mod sim;
+mod statement;
+mod suspicion;
 
 use std::collections::{BTreeMap, VecDeque};
-use std::num::{NonZeroU8, NonZeroUsize};
+use std::num::NonZeroUsize;
 use std::time::Duration;
 
 use bytes::Bytes;
-use foca::{AccumulatingRuntime, Foca, Identity as _, Member, OwnedNotification, PeriodicParams, State, Timer};
+use foca::{AccumulatingRuntime, Foca, Member, State, Timer};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use tokio::time::Instant;
 
+use budget::Budget;
+use checks::Checks;
+pub use health::LOCAL_HEALTH_WORST;
+use health::LocalHealth;
 pub use id::{Life, MeshId};
-pub use packet::{BROADCAST_BYTES_MAX, Broadcast, Leave, MemberEntry, PACKET_BYTES_MAX, Standing};
+pub use packet::{BROADCAST_BYTES_MAX, Broadcast, MemberEntry, PACKET_BYTES_MAX, Standing};
 use packet::{Spreader, WireCodec};
+pub use profile::{Detector, Profile};
+use ring::Ring;
 pub use roster::Tracked;
-use roster::{Goodbye, LEFT_REAPED_AFTER, Roster};
+use roster::{LEFT_REAPED_AFTER, Roster};
+pub use statement::{Accusation, Certainty, Leave, LifeClaim, STATEMENT_SIGNATURE_BYTES_MAX, Statement, Verdict};
+use suspicion::Suspicion;
 
 use crate::model::{MemberStatus, NodeName};
 
 /// Most members that are held, gone ones included: three times the largest mesh that the profile is made for.
 pub const MEMBERS_MAX: usize = 30_000;
+/// Furthest that a generation may lie above the known one: a start per second for twelve days. A greater jump would
+/// use up the numbers that a name has left.
+pub const GENERATION_JUMP_MAX: u64 = 1 << 20;
+/// Most strangers that are held as gone on a peer's word: a peer may have made them up.
+pub const STRANGERS_MAX: usize = 2048;
 /// How often gone members are looked through for those to forget.
 const REAP_EVERY: Duration = Duration::from_mins(1);
 /// Most members told of a leave directly; the others hear it from them.
 const LEAVE_FANOUT_MAX: usize = 32;
 /// Most goodbyes repeated in one exchange.
 const FAREWELLS_MAX: usize = 256;
-
-/// The timing of SWIM. The default sees a crash within 5 s in a mesh of three: the last of three probe periods of a
-/// round and the next (2.8 s), the suspicion (1.5 s), one round of gossip (0.2 s).
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Profile {
-    /// How often one member is probed.
-    pub probe_period: Duration,
-    /// How long a direct answer may take before others are asked to probe.
-    pub probe_rtt: Duration,
-    /// How long a suspect may refute.
-    pub suspicion: Duration,
-    /// How often news is passed on.
-    pub gossip_period: Duration,
-    /// How often two members that are gone are called: heals a partition.
-    pub recall_period: Duration,
-    /// How long a failed member is remembered and called.
-    pub reconnect_timeout: Duration,
-}
-
-impl Default for Profile {
-    fn default() -> Self {
-        Self {
-            probe_period: Duration::from_millis(700),
-            probe_rtt: Duration::from_millis(250),
-            suspicion: Duration::from_millis(1500),
-            gossip_period: Duration::from_millis(200),
-            recall_period: Duration::from_secs(2),
-            reconnect_timeout: roster::FAILED_REAPED_AFTER,
-        }
-    }
-}
-
-impl Profile {
-    fn config(&self) -> foca::Config {
-        let three = NonZeroUsize::MIN.saturating_add(2);
-        let every = |frequency, num_members| Some(PeriodicParams { frequency, num_members });
-        foca::Config {
-            probe_period: self.probe_period,
-            probe_rtt: self.probe_rtt,
-            num_indirect_probes: three,
-            // foca's figure for a large mesh; news ends by itself in a small one when all have it.
-            max_transmissions: NonZeroU8::MIN.saturating_add(9),
-            suspect_to_down_after: self.suspicion,
-            // The roster decides when a gone member is forgotten.
-            remove_down_after: None,
-            max_packet_size: NonZeroUsize::MIN.saturating_add(PACKET_BYTES_MAX - 1),
-            notify_down_members: true,
-            periodic_announce: every(Duration::from_secs(30), NonZeroUsize::MIN),
-            periodic_announce_to_down_members: every(self.recall_period, NonZeroUsize::MIN.saturating_add(1)),
-            periodic_gossip: every(self.gossip_period, three),
-        }
-    }
-}
 
 /// Why a packet was refused. Its text is the label of the metric.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, thiserror::Error)]
@@ -119,6 +102,9 @@ pub enum Refused {
     /// A stranger while [`MEMBERS_MAX`] members are held.
     #[error("full")]
     Full,
+    /// The generation lies more than [`GENERATION_JUMP_MAX`] above the known one.
+    #[error("generation")]
+    Generation,
     /// SWIM itself refused it.
     #[error("protocol")]
     Protocol,
@@ -126,8 +112,8 @@ pub enum Refused {
 
 impl Refused {
     /// Every reason.
-    pub const ALL: [Self; 6] =
-        [Self::TooLarge, Self::Malformed, Self::Sender, Self::OwnName, Self::Full, Self::Protocol];
+    pub const ALL: [Self; 7] =
+        [Self::TooLarge, Self::Malformed, Self::Sender, Self::OwnName, Self::Full, Self::Generation, Self::Protocol];
 }
 
 /// What the owner of the core has to do.
@@ -163,6 +149,15 @@ pub enum Output {
     },
     /// The others took this node for failed; it is back under a new identity.
     Renewed(MeshId),
+    /// Sign [`Statement::message`] with the node's key and hand the statement back to [`Core::handle_signed`].
+    Sign(Statement),
+    /// Check the signature with the signer's certificates and hand the statement back to [`Core::handle_verified`].
+    Verify(Statement),
+    /// `peer` holds other records than this node: compare with it. At most two a second.
+    Differs {
+        /// Whose hash differs.
+        peer: MeshId,
+    },
 }
 
 /// Why a member cannot be made to leave.
@@ -172,6 +167,37 @@ pub enum ForceLeaveError {
     Unknown,
     /// It answers.
     Alive,
+}
+
+/// What the core counted since its start, and how it is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Lifeguard's local health: 0 is well, [`LOCAL_HEALTH_WORST`] stretches every timer ninefold.
+    pub local_health: u8,
+    /// Members under suspicion that counts (own, or two others').
+    pub suspected: usize,
+    /// Members that are back and held because they flap.
+    pub held: usize,
+    /// Own checks that failed: accusations that this node made.
+    pub accusations: u64,
+    /// Members that were declared failed here.
+    pub failures: u64,
+    /// Suspicions that ended with a sign of life.
+    pub refuted: u64,
+    /// Accusations of this node that it refuted.
+    pub refutations: u64,
+    /// Accusations and downs of single others that were never confirmed.
+    pub advisories_ignored: u64,
+    /// Sentences that a recent answer put off.
+    pub vetoes: u64,
+    /// Lives, returns and goodbyes refused: unsigned, or too far ahead.
+    pub forged_lives: u64,
+    /// Signatures that did not hold.
+    pub signatures_broken: u64,
+    /// Statements dropped because too many came at once.
+    pub statements_dropped: u64,
+    /// Wake-ups that came too late to accuse anybody.
+    pub late_wakeups: u64,
 }
 
 /// Why foca was called.
@@ -189,13 +215,43 @@ pub struct Core {
     swim: Swim,
     effects: AccumulatingRuntime<MeshId>,
     roster: Roster,
+    ring: Ring,
     timers: BTreeMap<(Instant, u64), Timer<MeshId>>,
     timer_number: u64,
-    next_reap: Instant,
     outputs: VecDeque<Output>,
     rng: StdRng,
     has_left: bool,
     goodbye: Option<Leave>,
+    /// foca's incarnation of this node, which it does not tell.
+    incarnation: u16,
+    /// This node's own word for its present life, once it is signed.
+    own_life: Option<LifeClaim>,
+    health: LocalHealth,
+    checks: Checks,
+    suspicions: BTreeMap<NodeName, Suspicion>,
+    /// Strangers that a peer calls gone: not in foca's list, called now and then, believed alive once they answer.
+    gone: BTreeMap<NodeName, MeshId>,
+    budget: Budget,
+    records: effects::Records,
+    when: When,
+    watch_turn: usize,
+    stats: Stats,
+}
+
+/// When what is due next, and when it was done last.
+#[derive(Debug, Clone, Copy)]
+struct When {
+    reap: Instant,
+    watch: Instant,
+    recall: Instant,
+    /// News waits for this moment; none: no news.
+    spread: Option<Instant>,
+    spread_last: Option<Instant>,
+    /// A refutation waits for this moment; none: nothing to refute.
+    refute: Option<Instant>,
+    refuted_last: Option<Instant>,
+    renewed_last: Option<Instant>,
+    blamed_last: Option<Instant>,
 }
 
 impl std::fmt::Debug for Core {
@@ -210,23 +266,50 @@ fn swim(id: MeshId, profile: &Profile, rng: &mut StdRng) -> Swim {
 }
 
 impl Core {
-    /// Makes the core of the node `id`, alone.
+    /// Makes the core of the node `id`, alone. Its first output asks for the signature over this life.
     pub fn new(id: MeshId, profile: Profile, seed: u64, now: Instant) -> Self {
         let mut rng = StdRng::seed_from_u64(seed);
-        let swim = swim(id, &profile, &mut rng);
-        Self {
+        let swim = swim(id.clone(), &profile, &mut rng);
+        let mut ring = Ring::default();
+        ring.insert(&id.name);
+        let phase = profile.watch_period.mul_f64(rng.random_range(0.0..1.0));
+        let when = When {
+            reap: now + REAP_EVERY,
+            watch: now + phase,
+            recall: now + profile.recall_period,
+            spread: None,
+            spread_last: None,
+            refute: None,
+            refuted_last: None,
+            renewed_last: None,
+            blamed_last: None,
+        };
+        let mut core = Self {
             profile,
             swim,
             effects: AccumulatingRuntime::new(),
             roster: Roster::default(),
+            ring,
             timers: BTreeMap::new(),
             timer_number: 0,
-            next_reap: now + REAP_EVERY,
             outputs: VecDeque::new(),
             rng,
             has_left: false,
             goodbye: None,
-        }
+            incarnation: 0,
+            own_life: None,
+            health: LocalHealth::default(),
+            checks: Checks::default(),
+            suspicions: BTreeMap::new(),
+            gone: BTreeMap::new(),
+            budget: Budget::new(now),
+            records: effects::Records::new(now),
+            when,
+            watch_turn: 0,
+            stats: Stats::default(),
+        };
+        core.sign_life();
+        core
     }
 
     /// This node's identity.
@@ -239,9 +322,27 @@ impl Core {
         self.has_left
     }
 
-    /// This node's goodbye, once it was said.
+    /// This node's goodbye, once it was said and signed.
     pub fn goodbye(&self) -> Option<&Leave> {
         self.goodbye.as_ref()
+    }
+
+    /// The members that this one watches closely, two at most.
+    pub fn watched(&self) -> Vec<MeshId> {
+        if self.has_left {
+            return Vec::new();
+        }
+        let own = &self.id().name;
+        self.ring.successors(own).filter_map(|name| Some(self.roster.find(name)?.id.clone())).collect()
+    }
+
+    /// When a member that stays as it is will be forgotten; none while it answers.
+    pub fn forgotten_at(&self, member: &Tracked) -> Option<Instant> {
+        match member.status {
+            MemberStatus::Failed => Some(member.since() + self.profile.reconnect_timeout),
+            MemberStatus::Left => Some(member.since() + LEFT_REAPED_AFTER),
+            MemberStatus::Alive | MemberStatus::Leaving => None,
+        }
     }
 
     /// The other members, in order of name.
@@ -249,21 +350,12 @@ impl Core {
         self.roster.iter()
     }
 
-    /// When a member that stays as it is will be forgotten; none while it answers.
-    pub fn forgotten_at(&self, member: &Tracked) -> Option<Instant> {
-        match member.status {
-            MemberStatus::Failed => Some(member.since + self.profile.reconnect_timeout),
-            MemberStatus::Left => Some(member.since + LEFT_REAPED_AFTER),
-            MemberStatus::Alive | MemberStatus::Leaving => None,
-        }
-    }
-
     /// One other member.
     pub fn member(&self, name: &NodeName) -> Option<&Tracked> {
         self.roster.find(name)
     }
 
-    /// Others that answer (those that are leaving included).
+    /// Others that answer (those that are leaving or held back included).
     pub fn alive(&self) -> impl Iterator<Item = &MeshId> {
         self.swim.iter_members().map(Member::id)
     }
@@ -273,76 +365,15 @@ impl Core {
         self.swim.num_members()
     }
 
-    /// Acts on `packet` from the peer that TLS verified as `sender`.
-    ///
-    /// # Errors
-    /// Why the packet was refused; nothing has changed then but what a part of it may have said before the fault.
-    pub fn handle_packet(&mut self, sender: &NodeName, packet: &[u8], now: Instant) -> Result<(), Refused> {
-        if packet.len() > PACKET_BYTES_MAX {
-            return Err(Refused::TooLarge);
-        }
-        let inspected = packet::inspect(packet).map_err(|_| Refused::Malformed)?;
-        let src = inspected.src.clone();
-        if src.name != *sender {
-            return Err(Refused::Sender);
-        }
-        if src.name == self.id().name {
-            self.outputs.push_back(Output::Conflict { theirs: src });
-            return Err(Refused::OwnName);
-        }
-        if self.has_left {
-            return Ok(());
-        }
-        let is_full = self.roster.len() >= MEMBERS_MAX;
-        if is_full && self.roster.find(&src.name).is_none() {
-            return Err(Refused::Full);
-        }
-        let own = self.id().clone();
-        let claims = inspected.entries().find(|entry| claims_name(&own, entry)).map(|entry| entry.id.clone());
-        if let Some(theirs) = claims {
-            self.outputs.push_back(Output::Conflict { theirs });
-        }
-        let roster = &self.roster;
-        let keep = |entry: &MemberEntry| {
-            if entry.id.name == own.name { entry.id == own } else { !is_full || roster.find(&entry.id.name).is_some() }
-        };
-        let cut = inspected.without(keep);
-        // Goodbyes first: a member that said goodbye and goes down in one packet has left, not failed.
-        for broadcast in inspected.broadcasts {
-            match broadcast {
-                Broadcast::Leave(leave) => self.hear_leave(&leave, now),
-                records => self.outputs.push_back(Output::Received { from: src.clone(), broadcast: records }),
-            }
-        }
-        let result = self.swim.handle_data(cut.as_deref().unwrap_or(packet), &mut self.effects);
-        self.drain(Cause::Input, now);
-        result.map_err(|_| Refused::Protocol)
+    /// How many timers run.
+    pub fn timer_count(&self) -> usize {
+        self.timers.len()
     }
 
-    /// Runs what is due at `now`.
-    pub fn handle_timeout(&mut self, now: Instant) {
-        let mut due = Vec::new();
-        while let Some(entry) = self.timers.first_entry().filter(|entry| entry.key().0 <= now) {
-            due.push(entry.remove());
-        }
-        // A late wake-up must not overtake: foca orders its own events.
-        due.sort();
-        for timer in due {
-            // An error here says that the timer is out of date, or that a packet could not be encoded: both end with it.
-            if let Err(error) = self.swim.handle_timer(timer, &mut self.effects) {
-                tracing::debug!(%error, "membership timer failed");
-            }
-            self.drain(Cause::Timer, now);
-        }
-        if now >= self.next_reap {
-            self.next_reap = now + REAP_EVERY;
-            self.reap(now);
-        }
-    }
-
-    /// Returns when [`Core::handle_timeout`] wants to run.
-    pub fn poll_timeout(&self) -> Instant {
-        self.timers.first_key_value().map_or(self.next_reap, |(key, _)| key.0.min(self.next_reap))
+    /// What was counted, and how this node is.
+    pub fn stats(&self) -> Stats {
+        let suspected = self.suspicions.values().filter(|suspicion| suspicion.is_believed()).count();
+        Stats { local_health: self.health.score(), suspected, held: self.roster.holds().0, ..self.stats }
     }
 
     /// Returns the next thing to do.
@@ -363,21 +394,16 @@ impl Core {
     ///
     /// Returns whether it was taken.
     pub fn broadcast(&mut self, broadcast: &Broadcast, now: Instant) -> bool {
-        let Ok(bytes) = crate::wire::encode(broadcast) else { return false };
-        if bytes.len() > BROADCAST_BYTES_MAX || self.has_left {
-            return false;
-        }
-        let taken = self.swim.add_broadcast(&bytes).unwrap_or(false);
-        let result = self.swim.broadcast(&mut self.effects);
-        self.settle(result, now);
-        taken
+        !self.has_left && self.spread(broadcast, now)
     }
 
     /// Returns members that a newcomer should know of: the living first, at most `limit`.
     pub fn entries(&self, limit: usize) -> Vec<MemberEntry> {
         let living = self.swim.iter_members().map(MemberEntry::from);
-        let gone = self.swim.iter_membership_state().filter(|member| member.state() == State::Down);
-        living.chain(gone.map(MemberEntry::from)).take(limit).collect()
+        let down = self.swim.iter_membership_state().filter(|member| member.state() == State::Down);
+        let gone =
+            self.gone.values().map(|id| MemberEntry { id: id.clone(), incarnation: 0, standing: Standing::Down });
+        living.chain(down.map(MemberEntry::from)).chain(gone).take(limit).collect()
     }
 
     /// Returns goodbyes that a peer may have missed.
@@ -385,44 +411,73 @@ impl Core {
         self.roster.farewells(FAREWELLS_MAX)
     }
 
-    /// Takes over what a peer knows of members, without spreading it.
+    /// Takes over what a peer says of members, without spreading it.
+    ///
+    /// That a stranger is gone is believed until it answers; that it is alive takes a proof ([`Core::meet`],
+    /// [`Core::attest`], its signed word). What is known already is not changed by it.
     pub fn learn(&mut self, entries: Vec<MemberEntry>, now: Instant) {
         if self.has_left {
             return;
         }
         let own = self.id().clone();
-        let mut room = MEMBERS_MAX.saturating_sub(self.roster.len());
-        let mut kept = Vec::new();
         for entry in entries {
             if claims_name(&own, &entry) {
                 self.outputs.push_back(Output::Conflict { theirs: entry.id.clone() });
             }
-            let is_stranger = self.roster.find(&entry.id.name).is_none();
-            if entry.id.name == own.name || (is_stranger && room == 0) {
+            if entry.id.name == own.name || entry.standing != Standing::Down {
                 continue;
             }
-            if is_stranger {
-                room -= 1;
-                // foca says nothing of members that it first hears of as gone.
-                if entry.standing == Standing::Down {
-                    self.change(&entry.id.name, |roster| roster.down(&entry.id, now));
+            if self.roster.find(&entry.id.name).is_some() {
+                self.stats.advisories_ignored += 1;
+            } else if self.roster.len() < MEMBERS_MAX && self.gone.len() < STRANGERS_MAX {
+                self.change(&entry.id.name, |roster| roster.down(&entry.id, now));
+                if self.gone.is_empty() {
+                    self.when.recall = now + self.profile.recall_period;
                 }
+                self.gone.insert(entry.id.name.clone(), entry.id);
             }
-            kept.push(Member::from(entry));
         }
-        let result = self.swim.apply_many(kept.into_iter(), false, &mut self.effects);
-        self.settle(result, now);
     }
 
-    /// Takes over goodbyes that a peer repeats.
+    /// Takes over goodbyes that a peer repeats, once their signatures were checked.
     pub fn learn_farewells(&mut self, farewells: Vec<Leave>, now: Instant) {
         for leave in farewells.into_iter().take(FAREWELLS_MAX) {
             // Only its own mouth or an operator's order prunes; a repetition never does.
-            self.hear_leave(&Leave { prune: false, ..leave }, now);
+            if !leave.prune {
+                // Counted in one account, whoever repeats them.
+                let account = self.id().name.clone();
+                self.hear_leave(&account, leave, now);
+            }
         }
     }
 
-    /// Says goodbye to as many members as one round reaches. Afterwards the core is silent.
+    /// Notes a member that this node shook hands with itself: `id` is what TLS verified.
+    pub fn meet(&mut self, id: &MeshId, now: Instant) {
+        if self.has_left || id.name == self.id().name || self.check_newcomer(id).is_err() {
+            return;
+        }
+        self.accept(id, 0, now);
+    }
+
+    /// Notes a member whose signed records were verified: a later life than the known one is alive, an older is not
+    /// worth a word. A stranger that a peer calls gone has to answer first.
+    pub fn attest(&mut self, id: &MeshId, now: Instant) {
+        let is_later = match self.roster.find(&id.name) {
+            Some(known) => id.life.generation > known.id.life.generation,
+            None => true,
+        };
+        if is_later && !self.has_left && id.name != self.id().name && self.check_newcomer(id).is_ok() {
+            self.accept(id, 0, now);
+        }
+    }
+
+    /// Tells the core the hash of all records that this node holds: it rides on every probe and answer.
+    pub fn set_state_hash(&mut self, hash: u64, now: Instant) {
+        self.records.set_own(hash, now);
+    }
+
+    /// Says goodbye to as many members as one round reaches, once it is signed. From this call on the core takes
+    /// nothing in.
     pub fn leave(&mut self, now: Instant) {
         if self.has_left {
             return;
@@ -431,30 +486,12 @@ impl Core {
         let fanout = self.alive_count().clamp(3, LEAVE_FANOUT_MAX);
         config.num_indirect_probes = NonZeroUsize::new(fanout).unwrap_or(NonZeroUsize::MIN);
         let id = self.id().clone();
-        let leave = Leave { node: id.name, life: id.life, prune: false };
         let result = self.swim.set_config(config);
         self.settle(result, now);
-        self.spread_leave(&leave);
-        let result = self.swim.leave_cluster(&mut self.effects);
         self.has_left = true;
-        self.goodbye = Some(leave);
-        self.settle(result, now);
-    }
-
-    /// Takes note that `name` answered at `at`, outside of SWIM. Nothing follows from it yet.
-    pub fn evidence_alive(&mut self, _name: &NodeName, _at: Instant) {}
-
-    /// Takes note that nothing listens at a living member's address: it has failed, and the others are told at once.
-    pub fn evidence_crashed(&mut self, name: &NodeName, now: Instant) {
-        let is_alive = |member: &&Tracked| matches!(member.status, MemberStatus::Alive | MemberStatus::Leaving);
-        let Some(id) = self.roster.find(name).filter(is_alive).map(|member| member.id.clone()) else { return };
-        let known = self.swim.iter_members().find(|member| *member.id() == id).map(Member::incarnation);
-        let Some(incarnation) = known.filter(|_| !self.has_left) else { return };
-        let down = Member::new(id, incarnation, State::Down);
-        let result = self.swim.apply_many(std::iter::once(down), true, &mut self.effects);
-        self.settle(result, now);
-        let result = self.swim.gossip(&mut self.effects);
-        self.settle(result, now);
+        let (by, life) = (id.name.clone(), id.life);
+        let leave = Leave { node: id.name, life, prune: false, by, signature: Vec::new() };
+        self.outputs.push_back(Output::Sign(Statement::Leave(leave)));
     }
 
     /// Says goodbye for a failed member; with `prune` everybody forgets it.
@@ -466,75 +503,51 @@ impl Core {
         if matches!(member.status, MemberStatus::Alive | MemberStatus::Leaving) {
             return Err(ForceLeaveError::Alive);
         }
-        let leave = Leave { node: name.clone(), life: member.id.life, prune };
+        let by = self.id().name.clone();
+        let leave = Leave { node: name.clone(), life: member.id.life, prune, by, signature: Vec::new() };
         self.change(name, |roster| {
             roster.leave(&leave, now);
         });
-        self.spread_leave(&leave);
-        let result = self.swim.broadcast(&mut self.effects);
-        self.settle(result, now);
         if prune {
             self.forget(name);
         }
+        self.outputs.push_back(Output::Sign(Statement::Leave(leave)));
         Ok(())
     }
 
-    /// Takes a generation above `theirs`: for a node that lost its disk and whose name is free.
-    pub fn outlive(&mut self, theirs: Life, now: Instant) {
+    /// Takes a generation above `theirs`: for a node that lost its disk and whose name is free. Refused, with false,
+    /// if that is more than [`GENERATION_JUMP_MAX`] ahead: the peer that says so is not to be believed.
+    pub fn outlive(&mut self, theirs: Life, now: Instant) -> bool {
         let mut id = self.id().clone();
-        if theirs >= id.life && !self.has_left {
-            id.life.generation.number = theirs.generation.number.saturating_add(1);
-            id.life.renewals = 0;
-            let result = self.swim.change_identity(id, &mut self.effects);
-            self.settle(result, now);
+        if theirs < id.life || self.has_left {
+            return true;
         }
+        if theirs.generation.number > id.life.generation.number.saturating_add(GENERATION_JUMP_MAX) {
+            self.stats.forged_lives += 1;
+            return false;
+        }
+        id.life.generation.number = theirs.generation.number.saturating_add(1);
+        id.life.renewals = 0;
+        self.become_id(id, now);
+        true
     }
 
-    fn hear_leave(&mut self, leave: &Leave, now: Instant) {
-        let own = self.id().clone();
-        if leave.node == own.name {
-            if leave.life >= own.life && leave.life.generation == own.life.generation && !self.has_left {
-                self.refute(leave.life, now);
-            }
-            return;
-        }
-        let mut heard = Goodbye::Stale;
-        self.change(&leave.node, |roster| heard = roster.leave(leave, now));
-        if heard == Goodbye::News {
-            self.spread_leave(leave);
-            let is_gone = self.roster.find(&leave.node).is_some_and(|member| member.status == MemberStatus::Left);
-            if leave.prune && is_gone {
-                self.forget(&leave.node);
-            }
-        }
+    /// Goes on under `id`.
+    fn become_id(&mut self, id: MeshId, now: Instant) {
+        let result = self.swim.change_identity(id, &mut self.effects);
+        self.incarnation = 0;
+        self.when.refute = None;
+        self.sign_life();
+        self.settle(result, now);
     }
 
-    /// Comes back under a life above `said`: somebody said goodbye for this node, which is alive.
-    fn refute(&mut self, said: Life, now: Instant) {
-        let mut id = self.id().clone();
-        id.life.renewals = said.renewals;
-        if let Some(renewed) = id.renew() {
-            let result = self.swim.change_identity(renewed.clone(), &mut self.effects);
-            self.settle(result, now);
-            self.outputs.push_back(Output::Renewed(renewed));
-        }
-    }
-
-    fn spread_leave(&mut self, leave: &Leave) {
-        let bytes = crate::wire::encode(&Broadcast::Leave(leave.clone()));
-        let taken = bytes.ok().and_then(|bytes| self.swim.add_broadcast(&bytes).ok());
-        if taken.is_none() {
-            tracing::debug!(node = %leave.node, "goodbye cannot be spread");
-        }
+    fn sign_life(&mut self) {
+        let claim = LifeClaim { id: self.id().clone(), incarnation: self.incarnation, signature: Vec::new() };
+        self.own_life = None;
+        self.outputs.push_back(Output::Sign(Statement::Life(claim)));
     }
 
     fn reap(&mut self, now: Instant) {
-        // Members that were first heard of as gone are in foca's list alone.
-        let unseen = self.swim.iter_membership_state().filter(|member| self.roster.find(&member.id().name).is_none());
-        let unseen: Vec<MeshId> = unseen.map(|member| member.id().clone()).collect();
-        for id in unseen {
-            self.change(&id.name, |roster| roster.down(&id, now));
-        }
         for id in self.roster.due(self.profile.reconnect_timeout, now) {
             self.forget(&id.name);
         }
@@ -542,6 +555,9 @@ impl Core {
 
     fn forget(&mut self, name: &NodeName) {
         let Some(member) = self.roster.forget(name) else { return };
+        self.gone.remove(name);
+        self.suspicions.remove(name);
+        self.checks.forget(name);
         // Removes it only if it is down, and cannot fail.
         let _infallible = self.swim.handle_timer(Timer::RemoveDown(member.id), &mut self.effects);
         self.outputs.push_back(Output::Changed { node: name.clone(), before: Some(member.status), after: None });
@@ -556,56 +572,6 @@ impl Core {
             let (before, after) = (before.map(|(status, _)| status), after.map(|(status, _)| status));
             self.outputs.push_back(Output::Changed { node: name.clone(), before, after });
         }
-    }
-
-    fn settle(&mut self, result: Result<(), foca::Error>, now: Instant) {
-        if let Err(error) = result {
-            tracing::debug!(%error, "membership step failed");
-        }
-        self.drain(Cause::Input, now);
-    }
-
-    /// Moves what foca asked for into outputs, timers and the roster.
-    fn drain(&mut self, cause: Cause, now: Instant) {
-        let mut is_idle = false;
-        while let Some(notification) = self.effects.to_notify() {
-            match notification {
-                OwnedNotification::MemberUp(id) => self.change(&id.name, |roster| roster.up(&id, now)),
-                OwnedNotification::MemberDown(id) => self.change(&id.name, |roster| roster.down(&id, now)),
-                OwnedNotification::Rename(_, id) => self.change(&id.name, |roster| roster.renamed(&id, now)),
-                OwnedNotification::Rejoin(id) => self.outputs.push_back(Output::Renewed(id)),
-                OwnedNotification::Idle => is_idle = true,
-                OwnedNotification::Active | OwnedNotification::Defunct => {}
-            }
-        }
-        while let Some((to, packet)) = self.effects.to_send() {
-            // Who left is not called back. It is answered if it calls, so that it learns that it is taken for gone.
-            let has_left = self.roster.find(&to.name).is_some_and(|member| member.status == MemberStatus::Left);
-            if to.name != self.id().name && !(has_left && cause == Cause::Timer) {
-                self.outputs.push_back(Output::Send { to, packet });
-            }
-        }
-        while let Some((after, timer)) = self.effects.to_schedule() {
-            self.timer_number = self.timer_number.wrapping_add(1);
-            self.timers.insert((now + after, self.timer_number), timer);
-        }
-        if is_idle && !self.has_left && self.swim.num_members() == 0 {
-            self.start_over(now);
-        }
-    }
-
-    /// Begins anew under a renewed identity after the last member was lost.
-    ///
-    /// What is queued says that all others are down. Once a partition heals, that would make third parties take each
-    /// other for failed; it goes with the old instance.
-    fn start_over(&mut self, now: Instant) {
-        let Some(id) = self.id().renew() else { return };
-        let gone: Vec<Member<MeshId>> = self.swim.iter_membership_state().cloned().collect();
-        self.swim = swim(id, &self.profile, &mut self.rng);
-        // The old instance's timers would match the new one's tokens.
-        self.timers.clear();
-        let result = self.swim.apply_many(gone.into_iter(), false, &mut self.effects);
-        self.settle(result, now);
     }
 }
 

@@ -1,14 +1,19 @@
 //! The wire form of SWIM packets and a look into them before foca acts on them.
 //!
 //! ```text
-//!   packet = header | u16 number of updates | updates | (u16 length | broadcast)*      (foca's framing)
+//!   packet = envelope | header | u16 | (u16 length | broadcast)*      foca's framing; the u16 counts nothing
+//!          | envelope with a call                                      weft's own questions and answers
 //! ```
+//!
+//! foca's updates (who is alive, suspect, down) take no bytes: anybody could have made them up. What is said of members
+//! travels as signed statements among the broadcasts.
 
 use bytes::{Buf, BufMut};
 use foca::{Header, Member, Message, State};
 use serde::{Deserialize, Serialize};
 
 use super::id::{Life, MeshId};
+use super::statement::Statement;
 use crate::model::{Generation, NodeName};
 use crate::wire::{self, WireError};
 
@@ -16,6 +21,47 @@ use crate::wire::{self, WireError};
 pub const PACKET_BYTES_MAX: usize = 1100;
 /// Largest encoded broadcast, in bytes: fits a packet whose header names three members with 63-byte names.
 pub const BROADCAST_BYTES_MAX: usize = 700;
+
+/// Room for an envelope without a call in front of foca's packet: version, hash, incarnation, no call.
+pub(super) const ENVELOPE_BYTES_MAX: usize = 16;
+
+/// What weft adds to every packet.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Envelope {
+    /// The sender's hash of all records, on probes and answers.
+    pub(super) set_hash: Option<u64>,
+    /// The receiver is suspected at this incarnation (Lifeguard's buddy system).
+    pub(super) suspected: Option<u16>,
+    /// A message of weft's own; foca's packet follows only without it.
+    pub(super) call: Option<CallPacket>,
+}
+
+/// A message of weft's own.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct CallPacket {
+    pub(super) src: MeshId,
+    pub(super) src_incarnation: u16,
+    /// The life that is meant.
+    pub(super) dst: Life,
+    pub(super) call: Call,
+}
+
+/// What is asked or answered.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum Call {
+    /// Are you there?
+    Check(u32),
+    /// Yes.
+    Answer(u32),
+    /// Check `target` for me and tell me within `patience_ms`.
+    CheckFor { target: NodeName, number: u32, patience_ms: u16 },
+    /// It answered.
+    Reached(u32),
+    /// It did not, and I am here (a nack).
+    Missed(u32),
+    /// You are taken for gone here.
+    Gone,
+}
 
 #[derive(Serialize, Deserialize)]
 struct WireHeader {
@@ -129,6 +175,9 @@ pub(super) enum CodecError {
     /// The packet is full.
     #[error("packet has no room left")]
     Full,
+    /// foca reads no updates.
+    #[error("updates are not taken from packets")]
+    Update,
 }
 
 /// foca's codec over the wire encoding.
@@ -168,24 +217,13 @@ impl foca::Codec<MeshId> for WireCodec {
         Ok(Header { src, src_incarnation, dst, message: message.into() })
     }
 
-    fn encode_member(&mut self, member: &Member<MeshId>, buf: impl BufMut) -> Result<(), CodecError> {
-        put(&MemberEntry::from(member), buf)
+    fn encode_member(&mut self, _member: &Member<MeshId>, _buf: impl BufMut) -> Result<(), CodecError> {
+        Ok(())
     }
 
-    fn decode_member(&mut self, buf: impl Buf) -> Result<Member<MeshId>, CodecError> {
-        take::<MemberEntry>(buf).map(Member::from)
+    fn decode_member(&mut self, _buf: impl Buf) -> Result<Member<MeshId>, CodecError> {
+        Err(CodecError::Update)
     }
-}
-
-/// A node's goodbye, its own or spoken for it by an operator.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Leave {
-    /// Who goes.
-    pub node: NodeName,
-    /// The last life that goes with it; a greater one is alive at once.
-    pub life: Life,
-    /// Whether the others forget it at once (`force-leave -prune`).
-    pub prune: bool,
 }
 
 /// What rides on SWIM packets beside the membership.
@@ -215,16 +253,18 @@ pub enum Broadcast {
         /// The replica's hash of that version.
         hash: u64,
     },
-    /// A node goes.
-    Leave(Leave),
+    /// Something that a node signed about members; the core keeps it for itself.
+    Said(Statement),
 }
 
-/// Orders broadcasts: a newer one about the same node drives the older out of the queue, so that the queue holds at
-/// most two per node.
+/// Orders broadcasts: a newer one about the same node drives the older out of the queue, and a member's own word the
+/// accusations that it refutes. So the queue holds at most three per node and one per accusation that is kept.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum BroadcastKey {
     Records(NodeName, Generation, u64),
     Leave(NodeName, Life),
+    Life(NodeName, Life, u16),
+    Accuse(NodeName, Life, u16, NodeName),
 }
 
 impl Broadcast {
@@ -233,7 +273,13 @@ impl Broadcast {
             Self::Delta { node, generation, version, .. } | Self::IHave { node, generation, version, .. } => {
                 BroadcastKey::Records(node.clone(), *generation, *version)
             }
-            Self::Leave(leave) => BroadcastKey::Leave(leave.node.clone(), leave.life),
+            Self::Said(Statement::Leave(leave)) => BroadcastKey::Leave(leave.node.clone(), leave.life),
+            Self::Said(Statement::Life(claim)) => {
+                BroadcastKey::Life(claim.id.name.clone(), claim.id.life, claim.incarnation)
+            }
+            Self::Said(Statement::Accuse(word)) => {
+                BroadcastKey::Accuse(word.accused.clone(), word.life, word.incarnation, word.accuser.clone())
+            }
         }
     }
 }
@@ -245,6 +291,15 @@ impl foca::Invalidates for BroadcastKey {
                 a == b && (generation, version) >= (other_generation, other_version)
             }
             (Self::Leave(a, life), Self::Leave(b, other_life)) => a == b && life >= other_life,
+            (Self::Life(a, life, at), Self::Life(b, other_life, other_at)) => {
+                a == b && (life, at) >= (other_life, other_at)
+            }
+            (Self::Life(a, life, at), Self::Accuse(b, other_life, other_at, _)) => {
+                a == b && (life, at) > (other_life, other_at)
+            }
+            (Self::Accuse(a, life, at, by), Self::Accuse(b, other_life, other_at, other_by)) => {
+                a == b && by == other_by && (life, at) >= (other_life, other_at)
+            }
             _ => false,
         }
     }
@@ -268,31 +323,96 @@ impl foca::BroadcastHandler<MeshId> for Spreader {
 
 /// What a packet says, read without acting on it.
 #[derive(Debug)]
-pub(super) struct Inspected<'a> {
+pub(super) struct Inspected {
     pub(super) src: MeshId,
-    head: &'a [u8],
-    /// Absent where the message carries no updates.
-    updates: Option<Vec<(MemberEntry, &'a [u8])>>,
-    tail: &'a [u8],
+    pub(super) src_incarnation: u16,
+    /// The life of the receiver that is meant.
+    pub(super) dst: Life,
+    pub(super) set_hash: Option<u64>,
+    pub(super) suspected: Option<u16>,
+    pub(super) body: Body,
     pub(super) broadcasts: Vec<Broadcast>,
 }
 
-/// Reads the whole packet; total, and bounded by the packet's own length.
-pub(super) fn inspect(packet: &[u8]) -> Result<Inspected<'_>, CodecError> {
-    let (header, used) = wire::decode_prefix::<WireHeader>(packet).map_err(CodecError::Wire)?;
-    let (head, mut rest) = packet.split_at_checked(used).ok_or(CodecError::Full)?;
-    let mut updates = None;
-    if rest.len() >= 2 && !matches!(header.message, WireMessage::Broadcast) {
-        let mut list = Vec::new();
-        for _ in 0..rest.get_u16() {
-            let (entry, used) = wire::decode_prefix::<MemberEntry>(rest).map_err(CodecError::Wire)?;
-            let (bytes, after) = rest.split_at_checked(used).ok_or(CodecError::Full)?;
-            list.push((entry, bytes));
-            rest = after;
+/// What a packet is for.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Body {
+    /// A message of weft's own.
+    Call(Call),
+    /// foca's, without anything that it would have to believe.
+    Swim {
+        /// What it takes.
+        packet: Vec<u8>,
+        /// Which kind.
+        kind: Kind,
+    },
+}
+
+/// What the core wants to know of foca's messages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    Ping,
+    Ack,
+    Feed,
+    TurnUndead,
+    Other,
+}
+
+impl From<&WireMessage> for Kind {
+    fn from(message: &WireMessage) -> Self {
+        match message {
+            WireMessage::Ping(_) => Self::Ping,
+            WireMessage::Ack(_) => Self::Ack,
+            WireMessage::Feed => Self::Feed,
+            WireMessage::TurnUndead => Self::TurnUndead,
+            _ => Self::Other,
         }
-        updates = Some(list);
     }
-    let tail = rest;
+}
+
+/// Returns the kind of a packet that foca made.
+pub(super) fn kind_of(packet: &[u8]) -> Kind {
+    wire::decode_prefix::<WireHeader>(packet).map_or(Kind::Other, |(header, _)| Kind::from(&header.message))
+}
+
+/// Puts `packet` of foca into `envelope`.
+pub(super) fn wrap(envelope: &Envelope, packet: &[u8]) -> Result<Vec<u8>, WireError> {
+    let mut bytes = wire::encode(envelope)?;
+    bytes.extend_from_slice(packet);
+    Ok(bytes)
+}
+
+/// Appends `broadcast` to a packet that ends with broadcasts; returns whether it had room.
+pub(super) fn append(packet: &mut Vec<u8>, broadcast: &Broadcast) -> bool {
+    let Ok(bytes) = wire::encode(broadcast) else { return false };
+    let Ok(length) = u16::try_from(bytes.len()) else { return false };
+    if packet.len() + 2 + bytes.len() > PACKET_BYTES_MAX {
+        return false;
+    }
+    packet.put_u16(length);
+    packet.extend_from_slice(&bytes);
+    true
+}
+
+/// Reads the whole packet; total, and bounded by the packet's own length.
+pub(super) fn inspect(packet: &[u8]) -> Result<Inspected, CodecError> {
+    let (envelope, used) = wire::decode_prefix::<Envelope>(packet).map_err(CodecError::Wire)?;
+    let (_, swim) = packet.split_at_checked(used).ok_or(CodecError::Full)?;
+    let Envelope { set_hash, suspected, call } = envelope;
+    if let Some(CallPacket { src, src_incarnation, dst, call }) = call {
+        if !swim.is_empty() {
+            return Err(CodecError::Wire(WireError::Trailing { bytes: swim.len() }));
+        }
+        let (body, broadcasts) = (Body::Call(call), Vec::new());
+        return Ok(Inspected { src, src_incarnation, dst, set_hash, suspected, body, broadcasts });
+    }
+    let (header, used) = wire::decode_prefix::<WireHeader>(swim).map_err(CodecError::Wire)?;
+    let (head, mut rest) = swim.split_at_checked(used).ok_or(CodecError::Full)?;
+    let mut packet = head.to_vec();
+    if rest.len() >= 2 && !matches!(header.message, WireMessage::Broadcast) {
+        let _counts_nothing = rest.get_u16();
+        packet.put_u16(0);
+    }
     let mut broadcasts = Vec::new();
     while rest.len() > 2 {
         let length = usize::from(rest.get_u16());
@@ -300,28 +420,9 @@ pub(super) fn inspect(packet: &[u8]) -> Result<Inspected<'_>, CodecError> {
         broadcasts.push(wire::decode(item, BROADCAST_BYTES_MAX).map_err(CodecError::Wire)?);
         rest = after;
     }
-    Ok(Inspected { src: header.src, head, updates, tail, broadcasts })
-}
-
-impl Inspected<'_> {
-    /// Returns what the packet says of members.
-    pub(super) fn entries(&self) -> impl Iterator<Item = &MemberEntry> {
-        self.updates.iter().flatten().map(|(entry, _)| entry)
-    }
-
-    /// Writes the packet again without the updates that `keep` refuses; None if it keeps all.
-    pub(super) fn without(&self, keep: impl Fn(&MemberEntry) -> bool) -> Option<Vec<u8>> {
-        let updates = self.updates.as_ref()?;
-        let kept: Vec<&[u8]> = updates.iter().filter(|(entry, _)| keep(entry)).map(|(_, bytes)| *bytes).collect();
-        if kept.len() == updates.len() {
-            return None;
-        }
-        let mut packet = self.head.to_vec();
-        packet.put_u16(u16::try_from(kept.len()).unwrap_or(u16::MAX));
-        packet.extend_from_slice(&kept.concat());
-        packet.extend_from_slice(self.tail);
-        Some(packet)
-    }
+    let body = Body::Swim { packet, kind: Kind::from(&header.message) };
+    let WireHeader { src, src_incarnation, dst, .. } = header;
+    Ok(Inspected { src, src_incarnation, dst: dst.life, set_hash, suspected, body, broadcasts })
 }
 
 #[cfg(test)]
@@ -343,39 +444,53 @@ mod tests {
         let header = Header { src: long.clone(), src_incarnation: u16::MAX, dst: long, message };
         let mut bytes = Vec::new();
         WireCodec.encode_header(&header, &mut bytes).unwrap();
-        assert!(bytes.len() + 2 + 2 + BROADCAST_BYTES_MAX <= PACKET_BYTES_MAX, "{}", bytes.len());
+        let bytes_max = ENVELOPE_BYTES_MAX + bytes.len() + 2 + 2 + BROADCAST_BYTES_MAX;
+        assert!(bytes_max <= PACKET_BYTES_MAX, "{bytes_max}");
         assert_eq!(WireCodec.decode_header(&bytes[..]).unwrap(), header);
     }
 
     #[test]
     fn a_full_packet_is_left_clean() {
-        let member = Member::alive(id("a", 1));
+        let header = Header { src: id("a", 1), src_incarnation: 0, dst: id("b", 1), message: Message::Gossip };
         let mut small = Vec::new().limit(4);
-        assert!(matches!(WireCodec.encode_member(&member, &mut small), Err(CodecError::Full)));
+        assert!(matches!(WireCodec.encode_header(&header, &mut small), Err(CodecError::Full)));
         assert!(small.get_ref().is_empty());
     }
 
     #[test]
-    fn a_packet_is_rewritten_without_refused_updates() {
+    fn the_fullest_envelope_fits_the_room_that_foca_leaves() {
+        let envelope = Envelope { set_hash: Some(u64::MAX), suspected: Some(u16::MAX), call: None };
+        let bytes = wire::encode(&envelope).unwrap().len();
+        assert!(bytes <= ENVELOPE_BYTES_MAX, "{bytes}");
+    }
+
+    #[test]
+    fn a_packet_reaches_foca_without_anything_that_it_would_have_to_believe() {
         let header = Header { src: id("a", 1), src_incarnation: 0, dst: id("b", 1), message: Message::Gossip };
-        let mut bytes = Vec::new();
-        WireCodec.encode_header(&header, &mut bytes).unwrap();
-        bytes.put_u16(2);
-        WireCodec.encode_member(&Member::down(id("x", 1)), &mut bytes).unwrap();
-        WireCodec.encode_member(&Member::alive(id("y", 1)), &mut bytes).unwrap();
+        let mut swim = Vec::new();
+        WireCodec.encode_header(&header, &mut swim).unwrap();
+        let head = swim.clone();
+        swim.put_u16(9);
         let item =
             Broadcast::IHave { node: "y".parse().unwrap(), generation: Generation::default(), version: 3, hash: 1 };
-        let item_bytes = wire::encode(&item).unwrap();
-        bytes.put_u16(u16::try_from(item_bytes.len()).unwrap());
-        bytes.extend_from_slice(&item_bytes);
+        let envelope = Envelope { set_hash: Some(7), suspected: Some(2), call: None };
+        let mut bytes = wrap(&envelope, &swim).unwrap();
+        assert!(append(&mut bytes, &item));
 
         let seen = inspect(&bytes).unwrap();
-        assert_eq!(seen.broadcasts, std::slice::from_ref(&item));
-        assert!(seen.without(|_| true).is_none());
-        let cut = seen.without(|entry| entry.id.name.as_str() != "x").unwrap();
-        let again = inspect(&cut).unwrap();
-        assert_eq!(again.entries().map(|entry| entry.id.clone()).collect::<Vec<_>>(), [id("y", 1)]);
-        assert_eq!(again.broadcasts, [item]);
+        assert_eq!((seen.set_hash, seen.suspected, &seen.src), (Some(7), Some(2), &header.src));
+        assert_eq!(seen.broadcasts, [item]);
+        let Body::Swim { packet, kind: Kind::Other } = seen.body else { panic!("{:?}", seen.body) };
+        assert_eq!(packet, [head, vec![0, 0]].concat());
+    }
+
+    #[test]
+    fn a_call_stands_alone() {
+        let call = CallPacket { src: id("a", 1), src_incarnation: 3, dst: Life::default(), call: Call::Check(5) };
+        let mut bytes = wire::encode(&Envelope { call: Some(call), ..Envelope::default() }).unwrap();
+        assert_eq!(inspect(&bytes).unwrap().body, Body::Call(Call::Check(5)));
+        bytes.push(0);
+        assert!(inspect(&bytes).is_err());
     }
 
     proptest! {
@@ -387,10 +502,12 @@ mod tests {
         #[test]
         fn a_damaged_packet_never_panics(at in 0usize..200, value in any::<u8>(), length in 0usize..220) {
             let header = Header { src: id("a", 1), src_incarnation: 0, dst: id("b", 1), message: Message::Feed };
-            let mut bytes = Vec::new();
-            WireCodec.encode_header(&header, &mut bytes).unwrap();
-            bytes.put_u16(1);
-            WireCodec.encode_member(&Member::alive(id("y", 1)), &mut bytes).unwrap();
+            let mut swim = Vec::new();
+            WireCodec.encode_header(&header, &mut swim).unwrap();
+            swim.put_u16(1);
+            let mut bytes = wrap(&Envelope { set_hash: Some(1), ..Envelope::default() }, &swim).unwrap();
+            let (node, generation) = ("y".parse().unwrap(), Generation::default());
+            append(&mut bytes, &Broadcast::IHave { node, generation, version: 3, hash: 1 });
             if let Some(byte) = bytes.get_mut(at) { *byte = value; }
             bytes.truncate(length);
             let _unused = inspect(&bytes);

@@ -43,6 +43,12 @@ pub trait HeadVerifier {
     /// # Errors
     /// A text for people, if anything does not hold.
     fn verify(&self, chain: &[Vec<u8>], message: &[u8], signature: &[u8]) -> Result<VerifiedHead, String>;
+
+    /// Returns the certificates of `node` if they are at hand beside its records; by default they never are.
+    fn chain_of(&self, node: &NodeName) -> Option<Vec<Vec<u8>>> {
+        let _ = node;
+        None
+    }
 }
 
 /// Names one version of one node's state.

@@ -203,6 +203,11 @@ impl NodeState {
         &self.signed.head.node
     }
 
+    /// Returns the certificates that prove the owner's signatures, the signer's first.
+    pub fn chain(&self) -> &[Vec<u8>] {
+        &self.signed.chain
+    }
+
     /// Returns the version that is held.
     pub fn digest(&self) -> &Digest {
         &self.signed.digest
@@ -234,8 +239,7 @@ impl NodeState {
     }
 
     /// Returns how many removals are remembered.
-    #[cfg(test)]
-    pub(super) fn grave_len(&self) -> usize {
+    pub fn grave_len(&self) -> usize {
         self.grave.len()
     }
 

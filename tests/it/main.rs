@@ -24,4 +24,7 @@ mod loopback;
 mod netns_bad_input;
 mod netns_cluster;
 mod netns_faults;
+#[path = "../sim/mod.rs"]
+mod sim;
+mod simulated;
 mod wait;

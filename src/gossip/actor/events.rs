@@ -39,6 +39,12 @@ impl Actor {
             Event::Outlived(generation) => {
                 warn!(%generation, "a later life of this node is remembered; continuing above it");
             }
+            Event::Implausible(generation) => {
+                warn!(%generation, "a peer remembers a life of this node that lies too far ahead to be true; ignored");
+            }
+            Event::Unsigned(error) => {
+                error!(%error, "this node cannot sign what it says of members; others will not pass it on");
+            }
             Event::Conflict { theirs, is_news } => {
                 self.metrics.conflicts.inc();
                 if is_news {
@@ -108,7 +114,7 @@ impl Actor {
             addr: member.id.addr,
             status: member.status,
             generation: member.id.life.generation,
-            since: member.since,
+            since: member.since(),
             forgotten_at: self.engine.membership().forgotten_at(member),
             info: info(&member.id.name),
         }));

@@ -1,7 +1,7 @@
 //! What sockets tell of peers beside SWIM: closed ports, and whether the holder of a name answers.
 //!
 //! ```text
-//!   next two members by name -> a watch each: two bytes every 300 ms -> refused -> the engine, at once
+//!   next two members on the ring -> a watch each: two bytes every 300 ms -> refused -> the engine, at once
 //!   a dial that is refused --------------------------------------------^
 //!   packets that QUIC acknowledges -> signs of life, before each verdict
 //! ```
@@ -19,13 +19,11 @@ use tokio::task::AbortHandle;
 use tokio::time::Instant;
 use tracing::info;
 
-use super::{Actor, Done, Engine, Incumbent, Message, Step, answer};
+use super::{Actor, Done, Incumbent, Message, Step, answer};
 use crate::gossip::targets;
 use crate::membership::MeshId;
 use crate::model::NodeName;
 
-/// Members that are watched: one watcher may be busy or gone.
-const WATCHED: usize = 2;
 /// How often each is asked: of two watchers the first asks within 270 ms in 99 of 100 cases.
 const WATCH_EVERY: Duration = Duration::from_millis(300);
 /// Most holders of names that are asked at once; a newcomer past it is judged by what is known.
@@ -41,14 +39,14 @@ pub(super) struct Challenge {
     pub(super) reply: oneshot::Sender<Step>,
 }
 
-/// The watches that run, at most [`WATCHED`].
+/// The watches that run: as many as the membership watches, two.
 #[derive(Debug, Default)]
 pub(super) struct Watches(BTreeMap<MeshId, AbortHandle>);
 
 impl Actor {
     /// Watches the ports of the next members by name.
     pub(super) fn watch_successors(&mut self) {
-        let wanted = if self.engine.membership().has_left() { Vec::new() } else { self.engine.successors(WATCHED) };
+        let wanted = self.engine.membership().watched();
         self.watches.0.retain(|id, watch| {
             let is_kept = wanted.contains(id) && !watch.is_finished();
             if !is_kept {
@@ -72,7 +70,7 @@ impl Actor {
     /// Tells the engine which peers acknowledge what they are sent.
     pub(super) fn tell_signs_of_life(&mut self, now: Instant) {
         for peer in self.links.signs_of_life(now) {
-            self.engine.handle_sign_of_life(&peer, now);
+            self.turn(now, |engine, turn| engine.evidence_alive(&peer, turn));
         }
     }
 
@@ -85,7 +83,7 @@ impl Actor {
         if is_known {
             info!(member = %id.name, addr = %id.addr, "the member's host says that its port is closed");
             self.metrics.ports_refused.inc();
-            self.turn(now, |engine, turn| Engine::handle_refused_port(engine, id, turn));
+            self.turn(now, |engine, turn| engine.evidence_crashed(&id.name, turn));
         }
     }
 

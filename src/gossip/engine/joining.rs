@@ -6,8 +6,10 @@ use rand::RngExt as _;
 use tokio::time::Instant;
 
 use super::message::{HelloReply, WELCOME_MEMBERS_MAX};
-use super::{Engine, Event, JOIN_PAUSE_MAX, JOIN_PEERS_MAX, JOIN_SYNC_ROUNDS, Output, Turn};
-use crate::membership::{Leave, Life, MemberEntry, MeshId, Standing};
+use super::{
+    DOUBT_TIME, Engine, Event, JOIN_PAUSE_MAX, JOIN_PAUSE_MIN, JOIN_PEERS_MAX, JOIN_SYNC_ROUNDS, Output, Turn,
+};
+use crate::membership::{Leave, Life, MemberEntry, MeshId};
 use crate::model::{MemberStatus, NodeName};
 use crate::replica::Replica;
 
@@ -82,10 +84,11 @@ impl Attempt {
 }
 
 impl Engine {
-    /// When the next attempt to join is due: only while nobody else is alive, there is somebody to ask, and this
-    /// node has not left.
+    /// When the next attempt to join is due: only while nobody else is alive or the others keep taking this node for
+    /// gone, there is somebody to ask, and this node has not left.
     pub(super) fn join_at(&self) -> Option<Instant> {
-        let is_wanted = !self.is_joining && !self.core.has_left() && self.core.alive_count() == 0;
+        let is_alone = self.core.alive_count() == 0;
+        let is_wanted = !self.is_joining && !self.core.has_left() && (is_alone || self.is_doubted);
         let has_targets =
             !self.seeds.is_empty() || !self.known_peers.is_empty() || self.core.members().next().is_some();
         (is_wanted && has_targets).then_some(self.next_join)
@@ -100,6 +103,17 @@ impl Engine {
         if !targets.is_empty() {
             self.is_joining = true;
             self.outputs.push_back(Output::Join { targets });
+        }
+    }
+
+    /// Notes that the others took this node for gone. Where it happens again and again they remember a later life, which
+    /// a hello brings to light: the disk may have lost the last generation.
+    pub(super) fn doubt(&mut self, now: Instant) {
+        let before = self.renewed_at.replace(now);
+        if before.is_some_and(|at| now.saturating_duration_since(at) < DOUBT_TIME) && !self.is_doubted {
+            self.is_doubted = true;
+            self.join_pause = JOIN_PAUSE_MIN;
+            self.next_join = now;
         }
     }
 
@@ -126,6 +140,7 @@ impl Engine {
         let JoinOutcome { joined, failed, outdated } = outcome;
         if cause == JoinCause::Engine {
             self.is_joining = false;
+            self.is_doubted = false;
             self.joins_in_vain = if joined.is_empty() { self.joins_in_vain.saturating_add(1) } else { 0 };
         }
         let in_vain = self.joins_in_vain;
@@ -134,9 +149,8 @@ impl Engine {
             self.outlive(life, turn);
         }
         for peer in joined {
-            let mut members = peer.members;
-            members.push(MemberEntry { id: peer.id.clone(), incarnation: 0, standing: Standing::Alive });
-            self.core.learn(members, turn.now);
+            self.core.meet(&peer.id, turn.now);
+            self.core.learn(peer.members, turn.now);
             self.core.learn_farewells(peer.farewells, turn.now);
             self.core.announce(peer.id.clone(), turn.now);
             self.start_sync(&peer.id.name, JOIN_SYNC_ROUNDS);
@@ -149,7 +163,10 @@ impl Engine {
         if theirs < self.core.id().life {
             return;
         }
-        self.core.outlive(theirs, turn.now);
+        if !self.core.outlive(theirs, turn.now) {
+            self.tell(Event::Implausible(theirs.generation));
+            return;
+        }
         self.tell(Event::Outlived(self.generation()));
         // What is forgotten here leaves the catalogue too, until the others tell it again.
         self.dirty.extend(self.replica.nodes().map(|(name, _)| name.clone()));

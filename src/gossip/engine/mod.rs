@@ -25,6 +25,7 @@ mod joining;
 mod message;
 mod records;
 mod rounds;
+mod vouch;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
@@ -57,6 +58,8 @@ const JOIN_SYNC_ROUNDS: usize = 64;
 /// First and longest pause between attempts to join.
 const JOIN_PAUSE_MIN: Duration = Duration::from_millis(500);
 const JOIN_PAUSE_MAX: Duration = Duration::from_secs(30);
+/// A second renewal within this time makes a node ask whether a later life of it is remembered.
+const DOUBT_TIME: Duration = Duration::from_secs(30);
 /// Most known peers that are tried per attempt, beside the seeds.
 const JOIN_PEERS_MAX: usize = 48;
 /// Most peers that are kept on disk.
@@ -167,6 +170,10 @@ pub enum Event {
     Renewed(MeshId),
     /// A peer remembered a later life of this name; this one goes on above it.
     Outlived(Generation),
+    /// A statement about members could not be signed.
+    Unsigned(String),
+    /// A peer remembers a life of this name that cannot be: so far ahead that it is ignored.
+    Implausible(Generation),
     /// Another node goes by this node's name.
     Conflict {
         /// The other.
@@ -209,6 +216,27 @@ pub enum Event {
     Report(Report),
 }
 
+/// How much an engine holds, for tests of its bounds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sizes {
+    /// Other members, gone ones included.
+    pub members: usize,
+    /// Timers of the membership.
+    pub timers: usize,
+    /// Nodes whose records are held.
+    pub nodes: usize,
+    /// Most removals remembered of one node.
+    pub grave_max: usize,
+    /// Comparisons that it began.
+    pub syncs: usize,
+    /// Pulls that it began.
+    pub pulls: usize,
+    /// Nodes whose records were refused and told.
+    pub refusals: usize,
+    /// Outputs that nobody has taken yet.
+    pub outputs: usize,
+}
+
 /// The gossip of one node.
 pub struct Engine {
     node: NodeInfo,
@@ -240,6 +268,10 @@ pub struct Engine {
     is_joining: bool,
     was_isolated: bool,
     goodbye: Option<Goodbye>,
+    /// The last time that the others took this node for gone.
+    renewed_at: Option<Instant>,
+    /// They did so again soon after: a peer may remember a later life of this name.
+    is_doubted: bool,
     conflict_seen: Option<MeshId>,
     /// Nodes whose records were refused and told.
     refusals: BTreeSet<NodeName>,
@@ -287,6 +319,8 @@ impl Engine {
             is_joining: false,
             was_isolated: false,
             goodbye: None,
+            renewed_at: None,
+            is_doubted: false,
             conflict_seen: None,
             refusals: BTreeSet::new(),
             node: params.node,
@@ -340,12 +374,18 @@ impl Engine {
         self.core.alive_count() == 0 && !self.core.has_left() && (self.joins_in_vain > 0 || has_failed())
     }
 
-    /// Returns the living members that this one watches closely: the next `count` after it in the order of names.
-    pub fn successors(&self, count: usize) -> Vec<MeshId> {
-        let living =
-            || self.core.members().filter(|member| member.status == MemberStatus::Alive).map(|member| &member.id);
-        let after = living().filter(|id| id.name > self.node.name);
-        after.chain(living().filter(|id| id.name < self.node.name)).take(count).cloned().collect()
+    /// Returns how much is held.
+    pub fn sizes(&self) -> Sizes {
+        Sizes {
+            members: self.core.members().count(),
+            timers: self.core.timer_count(),
+            nodes: self.replica.nodes().count(),
+            grave_max: self.replica.nodes().map(|(_, state)| state.grave_len()).max().unwrap_or(0),
+            syncs: self.syncs.len(),
+            pulls: self.pulls.len(),
+            refusals: self.refusals.len(),
+            outputs: self.outputs.len(),
+        }
     }
 
     /// Takes the names of the nodes whose records or status changed since the last call.
@@ -403,19 +443,6 @@ impl Engine {
         self.is_saving = false;
     }
 
-    /// Takes note that `peer` acknowledged something at `at`, though not with a packet.
-    pub fn handle_sign_of_life(&mut self, peer: &NodeName, at: Instant) {
-        self.core.evidence_alive(peer, at);
-    }
-
-    /// Takes note that nothing listens at the address of `id`: that life has ended.
-    pub fn handle_refused_port(&mut self, id: &MeshId, turn: &Turn<'_>) {
-        if self.core.member(&id.name).is_some_and(|member| member.id == *id) {
-            self.core.evidence_crashed(&id.name, turn.now);
-            self.settle(turn);
-        }
-    }
-
     /// Says goodbye for a failed member; with `prune` everybody forgets it.
     ///
     /// # Errors
@@ -454,6 +481,7 @@ impl Engine {
 
     /// Acts on what the core says, until it says nothing more.
     fn settle(&mut self, turn: &Turn<'_>) {
+        self.core.set_state_hash(self.replica.set_hash(), turn.now);
         while let Some(output) = self.core.poll_output() {
             match output {
                 membership::Output::Send { to, packet } => self.outputs.push_back(Output::Send { to, packet }),
@@ -467,7 +495,11 @@ impl Engine {
                 membership::Output::Renewed(id) => {
                     self.are_members_dirty = true;
                     self.tell(Event::Renewed(id));
+                    self.doubt(turn.now);
                 }
+                membership::Output::Sign(statement) => self.sign(statement, turn),
+                membership::Output::Verify(statement) => self.verify(statement, turn),
+                membership::Output::Differs { peer } => self.start_sync(&peer.name, SYNC_ROUNDS),
             }
         }
         for report in self.replica.take_reports() {

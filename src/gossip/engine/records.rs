@@ -57,8 +57,8 @@ impl Engine {
                     self.pull(&from.name, node, wanted);
                 }
             }
-            // The core keeps goodbyes for itself.
-            Broadcast::Leave(_) => {}
+            // The core keeps statements for itself.
+            Broadcast::Said(_) => {}
         }
     }
 
@@ -79,6 +79,7 @@ impl Engine {
             Ok(applied) => {
                 if matches!(applied, Applied::Updated) {
                     self.refusals.remove(&node);
+                    self.attest(&node, turn);
                     self.dirty.insert(node);
                     self.are_members_dirty = true;
                 }

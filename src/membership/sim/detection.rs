@@ -1,0 +1,195 @@
+//! Failure detection: how fast a crash is seen, and that the living are left alone.
+
+use super::*;
+
+/// Returns how long it takes until everybody sees a crash, for several seeds, in order.
+fn crash_times(count: usize, seeds: std::ops::Range<u64>, refuses: bool) -> Vec<Duration> {
+    let mut times: Vec<Duration> = seeds
+        .map(|seed| {
+            let mut mesh = Mesh::joined(count, seed);
+            let idle = Duration::from_millis(mesh.rng.random_range(1000..4000));
+            mesh.pass(idle);
+            mesh.log.clear();
+            if refuses {
+                mesh.refuses.insert(name(1));
+            }
+            mesh.kill(1);
+            let took = mesh.run(20 * SECOND, |mesh| mesh.all_see(1, Some(MemberStatus::Failed)));
+            let others = mesh.failures().find(|(_, _, of, _)| *of != name(1)).cloned();
+            assert_eq!(others, None, "seed {seed}");
+            took.unwrap_or_else(|| panic!("seed {seed}: never seen"))
+        })
+        .collect();
+    times.sort();
+    times
+}
+
+#[test]
+fn a_crash_is_seen_by_twenty_and_by_fifty_within_three_seconds() {
+    let twenty = crash_times(20, 0..60, false);
+    println!("N=20: median {:?}, worst of {} {:?}", twenty[30], twenty.len(), twenty.last());
+    assert!(twenty.last().is_some_and(|worst| *worst < 3 * SECOND), "{twenty:?}");
+    let fifty = crash_times(50, 0..10, false);
+    println!("N=50: median {:?}, worst of {} {:?}", fifty[5], fifty.len(), fifty.last());
+    assert!(fifty.last().is_some_and(|worst| *worst < 3 * SECOND), "{fifty:?}");
+}
+
+#[test]
+#[ignore = "takes minutes without optimisation: cargo test --release --lib crash_of_hundreds -- --ignored --nocapture"]
+fn a_crash_of_hundreds_is_seen_in_time() {
+    for (count, runs, promised) in [(20, 1000, 3), (100, 200, 3), (1000, 5, 5)] {
+        let times = crash_times(count, 0..runs, false);
+        let p99 = times[times.len() * 99 / 100];
+        println!("N={count}: median {:?}, p99 {p99:?}, worst {:?}", times[times.len() / 2], times.last());
+        assert!(p99 < promised * SECOND);
+    }
+}
+
+#[test]
+fn a_refused_port_is_seen_by_all_within_a_second_and_a_half() {
+    let mut times = Vec::new();
+    for seed in 0..30 {
+        let mut mesh = Mesh::joined(20, seed);
+        mesh.pass(2 * SECOND);
+        mesh.refuses.insert(name(1));
+        mesh.kill(1);
+        // From the first packet that meets the refusal on: how soon there is one depends on the traffic to it.
+        let first = mesh.run(10 * SECOND, |mesh| mesh.failures().any(|(_, _, of, _)| *of == name(1)));
+        let rest = mesh.run(10 * SECOND, |mesh| mesh.all_see(1, Some(MemberStatus::Failed)));
+        assert!(first.is_some_and(|first| first < SECOND), "{seed}: {first:?}");
+        times.push(rest.expect("seen by all"));
+    }
+    times.sort();
+    println!("refused port, first to last: median {:?}, worst {:?}", times[15], times.last());
+    assert!(times.last().is_some_and(|worst| *worst < SECOND / 2), "{times:?}");
+}
+
+#[test]
+fn scenario_02_a_slow_node_doubts_itself_and_accuses_nobody() {
+    seeds(5, |seed| {
+        let mut mesh = Mesh::joined(12, seed);
+        mesh.pass(2 * SECOND);
+        mesh.log.clear();
+        // It gets the processor now and then only, and its timers run before it reads.
+        for round in 0..40 {
+            mesh.pause(3);
+            let pause = Duration::from_millis(mesh.rng.random_range(400..1500));
+            mesh.pass(pause);
+            mesh.resume(3, round % 2 == 0);
+            let run = Duration::from_millis(mesh.rng.random_range(10..100));
+            mesh.pass(run);
+        }
+        let stats = mesh.at(3).stats();
+        assert!(stats.local_health >= 4, "{stats:?}");
+        assert!(stats.late_wakeups >= 20, "{stats:?}");
+        let wronged = mesh.failures().find(|(_, _, of, _)| *of != name(3)).cloned();
+        assert_eq!(wronged, None);
+        // With time to itself again it recovers.
+        mesh.pass(60 * SECOND);
+        assert_eq!(mesh.at(3).stats().local_health, 0);
+        assert!(mesh.all_alive());
+    });
+}
+
+#[test]
+fn a_late_wake_up_postpones_sentences_by_the_lateness() {
+    let mut mesh = Mesh::joined(3, 5);
+    mesh.pass(2 * SECOND);
+    // Node 0 has checks under way when it stops; nobody answers until it is back.
+    mesh.split = [name(1), name(2)].into();
+    mesh.pass(Duration::from_millis(700));
+    mesh.log.clear();
+    mesh.pause(0);
+    mesh.pass(8 * SECOND);
+    mesh.split.clear();
+    mesh.resume(0, false);
+    assert_eq!(mesh.at(0).alive_count(), 2, "nobody is sentenced at the moment of waking");
+    mesh.pass(5 * SECOND);
+    let own = mesh.failures().filter(|(_, at, _, _)| *at == name(0)).count();
+    assert_eq!(own, 0);
+}
+
+#[test]
+fn scenario_06_a_node_stopped_for_ten_seconds_is_out_in_three_and_back_in_one() {
+    seeds(10, |seed| {
+        let mut mesh = Mesh::joined(20, seed);
+        mesh.pass(2 * SECOND);
+        mesh.log.clear();
+        mesh.pause(4);
+        let out = mesh.run(10 * SECOND, |mesh| mesh.all_see(4, Some(MemberStatus::Failed)));
+        assert!(out.is_some_and(|out| out < 3 * SECOND), "{out:?}");
+        mesh.pass(10 * SECOND - out.unwrap());
+        mesh.resume(4, seed % 2 == 0);
+        let back = mesh.run(10 * SECOND, |mesh| mesh.all_see(4, Some(MemberStatus::Alive)));
+        assert!(back.is_some_and(|back| back < SECOND), "{back:?}");
+        mesh.pass(20 * SECOND);
+        let flap = mesh.failures().find(|(_, at, of, _)| *of != name(4) || *at == name(4)).cloned();
+        assert_eq!(flap, None);
+        assert!(mesh.all_alive());
+    });
+}
+
+#[test]
+fn scenario_11_one_way_loss_at_one_node_leaves_the_others_alone() {
+    seeds(2, |seed| {
+        let mut mesh = Mesh::joined(40, seed);
+        mesh.pass(2 * SECOND);
+        mesh.log.clear();
+        mesh.deaf.insert(name(9), 0.8);
+        mesh.pass(60 * SECOND);
+        let wronged = mesh.failures().find(|(_, at, of, _)| *at != name(9) && *of != name(9)).cloned();
+        assert_eq!(wronged, None);
+        let healthy = mesh.nodes.iter().filter(|(at, _)| **at != name(9));
+        assert!(healthy.clone().count() == 39 && healthy.clone().all(|(_, core)| core.alive_count() >= 38));
+    });
+}
+
+/// Runs 20 nodes with loss and pauses and returns how often a running node was taken for failed by a running one.
+fn false_positives(profile: &Profile, seed: u64, time: Duration) -> usize {
+    let mut mesh = Mesh::joined_with(20, seed, profile.clone());
+    mesh.loss = 0.1;
+    let end = mesh.now + time;
+    let mut wronged = 0;
+    // A quarter of the nodes stops for up to two seconds again and again.
+    while mesh.now < end {
+        let number = mesh.rng.random_range(0..5);
+        mesh.log.clear();
+        mesh.pause(number);
+        let pause = Duration::from_millis(mesh.rng.random_range(300..2000));
+        mesh.pass(pause);
+        mesh.resume(number, false);
+        mesh.pass(Duration::from_millis(200));
+        let is_steady = |node: &NodeName| (5..20).any(|number| *node == name(number));
+        wronged += mesh.failures().filter(|(_, at, of, _)| is_steady(of) && is_steady(at)).count();
+    }
+    wronged
+}
+
+#[test]
+fn lifeguard_wrongs_nobody_where_plain_swim_does() {
+    let time = Duration::from_secs(300);
+    let (mut ours, mut plain) = (0, 0);
+    for seed in 0..2 {
+        ours += false_positives(&Profile::default(), seed, time);
+        plain += false_positives(&Profile::plain(), seed, time);
+    }
+    println!("false positives in {} node-hours: {ours} with Lifeguard, {plain} without", 2 * 20 * 300 / 3600);
+    assert_eq!(ours, 0);
+    assert!(plain >= 50, "{plain}: the comparison says nothing");
+}
+
+#[test]
+fn an_idle_mesh_sends_little_and_the_same_whatever_its_size() {
+    #[track_caller]
+    fn rate(count: usize) -> u64 {
+        let mut mesh = Mesh::joined(count, 1);
+        mesh.pass(10 * SECOND);
+        mesh.bytes = 0;
+        mesh.pass(20 * SECOND);
+        mesh.bytes / 20 / count as u64
+    }
+    let (few, many) = (rate(10), rate(40));
+    println!("idle: {few} B/s per node of 10, {many} B/s of 40, packets of the core alone");
+    assert!(few < 500 && many < 500, "{few} {many}");
+    assert!(many < few * 6 / 5, "{few} {many}");
+}

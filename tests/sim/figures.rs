@@ -1,0 +1,292 @@
+//! The figures that a mesh must reach, measured in the simulator.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use rand::RngExt as _;
+use weft::membership::Profile;
+use weft::model::MemberStatus;
+
+use super::host;
+use super::scenarios::{self, SECOND};
+use super::stats::{Times, show};
+use super::world::{Settings, World};
+
+/// One line of the table.
+#[derive(Debug, Clone)]
+pub(crate) struct Figure {
+    pub(crate) name: String,
+    pub(crate) must: String,
+    pub(crate) measured: String,
+    pub(crate) is_reached: bool,
+}
+
+impl Figure {
+    fn new(name: impl Into<String>, must: impl Into<String>, measured: impl Into<String>, is_reached: bool) -> Self {
+        Self { name: name.into(), must: must.into(), measured: measured.into(), is_reached }
+    }
+
+    fn times(name: impl Into<String>, must: Duration, times: &Times) -> Self {
+        let p99 = times.percentile(99.0);
+        let measured = format!("p50 {}, p99 {}, max {}", show(times.percentile(50.0)), show(p99), show(times.max()));
+        Self::new(name, format!("p99 {}", show(must)), measured, p99 <= must)
+    }
+
+    pub(crate) fn cells(&self) -> Vec<String> {
+        let verdict = if self.is_reached { "reached" } else { "MISSED" };
+        vec![self.name.clone(), self.must.clone(), self.measured.clone(), verdict.to_owned()]
+    }
+}
+
+/// Times of several kills in meshes of `count` hosts.
+pub(crate) fn kills(count: usize, runs: u64, loss: f64, settings: &Settings) -> Times {
+    let mut times = Times::default();
+    for seed in 0..runs {
+        let mut world = if count > 200 {
+            World::preloaded(count, seed, Settings { sync_interval: SECOND * 3600, ..settings.clone() })
+        } else {
+            World::joined(count, seed, settings.clone())
+        };
+        world.net.loss = loss;
+        let kills = if count > 200 { 6 } else { 3 };
+        for _ in 0..kills {
+            times.add(scenarios::kill(&mut world));
+        }
+    }
+    times
+}
+
+/// Times of several registrations in one mesh per seed.
+pub(crate) fn registrations(count: usize, runs: u64, each: usize, loss: f64, settings: &Settings) -> Times {
+    let mut times = Times::default();
+    for seed in 0..runs {
+        let mut world = scenarios::mesh(count, 1, seed, settings.clone());
+        world.net.loss = loss;
+        for _ in 0..each {
+            times.add(scenarios::register(&mut world));
+        }
+    }
+    times
+}
+
+/// Failures of healthy nodes that were seen while a quarter of the nodes paused and a tenth of the packets was lost.
+#[derive(Debug, Default, Clone, Copy)]
+pub(crate) struct FalsePositives {
+    pub(crate) at_healthy: usize,
+    pub(crate) at_all: usize,
+    pub(crate) node_hours: f64,
+}
+
+/// Runs `count` hosts for `time`; every fourth is stopped again and again, for 0.1 to 10 s, after 1 to 30 s each.
+pub(crate) fn false_positives(count: usize, time: Duration, seed: u64, settings: &Settings) -> FalsePositives {
+    let mut world = World::joined(count, seed, settings.clone());
+    world.net.loss = 0.1;
+    world.seen.clear();
+    let mut due: BTreeSet<(Duration, usize)> = BTreeSet::new();
+    for host in (0..count).filter(|host| host % 4 == 3) {
+        let at = world.now + Duration::from_millis(world.rng.random_range(0..20_000));
+        due.insert((at, host));
+    }
+    let end = world.now + time;
+    let is_sick = |host: usize| host % 4 == 3;
+    let mut found = FalsePositives { node_hours: count as f64 * time.as_secs_f64() / 3600.0, ..Default::default() };
+    while let Some((at, host)) = due.pop_first().filter(|(at, _)| *at < end) {
+        let wait = at.saturating_sub(world.now);
+        world.run(wait);
+        let pauses = world.hosts[host].process.as_ref().is_some_and(|process| process.is_paused);
+        if pauses {
+            world.resume(host);
+            due.insert((world.now + Duration::from_millis(world.rng.random_range(1000..30_000)), host));
+        } else {
+            world.pause(host);
+            // From 0.1 to 10 s, evenly in orders of magnitude.
+            let pause = 0.1 * 100f64.powf(world.rng.random_range(0.0..1.0));
+            due.insert((world.now + Duration::from_secs_f64(pause), host));
+        }
+        for seen in std::mem::take(&mut world.seen) {
+            let node = world.hosts_named(seen.node.as_str()).next().unwrap_or(3);
+            if seen.after == Some(MemberStatus::Failed) && !is_sick(node) {
+                found.at_all += 1;
+                found.at_healthy += usize::from(!is_sick(seen.observer));
+            }
+        }
+    }
+    found
+}
+
+/// What a mesh sends while nothing happens, per host and second.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Idle {
+    pub(crate) packet_bytes: f64,
+    pub(crate) stream_bytes: f64,
+    pub(crate) wire_bytes: f64,
+    pub(crate) dials: f64,
+}
+
+/// Measures `world` for two minutes after one of rest.
+pub(crate) fn idle(world: &mut World) -> Idle {
+    world.run(60 * SECOND);
+    let before: Vec<_> = world.hosts.iter().map(|host| host.traffic).collect();
+    world.run(120 * SECOND);
+    let count = before.len() as f64 * 120.0;
+    let spent: Vec<_> = world.hosts.iter().zip(&before).map(|(host, before)| host.traffic.since(before)).collect();
+    let sum = |part: fn(&host::Traffic) -> u64| spent.iter().map(part).sum::<u64>() as f64 / count;
+    Idle {
+        packet_bytes: sum(|traffic| traffic.packet_bytes),
+        stream_bytes: sum(|traffic| traffic.stream_bytes),
+        wire_bytes: sum(host::Traffic::wire_bytes),
+        dials: sum(|traffic| traffic.dials),
+    }
+}
+
+/// Stops a host for 10 s: (unrouted everywhere, back everywhere after it went on, others that flapped).
+pub(crate) fn sigstop(count: usize, seed: u64, settings: &Settings) -> (Duration, Duration, usize) {
+    let mut world = World::joined(count, seed, settings.clone());
+    let idle = Duration::from_millis(world.rng.random_range(0..3000));
+    world.run(idle);
+    world.seen.clear();
+    let name = world.hosts[1].name.clone();
+    world.pause(1);
+    let all_failed = |world: &World| world.all_see(1, Some(MemberStatus::Failed));
+    let gone = world.run_until(10 * SECOND, all_failed).unwrap_or(10 * SECOND);
+    world.run(10 * SECOND - gone);
+    let stopped = world.seen.len();
+    world.resume(1);
+    let back = world.run_until(60 * SECOND, World::has_converged).expect("it comes back");
+    world.run(20 * SECOND);
+    let flapped = world.seen.iter().filter(|seen| seen.node != name);
+    let after: BTreeSet<_> = flapped.map(|seen| seen.node.clone()).collect();
+    assert!(stopped > 0 || gone >= 10 * SECOND);
+    (gone, back, after.len())
+}
+
+/// Splits in halves for a minute: how long after the healing until all hold the same and know all, and third parties
+/// that flapped.
+pub(crate) fn split(count: usize, seed: u64, settings: &Settings) -> (Duration, usize) {
+    let mut world = scenarios::mesh(count, 1, seed, settings.clone());
+    world.split(|host| u8::from(host % 2 == 1));
+    // Both sides go on: each registers something.
+    world.run(30 * SECOND);
+    for host in [0, 1] {
+        world.register(host, host::service("late", "late", "in-the-dark"));
+    }
+    world.run(30 * SECOND);
+    world.seen.clear();
+    world.heal();
+    let took = world.run_until(120 * SECOND, |world| world.has_converged() && world.is_equal());
+    world.run(10 * SECOND);
+    let same_side = |seen: &&super::world::Seen| {
+        let node = world.hosts_named(seen.node.as_str()).next().unwrap_or(0);
+        seen.after == Some(MemberStatus::Failed) && node % 2 == seen.observer % 2
+    };
+    let flaps = world.seen.iter().filter(same_side).count();
+    world.assert_settled();
+    (took.expect("it heals"), flaps)
+}
+
+/// One host leaves: how long until all others see it as left.
+pub(crate) fn leave(count: usize, seed: u64, settings: &Settings) -> Times {
+    let mut world = World::joined(count, seed, settings.clone());
+    let idle = Duration::from_millis(world.rng.random_range(0..3000));
+    world.run(idle);
+    world.seen.clear();
+    let begin = world.now;
+    world.leave(2);
+    world.run(SECOND / 3);
+    world.crash(2);
+    world.run_until(60 * SECOND, |world| world.all_see(2, Some(MemberStatus::Left)));
+    let name = world.hosts[2].name.clone();
+    let first = |observer: usize| {
+        let gone = [Some(MemberStatus::Leaving), Some(MemberStatus::Left)];
+        let seen =
+            world.seen.iter().find(|seen| seen.observer == observer && seen.node == name && gone.contains(&seen.after));
+        seen.map_or(60 * SECOND, |seen| seen.at - begin)
+    };
+    Times(world.running().map(first).collect())
+}
+
+/// A host dies and is back at another address at once: how long until all know it there.
+pub(crate) fn readdressed(count: usize, seed: u64, settings: &Settings) -> Duration {
+    let mut world = World::joined(count, seed, settings.clone());
+    let idle = Duration::from_millis(world.rng.random_range(0..3000));
+    world.run(idle);
+    world.crash(3);
+    world.run(SECOND / 2);
+    world.readdress(3, host::addr(3, 1));
+    world.start(3);
+    let took = world.run_until(60 * SECOND, World::has_converged).expect("it is known again");
+    world.seen.clear();
+    world.run(20 * SECOND);
+    assert!(world.seen.is_empty(), "no ghost of the old life: {:?}", world.seen);
+    took
+}
+
+/// Everything of the table that a simulation can show.
+pub(crate) fn all(report: &mut dyn FnMut(Figure)) {
+    let settings = Settings::default();
+    for (count, runs, must) in [(20, 40, 3), (100, 10, 3), (1000, 1, 5)] {
+        let times = kills(count, runs, 0.0, &settings);
+        report(Figure::times(format!("kill -9, N={count}: unrouted"), SECOND * must, &times));
+    }
+    for (count, runs, each, loss, must) in [
+        (20, 20, 5, 0.0, Duration::from_millis(300)),
+        (20, 20, 5, 0.01, Duration::from_millis(300)),
+        (20, 20, 5, 0.2, 3 * SECOND),
+        (1000, 1, 10, 0.01, SECOND),
+        (1000, 1, 10, 0.2, 3 * SECOND),
+    ] {
+        let times = registrations(count, runs, each, loss, &settings);
+        let name = format!("registration, N={count}, {} % loss", loss * 100.0);
+        report(Figure::times(name, must, &times));
+    }
+    let (mut gone, mut back, mut flaps) = (Times::default(), Times::default(), 0);
+    for seed in 0..40 {
+        let (unrouted, returned, flapped) = sigstop(20, seed, &settings);
+        gone.0.push(unrouted);
+        back.0.push(returned);
+        flaps += flapped;
+    }
+    report(Figure::times("SIGSTOP 10 s, N=20: unrouted everywhere", 3 * SECOND, &gone));
+    report(Figure::times("  back everywhere after SIGCONT", SECOND, &back));
+    report(Figure::new("  others that flapped", "0", flaps.to_string(), flaps == 0));
+    let (mut healed, mut flaps) = (Times::default(), 0);
+    for seed in 0..20 {
+        let (took, flapped) = split(20, seed, &settings);
+        healed.0.push(took);
+        flaps += flapped;
+    }
+    report(Figure::times("split 50/50 of 60 s, N=20: equal again", 5 * SECOND, &healed));
+    report(Figure::new("  third parties that flapped", "0", flaps.to_string(), flaps == 0));
+    for count in [20, 100] {
+        let mut times = Times::default();
+        (0..10).for_each(|seed| times.add(leave(count, seed, &settings)));
+        report(Figure::times(format!("leave, N={count}: seen"), SECOND / 2, &times));
+    }
+    let times = Times((0..40).map(|seed| readdressed(20, seed, &settings)).collect());
+    report(Figure::times("same name, new address, N=20: known", SECOND, &times));
+    idle_figures(&settings, report);
+    let found = false_positives(100, Duration::from_hours(10), 1, &settings);
+    let plain = false_positives(100, Duration::from_hours(10), 1, &Settings { profile: plain(), ..settings });
+    let measured = format!("{} ({} at all nodes) in {:.0} h", found.at_healthy, found.at_all, found.node_hours);
+    report(Figure::new("false positives, N=100", "0", measured, found.at_healthy == 0));
+    let ratio = format!("{} beside {} ({} beside {})", found.at_healthy, plain.at_healthy, found.at_all, plain.at_all);
+    let is_reached = found.at_healthy * 50 <= plain.at_healthy;
+    report(Figure::new("  beside plain foca", "1/50", ratio, is_reached));
+}
+
+/// foca as it comes.
+fn plain() -> Profile {
+    Profile::default()
+}
+
+fn idle_figures(settings: &Settings, report: &mut dyn FnMut(Figure)) {
+    for (count, services) in [(20, 1), (20, 100), (100, 1), (1000, 1)] {
+        let mut world = scenarios::mesh(count, services, 1, settings.clone());
+        let Idle { packet_bytes, stream_bytes, wire_bytes, dials } = idle(&mut world);
+        let measured = format!(
+            "{wire_bytes:.0} B/s on the wire (packets {packet_bytes:.0}, streams {stream_bytes:.0}), {dials:.3} dials/s"
+        );
+        let name = format!("idle, N={count}, {} instances", count * services);
+        report(Figure::new(name, "1,000 B/s", measured, wire_bytes <= 1000.0));
+    }
+}
