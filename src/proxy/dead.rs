@@ -11,8 +11,8 @@
 use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
-use futures_util::future::join_all;
 use tracing::info;
 
 use super::tunnel::TunnelKey;
@@ -20,30 +20,41 @@ use super::worker::Worker;
 use crate::catalogue::Snapshot;
 use crate::model::MemberStatus;
 
-/// Most hosts that are asked at once; the others keep their tunnels until the idle limit.
+/// Most dead tunnels that are asked about at once; the others end at their idle limit.
 const ASKED_MAX: usize = 64;
+/// How often a host is asked, and how far apart: it may have used up what it sends of such messages.
+const QUESTIONS_MAX: usize = 4;
+const QUESTIONS_APART: Duration = Duration::from_millis(1_100);
 /// Application code of a tunnel whose node died.
 const CODE_DEAD: u32 = 3;
 
 /// Closes tunnels to dead nodes as the catalogue changes.
 pub(super) async fn run(worker: &Rc<Worker>) {
     let mut changes = worker.snapshot().subscribe();
-    // A failure is asked about once; the node is alive or gone before it can fail again.
+    // A failure is asked about once; the life is over or back before it can fail again.
     let mut asked: BTreeSet<TunnelKey> = BTreeSet::new();
     while changes.changed().await.is_ok() {
         let snapshot = Arc::clone(&changes.borrow_and_update());
         asked.retain(|key| has_failed(&snapshot, key));
-        let open = worker.tunnels().keys();
-        let failed = open.into_iter().filter(|key| has_failed(&snapshot, key) && !asked.contains(key));
-        let failed: Vec<TunnelKey> = failed.take(ASKED_MAX).collect();
-        asked.extend(failed.iter().cloned());
-        join_all(failed.iter().map(|key| async {
-            if worker.is_port_refused(key.addr).await {
-                info!(node = %key.node, addr = %key.addr, "the node's host says that its port is closed; its tunnel ends");
-                worker.tunnels().close(key, CODE_DEAD.into(), "node died");
+        for key in worker.tunnels().keys() {
+            if asked.len() < ASKED_MAX && has_failed(&snapshot, &key) && asked.insert(key.clone()) {
+                worker.spawn(end_if_dead(Rc::clone(worker), key));
             }
-        }))
-        .await;
+        }
+    }
+}
+
+async fn end_if_dead(worker: Rc<Worker>, key: TunnelKey) {
+    for _ in 0..QUESTIONS_MAX {
+        if worker.is_port_refused(key.addr).await {
+            info!(node = %key.node, addr = %key.addr, "the node's host says that its port is closed; its tunnel ends");
+            worker.tunnels().close(&key, CODE_DEAD.into(), "node died");
+            return;
+        }
+        tokio::time::sleep(QUESTIONS_APART).await;
+        if !has_failed(&worker.snapshot().load(), &key) {
+            return;
+        }
     }
 }
 

@@ -73,9 +73,9 @@ impl WorkerEndpoint {
         Ok(Dialled { connection, peer, not_after: tls.not_after })
     }
 
-    /// Tells whether `peer`'s host says that nobody has the port, as `ControlTransport::is_port_refused` does.
+    /// Tells whether `peer`'s host says that nobody has the port; asked once, 250 ms at most. Silence is no.
     pub(crate) async fn is_port_refused(&self, peer: SocketAddr) -> bool {
-        port::is_refused(self.local_ip, peer).await
+        port::is_refused_once(self.local_ip, peer).await
     }
 
     /// Tells who the peer of an accepted connection is.

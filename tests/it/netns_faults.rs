@@ -377,6 +377,7 @@ fn scenario_09_an_isolated_node_says_so_and_recovers_unaided() {
     assert_eq!(lines, 1, "one line, not one a round");
     for number in [1, 3, 4] {
         fleet.agent(number).wait_members(&["n1=1", "n2=4", "n3=1", "n4=1"]);
+        figure(&format!("9: n{number} takes the isolated node for failed after"), cut.elapsed());
         assert!(!is_isolated(fleet.agent(number)).unwrap());
     }
     std::thread::sleep(Duration::from_secs(12).saturating_sub(cut.elapsed()));

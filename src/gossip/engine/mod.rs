@@ -62,6 +62,10 @@ const JOIN_PAUSE_MAX: Duration = Duration::from_secs(30);
 const DOUBT_TIME: Duration = Duration::from_secs(30);
 /// Most known peers that are tried per attempt, beside the seeds.
 const JOIN_PEERS_MAX: usize = 48;
+/// Silence of everybody after which a node takes itself for isolated: it asks somebody every half second.
+const SILENCE_MAX: Duration = Duration::from_secs(4);
+/// A timer that is served so late says that this process did not run.
+const SLEPT_MIN: Duration = Duration::from_secs(1);
 /// Most peers that are kept on disk.
 pub const STORED_PEERS_MAX: usize = 512;
 /// Most nodes whose refused records are remembered as told.
@@ -267,6 +271,8 @@ pub struct Engine {
     joins_in_vain: u32,
     is_joining: bool,
     was_isolated: bool,
+    /// When any peer was last heard.
+    heard_at: Instant,
     goodbye: Option<Goodbye>,
     /// The last time that the others took this node for gone.
     renewed_at: Option<Instant>,
@@ -318,6 +324,7 @@ impl Engine {
             joins_in_vain: 0,
             is_joining: false,
             was_isolated: false,
+            heard_at: now,
             goodbye: None,
             renewed_at: None,
             is_doubted: false,
@@ -367,11 +374,22 @@ impl Engine {
         self.core.member(name).map_or(MemberStatus::Failed, |member| member.status)
     }
 
-    /// Tells whether nobody else answers, though members have failed or an attempt to join has: this node may be cut
-    /// off. Then what it says of others is what it last knew.
+    /// Tells whether nobody else answers, though there are others: this node may be cut off. Then what it says of others
+    /// is what it last knew.
     pub fn is_isolated(&self) -> bool {
+        self.was_isolated
+    }
+
+    /// Decides on it: nobody is left, or nobody was heard for [`SILENCE_MAX`]. A node whose own link is down so says it
+    /// before it has called each of the others dead.
+    fn find_isolation(&self, now: Instant) -> bool {
         let has_failed = || self.core.members().any(|member| member.status == MemberStatus::Failed);
-        self.core.alive_count() == 0 && !self.core.has_left() && (self.joins_in_vain > 0 || has_failed())
+        let is_silent = now.saturating_duration_since(self.heard_at) >= SILENCE_MAX;
+        !self.core.has_left()
+            && match self.core.alive_count() {
+                0 => self.joins_in_vain > 0 || has_failed(),
+                _ => is_silent,
+            }
     }
 
     /// Returns how much is held.
@@ -402,6 +420,7 @@ impl Engine {
 
     /// Acts on `packet` from the peer that TLS verified as `from`.
     pub fn handle_packet(&mut self, from: &NodeName, packet: &[u8], turn: &Turn<'_>) {
+        self.heard_at = turn.now;
         if let Err(reason) = self.core.handle_packet(from, packet, turn.now) {
             self.tell(Event::PacketRefused { from: from.clone(), reason });
             if reason == Refused::Sender {
@@ -455,6 +474,10 @@ impl Engine {
 
     /// Runs what is due.
     pub fn handle_timeout(&mut self, turn: &Turn<'_>) {
+        if turn.now.saturating_duration_since(self.poll_timeout()) > SLEPT_MIN {
+            // This process was stopped: what the others sent meanwhile has yet to be read.
+            self.heard_at = turn.now;
+        }
         if self.core.poll_timeout() <= turn.now {
             self.core.handle_timeout(turn.now);
         }
@@ -469,7 +492,11 @@ impl Engine {
 
     /// Returns when [`Engine::handle_timeout`] wants to run.
     pub fn poll_timeout(&self) -> Instant {
-        self.core.poll_timeout().min(self.next_sync).min(self.join_at().unwrap_or(self.next_sync))
+        let next = self.core.poll_timeout().min(self.next_sync).min(self.join_at().unwrap_or(self.next_sync));
+        if self.was_isolated || self.core.alive_count() == 0 || self.core.has_left() {
+            return next;
+        }
+        next.min(self.heard_at + SILENCE_MAX)
     }
 
     /// Returns the next thing to do.
@@ -510,18 +537,18 @@ impl Engine {
             self.save_peers();
         }
         self.say_goodbyes();
-        self.tell_isolation();
+        self.tell_isolation(turn.now);
     }
 
     fn tell(&mut self, event: Event) {
         self.outputs.push_back(Output::Event(event));
     }
 
-    fn tell_isolation(&mut self) {
+    fn tell_isolation(&mut self, now: Instant) {
         if self.core.alive_count() > 0 {
             self.joins_in_vain = 0;
         }
-        let is_isolated = self.is_isolated();
+        let is_isolated = self.find_isolation(now);
         if is_isolated != self.was_isolated {
             self.was_isolated = is_isolated;
             self.are_members_dirty = true;
@@ -538,6 +565,9 @@ impl Engine {
     ) {
         self.are_members_dirty = true;
         self.are_peers_dirty = true;
+        if after == Some(MemberStatus::Alive) {
+            self.heard_at = turn.now;
+        }
         let addr = self.core.member(&node).map(|member| member.id.addr);
         self.tell(Event::MemberChanged { node: node.clone(), addr, before, after });
         match after {
