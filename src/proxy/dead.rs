@@ -22,9 +22,10 @@ use crate::model::MemberStatus;
 
 /// Most dead tunnels that are asked about at once; the others end at their idle limit.
 const ASKED_MAX: usize = 64;
-/// How often a host is asked, and how far apart: it may have used up what it sends of such messages.
-const QUESTIONS_MAX: usize = 4;
-const QUESTIONS_APART: Duration = Duration::from_millis(1_100);
+/// How often a host is asked, and the pause after each wait of 250 ms: it sends one such message a second, and what the
+/// tunnels themselves retransmit competes for it.
+const QUESTIONS_MAX: usize = 20;
+const QUESTIONS_APART: Duration = Duration::from_millis(50);
 /// Application code of a tunnel whose node died.
 const CODE_DEAD: u32 = 3;
 
