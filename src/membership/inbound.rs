@@ -97,11 +97,11 @@ impl Core {
             }
             self.spread(&Broadcast::Said(statement.clone()), now);
         }
-        if let Statement::Leave(leave) = &statement
+        if let Statement::Leave(leave) = statement
             && leave.node == own.name
             && self.has_left
         {
-            self.goodbye = Some(leave.clone());
+            self.goodbye = Some(leave);
             let result = self.swim.leave_cluster(&mut self.effects);
             self.settle(result, now);
         }
