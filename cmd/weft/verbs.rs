@@ -10,24 +10,38 @@ use crate::client::{Client, segment};
 use crate::failure::Failure;
 use crate::table;
 
-/// Consul's numbers for a member's status.
-const MEMBER_STATUS: [&str; 5] = ["none", "alive", "leaving", "left", "failed"];
-
+/// Lists the members; in JSON as Consul shapes them.
 pub(crate) fn members(args: &ListArgs) -> Result<(), Failure> {
-    list(args, "/v1/agent/members", |value| {
+    if args.output.format == Format::Json {
+        return list(args, "/v1/agent/members", |_| String::new());
+    }
+    list(args, "/v1/mesh/members", |value| {
+        if value.get("Isolated").and_then(Value::as_bool) == Some(true) {
+            eprintln!(
+                "warning: this node is isolated: no other member answers it. What follows is what it last knew; \
+                 look at its network before you believe that the others failed"
+            );
+        }
+        let members = value.get("Members").unwrap_or(&Value::Null);
         let row = |member: &Value| {
-            let status = member.get("Status").and_then(Value::as_u64).and_then(|at| usize::try_from(at).ok());
-            let status = status.and_then(|at| MEMBER_STATUS.get(at)).copied().unwrap_or("unknown");
-            let port = member.get("Port").map(ToString::to_string).unwrap_or_default();
-            let address = match text(member, "Addr") {
-                v6 if v6.contains(':') => format!("[{v6}]:{port}"),
-                v4 => format!("{v4}:{port}"),
-            };
-            let tags = member.get("Tags").unwrap_or(&Value::Null);
-            [text(member, "Name"), address, status.to_owned(), text(tags, "build"), text(tags, "dc")]
+            let seconds = member.get("Seconds").and_then(Value::as_u64).unwrap_or_default();
+            let [name, address, status] = ["Name", "Address", "Status"].map(|key| text(member, key));
+            [name, address, status, rough(seconds), text(member, "Build"), text(member, "Datacenter")]
         };
-        table::render(["Node", "Address", "Status", "Build", "DC"], &rows(value, row))
+        table::render(["Node", "Address", "Status", "For", "Build", "DC"], &rows(members, row))
     })
+}
+
+/// Writes a time in its largest whole unit: 59s, 3m, 71h, 12d.
+fn rough(seconds: u64) -> String {
+    const UNITS: [(u64, &str); 3] = [(3 * 86_400, "d"), (2 * 3_600, "h"), (120, "m")];
+    let unit = UNITS.iter().find(|(from, _)| seconds >= *from);
+    match unit {
+        Some((_, "d")) => format!("{}d", seconds / 86_400),
+        Some((_, "h")) => format!("{}h", seconds / 3_600),
+        Some((_, unit)) => format!("{}{unit}", seconds / 60),
+        None => format!("{seconds}s"),
+    }
 }
 
 pub(crate) fn datacenters(args: &ListArgs) -> Result<(), Failure> {

@@ -19,4 +19,6 @@ client_addr = "127.0.0.1"
 
 leave_on_terminate = true
 drain_timeout      = "10s"
+# How long a failed node is remembered and called (8h at least).
+reconnect_timeout  = "72h"
 log_level          = "info"

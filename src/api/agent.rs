@@ -11,7 +11,7 @@ use super::seam::{GossipOrder, RegistryOrder};
 use super::{Shared, block, shape, status};
 use crate::clock;
 use crate::gossip::MemberView;
-use crate::model::InstanceId;
+use crate::model::{InstanceId, MemberStatus};
 use crate::registry::definition::{DefinitionDefaults, service_from_json};
 use crate::registry::{LocalState, RegistryError};
 
@@ -137,6 +137,7 @@ pub(super) async fn this(call: Call) -> Result<Reply, Refusal> {
     let state = shared.registry.state();
     let members = shared.membership.members();
     let own = members.members.iter().find(|member| member.name == node.name).map(member);
+    let count = |status| members.members.iter().filter(|member| member.status == status).count().to_string();
     let about = json!({
         "Config": {
             "Datacenter": node.datacenter,
@@ -155,7 +156,12 @@ pub(super) async fn this(call: Call) -> Result<Reply, Refusal> {
         "Stats": {
             "agent": {"checks": state.checks.len().to_string(), "services": state.services.len().to_string()},
             "consul": {"leader_addr": status::representative(shared), "server": "false"},
-            "serf_lan": {"members": members.members.len().to_string()},
+            "serf_lan": {
+                "members": members.members.len().to_string(),
+                "failed": count(MemberStatus::Failed),
+                "left": count(MemberStatus::Left),
+            },
+            "weft": {"isolated": members.isolated.to_string()},
         },
         "Meta": node.meta,
         "xDS": {"SupportedProxies": {}, "Ports": {"Plaintext": -1, "TLS": -1}},

@@ -225,6 +225,8 @@ fn members() -> Members {
         addr: format!("10.0.0.{number}:8301").parse().unwrap(),
         status,
         generation: Generation { number: 1, nonce: 1 },
+        since: crate::clock::now(),
+        forgotten_at: (number == 3).then(|| crate::clock::now() + std::time::Duration::from_hours(72)),
         info: (number < 3).then(|| Arc::new(info(number))),
     };
     let members = vec![member(1, MemberStatus::Alive), member(2, MemberStatus::Alive), member(3, MemberStatus::Failed)];

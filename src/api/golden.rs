@@ -109,8 +109,24 @@ async fn members_self_and_status_agree_on_the_representative() {
     assert_eq!(keys, ["Config", "Coord", "DebugConfig", "Member", "Meta", "Stats", "xDS"]);
     assert_eq!(about["Member"], want);
     assert_eq!(about["Stats"]["consul"]["leader_addr"], "10.0.0.1:8301");
+    assert_eq!(about["Stats"]["serf_lan"], json!({"members": "3", "failed": "1", "left": "0"}));
+    assert_eq!(about["Stats"]["weft"], json!({"isolated": "false"}));
     assert_eq!(bench.get("/v1/status/leader").await.json(), "10.0.0.1:8301");
     assert_eq!(bench.get("/v1/status/peers").await.json(), json!(["10.0.0.1:8301", "10.0.0.2:8301"]));
+}
+
+#[tokio::test]
+async fn mesh_members_tell_how_long_each_is_what_it_is_and_when_it_is_forgotten() {
+    let shown = Bench::new().get("/v1/mesh/members").await.json();
+    assert_eq!(shown["Isolated"], false);
+    let mut failed = shown["Members"][2].clone();
+    let left = failed["ForgottenInSeconds"].take().as_u64().unwrap();
+    assert!((72 * 3600 - 60..=72 * 3600).contains(&left), "{left}");
+    assert!(failed["Seconds"].take().as_u64().unwrap() < 60);
+    let want = json!({"Name": "n3", "Address": "10.0.0.3:8301", "Status": "failed", "Seconds": null,
+        "ForgottenInSeconds": null, "Generation": 1, "Build": null, "Datacenter": null});
+    assert_eq!(failed, want);
+    assert_eq!(shown["Members"][0]["ForgottenInSeconds"], json!(null));
 }
 
 #[tokio::test]

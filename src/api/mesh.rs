@@ -4,7 +4,8 @@ use serde_json::{Value, json};
 use time::OffsetDateTime;
 
 use super::call::{Call, Refusal, Reply};
-use crate::clock::UnixSeconds;
+use crate::clock::{self, UnixSeconds};
+use crate::gossip::MemberView;
 use crate::model::MemberStatus;
 
 /// What stands where intentions will: no intention exists yet.
@@ -40,6 +41,26 @@ pub(super) async fn info(call: Call) -> Result<Reply, Refusal> {
         "Intentions": INTENTIONS,
     });
     Reply::json(&call, &info)
+}
+
+/// `GET /v1/mesh/members`: what `weft members` prints; the times that Consul's shape has no place for.
+pub(super) async fn members(call: Call) -> Result<Reply, Refusal> {
+    let (members, now) = (call.shared.membership.members(), clock::now());
+    let shape = |member: &MemberView| {
+        let forgotten = member.forgotten_at.map(|at| at.saturating_duration_since(now).as_secs());
+        json!({
+            "Name": member.name,
+            "Address": member.addr.to_string(),
+            "Status": member.status.as_str(),
+            "Seconds": now.saturating_duration_since(member.since).as_secs(),
+            "ForgottenInSeconds": forgotten,
+            "Generation": member.generation.number,
+            "Build": member.info.as_ref().map(|info| &info.build),
+            "Datacenter": member.info.as_ref().map(|info| &info.datacenter),
+        })
+    };
+    let shapes: Vec<Value> = members.members.iter().map(shape).collect();
+    Reply::json(&call, &json!({"Isolated": members.isolated, "Members": shapes}))
 }
 
 /// Writes `at` as RFC 3339 in UTC.

@@ -68,6 +68,7 @@ pub(super) const ROUTES: &[Route] = &[
     route!(GET "/v1/status/leader" status::leader),
     route!(GET "/v1/status/peers" status::peers),
     route!(GET "/v1/mesh/info" mesh::info),
+    route!(GET "/v1/mesh/members" mesh::members),
 ];
 
 /// Groups of Consul's that weft refuses on purpose: prefix, status, text.

@@ -49,6 +49,12 @@ pub const TRUST_DOMAIN_DEV: &str = "dev.weft";
 pub const DRAIN_TIMEOUT_DEFAULT: Duration = Duration::from_secs(10);
 /// Longest drain: beyond an hour a stop is no stop.
 pub const DRAIN_TIMEOUT_MAX: Duration = Duration::from_hours(1);
+/// How long a failed member is remembered: serf's and Consul's default, a long weekend.
+pub const RECONNECT_TIMEOUT_DEFAULT: Duration = Duration::from_hours(72);
+/// Shortest such time: Consul's bound; a night without power must not lose members.
+pub const RECONNECT_TIMEOUT_MIN: Duration = Duration::from_hours(8);
+/// Longest such time: members are held in memory.
+pub const RECONNECT_TIMEOUT_MAX: Duration = Duration::from_hours(24 * 90);
 /// Most data-plane workers: the first byte of a connection id names one of at most 128.
 pub const WORKERS_MAX: usize = 128;
 /// Most join addresses: a seed list, not an inventory.
@@ -97,6 +103,8 @@ pub struct Config {
     pub on_terminate: OnTerminate,
     /// How long open streams may finish at a stop.
     pub drain_timeout: Duration,
+    /// How long a failed member is remembered and called, [`RECONNECT_TIMEOUT_MIN`] at least.
+    pub reconnect_timeout: Duration,
     /// Services from files, ids unique.
     pub services: Vec<ServiceDefinition>,
     /// Node-level checks from files, ids unique.

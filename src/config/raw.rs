@@ -81,6 +81,7 @@ pub(crate) struct Raw {
     pub(crate) admin_token_file: Option<Given<String>>,
     pub(crate) leave_on_terminate: Option<Given<bool>>,
     pub(crate) drain_timeout: Option<Given<Duration>>,
+    pub(crate) reconnect_timeout: Option<Given<Duration>>,
     pub(crate) services: Vec<Given<Value>>,
     pub(crate) checks: Vec<Given<Value>>,
     pub(crate) warnings: Vec<Warning>,
@@ -124,7 +125,8 @@ impl Raw {
             "log_json" => self.switch(source, key, &value, |raw| &mut raw.log_json),
             "leave_on_terminate" => self.switch(source, key, &value, |raw| &mut raw.leave_on_terminate),
             "workers" => self.count(source, key, &value, |raw| &mut raw.workers),
-            "drain_timeout" => self.duration(source, key, &value),
+            "drain_timeout" => self.duration(source, key, &value, |raw| &mut raw.drain_timeout),
+            "reconnect_timeout" => self.duration(source, key, &value, |raw| &mut raw.reconnect_timeout),
             "retry_join" | "start_join" => self.joins(source, key, value),
             "node_meta" => self.node_meta(source, value),
             "ports" => self.ports(source, value),
@@ -174,7 +176,13 @@ impl Raw {
         }
     }
 
-    fn duration(&mut self, source: &Source, key: &str, value: &Value) {
+    fn duration(
+        &mut self,
+        source: &Source,
+        key: &str,
+        value: &Value,
+        slot: fn(&mut Self) -> &mut Option<Given<Duration>>,
+    ) {
         let parsed = match value {
             Value::String(text) => parse_duration(text),
             // Consul's JSON takes bare numbers as nanoseconds.
@@ -184,7 +192,7 @@ impl Raw {
         };
         match parsed {
             Ok(value) => {
-                self.drain_timeout = Some(Given { value, source: source.clone(), key: key.to_owned() });
+                *slot(self) = Some(Given { value, source: source.clone(), key: key.to_owned() });
             }
             Err(rule) => self.mistyped(source, key, value, &rule),
         }

@@ -11,8 +11,8 @@ use super::raw::{Given, Raw};
 use super::{
     ADMIN_TOKEN_BYTES_MIN, Config, ConfigError, DATACENTER_DEFAULT, DRAIN_TIMEOUT_DEFAULT, DRAIN_TIMEOUT_MAX,
     HTTP_PORT_DEFAULT, Host, IdentitySource, JOIN_MAX, MESH_PORT_DEFAULT, Mode, NODE_META_KEY_BYTES_MAX, NODE_META_MAX,
-    NODE_META_VALUE_BYTES_MAX, OnTerminate, Problem, SHARED_HTTP_PORT_DEFAULT, Secret, Storage, TRUST_DOMAIN_DEV,
-    WORKERS_MAX,
+    NODE_META_VALUE_BYTES_MAX, OnTerminate, Problem, RECONNECT_TIMEOUT_DEFAULT, RECONNECT_TIMEOUT_MAX,
+    RECONNECT_TIMEOUT_MIN, SHARED_HTTP_PORT_DEFAULT, Secret, Storage, TRUST_DOMAIN_DEV, WORKERS_MAX,
 };
 use crate::model::{NodeName, ServeScope, TrustDomain};
 use crate::registry::definition::{DefinitionDefaults, check_from_json, service_from_json};
@@ -57,6 +57,7 @@ pub(super) fn dev(node: NodeName, ip: IpAddr) -> Config {
         admin_token: None,
         on_terminate: OnTerminate::Leave,
         drain_timeout: DRAIN_TIMEOUT_DEFAULT,
+        reconnect_timeout: RECONNECT_TIMEOUT_DEFAULT,
         services: Vec::new(),
         checks: Vec::new(),
         log_filter: Filter::default(),
@@ -107,6 +108,7 @@ impl Resolver<'_> {
         let node_meta = self.node_meta();
         let workers = self.workers();
         let drain_timeout = self.drain_timeout();
+        let reconnect_timeout = self.reconnect_timeout();
         let log_filter = self.parsed(self.raw.log_level.clone()).unwrap_or_default();
         let services = self.services(addresses.upstream_ip);
         let checks = self.checks(addresses.upstream_ip);
@@ -129,6 +131,7 @@ impl Resolver<'_> {
             admin_token,
             on_terminate: if leaves { OnTerminate::Leave } else { OnTerminate::Stay },
             drain_timeout,
+            reconnect_timeout,
             services,
             checks,
             log_filter,
@@ -430,6 +433,15 @@ impl Resolver<'_> {
         if given.value > DRAIN_TIMEOUT_MAX {
             let value = Some(format!("{:?}", given.value));
             self.problems.push(Problem::new(given.source, given.key, value, "must be at most 1h"));
+        }
+        given.value
+    }
+
+    fn reconnect_timeout(&mut self) -> std::time::Duration {
+        let Some(given) = self.raw.reconnect_timeout.clone() else { return RECONNECT_TIMEOUT_DEFAULT };
+        if !(RECONNECT_TIMEOUT_MIN..=RECONNECT_TIMEOUT_MAX).contains(&given.value) {
+            let value = Some(format!("{:?}", given.value));
+            self.problems.push(Problem::new(given.source, given.key, value, "must be 8h to 2160h (90 days)"));
         }
         given.value
     }

@@ -63,6 +63,7 @@ fn each_rule_between_keys_is_named_with_what_to_do() {
     check(durable, json!({"ports": {"mesh": 0}}), "ports.mesh = 0: must be a port, 1 to 65535");
     check(durable, json!({"workers": 0}), "workers = 0: must be 1 to 128");
     check(durable, json!({"drain_timeout": "2h"}), "must be at most 1h");
+    check(durable, json!({"reconnect_timeout": "1h"}), "reconnect_timeout = 3600s: must be 8h to 2160h");
     check(durable, json!({"node_meta": {"a b": "x"}}), "node_meta.a b = x: needs a key of");
     check(durable, json!({"trust_domain": "PROD"}), "trust domain `PROD` has the character 'P'");
     check(durable, json!({"service": 7}), "service = 7: must be a block");
@@ -102,6 +103,7 @@ fn hcl_and_json_say_the_same() {
           shared_http = 8081
         }
         drain_timeout = "1m30s"
+        reconnect_timeout = "24h"
         leave_on_terminate = false
         log_json = true
         workers = 3
@@ -110,7 +112,7 @@ fn hcl_and_json_say_the_same() {
         "node_name": "web-2", "datacenter": "eu-1", "data_dir": "/var/lib/weft", "bind_addr": "0.0.0.0",
         "advertise_addr": "10.0.0.2", "client_addr": "127.0.0.2", "retry_join": ["10.0.0.1", "seed.example:8301"],
         "token": "weft1-abc", "node_meta": {"rack": "a1"}, "ports": {"http": 8501, "shared_http": 8081},
-        "drain_timeout": 90_000_000_000_u64, "leave_on_terminate": false, "log_json": true, "workers": 3,
+        "drain_timeout": 90_000_000_000_u64, "reconnect_timeout": "24h", "leave_on_terminate": false, "log_json": true, "workers": 3,
     });
     let from_hcl = load_text("a.hcl", hcl).unwrap();
     let from_json = load_text("a.json", &json.to_string()).unwrap();
@@ -120,6 +122,7 @@ fn hcl_and_json_say_the_same() {
     assert_eq!(from_hcl.http_addr, "127.0.0.2:8501".parse().unwrap());
     assert_eq!(from_hcl.upstream_ip, "127.0.0.2".parse::<IpAddr>().unwrap());
     assert_eq!(from_hcl.drain_timeout, Duration::from_secs(90));
+    assert_eq!(from_hcl.reconnect_timeout, Duration::from_hours(24));
     assert_eq!(from_hcl.identity, IdentitySource::Token(Secret::new("weft1-abc")));
     assert_eq!(from_hcl.on_terminate, OnTerminate::Stay);
 }

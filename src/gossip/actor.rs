@@ -1,6 +1,7 @@
 //! The gossip task: `select -> apply -> settle`, the engine's sockets, streams and log.
 
 mod events;
+mod evidence;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -14,11 +15,14 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
-use super::engine::{self, Ending, Engine, Exchange, JoinCause, Message, Output, Stage, Step, Turn};
+use self::evidence::{Challenge, Watches};
+use super::engine::{
+    self, Ending, Engine, Exchange, Incumbent, JoinCause, Message, Output, Request, Stage, Step, Turn,
+};
 use super::exchange::{self, ExchangeError};
 use super::links::{Links, Sent};
 use super::metrics::GossipMetrics;
-use super::targets::{self, Outcome};
+use super::targets::{self, DialError, Outcome, Thorough};
 use super::trust::{Signer, Verifier};
 use super::{Command, GossipError, GossipParams, Members, PeerStore, Prune};
 use crate::catalogue::builder::Builder;
@@ -39,8 +43,9 @@ const INPUTS_MAX: usize = 1024;
 const STREAMS_PER_PEER_MAX: usize = 16;
 /// Most packets under way on streams at once.
 const STREAM_SENDS_MAX: usize = 256;
-/// How long a goodbye has to leave the host: a handshake on a slow path and a retransmission.
-const LEAVE_FLUSH: Duration = Duration::from_millis(300);
+/// How long a goodbye waits for peers that say that they heard it: some round trips, retransmissions included. The
+/// datagrams have left the host long before.
+const LEAVE_TIME_MAX: Duration = Duration::from_millis(500);
 
 /// What connections and their streams tell or ask.
 #[derive(Debug)]
@@ -56,13 +61,21 @@ type JoinReply = Option<oneshot::Sender<Result<usize, GossipError>>>;
 /// How a piece of work that the task began has ended.
 #[derive(Debug)]
 enum Done {
-    Dialled(MeshId, Result<Connection, String>),
+    Dialled(MeshId, Result<Connection, DialError>),
     Joined(Outcome, JoinReply),
-    Exchanged { peer: NodeName, exchange: Exchange, result: Result<(), ExchangeError> },
+    Exchanged {
+        peer: NodeName,
+        exchange: Exchange,
+        result: Result<(), ExchangeError>,
+    },
     ConnectionEnded(NodeName, usize),
     Saved,
     PacketSent,
-    LeaveFlushed(oneshot::Sender<()>),
+    LeaveLate,
+    /// Nobody has the port of this life's address.
+    PortRefused(MeshId),
+    /// Whether the holder of a name that a newcomer claims from elsewhere answers.
+    Challenged(Challenge, Incumbent),
 }
 
 #[derive(Debug)]
@@ -96,6 +109,11 @@ pub(super) struct Actor {
     metrics: GossipMetrics,
     stream_sends: usize,
     peer_store: Arc<dyn PeerStore>,
+    /// Who waits until this node's goodbye was heard.
+    leaving: Vec<oneshot::Sender<()>>,
+    is_goodbye_over: bool,
+    watches: Watches,
+    challenges: usize,
 }
 
 impl std::fmt::Debug for Actor {
@@ -125,7 +143,7 @@ impl Actor {
         let start = engine::Params {
             node: params.node,
             generation: params.generation,
-            profile: Profile::default(),
+            profile: Profile { reconnect_timeout: params.reconnect_timeout, ..Profile::default() },
             replica: replica::Params::default(),
             records: publication.records.clone(),
             seeds: params.seeds,
@@ -152,6 +170,10 @@ impl Actor {
             metrics,
             stream_sends: 0,
             peer_store: params.peer_store,
+            leaving: Vec::new(),
+            is_goodbye_over: false,
+            watches: Watches::default(),
+            challenges: 0,
         };
         actor.builder.set_local(publication.view.clone());
         actor.settle(now);
@@ -172,6 +194,8 @@ impl Actor {
             self.apply(event, now);
             if self.engine.poll_timeout() <= now {
                 self.drain_inputs(now);
+                // What sockets say of peers comes before the verdict over them.
+                self.tell_signs_of_life(now);
                 self.turn(now, Engine::handle_timeout);
             }
             self.settle(now);
@@ -196,6 +220,8 @@ impl Actor {
             Some(input) = self.inputs.recv() => Event::Input(input),
             Some(done) = self.work.join_next() => match done {
                 Ok(done) => Event::Done(done),
+                // A watch that is over.
+                Err(error) if error.is_cancelled() => Event::Wake,
                 Err(error) => {
                     error!(%error, "gossip work failed");
                     Event::Wake
@@ -244,11 +270,15 @@ impl Actor {
         match command {
             Command::Join(targets, reply) => self.start_join(targets, Some(reply)),
             Command::Leave(reply) => {
+                if self.is_goodbye_over {
+                    return answer(reply, ());
+                }
                 info!(node = %self.engine.node().name, "leaving the mesh");
+                self.leaving.push(reply);
                 self.turn(now, Engine::leave);
                 self.work.spawn(async move {
-                    tokio::time::sleep(LEAVE_FLUSH).await;
-                    Done::LeaveFlushed(reply)
+                    tokio::time::sleep(LEAVE_TIME_MAX).await;
+                    Done::LeaveLate
                 });
             }
             Command::ForceLeave(name, prune, reply) => {
@@ -264,7 +294,9 @@ impl Actor {
     }
 
     fn start_join(&mut self, targets: Vec<String>, reply: JoinReply) {
-        let join = targets::join_all(self.transport.clone(), self.engine.membership().id().clone(), targets);
+        let thorough = if reply.is_some() { Thorough::All } else { Thorough::Enough };
+        let own = self.engine.membership().id().clone();
+        let join = targets::join_all(self.transport.clone(), own, targets, thorough);
         self.work.spawn(async move { Done::Joined(join.await, reply) });
     }
 
@@ -349,13 +381,8 @@ impl Actor {
             Sent::Dial(addr) => {
                 let (transport, to) = (self.transport.clone(), to.clone());
                 self.work.spawn(async move {
-                    let dial = transport.connect(addr, Some(to.name.clone()));
-                    let result = match tokio::time::timeout(targets::CONNECT_TIME_MAX, dial).await {
-                        Ok(Ok((connection, _))) => Ok(connection),
-                        Ok(Err(error)) => Err(error.to_string()),
-                        Err(_) => Err(format!("{addr} did not answer in time")),
-                    };
-                    Done::Dialled(to, result)
+                    let dialled = targets::dial(&transport, addr, Some(to.name.clone())).await;
+                    Done::Dialled(to, dialled.map(|(connection, _)| connection))
                 });
             }
             Sent::Dropped(reason) => self.metrics.dropped.with_label_values(&[reason]).inc(),
@@ -387,8 +414,11 @@ impl Actor {
                 let waiting = self.links.dialled(&to.name, to.addr, connection);
                 self.resend(&to, waiting, now);
             }
-            Done::Dialled(to, Err(reason)) => {
-                debug!(peer = %to.name, %reason, "dial failed");
+            Done::Dialled(to, Err(error)) => {
+                if matches!(error, DialError::Refused(_)) {
+                    self.port_refused(&to, now);
+                }
+                debug!(peer = %to.name, reason = error.text(), "dial failed");
                 self.metrics.dials.with_label_values(&["failed"]).inc();
                 let lost = self.links.dial_failed(&to.name, now);
                 self.metrics.dropped.with_label_values(&["no_link"]).inc_by(lost as u64);
@@ -406,18 +436,27 @@ impl Actor {
             Done::ConnectionEnded(peer, stable_id) => self.links.ended(&peer, stable_id),
             Done::Saved => self.engine.peers_saved(),
             Done::PacketSent => self.stream_sends = self.stream_sends.saturating_sub(1),
-            Done::LeaveFlushed(reply) => answer(reply, ()),
+            Done::LeaveLate => self.goodbye_over(),
+            Done::PortRefused(id) => self.port_refused(&id, now),
+            Done::Challenged(challenge, incumbent) => {
+                self.challenges = self.challenges.saturating_sub(1);
+                self.challenged(challenge, incumbent);
+            }
         }
     }
 
     fn input(&mut self, input: Input, now: Instant) {
         match input {
             Input::Packet(from, packet) => {
+                self.links.heard(&from);
                 self.metrics.received.inc();
                 self.metrics.received_bytes.inc_by(packet.len() as u64);
                 self.turn(now, |engine, turn| engine.handle_packet(&from, &packet, turn));
             }
             Input::Unreadable(reason) => self.metrics.refused.with_label_values(&[reason]).inc(),
+            Input::Heard { peer, message: Message::Request(Request::Hello(id)), reply, .. } => {
+                self.greeted(Challenge { peer, id, reply });
+            }
             Input::Heard { peer, stage, message, reply } => {
                 let step = self.turn(now, |engine, turn| engine.handle_message(&peer, stage, message, turn));
                 answer(reply, step);
@@ -450,6 +489,7 @@ impl Actor {
         }
         if self.engine.take_members_changed() {
             self.show_members();
+            self.watch_successors();
         }
         self.metrics.show_membership(&self.engine.membership().stats());
         self.metrics.connections.set(i64::try_from(self.links.count()).unwrap_or(i64::MAX));

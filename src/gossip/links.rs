@@ -12,6 +12,7 @@ use bytes::Bytes;
 use quinn::{Connection, SendDatagramError};
 use tokio::time::Instant;
 
+use super::pulse::Pulse;
 use crate::membership::MeshId;
 use crate::model::NodeName;
 
@@ -48,6 +49,7 @@ struct Link {
     is_dialling: bool,
     waiting: VecDeque<Bytes>,
     not_before: Option<Instant>,
+    pulse: Pulse,
     used: u64,
 }
 
@@ -77,9 +79,14 @@ impl Links {
             // It lives elsewhere: a packet to the old place reaches nobody.
             close_all(link, "peer moved");
         }
-        if let Some(connection) = link.open.last() {
+        // One from where the member lives, if there is one: somebody else may have come with a copy of its certificate.
+        let at_home = link.open.iter().rev().find(|connection| connection.remote_address() == to.addr);
+        if let Some(connection) = at_home.or(link.open.last()) {
             return match connection.send_datagram(packet.clone()) {
-                Ok(()) => Sent::Datagram,
+                Ok(()) => {
+                    link.pulse.sent(received(connection), now);
+                    Sent::Datagram
+                }
                 Err(SendDatagramError::ConnectionLost(_)) => Sent::Dropped("no_link"),
                 Err(_) => Sent::Stream(connection.clone(), packet),
             };
@@ -119,6 +126,23 @@ impl Links {
         }
         link.open.push(connection);
         link.waiting.drain(..).collect()
+    }
+
+    /// Notes that a packet of `peer`'s came.
+    pub(super) fn heard(&mut self, peer: &NodeName) {
+        if let Some(link) = self.links.get_mut(peer) {
+            link.pulse.heard();
+        }
+    }
+
+    /// Returns the peers that have acknowledged something since the last call, while an answer of theirs is awaited.
+    pub(super) fn signs_of_life(&mut self, now: Instant) -> Vec<NodeName> {
+        let waiting = self.links.iter_mut().filter(|(_, link)| link.pulse.is_waiting());
+        let answered = waiting.filter_map(|(name, link)| {
+            let connection = link.open.last()?;
+            link.pulse.look(received(connection), now).then(|| name.clone())
+        });
+        answered.collect()
     }
 
     /// Notes that a dial failed; returns how many packets are lost with it.
@@ -166,6 +190,11 @@ impl Links {
         link.used = self.uses;
         link
     }
+}
+
+/// Datagrams that have come on `connection`.
+fn received(connection: &Connection) -> u64 {
+    connection.stats().udp_rx.datagrams
 }
 
 fn close_all(link: &mut Link, reason: &str) {

@@ -10,7 +10,9 @@
 //! | `weft_gossip_received_bytes_total` | | bytes of membership packets received |
 //! | `weft_gossip_connections` | | peers with an open gossip connection |
 //! | `weft_gossip_dials_total` | `result` | connections dialled: `ok`, `failed` |
-//! | `weft_gossip_exchanges_total` | `kind`, `result` | exchanges begun here: `join`, `sync`, `pull`; `ok`, `failed` |
+//! | `weft_gossip_ports_refused_total` | | members whose host said that their port is closed |
+//! | `weft_gossip_exchanges_total` | `kind`, `result` | exchanges begun here: `join`, `sync`, `pull`, `goodbye`; `ok`, `failed` |
+//! | `weft_membership_isolated` | | 1 while no other member answers this node |
 //! | `weft_membership_members` | `status` | members by status, this node included |
 //! | `weft_membership_conflicts_total` | | times that another node showed this node's name |
 //! | `weft_membership_local_health` | | Lifeguard's score of this node: 0 is well, 8 the worst |
@@ -40,6 +42,8 @@ pub(super) struct GossipMetrics {
     pub(super) connections: IntGauge,
     pub(super) dials: IntCounterVec,
     pub(super) exchanges: IntCounterVec,
+    pub(super) ports_refused: IntCounter,
+    pub(super) isolated: IntGauge,
     pub(super) members: IntGaugeVec,
     pub(super) conflicts: IntCounter,
     pub(super) local_health: IntGauge,
@@ -83,9 +87,14 @@ impl GossipMetrics {
             dials: counters("weft_gossip_dials_total", "Gossip connections dialled, by result.", &["result"])?,
             exchanges: counters(
                 "weft_gossip_exchanges_total",
-                "Exchanges begun by this node (join, sync, pull), by result.",
+                "Exchanges begun by this node (join, sync, pull, goodbye), by result.",
                 &["kind", "result"],
             )?,
+            ports_refused: counter(
+                "weft_gossip_ports_refused_total",
+                "Members whose host said that their port is closed.",
+            )?,
+            isolated: gauge("weft_membership_isolated", "1 while no other member answers this node.")?,
             members: metrics.add(members)?,
             conflicts: counter(
                 "weft_membership_conflicts_total",

@@ -23,6 +23,7 @@ pub mod engine;
 mod exchange;
 mod links;
 mod metrics;
+mod pulse;
 mod targets;
 #[cfg(test)]
 mod tests;
@@ -33,6 +34,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::catalogue::SnapshotReader;
@@ -62,6 +64,10 @@ pub struct MemberView {
     pub status: MemberStatus,
     /// Which life.
     pub generation: Generation,
+    /// Since when it is that.
+    pub since: Instant,
+    /// When it is forgotten, if it stays gone: a failed member after `reconnect_timeout`, one that left after a day.
+    pub forgotten_at: Option<Instant>,
     /// Its published facts, once they have come.
     pub info: Option<Arc<NodeInfo>>,
 }
@@ -71,7 +77,7 @@ pub struct MemberView {
 pub struct Members {
     /// By name.
     pub members: Vec<MemberView>,
-    /// No other member is alive though some are known: this node may be cut off.
+    /// Nobody else answers, though others are known or seeds are given: this node may be cut off.
     pub isolated: bool,
 }
 
@@ -130,6 +136,8 @@ pub struct GossipParams {
     pub peer_store: Arc<dyn PeerStore>,
     /// How often a random member is compared with; [`SYNC_INTERVAL`] unless told otherwise.
     pub sync_interval: Duration,
+    /// How long a failed member is remembered and called.
+    pub reconnect_timeout: Duration,
     /// Ends the task.
     pub stop: CancellationToken,
 }

@@ -5,10 +5,14 @@ use std::time::Duration;
 
 use quinn::Connection;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 use super::engine::{Attempt, JoinOutcome};
 use super::exchange;
+use crate::clock;
 use crate::membership::MeshId;
+use crate::model::NodeName;
+use crate::pki::PeerIdentity;
 use crate::transport::ControlTransport;
 
 /// The mesh port where none is given.
@@ -16,9 +20,39 @@ pub(super) const DEFAULT_PORT: u16 = 8301;
 /// Longest time to resolve and to connect, each.
 pub(super) const CONNECT_TIME_MAX: Duration = Duration::from_secs(4);
 /// Most attempts side by side.
-const PARALLEL_MAX: usize = 8;
+const PARALLEL_MAX: usize = 16;
 /// Most addresses of one name that are tried.
 const ADDRESSES_MAX: usize = 8;
+
+/// How many answers end an attempt of the engine's own, and how long others may still come after the first.
+const JOIN_ENOUGH: usize = 3;
+const JOIN_GRACE: Duration = Duration::from_millis(300);
+
+/// When an attempt ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Thorough {
+    /// When every target answered or failed: an operator wants to know of each.
+    All,
+    /// Soon after somebody answered: the dead of a long list must not hold up a rejoin.
+    Enough,
+}
+
+/// Why a dial failed.
+#[derive(Debug)]
+pub(super) enum DialError {
+    /// The host says that nobody has the port.
+    Refused(String),
+    /// Anything else, silence included.
+    Failed(String),
+}
+
+impl DialError {
+    pub(super) fn text(self) -> String {
+        match self {
+            Self::Refused(text) | Self::Failed(text) => text,
+        }
+    }
+}
 
 /// What became of a list of targets.
 #[derive(Debug, Default)]
@@ -56,9 +90,38 @@ async fn resolve(target: &str) -> Result<Vec<SocketAddr>, String> {
     if addrs.is_empty() { Err(format!("`{host}` has no address")) } else { Ok(addrs) }
 }
 
+/// Dials `addr` for gossip, for [`CONNECT_TIME_MAX`] at most; a host that refuses the port ends it at once.
+pub(super) async fn dial(
+    transport: &ControlTransport,
+    addr: SocketAddr,
+    expect: Option<NodeName>,
+) -> Result<(Connection, PeerIdentity), DialError> {
+    let dialled = tokio::time::timeout(CONNECT_TIME_MAX, transport.connect(addr, expect));
+    // QUIC retransmits into a closed port until the end: the question to the kernel ends that.
+    let is_refused = async {
+        if !transport.is_port_refused(addr).await {
+            std::future::pending::<()>().await;
+        }
+    };
+    tokio::select! {
+        dialled = dialled => match dialled {
+            Ok(Ok(connected)) => Ok(connected),
+            Ok(Err(error)) => Err(DialError::Failed(error.to_string())),
+            Err(_late) => Err(DialError::Failed(no_answer(addr))),
+        },
+        () = is_refused => Err(DialError::Refused(nobody_listens(addr))),
+    }
+}
+
 /// Tries each of `targets` once, some side by side.
-pub(super) async fn join_all(transport: ControlTransport, own: MeshId, targets: Vec<String>) -> Outcome {
+pub(super) async fn join_all(
+    transport: ControlTransport,
+    own: MeshId,
+    targets: Vec<String>,
+    thorough: Thorough,
+) -> Outcome {
     let mut outcome = Outcome::default();
+    let mut until: Option<Instant> = None;
     let mut waiting = targets.into_iter();
     let mut running = JoinSet::new();
     loop {
@@ -70,10 +133,24 @@ pub(super) async fn join_all(transport: ControlTransport, own: MeshId, targets: 
                 (target, result)
             });
         }
-        match running.join_next().await {
+        let next = match until {
+            // Those that have not answered by then say nothing about this attempt.
+            Some(until) => match tokio::time::timeout_at(until, running.join_next()).await {
+                Ok(next) => next,
+                Err(_enough) => return outcome,
+            },
+            None => running.join_next().await,
+        };
+        match next {
             Some(Ok((_, Ok((Attempt::Joined(welcomed), connection))))) => {
                 outcome.join.joined.push(welcomed);
                 outcome.connections.push(connection);
+                if thorough == Thorough::Enough {
+                    if outcome.join.joined.len() >= JOIN_ENOUGH {
+                        return outcome;
+                    }
+                    until = until.or_else(|| Some(clock::now() + JOIN_GRACE));
+                }
             }
             Some(Ok((target, Ok((Attempt::Outdated(life), _))))) => {
                 outcome.join.outdated = outcome.join.outdated.max(Some(life));
@@ -106,9 +183,7 @@ async fn join_addr(
     own: &MeshId,
     addr: SocketAddr,
 ) -> Result<(Attempt, Connection), String> {
-    let dial = tokio::time::timeout(CONNECT_TIME_MAX, transport.connect(addr, None));
-    let dialled = dial.await.map_err(|_| no_answer(addr))?;
-    let (connection, peer) = dialled.map_err(|error| error.to_string())?;
+    let (connection, peer) = dial(transport, addr, None).await.map_err(DialError::text)?;
     if peer.node == own.name {
         connection.close(0u32.into(), b"same name");
         return Err(format!(
@@ -119,6 +194,10 @@ async fn join_addr(
     let reply = exchange::hello(&connection, own.clone()).await;
     let reply = reply.map_err(|error| format!("{addr}: {}", error.explain(Some(&connection))))?;
     Ok((Attempt::judge(reply, &peer.node, addr)?, connection))
+}
+
+fn nobody_listens(addr: SocketAddr) -> String {
+    format!("{addr} refuses (its host says that no process has this UDP port): is an agent running there?")
 }
 
 fn no_answer(addr: SocketAddr) -> String {

@@ -71,6 +71,7 @@ fn start(ca: &crate::pki::EphemeralCa, name: &str, generation: u64, seeds: Vec<S
         known_peers: Vec::new(),
         peer_store: Arc::new(Kept::default()),
         sync_interval: Duration::from_secs(1),
+        reconnect_timeout: Duration::from_hours(72),
         stop: stop.clone(),
     };
     let (handle, reader) = Gossip::start(params, &Metrics::new(), &tasks).unwrap();

@@ -97,7 +97,11 @@ impl Core {
             }
             self.spread(&Broadcast::Said(statement.clone()), now);
         }
-        if matches!(statement, Statement::Leave(leave) if leave.node == own.name) && self.has_left {
+        if let Statement::Leave(leave) = statement
+            && leave.node == own.name
+            && self.has_left
+        {
+            self.goodbye = Some(leave.clone());
             let result = self.swim.leave_cluster(&mut self.effects);
             self.settle(result, now);
         }

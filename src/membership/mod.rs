@@ -63,8 +63,8 @@ pub use packet::{BROADCAST_BYTES_MAX, Broadcast, MemberEntry, PACKET_BYTES_MAX, 
 use packet::{Spreader, WireCodec};
 pub use profile::{Detector, Profile};
 use ring::Ring;
-use roster::Roster;
 pub use roster::Tracked;
+use roster::{LEFT_REAPED_AFTER, Roster};
 pub use statement::{Accusation, Certainty, Leave, LifeClaim, STATEMENT_SIGNATURE_BYTES_MAX, Statement, Verdict};
 use suspicion::Suspicion;
 
@@ -221,6 +221,7 @@ pub struct Core {
     outputs: VecDeque<Output>,
     rng: StdRng,
     has_left: bool,
+    goodbye: Option<Leave>,
     /// foca's incarnation of this node, which it does not tell.
     incarnation: u16,
     /// This node's own word for its present life, once it is signed.
@@ -294,6 +295,7 @@ impl Core {
             outputs: VecDeque::new(),
             rng,
             has_left: false,
+            goodbye: None,
             incarnation: 0,
             own_life: None,
             health: LocalHealth::default(),
@@ -318,6 +320,29 @@ impl Core {
     /// Whether this node said goodbye.
     pub fn has_left(&self) -> bool {
         self.has_left
+    }
+
+    /// This node's goodbye, once it was said and signed.
+    pub fn goodbye(&self) -> Option<&Leave> {
+        self.goodbye.as_ref()
+    }
+
+    /// The members that this one watches closely, two at most.
+    pub fn watched(&self) -> Vec<MeshId> {
+        if self.has_left {
+            return Vec::new();
+        }
+        let own = &self.id().name;
+        self.ring.successors(own).filter_map(|name| Some(self.roster.find(name)?.id.clone())).collect()
+    }
+
+    /// When a member that stays as it is will be forgotten; none while it answers.
+    pub fn forgotten_at(&self, member: &Tracked) -> Option<Instant> {
+        match member.status {
+            MemberStatus::Failed => Some(member.since() + self.profile.reconnect_timeout),
+            MemberStatus::Left => Some(member.since() + LEFT_REAPED_AFTER),
+            MemberStatus::Alive | MemberStatus::Leaving => None,
+        }
     }
 
     /// The other members, in order of name.
@@ -523,7 +548,7 @@ impl Core {
     }
 
     fn reap(&mut self, now: Instant) {
-        for id in self.roster.due(now) {
+        for id in self.roster.due(self.profile.reconnect_timeout, now) {
             self.forget(&id.name);
         }
     }

@@ -22,6 +22,7 @@ use std::time::Duration;
 use foca::PeriodicParams;
 
 use super::packet::{ENVELOPE_BYTES_MAX, PACKET_BYTES_MAX};
+use super::roster::FAILED_REAPED_AFTER;
 use super::suspicion::Bounds;
 
 /// How a failure is decided.
@@ -56,6 +57,8 @@ pub struct Profile {
     pub gossip_period: Duration,
     /// How often two members that are gone are called: heals a partition.
     pub recall_period: Duration,
+    /// How long a failed member is remembered and called.
+    pub reconnect_timeout: Duration,
 }
 
 impl Default for Profile {
@@ -71,6 +74,7 @@ impl Default for Profile {
             confirmations: 3,
             gossip_period: Duration::from_millis(200),
             recall_period: Duration::from_secs(2),
+            reconnect_timeout: FAILED_REAPED_AFTER,
         }
     }
 }

@@ -52,7 +52,7 @@ impl Tracked {
     }
 
     /// Since when it has its status.
-    pub(super) fn since(&self) -> Instant {
+    pub fn since(&self) -> Instant {
         self.since
     }
 
@@ -218,9 +218,9 @@ impl Roster {
     }
 
     /// Returns the members that have been gone for so long that they are forgotten.
-    pub(super) fn due(&self, now: Instant) -> Vec<MeshId> {
+    pub(super) fn due(&self, failed_for: Duration, now: Instant) -> Vec<MeshId> {
         let is_due = |member: &&Tracked| match member.status {
-            MemberStatus::Failed => now.saturating_duration_since(member.since) >= FAILED_REAPED_AFTER,
+            MemberStatus::Failed => now.saturating_duration_since(member.since) >= failed_for,
             MemberStatus::Left => now.saturating_duration_since(member.since) >= LEFT_REAPED_AFTER,
             MemberStatus::Alive | MemberStatus::Leaving => false,
         };
@@ -300,10 +300,15 @@ mod tests {
         let mut roster = Roster::default();
         roster.up(&id(1, 0), now);
         roster.down(&id(1, 0), now);
-        assert!(roster.due(now + FAILED_REAPED_AFTER.saturating_sub(Duration::from_secs(1))).is_empty());
-        assert_eq!(roster.due(now + FAILED_REAPED_AFTER), [id(1, 0)]);
+        assert!(
+            roster
+                .due(FAILED_REAPED_AFTER, now + FAILED_REAPED_AFTER.saturating_sub(Duration::from_secs(1)))
+                .is_empty()
+        );
+        assert_eq!(roster.due(FAILED_REAPED_AFTER, now + FAILED_REAPED_AFTER), [id(1, 0)]);
+        assert_eq!(roster.due(Duration::from_hours(8), now + Duration::from_hours(8)), [id(1, 0)]);
         roster.leave(&leave(&id(1, 0)), now);
-        assert_eq!(roster.due(now + LEFT_REAPED_AFTER), [id(1, 0)]);
+        assert_eq!(roster.due(FAILED_REAPED_AFTER, now + LEFT_REAPED_AFTER), [id(1, 0)]);
     }
 
     #[test]

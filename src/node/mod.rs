@@ -180,6 +180,7 @@ impl Node {
             known_peers: store.peers()?,
             peer_store: Arc::new(glue::PeerFile(store.clone())),
             sync_interval: gossip::SYNC_INTERVAL,
+            reconnect_timeout: config.reconnect_timeout,
             stop: stop.clone(),
         };
         let (gossip, snapshot) = Gossip::start(params, &metrics, &tasks).map_err(part("gossip"))?;

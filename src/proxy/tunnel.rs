@@ -35,7 +35,7 @@ const DIAL_TIMEOUT: Duration = Duration::from_secs(3);
 const CERTIFICATE_MARGIN: Duration = Duration::from_secs(30);
 
 /// Which tunnel.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct TunnelKey {
     /// Whose SVID it shows; none: the node's.
     pub(crate) source: Option<ServiceName>,
@@ -121,6 +121,21 @@ impl Tunnels {
         let is_same = |slot: &Rc<Slot>| matches!(slot.dialled.get(), Some(Ok(held)) if Rc::ptr_eq(held, tunnel));
         if slots.get(key).is_some_and(is_same) {
             slots.remove(key);
+        }
+    }
+
+    /// Returns the keys of the tunnels that are open.
+    pub(crate) fn keys(&self) -> Vec<TunnelKey> {
+        let slots = self.slots.borrow();
+        let is_open = |slot: &Rc<Slot>| matches!(slot.dialled.get(), Some(Ok(_)));
+        slots.iter().filter(|(_, slot)| is_open(slot)).map(|(key, _)| key.clone()).collect()
+    }
+
+    /// Closes the tunnel of `key` with all its streams.
+    pub(crate) fn close(&self, key: &TunnelKey, code: quinn::VarInt, reason: &str) {
+        let slot = self.slots.borrow_mut().remove(key);
+        if let Some(Ok(tunnel)) = slot.as_ref().and_then(|slot| slot.dialled.get()) {
+            tunnel.connection.close(code, reason.as_bytes());
         }
     }
 

@@ -29,7 +29,7 @@ use super::open::OpenTunnels;
 use super::preamble::{Preamble, StreamKind};
 use super::runners::Runners;
 use super::tunnel::{Tunnel, TunnelKey, Tunnels};
-use super::{Died, Listeners, ProxyError, inbound, listener};
+use super::{Died, Listeners, ProxyError, dead, inbound, listener};
 use crate::catalogue::{Instance, ServiceEntry, SnapshotReader};
 use crate::clock;
 use crate::model::{HealthStatus, NodeName, ServiceName};
@@ -281,7 +281,7 @@ impl Worker {
         };
         tokio::select! {
             () = drained => {}
-            () = async { tokio::join!(listener::run(&self), inbound::run(&self), sweep, self.forget_vanished()); } => {}
+            () = async { tokio::join!(listener::run(&self), inbound::run(&self), sweep, self.forget_vanished(), dead::run(&self)); } => {}
         }
         self.closed.cancel();
         self.tunnels.clear();
@@ -378,6 +378,16 @@ impl Worker {
             return Err(format!("{} may not serve {destination}: its scope is `{scope}`", key.node));
         }
         Ok(tunnel)
+    }
+
+    /// Returns the tunnels.
+    pub(super) fn tunnels(&self) -> &Tunnels {
+        &self.tunnels
+    }
+
+    /// Asks a peer's host whether its mesh port is closed.
+    pub(super) async fn is_port_refused(&self, addr: SocketAddr) -> bool {
+        self.endpoint.is_port_refused(addr).await
     }
 
     /// Returns the catalogue.

@@ -1,7 +1,8 @@
 //! The control endpoint: gossip and join, on the control runtime.
 
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::Mutex;
 use tokio::task::JoinSet;
@@ -11,6 +12,7 @@ use super::bind::BindError;
 use super::credentials::{Credentials, NodeCredentials, peer_of};
 use super::error::ConnectError;
 use super::metrics::{ControlMetrics, Outcome};
+use super::port;
 use super::steer::{self, Lane};
 use super::tune::{self, HANDSHAKE_TIMEOUT, HANDSHAKES_MAX, RETRY_FROM};
 use super::worker::{connect, start, verified};
@@ -52,6 +54,7 @@ pub struct ControlTransport {
 #[derive(Debug)]
 struct Shared {
     endpoint: quinn::Endpoint,
+    local_ip: IpAddr,
     credentials: Arc<dyn Credentials>,
     /// The TLS side of newcomers, who have no certificate yet; others get the endpoint's own.
     join: Arc<quinn::ServerConfig>,
@@ -77,8 +80,9 @@ impl ControlTransport {
             let tls = credentials.server(plane).and_then(|tls| tune::server(plane, tls));
             tls.map_err(|reason| BindError::Tls { addr, reason })
         };
-        let mut join = None;
+        let (mut join, mut local_ip) = (None, IpAddr::from([0, 0, 0, 0]));
         let endpoint = start(socket, Lane::Control, reset_key, |addr| {
+            local_ip = addr.ip();
             join = Some(server(addr, Plane::Join)?);
             server(addr, Plane::Gossip)
         })?;
@@ -86,6 +90,7 @@ impl ControlTransport {
         Ok(Self {
             shared: Arc::new(Shared {
                 endpoint,
+                local_ip,
                 credentials,
                 join,
                 handshakes: Mutex::default(),
@@ -145,6 +150,22 @@ impl ControlTransport {
                 }
             }
         }
+    }
+
+    /// Tells whether `peer`'s host says that nobody has the port: asked twice, half a second at most. Silence is no.
+    ///
+    /// # Cancel safety
+    /// Cancelling gives the question up.
+    pub async fn is_port_refused(&self, peer: SocketAddr) -> bool {
+        port::is_refused(self.shared.local_ip, peer).await
+    }
+
+    /// Waits until `peer`'s host says, twice in a row, that nobody has the port; asks once in `every` (30 bytes of IP).
+    ///
+    /// # Cancel safety
+    /// Cancelling ends the watch.
+    pub async fn port_refused(&self, peer: SocketAddr, every: Duration) {
+        port::refused(self.shared.local_ip, peer, every).await;
     }
 
     /// Returns what became of the attempts so far.

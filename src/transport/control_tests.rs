@@ -100,6 +100,57 @@ async fn a_flood_of_garbage_leaves_the_endpoint_as_it_was() {
     assert_eq!(b.transport.counts(), ControlCounts { accepted: 1, failed, unverified: 0 });
 }
 
+#[tokio::test]
+async fn a_restart_with_the_key_kept_ends_the_peers_old_connections_at_once() {
+    let ca = ca("td");
+    let a = Control::start(&ca, "a");
+    let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let addr = socket.local_addr().unwrap();
+    let identity = identity(&ca, "b");
+    let run = |socket: UdpSocket| {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        socket.set_nonblocking(true).unwrap();
+        let entered = runtime.enter();
+        let transport = ControlTransport::new(socket, Arc::clone(&identity), [7; 64]).unwrap();
+        drop(entered);
+        let accepting = transport.clone();
+        // Kept: dropping it would close the connection in peace.
+        let (accepted, kept) = std::sync::mpsc::channel();
+        runtime.spawn(async move {
+            while let Some(next) = accepting.accept().await {
+                let _test_ended = accepted.send(next);
+            }
+        });
+        (runtime, transport, kept)
+    };
+    let (runtime, transport, kept) = run(socket);
+    let (connection, _) = within(a.transport.connect(addr, None)).await.unwrap();
+    kept.recv_timeout(Duration::from_secs(20)).unwrap();
+    // A crash: its tasks end where they are and nothing is said on the wire.
+    runtime.shutdown_background();
+    let rebound = within(async {
+        loop {
+            match UdpSocket::bind(addr) {
+                Ok(socket) => return socket,
+                Err(_still_held) => tokio::task::yield_now().await,
+            }
+        }
+    });
+    let (runtime, _restarted, _kept) = run(rebound.await);
+    let reason = within(async {
+        loop {
+            let _ended = connection.send_datagram(vec![0; 40].into());
+            tokio::select! {
+                reason = connection.closed() => return reason,
+                () = tokio::time::sleep(Duration::from_millis(20)) => {}
+            }
+        }
+    });
+    assert_eq!(reason.await, quinn::ConnectionError::Reset);
+    runtime.shutdown_background();
+    drop((transport, kept));
+}
+
 struct Control {
     transport: ControlTransport,
     addr: SocketAddr,
@@ -110,10 +161,8 @@ struct Control {
 
 impl Control {
     fn start(ca: &EphemeralCa, node: &str) -> Self {
-        let now = clock::wall();
-        let authority = ca.issuer().self_certify(&node.parse().unwrap(), &"*".parse().unwrap(), now).unwrap();
         let bound = bind((Ipv4Addr::LOCALHOST, 0).into(), 2).unwrap();
-        let transport = ControlTransport::new(bound.control, Identity::new(authority, now).unwrap(), [7; 64]).unwrap();
+        let transport = ControlTransport::new(bound.control, identity(ca, node), [7; 64]).unwrap();
         let metrics = Metrics::new();
         transport.register(&metrics).unwrap();
         Self { transport, addr: bound.addr, metrics, _workers: bound.workers }
@@ -151,6 +200,12 @@ fn newcomer(ca: &EphemeralCa, addr: SocketAddr, plane: Plane, alpn: &[u8]) -> (q
     let config = tune::client(plane, Arc::new(tls)).unwrap();
     let connecting = endpoint.connect_with(config, addr, "mesh.weft").unwrap();
     (endpoint, connecting)
+}
+
+fn identity(ca: &EphemeralCa, node: &str) -> Arc<Identity> {
+    let now = clock::wall();
+    let authority = ca.issuer().self_certify(&node.parse().unwrap(), &"*".parse().unwrap(), now).unwrap();
+    Identity::new(authority, now).unwrap()
 }
 
 fn ca(domain: &str) -> EphemeralCa {

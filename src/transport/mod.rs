@@ -9,6 +9,7 @@
 //!
 //! Invariants: every endpoint speaks TLS 1.3 with certificates of the mesh (join: the server's alone); a connection is
 //! handed out only after its peer is verified; every count of handshakes, streams and bytes has a bound (`tune`).
+//! Beside QUIC there is one more use of UDP: two bytes that ask whether a peer's port is still held (`port`).
 //! Not here: what is sent (`gossip`, `proxy`), how certificates come to be (`pki`), which tunnels are kept (`proxy`).
 
 mod bind;
@@ -16,6 +17,7 @@ mod control;
 mod credentials;
 mod error;
 mod metrics;
+mod port;
 mod socket;
 mod steer;
 mod tune;

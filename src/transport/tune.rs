@@ -42,8 +42,12 @@ const MTU_BOUND_BYTES: u16 = 6_500;
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
 /// Silence after which a tunnel is given up, and what waits on it tried elsewhere: three keep-alives.
 const TUNNEL_IDLE: Duration = Duration::from_secs(15);
-/// Silence after which a gossip or join connection is given up; it costs one handshake to have it back.
-const CONTROL_IDLE: Duration = Duration::from_secs(30);
+/// Silence after which a join connection is given up.
+const JOIN_IDLE: Duration = Duration::from_secs(30);
+/// Silence after which a gossip connection is given up. A member is probed by one other about once in (members x probe
+/// period): with 256 links that is 3 min, and a shorter limit would buy a handshake for nearly every probe. A peer that
+/// restarts resets what it does not know; one that is gone is closed when membership says so.
+const GOSSIP_IDLE: Duration = Duration::from_mins(10);
 /// Datagrams that wait for the owner task, in bytes: about 200 packets.
 const DATAGRAM_BUFFER_BYTES: usize = 256 << 10;
 /// Connection attempts that wait to be accepted, per endpoint; quinn refuses the next.
@@ -103,7 +107,7 @@ pub fn client(plane: Plane, tls: Arc<rustls::ClientConfig>) -> Result<ClientConf
 
 fn transport(plane: Plane, role: Role) -> Arc<TransportConfig> {
     let mut config = TransportConfig::default();
-    let idle = |limit: Duration| IdleTimeout::try_from(limit).expect("a minute fits the wire's milliseconds");
+    let idle = |limit: Duration| IdleTimeout::try_from(limit).expect("minutes fit the wire's milliseconds");
     let windows = match plane {
         Plane::Tunnel => TUNNEL_WINDOWS,
         Plane::Gossip => GOSSIP_WINDOWS,
@@ -128,11 +132,11 @@ fn transport(plane: Plane, role: Role) -> Arc<TransportConfig> {
         Plane::Gossip => {
             config.max_concurrent_bidi_streams(GOSSIP_STREAMS.into()).max_concurrent_uni_streams(GOSSIP_STREAMS.into());
             config.datagram_receive_buffer_size(Some(DATAGRAM_BUFFER_BYTES));
-            config.datagram_send_buffer_size(DATAGRAM_BUFFER_BYTES).max_idle_timeout(Some(idle(CONTROL_IDLE)));
+            config.datagram_send_buffer_size(DATAGRAM_BUFFER_BYTES).max_idle_timeout(Some(idle(GOSSIP_IDLE)));
         }
         Plane::Join => {
             config.max_concurrent_bidi_streams(JOIN_STREAMS.into()).max_concurrent_uni_streams(VarInt::from_u32(0));
-            config.datagram_receive_buffer_size(None).max_idle_timeout(Some(idle(CONTROL_IDLE)));
+            config.datagram_receive_buffer_size(None).max_idle_timeout(Some(idle(JOIN_IDLE)));
         }
     }
     Arc::new(config)

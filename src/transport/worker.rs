@@ -1,12 +1,13 @@
 //! The QUIC endpoint of one data-plane worker.
 
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::bind::BindError;
 use super::credentials::{Credentials, peer_of};
 use super::error::ConnectError;
+use super::port;
 use super::socket::MeshSocket;
 use super::steer::Lane;
 use super::tune;
@@ -30,6 +31,7 @@ pub(crate) struct Dialled {
 #[derive(Debug)]
 pub(crate) struct WorkerEndpoint {
     endpoint: quinn::Endpoint,
+    local_ip: IpAddr,
     credentials: Arc<dyn Credentials>,
 }
 
@@ -41,12 +43,14 @@ impl WorkerEndpoint {
         reset_key: &[u8; 64],
         credentials: Arc<dyn Credentials>,
     ) -> Result<Self, BindError> {
-        let server = |addr| {
+        let mut local_ip = IpAddr::from([0, 0, 0, 0]);
+        let server = |addr: SocketAddr| {
+            local_ip = addr.ip();
             let tls = credentials.server(Plane::Tunnel).and_then(|tls| tune::server(Plane::Tunnel, tls));
             tls.map_err(|reason| BindError::Tls { addr, reason })
         };
         let endpoint = start(socket, lane, reset_key, server)?;
-        Ok(Self { endpoint, credentials })
+        Ok(Self { endpoint, local_ip, credentials })
     }
 
     /// Waits for the next attempt to connect; none when closed.
@@ -68,6 +72,11 @@ impl WorkerEndpoint {
         let connection = connect(&self.endpoint, config, addr, limit).await?;
         let peer = verified(&*self.credentials, &connection, addr, Some(node))?;
         Ok(Dialled { connection, peer, not_after: tls.not_after })
+    }
+
+    /// Tells whether `peer`'s host says that nobody has the port; asked once, 250 ms at most. Silence is no.
+    pub(crate) async fn is_port_refused(&self, peer: SocketAddr) -> bool {
+        port::is_refused_once(self.local_ip, peer).await
     }
 
     /// Tells who the peer of an accepted connection is.

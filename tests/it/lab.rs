@@ -83,7 +83,23 @@ impl Lab {
         run(Command::new("ip").args(["netns", "exec", &a.netns, "nft", rules])).unwrap();
     }
 
-    /// Undoes [`Lab::cut`].
+    /// Drops everything between the hosts of `a` and those of `b`, both ways; within each side all goes on.
+    #[track_caller]
+    pub(crate) fn split(&self, a: &[Host], b: &[Host]) {
+        for (side, others) in [(a, b), (b, a)] {
+            let others: Vec<String> = others.iter().map(|host| host.ip.to_string()).collect();
+            let rules = format!(
+                "add table inet cut; add chain inet cut in {{ type filter hook input priority 0; }}; \
+                 add rule inet cut in ip saddr {{ {} }} drop",
+                others.join(", ")
+            );
+            for host in side {
+                run(Command::new("ip").args(["netns", "exec", &host.netns, "nft", &rules])).unwrap();
+            }
+        }
+    }
+
+    /// Undoes [`Lab::cut`], and [`Lab::split`] on one host.
     #[track_caller]
     pub(crate) fn heal(&self, a: &Host) {
         run(Command::new("ip").args(["netns", "exec", &a.netns, "nft", "delete table inet cut"])).unwrap();

@@ -25,6 +25,7 @@ mod lab;
 mod loopback;
 mod netns_bad_input;
 mod netns_cluster;
+mod netns_faults;
 #[path = "../sim/mod.rs"]
 mod sim;
 mod simulated;

@@ -387,7 +387,7 @@ impl World {
                 }
             }
             engine::Event::Conflict { theirs, .. } => self.conflicts.push((host, theirs.addr)),
-            engine::Event::Joined { failed, peers } => {
+            engine::Event::Joined { failed, peers, .. } => {
                 if peers.is_empty() {
                     self.join_failures.extend(failed.into_iter().map(|(_, reason)| (host, reason)));
                 }

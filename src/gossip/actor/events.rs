@@ -19,7 +19,20 @@ impl Actor {
                 log_member(&node, addr, before, after);
             }
             Event::MemberChanged { .. } => {}
-            Event::Isolated => warn!("no other member answers: this node may be cut off"),
+            Event::Isolated => {
+                self.metrics.isolated.set(1);
+                warn!("this node is isolated: no other member answers it; it goes on calling those that it knows");
+            }
+            Event::Connected => {
+                self.metrics.isolated.set(0);
+                info!("this node is connected again");
+            }
+            Event::GoodbyeHeard(heard) => {
+                info!(heard, "the goodbye was heard");
+                if heard > 0 {
+                    self.goodbye_over();
+                }
+            }
             Event::Renewed(id) => {
                 info!(renewals = id.life.renewals, "the mesh took this node for gone; it is back");
             }
@@ -42,7 +55,7 @@ impl Actor {
                     );
                 }
             }
-            Event::Joined { peers, failed } => log_joined(&peers, &failed),
+            Event::Joined { in_vain, peers, failed } => log_joined(in_vain, &peers, &failed),
             Event::PacketRefused { from, reason } => {
                 self.metrics.refused.with_label_values(&[reason.to_string()]).inc();
                 if reason == crate::membership::Refused::Sender {
@@ -91,6 +104,8 @@ impl Actor {
             addr: node.mesh_addr,
             status: self.engine.status_of(&node.name),
             generation: self.engine.generation(),
+            since: self.engine.started_at(),
+            forgotten_at: None,
             info: Some(Arc::new(node.clone())),
         };
         let mut members = vec![own];
@@ -99,6 +114,8 @@ impl Actor {
             addr: member.id.addr,
             status: member.status,
             generation: member.id.life.generation,
+            since: member.since(),
+            forgotten_at: self.engine.membership().forgotten_at(member),
             info: info(&member.id.name),
         }));
         members.sort_by(|a, b| a.name.cmp(&b.name));
@@ -123,9 +140,12 @@ fn log_member(node: &NodeName, addr: Option<SocketAddr>, before: Option<MemberSt
     }
 }
 
-fn log_joined(peers: &[MeshId], failed: &[(String, String)]) {
+fn log_joined(in_vain: u32, peers: &[MeshId], failed: &[(String, String)]) {
     if !failed.is_empty() && peers.is_empty() {
-        warn!(targets = failed.len(), reasons = reasons(failed), "could not join");
+        // It is tried for ever: every line but the first few would say the same.
+        if in_vain.is_power_of_two() || in_vain == 0 {
+            warn!(targets = failed.len(), attempts = in_vain, reasons = reasons(failed), "could not join");
+        }
     } else if !failed.is_empty() {
         info!(targets = failed.len(), reasons = reasons(failed), "joined, but not through all");
     }

@@ -1,5 +1,6 @@
 //! What each message of an exchange changes, and what is said next.
 
+use super::joining::Incumbent;
 use super::message::{DELTAS_BYTES_MAX, DIGESTS_MAX, Exchange, Held, Message, Request, Stage, Step, SyncReply, Trade};
 use super::{Engine, Output, SYNCS_MAX, Turn};
 use crate::model::NodeName;
@@ -41,7 +42,14 @@ impl Engine {
 
     fn asked(&mut self, peer: &NodeName, request: Request, turn: &Turn<'_>) -> Step {
         match request {
-            Request::Hello(id) => Step::Last(Message::Hello(self.hello(peer, &id))),
+            Request::Hello(id) => Step::Last(Message::Hello(self.hello(peer, &id, Incumbent::Unasked))),
+            Request::Goodbye(leave) => {
+                // Nobody else's goodbye is taken this way.
+                if leave.node == *peer {
+                    self.core.learn_farewells(vec![leave], turn.now);
+                }
+                Step::Last(Message::Noted)
+            }
             Request::Pull(have) => Step::Last(Message::Deltas(self.deltas_for(&have))),
             Request::Sync { set_hash, farewells } => {
                 self.core.learn_farewells(farewells, turn.now);

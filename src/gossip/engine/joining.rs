@@ -53,6 +53,17 @@ pub enum Attempt {
     Outdated(Life),
 }
 
+/// What became of asking the holder of a name whether it lives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Incumbent {
+    /// Nobody was asked.
+    Unasked,
+    /// It answered at its address.
+    Answers,
+    /// It did not answer there.
+    Silent,
+}
+
 impl Attempt {
     /// Judges the `reply` of the peer that TLS verified as `peer`, reached at `addr`.
     ///
@@ -127,7 +138,13 @@ impl Engine {
     /// Takes over what an attempt to join brought.
     pub fn handle_joined(&mut self, cause: JoinCause, outcome: JoinOutcome, turn: &Turn<'_>) {
         let JoinOutcome { joined, failed, outdated } = outcome;
-        self.tell(Event::Joined { peers: joined.iter().map(|peer| peer.id.clone()).collect(), failed });
+        if cause == JoinCause::Engine {
+            self.is_joining = false;
+            self.is_doubted = false;
+            self.joins_in_vain = if joined.is_empty() { self.joins_in_vain.saturating_add(1) } else { 0 };
+        }
+        let in_vain = self.joins_in_vain;
+        self.tell(Event::Joined { in_vain, peers: joined.iter().map(|peer| peer.id.clone()).collect(), failed });
         if let Some(life) = outdated {
             self.outlive(life, turn);
         }
@@ -137,10 +154,6 @@ impl Engine {
             self.core.learn_farewells(peer.farewells, turn.now);
             self.core.announce(peer.id.clone(), turn.now);
             self.start_sync(&peer.id.name, JOIN_SYNC_ROUNDS);
-        }
-        if cause == JoinCause::Engine {
-            self.is_joining = false;
-            self.is_doubted = false;
         }
         self.settle(turn);
     }
@@ -163,7 +176,16 @@ impl Engine {
         self.are_members_dirty = true;
     }
 
-    pub(super) fn hello(&self, peer: &NodeName, id: &MeshId) -> HelloReply {
+    /// Returns the living member whose name `id` claims from another address: whether that one still answers decides,
+    /// since a restart elsewhere and a copy of its disk look alike.
+    pub fn incumbent(&self, peer: &NodeName, id: &MeshId) -> Option<&MeshId> {
+        let known = self.core.member(peer).filter(|_| id.name == *peer)?;
+        let is_alive = matches!(known.status, MemberStatus::Alive | MemberStatus::Leaving);
+        (is_alive && known.id.addr != id.addr).then_some(&known.id)
+    }
+
+    /// Answers the hello of the peer that TLS verified as `peer`.
+    pub fn hello(&self, peer: &NodeName, id: &MeshId, incumbent: Incumbent) -> HelloReply {
         let own = self.core.id();
         if id.name != *peer {
             return HelloReply::Refused(format!("certified as {peer}, but calls itself {}", id.name));
@@ -174,10 +196,11 @@ impl Engine {
         if self.core.has_left() {
             return HelloReply::Refused("this agent is leaving".to_owned());
         }
-        if let Some(known) = self.core.member(peer)
-            && let Some(refusal) = judge_newcomer(&known.id, known.status, id)
-        {
-            return refusal;
+        if let Some(known) = self.core.member(peer) {
+            let status = if incumbent == Incumbent::Silent { MemberStatus::Failed } else { known.status };
+            if let Some(refusal) = judge_newcomer(&known.id, status, id, incumbent) {
+                return refusal;
+            }
         }
         HelloReply::Welcome {
             id: own.clone(),
@@ -188,12 +211,13 @@ impl Engine {
 }
 
 /// Decides on a newcomer whose name is known; None: let it in.
-fn judge_newcomer(known: &MeshId, status: MemberStatus, newcomer: &MeshId) -> Option<HelloReply> {
+fn judge_newcomer(known: &MeshId, status: MemberStatus, newcomer: &MeshId, incumbent: Incumbent) -> Option<HelloReply> {
     let (theirs, ours) = (newcomer.life.generation, known.life.generation);
-    if theirs == ours || theirs.number > ours.number {
+    let is_alive = matches!(status, MemberStatus::Alive | MemberStatus::Leaving);
+    let is_later = theirs == ours || theirs.number > ours.number;
+    if is_later && !(is_alive && incumbent == Incumbent::Answers) {
         return None;
     }
-    let is_alive = matches!(status, MemberStatus::Alive | MemberStatus::Leaving);
     if is_alive && known.addr != newcomer.addr {
         return Some(HelloReply::Refused(format!(
             "the name {} is taken by a live node at {} (you are at {}); take another name, or stop that node first",
@@ -205,6 +229,8 @@ fn judge_newcomer(known: &MeshId, status: MemberStatus, newcomer: &MeshId) -> Op
 
 #[cfg(test)]
 mod tests {
+    use Incumbent::{Answers, Silent, Unasked};
+
     use super::*;
     use crate::model::Generation;
 
@@ -215,7 +241,7 @@ mod tests {
     #[test]
     fn a_newcomer_with_a_live_nodes_name_is_refused_with_both_addresses() {
         let known = id("10.0.0.1:8301", 1, 5);
-        let reply = judge_newcomer(&known, MemberStatus::Alive, &id("10.0.0.2:8301", 1, 9));
+        let reply = judge_newcomer(&known, MemberStatus::Alive, &id("10.0.0.2:8301", 1, 9), Unasked);
         let Some(HelloReply::Refused(text)) = reply else { panic!("{reply:?}") };
         assert!(text.contains("10.0.0.1:8301") && text.contains("10.0.0.2:8301"), "{text}");
     }
@@ -223,17 +249,30 @@ mod tests {
     #[test]
     fn a_restart_is_let_in_at_any_address_while_its_old_life_still_seems_alive() {
         let known = id("10.0.0.1:8301", 1, 5);
-        assert!(judge_newcomer(&known, MemberStatus::Alive, &id("10.0.0.2:8301", 2, 0)).is_none());
-        assert!(judge_newcomer(&known, MemberStatus::Alive, &known).is_none());
+        assert!(judge_newcomer(&known, MemberStatus::Alive, &id("10.0.0.2:8301", 2, 0), Unasked).is_none());
+        assert!(judge_newcomer(&known, MemberStatus::Alive, &known, Unasked).is_none());
+    }
+
+    #[test]
+    fn a_copy_of_a_living_nodes_disk_is_refused_with_both_addresses_and_a_silent_holder_gives_way() {
+        let known = id("10.0.0.1:8301", 1, 5);
+        let copy = id("10.0.0.2:8301", 2, 9);
+        let reply = judge_newcomer(&known, MemberStatus::Alive, &copy, Answers);
+        let Some(HelloReply::Refused(text)) = reply else { panic!("{reply:?}") };
+        assert!(text.contains("10.0.0.1:8301") && text.contains("10.0.0.2:8301"), "{text}");
+        assert!(judge_newcomer(&known, MemberStatus::Failed, &copy, Silent).is_none());
+        // A lost disk at a new address: the name is free, above the life that is remembered.
+        let lost = judge_newcomer(&known, MemberStatus::Failed, &id("10.0.0.2:8301", 1, 0), Silent);
+        assert!(matches!(lost, Some(HelloReply::Outdated(_))));
     }
 
     #[test]
     fn a_free_name_is_told_to_come_back_above_its_remembered_life() {
         let known = id("10.0.0.1:8301", 7, 5);
-        let gone = judge_newcomer(&known, MemberStatus::Failed, &id("10.0.0.2:8301", 1, 0));
+        let gone = judge_newcomer(&known, MemberStatus::Failed, &id("10.0.0.2:8301", 1, 0), Unasked);
         assert!(matches!(gone, Some(HelloReply::Outdated(life)) if life == known.life));
         // The disk was lost, the address is the same: the old process cannot be alive.
-        let same_addr = judge_newcomer(&known, MemberStatus::Alive, &id("10.0.0.1:8301", 1, 0));
+        let same_addr = judge_newcomer(&known, MemberStatus::Alive, &id("10.0.0.1:8301", 1, 0), Unasked);
         assert!(matches!(same_addr, Some(HelloReply::Outdated(_))));
     }
 }

@@ -3,6 +3,7 @@
 //! ```text
 //!   Hello(id)            -> Welcome{id, members, goodbyes} | Refused | Outdated
 //!   Pull(digests)        -> deltas
+//!   Goodbye(leave)       -> noted
 //!   Sync(hash, goodbyes) -> Same | Buckets(hashes)
 //!        Digests of the differing buckets -> deltas that the beginner lacks, digests of what it has newer
 //!        deltas ->
@@ -34,6 +35,8 @@ pub enum Request {
     Hello(MeshId),
     /// Asks for what the peer has newer than these.
     Pull(Vec<Digest>),
+    /// Says goodbye and asks to be told that it was heard.
+    Goodbye(Leave),
     /// Compares two replicas.
     Sync {
         /// Over everything that the beginner holds.
@@ -103,6 +106,8 @@ pub enum Message {
     Trade(Trade),
     /// Answers a pull, or ends a sync.
     Deltas(Vec<Delta>),
+    /// Answers a goodbye.
+    Noted,
     /// No message: the other side has ended the stream.
     End,
 }
@@ -120,6 +125,7 @@ impl Message {
             Self::Held(held) => wire::encode(held),
             Self::Trade(trade) => wire::encode(trade),
             Self::Deltas(deltas) => wire::encode(deltas),
+            Self::Noted => wire::encode(&true),
             Self::End => Ok(Vec::new()),
         }
     }
@@ -138,6 +144,8 @@ pub enum Stage {
     Greeting,
     /// Began: waits for the deltas that it pulls.
     Pulling,
+    /// Began: waits until its goodbye is noted.
+    Leaving,
     /// Began a sync: waits for the first answer.
     Opening {
         /// Further rounds after this one.
@@ -171,6 +179,7 @@ impl Stage {
             Self::Comparing => wire::decode(frame, FRAME_BYTES_MAX).map(Message::Held),
             Self::Taking | Self::Pulling => wire::decode(frame, FRAME_BYTES_MAX).map(Message::Deltas),
             Self::Greeting => wire::decode(frame, FRAME_BYTES_MAX).map(Message::Hello),
+            Self::Leaving => wire::decode::<bool>(frame, FRAME_BYTES_MAX).map(|_noted| Message::Noted),
             Self::Opening { .. } => wire::decode(frame, FRAME_BYTES_MAX).map(Message::Sync),
             Self::Trading { .. } => wire::decode(frame, FRAME_BYTES_MAX).map(Message::Trade),
             Self::Ending { .. } => Err(WireError::Trailing { bytes: frame.len() }),
@@ -198,6 +207,8 @@ pub enum Exchange {
     Sync(NodeName),
     /// A pull of this node's state.
     Pull(NodeName),
+    /// A goodbye to this peer.
+    Goodbye(NodeName),
 }
 
 impl Exchange {
@@ -206,6 +217,7 @@ impl Exchange {
         match self {
             Self::Sync(_) => "sync",
             Self::Pull(_) => "pull",
+            Self::Goodbye(_) => "goodbye",
         }
     }
 }

@@ -20,6 +20,7 @@
 //! (`gossip::targets`), the catalogue and the log (`gossip::actor`).
 
 mod answer;
+mod goodbye;
 mod joining;
 mod message;
 mod records;
@@ -37,7 +38,8 @@ use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use tokio::time::Instant;
 
-pub use self::joining::{Attempt, JoinCause, JoinOutcome, Welcomed};
+use self::goodbye::Goodbye;
+pub use self::joining::{Attempt, Incumbent, JoinCause, JoinOutcome, Welcomed};
 pub use self::message::{
     DELTAS_BYTES_MAX, DIGESTS_MAX, Ending, Exchange, Held, HelloReply, Message, Request, Stage, Step, SyncReply, Trade,
     WELCOME_MEMBERS_MAX,
@@ -62,6 +64,10 @@ const JOIN_PAUSE_MAX: Duration = Duration::from_secs(30);
 const DOUBT_TIME: Duration = Duration::from_secs(30);
 /// Most known peers that are tried per attempt, beside the seeds.
 const JOIN_PEERS_MAX: usize = 48;
+/// Silence of everybody after which a node takes itself for isolated: it asks somebody every half second.
+const SILENCE_MAX: Duration = Duration::from_secs(4);
+/// A timer that is served so late says that this process did not run.
+const SLEPT_MIN: Duration = Duration::from_secs(1);
 /// Most peers that are kept on disk.
 pub const STORED_PEERS_MAX: usize = 512;
 /// Most nodes whose refused records are remembered as told.
@@ -160,8 +166,12 @@ pub enum Event {
         /// What it is.
         after: Option<MemberStatus>,
     },
-    /// The last other member stopped answering.
+    /// Nobody else answers: this node may be cut off.
     Isolated,
+    /// Somebody answers again.
+    Connected,
+    /// So many peers have said that they heard this node's goodbye; no more are asked.
+    GoodbyeHeard(usize),
     /// The others took this node for failed; it is back under a new identity.
     Renewed(MeshId),
     /// A peer remembered a later life of this name; this one goes on above it.
@@ -179,6 +189,8 @@ pub enum Event {
     },
     /// An attempt to join has ended.
     Joined {
+        /// How many in a row, this one included, have brought nobody; 0 if this one has.
+        in_vain: u32,
         /// Who let this node in.
         peers: Vec<MeshId>,
         /// Target and reason.
@@ -234,6 +246,7 @@ pub struct Sizes {
 /// The gossip of one node.
 pub struct Engine {
     node: NodeInfo,
+    started_at: Instant,
     core: Core,
     replica: Replica,
     replica_params: replica::Params,
@@ -250,11 +263,19 @@ pub struct Engine {
     seeds: Vec<String>,
     known_peers: Vec<StoredPeer>,
     is_saving: bool,
+    /// Whether this life has kept any peers yet.
+    has_saved: bool,
     are_peers_dirty: bool,
     join_pause: Duration,
     next_join: Instant,
     join_attempts: usize,
+    /// Attempts of the engine's since the last one that brought somebody.
+    joins_in_vain: u32,
     is_joining: bool,
+    was_isolated: bool,
+    /// When any peer was last heard.
+    heard_at: Instant,
+    goodbye: Option<Goodbye>,
     /// The last time that the others took this node for gone.
     renewed_at: Option<Instant>,
     /// They did so again soon after: a peer may remember a later life of this name.
@@ -281,6 +302,7 @@ impl Engine {
         known_peers.retain(|peer| peer.name != name);
         known_peers.sort_by_key(|peer| !peer.alive);
         let mut engine = Self {
+            started_at: now,
             core: Core::new(id, params.profile, rng.random(), now),
             replica: Replica::new(name, params.generation, params.replica.clone()),
             replica_params: params.replica,
@@ -296,11 +318,16 @@ impl Engine {
             seeds: params.seeds,
             known_peers,
             is_saving: false,
+            has_saved: false,
             are_peers_dirty: false,
             join_pause: JOIN_PAUSE_MIN,
             next_join: now,
             join_attempts: 0,
+            joins_in_vain: 0,
             is_joining: false,
+            was_isolated: false,
+            heard_at: now,
+            goodbye: None,
             renewed_at: None,
             is_doubted: false,
             conflict_seen: None,
@@ -317,6 +344,11 @@ impl Engine {
     /// This node's facts.
     pub fn node(&self) -> &NodeInfo {
         &self.node
+    }
+
+    /// When it was made.
+    pub fn started_at(&self) -> Instant {
+        self.started_at
     }
 
     /// The generation of this life.
@@ -344,10 +376,22 @@ impl Engine {
         self.core.member(name).map_or(MemberStatus::Failed, |member| member.status)
     }
 
-    /// Tells whether no other member answers though some are known: this node may be cut off.
+    /// Tells whether nobody else answers, though there are others: this node may be cut off. Then what it says of others
+    /// is what it last knew.
     pub fn is_isolated(&self) -> bool {
+        self.was_isolated
+    }
+
+    /// Decides on it: nobody is left, or nobody was heard for [`SILENCE_MAX`]. A node whose own link is down so says it
+    /// before it has called each of the others dead.
+    fn find_isolation(&self, now: Instant) -> bool {
         let has_failed = || self.core.members().any(|member| member.status == MemberStatus::Failed);
-        self.core.alive_count() == 0 && !self.core.has_left() && has_failed()
+        let is_silent = now.saturating_duration_since(self.heard_at) >= SILENCE_MAX;
+        !self.core.has_left()
+            && match self.core.alive_count() {
+                0 => self.joins_in_vain > 0 || has_failed(),
+                _ => is_silent,
+            }
     }
 
     /// Returns how much is held.
@@ -378,6 +422,7 @@ impl Engine {
 
     /// Acts on `packet` from the peer that TLS verified as `from`.
     pub fn handle_packet(&mut self, from: &NodeName, packet: &[u8], turn: &Turn<'_>) {
+        self.heard_at = turn.now;
         if let Err(reason) = self.core.handle_packet(from, packet, turn.now) {
             self.tell(Event::PacketRefused { from: from.clone(), reason });
             if reason == Refused::Sender {
@@ -402,6 +447,7 @@ impl Engine {
             Exchange::Pull(node) => {
                 self.pulls.remove(node);
             }
+            Exchange::Goodbye(_) => self.goodbye_ended(ending),
         }
         self.settle(turn);
     }
@@ -418,14 +464,6 @@ impl Engine {
         self.is_saving = false;
     }
 
-    /// Says goodbye. What runs here is still shown here, as leaving.
-    pub fn leave(&mut self, turn: &Turn<'_>) {
-        self.core.leave(turn.now);
-        self.dirty.insert(self.node.name.clone());
-        self.are_members_dirty = true;
-        self.settle(turn);
-    }
-
     /// Says goodbye for a failed member; with `prune` everybody forgets it.
     ///
     /// # Errors
@@ -438,6 +476,10 @@ impl Engine {
 
     /// Runs what is due.
     pub fn handle_timeout(&mut self, turn: &Turn<'_>) {
+        if turn.now.saturating_duration_since(self.poll_timeout()) > SLEPT_MIN {
+            // This process was stopped: what the others sent meanwhile has yet to be read.
+            self.heard_at = turn.now;
+        }
         if self.core.poll_timeout() <= turn.now {
             self.core.handle_timeout(turn.now);
         }
@@ -452,7 +494,11 @@ impl Engine {
 
     /// Returns when [`Engine::handle_timeout`] wants to run.
     pub fn poll_timeout(&self) -> Instant {
-        self.core.poll_timeout().min(self.next_sync).min(self.join_at().unwrap_or(self.next_sync))
+        let next = self.core.poll_timeout().min(self.next_sync).min(self.join_at().unwrap_or(self.next_sync));
+        if self.was_isolated || self.core.alive_count() == 0 || self.core.has_left() {
+            return next;
+        }
+        next.min(self.heard_at + SILENCE_MAX)
     }
 
     /// Returns the next thing to do.
@@ -489,10 +535,28 @@ impl Engine {
         for report in self.replica.take_reports() {
             self.tell(Event::Report(report));
         }
+        if !self.has_saved && self.core.alive_count() > 0 {
+            // A crash right after the first join must find the way back, too.
+            self.save_peers();
+        }
+        self.say_goodbyes();
+        self.tell_isolation(turn.now);
     }
 
     fn tell(&mut self, event: Event) {
         self.outputs.push_back(Output::Event(event));
+    }
+
+    fn tell_isolation(&mut self, now: Instant) {
+        if self.core.alive_count() > 0 {
+            self.joins_in_vain = 0;
+        }
+        let is_isolated = self.find_isolation(now);
+        if is_isolated != self.was_isolated {
+            self.was_isolated = is_isolated;
+            self.are_members_dirty = true;
+            self.tell(if is_isolated { Event::Isolated } else { Event::Connected });
+        }
     }
 
     fn member_changed(
@@ -504,11 +568,16 @@ impl Engine {
     ) {
         self.are_members_dirty = true;
         self.are_peers_dirty = true;
+        if after == Some(MemberStatus::Alive) {
+            self.heard_at = turn.now;
+        }
         let addr = self.core.member(&node).map(|member| member.id.addr);
         self.tell(Event::MemberChanged { node: node.clone(), addr, before, after });
         match after {
             None | Some(MemberStatus::Left) => {
                 self.replica.remove(&node);
+                // Nor is it called after the next start.
+                self.known_peers.retain(|peer| peer.name != node);
                 self.outputs.push_back(Output::Close { peer: node.clone(), reason: "member left" });
             }
             // Its connection waits longer and longer between probes; once the path heals, a fresh one is faster.
@@ -519,9 +588,6 @@ impl Engine {
         }
         let was_alive = matches!(before, Some(MemberStatus::Alive | MemberStatus::Leaving));
         if was_alive && self.core.alive_count() == 0 && !self.core.has_left() {
-            if after == Some(MemberStatus::Failed) {
-                self.tell(Event::Isolated);
-            }
             self.join_pause = JOIN_PAUSE_MIN;
             self.next_join = turn.now + JOIN_PAUSE_MIN;
         }

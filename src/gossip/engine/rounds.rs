@@ -1,6 +1,7 @@
 //! What is done now and then: comparing, renewing the lease, ending others' leases, keeping peers.
 
 use rand::RngExt as _;
+use rand::seq::SliceRandom as _;
 
 use super::{Engine, Event, Output, STORED_PEERS_MAX, SYNC_ROUNDS, Turn};
 use crate::membership::Tracked;
@@ -25,22 +26,28 @@ impl Engine {
                 self.start_sync(&peer, SYNC_ROUNDS);
             }
         }
+        self.save_peers();
+    }
+
+    /// Has the peers kept that changed, unless that runs.
+    pub(super) fn save_peers(&mut self) {
         if !self.is_saving
             && let Some(peers) = self.unsaved_peers()
         {
             self.is_saving = true;
+            self.has_saved = true;
             self.are_peers_dirty = false;
             self.outputs.push_back(Output::SavePeers(peers));
         }
     }
 
     /// Returns the peers to keep if they changed since [`Output::SavePeers`]: also at the end of the agent.
-    pub fn unsaved_peers(&self) -> Option<Vec<StoredPeer>> {
+    pub fn unsaved_peers(&mut self) -> Option<Vec<StoredPeer>> {
         let peers = if self.are_peers_dirty { self.stored_peers() } else { Vec::new() };
         (!peers.is_empty()).then_some(peers)
     }
 
-    fn stored_peers(&self) -> Vec<StoredPeer> {
+    fn stored_peers(&mut self) -> Vec<StoredPeer> {
         let stored = |member: &Tracked| StoredPeer {
             name: member.id.name.clone(),
             addr: member.id.addr,
@@ -54,6 +61,8 @@ impl Engine {
                 peers.push(StoredPeer { alive: false, ..peer.clone() });
             }
         }
+        // In a mesh larger than the list every node keeps others: not all lose the same ones.
+        peers.shuffle(&mut self.rng);
         peers.sort_by_key(|peer| !peer.alive);
         peers.truncate(STORED_PEERS_MAX);
         peers
