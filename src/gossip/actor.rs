@@ -193,6 +193,7 @@ impl Actor {
             let now = clock::now();
             self.apply(event, now);
             if self.engine.poll_timeout() <= now {
+                self.drain_inputs(now);
                 // What sockets say of peers comes before the verdict over them.
                 self.tell_signs_of_life(now);
                 self.turn(now, Engine::handle_timeout);
@@ -247,6 +248,14 @@ impl Actor {
             }
             // What is due runs afterwards.
             Event::Stop | Event::Wake => {}
+        }
+    }
+
+    /// Hands over what has arrived: it counts before anybody is taken for silent. One queue's length at most.
+    fn drain_inputs(&mut self, now: Instant) {
+        for _ in 0..INPUTS_MAX {
+            let Ok(input) = self.inputs.try_recv() else { return };
+            self.input(input, now);
         }
     }
 

@@ -23,8 +23,8 @@ use crate::model::NodeName;
 const LATE: Duration = Duration::from_millis(200);
 /// An answer counts against a sentence for so long.
 const VETO: Duration = Duration::from_secs(1);
-/// How often a suspect is asked again by a node that found it silent: seven times within the longest suspicion of 20
-/// members, so that lost packets alone never make a sentence.
+/// How often a suspect is asked again by a node that found it silent: twelve times within the longest suspicion of
+/// 20 members, so that lost packets alone never make a sentence.
 const APPEAL_EVERY: Duration = Duration::from_millis(150);
 /// Least time between two refutations: whoever accuses faster gains nothing.
 const REFUTE_PAUSE: Duration = Duration::from_millis(500);
@@ -245,14 +245,11 @@ impl Core {
         heard.is_some_and(|at| now.saturating_duration_since(at) < VETO)
     }
 
-    /// Adds this node's own vote against `name` and has it signed.
+    /// Adds this node's own vote against `name` and has it signed. An answer since the check began has ended the check, so
+    /// there is nothing to veto here.
     pub(super) fn accuse(&mut self, name: &NodeName, incarnation: u16, certainty: Certainty, now: Instant) {
         let own = self.id().name.clone();
         let Some(life) = self.roster.find(name).map(|member| member.id.life) else { return };
-        if certainty == Certainty::Silent && self.has_veto(name, now) {
-            self.stats.vetoes += 1;
-            return;
-        }
         if self.profile.detector == Detector::Lifeguard {
             let suspicion = self.suspicions.entry(name.clone()).or_insert_with(|| Suspicion::new(life, now));
             suspicion.next_appeal = now + APPEAL_EVERY;

@@ -78,19 +78,19 @@ impl Core {
     }
 
     /// Takes a statement back that the owner was asked to sign; without a signature it is not spread.
-    pub fn handle_signed(&mut self, statement: Statement, now: Instant) {
+    pub fn handle_signed(&mut self, statement: &Statement, now: Instant) {
         let own = self.id().clone();
         let is_signed = !statement.signature().is_empty();
-        let is_spread = match &statement {
+        let is_spread = match statement {
             Statement::Life(claim) => claim.id == own && claim.incarnation == self.incarnation && !self.has_left,
             Statement::Leave(leave) => leave.by == own.name,
             Statement::Accuse(word) => word.accuser == own.name && !self.has_left,
         };
         if is_signed && is_spread {
-            if let Statement::Life(claim) = &statement {
+            if let Statement::Life(claim) = statement {
                 self.own_life = Some(claim.clone());
             }
-            if let Statement::Leave(leave) = &statement
+            if let Statement::Leave(leave) = statement
                 && let Some(member) = self.roster.find_mut(&leave.node)
             {
                 member.sign_farewell(leave);
@@ -101,7 +101,7 @@ impl Core {
             && leave.node == own.name
             && self.has_left
         {
-            self.goodbye = Some(leave);
+            self.goodbye = Some(leave.clone());
             let result = self.swim.leave_cluster(&mut self.effects);
             self.settle(result, now);
         }

@@ -269,9 +269,9 @@ impl Core {
     /// Makes the core of the node `id`, alone. Its first output asks for the signature over this life.
     pub fn new(id: MeshId, profile: Profile, seed: u64, now: Instant) -> Self {
         let mut rng = StdRng::seed_from_u64(seed);
-        let swim = swim(id.clone(), &profile, &mut rng);
         let mut ring = Ring::default();
         ring.insert(&id.name);
+        let swim = swim(id, &profile, &mut rng);
         let phase = profile.watch_period.mul_f64(rng.random_range(0.0..1.0));
         let when = When {
             reap: now + REAP_EVERY,

@@ -11,8 +11,8 @@
 //! | first check by one of two ring watchers, each once in 1.0 s with a phase of its own: (1 - t)^2 = 1 % | 0.90 s | 0.90 s | 0.90 s |
 //! | verdict: 300 ms direct, 300 ms through helpers | 0.60 s | 0.60 s | 0.60 s |
 //! | accusations reach everybody: log4 N hops, each at most the spreading pause and a packet's way, then rounds of 200 ms | 0.2 s | 0.4 s | 0.8 s |
-//! | suspicion with three confirmations: 350 ms x max(1, log10 N) | 0.46 s | 0.70 s | 1.05 s |
-//! | sum | 2.2 s | 2.6 s | 3.4 s |
+//! | suspicion with three confirmations: 500 ms x max(1, log10 N) | 0.65 s | 1.00 s | 1.50 s |
+//! | sum | 2.4 s | 2.9 s | 3.8 s |
 //!
 //! Promised are 3 s and, at 1,000, 5 s. Without confirmations the suspicion lasts three times as long.
 
@@ -69,7 +69,7 @@ impl Default for Profile {
             probe_rtt: Duration::from_millis(500),
             watch_period: Duration::from_millis(500),
             check_timeout: Duration::from_millis(300),
-            suspicion: Duration::from_millis(350),
+            suspicion: Duration::from_millis(500),
             suspicion_stretch: 3,
             confirmations: 3,
             gossip_period: Duration::from_millis(200),

@@ -13,7 +13,7 @@ impl Engine {
             self.tell(Event::Unsigned(error));
             Vec::new()
         });
-        self.core.handle_signed(statement.with_signature(signature), turn.now);
+        self.core.handle_signed(&statement.with_signature(signature), turn.now);
     }
 
     /// Checks with the certificates that the signer's records came with.

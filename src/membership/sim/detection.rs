@@ -26,11 +26,11 @@ fn crash_times(count: usize, seeds: std::ops::Range<u64>, refuses: bool) -> Vec<
 
 #[test]
 fn a_crash_is_seen_by_twenty_and_by_fifty_within_three_seconds() {
-    let twenty = crash_times(20, 0..60, false);
-    println!("N=20: median {:?}, worst of {} {:?}", twenty[30], twenty.len(), twenty.last());
+    let twenty = crash_times(20, 0..30, false);
+    println!("N=20: median {:?}, worst of {} {:?}", twenty[15], twenty.len(), twenty.last());
     assert!(twenty.last().is_some_and(|worst| *worst < 3 * SECOND), "{twenty:?}");
-    let fifty = crash_times(50, 0..10, false);
-    println!("N=50: median {:?}, worst of {} {:?}", fifty[5], fifty.len(), fifty.last());
+    let fifty = crash_times(50, 0..3, false);
+    println!("N=50: median {:?}, worst of {} {:?}", fifty[1], fifty.len(), fifty.last());
     assert!(fifty.last().is_some_and(|worst| *worst < 3 * SECOND), "{fifty:?}");
 }
 
@@ -118,7 +118,7 @@ fn scenario_06_a_node_stopped_for_ten_seconds_is_out_in_three_and_back_in_one() 
         mesh.pause(4);
         let out = mesh.run(10 * SECOND, |mesh| mesh.all_see(4, Some(MemberStatus::Failed)));
         assert!(out.is_some_and(|out| out < 3 * SECOND), "{out:?}");
-        mesh.pass(10 * SECOND - out.unwrap());
+        mesh.pass((10 * SECOND).saturating_sub(out.unwrap()));
         mesh.resume(4, seed % 2 == 0);
         let back = mesh.run(10 * SECOND, |mesh| mesh.all_see(4, Some(MemberStatus::Alive)));
         assert!(back.is_some_and(|back| back < SECOND), "{back:?}");
@@ -131,12 +131,12 @@ fn scenario_06_a_node_stopped_for_ten_seconds_is_out_in_three_and_back_in_one() 
 
 #[test]
 fn scenario_11_one_way_loss_at_one_node_leaves_the_others_alone() {
-    seeds(2, |seed| {
+    seeds(1, |seed| {
         let mut mesh = Mesh::joined(40, seed);
         mesh.pass(2 * SECOND);
         mesh.log.clear();
         mesh.deaf.insert(name(9), 0.8);
-        mesh.pass(60 * SECOND);
+        mesh.pass(40 * SECOND);
         let wronged = mesh.failures().find(|(_, at, of, _)| *at != name(9) && *of != name(9)).cloned();
         assert_eq!(wronged, None);
         let healthy = mesh.nodes.iter().filter(|(at, _)| **at != name(9));
@@ -167,15 +167,28 @@ fn false_positives(profile: &Profile, seed: u64, time: Duration) -> usize {
 
 #[test]
 fn lifeguard_wrongs_nobody_where_plain_swim_does() {
-    let time = Duration::from_secs(300);
-    let (mut ours, mut plain) = (0, 0);
-    for seed in 0..2 {
-        ours += false_positives(&Profile::default(), seed, time);
-        plain += false_positives(&Profile::plain(), seed, time);
-    }
-    println!("false positives in {} node-hours: {ours} with Lifeguard, {plain} without", 2 * 20 * 300 / 3600);
+    let time = Duration::from_secs(240);
+    let ours = false_positives(&Profile::default(), 1, time);
+    let plain = false_positives(&Profile::plain(), 1, time);
+    println!("false positives in {} node-minutes: {ours} with Lifeguard, {plain} without", 20 * 240 / 60);
     assert_eq!(ours, 0);
     assert!(plain >= 50, "{plain}: the comparison says nothing");
+}
+
+#[test]
+#[ignore = "takes minutes: cargo test --release --lib wrongs_nobody_in_many -- --ignored --nocapture"]
+fn lifeguard_wrongs_nobody_in_many_node_hours() {
+    let mut ours = 0;
+    let (runs, seconds) = (60, 3000);
+    for seed in 100..100 + runs {
+        let wronged = false_positives(&Profile::default(), seed, Duration::from_secs(seconds));
+        if wronged > 0 {
+            println!("seed {seed}: {wronged}");
+        }
+        ours += wronged;
+    }
+    println!("false positives in {} node-hours: {ours}", runs * seconds * 20 / 3600);
+    assert_eq!(ours, 0);
 }
 
 #[test]

@@ -41,8 +41,7 @@ fn tell(mesh: &mut Mesh, victim: usize, lie: Lie) {
     let packet = match lie {
         Lie::Said(statement) => {
             let mut packet = gossip(&from, &to, foca::Message::Gossip, None);
-            use bytes::BufMut as _;
-            packet.put_u16(0);
+            packet.extend_from_slice(&[0, 0]);
             assert!(append(&mut packet, &Broadcast::Said(liar_signs(statement))));
             packet
         }
@@ -231,9 +230,9 @@ fn carry(from: &mut Core, to: &mut Core, now: Instant) {
     while let Some(output) = from.poll_output() {
         match output {
             Output::Send { to: whom, packet } if whom.name == target => {
-                to.handle_packet(&source, &packet, now).unwrap()
+                to.handle_packet(&source, &packet, now).unwrap();
             }
-            Output::Sign(statement) => from.handle_signed(signed(&source, statement), now),
+            Output::Sign(statement) => from.handle_signed(&signed(&source, statement), now),
             Output::Verify(statement) => {
                 let verdict = verdict(&statement);
                 from.handle_verified(statement, verdict, now);
@@ -342,6 +341,32 @@ fn strangers_are_believed_with_a_proof_only() {
     assert!(core.member(&name(6)).is_none());
     core.handle_verified(signed(&name(6), Statement::Life(claim)), Verdict::Holds, now);
     assert_eq!(core.member(&name(6)).unwrap().status, MemberStatus::Alive);
+}
+
+#[test]
+fn invented_members_are_bounded_and_a_flood_of_forgeries_costs_a_bounded_number_of_checks() {
+    let mut mesh = Mesh::joined(3, 1);
+    let now = mesh.now;
+    let gone = |number| MemberEntry { id: id(number, 1), incarnation: 0, standing: Standing::Down };
+    mesh.at(1).learn((100..10_100).map(gone).collect(), now);
+    assert_eq!(mesh.at(1).members().count(), 2 + STRANGERS_MAX);
+
+    mesh.pass(2 * SECOND);
+    let (from, to, now) = (mesh.at(LIAR).id().clone(), mesh.at(2).id().clone(), mesh.now);
+    let (mut checks, mut packets) = (0, 0);
+    for number in 0..600 {
+        let mut packet = gossip(&from, &to, foca::Message::Gossip, None);
+        packet.extend_from_slice(&[0, 0]);
+        let claim = LifeClaim { id: id(20_000 + number, 1), incarnation: 0, signature: Vec::new() };
+        assert!(append(&mut packet, &Broadcast::Said(liar_signs(Statement::Life(claim)))));
+        mesh.at(2).handle_packet(&name(LIAR), &packet, now).unwrap();
+        packets += 1;
+        let outputs = std::iter::from_fn(|| mesh.at(2).poll_output());
+        checks += outputs.filter(|output| matches!(output, Output::Verify(_))).count();
+    }
+    assert_eq!(packets, 600);
+    assert!((1..=105).contains(&checks), "{checks} signatures checked for one sender in one second");
+    assert!(mesh.at(2).stats().statements_dropped >= 495);
 }
 
 #[test]

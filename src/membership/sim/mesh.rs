@@ -136,9 +136,8 @@ fn a_failed_member_is_made_to_leave_and_a_live_one_refutes_it() {
 /// Returns the next packet, past what the owner would do in between.
 fn next_packet(core: &mut Core) -> Bytes {
     loop {
-        match core.poll_output().expect("a packet") {
-            Output::Send { packet, .. } => return packet,
-            _ => {}
+        if let Output::Send { packet, .. } = core.poll_output().expect("a packet") {
+            return packet;
         }
     }
 }

@@ -155,7 +155,7 @@ impl Mesh {
                         again.push(Broadcast::IHave { node, generation, version, hash });
                     }
                 }
-                Output::Sign(statement) => core.handle_signed(signed(at, statement), now),
+                Output::Sign(statement) => core.handle_signed(&signed(at, statement), now),
                 Output::Verify(statement) => {
                     let verdict = verdict(&statement);
                     core.handle_verified(statement, verdict, now);
