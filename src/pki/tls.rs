@@ -161,8 +161,8 @@ impl ClientCertVerifier for ClientVerifier {
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
         let chain = whole(end_entity, intermediates);
-        let authority = self.identity.authority();
-        verify::check_peer(&chain, authority.bundle(), UnixSeconds(now.as_secs())).map_err(refusal)?;
+        let bundle = self.identity.bundle();
+        verify::check_peer(&chain, &bundle, UnixSeconds(now.as_secs())).map_err(refusal)?;
         Ok(ClientCertVerified::assertion())
     }
 
@@ -185,8 +185,8 @@ impl ServerCertVerifier for ServerVerifier {
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
         let chain = whole(end_entity, intermediates);
-        let authority = self.identity.authority();
-        let peer = verify::check_peer(&chain, authority.bundle(), UnixSeconds(now.as_secs())).map_err(refusal)?;
+        let bundle = self.identity.bundle();
+        let peer = verify::check_peer(&chain, &bundle, UnixSeconds(now.as_secs())).map_err(refusal)?;
         let is_expected = self.expect.as_ref().is_none_or(|expect| *expect == peer.node);
         // A server speaks as a node: a service's SVID proves less than a server claims.
         if !is_expected || !matches!(peer.id, SpiffeId::Node { .. }) {

@@ -56,7 +56,7 @@ impl Credentials for NodeCredentials {
     }
 
     fn verify(&self, chain: &[CertificateDer<'_>]) -> Result<PeerIdentity, String> {
-        pki::verify_peer(chain, self.0.authority().bundle(), clock::wall()).map_err(|error| Chain(&error).to_string())
+        pki::verify_peer(chain, &self.0.bundle(), clock::wall()).map_err(|error| Chain(&error).to_string())
     }
 }
 

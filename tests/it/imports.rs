@@ -15,6 +15,7 @@ fn rules() -> BTreeMap<&'static str, &'static [&'static str]> {
         ("metrics", &[]),
         ("telemetry", &[]),
         ("pki", FOUNDATION),
+        ("policy", &["clock", "model", "pki", "wire"]),
         ("membership", FOUNDATION),
         ("replica", FOUNDATION),
         ("routing", &["model", "catalogue", "clock"]),
