@@ -190,7 +190,8 @@ mod tests {
             (DocumentKey::load(&dir, Signatory::Root).unwrap(), DocumentKey::load(&dir, Signatory::Operator).unwrap());
         let bundle = root.bundle().unwrap();
         let check = |key: &DocumentKey, content: &[u8], at| {
-            verify_document(key.certificate(), content, &key.sign(b"content").unwrap(), &bundle, at).map(|found| found.0)
+            verify_document(key.certificate(), content, &key.sign(b"content").unwrap(), &bundle, at)
+                .map(|found| found.0)
         };
         assert_eq!(check(&root, b"content", NOW), Ok(DocumentSigner::Root));
         assert_eq!(check(&operator, b"content", NOW), Ok(DocumentSigner::Operator("operator".parse().unwrap())));
@@ -200,7 +201,9 @@ mod tests {
 
         let foreign = ephemeral(&"td".parse().unwrap(), NOW).unwrap();
         let node = foreign.issuer().self_certify(&"a".parse().unwrap(), &"*".parse().unwrap(), NOW).unwrap();
-        for (certificate, bundle) in [(&node.chain()[0], foreign.issuer().bundle()), (operator.certificate(), foreign.issuer().bundle())] {
+        for (certificate, bundle) in
+            [(&node.chain()[0], foreign.issuer().bundle()), (operator.certificate(), foreign.issuer().bundle())]
+        {
             let signature = node.sign(b"content").unwrap();
             assert!(verify_document(certificate, b"content", &signature, bundle, NOW).is_err());
         }

@@ -516,6 +516,18 @@ pub fn verify_peer(
     Ok(check_peer(chain, bundle, now)?)
 }
 
+/// As [`verify_peer`]; returns also what is to be remembered of the chain while the connection lives.
+///
+/// # Errors
+/// [`PkiError::Verify`] with the rule that is broken.
+pub fn verify_presented(
+    chain: &[CertificateDer<'_>],
+    bundle: &TrustBundle,
+    now: UnixSeconds,
+) -> Result<(PeerIdentity, Presented), PkiError> {
+    Ok(check_presented(chain, bundle, now)?)
+}
+
 /// As [`verify_peer`], with the plain error.
 pub(super) fn check_peer(
     chain: &[CertificateDer<'_>],

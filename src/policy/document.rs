@@ -275,11 +275,7 @@ impl Document {
     pub fn digest(&self) -> DocumentDigest {
         let mut first = [0; 8];
         first.iter_mut().zip(&self.hash).for_each(|(to, from)| *to = *from);
-        DocumentDigest {
-            id: self.content.id.clone(),
-            version: self.content.version,
-            hash: u64::from_be_bytes(first),
-        }
+        DocumentDigest { id: self.content.id.clone(), version: self.content.version, hash: u64::from_be_bytes(first) }
     }
 }
 

@@ -178,7 +178,8 @@ impl DocumentSet {
                 return Ok(Offered::Known);
             }
             is_fork = ours.version == digest.version;
-            let is_known_fork = is_fork && self.forks.contains(&Fork { id: digest.id.clone(), version: digest.version });
+            let is_known_fork =
+                is_fork && self.forks.contains(&Fork { id: digest.id.clone(), version: digest.version });
             if !digest.replaces(&ours) && (!is_fork || is_known_fork) {
                 return Ok(Offered::Older);
             }
@@ -244,9 +245,7 @@ impl DocumentSet {
         }
         match (&signer, content.id.kind) {
             (DocumentSigner::Root, _) | (DocumentSigner::Operator(_), DocumentKind::Revocation) => Ok(signer),
-            (DocumentSigner::Operator(_), DocumentKind::Bundle) => {
-                Err(Refused::NotAllowed { id: content.id.clone() })
-            }
+            (DocumentSigner::Operator(_), DocumentKind::Bundle) => Err(Refused::NotAllowed { id: content.id.clone() }),
         }
     }
 
@@ -269,9 +268,8 @@ impl DocumentSet {
             .filter_map(|entry| if let Revoked::Key(key) = entry { Some(key) } else { None })
             .collect();
         let banned = &self.banned;
-        self.held.retain(|_, held| {
-            held.signer == DocumentSigner::Root || !banned.contains(&held.document.content().signer)
-        });
+        self.held
+            .retain(|_, held| held.signer == DocumentSigner::Root || !banned.contains(&held.document.content().signer));
         self.revocations = entries(self.held.values()).collect();
         self.bytes = self.held.values().map(|held| held.bytes).sum();
         self.roots = self.walk();

@@ -156,7 +156,8 @@ fn what_a_banned_operator_signed_is_void_before_and_after() {
     let mesh = mesh();
     let by_operator = revoke(&mesh.operator, "a", 1, 7);
     let ban = content("operator", 1, vec![Revoked::Key(mesh.operator.spki().unwrap())]);
-    let (ban, powerless) = (Document::sign(ban.clone(), &mesh.root).unwrap(), Document::sign(ban, &mesh.operator).unwrap());
+    let (ban, powerless) =
+        (Document::sign(ban.clone(), &mesh.root).unwrap(), Document::sign(ban, &mesh.operator).unwrap());
     let (mut first, mut second) = (mesh.set(), mesh.set());
     first.offer(by_operator.clone(), NOW).unwrap();
     first.offer(ban.clone(), NOW).unwrap();

@@ -39,10 +39,11 @@ use self::worker::Setup;
 use crate::catalogue::SnapshotReader;
 use crate::metrics::Metrics;
 use crate::pki::Identity;
-use crate::transport::{BindError, Credentials, Lane, NodeCredentials};
+use crate::transport::{BindError, Credentials, Lane, LiveConnections, NodeCredentials};
 
 pub use open::{OpenTunnel, OpenTunnels};
 pub(crate) use preamble::StreamKind;
+pub(crate) use tunnel::Lease;
 pub(crate) use worker::{Caller, OpenError, Opened, Route, Source, Worker};
 
 pub(crate) use crate::routing::Tried;
@@ -168,8 +169,14 @@ fn start(params: StartParams, metrics: &Metrics) -> Result<ProxyHandle, ProxyErr
     let drain = params.stop.child_token();
     let draining = TaskTracker::new();
     let workers = u8::try_from(params.sockets.len()).unwrap_or(u8::MAX);
-    let mut handle =
-        ProxyHandle { threads: Vec::new(), drain, died: Arc::clone(&died), listeners, open: OpenTunnels::default() };
+    let mut handle = ProxyHandle {
+        threads: Vec::new(),
+        drain,
+        died: Arc::clone(&died),
+        listeners,
+        open: OpenTunnels::default(),
+        live: LiveConnections::default(),
+    };
     for (index, socket) in (0..workers).zip(params.sockets) {
         let setup = Setup {
             socket,
@@ -177,6 +184,7 @@ fn start(params: StartParams, metrics: &Metrics) -> Result<ProxyHandle, ProxyErr
             index: usize::from(index),
             reset_key: params.reset_key,
             credentials: Arc::clone(&params.credentials),
+            live: handle.live.clone(),
             snapshot: params.snapshot.clone(),
             shared_http: params.shared_http,
             listener_retry: params.listener_retry,
@@ -211,6 +219,7 @@ pub struct ProxyHandle {
     died: Arc<watch::Sender<Died>>,
     listeners: Arc<watch::Sender<Listeners>>,
     open: OpenTunnels,
+    live: LiveConnections,
 }
 
 /// Tells when a worker dies. Cheap to clone.
@@ -235,6 +244,11 @@ impl ProxyHandle {
     /// Returns the list of open tunnels; it stays current.
     pub fn tunnels(&self) -> OpenTunnels {
         self.open.clone()
+    }
+
+    /// Returns the open tunnels of all workers, to be held against what is trusted.
+    pub fn live(&self) -> LiveConnections {
+        self.live.clone()
     }
 
     /// Returns how the local ports fare, and wakes at each change.
