@@ -1,36 +1,34 @@
-//! The gossip task: `select -> apply -> settle`.
+//! The gossip task: `select -> apply -> settle`, the engine's sockets, streams and log.
 
-mod joining;
-mod records;
-mod view;
+mod events;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use quinn::Connection;
-use rand::rngs::StdRng;
-use rand::{RngExt as _, SeedableRng as _};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
-use super::exchange::{self, ExchangeError, Held, HelloReply, SyncReply, Trade};
+use super::engine::{self, Ending, Engine, Exchange, JoinCause, Message, Output, Stage, Step, Turn};
+use super::exchange::{self, ExchangeError};
 use super::links::{Links, Sent};
 use super::metrics::GossipMetrics;
 use super::targets::{self, Outcome};
+use super::trust::{Signer, Verifier};
 use super::{Command, GossipError, GossipParams, Members, PeerStore, Prune};
 use crate::catalogue::builder::Builder;
 use crate::catalogue::{LocalView, Publisher, Snapshot, SnapshotReader};
 use crate::clock;
-use crate::membership::{Core, ForceLeaveError, Leave, MeshId, Output, PACKET_BYTES_MAX, Profile};
-use crate::model::{Generation, MemberStatus, NodeInfo, NodeName, SpiffeId};
+use crate::membership::{ForceLeaveError, MeshId, PACKET_BYTES_MAX, Profile};
+use crate::model::{NodeName, SpiffeId};
 use crate::pki::Identity;
 use crate::registry::Publication;
-use crate::replica::{Applied, Delta, Digest, Params, Replica, Report};
+use crate::replica;
 use crate::store::StoredPeer;
 use crate::transport::{Accepted, ControlTransport};
 use crate::wire::{self, WireError};
@@ -41,22 +39,6 @@ const INPUTS_MAX: usize = 1024;
 const STREAMS_PER_PEER_MAX: usize = 16;
 /// Most packets under way on streams at once.
 const STREAM_SENDS_MAX: usize = 256;
-/// Most comparisons begun at once.
-const SYNCS_MAX: usize = 8;
-/// Most pulls at once.
-const PULLS_MAX: usize = 8;
-/// Rounds of a periodic comparison, and of the first one after a join, which moves the whole catalogue.
-const SYNC_ROUNDS: usize = 3;
-const JOIN_SYNC_ROUNDS: usize = 64;
-/// First and longest pause between attempts to join.
-const JOIN_PAUSE_MIN: Duration = Duration::from_millis(500);
-const JOIN_PAUSE_MAX: Duration = Duration::from_secs(30);
-/// Most known peers that are tried per attempt, beside the seeds.
-const JOIN_PEERS_MAX: usize = 48;
-/// Most peers that are kept on disk.
-const STORED_PEERS_MAX: usize = 512;
-/// Most nodes whose refused records are remembered as logged.
-const REFUSALS_MAX: usize = 1024;
 /// How long a goodbye has to leave the host: a handshake on a slow path and a retransmission.
 const LEAVE_FLUSH: Duration = Duration::from_millis(300);
 
@@ -65,22 +47,18 @@ const LEAVE_FLUSH: Duration = Duration::from_millis(300);
 pub(super) enum Input {
     Packet(NodeName, Bytes),
     Unreadable(&'static str),
-    Hello(NodeName, MeshId, oneshot::Sender<HelloReply>),
-    Pull(Vec<Digest>, oneshot::Sender<Vec<Delta>>),
-    Summary(oneshot::Sender<(u64, Vec<Leave>)>),
-    Sync(u64, Vec<Leave>, oneshot::Sender<SyncReply>),
-    Differing(Vec<u64>, oneshot::Sender<Held>),
-    Compare(Held, oneshot::Sender<Trade>),
-    Deliver(NodeName, Trade, oneshot::Sender<Vec<Delta>>),
+    Heard { peer: NodeName, stage: Stage, message: Message, reply: oneshot::Sender<Step> },
 }
+
+/// Who waits for the end of an attempt to join; nobody, if the engine began it.
+type JoinReply = Option<oneshot::Sender<Result<usize, GossipError>>>;
 
 /// How a piece of work that the task began has ended.
 #[derive(Debug)]
 enum Done {
     Dialled(MeshId, Result<Connection, String>),
-    Joined(Outcome, Option<oneshot::Sender<Result<usize, GossipError>>>),
-    Synced(NodeName, Result<bool, ExchangeError>),
-    Pulled { node: NodeName, from: NodeName, result: Result<Vec<Delta>, ExchangeError> },
+    Joined(Outcome, JoinReply),
+    Exchanged { peer: NodeName, exchange: Exchange, result: Result<(), ExchangeError> },
     ConnectionEnded(NodeName, usize),
     Saved,
     PacketSent,
@@ -100,9 +78,7 @@ enum Event {
 
 /// The task's state.
 pub(super) struct Actor {
-    node: NodeInfo,
-    core: Core,
-    replica: Replica,
+    engine: Engine,
     builder: Builder,
     publisher: Publisher,
     members: watch::Sender<Arc<Members>>,
@@ -118,33 +94,21 @@ pub(super) struct Actor {
     work: JoinSet<Done>,
     stop: CancellationToken,
     metrics: GossipMetrics,
-    rng: StdRng,
-    /// Nodes whose records or status changed in this turn.
-    dirty: BTreeSet<NodeName>,
-    are_members_dirty: bool,
-    sync_interval: Duration,
-    next_sync: Instant,
-    syncs: BTreeSet<NodeName>,
-    pulls: BTreeSet<NodeName>,
     stream_sends: usize,
-    seeds: Vec<String>,
-    known_peers: Vec<StoredPeer>,
     peer_store: Arc<dyn PeerStore>,
-    is_saving: bool,
-    are_peers_dirty: bool,
-    join_pause: Duration,
-    next_join: Instant,
-    join_attempts: usize,
-    is_joining: bool,
-    conflict_seen: Option<MeshId>,
-    /// Nodes whose records were refused and logged.
-    refusals: BTreeSet<NodeName>,
 }
 
 impl std::fmt::Debug for Actor {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Actor").field("core", &self.core).finish_non_exhaustive()
+        f.debug_struct("Actor").field("engine", &self.engine).finish_non_exhaustive()
     }
+}
+
+/// Calls `act` with the time and the keys of this moment.
+fn with_turn<T>(identity: &Identity, now: Instant, act: impl FnOnce(&Turn<'_>) -> T) -> T {
+    let wall = clock::wall();
+    let (signer, verifier) = (Signer::new(identity), Verifier::new(identity, wall));
+    act(&Turn { now, wall, signer: &signer, verifier: &verifier })
 }
 
 impl Actor {
@@ -155,15 +119,22 @@ impl Actor {
     ) -> (Self, watch::Receiver<Arc<Members>>, SnapshotReader) {
         let now = clock::now();
         let name = params.node.name.clone();
-        let id = MeshId::new(name.clone(), params.node.mesh_addr, params.generation);
         let (inputs_sender, inputs) = mpsc::channel(INPUTS_MAX);
         let (members, members_reader) = watch::channel(Arc::default());
-        let mut known_peers = params.known_peers;
-        known_peers.retain(|peer| peer.name != name);
-        known_peers.sort_by_key(|peer| !peer.alive);
+        let publication = Arc::clone(&params.publication.borrow());
+        let start = engine::Params {
+            node: params.node,
+            generation: params.generation,
+            profile: Profile::default(),
+            replica: replica::Params::default(),
+            records: publication.records.clone(),
+            seeds: params.seeds,
+            known_peers: params.known_peers,
+            sync_interval: params.sync_interval,
+        };
+        let engine = with_turn(&params.identity, now, |turn| Engine::new(start, rand::random(), turn));
         let mut actor = Self {
-            core: Core::new(id, Profile::default(), rand::random(), now),
-            replica: Replica::new(name.clone(), params.generation, Params::default()),
+            engine,
             builder: Builder::new(name.clone(), params.first_index),
             publisher: Publisher::new(Arc::new(empty_snapshot(name, params.first_index))),
             members,
@@ -179,28 +150,10 @@ impl Actor {
             work: JoinSet::new(),
             stop: params.stop,
             metrics,
-            rng: StdRng::seed_from_u64(rand::random()),
-            dirty: BTreeSet::new(),
-            are_members_dirty: true,
-            next_sync: now + params.sync_interval,
-            sync_interval: params.sync_interval,
-            syncs: BTreeSet::new(),
-            pulls: BTreeSet::new(),
             stream_sends: 0,
-            seeds: params.seeds,
-            known_peers,
             peer_store: params.peer_store,
-            is_saving: false,
-            are_peers_dirty: false,
-            join_pause: JOIN_PAUSE_MIN,
-            next_join: now,
-            join_attempts: 0,
-            is_joining: false,
-            conflict_seen: None,
-            refusals: BTreeSet::new(),
-            node: params.node,
         };
-        actor.publish(now);
+        actor.builder.set_local(publication.view.clone());
         actor.settle(now);
         let reader = actor.publisher.reader();
         (actor, members_reader, reader)
@@ -208,7 +161,8 @@ impl Actor {
 
     /// Runs until the token ends it.
     pub(super) async fn run(mut self) {
-        info!(node = %self.node.name, addr = %self.node.mesh_addr, generation = %self.generation(), "gossip started");
+        let node = self.engine.node();
+        info!(node = %node.name, addr = %node.mesh_addr, generation = %self.engine.generation(), "gossip started");
         loop {
             let event = self.select().await;
             if matches!(event, Event::Stop) {
@@ -216,12 +170,14 @@ impl Actor {
             }
             let now = clock::now();
             self.apply(event, now);
+            if self.engine.poll_timeout() <= now {
+                self.turn(now, Engine::handle_timeout);
+            }
             self.settle(now);
         }
         self.links.close_every("agent stops");
         self.work.shutdown().await;
-        let peers = self.stored_peers();
-        if self.are_peers_dirty && !peers.is_empty() {
+        if let Some(peers) = self.engine.unsaved_peers() {
             let store = Arc::clone(&self.peer_store);
             if let Err(error) = tokio::task::spawn_blocking(move || store.save(peers)).await {
                 error!(%error, "known peers were not saved");
@@ -231,7 +187,7 @@ impl Actor {
 
     /// Waits for the next event. Cancel safe: every branch is.
     async fn select(&mut self) -> Event {
-        let wake = self.core.poll_timeout().min(self.next_sync).min(self.join_at().unwrap_or(self.next_sync));
+        let wake = self.engine.poll_timeout();
         tokio::select! {
             () = self.stop.cancelled() => Event::Stop,
             Some(command) = self.commands.recv() => Event::Command(command),
@@ -259,25 +215,18 @@ impl Actor {
             Event::Input(input) => self.input(input, now),
             Event::Done(done) => self.done(done, now),
             Event::Publication => {
-                self.publication.mark_unchanged();
-                self.publish(now);
+                let publication = Arc::clone(&self.publication.borrow_and_update());
+                self.builder.set_local(publication.view.clone());
+                self.turn(now, |engine, turn| engine.handle_records(publication.records.clone(), turn));
             }
-            // What is due runs below.
+            // What is due runs afterwards.
             Event::Stop | Event::Wake => {}
-        }
-        if self.core.poll_timeout() <= now {
-            self.core.handle_timeout(now);
-        }
-        if self.next_sync <= now {
-            self.tick(now);
-        }
-        if self.join_at().is_some_and(|at| at <= now) {
-            self.join_again(now);
         }
     }
 
-    fn generation(&self) -> Generation {
-        self.core.id().life.generation
+    /// Lets the engine act with the time and the keys of this moment.
+    fn turn<T>(&mut self, now: Instant, act: impl FnOnce(&mut Engine, &Turn<'_>) -> T) -> T {
+        with_turn(&self.identity, now, |turn| act(&mut self.engine, turn))
     }
 
     // Orders.
@@ -286,23 +235,46 @@ impl Actor {
         match command {
             Command::Join(targets, reply) => self.start_join(targets, Some(reply)),
             Command::Leave(reply) => {
-                info!(node = %self.node.name, "leaving the mesh");
-                self.core.leave(now);
-                self.dirty.insert(self.node.name.clone());
-                self.are_members_dirty = true;
+                info!(node = %self.engine.node().name, "leaving the mesh");
+                self.turn(now, Engine::leave);
                 self.work.spawn(async move {
                     tokio::time::sleep(LEAVE_FLUSH).await;
                     Done::LeaveFlushed(reply)
                 });
             }
             Command::ForceLeave(name, prune, reply) => {
-                let result = self.core.force_leave(&name, prune == Prune::Forget, now);
+                let is_pruned = prune == Prune::Forget;
+                let result = self.turn(now, |engine, turn| engine.force_leave(&name, is_pruned, turn));
                 let result = result.map_err(|error| match error {
                     ForceLeaveError::Unknown => GossipError::UnknownMember(name.to_string()),
                     ForceLeaveError::Alive => GossipError::MemberAlive(name),
                 });
                 answer(reply, result);
             }
+        }
+    }
+
+    fn start_join(&mut self, targets: Vec<String>, reply: JoinReply) {
+        let join = targets::join_all(self.transport.clone(), self.engine.membership().id().clone(), targets);
+        self.work.spawn(async move { Done::Joined(join.await, reply) });
+    }
+
+    fn joined(&mut self, outcome: Outcome, reply: JoinReply, now: Instant) {
+        let Outcome { join, connections } = outcome;
+        let cause = if reply.is_some() { JoinCause::Order } else { JoinCause::Engine };
+        let count = join.joined.len();
+        self.metrics.exchanged("join", count > 0);
+        let reasons = reasons(&join.failed);
+        for (peer, connection) in join.joined.iter().zip(connections) {
+            self.watch(&peer.id.name, connection.clone());
+            let waiting = self.links.accepted(&peer.id.name, connection);
+            self.resend(&peer.id, waiting, now);
+        }
+        self.turn(now, |engine, turn| engine.handle_joined(cause, join, turn));
+        match reply {
+            Some(reply) if count > 0 => answer(reply, Ok(count)),
+            Some(reply) => answer(reply, Err(GossipError::Join(reasons))),
+            None => {}
         }
     }
 
@@ -318,14 +290,14 @@ impl Actor {
             accepted.connection.close(0u32.into(), b"not a node's certificate");
             return;
         }
-        if peer.node == self.node.name {
-            self.conflict(&peer.node, accepted.connection.remote_address());
+        if peer.node == self.engine.node().name {
+            self.twin_connected(accepted.connection.remote_address());
             accepted.connection.close(0u32.into(), b"own name");
             return;
         }
         self.watch(&peer.node, accepted.connection.clone());
         let waiting = self.links.accepted(&peer.node, accepted.connection);
-        if let Some(id) = self.core.member(&peer.node).map(|member| member.id.clone()) {
+        if let Some(id) = self.engine.membership().member(&peer.node).map(|member| member.id.clone()) {
             self.resend(&id, waiting, now);
         }
     }
@@ -381,6 +353,23 @@ impl Actor {
         }
     }
 
+    fn begin(&mut self, peer: NodeName, exchange: Exchange, first: (Message, Stage), now: Instant) {
+        let Some(connection) = self.links.open(&peer).cloned() else {
+            self.turn(now, |engine, turn| engine.handle_end(&exchange, Ending::NoLink, turn));
+            return;
+        };
+        let carried = exchange::begin(connection, peer.clone(), first, self.inputs_sender.clone());
+        self.work.spawn(async move { Done::Exchanged { peer, exchange, result: carried.await } });
+    }
+
+    fn save_peers(&mut self, peers: Vec<StoredPeer>) {
+        let store = Arc::clone(&self.peer_store);
+        self.work.spawn_blocking(move || {
+            store.save(peers);
+            Done::Saved
+        });
+    }
+
     fn done(&mut self, done: Done, now: Instant) {
         match done {
             Done::Dialled(to, Ok(connection)) => {
@@ -396,176 +385,70 @@ impl Actor {
                 self.metrics.dropped.with_label_values(&["no_link"]).inc_by(lost as u64);
             }
             Done::Joined(outcome, reply) => self.joined(outcome, reply, now),
-            Done::Synced(peer, result) => {
-                self.syncs.remove(&peer);
-                self.metrics.exchanged("sync", result.is_ok());
+            Done::Exchanged { peer, exchange, result } => {
+                let kind = exchange.kind();
+                self.metrics.exchanged(kind, result.is_ok());
+                let ending = if result.is_ok() { Ending::Complete } else { Ending::Failed };
                 if let Err(error) = result {
-                    debug!(%peer, error = error.explain(None), "sync failed");
+                    debug!(%peer, kind, error = error.explain(None), "exchange failed");
                 }
-            }
-            Done::Pulled { node, from, result } => {
-                self.pulls.remove(&node);
-                self.metrics.exchanged("pull", result.is_ok());
-                match result {
-                    Ok(deltas) => self.take_pulled(&deltas, now),
-                    Err(error) => debug!(%from, error = error.explain(None), "pull failed"),
-                }
+                self.turn(now, |engine, turn| engine.handle_end(&exchange, ending, turn));
             }
             Done::ConnectionEnded(peer, stable_id) => self.links.ended(&peer, stable_id),
-            Done::Saved => self.is_saving = false,
+            Done::Saved => self.engine.peers_saved(),
             Done::PacketSent => self.stream_sends = self.stream_sends.saturating_sub(1),
             Done::LeaveFlushed(reply) => answer(reply, ()),
         }
     }
 
-    // What comes from peers.
-
     fn input(&mut self, input: Input, now: Instant) {
         match input {
-            Input::Packet(from, packet) => self.packet(&from, &packet, now),
+            Input::Packet(from, packet) => {
+                self.metrics.received.inc();
+                self.metrics.received_bytes.inc_by(packet.len() as u64);
+                self.turn(now, |engine, turn| engine.handle_packet(&from, &packet, turn));
+            }
             Input::Unreadable(reason) => self.metrics.refused.with_label_values(&[reason]).inc(),
-            Input::Hello(peer, id, reply) => answer(reply, self.hello(&peer, &id)),
-            Input::Pull(have, reply) => answer(reply, self.deltas_for(&have)),
-            Input::Summary(reply) => answer(reply, (self.replica.set_hash(), self.core.farewells())),
-            Input::Sync(set_hash, farewells, reply) => {
-                self.core.learn_farewells(farewells, now);
-                let is_same = set_hash == self.replica.set_hash();
-                let differs = || SyncReply::Buckets(self.replica.bucket_hashes());
-                answer(reply, if is_same { SyncReply::Same } else { differs() });
-            }
-            Input::Differing(theirs, reply) => answer(reply, self.held(&theirs)),
-            Input::Compare(held, reply) => {
-                let deltas = self.replica.newer_than(&held.buckets, &held.digests, exchange::DELTAS_BYTES_MAX);
-                let mut wanted = self.replica.wanted(&held.digests);
-                wanted.truncate(exchange::DIGESTS_MAX);
-                answer(reply, Trade { deltas, wanted });
-            }
-            Input::Deliver(peer, trade, reply) => {
-                for delta in &trade.deltas {
-                    if let Some(Applied::Behind) = self.merge(delta) {
-                        self.pull_whole(&peer, delta);
-                    }
-                }
-                answer(reply, self.deltas_for(&trade.wanted));
+            Input::Heard { peer, stage, message, reply } => {
+                let step = self.turn(now, |engine, turn| engine.handle_message(&peer, stage, message, turn));
+                answer(reply, step);
             }
         }
-    }
-
-    fn packet(&mut self, from: &NodeName, packet: &[u8], now: Instant) {
-        self.metrics.received.inc();
-        self.metrics.received_bytes.inc_by(packet.len() as u64);
-        if let Err(reason) = self.core.handle_packet(from, packet, now) {
-            self.metrics.refused.with_label_values(&[reason.to_string()]).inc();
-            if reason == crate::membership::Refused::Sender {
-                warn!(peer = %from, "peer speaks in another member's name; its connection is closed");
-                self.links.close(from, "the sender is not the member that the packet names");
-            }
-        }
-    }
-
-    // Rounds.
-
-    /// Compares with a random member, refreshes the own lease, ends others' leases, saves peers.
-    fn tick(&mut self, now: Instant) {
-        let jitter = self.rng.random_range(0.75..1.25);
-        self.next_sync = now + self.sync_interval.mul_f64(jitter);
-        self.publish(now);
-        for node in self.replica.expire(clock::wall()) {
-            info!(%node, "records ended: their node has not renewed them");
-            self.dirty.insert(node);
-        }
-        let count = self.core.alive_count();
-        if count > 0 {
-            let chosen = self.rng.random_range(0..count);
-            let peer = self.core.alive().nth(chosen).cloned();
-            if let Some(peer) = peer {
-                self.start_sync(&peer.name, SYNC_ROUNDS);
-                if self.links.open(&peer.name).is_none() {
-                    // The announce opens the link; the comparison follows with the next round.
-                    self.core.announce(peer, now);
-                }
-            }
-        }
-        if self.are_peers_dirty && !self.is_saving {
-            let (store, peers) = (Arc::clone(&self.peer_store), self.stored_peers());
-            if !peers.is_empty() {
-                self.is_saving = true;
-                self.are_peers_dirty = false;
-                self.work.spawn_blocking(move || {
-                    store.save(peers);
-                    Done::Saved
-                });
-            }
-        }
-    }
-
-    fn start_sync(&mut self, peer: &NodeName, rounds: usize) {
-        let Some(connection) = self.links.open(peer).cloned() else { return };
-        if self.syncs.len() >= SYNCS_MAX || !self.syncs.insert(peer.clone()) {
-            return;
-        }
-        let sync = exchange::sync(connection, peer.clone(), self.inputs_sender.clone(), rounds);
-        let peer = peer.clone();
-        self.work.spawn(async move { Done::Synced(peer, sync.await) });
-    }
-
-    fn stored_peers(&self) -> Vec<StoredPeer> {
-        let stored = |member: &crate::membership::Tracked| StoredPeer {
-            name: member.id.name.clone(),
-            addr: member.id.addr,
-            alive: member.status == MemberStatus::Alive,
-        };
-        let members = self.core.members().filter(|member| member.status != MemberStatus::Left);
-        let mut peers: Vec<StoredPeer> = members.map(stored).collect();
-        // Known from before and not heard of yet: still worth a call.
-        for peer in &self.known_peers {
-            if self.core.member(&peer.name).is_none() {
-                peers.push(StoredPeer { alive: false, ..peer.clone() });
-            }
-        }
-        peers.sort_by_key(|peer| !peer.alive);
-        peers.truncate(STORED_PEERS_MAX);
-        peers
     }
 
     // The end of each turn.
 
-    /// Carries out what the core wants and publishes what changed, once.
+    /// Carries out what the engine wants and publishes what changed, once.
     fn settle(&mut self, now: Instant) {
-        while let Some(output) = self.core.poll_output() {
+        while let Some(output) = self.engine.poll_output() {
             match output {
                 Output::Send { to, packet } => self.send(&to, packet, now),
-                Output::Received { from, broadcast } => self.received(&from, &broadcast, now),
-                Output::Changed { node, before, after } => self.member_changed(node, before, after, now),
-                Output::Conflict { theirs } => self.name_claimed(theirs),
-                Output::Renewed(id) => {
-                    info!(renewals = id.life.renewals, "the mesh took this node for gone; it is back");
-                    self.are_members_dirty = true;
+                Output::Close { peer, reason } => self.links.close(&peer, reason),
+                Output::Exchange { peer, exchange, message, stage } => {
+                    self.begin(peer, exchange, (message, stage), now);
                 }
+                Output::Join { targets } => self.start_join(targets, None),
+                Output::SavePeers(peers) => self.save_peers(peers),
+                Output::Event(event) => self.event(event),
             }
         }
-        for report in self.replica.take_reports() {
-            match report {
-                Report::OutOfScope { node, services, .. } => {
-                    warn!(%node, ?services, "services outside the node's serve scope are not shown");
-                }
-                Report::Fork { node, generation, version } => {
-                    warn!(%node, %generation, version, "a node signed two states of one version: is its disk a copy?");
-                }
-            }
-        }
-        for name in std::mem::take(&mut self.dirty) {
-            let status = self.status_of(&name);
-            self.builder.set_node(&name, self.replica.state(&name), status);
+        for name in self.engine.take_dirty() {
+            let status = self.engine.status_of(&name);
+            self.builder.set_node(&name, self.engine.replica().state(&name), status);
         }
         if let Some(snapshot) = self.builder.build() {
             self.publisher.publish(snapshot);
         }
-        if std::mem::take(&mut self.are_members_dirty) {
+        if self.engine.take_members_changed() {
             self.show_members();
         }
         self.metrics.connections.set(i64::try_from(self.links.count()).unwrap_or(i64::MAX));
     }
+}
+
+/// Returns one line per target that was not joined.
+fn reasons(failed: &[(String, String)]) -> String {
+    failed.iter().map(|(target, why)| format!("{target}: {why}")).collect::<Vec<_>>().join("\n")
 }
 
 /// Answers if the other side still waits.

@@ -1,78 +1,27 @@
-//! What two agents say on a stream: hello, pull, sync. Both sides.
+//! Carries the messages of exchanges over QUIC: one bidirectional stream each, bounded frames, an end to waiting.
 //!
 //! ```text
-//!   Hello(id)            -> Welcome{id, members, goodbyes} | Refused | Outdated
-//!   Pull(digests)        -> deltas
-//!   Sync(hash, goodbyes) -> Same | Buckets(hashes)
-//!        Digests of the differing buckets -> deltas that the beginner lacks, digests of what it has newer
-//!        deltas ->
+//!   begin: open -> say -> hear -> the actor's step -> say ... again on a new stream, or done
+//!   serve:         accepted stream -> hear -> the actor's step -> say ... done
 //! ```
 //!
-//! Every exchange is one bidirectional stream of bounded frames and ends within [`TIME_MAX`].
+//! Frames are decoded here, so that the gossip task sees messages alone. Every stream ends within [`TIME_MAX`].
+//!
+//! Not here: the messages (`engine::message`) and the steps (`engine::answer`).
 
 use std::time::Duration;
 
 use quinn::{Connection, RecvStream, SendStream};
-use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 
 use super::actor::Input;
-use crate::membership::{Leave, Life, MemberEntry, MeshId};
+use super::engine::{HelloReply, Message, Request, Stage, Step};
+use crate::membership::MeshId;
 use crate::model::NodeName;
-use crate::replica::{Delta, Digest};
 use crate::wire::{self, FRAME_BYTES_MAX, WireError};
 
-/// Longest time of one exchange, in virtue of which a stalled peer holds nothing for ever.
+/// Longest time of one stream, in virtue of which a stalled peer holds nothing for ever.
 pub(super) const TIME_MAX: Duration = Duration::from_secs(10);
-/// Most bytes of deltas in one frame; room is left for the other fields.
-pub(super) const DELTAS_BYTES_MAX: usize = FRAME_BYTES_MAX - 64 * 1024;
-/// Most digests in one frame: 4096 with the longest names fill it by less than its bound.
-pub(super) const DIGESTS_MAX: usize = 2048;
-/// Most members in a welcome, each at most 110 bytes long.
-pub(super) const WELCOME_MEMBERS_MAX: usize = 1500;
-
-/// The first frame of a stream.
-#[derive(Debug, Serialize, Deserialize)]
-pub(super) enum Request {
-    Hello(MeshId),
-    Pull(Vec<Digest>),
-    Sync { set_hash: u64, farewells: Vec<Leave> },
-}
-
-/// The answer to a hello.
-#[derive(Debug, Serialize, Deserialize)]
-pub(super) enum HelloReply {
-    /// Come in.
-    Welcome { id: MeshId, members: Vec<MemberEntry>, farewells: Vec<Leave> },
-    /// Stay out, with the reason.
-    Refused(String),
-    /// The name is free and a later life of it is remembered: come again with a greater one.
-    Outdated(Life),
-}
-
-/// The answer to the opening of a sync.
-#[derive(Debug, Serialize, Deserialize)]
-pub(super) enum SyncReply {
-    /// Nothing differs.
-    Same,
-    /// What each bucket holds.
-    Buckets(Vec<u64>),
-}
-
-/// The differing buckets and what one side holds in them.
-#[derive(Debug, Default, Serialize, Deserialize)]
-pub(super) struct Held {
-    pub(super) buckets: Vec<u8>,
-    pub(super) digests: Vec<Digest>,
-}
-
-/// What one side sends of its own and asks of the other.
-#[derive(Debug, Default, Serialize, Deserialize)]
-pub(super) struct Trade {
-    pub(super) deltas: Vec<Delta>,
-    pub(super) wanted: Vec<Digest>,
-}
 
 /// Why an exchange ended early.
 #[derive(Debug, thiserror::Error)]
@@ -115,13 +64,58 @@ struct Talk {
 }
 
 impl Talk {
-    async fn say<T: Serialize + Sync>(&mut self, message: &T) -> Result<(), ExchangeError> {
-        Ok(wire::write_frame(&mut self.send, &wire::encode(message)?).await?)
+    async fn open(connection: &Connection) -> Result<Self, ExchangeError> {
+        let (send, recv) = connection.open_bi().await?;
+        Ok(Self { send, recv })
     }
 
-    async fn hear<T: DeserializeOwned>(&mut self) -> Result<T, ExchangeError> {
+    async fn say(&mut self, message: &Message) -> Result<(), ExchangeError> {
+        Ok(wire::write_frame(&mut self.send, &message.encode()?).await?)
+    }
+
+    async fn hear(&mut self, stage: Stage) -> Result<Message, ExchangeError> {
+        if stage.awaits_end() {
+            self.finish();
+            // The peer ends the stream when it has taken everything; whatever else comes is as good as an end.
+            let _end = self.recv.read_to_end(0).await;
+            return Ok(Message::End);
+        }
         let frame = wire::read_frame(&mut self.recv, FRAME_BYTES_MAX).await?;
-        Ok(wire::decode(&frame, FRAME_BYTES_MAX)?)
+        Ok(stage.decode(&frame)?)
+    }
+
+    /// Hears and says until this stream is done; returns what is said on the next one, if there is one.
+    async fn run(
+        &mut self,
+        peer: &NodeName,
+        mut stage: Stage,
+        actor: &mpsc::Sender<Input>,
+    ) -> Result<Option<(Message, Stage)>, ExchangeError> {
+        loop {
+            let message = self.hear(stage).await?;
+            let (reply, answer) = oneshot::channel();
+            let heard = Input::Heard { peer: peer.clone(), stage, message, reply };
+            actor.send(heard).await.map_err(|_| ExchangeError::Closed)?;
+            let again = match answer.await.map_err(|_| ExchangeError::Closed)? {
+                Step::Say(message, next) => {
+                    self.say(&message).await?;
+                    stage = next;
+                    continue;
+                }
+                Step::Again(message, next) => Some((message, next)),
+                Step::Last(message) => {
+                    self.say(&message).await?;
+                    None
+                }
+                Step::Done => None,
+            };
+            self.finish();
+            return Ok(again);
+        }
+    }
+
+    fn finish(&mut self) {
+        let _finished_before = self.send.finish();
     }
 }
 
@@ -129,72 +123,36 @@ async fn within<T>(exchange: impl Future<Output = Result<T, ExchangeError>>) -> 
     tokio::time::timeout(TIME_MAX, exchange).await.unwrap_or(Err(ExchangeError::Late))
 }
 
-/// Asks the actor.
-async fn ask<T>(
-    actor: &mpsc::Sender<Input>,
-    question: impl FnOnce(oneshot::Sender<T>) -> Input,
-) -> Result<T, ExchangeError> {
-    let (reply, answer) = oneshot::channel();
-    actor.send(question(reply)).await.map_err(|_| ExchangeError::Closed)?;
-    answer.await.map_err(|_| ExchangeError::Closed)
-}
-
 /// Says hello.
 pub(super) async fn hello(connection: &Connection, own: MeshId) -> Result<HelloReply, ExchangeError> {
-    within(async {
-        let (send, recv) = connection.open_bi().await?;
-        let mut talk = Talk { send, recv };
-        talk.say(&Request::Hello(own)).await?;
-        talk.hear().await
-    })
-    .await
+    let reply = within(async {
+        let mut talk = Talk::open(connection).await?;
+        talk.say(&Message::Request(Request::Hello(own))).await?;
+        talk.hear(Stage::Greeting).await
+    });
+    match reply.await? {
+        Message::Hello(reply) => Ok(reply),
+        _ => Err(ExchangeError::Closed),
+    }
 }
 
-/// Asks for what the peer has newer than `have`.
-pub(super) async fn pull(connection: &Connection, have: Vec<Digest>) -> Result<Vec<Delta>, ExchangeError> {
-    within(async {
-        let (send, recv) = connection.open_bi().await?;
-        let mut talk = Talk { send, recv };
-        talk.say(&Request::Pull(have)).await?;
-        talk.hear().await
-    })
-    .await
-}
-
-/// Compares with `peer` and evens out, at most `rounds` times; returns whether both hold the same at the end.
-pub(super) async fn sync(
+/// Carries an exchange that the engine began to its end, on as many streams as it takes.
+pub(super) async fn begin(
     connection: Connection,
     peer: NodeName,
+    first: (Message, Stage),
     actor: mpsc::Sender<Input>,
-    rounds: usize,
-) -> Result<bool, ExchangeError> {
-    for _ in 0..rounds {
-        if within(sync_once(&connection, &peer, &actor)).await? {
-            return Ok(true);
-        }
+) -> Result<(), ExchangeError> {
+    let mut next = Some(first);
+    while let Some((message, stage)) = next {
+        next = within(async {
+            let mut talk = Talk::open(&connection).await?;
+            talk.say(&message).await?;
+            talk.run(&peer, stage, &actor).await
+        })
+        .await?;
     }
-    Ok(false)
-}
-
-async fn sync_once(
-    connection: &Connection,
-    peer: &NodeName,
-    actor: &mpsc::Sender<Input>,
-) -> Result<bool, ExchangeError> {
-    let (set_hash, farewells) = ask(actor, Input::Summary).await?;
-    let (send, recv) = connection.open_bi().await?;
-    let mut talk = Talk { send, recv };
-    talk.say(&Request::Sync { set_hash, farewells }).await?;
-    let SyncReply::Buckets(theirs) = talk.hear().await? else { return Ok(true) };
-    let held: Held = ask(actor, |reply| Input::Differing(theirs, reply)).await?;
-    talk.say(&held).await?;
-    let trade: Trade = talk.hear().await?;
-    let deltas = ask(actor, |reply| Input::Deliver(peer.clone(), trade, reply)).await?;
-    talk.say(&deltas).await?;
-    let _finished_before = talk.send.finish();
-    // The peer ends the stream when it has applied them: the next round then sees the result.
-    let _end = talk.recv.read_to_end(0).await;
-    Ok(false)
+    Ok(())
 }
 
 /// Answers what `peer` asks on one stream.
@@ -204,33 +162,7 @@ pub(super) async fn serve(
     actor: mpsc::Sender<Input>,
 ) -> Result<(), ExchangeError> {
     let mut talk = Talk { send: streams.0, recv: streams.1 };
-    within(async {
-        match talk.hear().await? {
-            Request::Hello(id) => {
-                let reply: HelloReply = ask(&actor, |reply| Input::Hello(peer, id, reply)).await?;
-                talk.say(&reply).await?;
-            }
-            Request::Pull(have) => {
-                let deltas: Vec<Delta> = ask(&actor, |reply| Input::Pull(have, reply)).await?;
-                talk.say(&deltas).await?;
-            }
-            Request::Sync { set_hash, farewells } => {
-                let reply = ask(&actor, |reply| Input::Sync(set_hash, farewells, reply)).await?;
-                talk.say(&reply).await?;
-                if let SyncReply::Buckets(_) = reply {
-                    let held: Held = talk.hear().await?;
-                    let trade = ask(&actor, |reply| Input::Compare(held, reply)).await?;
-                    talk.say(&trade).await?;
-                    let deltas = talk.hear().await?;
-                    let trade = Trade { deltas, wanted: Vec::new() };
-                    ask(&actor, |reply| Input::Deliver(peer, trade, reply)).await?;
-                }
-            }
-        }
-        let _finished_before = talk.send.finish();
-        Ok(())
-    })
-    .await
+    within(talk.run(&peer, Stage::Asked, &actor)).await.map(drop)
 }
 
 #[cfg(test)]
@@ -242,7 +174,7 @@ mod tests {
     use tokio::task::JoinSet;
 
     use super::*;
-    use crate::membership::MeshId;
+    use crate::gossip::engine::{Held, SyncReply, Trade};
     use crate::model::Generation;
 
     /// Two ends of one connection over loopback; the endpoints live as long as the pair.
@@ -273,34 +205,51 @@ mod tests {
         MeshId::new("b".parse().unwrap(), "10.0.0.2:8301".parse().unwrap(), Generation::default())
     }
 
-    /// Answers like an actor whose replica differs until `delivered` reaches 2: once on either side.
+    /// Answers like an engine whose replica differs until `delivered` reaches 2: once on either side.
+    fn step(peer: &NodeName, stage: Stage, message: Message, delivered: &AtomicUsize) -> Step {
+        match (stage, message) {
+            (Stage::Asked, Message::Request(Request::Sync { set_hash: 7, .. })) => {
+                if delivered.load(Ordering::SeqCst) < 2 {
+                    let buckets = SyncReply::Buckets(vec![1; 64]);
+                    return Step::Say(Message::Sync(buckets), Stage::Comparing);
+                }
+                Step::Last(Message::Sync(SyncReply::Same))
+            }
+            (Stage::Asked, Message::Request(Request::Hello(id))) => {
+                assert_eq!(*peer, id.name);
+                Step::Last(Message::Hello(HelloReply::Refused("not today".to_owned())))
+            }
+            (Stage::Asked, Message::Request(Request::Pull(_))) => Step::Last(Message::Deltas(Vec::new())),
+            (Stage::Opening { rounds_left }, Message::Sync(SyncReply::Buckets(theirs))) => {
+                assert_eq!(theirs, vec![1; 64]);
+                let held = Held { buckets: vec![3], digests: Vec::new() };
+                Step::Say(Message::Held(held), Stage::Trading { rounds_left })
+            }
+            (Stage::Comparing, Message::Held(held)) => {
+                assert_eq!(held.buckets, [3]);
+                Step::Say(Message::Trade(Trade::default()), Stage::Taking)
+            }
+            (Stage::Trading { rounds_left }, Message::Trade(_)) => {
+                delivered.fetch_add(1, Ordering::SeqCst);
+                Step::Say(Message::Deltas(Vec::new()), Stage::Ending { rounds_left })
+            }
+            (Stage::Ending { rounds_left }, Message::End) => {
+                let again = Request::Sync { set_hash: 7, farewells: Vec::new() };
+                Step::Again(Message::Request(again), Stage::Opening { rounds_left: rounds_left - 1 })
+            }
+            (Stage::Taking, Message::Deltas(_)) => {
+                delivered.fetch_add(1, Ordering::SeqCst);
+                Step::Done
+            }
+            (Stage::Opening { .. }, Message::Sync(SyncReply::Same)) | (Stage::Pulling, _) => Step::Done,
+            (stage, message) => panic!("{message:?} where {stage:?} was awaited"),
+        }
+    }
+
     async fn stand_in(mut inputs: mpsc::Receiver<Input>, delivered: Arc<AtomicUsize>) {
         while let Some(input) = inputs.recv().await {
-            match input {
-                Input::Summary(reply) => drop(reply.send((7, Vec::new()))),
-                Input::Sync(7, _, reply) if delivered.load(Ordering::SeqCst) < 2 => {
-                    drop(reply.send(SyncReply::Buckets(vec![1; 64])));
-                }
-                Input::Sync(_, _, reply) => drop(reply.send(SyncReply::Same)),
-                Input::Differing(theirs, reply) => {
-                    assert_eq!(theirs, vec![1; 64]);
-                    drop(reply.send(Held { buckets: vec![3], digests: Vec::new() }));
-                }
-                Input::Compare(held, reply) => {
-                    assert_eq!(held.buckets, [3]);
-                    drop(reply.send(Trade::default()));
-                }
-                Input::Deliver(_, _, reply) => {
-                    delivered.fetch_add(1, Ordering::SeqCst);
-                    drop(reply.send(Vec::new()));
-                }
-                Input::Hello(peer, id, reply) => {
-                    assert_eq!(peer, id.name);
-                    drop(reply.send(HelloReply::Refused("not today".to_owned())));
-                }
-                Input::Pull(_, reply) => drop(reply.send(Vec::new())),
-                Input::Packet(..) | Input::Unreadable(_) => panic!("no packets here"),
-            }
+            let Input::Heard { peer, stage, message, reply } = input else { panic!("no packets here") };
+            drop(reply.send(step(&peer, stage, message, &delivered)));
         }
     }
 
@@ -319,12 +268,14 @@ mod tests {
                 serve(id().name, streams, far.clone()).await.unwrap();
             }
         });
-        let is_same = sync(pair.dialer.clone(), id().name, near, 3).await.unwrap();
-        assert!(is_same);
+        let first = Message::Request(Request::Sync { set_hash: 7, farewells: Vec::new() });
+        let sync = begin(pair.dialer.clone(), id().name, (first, Stage::Opening { rounds_left: 2 }), near.clone());
+        sync.await.unwrap();
         assert_eq!(delivered.load(Ordering::SeqCst), 2);
         let reply = hello(&pair.dialer, id()).await.unwrap();
         assert!(matches!(reply, HelloReply::Refused(reason) if reason == "not today"));
-        assert!(pull(&pair.dialer, Vec::new()).await.unwrap().is_empty());
+        let pull = (Message::Request(Request::Pull(Vec::new())), Stage::Pulling);
+        begin(pair.dialer.clone(), id().name, pull, near).await.unwrap();
     }
 
     #[tokio::test]

@@ -1,10 +1,12 @@
 //! The owner of membership, replica and catalogue: one task, fed by QUIC, by orders and by the registry.
 //!
 //! ```text
-//!   accepted connections, datagrams, streams --\                       /-> links: datagrams, streams
-//!   orders (join, leave) ----------------------- select -> apply -> settle -> Snapshot, Members
-//!   registry::Publication, timers -------------/                       \-> exchanges (join, pull, sync)
+//!   accepted connections, datagrams, streams --\                                 /-> links: datagrams, streams
+//!   orders (join, leave) ----------------------- select -> Engine::handle_* -> settle -> Snapshot, Members
+//!   registry::Publication, timers -------------/                                 \-> exchanges (join, pull, sync)
 //! ```
+//!
+//! The decisions are the engine's (`engine`, no input or output of its own); this module is its hands.
 //!
 //! Invariants:
 //! - Membership, replica and catalogue change in one task alone; streams ask it by messages and never wait for each
@@ -17,6 +19,7 @@
 //! Not here: SWIM (`membership`), versions and merging (`replica`), TLS (`pki`, `transport`), health (`registry`).
 
 mod actor;
+pub mod engine;
 mod exchange;
 mod links;
 mod metrics;

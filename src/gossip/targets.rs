@@ -6,8 +6,9 @@ use std::time::Duration;
 use quinn::Connection;
 use tokio::task::JoinSet;
 
-use super::exchange::{self, HelloReply};
-use crate::membership::{Leave, Life, MemberEntry, MeshId};
+use super::engine::{Attempt, JoinOutcome};
+use super::exchange;
+use crate::membership::MeshId;
 use crate::transport::ControlTransport;
 
 /// The mesh port where none is given.
@@ -19,23 +20,12 @@ const PARALLEL_MAX: usize = 8;
 /// Most addresses of one name that are tried.
 const ADDRESSES_MAX: usize = 8;
 
-/// A peer that let this node in.
-#[derive(Debug)]
-pub(super) struct Joined {
-    pub(super) connection: Connection,
-    pub(super) id: MeshId,
-    pub(super) members: Vec<MemberEntry>,
-    pub(super) farewells: Vec<Leave>,
-}
-
 /// What became of a list of targets.
 #[derive(Debug, Default)]
 pub(super) struct Outcome {
-    pub(super) joined: Vec<Joined>,
-    /// Target and reason.
-    pub(super) failed: Vec<(String, String)>,
-    /// A later life of this node that a peer remembers.
-    pub(super) outdated: Option<Life>,
+    pub(super) join: JoinOutcome,
+    /// To those that let this node in, in the same order.
+    pub(super) connections: Vec<Connection>,
 }
 
 /// Splits `host`, `host:port`, `addr`, `[v6]:port` into host and port.
@@ -81,24 +71,22 @@ pub(super) async fn join_all(transport: ControlTransport, own: MeshId, targets: 
             });
         }
         match running.join_next().await {
-            Some(Ok((_, Ok(Attempt::Joined(joined))))) => outcome.joined.push(*joined),
-            Some(Ok((target, Ok(Attempt::Outdated(life))))) => {
-                outcome.outdated = outcome.outdated.max(Some(life));
-                outcome.failed.push((target, "a later life of this node is remembered there".to_owned()));
+            Some(Ok((_, Ok((Attempt::Joined(welcomed), connection))))) => {
+                outcome.join.joined.push(welcomed);
+                outcome.connections.push(connection);
             }
-            Some(Ok((target, Err(reason)))) => outcome.failed.push((target, reason)),
-            Some(Err(error)) => outcome.failed.push(("?".to_owned(), error.to_string())),
+            Some(Ok((target, Ok((Attempt::Outdated(life), _))))) => {
+                outcome.join.outdated = outcome.join.outdated.max(Some(life));
+                outcome.join.failed.push((target, "a later life of this node is remembered there".to_owned()));
+            }
+            Some(Ok((target, Err(reason)))) => outcome.join.failed.push((target, reason)),
+            Some(Err(error)) => outcome.join.failed.push(("?".to_owned(), error.to_string())),
             None => return outcome,
         }
     }
 }
 
-enum Attempt {
-    Joined(Box<Joined>),
-    Outdated(Life),
-}
-
-async fn join_one(transport: &ControlTransport, own: &MeshId, target: &str) -> Result<Attempt, String> {
+async fn join_one(transport: &ControlTransport, own: &MeshId, target: &str) -> Result<(Attempt, Connection), String> {
     let mut reasons = Vec::new();
     for addr in resolve(target).await? {
         if addr == own.addr {
@@ -113,7 +101,11 @@ async fn join_one(transport: &ControlTransport, own: &MeshId, target: &str) -> R
     Err(reasons.join("; "))
 }
 
-async fn join_addr(transport: &ControlTransport, own: &MeshId, addr: SocketAddr) -> Result<Attempt, String> {
+async fn join_addr(
+    transport: &ControlTransport,
+    own: &MeshId,
+    addr: SocketAddr,
+) -> Result<(Attempt, Connection), String> {
     let dial = tokio::time::timeout(CONNECT_TIME_MAX, transport.connect(addr, None));
     let dialled = dial.await.map_err(|_| no_answer(addr))?;
     let (connection, peer) = dialled.map_err(|error| error.to_string())?;
@@ -125,16 +117,8 @@ async fn join_addr(transport: &ControlTransport, own: &MeshId, addr: SocketAddr)
         ));
     }
     let reply = exchange::hello(&connection, own.clone()).await;
-    match reply.map_err(|error| format!("{addr}: {}", error.explain(Some(&connection))))? {
-        HelloReply::Welcome { id, members, farewells } if id.name == peer.node => {
-            Ok(Attempt::Joined(Box::new(Joined { connection, id, members, farewells })))
-        }
-        HelloReply::Welcome { id, .. } => {
-            Err(format!("{addr} is certified as {} and calls itself {}", peer.node, id.name))
-        }
-        HelloReply::Refused(reason) => Err(format!("{addr} refused: {reason}")),
-        HelloReply::Outdated(life) => Ok(Attempt::Outdated(life)),
-    }
+    let reply = reply.map_err(|error| format!("{addr}: {}", error.explain(Some(&connection))))?;
+    Ok((Attempt::judge(reply, &peer.node, addr)?, connection))
 }
 
 fn no_answer(addr: SocketAddr) -> String {

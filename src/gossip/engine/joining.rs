@@ -3,28 +3,74 @@
 use std::net::SocketAddr;
 
 use rand::RngExt as _;
-use tokio::sync::oneshot;
 use tokio::time::Instant;
-use tracing::{info, warn};
 
-use super::{Actor, Done, JOIN_PAUSE_MAX, JOIN_PEERS_MAX, JOIN_SYNC_ROUNDS, answer};
-use crate::gossip::GossipError;
-use crate::gossip::exchange::{self, HelloReply};
-use crate::gossip::targets::{self, Outcome};
-use crate::membership::{Life, MemberEntry, MeshId, Standing};
+use super::message::{HelloReply, WELCOME_MEMBERS_MAX};
+use super::{Engine, Event, JOIN_PAUSE_MAX, JOIN_PEERS_MAX, JOIN_SYNC_ROUNDS, Output, Turn};
+use crate::membership::{Leave, Life, MemberEntry, MeshId, Standing};
 use crate::model::{MemberStatus, NodeName};
-use crate::replica::{Params, Replica};
+use crate::replica::Replica;
 
-impl Actor {
-    pub(super) fn start_join(
-        &mut self,
-        targets: Vec<String>,
-        reply: Option<oneshot::Sender<Result<usize, GossipError>>>,
-    ) {
-        let join = targets::join_all(self.transport.clone(), self.core.id().clone(), targets);
-        self.work.spawn(async move { Done::Joined(join.await, reply) });
+/// A peer that let this node in.
+#[derive(Debug, Clone)]
+pub struct Welcomed {
+    /// Who it is.
+    pub id: MeshId,
+    /// The members that it knows.
+    pub members: Vec<MemberEntry>,
+    /// The goodbyes that it remembers.
+    pub farewells: Vec<Leave>,
+}
+
+/// What became of an attempt to join.
+#[derive(Debug, Clone, Default)]
+pub struct JoinOutcome {
+    /// Who let this node in; a connection to each is open.
+    pub joined: Vec<Welcomed>,
+    /// Target and reason.
+    pub failed: Vec<(String, String)>,
+    /// A later life of this node that a peer remembers.
+    pub outdated: Option<Life>,
+}
+
+/// Who began an attempt to join.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum JoinCause {
+    /// [`Output::Join`].
+    Engine,
+    /// An operator.
+    Order,
+}
+
+/// What an answer to a hello means to the node that said it.
+#[derive(Debug, Clone)]
+pub enum Attempt {
+    /// It is in.
+    Joined(Welcomed),
+    /// A later life of its name is remembered.
+    Outdated(Life),
+}
+
+impl Attempt {
+    /// Judges the `reply` of the peer that TLS verified as `peer`, reached at `addr`.
+    ///
+    /// # Errors
+    /// Why the node is not in, for people.
+    pub fn judge(reply: HelloReply, peer: &NodeName, addr: SocketAddr) -> Result<Self, String> {
+        match reply {
+            HelloReply::Welcome { id, members, farewells } if id.name == *peer => {
+                Ok(Self::Joined(Welcomed { id, members, farewells }))
+            }
+            HelloReply::Welcome { id, .. } => {
+                Err(format!("{addr} is certified as {peer} and calls itself {}", id.name))
+            }
+            HelloReply::Refused(reason) => Err(format!("{addr} refused: {reason}")),
+            HelloReply::Outdated(life) => Ok(Self::Outdated(life)),
+        }
     }
+}
 
+impl Engine {
     /// When the next attempt to join is due: only while nobody else is alive, there is somebody to ask, and this
     /// node has not left.
     pub(super) fn join_at(&self) -> Option<Instant> {
@@ -42,12 +88,12 @@ impl Actor {
         self.join_pause = (self.join_pause * 2).min(JOIN_PAUSE_MAX);
         if !targets.is_empty() {
             self.is_joining = true;
-            self.start_join(targets, None);
+            self.outputs.push_back(Output::Join { targets });
         }
     }
 
     /// Every seed, and known peers in turn: members first, then those alive at the last run, then the others.
-    pub(super) fn join_targets(&self) -> Vec<String> {
+    fn join_targets(&self) -> Vec<String> {
         let members = self.core.members().filter(|member| member.status != MemberStatus::Left);
         let mut known: Vec<SocketAddr> = Vec::new();
         let stored = self.known_peers.iter().map(|peer| peer.addr);
@@ -64,60 +110,43 @@ impl Actor {
         targets
     }
 
-    pub(super) fn joined(
-        &mut self,
-        outcome: Outcome,
-        reply: Option<oneshot::Sender<Result<usize, GossipError>>>,
-        now: Instant,
-    ) {
-        let Outcome { joined, failed, outdated } = outcome;
-        let reasons = failed.iter().map(|(target, why)| format!("{target}: {why}")).collect::<Vec<_>>().join("\n");
-        if !failed.is_empty() && joined.is_empty() {
-            warn!(targets = failed.len(), reasons, "could not join");
-        } else if !failed.is_empty() {
-            info!(targets = failed.len(), reasons, "joined, but not through all");
-        }
+    /// Takes over what an attempt to join brought.
+    pub fn handle_joined(&mut self, cause: JoinCause, outcome: JoinOutcome, turn: &Turn<'_>) {
+        let JoinOutcome { joined, failed, outdated } = outcome;
+        self.tell(Event::Joined { peers: joined.iter().map(|peer| peer.id.clone()).collect(), failed });
         if let Some(life) = outdated {
-            self.outlive(life, now);
+            self.outlive(life, turn);
         }
-        let count = joined.len();
-        self.metrics.exchanged("join", count > 0);
         for peer in joined {
-            info!(peer = %peer.id.name, addr = %peer.id.addr, "joined through");
-            let name = peer.id.name.clone();
-            self.watch(&name, peer.connection.clone());
-            let waiting = self.links.accepted(&name, peer.connection);
             let mut members = peer.members;
             members.push(MemberEntry { id: peer.id.clone(), incarnation: 0, standing: Standing::Alive });
-            self.core.learn(members, now);
-            self.core.learn_farewells(peer.farewells, now);
-            self.core.announce(peer.id.clone(), now);
-            self.resend(&peer.id, waiting, now);
-            self.start_sync(&name, JOIN_SYNC_ROUNDS);
+            self.core.learn(members, turn.now);
+            self.core.learn_farewells(peer.farewells, turn.now);
+            self.core.announce(peer.id.clone(), turn.now);
+            self.start_sync(&peer.id.name, JOIN_SYNC_ROUNDS);
         }
-        match reply {
-            Some(reply) if count > 0 => answer(reply, Ok(count)),
-            Some(reply) => answer(reply, Err(GossipError::Join(reasons))),
-            None => self.is_joining = false,
+        if cause == JoinCause::Engine {
+            self.is_joining = false;
         }
+        self.settle(turn);
     }
 
     /// Takes a generation above the one that a peer remembers of this name, and publishes anew under it.
-    pub(super) fn outlive(&mut self, theirs: Life, now: Instant) {
+    fn outlive(&mut self, theirs: Life, turn: &Turn<'_>) {
         if theirs < self.core.id().life {
             return;
         }
-        self.core.outlive(theirs, now);
-        warn!(generation = %self.generation(), "a later life of this node is remembered; continuing above it");
+        self.core.outlive(theirs, turn.now);
+        self.tell(Event::Outlived(self.generation()));
         // What is forgotten here leaves the catalogue too, until the others tell it again.
         self.dirty.extend(self.replica.nodes().map(|(name, _)| name.clone()));
-        self.replica = Replica::new(self.node.name.clone(), self.generation(), Params::default());
-        self.publish(now);
-        self.next_join = now;
+        self.replica = Replica::new(self.node.name.clone(), self.generation(), self.replica_params.clone());
+        self.publish(turn);
+        self.next_join = turn.now;
         self.are_members_dirty = true;
     }
 
-    pub(super) fn hello(&mut self, peer: &NodeName, id: &MeshId) -> HelloReply {
+    pub(super) fn hello(&self, peer: &NodeName, id: &MeshId) -> HelloReply {
         let own = self.core.id();
         if id.name != *peer {
             return HelloReply::Refused(format!("certified as {peer}, but calls itself {}", id.name));
@@ -135,7 +164,7 @@ impl Actor {
         }
         HelloReply::Welcome {
             id: own.clone(),
-            members: self.core.entries(exchange::WELCOME_MEMBERS_MAX),
+            members: self.core.entries(WELCOME_MEMBERS_MAX),
             farewells: self.core.farewells(),
         }
     }

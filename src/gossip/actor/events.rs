@@ -1,0 +1,129 @@
+//! What others see of the engine: log lines, the list of members, the gauges.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use tracing::{error, info, warn};
+
+use super::{Actor, reasons};
+use crate::gossip::engine::Event;
+use crate::gossip::{MemberView, Members};
+use crate::membership::MeshId;
+use crate::model::{MemberStatus, NodeName};
+use crate::replica::{ApplyError, Report};
+
+impl Actor {
+    pub(super) fn event(&mut self, event: Event) {
+        match event {
+            Event::MemberChanged { node, addr, before, after } if before != after => {
+                log_member(&node, addr, before, after);
+            }
+            Event::MemberChanged { .. } => {}
+            Event::Isolated => warn!("no other member answers: this node may be cut off"),
+            Event::Renewed(id) => {
+                info!(renewals = id.life.renewals, "the mesh took this node for gone; it is back");
+            }
+            Event::Outlived(generation) => {
+                warn!(%generation, "a later life of this node is remembered; continuing above it");
+            }
+            Event::Conflict { theirs, is_news } => {
+                self.metrics.conflicts.inc();
+                if is_news {
+                    error!(
+                        name = %theirs.name, here = %self.engine.node().mesh_addr, there = %theirs.addr,
+                        generation_here = %self.engine.generation(), generation_there = %theirs.life.generation,
+                        "another node goes by this node's name; stop one of them or give it another name"
+                    );
+                }
+            }
+            Event::Joined { peers, failed } => log_joined(&peers, &failed),
+            Event::PacketRefused { from, reason } => {
+                self.metrics.refused.with_label_values(&[reason.to_string()]).inc();
+                if reason == crate::membership::Refused::Sender {
+                    warn!(peer = %from, "peer speaks in another member's name; its connection is closed");
+                }
+            }
+            Event::Published(Ok(())) => self.metrics.publishes.with_label_values(&["ok"]).inc(),
+            Event::Published(Err(error)) => {
+                self.metrics.publishes.with_label_values(&["failed"]).inc();
+                error!(%error, "own records cannot be published; the mesh keeps the old ones until they end");
+            }
+            Event::Delta(result) => self.metrics.deltas.with_label_values(&[result]).inc(),
+            Event::Refused { node, error, is_news } => {
+                if matches!(error, ApplyError::OwnName { .. }) {
+                    self.metrics.conflicts.inc();
+                }
+                if is_news {
+                    warn!(%node, %error, "records refused");
+                }
+            }
+            Event::LeaseEnded(node) => info!(%node, "records ended: their node has not renewed them"),
+            Event::Report(Report::OutOfScope { node, services, .. }) => {
+                warn!(%node, ?services, "services outside the node's serve scope are not shown");
+            }
+            Event::Report(Report::Fork { node, generation, version }) => {
+                warn!(%node, %generation, version, "a node signed two states of one version: is its disk a copy?");
+            }
+        }
+    }
+
+    /// A node with this node's name and certificate connected from `there`.
+    pub(super) fn twin_connected(&self, there: SocketAddr) {
+        self.metrics.conflicts.inc();
+        let node = self.engine.node();
+        error!(
+            name = %node.name, here = %node.mesh_addr, %there,
+            "a node with this node's name and certificate connected"
+        );
+    }
+
+    pub(super) fn show_members(&self) {
+        let (node, replica) = (self.engine.node(), self.engine.replica());
+        let info = |name: &NodeName| replica.state(name).and_then(|state| state.info.clone());
+        let own = MemberView {
+            name: node.name.clone(),
+            addr: node.mesh_addr,
+            status: self.engine.status_of(&node.name),
+            generation: self.engine.generation(),
+            info: Some(Arc::new(node.clone())),
+        };
+        let mut members = vec![own];
+        members.extend(self.engine.membership().members().map(|member| MemberView {
+            name: member.id.name.clone(),
+            addr: member.id.addr,
+            status: member.status,
+            generation: member.id.life.generation,
+            info: info(&member.id.name),
+        }));
+        members.sort_by(|a, b| a.name.cmp(&b.name));
+        for status in [MemberStatus::Alive, MemberStatus::Leaving, MemberStatus::Left, MemberStatus::Failed] {
+            let count = members.iter().filter(|member| member.status == status).count();
+            self.metrics.members.with_label_values(&[status.as_str()]).set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
+        self.metrics.nodes.set(i64::try_from(replica.nodes().count()).unwrap_or(i64::MAX));
+        self.members.send_replace(Arc::new(Members { members, isolated: self.engine.is_isolated() }));
+    }
+}
+
+fn log_member(node: &NodeName, addr: Option<SocketAddr>, before: Option<MemberStatus>, after: Option<MemberStatus>) {
+    let addr = addr.map(tracing::field::display);
+    match (before, after) {
+        (None, Some(MemberStatus::Alive)) => info!(member = %node, addr, "member joined"),
+        (_, Some(MemberStatus::Alive)) => info!(member = %node, addr, "member is back"),
+        (_, Some(MemberStatus::Failed)) => warn!(member = %node, addr, "member failed"),
+        (_, Some(MemberStatus::Leaving)) => info!(member = %node, addr, "member is leaving"),
+        (_, Some(MemberStatus::Left)) => info!(member = %node, addr, "member left"),
+        (_, None) => info!(member = %node, "member forgotten"),
+    }
+}
+
+fn log_joined(peers: &[MeshId], failed: &[(String, String)]) {
+    if !failed.is_empty() && peers.is_empty() {
+        warn!(targets = failed.len(), reasons = reasons(failed), "could not join");
+    } else if !failed.is_empty() {
+        info!(targets = failed.len(), reasons = reasons(failed), "joined, but not through all");
+    }
+    for peer in peers {
+        info!(peer = %peer.name, addr = %peer.addr, "joined through");
+    }
+}

@@ -1,0 +1,474 @@
+//! Gossip without input or output: membership, replica and what ties them together, as one state machine.
+//!
+//! ```text
+//!   packets, messages of exchanges,       handle_*(…, turn)          Send, Exchange, Join, Close, SavePeers, Event
+//!   outcomes of joins, own records ------> Core + Replica ---------> poll_output()
+//!   timer ------------------------------->  rounds, joining          poll_timeout()
+//! ```
+//!
+//! The same engine runs in the agent (over QUIC, `gossip::actor`) and in the simulator (tests/sim).
+//!
+//! Invariants:
+//! - No clock, socket, task or source of randomness: a [`Turn`] brings the time and the keys, the seed comes at the start.
+//!   Equal inputs give equal outputs.
+//! - Whoever calls a `handle_*` takes every output afterwards; one input causes a bounded number of them.
+//! - A record counts only when its own node's signature over it was checked, whoever passed it on.
+//! - Exchanges, remembered refusals and peers to keep are bounded by the constants below; losing an exchange loses no
+//!   data for good: the next comparison repairs.
+//!
+//! Not here: connections (`gossip::links`), streams and their time limits (`gossip::exchange`), names to addresses
+//! (`gossip::targets`), the catalogue and the log (`gossip::actor`).
+
+mod answer;
+mod joining;
+mod message;
+mod records;
+mod rounds;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use bytes::Bytes;
+use rand::rngs::StdRng;
+use rand::{RngExt as _, SeedableRng as _};
+use tokio::time::Instant;
+
+pub use self::joining::{Attempt, JoinCause, JoinOutcome, Welcomed};
+pub use self::message::{
+    DELTAS_BYTES_MAX, DIGESTS_MAX, Ending, Exchange, Held, HelloReply, Message, Request, Stage, Step, SyncReply, Trade,
+    WELCOME_MEMBERS_MAX,
+};
+use crate::clock::UnixSeconds;
+use crate::membership::{self, Core, ForceLeaveError, MeshId, Profile, Refused};
+use crate::model::{Entry, EntryKey, Generation, MemberStatus, NodeInfo, NodeName};
+use crate::replica::{self, ApplyError, HeadSigner, HeadVerifier, PublishError, Replica, Report};
+use crate::store::StoredPeer;
+
+/// Most comparisons begun at once.
+pub const SYNCS_MAX: usize = 8;
+/// Most pulls at once.
+pub const PULLS_MAX: usize = 8;
+/// Rounds of a periodic comparison, and of the first one after a join, which moves the whole catalogue.
+const SYNC_ROUNDS: usize = 3;
+const JOIN_SYNC_ROUNDS: usize = 64;
+/// First and longest pause between attempts to join.
+const JOIN_PAUSE_MIN: Duration = Duration::from_millis(500);
+const JOIN_PAUSE_MAX: Duration = Duration::from_secs(30);
+/// Most known peers that are tried per attempt, beside the seeds.
+const JOIN_PEERS_MAX: usize = 48;
+/// Most peers that are kept on disk.
+pub const STORED_PEERS_MAX: usize = 512;
+/// Most nodes whose refused records are remembered as told.
+pub const REFUSALS_MAX: usize = 1024;
+
+/// What an engine starts with.
+#[derive(Debug)]
+pub struct Params {
+    /// This node's facts; its mesh address is the one that others dial.
+    pub node: NodeInfo,
+    /// This start's generation, already on disk.
+    pub generation: Generation,
+    /// The timing of SWIM.
+    pub profile: Profile,
+    /// The bounds of the replica.
+    pub replica: replica::Params,
+    /// The own records, without the node's facts.
+    pub records: BTreeMap<EntryKey, Entry>,
+    /// Where to join, as the operator wrote it.
+    pub seeds: Vec<String>,
+    /// Peers known from the last run.
+    pub known_peers: Vec<StoredPeer>,
+    /// How often a random member is compared with.
+    pub sync_interval: Duration,
+}
+
+/// The time and the keys of one call.
+#[derive(Clone, Copy)]
+pub struct Turn<'a> {
+    /// Monotonic time: timers.
+    pub now: Instant,
+    /// Wall time: leases and certificates alone.
+    pub wall: UnixSeconds,
+    /// Signs the own records.
+    pub signer: &'a dyn HeadSigner,
+    /// Checks others'.
+    pub verifier: &'a dyn HeadVerifier,
+}
+
+impl std::fmt::Debug for Turn<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Turn").field("now", &self.now).field("wall", &self.wall).finish_non_exhaustive()
+    }
+}
+
+/// What the owner of the engine has to do.
+#[derive(Debug)]
+pub enum Output {
+    /// Send `packet` to `to`, as a datagram; it may be lost.
+    Send {
+        /// Who gets it.
+        to: MeshId,
+        /// At most [`membership::PACKET_BYTES_MAX`] bytes.
+        packet: Bytes,
+    },
+    /// Close every connection to `peer`.
+    Close {
+        /// Whose.
+        peer: NodeName,
+        /// For the peer's log.
+        reason: &'static str,
+    },
+    /// Say `message` on a new stream to `peer` and wait for what `stage` names; tell [`Engine::handle_end`] how it ended.
+    Exchange {
+        /// With whom.
+        peer: NodeName,
+        /// Its name.
+        exchange: Exchange,
+        /// The first message.
+        message: Message,
+        /// What is awaited then.
+        stage: Stage,
+    },
+    /// Say hello to each of `targets` and tell [`Engine::handle_joined`] what came of it.
+    Join {
+        /// Addresses, or what the operator wrote.
+        targets: Vec<String>,
+    },
+    /// Keep these peers for the next start, then call [`Engine::peers_saved`].
+    SavePeers(Vec<StoredPeer>),
+    /// Something that is logged or counted.
+    Event(Event),
+}
+
+/// What an operator or a metric is told.
+#[derive(Debug)]
+pub enum Event {
+    /// A member came, went, or has another identity.
+    MemberChanged {
+        /// Who.
+        node: NodeName,
+        /// Where it is reached, if it is still known.
+        addr: Option<SocketAddr>,
+        /// What it was.
+        before: Option<MemberStatus>,
+        /// What it is.
+        after: Option<MemberStatus>,
+    },
+    /// The last other member stopped answering.
+    Isolated,
+    /// The others took this node for failed; it is back under a new identity.
+    Renewed(MeshId),
+    /// A peer remembered a later life of this name; this one goes on above it.
+    Outlived(Generation),
+    /// Another node goes by this node's name.
+    Conflict {
+        /// The other.
+        theirs: MeshId,
+        /// Whether it is another than the last time.
+        is_news: bool,
+    },
+    /// An attempt to join has ended.
+    Joined {
+        /// Who let this node in.
+        peers: Vec<MeshId>,
+        /// Target and reason.
+        failed: Vec<(String, String)>,
+    },
+    /// A packet was refused.
+    PacketRefused {
+        /// Who sent it.
+        from: NodeName,
+        /// Why.
+        reason: Refused,
+    },
+    /// The own records were published, or could not be.
+    Published(Result<(), PublishError>),
+    /// A delta came; the label of the metric.
+    Delta(&'static str),
+    /// Records were refused.
+    Refused {
+        /// Whose.
+        node: NodeName,
+        /// Why.
+        error: ApplyError,
+        /// Whether it is the first time since something of this node was accepted.
+        is_news: bool,
+    },
+    /// A node's records ended with their lease.
+    LeaseEnded(NodeName),
+    /// The replica has something to say.
+    Report(Report),
+}
+
+/// The gossip of one node.
+pub struct Engine {
+    node: NodeInfo,
+    core: Core,
+    replica: Replica,
+    replica_params: replica::Params,
+    records: BTreeMap<EntryKey, Entry>,
+    rng: StdRng,
+    outputs: VecDeque<Output>,
+    /// Nodes whose records or status changed since they were taken.
+    dirty: BTreeSet<NodeName>,
+    are_members_dirty: bool,
+    sync_interval: Duration,
+    next_sync: Instant,
+    syncs: BTreeSet<NodeName>,
+    pulls: BTreeSet<NodeName>,
+    seeds: Vec<String>,
+    known_peers: Vec<StoredPeer>,
+    is_saving: bool,
+    are_peers_dirty: bool,
+    join_pause: Duration,
+    next_join: Instant,
+    join_attempts: usize,
+    is_joining: bool,
+    conflict_seen: Option<MeshId>,
+    /// Nodes whose records were refused and told.
+    refusals: BTreeSet<NodeName>,
+}
+
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Engine").field("core", &self.core).finish_non_exhaustive()
+    }
+}
+
+impl Engine {
+    /// Makes the engine of a node that is alone, with its own records published.
+    pub fn new(params: Params, seed: u64, turn: &Turn<'_>) -> Self {
+        let now = turn.now;
+        let name = params.node.name.clone();
+        let id = MeshId::new(name.clone(), params.node.mesh_addr, params.generation);
+        let mut rng = StdRng::seed_from_u64(seed);
+        let mut known_peers = params.known_peers;
+        known_peers.retain(|peer| peer.name != name);
+        known_peers.sort_by_key(|peer| !peer.alive);
+        let mut engine = Self {
+            core: Core::new(id, params.profile, rng.random(), now),
+            replica: Replica::new(name, params.generation, params.replica.clone()),
+            replica_params: params.replica,
+            records: params.records,
+            rng,
+            outputs: VecDeque::new(),
+            dirty: BTreeSet::new(),
+            are_members_dirty: true,
+            next_sync: now + params.sync_interval,
+            sync_interval: params.sync_interval,
+            syncs: BTreeSet::new(),
+            pulls: BTreeSet::new(),
+            seeds: params.seeds,
+            known_peers,
+            is_saving: false,
+            are_peers_dirty: false,
+            join_pause: JOIN_PAUSE_MIN,
+            next_join: now,
+            join_attempts: 0,
+            is_joining: false,
+            conflict_seen: None,
+            refusals: BTreeSet::new(),
+            node: params.node,
+        };
+        engine.publish(turn);
+        engine.settle(turn);
+        engine
+    }
+
+    // What is known.
+
+    /// This node's facts.
+    pub fn node(&self) -> &NodeInfo {
+        &self.node
+    }
+
+    /// The generation of this life.
+    pub fn generation(&self) -> Generation {
+        self.core.id().life.generation
+    }
+
+    /// Who is alive.
+    pub fn membership(&self) -> &Core {
+        &self.core
+    }
+
+    /// Who published what.
+    pub fn replica(&self) -> &Replica {
+        &self.replica
+    }
+
+    /// What the membership says of `name`, this node included.
+    pub fn status_of(&self, name: &NodeName) -> MemberStatus {
+        if *name == self.node.name {
+            // What runs here is served until the agent stops.
+            return if self.core.has_left() { MemberStatus::Leaving } else { MemberStatus::Alive };
+        }
+        // Records of a node that the membership has not heard of: it may be gone for long.
+        self.core.member(name).map_or(MemberStatus::Failed, |member| member.status)
+    }
+
+    /// Tells whether no other member answers though some are known: this node may be cut off.
+    pub fn is_isolated(&self) -> bool {
+        let has_failed = || self.core.members().any(|member| member.status == MemberStatus::Failed);
+        self.core.alive_count() == 0 && !self.core.has_left() && has_failed()
+    }
+
+    /// Takes the names of the nodes whose records or status changed since the last call.
+    pub fn take_dirty(&mut self) -> BTreeSet<NodeName> {
+        std::mem::take(&mut self.dirty)
+    }
+
+    /// Tells whether the list of members changed since the last call.
+    pub fn take_members_changed(&mut self) -> bool {
+        std::mem::take(&mut self.are_members_dirty)
+    }
+
+    // What the owner tells.
+
+    /// Acts on `packet` from the peer that TLS verified as `from`.
+    pub fn handle_packet(&mut self, from: &NodeName, packet: &[u8], turn: &Turn<'_>) {
+        if let Err(reason) = self.core.handle_packet(from, packet, turn.now) {
+            self.tell(Event::PacketRefused { from: from.clone(), reason });
+            if reason == Refused::Sender {
+                let reason = "the sender is not the member that the packet names";
+                self.outputs.push_back(Output::Close { peer: from.clone(), reason });
+            }
+        }
+        self.settle(turn);
+    }
+
+    /// Notes how an exchange ended.
+    pub fn handle_end(&mut self, exchange: &Exchange, ending: Ending, turn: &Turn<'_>) {
+        match exchange {
+            Exchange::Sync(peer) => {
+                self.syncs.remove(peer);
+                let member = self.core.member(peer).map(|member| member.id.clone());
+                if let Some(id) = member.filter(|_| ending == Ending::NoLink) {
+                    // The announce opens the link; the comparison follows with the next round.
+                    self.core.announce(id, turn.now);
+                }
+            }
+            Exchange::Pull(node) => {
+                self.pulls.remove(node);
+            }
+        }
+        self.settle(turn);
+    }
+
+    /// Replaces the own records (without the node's facts) and publishes them if they differ.
+    pub fn handle_records(&mut self, records: BTreeMap<EntryKey, Entry>, turn: &Turn<'_>) {
+        self.records = records;
+        self.publish(turn);
+        self.settle(turn);
+    }
+
+    /// Notes that the peers of [`Output::SavePeers`] are kept.
+    pub fn peers_saved(&mut self) {
+        self.is_saving = false;
+    }
+
+    /// Says goodbye. What runs here is still shown here, as leaving.
+    pub fn leave(&mut self, turn: &Turn<'_>) {
+        self.core.leave(turn.now);
+        self.dirty.insert(self.node.name.clone());
+        self.are_members_dirty = true;
+        self.settle(turn);
+    }
+
+    /// Says goodbye for a failed member; with `prune` everybody forgets it.
+    ///
+    /// # Errors
+    /// If there is no such member or it answers.
+    pub fn force_leave(&mut self, name: &NodeName, prune: bool, turn: &Turn<'_>) -> Result<(), ForceLeaveError> {
+        let result = self.core.force_leave(name, prune, turn.now);
+        self.settle(turn);
+        result
+    }
+
+    /// Runs what is due.
+    pub fn handle_timeout(&mut self, turn: &Turn<'_>) {
+        if self.core.poll_timeout() <= turn.now {
+            self.core.handle_timeout(turn.now);
+        }
+        if self.next_sync <= turn.now {
+            self.tick(turn);
+        }
+        if self.join_at().is_some_and(|at| at <= turn.now) {
+            self.join_again(turn.now);
+        }
+        self.settle(turn);
+    }
+
+    /// Returns when [`Engine::handle_timeout`] wants to run.
+    pub fn poll_timeout(&self) -> Instant {
+        self.core.poll_timeout().min(self.next_sync).min(self.join_at().unwrap_or(self.next_sync))
+    }
+
+    /// Returns the next thing to do.
+    pub fn poll_output(&mut self) -> Option<Output> {
+        self.outputs.pop_front()
+    }
+
+    // The end of each call.
+
+    /// Acts on what the core says, until it says nothing more.
+    fn settle(&mut self, turn: &Turn<'_>) {
+        while let Some(output) = self.core.poll_output() {
+            match output {
+                membership::Output::Send { to, packet } => self.outputs.push_back(Output::Send { to, packet }),
+                membership::Output::Received { from, broadcast } => self.received(&from, &broadcast, turn),
+                membership::Output::Changed { node, before, after } => self.member_changed(node, before, after, turn),
+                membership::Output::Conflict { theirs } => {
+                    let is_news = self.conflict_seen.as_ref() != Some(&theirs);
+                    self.conflict_seen = Some(theirs.clone());
+                    self.tell(Event::Conflict { theirs, is_news });
+                }
+                membership::Output::Renewed(id) => {
+                    self.are_members_dirty = true;
+                    self.tell(Event::Renewed(id));
+                }
+            }
+        }
+        for report in self.replica.take_reports() {
+            self.tell(Event::Report(report));
+        }
+    }
+
+    fn tell(&mut self, event: Event) {
+        self.outputs.push_back(Output::Event(event));
+    }
+
+    fn member_changed(
+        &mut self,
+        node: NodeName,
+        before: Option<MemberStatus>,
+        after: Option<MemberStatus>,
+        turn: &Turn<'_>,
+    ) {
+        self.are_members_dirty = true;
+        self.are_peers_dirty = true;
+        let addr = self.core.member(&node).map(|member| member.id.addr);
+        self.tell(Event::MemberChanged { node: node.clone(), addr, before, after });
+        match after {
+            None | Some(MemberStatus::Left) => {
+                self.replica.remove(&node);
+                self.outputs.push_back(Output::Close { peer: node.clone(), reason: "member left" });
+            }
+            // Its connection waits longer and longer between probes; once the path heals, a fresh one is faster.
+            Some(MemberStatus::Failed) if before != after => {
+                self.outputs.push_back(Output::Close { peer: node.clone(), reason: "member failed" });
+            }
+            Some(_) => {}
+        }
+        let was_alive = matches!(before, Some(MemberStatus::Alive | MemberStatus::Leaving));
+        if was_alive && self.core.alive_count() == 0 && !self.core.has_left() {
+            if after == Some(MemberStatus::Failed) {
+                self.tell(Event::Isolated);
+            }
+            self.join_pause = JOIN_PAUSE_MIN;
+            self.next_join = turn.now + JOIN_PAUSE_MIN;
+        }
+        self.dirty.insert(node);
+    }
+}

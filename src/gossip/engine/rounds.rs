@@ -1,0 +1,61 @@
+//! What is done now and then: comparing, renewing the lease, ending others' leases, keeping peers.
+
+use rand::RngExt as _;
+
+use super::{Engine, Event, Output, STORED_PEERS_MAX, SYNC_ROUNDS, Turn};
+use crate::membership::Tracked;
+use crate::model::MemberStatus;
+use crate::store::StoredPeer;
+
+impl Engine {
+    /// Compares with a random member, refreshes the own lease, ends others' leases, saves peers.
+    pub(super) fn tick(&mut self, turn: &Turn<'_>) {
+        let jitter = self.rng.random_range(0.75..1.25);
+        self.next_sync = turn.now + self.sync_interval.mul_f64(jitter);
+        self.publish(turn);
+        for node in self.replica.expire(turn.wall) {
+            self.tell(Event::LeaseEnded(node.clone()));
+            self.dirty.insert(node);
+        }
+        let count = self.core.alive_count();
+        if count > 0 {
+            let chosen = self.rng.random_range(0..count);
+            let peer = self.core.alive().nth(chosen).map(|id| id.name.clone());
+            if let Some(peer) = peer {
+                self.start_sync(&peer, SYNC_ROUNDS);
+            }
+        }
+        if !self.is_saving
+            && let Some(peers) = self.unsaved_peers()
+        {
+            self.is_saving = true;
+            self.are_peers_dirty = false;
+            self.outputs.push_back(Output::SavePeers(peers));
+        }
+    }
+
+    /// Returns the peers to keep if they changed since [`Output::SavePeers`]: also at the end of the agent.
+    pub fn unsaved_peers(&self) -> Option<Vec<StoredPeer>> {
+        let peers = if self.are_peers_dirty { self.stored_peers() } else { Vec::new() };
+        (!peers.is_empty()).then_some(peers)
+    }
+
+    fn stored_peers(&self) -> Vec<StoredPeer> {
+        let stored = |member: &Tracked| StoredPeer {
+            name: member.id.name.clone(),
+            addr: member.id.addr,
+            alive: member.status == MemberStatus::Alive,
+        };
+        let members = self.core.members().filter(|member| member.status != MemberStatus::Left);
+        let mut peers: Vec<StoredPeer> = members.map(stored).collect();
+        // Known from before and not heard of yet: still worth a call.
+        for peer in &self.known_peers {
+            if self.core.member(&peer.name).is_none() {
+                peers.push(StoredPeer { alive: false, ..peer.clone() });
+            }
+        }
+        peers.sort_by_key(|peer| !peer.alive);
+        peers.truncate(STORED_PEERS_MAX);
+        peers
+    }
+}
