@@ -19,6 +19,7 @@
 //! Not here: SWIM (`membership`), versions and merging (`replica`), TLS (`pki`, `transport`), health (`registry`).
 
 mod actor;
+mod documents;
 pub mod engine;
 mod exchange;
 mod links;
@@ -35,6 +36,9 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
+pub use self::documents::{
+    ClockSkew, DocumentStore, DocumentView, DocumentsHandle, DocumentsParams, DocumentsView, OfferError, Spread,
+};
 use crate::catalogue::SnapshotReader;
 use crate::metrics::Metrics;
 use crate::model::{Generation, MemberStatus, NodeInfo, NodeName};
@@ -154,14 +158,27 @@ impl Gossip {
     /// If the metrics are registered already.
     pub fn start(
         params: GossipParams,
+        documents: DocumentsParams,
         metrics: &Metrics,
         tasks: &Tasks,
     ) -> Result<(GossipHandle, SnapshotReader), StartError> {
-        let metrics = metrics::GossipMetrics::new(metrics).map_err(StartError::Metrics)?;
+        let gossip_metrics = metrics::GossipMetrics::new(metrics).map_err(StartError::Metrics)?;
         let (commands, received) = mpsc::channel(COMMANDS_MAX);
-        let (actor, members, reader) = actor::Actor::new(params, received, metrics);
+        let orders = documents::queue();
+        let around = documents::Around {
+            own: params.node.name.clone(),
+            identity: Arc::clone(&params.identity),
+            transport: params.transport.clone(),
+            gossip: commands.clone(),
+            interval: params.sync_interval,
+            stop: params.stop.clone(),
+        };
+        let (actor, members, reader) = actor::Actor::new(params, received, orders.0.clone(), gossip_metrics);
+        let task = documents::Task::new(documents, around, members.clone(), orders, metrics);
+        let (task, documents) = task.map_err(StartError::Metrics)?;
         tasks.spawn("gossip", actor.run());
-        Ok((GossipHandle { commands, members }, reader))
+        tasks.spawn("documents", task.run());
+        Ok((GossipHandle { commands, members, documents }, reader))
     }
 }
 
@@ -171,6 +188,16 @@ enum Command {
     Join(Vec<String>, oneshot::Sender<Result<usize, GossipError>>),
     Leave(oneshot::Sender<()>),
     ForceLeave(NodeName, Prune, oneshot::Sender<Result<(), GossipError>>),
+    /// Something else is to be believed: records may have to go.
+    Trust,
+    /// Asks for the open connection to a peer.
+    Link(NodeName, oneshot::Sender<Option<quinn::Connection>>),
+    /// Takes over a connection that was dialled elsewhere.
+    Adopt {
+        peer: NodeName,
+        addr: SocketAddr,
+        connection: quinn::Connection,
+    },
 }
 
 /// Whether a member that is made to leave is forgotten.
@@ -185,9 +212,15 @@ enum Prune {
 pub struct GossipHandle {
     commands: mpsc::Sender<Command>,
     members: watch::Receiver<Arc<Members>>,
+    documents: DocumentsHandle,
 }
 
 impl GossipHandle {
+    /// Talks to the owner of the signed documents.
+    pub fn documents(&self) -> &DocumentsHandle {
+        &self.documents
+    }
+
     /// Tries each of `targets` (name, address, host:port; default port 8301) once; returns how many answered.
     ///
     /// # Errors

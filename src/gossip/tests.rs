@@ -8,6 +8,7 @@ use crate::catalogue::LocalView;
 use crate::clock;
 use crate::model::{Entry, EntryKey, Protocol, ServeScope, ServiceName, ServiceRecord, Weights};
 use crate::pki::Plane;
+use crate::policy::DocumentSet;
 use crate::registry::Publication;
 
 #[derive(Default)]
@@ -16,6 +17,22 @@ struct Kept(Mutex<Vec<StoredPeer>>);
 impl PeerStore for Kept {
     fn save(&self, peers: Vec<StoredPeer>) {
         *self.0.lock().unwrap() = peers;
+    }
+}
+
+/// What a node keeps of documents.
+#[derive(Default)]
+struct Documents(Mutex<BTreeMap<String, Vec<u8>>>);
+
+impl DocumentStore for Documents {
+    fn put(&self, key: &str, bytes: &[u8]) -> Result<(), String> {
+        self.0.lock().unwrap().insert(key.to_owned(), bytes.to_vec());
+        Ok(())
+    }
+
+    fn remove(&self, key: &str) -> Result<(), String> {
+        self.0.lock().unwrap().remove(key);
+        Ok(())
     }
 }
 
@@ -73,7 +90,12 @@ fn start(ca: &crate::pki::EphemeralCa, name: &str, generation: u64, seeds: Vec<S
         sync_interval: Duration::from_secs(1),
         stop: stop.clone(),
     };
-    let (handle, reader) = Gossip::start(params, &Metrics::new(), &tasks).unwrap();
+    let documents = DocumentsParams {
+        set: DocumentSet::new(ca.issuer().bundle()),
+        store: Arc::new(Documents::default()),
+        on_trust: Arc::new(|_| {}),
+    };
+    let (handle, reader) = Gossip::start(params, documents, &Metrics::new(), &tasks).unwrap();
     Agent { handle, reader, publication, addr, transport, stop, tasks }
 }
 

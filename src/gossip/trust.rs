@@ -5,7 +5,7 @@ use std::sync::Arc;
 use rustls::pki_types::CertificateDer;
 
 use crate::clock::UnixSeconds;
-use crate::pki::{Identity, NodeAuthority, TrustBundle, verify_signed_by_node};
+use crate::pki::{Identity, NodeAuthority, TrustBundle, check_revoked, verify_signed_by_node};
 use crate::replica::{HeadSigner, HeadVerifier, VerifiedHead};
 
 /// Signs with one authority, so that chain and signature belong together while the identity is renewed.
@@ -47,5 +47,10 @@ impl HeadVerifier for Verifier {
         let verified = verify_signed_by_node(&chain, message, signature, &self.bundle, self.now);
         let (node, scope, not_after) = verified.map_err(|error| error.to_string())?;
         Ok(VerifiedHead { node, scope, not_after })
+    }
+
+    fn is_good(&self, chain: &[Vec<u8>]) -> bool {
+        let chain: Vec<CertificateDer<'_>> = chain.iter().map(|der| CertificateDer::from(der.as_slice())).collect();
+        check_revoked(&chain, &self.bundle).is_ok()
     }
 }

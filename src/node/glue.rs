@@ -4,18 +4,22 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use prometheus::{IntCounterVec, Opts};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
-use crate::gossip::{GossipHandle, PeerStore};
+use crate::clock::{self, UnixSeconds};
+use crate::gossip::{DocumentStore, GossipHandle, PeerStore};
 use crate::join::{JoinDirectory, JoinServer, TokenLedger};
+use crate::metrics::Metrics;
 use crate::model::{MemberStatus, NodeInfo, NodeName};
-use crate::pki::Plane;
-use crate::store::{Store, StoredPeer};
+use crate::pki::{Identity, Plane, TrustBundle};
+use crate::policy::{Document, DocumentSet};
+use crate::store::{Store, StoreError, StoredPeer};
 use crate::supervise::Tasks;
 use crate::telemetry::Chain;
-use crate::transport::{Accepted, ControlTransport};
+use crate::transport::{Accepted, Cause, Closed, ControlTransport, LiveConnections};
 
 /// Join exchanges at once; a newcomer beyond them is closed and tries again.
 const JOINS_MAX: usize = 32;
@@ -31,6 +35,66 @@ impl PeerStore for PeerFile {
     fn save(&self, peers: Vec<StoredPeer>) {
         if let Err(err) = self.0.put_peers(&peers) {
             warn!(error = %Chain(&err), "could not keep the known peers; after a restart the seeds must answer");
+        }
+    }
+}
+
+/// Keeps signed documents on disk.
+pub(super) struct DocumentFile(pub(super) Store);
+
+impl DocumentStore for DocumentFile {
+    fn put(&self, key: &str, bytes: &[u8]) -> Result<(), String> {
+        self.0.put_document(key, bytes).map_err(|err| Chain(&err).to_string())
+    }
+
+    fn remove(&self, key: &str) -> Result<(), String> {
+        self.0.remove_document(key).map_err(|err| Chain(&err).to_string())
+    }
+}
+
+/// Reads the documents of the last run and lets the identity believe what follows from them.
+pub(super) fn stored_documents(store: &Store, identity: &Identity) -> Result<DocumentSet, StoreError> {
+    let mut set = DocumentSet::new(identity.authority().bundle());
+    for bytes in store.documents()? {
+        let offered = Document::from_bytes(&bytes).map_err(|err| Chain(&err).to_string());
+        if let Err(error) =
+            offered.and_then(|document| set.offer(document, clock::wall()).map_err(|err| err.to_string()))
+        {
+            // Ended, or signed by somebody who was revoked since.
+            info!(error, "a document of the last run no longer counts");
+        }
+    }
+    identity.set_bundle(set.bundle());
+    Ok(set)
+}
+
+/// All connections of the node, by whose peers' certificates they stand.
+#[derive(Debug, Clone)]
+pub(super) struct Connections {
+    pub(super) control: LiveConnections,
+    pub(super) tunnels: LiveConnections,
+    pub(super) closed: IntCounterVec,
+}
+
+impl Connections {
+    pub(super) fn new(control: &ControlTransport, metrics: &Metrics) -> Result<Self, prometheus::Error> {
+        let name = "weft_identity_connections_closed_total";
+        let opts = Opts::new(name, "Open connections closed because their peer is no longer believed.");
+        let closed = metrics.add(IntCounterVec::new(opts, &["reason"])?)?;
+        Ok(Self { control: control.live().clone(), tunnels: LiveConnections::default(), closed })
+    }
+
+    /// Closes what `bundle` no longer believes; `is_current` tells whether a node shows a good certificate.
+    pub(super) fn recheck(&self, bundle: &TrustBundle, now: UnixSeconds, is_current: impl Fn(&NodeName) -> bool) {
+        let mut by_node: BTreeMap<(NodeName, Cause), usize> = BTreeMap::new();
+        for live in [&self.tunnels, &self.control] {
+            for Closed { node, cause } in live.recheck(bundle, now, &is_current) {
+                self.closed.with_label_values(&[cause.as_str()]).inc();
+                *by_node.entry((node, cause)).or_default() += 1;
+            }
+        }
+        for ((node, cause), connections) in by_node {
+            warn!(%node, reason = cause.as_str(), connections, "closed connections whose peer is no longer believed");
         }
     }
 }

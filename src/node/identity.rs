@@ -10,6 +10,8 @@ use rand::RngExt as _;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
+use super::glue::Connections;
+use crate::catalogue::SnapshotReader;
 use crate::clock::{self, UnixSeconds};
 use crate::config::{Config, IdentitySource, MESH_PORT_DEFAULT};
 use crate::gossip::GossipHandle;
@@ -251,6 +253,8 @@ pub(super) struct Renewal {
     pub(super) gossip: GossipHandle,
     pub(super) seeds: Vec<String>,
     pub(super) expiry: Gauge,
+    pub(super) connections: Connections,
+    pub(super) snapshot: SnapshotReader,
 }
 
 impl Renewal {
@@ -267,6 +271,7 @@ impl Renewal {
                 warn!(error = %Chain(&err), "could not renew leaf certificates; the old ones serve until their end");
             }
             self.expiry.set(days_left(&self.identity));
+            self.recheck(now);
             let authority = self.identity.authority();
             let life = authority.not_after().since(authority.not_before());
             pause = LOOK;
@@ -289,6 +294,15 @@ impl Renewal {
                 }
             }
         }
+    }
+
+    /// Closes connections whose node's certificate has ended, unless the node has renewed it: then its records, which
+    /// are signed with the newer one, stand in the catalogue.
+    fn recheck(&self, now: UnixSeconds) {
+        let snapshot = self.snapshot.load();
+        let is_current =
+            |node: &NodeName| snapshot.nodes.get(node).is_some_and(|node| node.status == MemberStatus::Alive);
+        self.connections.recheck(&self.identity.bundle(), now, is_current);
     }
 
     async fn renew_authority(&self, old: &NodeAuthority, now: UnixSeconds) -> Result<UnixSeconds, IdentityError> {

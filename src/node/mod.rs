@@ -25,7 +25,7 @@ use crate::api::{AdminToken, Api, ApiConfig, ApiParams, ListenerState as ApiList
 use crate::catalogue::SnapshotReader;
 use crate::clock;
 use crate::config::{Config, OnTerminate, Secret, Storage};
-use crate::gossip::{self, Gossip, GossipHandle, GossipParams};
+use crate::gossip::{self, DocumentsParams, Gossip, GossipHandle, GossipParams};
 use crate::join::JoinServer;
 use crate::metrics::Metrics;
 use crate::model::{Generation, NodeInfo, NodeName};
@@ -145,6 +145,7 @@ impl Node {
         let store = open_store(&config)?;
         let sockets = bind_mesh(&config)?;
         let (issuer, identity) = identity::obtain(&config, &store).await?;
+        let documents = glue::stored_documents(&store, &identity)?;
         let reset_key = store.reset_key()?;
         let generation = Generation { number: store.next_generation()?, nonce: rand::random() };
         let info = node_info(&config, &store, issuer.is_some())?;
@@ -167,6 +168,7 @@ impl Node {
         }
         let control = ControlTransport::new(sockets.control, Arc::clone(&identity), reset_key)?;
         control.register(&metrics).map_err(part("transport's metrics"))?;
+        let connections = glue::Connections::new(&control, &metrics).map_err(part("identity's metrics"))?;
         let (incoming_tx, incoming) = mpsc::channel(gossip::INCOMING_MAX);
         let params = GossipParams {
             node: info.clone(),
@@ -182,7 +184,14 @@ impl Node {
             sync_interval: gossip::SYNC_INTERVAL,
             stop: stop.clone(),
         };
-        let (gossip, snapshot) = Gossip::start(params, &metrics, &tasks).map_err(part("gossip"))?;
+        let rechecked = connections.clone();
+        let documents = DocumentsParams {
+            set: documents,
+            store: Arc::new(glue::DocumentFile(store.clone())),
+            // Revocations alone: whether an ended certificate was renewed is looked at by the renewal task.
+            on_trust: Arc::new(move |bundle| rechecked.recheck(bundle, clock::wall(), |_| true)),
+        };
+        let (gossip, snapshot) = Gossip::start(params, documents, &metrics, &tasks).map_err(part("gossip"))?;
         let directory = Arc::new(glue::Directory { gossip: gossip.clone(), own: info.clone() });
         let joins = JoinServer::new(issuer.clone(), directory, Arc::new(glue::TokenFile(store.clone())));
         tasks.spawn("accept", glue::accept(control.clone(), incoming_tx, joins, tasks.clone(), stop.clone()));
@@ -194,6 +203,8 @@ impl Node {
             gossip: gossip.clone(),
             seeds: config.join.clone(),
             expiry,
+            connections: connections.clone(),
+            snapshot: snapshot.clone(),
         };
         tasks.spawn("renewal", renewal.run(stop.clone()));
         let proxy = Proxy::start(ProxyParams {
@@ -202,6 +213,7 @@ impl Node {
             identity: Arc::clone(&identity),
             snapshot: snapshot.clone(),
             shared_http: config.shared_http_addr,
+            live: connections.tunnels,
             metrics: &metrics,
             stop: drain.clone(),
             drain_timeout: config.drain_timeout,

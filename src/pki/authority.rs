@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::certificate::{
     CONTEXT_NODE, CONTEXT_RENEW, LEAF_LIFE, Validity, generate_key, leaf_params, private_key, sign,
 };
-use super::{PkiError, Revocations, Svid, TrustBundle, verify};
+use super::{PkiError, Revocations, Svid, TrustBundle, VerifyError, verify};
 use crate::clock::UnixSeconds;
 use crate::model::{NodeName, ServeScope, ServiceName, SpiffeId, TrustDomain};
 use crate::wire;
@@ -94,6 +94,14 @@ impl NodeAuthority {
     /// Node intermediate first, then issuer: what others need to check this node's signatures.
     pub fn chain(&self) -> &[CertificateDer<'static>] {
         &self.chain
+    }
+
+    /// Holds the own chain against what is revoked.
+    ///
+    /// # Errors
+    /// What is revoked of it.
+    pub fn check(&self, bundle: &TrustBundle) -> Result<(), VerifyError> {
+        verify::check_revoked(&self.chain, bundle)
     }
 
     /// The root that the chain leads to.

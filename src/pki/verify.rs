@@ -463,6 +463,20 @@ fn check_signing_chain(
     Err(refused)
 }
 
+/// Holds a published chain that was verified before against what is revoked, without checking a signature again.
+///
+/// # Errors
+/// The rule that is broken.
+pub fn check_revoked(chain: &[CertificateDer<'_>], bundle: &TrustBundle) -> Result<(), VerifyError> {
+    let [node_der, issuer_der] = chain else {
+        return Err(VerifyError::Length { found: chain.len(), want: 2 });
+    };
+    if bundle.revoked.is_empty() {
+        return Ok(());
+    }
+    check_signers(None, &parse(NODE, node_der)?, &parse(ISSUER, issuer_der)?, bundle).map(drop)
+}
+
 /// Checks a published chain `[node intermediate, issuer]`; returns node, scope and the chain's end.
 pub(super) fn verify_node_chain(
     chain: &[CertificateDer<'_>],

@@ -64,6 +64,8 @@ pub struct ProxyParams<'a> {
     pub snapshot: SnapshotReader,
     /// The HTTP port that routes by Host.
     pub shared_http: Option<SocketAddr>,
+    /// Where open tunnels are entered, to be held against what is trusted.
+    pub live: LiveConnections,
     /// Where the metrics go.
     pub metrics: &'a Metrics,
     /// Cancelled when the node stops: the drain begins.
@@ -143,6 +145,7 @@ impl Proxy {
                 drain_timeout: params.drain_timeout,
                 listener_retry: LISTENER_RETRY,
                 credentials,
+                live: params.live,
             },
             params.metrics,
         )
@@ -159,6 +162,7 @@ struct StartParams {
     drain_timeout: Duration,
     listener_retry: Duration,
     credentials: Arc<dyn Credentials>,
+    live: LiveConnections,
 }
 
 fn start(params: StartParams, metrics: &Metrics) -> Result<ProxyHandle, ProxyError> {
@@ -169,14 +173,8 @@ fn start(params: StartParams, metrics: &Metrics) -> Result<ProxyHandle, ProxyErr
     let drain = params.stop.child_token();
     let draining = TaskTracker::new();
     let workers = u8::try_from(params.sockets.len()).unwrap_or(u8::MAX);
-    let mut handle = ProxyHandle {
-        threads: Vec::new(),
-        drain,
-        died: Arc::clone(&died),
-        listeners,
-        open: OpenTunnels::default(),
-        live: LiveConnections::default(),
-    };
+    let mut handle =
+        ProxyHandle { threads: Vec::new(), drain, died: Arc::clone(&died), listeners, open: OpenTunnels::default() };
     for (index, socket) in (0..workers).zip(params.sockets) {
         let setup = Setup {
             socket,
@@ -184,7 +182,7 @@ fn start(params: StartParams, metrics: &Metrics) -> Result<ProxyHandle, ProxyErr
             index: usize::from(index),
             reset_key: params.reset_key,
             credentials: Arc::clone(&params.credentials),
-            live: handle.live.clone(),
+            live: params.live.clone(),
             snapshot: params.snapshot.clone(),
             shared_http: params.shared_http,
             listener_retry: params.listener_retry,
@@ -219,7 +217,6 @@ pub struct ProxyHandle {
     died: Arc<watch::Sender<Died>>,
     listeners: Arc<watch::Sender<Listeners>>,
     open: OpenTunnels,
-    live: LiveConnections,
 }
 
 /// Tells when a worker dies. Cheap to clone.
@@ -244,11 +241,6 @@ impl ProxyHandle {
     /// Returns the list of open tunnels; it stays current.
     pub fn tunnels(&self) -> OpenTunnels {
         self.open.clone()
-    }
-
-    /// Returns the open tunnels of all workers, to be held against what is trusted.
-    pub fn live(&self) -> LiveConnections {
-        self.live.clone()
     }
 
     /// Returns how the local ports fare, and wakes at each change.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   generation, node id, name, reset key, identity, peers -> `meta`
-//!   services, checks, check statuses, token uses          -> a table each
+//!   services, checks, check statuses, token uses, documents -> a table each
 //!                                                    all of it wire::encode'd
 //! ```
 //!
@@ -52,6 +52,7 @@ const SERVICES: Table = TableDefinition::new("services");
 const CHECKS: Table = TableDefinition::new("checks");
 const STATUSES: Table = TableDefinition::new("check_statuses");
 const TOKENS: Table = TableDefinition::new("token_uses");
+const DOCUMENTS: Table = TableDefinition::new("documents");
 
 const GENERATION: &str = "generation";
 const NODE_ID: &str = "node_id";
@@ -146,7 +147,7 @@ impl Store {
         let database = RwLock::new(Some(open_checked(&path, open)?));
         let store = Self { inner: Arc::new(Inner { path, database, kind, has_failed: AtomicBool::new(false) }) };
         store.write(|transaction| {
-            for table in [META, SERVICES, CHECKS, STATUSES, TOKENS] {
+            for table in [META, SERVICES, CHECKS, STATUSES, TOKENS, DOCUMENTS] {
                 transaction.open_table(table)?;
             }
             Ok(())
@@ -356,6 +357,30 @@ impl Store {
         })
     }
 
+    /// Returns the signed documents, in order of key.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails.
+    pub fn documents(&self) -> Result<Vec<Vec<u8>>, StoreError> {
+        Ok(self.values(DOCUMENTS)?.into_iter().map(|(_, document)| document).collect())
+    }
+
+    /// Adds or replaces a signed document.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails.
+    pub fn put_document(&self, key: &str, document: &[u8]) -> Result<(), StoreError> {
+        self.put(DOCUMENTS, key, document)
+    }
+
+    /// Removes a signed document.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails.
+    pub fn remove_document(&self, key: &str) -> Result<(), StoreError> {
+        self.remove(DOCUMENTS, key)
+    }
+
     /// Counts one use of token `id` and returns how many there were before (issuers).
     ///
     /// The count is kept until `not_after` (seconds since the epoch) and a day; counts past that go at each call.
@@ -530,6 +555,7 @@ fn decode<T: DeserializeOwned>(path: &Path, table: Table, key: &str, bytes: &[u8
             "services" => "services",
             "checks" => "checks",
             "check_statuses" => "check_statuses",
+            "documents" => "documents",
             _ => "token_uses",
         };
         StoreError::Value { path: path.to_owned(), table, key: key.to_owned(), source }

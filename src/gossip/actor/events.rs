@@ -57,6 +57,7 @@ impl Actor {
                     warn!(%node, %error, "records refused");
                 }
             }
+            Event::Revoked(node) => warn!(member = %node, "member's certificate is revoked: its records are dropped"),
             Event::LeaseEnded(node) => info!(%node, "records ended: their node has not renewed them"),
             Event::Report(Report::OutOfScope { node, services, .. }) => {
                 warn!(%node, ?services, "services outside the node's serve scope are not shown");
@@ -91,7 +92,7 @@ impl Actor {
         members.extend(self.engine.membership().members().map(|member| MemberView {
             name: member.id.name.clone(),
             addr: member.id.addr,
-            status: member.status,
+            status: self.engine.status_of(&member.id.name),
             generation: member.id.life.generation,
             info: info(&member.id.name),
         }));

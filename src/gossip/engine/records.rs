@@ -79,6 +79,7 @@ impl Engine {
             Ok(applied) => {
                 if matches!(applied, Applied::Updated) {
                     self.refusals.remove(&node);
+                    self.revoked.remove(&node);
                     self.dirty.insert(node);
                     self.are_members_dirty = true;
                 }

@@ -102,6 +102,7 @@ impl Node {
         let publisher = Publisher::new(Arc::new(first));
         let metrics = Metrics::new();
         let params = StartParams {
+            live: crate::transport::LiveConnections::default(),
             sockets: bound.workers,
             reset_key: [7; 64],
             snapshot: publisher.reader(),
