@@ -20,9 +20,10 @@ use super::seam::{GossipOrder, Membership, Registry, RegistryOrder};
 use super::{AdminToken, ApiConfig, CertificateFacts, ListenerState, NodeFacts, Shared, guard, routes};
 use crate::catalogue::{Instance, LocalView, NodeEntry, Publisher, ServiceEntry, Snapshot};
 use crate::clock::UnixSeconds;
-use crate::gossip::{GossipError, MemberView, Members};
+use crate::gossip::{DocumentsView, GossipError, MemberView, Members, NodeCertificates, OfferError, Spread};
 use crate::metrics::Metrics;
 use crate::model::{CheckRecord, Generation, HealthStatus, MemberStatus, NodeInfo, Protocol, ServiceRecord, Weights};
+use crate::policy::{Document, Offered};
 use crate::registry::{
     CheckDefinition, LocalCheck, LocalService, LocalState, Probe, RegistryError, ServiceDefinition, UpstreamDefinition,
 };
@@ -66,6 +67,24 @@ impl Membership for FakeMembers {
         self.orders.lock().unwrap().push(order);
         let verdict = self.verdict.lock().unwrap().clone();
         Box::pin(async move { verdict })
+    }
+
+    fn offer(&self, document: Vec<u8>) -> BoxFuture<'_, Result<Spread, OfferError>> {
+        let spread = Document::from_bytes(&document).map(|document| Spread {
+            digest: document.digest(),
+            offered: Offered::Stored,
+            confirmed: 2,
+            alive: 2,
+        });
+        Box::pin(async move { Ok(spread?) })
+    }
+
+    fn documents(&self) -> Arc<DocumentsView> {
+        Arc::default()
+    }
+
+    fn certificates(&self) -> BoxFuture<'_, Result<Vec<NodeCertificates>, GossipError>> {
+        Box::pin(async { Ok(Vec::new()) })
     }
 }
 

@@ -17,6 +17,7 @@ mod block;
 mod call;
 mod catalog;
 mod check;
+mod documents;
 mod guard;
 mod health;
 mod index;

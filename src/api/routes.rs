@@ -15,7 +15,7 @@ use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use super::call::{Call, Handler, Refusal, Reply, TEXT};
 use super::guard::Arrival;
 use super::query::Query;
-use super::{BODY_BYTES_MAX, Shared, agent, catalog, check, health, mesh, status};
+use super::{BODY_BYTES_MAX, Shared, agent, catalog, check, documents, health, mesh, status};
 use crate::clock;
 
 /// A client has so long to send its body: 1 MiB over the slowest link that is worth waiting for.
@@ -68,6 +68,9 @@ pub(super) const ROUTES: &[Route] = &[
     route!(GET "/v1/status/leader" status::leader),
     route!(GET "/v1/status/peers" status::peers),
     route!(GET "/v1/mesh/info" mesh::info),
+    route!(GET "/v1/mesh/documents" documents::list),
+    route!(PUT "/v1/mesh/document" documents::offer),
+    route!(GET "/v1/mesh/certificates" documents::certificates),
 ];
 
 /// Groups of Consul's that weft refuses on purpose: prefix, status, text.

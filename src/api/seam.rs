@@ -5,7 +5,7 @@ use std::sync::Arc;
 use futures_util::future::BoxFuture;
 use tokio::sync::watch;
 
-use crate::gossip::{GossipError, GossipHandle, Members};
+use crate::gossip::{DocumentsView, GossipError, GossipHandle, Members, NodeCertificates, OfferError, Spread};
 use crate::model::{CheckId, HealthStatus, InstanceId, NodeName};
 use crate::registry::{CheckDefinition, LocalState, RegistryError, RegistryHandle, ServiceDefinition};
 
@@ -66,6 +66,12 @@ pub(super) trait Membership: Send + Sync {
     fn members(&self) -> Arc<Members>;
     /// Carries out `order`.
     fn carry_out(&self, order: GossipOrder) -> BoxFuture<'_, Result<(), GossipError>>;
+    /// Takes a signed document, and returns how far it has spread.
+    fn offer(&self, document: Vec<u8>) -> BoxFuture<'_, Result<Spread, OfferError>>;
+    /// The signed documents.
+    fn documents(&self) -> Arc<DocumentsView>;
+    /// The certificates under which nodes publish.
+    fn certificates(&self) -> BoxFuture<'_, Result<Vec<NodeCertificates>, GossipError>>;
 }
 
 impl Membership for GossipHandle {
@@ -80,5 +86,17 @@ impl Membership for GossipHandle {
                 GossipOrder::ForceLeave { name, prune } => self.force_leave(name, prune).await,
             }
         })
+    }
+
+    fn offer(&self, document: Vec<u8>) -> BoxFuture<'_, Result<Spread, OfferError>> {
+        Box::pin(GossipHandle::documents(self).offer(document))
+    }
+
+    fn documents(&self) -> Arc<DocumentsView> {
+        GossipHandle::documents(self).view()
+    }
+
+    fn certificates(&self) -> BoxFuture<'_, Result<Vec<NodeCertificates>, GossipError>> {
+        Box::pin(GossipHandle::certificates(self))
     }
 }

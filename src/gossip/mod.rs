@@ -42,7 +42,7 @@ pub use self::documents::{
 use crate::catalogue::SnapshotReader;
 use crate::metrics::Metrics;
 use crate::model::{Generation, MemberStatus, NodeInfo, NodeName};
-use crate::pki::Identity;
+use crate::pki::{CertificateFacts, Identity};
 use crate::registry;
 use crate::store::StoredPeer;
 use crate::supervise::Tasks;
@@ -77,6 +77,17 @@ pub struct Members {
     pub members: Vec<MemberView>,
     /// No other member is alive though some are known: this node may be cut off.
     pub isolated: bool,
+}
+
+/// The certificates under which a node publishes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodeCertificates {
+    /// The node.
+    pub node: NodeName,
+    /// Its own.
+    pub intermediate: CertificateFacts,
+    /// Its issuer's.
+    pub issuer: CertificateFacts,
 }
 
 /// Why an order to gossip failed.
@@ -192,6 +203,8 @@ enum Command {
     Trust,
     /// Asks for the open connection to a peer.
     Link(NodeName, oneshot::Sender<Option<quinn::Connection>>),
+    /// Asks for the certificates under which nodes publish.
+    Certificates(oneshot::Sender<Vec<NodeCertificates>>),
     /// Takes over a connection that was dialled elsewhere.
     Adopt {
         peer: NodeName,
@@ -250,6 +263,16 @@ impl GossipHandle {
     pub async fn force_leave(&self, name: NodeName, prune: bool) -> Result<(), GossipError> {
         let prune = if prune { Prune::Forget } else { Prune::Keep };
         self.order(|reply| Command::ForceLeave(name, prune, reply)).await?
+    }
+
+    /// The certificates under which nodes publish, in order of node.
+    ///
+    /// # Errors
+    /// [`GossipError::Closed`].
+    /// # Cancel safety
+    /// Cancelling forgets the answer.
+    pub async fn certificates(&self) -> Result<Vec<NodeCertificates>, GossipError> {
+        self.order(Command::Certificates).await
     }
 
     /// The members.

@@ -14,7 +14,7 @@ use crate::gossip::{DocumentStore, GossipHandle, PeerStore};
 use crate::join::{JoinDirectory, JoinServer, TokenLedger};
 use crate::metrics::Metrics;
 use crate::model::{MemberStatus, NodeInfo, NodeName};
-use crate::pki::{Identity, Plane, TrustBundle};
+use crate::pki::{Plane, TrustBundle};
 use crate::policy::{Document, DocumentSet};
 use crate::store::{Store, StoreError, StoredPeer};
 use crate::supervise::Tasks;
@@ -52,9 +52,9 @@ impl DocumentStore for DocumentFile {
     }
 }
 
-/// Reads the documents of the last run and lets the identity believe what follows from them.
-pub(super) fn stored_documents(store: &Store, identity: &Identity) -> Result<DocumentSet, StoreError> {
-    let mut set = DocumentSet::new(identity.authority().bundle());
+/// Reads the documents of the last run, as far as they still count for a node that believes `base`.
+pub(super) fn stored_documents(store: &Store, base: &TrustBundle) -> Result<DocumentSet, StoreError> {
+    let mut set = DocumentSet::new(base);
     for bytes in store.documents()? {
         let offered = Document::from_bytes(&bytes).map_err(|err| Chain(&err).to_string());
         if let Err(error) =
@@ -64,7 +64,6 @@ pub(super) fn stored_documents(store: &Store, identity: &Identity) -> Result<Doc
             info!(error, "a document of the last run no longer counts");
         }
     }
-    identity.set_bundle(set.bundle());
     Ok(set)
 }
 
@@ -103,8 +102,8 @@ impl Connections {
 pub(super) struct TokenFile(pub(super) Store);
 
 impl TokenLedger for TokenFile {
-    fn count_use(&self, id: [u8; 16], not_after: u64) -> Result<u32, String> {
-        self.0.count_token_use(id, not_after).map_err(|err| Chain(&err).to_string())
+    fn count_use(&self, id: [u8; 16], not_after: u64, key: [u8; 32]) -> Result<Option<u32>, String> {
+        self.0.count_token_use(id, not_after, key).map_err(|err| Chain(&err).to_string())
     }
 }
 

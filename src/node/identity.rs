@@ -10,7 +10,7 @@ use rand::RngExt as _;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use super::glue::Connections;
+use super::glue::{Connections, stored_documents};
 use crate::catalogue::SnapshotReader;
 use crate::clock::{self, UnixSeconds};
 use crate::config::{Config, IdentitySource, MESH_PORT_DEFAULT};
@@ -18,7 +18,7 @@ use crate::gossip::GossipHandle;
 use crate::join::{self, JoinError};
 use crate::metrics::Metrics;
 use crate::model::{MemberStatus, NodeName, TrustDomain};
-use crate::pki::{self, Identity, Issuer, NodeAuthority, PkiError, Token, TokenError};
+use crate::pki::{self, Identity, Issuer, JoinKey, NodeAuthority, PkiError, Token, TokenError};
 use crate::store::{Store, StoreError};
 use crate::telemetry::Chain;
 
@@ -117,22 +117,39 @@ pub(super) async fn obtain(
         IdentitySource::Token(_) | IdentitySource::Stored => None,
     };
     let stored = store.identity()?.map(|bytes| NodeAuthority::from_bytes(&bytes)).transpose()?;
-    let authority = match (stored, &issuer, &config.identity) {
+    let may_issue = match &issuer {
+        Some(issuer) => {
+            let bundle = stored_documents(store, issuer.bundle())?.bundle();
+            bundle.revoked.may_issue(&issuer.spki()?, now)
+        }
+        None => false,
+    };
+    if issuer.is_some() && !may_issue {
+        warn!("this node's issuer is retired or revoked: it certifies nobody, this node neither");
+    }
+    let authority = match (stored, issuer.as_ref().filter(|_| may_issue), &config.identity) {
         // An issuer certifies itself at each start, so that a changed -serve takes effect.
         (_, Some(issuer), IdentitySource::Dev { serve, .. } | IdentitySource::Issuer { serve, .. }) => {
             issuer.self_certify(&config.node_name, serve, now)?
+        }
+        (Some(stored), None, IdentitySource::Token(text)) if is_revoked(store, &stored)? => {
+            warn!("this node's certificate is revoked; joining anew with the token");
+            let token: Token = text.reveal().parse()?;
+            let peers: Vec<SocketAddr> = store.peers()?.into_iter().map(|peer| peer.addr).collect();
+            ask(config, &peers, Wish::Token(&token, &join_key(store)?)).await?
         }
         (Some(stored), ..) if stored.not_after() > now => stored,
         (Some(ended), ..) if is_askable(config, store)? => renew_ended(config, store, &ended).await?,
         (_, _, IdentitySource::Token(text)) => {
             let token: Token = text.reveal().parse()?;
-            ask(config, &[], Wish::Token(&token)).await?
+            ask(config, &[], Wish::Token(&token, &join_key(store)?)).await?
         }
         (Some(ended), ..) => return Err(IdentityError::Ended { until: ended.not_after(), now }),
         (None, ..) => return Err(IdentityError::None(config.node_name.clone())),
     };
     check(config, &authority, now)?;
     store.put_identity(&authority.to_bytes()?)?;
+    store.remove_join_key()?;
     Ok((issuer, Identity::new(authority, now)?))
 }
 
@@ -161,15 +178,31 @@ async fn renew_ended(config: &Config, store: &Store, ended: &NodeAuthority) -> R
         (Err(IdentityError::Join(refused)), IdentitySource::Token(text)) => {
             warn!(error = %Chain(&refused), "renewal refused; using the token");
             let token: Token = text.reveal().parse()?;
-            ask(config, &peers, Wish::Token(&token)).await
+            ask(config, &peers, Wish::Token(&token, &join_key(store)?)).await
         }
         (outcome, _) => outcome,
     }
 }
 
+/// Whether the documents of the last run take the stored certificate back.
+fn is_revoked(store: &Store, stored: &NodeAuthority) -> Result<bool, StoreError> {
+    let bundle = stored_documents(store, stored.bundle())?.bundle();
+    Ok(stored.check(&bundle).is_err())
+}
+
+/// The key of a join: on disk before it is shown to anybody, so that a crash or a lost answer costs no use of the token.
+fn join_key(store: &Store) -> Result<JoinKey, IdentityError> {
+    if let Some(bytes) = store.join_key()? {
+        return Ok(JoinKey::from_bytes(bytes)?);
+    }
+    let key = JoinKey::new()?;
+    store.put_join_key(&key.to_bytes())?;
+    Ok(key)
+}
+
 #[derive(Clone, Copy)]
 enum Wish<'a> {
-    Token(&'a Token),
+    Token(&'a Token, &'a JoinKey),
     Renewal(&'a NodeAuthority),
 }
 
@@ -189,7 +222,7 @@ async fn ask(config: &Config, peers: &[SocketAddr], wish: Wish<'_>) -> Result<No
         seeds.extend(peers.iter().take(ASKED_MAX));
         let now = clock::wall();
         let answer = match wish {
-            Wish::Token(token) => join::request_certificate(&seeds, token, &config.node_name, now).await,
+            Wish::Token(token, key) => join::request_certificate(&seeds, token, key, &config.node_name, now).await,
             Wish::Renewal(old) => join::renew(&seeds, old, now).await,
         };
         match answer {
@@ -307,8 +340,10 @@ impl Renewal {
 
     async fn renew_authority(&self, old: &NodeAuthority, now: UnixSeconds) -> Result<UnixSeconds, IdentityError> {
         let renewed = match &self.issuer {
-            Some(issuer) => issuer.self_certify(old.node(), old.scope(), now)?,
-            None => join::renew(&self.askable().await, old, now).await?,
+            Some(issuer) if self.identity.bundle().revoked.may_issue(&issuer.spki()?, now) => {
+                issuer.self_certify(old.node(), old.scope(), now)?
+            }
+            _ => join::renew(&self.askable().await, old, now).await?,
         };
         let bytes = renewed.to_bytes()?;
         let until = renewed.not_after();

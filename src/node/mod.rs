@@ -26,7 +26,7 @@ use crate::catalogue::SnapshotReader;
 use crate::clock;
 use crate::config::{Config, OnTerminate, Secret, Storage};
 use crate::gossip::{self, DocumentsParams, Gossip, GossipHandle, GossipParams};
-use crate::join::JoinServer;
+use crate::join::{JoinServer, Trust};
 use crate::metrics::Metrics;
 use crate::model::{Generation, NodeInfo, NodeName};
 use crate::pki::Identity;
@@ -145,7 +145,8 @@ impl Node {
         let store = open_store(&config)?;
         let sockets = bind_mesh(&config)?;
         let (issuer, identity) = identity::obtain(&config, &store).await?;
-        let documents = glue::stored_documents(&store, &identity)?;
+        let documents = glue::stored_documents(&store, identity.authority().bundle())?;
+        identity.set_bundle(documents.bundle());
         let reset_key = store.reset_key()?;
         let generation = Generation { number: store.next_generation()?, nonce: rand::random() };
         let info = node_info(&config, &store, issuer.is_some())?;
@@ -193,7 +194,11 @@ impl Node {
         };
         let (gossip, snapshot) = Gossip::start(params, documents, &metrics, &tasks).map_err(part("gossip"))?;
         let directory = Arc::new(glue::Directory { gossip: gossip.clone(), own: info.clone() });
-        let joins = JoinServer::new(issuer.clone(), directory, Arc::new(glue::TokenFile(store.clone())));
+        let joins = {
+            let trusting = Arc::clone(&identity);
+            let trust: Trust = Arc::new(move || trusting.bundle());
+            JoinServer::new(issuer.clone(), trust, directory, Arc::new(glue::TokenFile(store.clone())))
+        };
         tasks.spawn("accept", glue::accept(control.clone(), incoming_tx, joins, tasks.clone(), stop.clone()));
         let expiry = identity::expiry_gauge(&metrics, &identity).map_err(part("identity's metrics"))?;
         let renewal = identity::Renewal {

@@ -6,7 +6,7 @@ use rcgen::{CertificateSigningRequestParams, KeyPair, PKCS_ECDSA_P256_SHA256, Pu
 use rustls::pki_types::{CertificateDer, CertificateSigningRequestDer};
 
 use super::certificate::{CONTEXT_ISSUER, NODE_LIFE, Validity, generate_key, node_params, sign};
-use super::{CaError, NodeAuthority, PkiError, TrustBundle, ca, verify};
+use super::{CaError, NodeAuthority, PkiError, SpkiHash, TrustBundle, ca, verify};
 use crate::clock::UnixSeconds;
 use crate::model::{NodeName, ServeScope};
 
@@ -68,6 +68,14 @@ impl Issuer {
     /// Its trust bundle.
     pub fn bundle(&self) -> &TrustBundle {
         &self.bundle
+    }
+
+    /// The hash of its key.
+    ///
+    /// # Errors
+    /// [`PkiError::Verify`] if its certificate does not parse.
+    pub fn spki(&self) -> Result<SpkiHash, PkiError> {
+        Ok(verify::spki_of(&self.certificate)?)
     }
 
     /// Its own certificate.

@@ -8,15 +8,17 @@
 //!                                         <-   Answer
 //! ```
 
+use std::fmt;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use rcgen::KeyPair;
-use rustls::pki_types::CertificateDer;
+use aws_lc_rs::digest;
+use rcgen::{KeyPair, PKCS_ECDSA_P256_SHA256};
+use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer};
 use serde::{Deserialize, Serialize};
 
 use super::certificate::{CONTEXT_ISSUER, CONTEXT_RENEW, generate_key};
-use super::{PkiError, TrustBundle, VerifyError, verify};
+use super::{PkiError, SpkiHash, TrustBundle, VerifyError, verify};
 use crate::clock::UnixSeconds;
 use crate::model::{NodeName, ServeScope};
 
@@ -69,9 +71,54 @@ pub(crate) fn renewal_message(csr: &[u8], nonce: &[u8; 32]) -> Vec<u8> {
     [nonce.as_slice(), csr].concat()
 }
 
-/// Makes a node's key.
-pub(crate) fn new_key() -> Result<KeyPair, PkiError> {
-    generate_key()
+/// The key that a newcomer asks a certificate for. It is kept until the answer has come, so that a request that is
+/// repeated after a lost answer is the same request: a token's use is counted once for it.
+pub struct JoinKey(PrivatePkcs8KeyDer<'static>);
+
+impl fmt::Debug for JoinKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("JoinKey(hidden)")
+    }
+}
+
+impl JoinKey {
+    /// Makes a key.
+    ///
+    /// # Errors
+    /// [`PkiError::Make`] if the system has no randomness.
+    pub fn new() -> Result<Self, PkiError> {
+        Ok(Self(PrivatePkcs8KeyDer::from(generate_key()?.serialize_der())))
+    }
+
+    /// For the store: it holds the private key.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        self.0.secret_pkcs8_der().to_vec()
+    }
+
+    /// From the store.
+    ///
+    /// # Errors
+    /// [`PkiError::Make`] if the bytes are no P-256 key.
+    pub fn from_bytes(bytes: Vec<u8>) -> Result<Self, PkiError> {
+        let key = Self(PrivatePkcs8KeyDer::from(bytes));
+        key.pair().map(|_| key)
+    }
+
+    /// The key as the library takes it.
+    pub(crate) fn pair(&self) -> Result<KeyPair, PkiError> {
+        KeyPair::from_pkcs8_der_and_sign_algo(&self.0, &PKCS_ECDSA_P256_SHA256)
+            .map_err(|source| PkiError::Make { what: "a key from the stored bytes", source })
+    }
+}
+
+/// The hash of the key in a signing request, unverified; none if it is no signing request.
+pub(crate) fn request_key(csr: &[u8]) -> Option<SpkiHash> {
+    use x509_parser::prelude::FromDer as _;
+    let (_, request) = x509_parser::certification_request::X509CertificationRequest::from_der(csr).ok()?;
+    let mut hash = [0; 32];
+    let key = request.certification_request_info.subject_pki.raw;
+    hash.copy_from_slice(digest::digest(&digest::SHA256, key).as_ref());
+    Some(SpkiHash(hash))
 }
 
 /// Checks that the other end of a TLS session holds the key of an issuer.

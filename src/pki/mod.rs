@@ -36,11 +36,14 @@ pub use certificate::root_digest;
 pub use document::{DocumentKey, DocumentSigner, Signatory, spki, validity, verify_document, verify_link};
 pub use identity::{Identity, SERVICE_SVIDS_MAX};
 pub use issuer::Issuer;
+pub use join::JoinKey;
 pub use revocation::{Presented, Revocations, Revoked, SpkiHash, SpkiHashError};
 pub(crate) use tls::JoinVerifier;
 pub use tls::{ALPN_GOSSIP, ALPN_JOIN, ALPN_TUNNEL};
 pub use token::{Token, TokenClaims, TokenError, create_token};
-pub use verify::{Utc, VerifyError, check_revoked, verify_peer, verify_presented, verify_signed_by_node};
+pub use verify::{
+    CertificateFacts, Utc, VerifyError, check_revoked, facts_of, verify_peer, verify_presented, verify_signed_by_node,
+};
 
 /// Which plane a connection is for; each has its own ALPN.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

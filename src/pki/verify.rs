@@ -46,6 +46,19 @@ impl fmt::Display for Utc {
     }
 }
 
+/// A certificate for people.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CertificateFacts {
+    /// Its serial number, in hexadecimal.
+    pub serial: String,
+    /// The hash of its key.
+    pub key: SpkiHash,
+    /// Beginning.
+    pub not_before: UnixSeconds,
+    /// End.
+    pub not_after: UnixSeconds,
+}
+
 /// Why a chain or a signature is not believed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum VerifyError {
@@ -250,6 +263,18 @@ fn seconds(time: x509_parser::time::ASN1Time) -> UnixSeconds {
 pub(super) fn validity_of(der: &CertificateDer<'_>) -> Result<(UnixSeconds, UnixSeconds), VerifyError> {
     let certificate = parse(NODE, der)?;
     Ok((seconds(certificate.validity().not_before), seconds(certificate.validity().not_after)))
+}
+
+/// Reads what an operator wants to know of a certificate, unchecked.
+pub fn facts_of(der: &CertificateDer<'_>) -> Result<CertificateFacts, VerifyError> {
+    let certificate = parse(NODE, der)?;
+    let serial = certificate.tbs_certificate.raw_serial();
+    Ok(CertificateFacts {
+        serial: serial.iter().map(|byte| format!("{byte:02x}")).collect(),
+        key: SpkiHash::of(&certificate),
+        not_before: seconds(certificate.validity().not_before),
+        not_after: seconds(certificate.validity().not_after),
+    })
 }
 
 /// Returns the SPKI hash of a certificate's key, unchecked.

@@ -44,6 +44,11 @@ const CACHE_BYTES: usize = 4 * 1024 * 1024;
 
 /// How long the uses of a token are remembered after its end: longer than any clock that still lets it in is wrong.
 const TOKEN_KEPT_AFTER_END: Duration = Duration::from_hours(24);
+/// A newcomer that lost the answer asks again within this time; later the same key is a use like any other, for a key
+/// that was stolen with its node must not live on by the token that brought it in.
+const TOKEN_REPEAT_WITHIN: Duration = Duration::from_mins(10);
+/// Most keys that are remembered of one token.
+const TOKEN_KEYS_MAX: usize = 64;
 
 type Table = TableDefinition<'static, &'static str, &'static [u8]>;
 
@@ -60,6 +65,7 @@ const NODE_NAME: &str = "node_name";
 const RESET_KEY: &str = "reset_key";
 const IDENTITY: &str = "identity";
 const PEERS: &str = "peers";
+const JOIN_KEY: &str = "join_key";
 
 /// A peer worth dialling at the next start.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -77,6 +83,19 @@ pub struct StoredPeer {
 struct TokenUses {
     uses: u32,
     not_after: u64,
+    /// The latest keys that used it, oldest first, each with the time of its first use.
+    keys: Vec<([u8; 32], UnixSeconds)>,
+}
+
+/// How often a token was used here, for people.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokenCount {
+    /// The token's id.
+    pub id: [u8; 16],
+    /// Uses.
+    pub uses: u32,
+    /// The token's end.
+    pub not_after: UnixSeconds,
 }
 
 struct Inner {
@@ -381,17 +400,61 @@ impl Store {
         self.remove(DOCUMENTS, key)
     }
 
-    /// Counts one use of token `id` and returns how many there were before (issuers).
+    /// Counts one use of token `id` by `key` and returns how many there were before (issuers); none if the same key used
+    /// it within the last ten minutes: then nothing is counted.
     ///
     /// The count is kept until `not_after` (seconds since the epoch) and a day; counts past that go at each call.
     ///
     /// # Errors
     /// [`StoreError`] if the file fails.
-    pub fn count_token_use(&self, id: [u8; 16], not_after: u64) -> Result<u32, StoreError> {
-        self.count_token_use_at(id, not_after, clock::wall())
+    pub fn count_token_use(&self, id: [u8; 16], not_after: u64, key: [u8; 32]) -> Result<Option<u32>, StoreError> {
+        self.count_token_use_at(id, not_after, key, clock::wall())
     }
 
-    fn count_token_use_at(&self, id: [u8; 16], not_after: u64, now: UnixSeconds) -> Result<u32, StoreError> {
+    /// Returns how often each token was used here.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails.
+    pub fn token_counts(&self) -> Result<Vec<TokenCount>, StoreError> {
+        let uses = self.values::<TokenUses>(TOKENS)?;
+        let count = |(key, uses): (String, TokenUses)| {
+            let id = *key.parse::<uuid::Uuid>().ok()?.as_bytes();
+            Some(TokenCount { id, uses: uses.uses, not_after: UnixSeconds(uses.not_after) })
+        };
+        Ok(uses.into_iter().filter_map(count).collect())
+    }
+
+    /// Returns the key of a join that was begun and not answered.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails.
+    pub fn join_key(&self) -> Result<Option<Vec<u8>>, StoreError> {
+        self.value(META, JOIN_KEY)
+    }
+
+    /// Keeps the key of a join that begins.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails.
+    pub fn put_join_key(&self, key: &[u8]) -> Result<(), StoreError> {
+        self.put(META, JOIN_KEY, &key.to_vec())
+    }
+
+    /// Forgets the key of a join that was answered.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails.
+    pub fn remove_join_key(&self) -> Result<(), StoreError> {
+        self.remove(META, JOIN_KEY)
+    }
+
+    fn count_token_use_at(
+        &self,
+        id: [u8; 16],
+        not_after: u64,
+        used_by: [u8; 32],
+        now: UnixSeconds,
+    ) -> Result<Option<u32>, StoreError> {
         let key = uuid::Uuid::from_bytes(id).to_string();
         let path = &self.inner.path;
         // One transaction: two joins at once must not both be the first.
@@ -404,16 +467,26 @@ impl Store {
             };
             table.retain(is_kept)?;
             let kept = table.get(key.as_str())?.map(|bytes| decode(path, TOKENS, &key, bytes.value()));
-            let before = match kept.transpose() {
-                Ok(kept) => kept.map_or(0, |uses: TokenUses| uses.uses),
+            let mut uses = match kept.transpose() {
+                Ok(kept) => kept.unwrap_or(TokenUses { uses: 0, not_after, keys: Vec::new() }),
                 Err(error) => return Ok(Err(error)),
             };
-            let uses = TokenUses { uses: before.saturating_add(1), not_after };
+            let is_repeat =
+                |(key, at): &([u8; 32], UnixSeconds)| *key == used_by && now <= at.plus(TOKEN_REPEAT_WITHIN);
+            if uses.keys.iter().any(is_repeat) {
+                return Ok(Ok(None));
+            }
+            let before = uses.uses;
+            uses.uses = before.saturating_add(1);
+            if uses.keys.len() >= TOKEN_KEYS_MAX {
+                uses.keys.remove(0);
+            }
+            uses.keys.push((used_by, now));
             match encode(&key, &uses) {
                 Ok(bytes) => table.insert(key.as_str(), bytes.as_slice())?,
                 Err(error) => return Ok(Err(error)),
             };
-            Ok(Ok(before))
+            Ok(Ok(Some(before)))
         })?
     }
 
@@ -724,11 +797,25 @@ mod tests {
     fn uses_of_a_token_are_counted_until_a_day_after_its_end() {
         let store = Store::in_memory().unwrap();
         let day = TOKEN_KEPT_AFTER_END.as_secs();
-        assert_eq!(store.count_token_use_at([1; 16], 100, UnixSeconds(50)).unwrap(), 0);
-        assert_eq!(store.count_token_use_at([1; 16], 100, UnixSeconds(60)).unwrap(), 1);
-        assert_eq!(store.count_token_use_at([2; 16], 900, UnixSeconds(60)).unwrap(), 0);
-        assert_eq!(store.count_token_use_at([1; 16], 100, UnixSeconds(100 + day)).unwrap(), 2);
-        store.count_token_use_at([2; 16], 900, UnixSeconds(101 + day)).unwrap();
-        assert_eq!(store.values::<TokenUses>(TOKENS).unwrap().len(), 1);
+        let count = |id: u8, not_after: u64, key: u8, now: u64| {
+            store.count_token_use_at([id; 16], not_after, [key; 32], UnixSeconds(now)).unwrap()
+        };
+        assert_eq!(count(1, 100, 1, 50), Some(0));
+        assert_eq!(count(1, 100, 2, 60), Some(1));
+        assert_eq!(count(2, 900, 3, 60), Some(0));
+        assert_eq!(count(1, 100, 4, 100 + day), Some(2));
+        count(2, 900, 5, 101 + day);
+        let left = [TokenCount { id: [2; 16], uses: 2, not_after: UnixSeconds(900) }];
+        assert_eq!(store.token_counts().unwrap(), left);
+    }
+
+    #[test]
+    fn the_same_key_may_repeat_its_use_of_a_token_for_ten_minutes() {
+        let store = Store::in_memory().unwrap();
+        let count = |key: u8, now: u64| store.count_token_use_at([1; 16], 9000, [key; 32], UnixSeconds(now)).unwrap();
+        assert_eq!(count(1, 1000), Some(0));
+        assert_eq!((count(1, 1001), count(1, 1600)), (None, None));
+        assert_eq!(count(2, 1002), Some(1), "another key is another use");
+        assert_eq!(count(1, 1601), Some(2), "and so is the same key later on");
     }
 }

@@ -46,7 +46,21 @@ fn rules() -> BTreeMap<&'static str, &'static [&'static str]> {
         // No input or output: the simulator runs it.
         ("gossip/engine", &["clock", "membership", "model", "replica", "store", "wire"]),
         ("proxy", &["catalogue", "clock", "metrics", "model", "pki", "routing", "telemetry", "transport"]),
-        ("api", &["catalogue", "clock", "gossip", "metrics", "model", "pki", "registry", "supervise", "telemetry"]),
+        (
+            "api",
+            &[
+                "catalogue",
+                "clock",
+                "gossip",
+                "metrics",
+                "model",
+                "pki",
+                "policy",
+                "registry",
+                "supervise",
+                "telemetry",
+            ],
+        ),
         ("config", &["model", "registry", "telemetry"]),
     ])
 }

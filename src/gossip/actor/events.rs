@@ -3,14 +3,16 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use rustls::pki_types::CertificateDer;
 use tracing::{error, info, warn};
 
 use super::{Actor, reasons};
 use crate::gossip::engine::Event;
-use crate::gossip::{MemberView, Members};
+use crate::gossip::{MemberView, Members, NodeCertificates};
 use crate::membership::MeshId;
 use crate::model::{MemberStatus, NodeName};
-use crate::replica::{ApplyError, Report};
+use crate::pki::facts_of;
+use crate::replica::{ApplyError, NodeState, Report};
 
 impl Actor {
     pub(super) fn event(&mut self, event: Event) {
@@ -76,6 +78,20 @@ impl Actor {
             name = %node.name, here = %node.mesh_addr, %there,
             "a node with this node's name and certificate connected"
         );
+    }
+
+    /// The certificates under which nodes publish.
+    pub(super) fn certificates(&self) -> Vec<NodeCertificates> {
+        let facts = |der: &Vec<u8>| facts_of(&CertificateDer::from(der.as_slice())).ok();
+        let of = |(node, state): (&NodeName, &NodeState)| match state.chain() {
+            [intermediate, issuer, ..] => Some(NodeCertificates {
+                node: node.clone(),
+                intermediate: facts(intermediate)?,
+                issuer: facts(issuer)?,
+            }),
+            _ => None,
+        };
+        self.engine.replica().nodes().filter_map(of).collect()
     }
 
     pub(super) fn show_members(&self) {
