@@ -2,11 +2,14 @@
 //!
 //! Whoever reaches the API may bring a document: its signature is what counts, and every node checks it.
 
+use std::sync::Arc;
+
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use http::StatusCode;
 use serde_json::{Value, json};
 
+use super::TokenUse;
 use super::call::{Call, Refusal, Reply};
 use super::mesh::rfc3339;
 use crate::gossip::{DocumentView, NodeCertificates, OfferError};
@@ -44,6 +47,18 @@ pub(super) async fn certificates(call: Call) -> Result<Reply, Refusal> {
     Reply::json(&call, &shapes)
 }
 
+/// `GET /v1/mesh/tokens`: the uses that this agent, if it is an issuer, has counted.
+pub(super) async fn tokens(call: Call) -> Result<Reply, Refusal> {
+    let read = Arc::clone(&call.shared.token_uses);
+    let uses = tokio::task::spawn_blocking(move || read()).await.map_err(|error| Refusal::internal(error.to_string()))?;
+    let shape = |used: TokenUse| {
+        let id = uuid::Uuid::from_bytes(used.id).to_string();
+        json!({"ID": id, "Uses": used.uses, "NotAfter": rfc3339(used.not_after)})
+    };
+    let shapes: Vec<Value> = uses.map_err(Refusal::internal)?.into_iter().map(shape).collect();
+    Reply::json(&call, &shapes)
+}
+
 fn document(view: &DocumentView) -> Value {
     let mut shape = digest(&view.digest);
     let rest = json!({
@@ -78,7 +93,8 @@ fn certificate(shown: &NodeCertificates) -> Value {
             "NotAfterUnix": facts.not_after.0,
         })
     };
-    json!({"Node": shown.node, "Intermediate": facts(&shown.intermediate), "Issuer": facts(&shown.issuer)})
+    json!({"Node": shown.node, "Intermediate": facts(&shown.intermediate), "Issuer": facts(&shown.issuer),
+        "Root": shown.root.map(|key| key.to_string())})
 }
 
 fn merge(into: &mut Value, from: Value) {

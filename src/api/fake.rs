@@ -145,6 +145,7 @@ impl Bench {
             membership: Arc::<FakeMembers>::clone(&members),
             snapshot: publisher.reader(),
             certificates: Arc::new(certificates),
+            token_uses: Arc::new(|| Ok(Vec::new())),
             listeners: Arc::new(|| {
                 let text = str::to_owned;
                 vec![ListenerState { bind: text("127.0.0.1:9191"), destination: text("db"), state: text("listening") }]

@@ -108,6 +108,20 @@ pub struct ListenerState {
 /// Returns the upstream listeners of this moment.
 pub type Listeners = Arc<dyn Fn() -> Vec<ListenerState> + Send + Sync>;
 
+/// How often a token was used at this agent, if it is an issuer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokenUse {
+    /// The token's id.
+    pub id: [u8; 16],
+    /// Uses.
+    pub uses: u32,
+    /// The token's end.
+    pub not_after: UnixSeconds,
+}
+
+/// Returns the uses of tokens of this moment, or why they cannot be read. Blocks on the disk.
+pub type TokenUses = Arc<dyn Fn() -> Result<Vec<TokenUse>, String> + Send + Sync>;
+
 /// What the API needs of the agent.
 pub struct ApiParams<'a> {
     /// Where and for whom it listens.
@@ -126,6 +140,8 @@ pub struct ApiParams<'a> {
     pub node: NodeFacts,
     /// The data plane's upstream listeners.
     pub listeners: Listeners,
+    /// The uses of tokens.
+    pub token_uses: TokenUses,
     /// Cancelled by `PUT /v1/agent/leave`: the node then leaves and stops.
     pub shutdown: CancellationToken,
     /// Where its tasks run.
@@ -176,7 +192,7 @@ impl Api {
     /// # Errors
     /// [`ApiError`]; nothing is served then.
     pub async fn start(params: ApiParams<'_>) -> Result<Vec<SocketAddr>, ApiError> {
-        let ApiParams { config, registry, gossip, snapshot, identity, metrics, node, listeners, .. } = params;
+        let ApiParams { config, registry, gossip, snapshot, identity, metrics, node, listeners, token_uses, .. } = params;
         let listening = serve::bind(&config).await?;
         let certificates: Certificates = Arc::new(move || CertificateFacts::read(&identity));
         let shared = Shared {
@@ -187,6 +203,7 @@ impl Api {
             snapshot,
             certificates,
             listeners,
+            token_uses,
             meter: Meter::new(&metrics).map_err(ApiError::Metrics)?,
             metrics,
             node,
@@ -217,6 +234,7 @@ struct Shared {
     snapshot: SnapshotReader,
     certificates: Certificates,
     listeners: Listeners,
+    token_uses: TokenUses,
     meter: Meter,
     metrics: Metrics,
     node: NodeFacts,

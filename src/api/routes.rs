@@ -71,6 +71,7 @@ pub(super) const ROUTES: &[Route] = &[
     route!(GET "/v1/mesh/documents" documents::list),
     route!(PUT "/v1/mesh/document" documents::offer),
     route!(GET "/v1/mesh/certificates" documents::certificates),
+    route!(GET "/v1/mesh/tokens" documents::tokens),
 ];
 
 /// Groups of Consul's that weft refuses on purpose: prefix, status, text.

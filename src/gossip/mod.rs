@@ -42,7 +42,7 @@ pub use self::documents::{
 use crate::catalogue::SnapshotReader;
 use crate::metrics::Metrics;
 use crate::model::{Generation, MemberStatus, NodeInfo, NodeName};
-use crate::pki::{CertificateFacts, Identity};
+use crate::pki::{CertificateFacts, Identity, SpkiHash};
 use crate::registry;
 use crate::store::StoredPeer;
 use crate::supervise::Tasks;
@@ -88,6 +88,8 @@ pub struct NodeCertificates {
     pub intermediate: CertificateFacts,
     /// Its issuer's.
     pub issuer: CertificateFacts,
+    /// The root's that certifies the issuer, if it is believed here.
+    pub root: Option<SpkiHash>,
 }
 
 /// Why an order to gossip failed.

@@ -93,7 +93,7 @@ fn start(ca: &crate::pki::EphemeralCa, name: &str, generation: u64, seeds: Vec<S
     let documents = DocumentsParams {
         set: DocumentSet::new(ca.issuer().bundle()),
         store: Arc::new(Documents::default()),
-        on_trust: Arc::new(|_| {}),
+        on_trust: Arc::new(|_, _| {}),
     };
     let (handle, reader) = Gossip::start(params, documents, &Metrics::new(), &tasks).unwrap();
     Agent { handle, reader, publication, addr, transport, stop, tasks }

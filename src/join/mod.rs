@@ -20,12 +20,13 @@ use tracing::{info, warn};
 use crate::clock::{self, UnixSeconds};
 use crate::model::NodeName;
 use crate::pki::join::{
-    Answer, EXPORTER_LABEL, Hello, ISSUERS_MAX, JOIN_FRAME_BYTES_MAX, Request, Role, Welcome, renewal_message,
+    Answer, EXPORTER_LABEL, Hello, ISSUERS_MAX, JOIN_FRAME_BYTES_MAX, KNOWN_ROOTS_MAX, LINKS_BYTES_MAX, Request, Role, Welcome, renewal_message,
 };
 use crate::pki::{
-    Issuer, JoinKey, JoinVerifier, NodeAuthority, PkiError, Plane, SpkiHash, Token, TrustBundle, VerifyError,
-    join as checks,
+    Issuer, IssuerCell, JoinKey, JoinVerifier, NodeAuthority, PkiError, Plane, SpkiHash, Token, TrustBundle, VerifyError,
+    join as checks, root_digest,
 };
+use crate::policy::{self, Document};
 use crate::transport;
 use crate::wire::{self, WireError};
 
@@ -132,20 +133,25 @@ pub trait TokenLedger: Send + Sync {
     fn count_use(&self, id: [u8; 16], not_after: u64, key: [u8; 32]) -> Result<Option<u32>, String>;
 }
 
-/// What an issuer believes at this moment.
-pub type Trust = Arc<dyn Fn() -> Arc<TrustBundle> + Send + Sync>;
+/// What a node believes, and how others come to believe it.
+pub trait JoinTrust: Send + Sync {
+    /// What is believed at this moment.
+    fn bundle(&self) -> Arc<TrustBundle>;
+    /// The documents that lead from root to root, in order of the walk.
+    fn links(&self) -> Vec<Vec<u8>>;
+}
 
 /// Answers newcomers and renewals on the join plane.
 pub struct JoinServer {
-    issuer: Option<Arc<Issuer>>,
-    trust: Trust,
+    issuer: Arc<IssuerCell>,
+    trust: Arc<dyn JoinTrust>,
     directory: Arc<dyn JoinDirectory>,
     ledger: Arc<dyn TokenLedger>,
 }
 
 impl std::fmt::Debug for JoinServer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "JoinServer(issuer: {})", self.issuer.is_some())
+        write!(f, "JoinServer(issuer: {})", self.issuer.load().is_some())
     }
 }
 
@@ -155,18 +161,25 @@ type Failure = Box<dyn std::error::Error + Send + Sync>;
 impl JoinServer {
     /// Makes a server; without an issuer it only names others.
     pub fn new(
-        issuer: Option<Arc<Issuer>>,
-        trust: Trust,
+        issuer: Arc<IssuerCell>,
+        trust: Arc<dyn JoinTrust>,
         directory: Arc<dyn JoinDirectory>,
         ledger: Arc<dyn TokenLedger>,
     ) -> Arc<Self> {
         Arc::new(Self { issuer, trust, directory, ledger })
     }
 
-    /// The issuer, unless it is retired or revoked: then this node names others.
-    fn issuer(&self, now: UnixSeconds) -> Option<&Arc<Issuer>> {
-        let bundle = (self.trust)();
-        self.issuer.as_ref().filter(|issuer| issuer.spki().is_ok_and(|key| bundle.revoked.may_issue(&key, now)))
+    /// The links that a newcomer needs who believes the roots of `knows`, as much as fits a frame, the latest first to stay.
+    fn links_for(&self, knows: &[[u8; 32]]) -> Vec<Vec<u8>> {
+        let bundle = self.trust.bundle();
+        if bundle.roots.first().is_none_or(|root| knows.contains(&root_digest(root))) {
+            return Vec::new();
+        }
+        let mut links = self.trust.links();
+        while links.iter().map(Vec::len).sum::<usize>() > LINKS_BYTES_MAX {
+            links.remove(0);
+        }
+        links
     }
 
     /// Serves one connection until its exchange ends, at most [`JOIN_TIMEOUT`], and closes it.
@@ -193,15 +206,15 @@ impl JoinServer {
         let hello: Hello = tokio::time::timeout(STEP_TIMEOUT, read(&mut recv)).await??;
         let nonce: [u8; 32] = rand::random();
         let now = clock::wall();
-        let issuer = self.issuer(now);
-        let role = if let Some(issuer) = issuer {
+        let issuer = self.issuer.active(&self.trust.bundle(), now);
+        let role = if let Some(issuer) = &issuer {
             Role::Issuer { certificate: issuer.certificate().to_vec(), proof: issuer.prove(&channel(connection)?)? }
         } else {
             let mut issuers = self.directory.issuers();
             issuers.truncate(ISSUERS_MAX);
             Role::Member { issuers }
         };
-        write(&mut send, &Welcome { clock: now, nonce, role }).await?;
+        write(&mut send, &Welcome { clock: now, nonce, role, links: self.links_for(&hello.knows) }).await?;
         let Some(issuer) = issuer else { return Ok(send.finish()?) };
         let Ok(Ok(request)) = tokio::time::timeout(STEP_TIMEOUT, read::<Request>(&mut recv)).await else {
             // A newcomer that finds its clock wrong asks for nothing.
@@ -212,7 +225,7 @@ impl JoinServer {
             let limit = CLOCK_SKEW_MAX.as_secs();
             Err(format!("your clock says {} and mine {}; at most {limit} s apart are allowed", hello.clock.0, now.0))
         } else {
-            self.decide(issuer, request, &nonce, from, now).await
+            self.decide(&issuer, request, &nonce, from, now).await
         };
         let answer = match decided {
             Ok(chain) => Answer::Granted { chain: chain.iter().map(|der| der.to_vec()).collect() },
@@ -234,7 +247,7 @@ impl JoinServer {
         from: SocketAddr,
         now: UnixSeconds,
     ) -> Result<Vec<CertificateDer<'static>>, String> {
-        let trust = (self.trust)();
+        let trust = self.trust.bundle();
         let (Request::Join { csr, .. } | Request::Renew { csr, .. }) = &request;
         let key = checks::request_key(csr).ok_or("the signing request does not parse")?;
         if trust.revoked.has_key(&key) {
@@ -297,10 +310,20 @@ pub async fn request_certificate(
     node: &NodeName,
     now: UnixSeconds,
 ) -> Result<NodeAuthority, JoinError> {
-    search(seeds, &Asked { node, now, key, by: By::Token(token) }).await
+    search(seeds, &Asked { node, now, key, by: By::Token(token) }).await.map(|renewed| renewed.authority)
 }
 
-/// Renews the certificate of `authority` with a new key, up to [`RENEW_GRACE`] after its end; name and scope stay.
+/// A new certificate, and the documents that led to the root above it, if that was not known.
+#[derive(Debug)]
+pub struct Renewed {
+    /// The authority.
+    pub authority: NodeAuthority,
+    /// In order of the walk.
+    pub links: Vec<Vec<u8>>,
+}
+
+/// Renews the certificate of `authority` with a new key, up to [`RENEW_GRACE`] after its end; name and scope stay. `bundle`
+/// is what this node believes; a seed under a newer root is believed once its links lead there.
 ///
 /// # Errors
 /// As [`request_certificate`].
@@ -309,15 +332,16 @@ pub async fn request_certificate(
 pub async fn renew(
     seeds: &[SocketAddr],
     authority: &NodeAuthority,
+    bundle: &TrustBundle,
     now: UnixSeconds,
-) -> Result<NodeAuthority, JoinError> {
+) -> Result<Renewed, JoinError> {
     let key = JoinKey::new().map_err(JoinError::Local)?;
-    search(seeds, &Asked { node: authority.node(), now, key: &key, by: By::Key(authority) }).await
+    search(seeds, &Asked { node: authority.node(), now, key: &key, by: By::Key(authority, bundle) }).await
 }
 
 enum By<'a> {
     Token(&'a Token),
-    Key(&'a NodeAuthority),
+    Key(&'a NodeAuthority, &'a TrustBundle),
 }
 
 struct Asked<'a> {
@@ -328,11 +352,11 @@ struct Asked<'a> {
 }
 
 enum Outcome {
-    Granted(Box<NodeAuthority>),
+    Granted(Box<Renewed>),
     Others(Vec<SocketAddr>),
 }
 
-async fn search(seeds: &[SocketAddr], asked: &Asked<'_>) -> Result<NodeAuthority, JoinError> {
+async fn search(seeds: &[SocketAddr], asked: &Asked<'_>) -> Result<Renewed, JoinError> {
     let mut queue: VecDeque<SocketAddr> = seeds.iter().copied().take(DIALS_MAX).collect();
     let mut tried: Vec<SocketAddr> = Vec::new();
     let mut failed = JoinError::NoSeeds;
@@ -344,7 +368,7 @@ async fn search(seeds: &[SocketAddr], asked: &Asked<'_>) -> Result<NodeAuthority
         let attempt = Box::pin(ask(seed, asked));
         let outcome = tokio::time::timeout(JOIN_TIMEOUT, attempt).await;
         let error = match outcome {
-            Ok(Ok(Outcome::Granted(authority))) => return Ok(*authority),
+            Ok(Ok(Outcome::Granted(renewed))) => return Ok(*renewed),
             Ok(Ok(Outcome::Others(issuers))) => {
                 queue.extend(issuers.into_iter().take(ISSUERS_MAX));
                 JoinError::NoIssuer { seed }
@@ -365,7 +389,7 @@ async fn search(seeds: &[SocketAddr], asked: &Asked<'_>) -> Result<NodeAuthority
 async fn ask(seed: SocketAddr, asked: &Asked<'_>) -> Result<Outcome, JoinError> {
     let verifier = match &asked.by {
         By::Token(token) => JoinVerifier::pinning(token.root_digest(), asked.now),
-        By::Key(authority) => JoinVerifier::trusting(authority.bundle().clone(), asked.now),
+        By::Key(_, bundle) => JoinVerifier::trusting((*bundle).clone(), asked.now),
     };
     let unreachable = |source: Failure| JoinError::Unreachable { seed, source };
     let local: SocketAddr =
@@ -398,7 +422,11 @@ async fn converse(
 ) -> Result<Outcome, JoinError> {
     let broken = |source: Failure| JoinError::Exchange { seed, source };
     let (mut send, mut recv): Streams = connection.open_bi().await.map_err(|err| broken(err.into()))?;
-    write(&mut send, &Hello { clock: asked.now }).await.map_err(|err| broken(err.into()))?;
+    let knows = match &asked.by {
+        By::Token(token) => vec![token.root_digest()],
+        By::Key(_, bundle) => bundle.roots.iter().take(KNOWN_ROOTS_MAX).map(root_digest).collect(),
+    };
+    write(&mut send, &Hello { clock: asked.now, knows }).await.map_err(|err| broken(err.into()))?;
     let welcome: Welcome = read(&mut recv).await.map_err(|err| broken(err.into()))?;
     if is_skewed(asked.now, welcome.clock) {
         return Err(JoinError::ClockSkew { seed, ours: asked.now, theirs: welcome.clock });
@@ -407,23 +435,43 @@ async fn converse(
     if let Some(doubt) = verifier.doubt() {
         return Err(untrusted(doubt.clone()));
     }
+    if let Some(unknown) = verifier.stranger() {
+        let walked = walked(asked, &welcome.links).ok_or_else(|| untrusted(unknown.clone()))?;
+        verifier.check_walked(&walked).map_err(|_| untrusted(unknown.clone()))?;
+    }
     let bundle = verifier.bundle().cloned().ok_or_else(|| untrusted(VerifyError::WrongRoot))?;
-    let (certificate, proof) = match welcome.role {
+    let Welcome { nonce, role, links, .. } = welcome;
+    let (certificate, proof) = match role {
         Role::Member { issuers } => return Ok(Outcome::Others(issuers)),
         Role::Issuer { certificate, proof } => (CertificateDer::from(certificate), proof),
     };
     let channel = channel(connection).map_err(broken)?;
     checks::verify_issuer(&certificate, &proof, &channel, asked.node, &bundle, asked.now).map_err(untrusted)?;
     let key = asked.key.pair().map_err(JoinError::Local)?;
-    let request = request(asked, &key, &welcome.nonce).map_err(JoinError::Local)?;
+    let request = request(asked, &key, &nonce).map_err(JoinError::Local)?;
     write(&mut send, &request).await.map_err(|err| broken(err.into()))?;
     match read(&mut recv).await.map_err(|err| broken(err.into()))? {
         Answer::Refused { reason } => {
             let reason = reason.chars().filter(|c| !c.is_control()).take(REASON_CHARS_MAX).collect();
             Err(JoinError::Refused { seed, reason })
         }
-        Answer::Granted { chain } => granted(seed, asked, key, chain, bundle),
+        Answer::Granted { chain } => granted(seed, asked, key, chain, bundle, links),
     }
+}
+
+/// Follows the seed's links from what is believed here; none if they lead nowhere.
+fn walked(asked: &Asked<'_>, links: &[Vec<u8>]) -> Option<TrustBundle> {
+    let base = match &asked.by {
+        By::Key(_, bundle) => (*bundle).clone(),
+        By::Token(token) => {
+            // The token pins a digest; the link that its root signed holds the root itself.
+            let signers = links.iter().filter_map(|link| Some(Document::from_bytes(link).ok()?.certificate().clone()));
+            let pinned = signers.into_iter().find(|signer| root_digest(signer) == token.root_digest())?;
+            crate::pki::root_bundle(&pinned).ok()?
+        }
+    };
+    let roots = policy::walk(&base, links, asked.now);
+    (roots.len() > base.roots.len()).then_some(TrustBundle { roots, ..base })
 }
 
 /// Checks what was granted. The bundle is the verified one, not the answer's: a relaying node could add a root to that.
@@ -433,6 +481,7 @@ fn granted(
     key: KeyPair,
     chain: Vec<Vec<u8>>,
     bundle: TrustBundle,
+    links: Vec<Vec<u8>>,
 ) -> Result<Outcome, JoinError> {
     let chain = chain.into_iter().map(CertificateDer::from).collect();
     let authority = NodeAuthority::new(key, chain, bundle, asked.now)
@@ -441,7 +490,7 @@ fn granted(
         let (asked, found) = (asked.node.clone(), authority.node().clone());
         return Err(JoinError::OtherName { seed, asked, found });
     }
-    Ok(Outcome::Granted(Box::new(authority)))
+    Ok(Outcome::Granted(Box::new(Renewed { authority, links })))
 }
 
 fn request(asked: &Asked<'_>, key: &KeyPair, nonce: &[u8; 32]) -> Result<Request, PkiError> {
@@ -452,7 +501,7 @@ fn request(asked: &Asked<'_>, key: &KeyPair, nonce: &[u8; 32]) -> Result<Request
         .to_vec();
     Ok(match &asked.by {
         By::Token(token) => Request::Join { token: token.to_string(), node: asked.node.clone(), csr },
-        By::Key(authority) => {
+        By::Key(authority, _) => {
             let signature = authority.sign_renewal(&renewal_message(&csr, nonce))?;
             Request::Renew { csr, chain: authority.chain().iter().map(|der| der.to_vec()).collect(), signature }
         }

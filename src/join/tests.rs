@@ -14,6 +14,18 @@ struct Mesh {
     issuers: Vec<SocketAddr>,
     uses: Mutex<HashMap<[u8; 16], Vec<[u8; 32]>>>,
     revoked: Revocations,
+    bundle: Option<Arc<TrustBundle>>,
+    links: Vec<Vec<u8>>,
+}
+
+impl JoinTrust for Mesh {
+    fn bundle(&self) -> Arc<TrustBundle> {
+        Arc::clone(self.bundle.as_ref().unwrap())
+    }
+
+    fn links(&self) -> Vec<Vec<u8>> {
+        self.links.clone()
+    }
 }
 
 impl JoinDirectory for Mesh {
@@ -45,16 +57,20 @@ struct Seed {
 }
 
 fn seed(ca: &EphemeralCa, issuer: Option<Arc<Issuer>>, mesh: Mesh, certified: UnixSeconds) -> Seed {
-    let authority = ca.issuer().self_certify(&"seed".parse().unwrap(), &"*".parse().unwrap(), certified).unwrap();
+    let bundle = TrustBundle { revoked: mesh.revoked.clone(), ..ca.issuer().bundle().clone() };
+    seed_of(ca.issuer(), issuer, Mesh { bundle: Some(Arc::new(bundle)), ..mesh }, certified)
+}
+
+/// A seed that `certifier` certified and that believes the bundle of `mesh`.
+fn seed_of(certifier: &Issuer, issuer: Option<Arc<Issuer>>, mesh: Mesh, certified: UnixSeconds) -> Seed {
+    let authority = certifier.self_certify(&"seed".parse().unwrap(), &"*".parse().unwrap(), certified).unwrap();
     let identity = Identity::new(authority, certified).unwrap();
     let crypto = QuicServerConfig::try_from(identity.server_config_control().unwrap()).unwrap();
     let config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
     let endpoint = quinn::Endpoint::server(config, (Ipv4Addr::LOCALHOST, 0).into()).unwrap();
     let addr = endpoint.local_addr().unwrap();
     let mesh = Arc::new(mesh);
-    let bundle = Arc::new(TrustBundle { revoked: mesh.revoked.clone(), ..ca.issuer().bundle().clone() });
-    let trust: Trust = Arc::new(move || Arc::clone(&bundle));
-    let server = JoinServer::new(issuer, trust, Arc::clone(&mesh) as _, mesh);
+    let server = JoinServer::new(IssuerCell::new(issuer), Arc::clone(&mesh) as _, Arc::clone(&mesh) as _, mesh);
     let mut tasks = tokio::task::JoinSet::new();
     tasks.spawn(async move {
         while let Some(incoming) = endpoint.accept().await {
@@ -166,12 +182,13 @@ async fn a_renewal_keeps_name_and_scope_until_30_days_after_the_end() {
     };
     for age in [Duration::ZERO, DAY * 36] {
         let old = aged(age);
-        let new = renew(&[seed.addr], &old, clock::wall()).await.unwrap();
+        let new = renew(&[seed.addr], &old, old.bundle(), clock::wall()).await.unwrap().authority;
         assert_eq!((new.node(), new.scope()), (old.node(), old.scope()));
         assert!(new.not_after() > clock::wall().plus(DAY * 6));
         assert_ne!(new.chain().first(), old.chain().first());
     }
-    let error = renew(&[seed.addr], &aged(DAY * 38), clock::wall()).await.unwrap_err();
+    let old = aged(DAY * 38);
+    let error = renew(&[seed.addr], &old, old.bundle(), clock::wall()).await.unwrap_err();
     assert!(matches!(&error, JoinError::Refused { reason, .. } if reason.contains("was valid until")), "{error}");
 }
 
@@ -238,7 +255,7 @@ async fn a_revoked_token_key_or_node_gets_no_certificate() {
     let until = clock::wall();
     for revoked in [Revoked::Key(key), Revoked::Node { node: "web-1".parse().unwrap(), until }] {
         let seed = issuing(&ca, with(revoked));
-        let text = refusal(renew(&[seed.addr], &old, clock::wall()).await);
+        let text = refusal(renew(&[seed.addr], &old, old.bundle(), clock::wall()).await.map(|renewed| renewed.authority));
         assert!(text.contains("revoked"), "{text}");
     }
 }
@@ -251,4 +268,53 @@ async fn a_retired_issuer_signs_nothing_and_names_others() {
     let retired = Revoked::Issuer { key, from: clock::wall().minus(Duration::from_secs(1)) };
     let lonely = issuing(&ca, Mesh { revoked: [retired.clone()].into_iter().collect(), ..Mesh::default() });
     assert!(matches!(join(&lonely, &token, "web-1").await, Err(JoinError::NoIssuer { .. })));
+}
+
+/// A CA in a directory whose root was replaced: the issuer before and after, and the link between the roots.
+fn rotated() -> (tempfile::TempDir, Issuer, Issuer, Vec<u8>) {
+    use crate::pki::{CaDir, SpkiHash};
+    use crate::policy::{Content, DocumentId, DocumentKind, RootLink, link_name};
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("ca");
+    let made = clock::wall().minus(DAY * 2);
+    let ca = CaDir::init(&path, &"td".parse().unwrap(), made).unwrap();
+    let before = Issuer::load(&path.join("issuer-1")).unwrap();
+    let rotation = ca.prepare_rotation(made).unwrap();
+    let content = Content {
+        trust_domain: "td".parse().unwrap(),
+        id: DocumentId { kind: DocumentKind::Bundle, name: link_name(2) },
+        version: 1,
+        not_before: made,
+        not_after: clock::wall().plus(DAY * 30),
+        signer: SpkiHash([0; 32]),
+        body: RootLink { root: rotation.root.to_vec(), proof: rotation.proof, issuers: Vec::new() }.to_bytes().unwrap(),
+    };
+    let link = Document::sign(content, &rotation.old).unwrap().to_bytes();
+    ca.commit_rotation().unwrap();
+    let after = Issuer::load(&path.join("issuer-1")).unwrap();
+    (dir, before, after, link)
+}
+
+#[tokio::test]
+async fn scenario_20_a_node_off_throughout_a_rotation_renews_by_walking_and_a_stranger_does_not() {
+    let (dir, before, after, link) = rotated();
+    let old = before.self_certify(&"web-1".parse().unwrap(), &"web".parse().unwrap(), clock::wall()).unwrap();
+    let claims = claims();
+    let token = crate::pki::create_token(&dir.path().join("ca"), &claims).unwrap();
+    // The mesh believes both roots; the seed itself stands under the new one.
+    let roots = [after.bundle().roots.clone(), before.bundle().roots.clone()].concat();
+    let bundle = TrustBundle { roots, ..after.bundle().clone() };
+    let new = after.bundle().clone();
+    let after = Arc::new(after);
+    let mesh = |links: Vec<Vec<u8>>| Mesh { bundle: Some(Arc::new(bundle.clone())), links, ..Mesh::default() };
+    let with_links = seed_of(&after, Some(Arc::clone(&after)), mesh(vec![link]), clock::wall());
+    let renewed = renew(&[with_links.addr], &old, old.bundle(), clock::wall()).await.unwrap();
+    assert_eq!(renewed.authority.bundle().roots, bundle.roots, "the newest first, then what was walked from");
+    assert_eq!(renewed.links.len(), 1);
+    // Whoever knows the new root already is shown no links.
+    assert_eq!(join(&with_links, &token, "web-2").await.unwrap().bundle(), &new);
+
+    let without = seed_of(&after, Some(Arc::clone(&after)), mesh(Vec::new()), clock::wall());
+    let error = renew(&[without.addr], &old, old.bundle(), clock::wall()).await.unwrap_err();
+    assert!(matches!(&error, JoinError::Untrusted { source, .. } if matches!(**source, VerifyError::Path { .. })), "{error}");
 }

@@ -9,12 +9,13 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
+use crate::api::TokenUse;
 use crate::clock::{self, UnixSeconds};
-use crate::gossip::{DocumentStore, GossipHandle, PeerStore};
-use crate::join::{JoinDirectory, JoinServer, TokenLedger};
+use crate::gossip::{DocumentStore, DocumentsHandle, GossipHandle, PeerStore};
+use crate::join::{JoinDirectory, JoinServer, JoinTrust, TokenLedger};
 use crate::metrics::Metrics;
 use crate::model::{MemberStatus, NodeInfo, NodeName};
-use crate::pki::{Plane, TrustBundle};
+use crate::pki::{Identity, Plane, TrustBundle};
 use crate::policy::{Document, DocumentSet};
 use crate::store::{Store, StoreError, StoredPeer};
 use crate::supervise::Tasks;
@@ -67,6 +68,22 @@ pub(super) fn stored_documents(store: &Store, base: &TrustBundle) -> Result<Docu
     Ok(set)
 }
 
+/// What an issuer believes, and what leads others there.
+pub(super) struct MeshTrust {
+    pub(super) identity: Arc<Identity>,
+    pub(super) documents: DocumentsHandle,
+}
+
+impl JoinTrust for MeshTrust {
+    fn bundle(&self) -> Arc<TrustBundle> {
+        self.identity.bundle()
+    }
+
+    fn links(&self) -> Vec<Vec<u8>> {
+        self.documents.view().links.clone()
+    }
+}
+
 /// All connections of the node, by whose peers' certificates they stand.
 #[derive(Debug, Clone)]
 pub(super) struct Connections {
@@ -105,6 +122,12 @@ impl TokenLedger for TokenFile {
     fn count_use(&self, id: [u8; 16], not_after: u64, key: [u8; 32]) -> Result<Option<u32>, String> {
         self.0.count_token_use(id, not_after, key).map_err(|err| Chain(&err).to_string())
     }
+}
+
+/// The uses of tokens, for the API.
+pub(super) fn token_uses(store: &Store) -> Result<Vec<TokenUse>, String> {
+    let counts = store.token_counts().map_err(|err| Chain(&err).to_string())?;
+    Ok(counts.into_iter().map(|count| TokenUse { id: count.id, uses: count.uses, not_after: count.not_after }).collect())
 }
 
 /// Answers an issuer's questions from the membership.

@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use prometheus::Gauge;
 use rand::RngExt as _;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use super::glue::{Connections, stored_documents};
 use crate::catalogue::SnapshotReader;
@@ -18,7 +19,7 @@ use crate::gossip::GossipHandle;
 use crate::join::{self, JoinError};
 use crate::metrics::Metrics;
 use crate::model::{MemberStatus, NodeName, TrustDomain};
-use crate::pki::{self, Identity, Issuer, JoinKey, NodeAuthority, PkiError, Token, TokenError};
+use crate::pki::{self, Identity, Issuer, IssuerCell, JoinKey, NodeAuthority, PkiError, Token, TokenError, TrustBundle};
 use crate::store::{Store, StoreError};
 use crate::telemetry::Chain;
 
@@ -28,6 +29,12 @@ const LOOK: Duration = Duration::from_secs(30);
 const RETRY: Duration = Duration::from_millis(500);
 /// Longest pause between two tries.
 const RETRY_MAX: Duration = Duration::from_secs(30);
+/// How often a node that nobody answers asks issuers whether the mesh has another root.
+const WALK_REST: Duration = Duration::from_mins(5);
+/// How often a node looks whether the mesh has a newer root than its certificate.
+const ROOT_LOOK: Duration = Duration::from_secs(1);
+/// Nodes renew within this time under a new root.
+const ROOT_RENEWAL_WITHIN: Duration = Duration::from_secs(15);
 /// Most members that a renewal asks: each that is gone takes seconds.
 const ASKED_MAX: usize = 16;
 /// Seconds of a day.
@@ -101,33 +108,36 @@ pub enum IdentityError {
     },
 }
 
-/// Returns the issuer, if this node is one, and the node's live identity: the stored one, or a new one that is on disk
+/// Returns this node's issuer, if it is one, and the node's live identity: the stored one, or a new one that is on disk
 /// when this returns.
 pub(super) async fn obtain(
     config: &Config,
     store: &Store,
-) -> Result<(Option<Arc<Issuer>>, Arc<Identity>), IdentityError> {
+) -> Result<(Arc<IssuerCell>, Arc<Identity>), IdentityError> {
     let now = clock::wall();
-    let issuer = match &config.identity {
+    let issuer = IssuerCell::new(match &config.identity {
         IdentitySource::Dev { trust_domain, .. } => Some(Arc::clone(pki::ephemeral(trust_domain, now)?.issuer())),
         IdentitySource::Issuer { dir, .. } => {
             let load = Issuer::load(dir).map_err(|source| IdentityError::Issuer { dir: dir.clone(), source })?;
             Some(Arc::new(load))
         }
         IdentitySource::Token(_) | IdentitySource::Stored => None,
-    };
+    });
     let stored = store.identity()?.map(|bytes| NodeAuthority::from_bytes(&bytes)).transpose()?;
-    let may_issue = match &issuer {
-        Some(issuer) => {
-            let bundle = stored_documents(store, issuer.bundle())?.bundle();
-            bundle.revoked.may_issue(&issuer.spki()?, now)
+    let active = match issuer.load() {
+        Some(loaded) => {
+            let documents = stored_documents(store, loaded.bundle())?;
+            let bundle = documents.bundle();
+            issuer.adopt(&documents.issuer_certificates(), &bundle);
+            let active = issuer.active(&bundle, now);
+            if active.is_none() {
+                warn!("this node's issuer is retired or revoked: it certifies nobody, this node neither");
+            }
+            active
         }
-        None => false,
+        None => None,
     };
-    if issuer.is_some() && !may_issue {
-        warn!("this node's issuer is retired or revoked: it certifies nobody, this node neither");
-    }
-    let authority = match (stored, issuer.as_ref().filter(|_| may_issue), &config.identity) {
+    let authority = match (stored, active, &config.identity) {
         // An issuer certifies itself at each start, so that a changed -serve takes effect.
         (_, Some(issuer), IdentitySource::Dev { serve, .. } | IdentitySource::Issuer { serve, .. }) => {
             issuer.self_certify(&config.node_name, serve, now)?
@@ -174,7 +184,8 @@ fn check(config: &Config, authority: &NodeAuthority, now: UnixSeconds) -> Result
 async fn renew_ended(config: &Config, store: &Store, ended: &NodeAuthority) -> Result<NodeAuthority, IdentityError> {
     warn!(until = ended.not_after().0, "the node's certificate has ended; asking an issuer to renew it");
     let peers: Vec<SocketAddr> = store.peers()?.into_iter().map(|peer| peer.addr).collect();
-    match (ask(config, &peers, Wish::Renewal(ended)).await, &config.identity) {
+    let bundle = stored_documents(store, ended.bundle())?.bundle();
+    match (ask(config, &peers, Wish::Renewal(ended, &bundle)).await, &config.identity) {
         (Err(IdentityError::Join(refused)), IdentitySource::Token(text)) => {
             warn!(error = %Chain(&refused), "renewal refused; using the token");
             let token: Token = text.reveal().parse()?;
@@ -203,7 +214,8 @@ fn join_key(store: &Store) -> Result<JoinKey, IdentityError> {
 #[derive(Clone, Copy)]
 enum Wish<'a> {
     Token(&'a Token, &'a JoinKey),
-    Renewal(&'a NodeAuthority),
+    /// Of this authority, by a node that believes this.
+    Renewal(&'a NodeAuthority, &'a TrustBundle),
 }
 
 /// Whether there is anybody to ask: a seed, or a peer of the last run.
@@ -223,7 +235,7 @@ async fn ask(config: &Config, peers: &[SocketAddr], wish: Wish<'_>) -> Result<No
         let now = clock::wall();
         let answer = match wish {
             Wish::Token(token, key) => join::request_certificate(&seeds, token, key, &config.node_name, now).await,
-            Wish::Renewal(old) => join::renew(&seeds, old, now).await,
+            Wish::Renewal(old, bundle) => join::renew(&seeds, old, bundle, now).await.map(|renewed| renewed.authority),
         };
         match answer {
             Ok(authority) => return Ok(authority),
@@ -281,7 +293,7 @@ fn days_left(identity: &Identity) -> f64 {
 /// Renews leaves locally, and the node's own certificate by an issuer from half its life on.
 pub(super) struct Renewal {
     pub(super) identity: Arc<Identity>,
-    pub(super) issuer: Option<Arc<Issuer>>,
+    pub(super) issuer: Arc<IssuerCell>,
     pub(super) store: Store,
     pub(super) gossip: GossipHandle,
     pub(super) seeds: Vec<String>,
@@ -294,11 +306,14 @@ impl Renewal {
     pub(super) async fn run(self, stop: CancellationToken) {
         let jitter: f64 = rand::rng().random_range(0.0..0.1);
         let mut pause = LOOK;
+        let mut walked_at: Option<Instant> = None;
         loop {
             tokio::select! {
                 () = stop.cancelled() => return,
+                () = self.root_changed() => {}
                 () = tokio::time::sleep(pause) => {}
             }
+            pause = LOOK;
             let now = clock::wall();
             if let Err(err) = self.identity.renew_due(now) {
                 warn!(error = %Chain(&err), "could not renew leaf certificates; the old ones serve until their end");
@@ -307,24 +322,53 @@ impl Renewal {
             self.recheck(now);
             let authority = self.identity.authority();
             let life = authority.not_after().since(authority.not_before());
-            pause = LOOK;
-            if now < authority.not_before() {
+            let is_due = now >= authority.not_before().plus(life.mul_f64(0.5 + jitter));
+            let is_early = now < authority.not_before();
+            if is_early {
                 // Made while a clock was ahead: nobody accepts it before its time.
                 error!(
                     from = authority.not_before().0,
                     now = now.0,
                     "the node's certificate is not valid yet; renewing it"
                 );
-            } else if now < authority.not_before().plus(life.mul_f64(0.5 + jitter)) {
+            }
+            // Nobody answers: perhaps the others have another root, and an issuer can lead there.
+            let may_walk = self.gossip.members().isolated && walked_at.is_none_or(|at| clock::now() >= at + WALK_REST);
+            if !is_due && !is_early && !may_walk && !self.is_behind(&authority) {
                 continue;
+            }
+            if may_walk {
+                walked_at = Some(clock::now());
             }
             match self.renew_authority(&authority, now).await {
                 Ok(until) => info!(until = until.0, "renewed the node's certificate"),
+                Err(err) if may_walk && !is_due => {
+                    debug!(error = %Chain(&err), "this node is cut off and no issuer answers");
+                }
                 Err(err) => {
                     let left_secs = authority.not_after().since(now).as_secs();
                     warn!(error = %Chain(&err), left_secs, "could not renew the node's certificate; trying again");
                     pause = RETRY_MAX * 2;
                 }
+            }
+        }
+    }
+
+    /// Whether the mesh has a newer root than the one above this certificate.
+    fn is_behind(&self, authority: &NodeAuthority) -> bool {
+        let bundle = self.identity.bundle();
+        bundle.roots.len() > 1 && !authority.is_under(&bundle)
+    }
+
+    /// Waits until this node's certificate is under an older root than the mesh's newest, and then for a random moment,
+    /// so that a rotation does not bring every node to the issuers at once.
+    async fn root_changed(&self) {
+        let mut looks = tokio::time::interval(ROOT_LOOK);
+        loop {
+            looks.tick().await;
+            if self.is_behind(&self.identity.authority()) {
+                let rest = ROOT_RENEWAL_WITHIN.mul_f64(rand::rng().random_range(0.1..1.0));
+                return tokio::time::sleep(rest).await;
             }
         }
     }
@@ -339,11 +383,18 @@ impl Renewal {
     }
 
     async fn renew_authority(&self, old: &NodeAuthority, now: UnixSeconds) -> Result<UnixSeconds, IdentityError> {
-        let renewed = match &self.issuer {
-            Some(issuer) if self.identity.bundle().revoked.may_issue(&issuer.spki()?, now) => {
-                issuer.self_certify(old.node(), old.scope(), now)?
+        let bundle = self.identity.bundle();
+        let renewed = match self.issuer.active(&bundle, now) {
+            Some(issuer) => issuer.self_certify(old.node(), old.scope(), now)?,
+            None => {
+                let renewed = join::renew(&self.askable().await, old, &bundle, now).await?;
+                for link in renewed.links {
+                    if let Err(err) = self.gossip.documents().offer(link).await {
+                        debug!(error = %Chain(&err), "a link between roots is of no use here");
+                    }
+                }
+                renewed.authority
             }
-            _ => join::renew(&self.askable().await, old, now).await?,
         };
         let bytes = renewed.to_bytes()?;
         let until = renewed.not_after();

@@ -26,7 +26,7 @@ use crate::catalogue::SnapshotReader;
 use crate::clock;
 use crate::config::{Config, OnTerminate, Secret, Storage};
 use crate::gossip::{self, DocumentsParams, Gossip, GossipHandle, GossipParams};
-use crate::join::{JoinServer, Trust};
+use crate::join::JoinServer;
 use crate::metrics::Metrics;
 use crate::model::{Generation, NodeInfo, NodeName};
 use crate::pki::Identity;
@@ -149,7 +149,7 @@ impl Node {
         identity.set_bundle(documents.bundle());
         let reset_key = store.reset_key()?;
         let generation = Generation { number: store.next_generation()?, nonce: rand::random() };
-        let info = node_info(&config, &store, issuer.is_some())?;
+        let info = node_info(&config, &store, issuer.load().is_some())?;
         let first_index = clock::wall_ms();
 
         let scope_of = Arc::clone(&identity);
@@ -185,22 +185,28 @@ impl Node {
             sync_interval: gossip::SYNC_INTERVAL,
             stop: stop.clone(),
         };
-        let rechecked = connections.clone();
+        let (rechecked, adopting) = (connections.clone(), Arc::clone(&issuer));
         let documents = DocumentsParams {
             set: documents,
             store: Arc::new(glue::DocumentFile(store.clone())),
             // Revocations alone: whether an ended certificate was renewed is looked at by the renewal task.
-            on_trust: Arc::new(move |bundle| rechecked.recheck(bundle, clock::wall(), |_| true)),
+            on_trust: Arc::new(move |set, bundle| {
+                if adopting.adopt(&set.issuer_certificates(), bundle) {
+                    info!("the mesh has a new root; this node's issuer signs under it from here on");
+                }
+                rechecked.recheck(bundle, clock::wall(), |_| true);
+            }),
         };
         let (gossip, snapshot) = Gossip::start(params, documents, &metrics, &tasks).map_err(part("gossip"))?;
         let directory = Arc::new(glue::Directory { gossip: gossip.clone(), own: info.clone() });
         let joins = {
-            let trusting = Arc::clone(&identity);
-            let trust: Trust = Arc::new(move || trusting.bundle());
-            JoinServer::new(issuer.clone(), trust, directory, Arc::new(glue::TokenFile(store.clone())))
+            let trust = glue::MeshTrust { identity: Arc::clone(&identity), documents: gossip.documents().clone() };
+            let ledger = Arc::new(glue::TokenFile(store.clone()));
+            JoinServer::new(Arc::clone(&issuer), Arc::new(trust), directory, ledger)
         };
         tasks.spawn("accept", glue::accept(control.clone(), incoming_tx, joins, tasks.clone(), stop.clone()));
         let expiry = identity::expiry_gauge(&metrics, &identity).map_err(part("identity's metrics"))?;
+        let kept = store.clone();
         let renewal = identity::Renewal {
             identity: Arc::clone(&identity),
             issuer,
@@ -243,7 +249,7 @@ impl Node {
             drain,
             stop,
         };
-        let started = node.start_api(&config, &info, &metrics, &proxy).await;
+        let started = node.start_api(&config, &info, &metrics, &proxy, kept).await;
         if started.is_err() {
             node.drain.cancel();
         }
@@ -261,6 +267,7 @@ impl Node {
         info: &NodeInfo,
         metrics: &Metrics,
         proxy: &ProxyHandle,
+        store: Store,
     ) -> Result<Vec<SocketAddr>, NodeError> {
         let states = proxy.listeners();
         let snapshot = self.snapshot.clone();
@@ -300,6 +307,7 @@ impl Node {
                 meta: info.meta.clone(),
             },
             listeners: Arc::new(listeners),
+            token_uses: Arc::new(move || glue::token_uses(&store)),
             shutdown: self.leaving.clone(),
             tasks: &self.tasks,
             stop: self.stop.clone(),

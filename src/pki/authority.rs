@@ -104,6 +104,11 @@ impl NodeAuthority {
         verify::check_revoked(&self.chain, bundle)
     }
 
+    /// Whether the chain leads to the newest root of `bundle`.
+    pub fn is_under(&self, bundle: &TrustBundle) -> bool {
+        self.root(bundle).is_some_and(|root| bundle.roots.first() == Some(root))
+    }
+
     /// The root that the chain leads to.
     pub(super) fn root<'b>(&self, bundle: &'b TrustBundle) -> Option<&'b CertificateDer<'static>> {
         verify::root_of(self.chain.last()?, bundle)

@@ -22,8 +22,12 @@ use super::{PkiError, SpkiHash, TrustBundle, VerifyError, verify};
 use crate::clock::UnixSeconds;
 use crate::model::{NodeName, ServeScope};
 
-/// Largest frame on the join plane, in bytes: a token, a signing request, a chain.
-pub(crate) const JOIN_FRAME_BYTES_MAX: usize = 16 * 1024;
+/// Largest frame on the join plane, in bytes: a token, a signing request, a chain, the links between roots.
+pub(crate) const JOIN_FRAME_BYTES_MAX: usize = 64 * 1024;
+/// Most bytes of links between roots that one welcome carries.
+pub(crate) const LINKS_BYTES_MAX: usize = 48 * 1024;
+/// Most roots that a newcomer says it knows.
+pub(crate) const KNOWN_ROOTS_MAX: usize = 16;
 /// Most issuers that a node names.
 pub(crate) const ISSUERS_MAX: usize = 16;
 /// Label and context of the TLS exporter to which an issuer's proof is bound.
@@ -33,6 +37,8 @@ pub(crate) const EXPORTER_LABEL: &[u8] = b"EXPORTER-weft-join";
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Hello {
     pub(crate) clock: UnixSeconds,
+    /// SHA-256 of the roots that it believes, at most [`KNOWN_ROOTS_MAX`].
+    pub(crate) knows: Vec<[u8; 32]>,
 }
 
 /// What the answering node is.
@@ -50,6 +56,8 @@ pub(crate) struct Welcome {
     pub(crate) clock: UnixSeconds,
     pub(crate) nonce: [u8; 32],
     pub(crate) role: Role,
+    /// Documents that lead to the newest root, where the newcomer does not know that one.
+    pub(crate) links: Vec<Vec<u8>>,
 }
 
 /// The third frame.

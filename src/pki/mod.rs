@@ -20,6 +20,7 @@ mod identity;
 mod issuer;
 pub(crate) mod join;
 mod revocation;
+mod rotate;
 mod tls;
 mod token;
 mod verify;
@@ -31,18 +32,19 @@ use crate::model::{NodeName, ServeScope, ServiceName, SpiffeId, TrustDomain};
 use crate::wire::WireError;
 
 pub use authority::NodeAuthority;
-pub use ca::{CaDir, CaError, EphemeralCa, ephemeral};
+pub use ca::{CaDir, CaError, EphemeralCa, IssuerEntry, TokenRecord, ephemeral};
 pub use certificate::root_digest;
 pub use document::{DocumentKey, DocumentSigner, Signatory, spki, validity, verify_document, verify_link};
 pub use identity::{Identity, SERVICE_SVIDS_MAX};
-pub use issuer::Issuer;
+pub use issuer::{Issuer, IssuerCell};
 pub use join::JoinKey;
+pub use rotate::Rotation;
 pub use revocation::{Presented, Revocations, Revoked, SpkiHash, SpkiHashError};
 pub(crate) use tls::JoinVerifier;
 pub use tls::{ALPN_GOSSIP, ALPN_JOIN, ALPN_TUNNEL};
 pub use token::{Token, TokenClaims, TokenError, create_token};
 pub use verify::{
-    CertificateFacts, Utc, VerifyError, check_revoked, facts_of, verify_peer, verify_presented, verify_signed_by_node,
+    CertificateFacts, Utc, VerifyError, check_revoked, facts_of, root_bundle, root_key_of, verify_peer, verify_presented, verify_signed_by_node,
 };
 
 /// Which plane a connection is for; each has its own ALPN.

@@ -669,6 +669,14 @@ pub(super) fn check_issuer(
 }
 
 /// Makes a bundle of one root, whose trust domain its own certificate names.
+///
+/// # Errors
+/// [`PkiError::Verify`] if it is no root of weft's.
+pub fn root_bundle(root: &CertificateDer<'_>) -> Result<TrustBundle, PkiError> {
+    Ok(bundle_of(root)?)
+}
+
+/// Makes a bundle of one root, whose trust domain its own certificate names.
 pub(super) fn bundle_of(root: &CertificateDer<'_>) -> Result<TrustBundle, VerifyError> {
     let certificate = parse(ROOT, root)?;
     let SpiffeId::Authority(trust_domain) = spiffe_id(ROOT, &certificate)? else {
@@ -677,6 +685,11 @@ pub(super) fn bundle_of(root: &CertificateDer<'_>) -> Result<TrustBundle, Verify
     check_signing(ROOT, &certificate, 2, &trust_domain)?;
     check_link(&certificate, &certificate, root)?;
     Ok(TrustBundle { trust_domain, roots: vec![root.clone().into_owned()], revoked: Revocations::default() })
+}
+
+/// Finds the key of the root of `bundle` that certifies `issuer`; none if there is none.
+pub fn root_key_of(issuer: &CertificateDer<'_>, bundle: &TrustBundle) -> Option<SpkiHash> {
+    spki_of(root_of(issuer, bundle)?).ok()
 }
 
 /// Finds the root of `bundle` that certifies `issuer`; none if there is none.

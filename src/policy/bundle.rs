@@ -14,13 +14,18 @@ use serde::{Deserialize, Serialize};
 use super::document::{DocumentError, DocumentName, decode_body};
 use crate::wire;
 
+/// Most issuers that a rotation certifies anew: they must fit one document.
+pub const LINK_ISSUERS_MAX: usize = 32;
+
 /// A successor of a root.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RootLink {
     /// DER of the new root.
     pub root: Vec<u8>,
-    /// The new root's signature over the old root's certificate (`pki::sign_link`).
+    /// The new root's signature over the old root's certificate (`DocumentKey::sign_link`).
     pub proof: Vec<u8>,
+    /// DER of the issuers' certificates under the new root; at most [`LINK_ISSUERS_MAX`].
+    pub issuers: Vec<Vec<u8>>,
 }
 
 impl RootLink {
@@ -37,7 +42,8 @@ impl RootLink {
     /// # Errors
     /// [`DocumentError`]: malformed or not canonical.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, DocumentError> {
-        decode_body(bytes)
+        let link: Self = decode_body(bytes)?;
+        if link.issuers.len() > LINK_ISSUERS_MAX { Err(DocumentError::NotCanonical) } else { Ok(link) }
     }
 
     /// The new root.

@@ -17,12 +17,12 @@ mod document;
 mod revocation;
 mod set;
 
-pub use bundle::{RootLink, link_name};
+pub use bundle::{LINK_ISSUERS_MAX, RootLink, link_name};
 pub use document::{
     Content, DOCUMENT_BYTES_MAX, Document, DocumentDigest, DocumentError, DocumentId, DocumentKind, DocumentName,
 };
 pub use revocation::{ENTRIES_MAX, REASON_BYTES_MAX, RevocationBody};
-pub use set::{DOCUMENTS_MAX, DocumentSet, Fork, Held, Offered, Refused, SET_BYTES_MAX};
+pub use set::{DOCUMENTS_MAX, DocumentSet, Fork, Held, Offered, Refused, SET_BYTES_MAX, walk};
 
 /// How far ahead of this node's clock a document may begin: the tolerance of the rest of the mesh.
 pub const SKEW_MAX: std::time::Duration = std::time::Duration::from_secs(60);

@@ -307,6 +307,20 @@ impl DocumentSet {
         })
     }
 
+    /// The issuers' certificates that the links brought.
+    pub fn issuer_certificates(&self) -> Vec<CertificateDer<'static>> {
+        let bundles = self.held.iter().filter(|(id, _)| id.kind == DocumentKind::Bundle);
+        let bodies = bundles.filter_map(|(_, held)| RootLink::from_bytes(&held.document.content().body).ok());
+        bodies.flat_map(|link| link.issuers).map(CertificateDer::from).collect()
+    }
+
+    /// The links between roots, for a newcomer or a node that was off: at most `count`, the latest, in order of the walk.
+    pub fn link_documents(&self, count: usize) -> Vec<Vec<u8>> {
+        let bundles = self.held.iter().filter(|(id, _)| id.kind == DocumentKind::Bundle);
+        let links: Vec<Vec<u8>> = bundles.map(|(_, held)| held.document.to_bytes()).collect();
+        links.iter().skip(links.len().saturating_sub(count)).cloned().collect()
+    }
+
     /// The number that the next root would have: one more than that of the last link, and 2 where there is none.
     pub fn next_root(&self) -> u32 {
         let last = (2..).take(ROOTS_MAX).take_while(|number| {
@@ -395,6 +409,17 @@ impl DocumentSet {
         }
         newer
     }
+}
+
+/// Follows `links` from the roots of `base`, checking each, and returns all roots that they lead to, the newest first.
+pub fn walk(base: &TrustBundle, links: &[Vec<u8>], now: UnixSeconds) -> Vec<CertificateDer<'static>> {
+    let mut set = DocumentSet::new(base);
+    let documents = links.iter().take(ROOTS_MAX).filter_map(|bytes| Document::from_bytes(bytes).ok());
+    for document in documents.filter(|document| document.content().id.kind == DocumentKind::Bundle) {
+        // What does not lead on is of no use; the caller sees where the walk ends.
+        let _refused = set.offer(document, now);
+    }
+    set.roots
 }
 
 fn entries<'h>(held: impl Iterator<Item = &'h Held>) -> impl Iterator<Item = Revoked> {

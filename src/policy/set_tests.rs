@@ -124,7 +124,7 @@ fn altered_foreign_and_misplaced_documents_are_refused_each_for_its_reason() {
 #[test]
 fn an_operator_leads_to_no_new_root() {
     let mesh = mesh();
-    let body = RootLink { root: mesh.root.certificate().to_vec(), proof: mesh.operator.sign(b"x").unwrap() };
+    let body = RootLink { root: mesh.root.certificate().to_vec(), proof: mesh.operator.sign(b"x").unwrap(), issuers: Vec::new() };
     let id = DocumentId { kind: DocumentKind::Bundle, name: link_name(2) };
     let bundle = Content { id, body: body.to_bytes().unwrap(), ..content("a", 1, vec![]) };
     let refused = mesh.set().offer(Document::sign(bundle, &mesh.operator).unwrap(), NOW).unwrap_err();
@@ -232,4 +232,80 @@ proptest! {
     fn garbage_is_no_document_and_no_panic(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
         prop_assert!(Document::from_bytes(&bytes).is_err());
     }
+}
+
+/// A mesh whose root was replaced `times` times; returns the links in order and the signing keys of each root.
+fn rotated(times: usize) -> (tempfile::TempDir, Vec<Document>, Vec<DocumentKey>) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("ca");
+    let ca = CaDir::init(&path, &"td".parse().unwrap(), NOW).unwrap();
+    let mut keys = vec![DocumentKey::load(&path, Signatory::Root).unwrap()];
+    let mut links = Vec::new();
+    for _ in 0..times {
+        let rotation = ca.prepare_rotation(NOW).unwrap();
+        let issuers = rotation.issuers.iter().map(|der| der.to_vec()).collect();
+        let link = RootLink { root: rotation.root.to_vec(), proof: rotation.proof.clone(), issuers };
+        let id = DocumentId { kind: DocumentKind::Bundle, name: link_name(rotation.number) };
+        let content = Content { id, body: link.to_bytes().unwrap(), not_before: NOW, ..content("a", 1, vec![]) };
+        links.push(Document::sign(content, &rotation.old).unwrap());
+        ca.commit_rotation().unwrap();
+        keys.push(DocumentKey::load(&path, Signatory::Root).unwrap());
+    }
+    (dir, links, keys)
+}
+
+#[test]
+fn scenario_20_a_node_that_was_off_walks_from_its_root_to_the_newest() {
+    let (_dir, links, keys) = rotated(3);
+    let roots: Vec<_> = keys.iter().rev().map(|key| key.certificate().clone()).collect();
+    let base = keys[0].bundle().unwrap();
+    let bytes: Vec<Vec<u8>> = links.iter().map(Document::to_bytes).collect();
+    assert_eq!(walk(&base, &bytes, NOW), roots);
+    // Nobody skips a root: without the second link the walk ends at the second root.
+    let gap = [bytes[0].clone(), bytes[2].clone()];
+    assert_eq!(walk(&base, &gap, NOW), roots[2..]);
+    // A newcomer that knows the newest root alone walks back, so that it can check what was signed under the older ones.
+    let newest = keys[3].bundle().unwrap();
+    let mut backwards = bytes.clone();
+    backwards.reverse();
+    assert_eq!(walk(&newest, &backwards, NOW), roots);
+    assert!(walk(&mesh().root.bundle().unwrap(), &bytes, NOW).len() == 1, "another mesh's root leads nowhere");
+}
+
+#[test]
+fn a_link_needs_the_signatures_of_both_roots() {
+    let (_dir, links, keys) = rotated(1);
+    let mut set = DocumentSet::new(&keys[0].bundle().unwrap());
+    let good = RootLink::from_bytes(&links[0].content().body).unwrap();
+    let thief = mesh();
+    // The old root alone names a root whose key did not sign; and a stranger's root signs for ours.
+    for (root, proof) in [
+        (thief.root.certificate().to_vec(), good.proof.clone()),
+        (good.root.clone(), thief.root.sign_link(keys[0].certificate()).unwrap()),
+    ] {
+        let body = RootLink { root, proof, issuers: Vec::new() }.to_bytes().unwrap();
+        let forged = Content { body, ..links[0].content().clone() };
+        let forged = Document::sign(forged, &keys[0]).unwrap();
+        assert!(matches!(set.offer(forged, NOW), Err(Refused::Signature(_))));
+    }
+    let own = RootLink { proof: thief.root.sign_link(thief.root.certificate()).unwrap(), ..good };
+    let stranger = Content { body: own.to_bytes().unwrap(), ..links[0].content().clone() };
+    assert!(set.offer(Document::sign(stranger, &thief.root).unwrap(), NOW).is_err());
+    assert_eq!(set.roots().len(), 1);
+    set.offer(links[0].clone(), NOW).unwrap();
+    assert_eq!(set.roots(), [keys[1].certificate().clone(), keys[0].certificate().clone()]);
+    assert_eq!(set.next_root(), 3);
+}
+
+#[test]
+fn an_old_root_that_is_taken_back_is_believed_no_more() {
+    let (_dir, links, keys) = rotated(1);
+    let mut set = DocumentSet::new(&keys[0].bundle().unwrap());
+    set.offer(links[0].clone(), NOW).unwrap();
+    assert_eq!(set.bundle().roots.len(), 2);
+    let old = keys[0].spki().unwrap();
+    let end = Document::sign(content("old", 1, vec![Revoked::Key(old)]), &keys[1]).unwrap();
+    set.offer(end, NOW).unwrap();
+    assert_eq!(set.bundle().roots, [keys[1].certificate().clone()]);
+    assert_eq!(set.issuer_certificates().len(), 1);
 }

@@ -21,7 +21,7 @@ fn rules() -> BTreeMap<&'static str, &'static [&'static str]> {
         ("routing", &["model", "catalogue", "clock"]),
         ("catalogue", &["model", "replica"]),
         ("store", &["model", "wire", "clock", "registry"]),
-        ("join", &["clock", "model", "pki", "wire", "transport"]),
+        ("join", &["clock", "model", "pki", "policy", "wire", "transport"]),
         ("transport", &["clock", "metrics", "model", "pki", "supervise"]),
         ("registry", &["catalogue", "clock", "metrics", "model", "pki", "store", "supervise", "telemetry", "wire"]),
         (

@@ -11,7 +11,7 @@ use crate::gossip::engine::Event;
 use crate::gossip::{MemberView, Members, NodeCertificates};
 use crate::membership::MeshId;
 use crate::model::{MemberStatus, NodeName};
-use crate::pki::facts_of;
+use crate::pki::{facts_of, root_key_of};
 use crate::replica::{ApplyError, NodeState, Report};
 
 impl Actor {
@@ -82,12 +82,14 @@ impl Actor {
 
     /// The certificates under which nodes publish.
     pub(super) fn certificates(&self) -> Vec<NodeCertificates> {
+        let bundle = self.identity.bundle();
         let facts = |der: &Vec<u8>| facts_of(&CertificateDer::from(der.as_slice())).ok();
         let of = |(node, state): (&NodeName, &NodeState)| match state.chain() {
             [intermediate, issuer, ..] => Some(NodeCertificates {
                 node: node.clone(),
                 intermediate: facts(intermediate)?,
                 issuer: facts(issuer)?,
+                root: root_key_of(&CertificateDer::from(issuer.as_slice()), &bundle),
             }),
             _ => None,
         };

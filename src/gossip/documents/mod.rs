@@ -54,6 +54,8 @@ const COMPARES_MAX: usize = 4;
 const JOIN_COMPARES: usize = 3;
 /// Most bytes of documents in one frame; the digests take the rest.
 const GIVEN_BYTES_MAX: usize = 96 * 1024;
+/// Most links between roots that newcomers are shown: nobody is off for longer than so many rotations.
+const LINKS_MAX: usize = 8;
 /// Most members whose clocks are remembered.
 const CLOCKS_MAX: usize = 32;
 
@@ -78,7 +80,7 @@ pub struct DocumentsParams {
     /// Where it is kept.
     pub store: Arc<dyn DocumentStore>,
     /// Called at once when something else is to be believed: closes connections. Must not block.
-    pub on_trust: Arc<dyn Fn(&TrustBundle) + Send + Sync>,
+    pub on_trust: Arc<dyn Fn(&DocumentSet, &TrustBundle) + Send + Sync>,
 }
 
 impl fmt::Debug for DocumentsParams {
@@ -158,6 +160,8 @@ pub struct DocumentsView {
     pub set_hash: u64,
     /// None: nobody was asked yet.
     pub skew: Option<ClockSkew>,
+    /// The documents that lead from root to root, the latest [`LINKS_MAX`], in order of the walk.
+    pub links: Vec<Vec<u8>>,
 }
 
 /// What the task is asked.

@@ -17,7 +17,7 @@ use tracing::{debug, error, info, warn};
 use super::carry::{self, Asked, Compare, Compared, Given, Took};
 use super::{
     CLOCKS_MAX, COMPARES_MAX, CONFIRM_TIME_MAX, ClockSkew, DocumentMetrics, DocumentStore, DocumentView,
-    DocumentsHandle, DocumentsParams, DocumentsView, FORWARDS, GIVEN_BYTES_MAX, JOIN_COMPARES, ORIGIN_PUSHES_MAX,
+    DocumentsHandle, DocumentsParams, DocumentsView, FORWARDS, GIVEN_BYTES_MAX, JOIN_COMPARES, LINKS_MAX, ORIGIN_PUSHES_MAX,
     OfferError, Order, PUSH_TIME_MAX, PUSHES_MAX, PUSHES_WAITING_MAX, Spread,
 };
 use crate::clock;
@@ -94,7 +94,7 @@ pub(in crate::gossip) struct Task {
     set: DocumentSet,
     store: Arc<dyn DocumentStore>,
     identity: Arc<Identity>,
-    on_trust: Arc<dyn Fn(&TrustBundle) + Send + Sync>,
+    on_trust: Arc<dyn Fn(&DocumentSet, &TrustBundle) + Send + Sync>,
     transport: ControlTransport,
     gossip: mpsc::Sender<Command>,
     orders: mpsc::Receiver<Order>,
@@ -308,7 +308,7 @@ impl Task {
         if *self.identity.bundle() != bundle {
             self.identity.set_bundle(bundle.clone());
         }
-        (self.on_trust)(&bundle);
+        (self.on_trust)(&self.set, &bundle);
         self.tell_gossip();
         if let Err(reason) = self.identity.authority().check(&bundle)
             && !std::mem::replace(&mut self.is_own_end_told, true)
@@ -509,6 +509,7 @@ impl Task {
             documents: documents.collect(),
             set_hash: self.set.set_hash(),
             skew: skew_of(self.clocks.iter().map(|(_, ahead_ms)| *ahead_ms)),
+            links: self.set.link_documents(LINKS_MAX),
         };
         self.view.send_replace(Arc::new(view));
     }
