@@ -23,4 +23,5 @@ mod lab;
 mod loopback;
 mod netns_bad_input;
 mod netns_cluster;
+mod netns_identity;
 mod wait;
