@@ -262,7 +262,7 @@ pub(crate) struct SignArgs {
     pub(crate) out: Option<PathBuf>,
     /// Version of the document. Default: one more than the agent holds, 1 with -out.
     #[arg(long, value_name = "NUMBER")]
-    pub(crate) version: Option<u64>,
+    pub(crate) document_version: Option<u64>,
     #[command(flatten)]
     pub(crate) client: ClientArgs,
 }

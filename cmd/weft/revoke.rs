@@ -248,7 +248,7 @@ fn sign_with(ca: &Path, content: Content) -> Result<Document, Failure> {
 /// One more than the version that the mesh holds; 1 if it holds none, or no agent is asked.
 pub(crate) fn next_version(id: &DocumentId, sign: &SignArgs) -> Result<u64, Failure> {
     if sign.out.is_some() {
-        return Ok(sign.version.unwrap_or(1));
+        return Ok(sign.document_version.unwrap_or(1));
     }
     let is_same = |document: &&Value| {
         let field = |key: &str| document.get(key).and_then(Value::as_str).unwrap_or_default();
@@ -256,7 +256,7 @@ pub(crate) fn next_version(id: &DocumentId, sign: &SignArgs) -> Result<u64, Fail
     };
     let held = documents(&sign.client)?;
     let version = held.iter().find(is_same).and_then(|document| document.get("Version")?.as_u64());
-    Ok(sign.version.unwrap_or(version.unwrap_or(0) + 1))
+    Ok(sign.document_version.unwrap_or(version.unwrap_or(0) + 1))
 }
 
 /// Brings a document to the agent and says how far it has spread.

@@ -126,6 +126,43 @@ async fn mesh_info_tells_what_weft_info_prints() {
 }
 
 #[tokio::test]
+async fn certificates_for_native_apps_have_consul_s_shape() {
+    let bench = Bench::new();
+    let roots = bench.get("/v1/connect/ca/roots").await.json();
+    assert_eq!(roots["TrustDomain"], "prod.example");
+    assert_eq!((&roots["Roots"][0]["ID"], &roots["Roots"][0]["Active"]), (&roots["ActiveRootID"], &json!(true)));
+    assert!(roots["Roots"][0]["RootCert"].as_str().unwrap().starts_with("-----BEGIN CERTIFICATE-----\n"));
+    let leaf = bench.get("/v1/agent/connect/ca/leaf/web").await.json();
+    assert_eq!(leaf["ServiceURI"], "spiffe://prod.example/svc/web/node/n1");
+    assert_eq!(leaf["CertPEM"].as_str().unwrap().matches("BEGIN CERTIFICATE").count(), 3);
+    assert!(leaf["PrivateKeyPEM"].as_str().unwrap().starts_with("-----BEGIN PRIVATE KEY-----\n"));
+    let outside = bench.get("/v1/agent/connect/ca/leaf/db").await;
+    assert_eq!(outside.status.as_u16(), 403, "{}", outside.text);
+
+    let ask = |uri: &str| {
+        let body = json!({"Target": "web", "ClientCertURI": uri, "ClientCertSerial": "01"}).to_string();
+        bench.call(Method::POST, "/v1/agent/connect/authorize", &body)
+    };
+    assert_eq!(ask("spiffe://prod.example/svc/api/node/n2").await.json()["Authorized"], true);
+    assert_eq!(ask("spiffe://other/svc/api/node/n2").await.json()["Authorized"], false);
+    assert_eq!(ask("spiffe://prod.example").await.json()["Authorized"], false);
+}
+
+#[tokio::test]
+async fn a_document_that_is_none_is_refused_and_lists_are_empty() {
+    let bench = Bench::new();
+    for (body, want) in [("{", "no JSON"), ("{}", "base64"), (r#"{"Document":"!"}"#, "not base64"), (r#"{"Document":"AQ=="}"#, "no document")] {
+        let answer = bench.put("/v1/mesh/document", body).await;
+        assert_eq!(answer.status.as_u16(), 400);
+        assert!(answer.text.contains(want), "{}", answer.text);
+    }
+    let held = bench.get("/v1/mesh/documents").await.json();
+    assert_eq!(held, json!({"SetHash": "0000000000000000", "Documents": []}));
+    assert_eq!(bench.get("/v1/mesh/certificates").await.json(), json!([]));
+    assert_eq!(bench.get("/v1/mesh/tokens").await.json(), json!([]));
+}
+
+#[tokio::test]
 async fn tags_must_all_be_there_and_passing_leaves_out_the_rest() {
     let bench = Bench::new();
     let count = |uri: &'static str| {

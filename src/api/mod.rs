@@ -17,6 +17,7 @@ mod block;
 mod call;
 mod catalog;
 mod check;
+mod connect;
 mod documents;
 mod guard;
 mod health;
@@ -55,7 +56,7 @@ pub use guard::AdminToken;
 
 use index::ListIndexes;
 use meter::Meter;
-use seam::{Membership, Registry};
+use seam::{Authority, Membership, Registry};
 
 /// Largest request body, in bytes: Consul's bound for registrations is of this size.
 pub const BODY_BYTES_MAX: usize = 1024 * 1024;
@@ -194,6 +195,7 @@ impl Api {
     pub async fn start(params: ApiParams<'_>) -> Result<Vec<SocketAddr>, ApiError> {
         let ApiParams { config, registry, gossip, snapshot, identity, metrics, node, listeners, token_uses, .. } = params;
         let listening = serve::bind(&config).await?;
+        let authority: Arc<dyn Authority> = Arc::<Identity>::clone(&identity);
         let certificates: Certificates = Arc::new(move || CertificateFacts::read(&identity));
         let shared = Shared {
             guard: guard::Guard::new(&config, &node.name),
@@ -202,6 +204,7 @@ impl Api {
             membership: Arc::new(gossip),
             snapshot,
             certificates,
+            authority,
             listeners,
             token_uses,
             meter: Meter::new(&metrics).map_err(ApiError::Metrics)?,
@@ -233,6 +236,7 @@ struct Shared {
     membership: Arc<dyn Membership>,
     snapshot: SnapshotReader,
     certificates: Certificates,
+    authority: Arc<dyn Authority>,
     listeners: Listeners,
     token_uses: TokenUses,
     meter: Meter,

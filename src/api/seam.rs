@@ -6,7 +6,8 @@ use futures_util::future::BoxFuture;
 use tokio::sync::watch;
 
 use crate::gossip::{DocumentsView, GossipError, GossipHandle, Members, NodeCertificates, OfferError, Spread};
-use crate::model::{CheckId, HealthStatus, InstanceId, NodeName};
+use crate::model::{CheckId, HealthStatus, InstanceId, NodeName, ServiceName};
+use crate::pki::{PkiError, Svid, TrustBundle};
 use crate::registry::{CheckDefinition, LocalState, RegistryError, RegistryHandle, ServiceDefinition};
 
 /// What a client may ask of the registry.
@@ -51,6 +52,14 @@ impl Registry for RegistryHandle {
             }
         })
     }
+}
+
+/// The node's certificates as the API sees them.
+pub(super) trait Authority: Send + Sync {
+    /// What is trusted.
+    fn bundle(&self) -> Arc<TrustBundle>;
+    /// A service's certificate.
+    fn svid(&self, service: &ServiceName) -> Result<Arc<Svid>, PkiError>;
 }
 
 /// What a client may ask of gossip.

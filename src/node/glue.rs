@@ -57,12 +57,17 @@ impl DocumentStore for DocumentFile {
 pub(super) fn stored_documents(store: &Store, base: &TrustBundle) -> Result<DocumentSet, StoreError> {
     let mut set = DocumentSet::new(base);
     for bytes in store.documents()? {
-        let offered = Document::from_bytes(&bytes).map_err(|err| Chain(&err).to_string());
+        let document = Document::from_bytes(&bytes);
+        let id = document.as_ref().ok().map(|document| document.content().id.clone());
+        let offered = document.map_err(|err| Chain(&err).to_string());
         if let Err(error) =
             offered.and_then(|document| set.offer(document, clock::wall()).map_err(|err| err.to_string()))
         {
             // Ended, or signed by somebody who was revoked since.
             info!(error, "a document of the last run no longer counts");
+            if let Some(id) = id {
+                store.remove_document(&id.to_string())?;
+            }
         }
     }
     Ok(set)

@@ -133,6 +133,11 @@ impl Revocations {
         self.0.keys.contains(key)
     }
 
+    /// Up to which beginning a node's certificates are revoked, if they are.
+    pub fn node_until(&self, node: &NodeName) -> Option<UnixSeconds> {
+        self.0.nodes.get(node).copied()
+    }
+
     /// Tells whether a token is revoked.
     pub fn has_token(&self, id: &[u8; 16]) -> bool {
         self.0.tokens.contains(id)

@@ -14,6 +14,8 @@
 
 mod bundle;
 mod document;
+#[cfg(test)]
+mod golden;
 mod revocation;
 mod set;
 

@@ -250,10 +250,10 @@ impl DocumentSet {
     }
 
     /// Forgets what has ended; returns what that was.
-    pub fn expire(&mut self, now: UnixSeconds) -> Vec<DocumentId> {
+    pub fn expire(&mut self, now: UnixSeconds) -> Vec<DocumentDigest> {
         let has_ended = |held: &Held| held.document.content().not_after < now;
-        let ended: Vec<DocumentId> =
-            self.held.iter().filter(|(_, held)| has_ended(held)).map(|(id, _)| id.clone()).collect();
+        let ended: Vec<DocumentDigest> =
+            self.held.values().filter(|held| has_ended(held)).map(|held| held.document.digest()).collect();
         if !ended.is_empty() {
             self.held.retain(|_, held| !has_ended(held));
             self.derive();

@@ -19,6 +19,7 @@ mod app;
 mod docs;
 mod http;
 mod imports;
+mod interop;
 mod lab;
 mod loopback;
 mod netns_bad_input;

@@ -50,6 +50,8 @@ struct Waiting {
     left: BTreeSet<NodeName>,
     confirmed: usize,
     alive: usize,
+    /// How keeping it on disk ended; none while that runs.
+    kept: Option<Result<(), String>>,
     until: Instant,
     reply: oneshot::Sender<Result<Spread, OfferError>>,
 }
@@ -59,7 +61,7 @@ struct Waiting {
 enum Done {
     Pushed(Push, Result<Took, ExchangeError>),
     Compared(NodeName, Result<Compare, ExchangeError>),
-    Kept(DocumentId, Result<(), String>, Option<Box<Waiting>>),
+    Kept(DocumentDigest, Result<(), String>),
 }
 
 #[derive(Debug)]
@@ -255,6 +257,7 @@ impl Task {
             left: pushed.iter().map(|member| member.name.clone()).collect(),
             confirmed: 0,
             alive: alive.len(),
+            kept: None,
             until: clock::now() + CONFIRM_TIME_MAX,
             reply,
         };
@@ -265,7 +268,8 @@ impl Task {
             }
         }
         // The order is answered once the document is on disk as well; it spreads meanwhile.
-        self.keep(&digest.id, Some(Box::new(waiting)));
+        self.confirmations.push(waiting);
+        self.keep(&digest);
     }
 
     /// Takes a document from anybody; enforces, keeps and passes on what is news.
@@ -284,7 +288,7 @@ impl Task {
                 self.trust_changed();
                 if let Origin::Peer(from) = origin {
                     self.forward(digest, from);
-                    self.keep(&digest.id, None);
+                    self.keep(digest);
                 }
             }
             Ok(_) => {}
@@ -324,16 +328,16 @@ impl Task {
     }
 
     /// Writes a document to the disk, or removes it if the set has let it go.
-    fn keep(&mut self, id: &DocumentId, waiting: Option<Box<Waiting>>) {
-        let (store, id) = (Arc::clone(&self.store), id.clone());
-        let bytes = self.set.get(&id).map(|held| held.document.to_bytes());
+    fn keep(&mut self, digest: &DocumentDigest) {
+        let (store, digest) = (Arc::clone(&self.store), digest.clone());
+        let bytes = self.set.get(&digest.id).map(|held| held.document.to_bytes());
         self.work.spawn_blocking(move || {
-            let key = id.to_string();
+            let key = digest.id.to_string();
             let kept = match bytes {
                 Some(bytes) => store.put(&key, &bytes),
                 None => store.remove(&key),
             };
-            Done::Kept(id, kept, waiting)
+            Done::Kept(digest, kept)
         });
     }
 
@@ -403,14 +407,12 @@ impl Task {
                     Err(error) => debug!(%peer, error = error.explain(None), "documents were not compared"),
                 }
             }
-            Done::Kept(id, kept, waiting) => {
+            Done::Kept(digest, kept) => {
                 if let Err(error) = &kept {
-                    error!(document = %id, error, "a document counts but is not on disk");
+                    error!(document = %digest.id, error, "a document counts but is not on disk");
                 }
-                match (waiting, kept) {
-                    (Some(waiting), Err(error)) => answer(waiting.reply, Err(OfferError::Store(error))),
-                    (Some(waiting), Ok(())) => self.confirmations.push(*waiting),
-                    (None, _) => {}
+                for waiting in self.confirmations.iter_mut().filter(|waiting| waiting.digest == digest) {
+                    waiting.kept = Some(kept.clone());
                 }
             }
         }
@@ -418,10 +420,16 @@ impl Task {
 
     /// Answers the operators whose documents everybody confirmed, or who have waited long enough.
     fn confirm(&mut self, now: Instant) {
-        let is_over = |waiting: &mut Waiting| waiting.left.is_empty() || waiting.until <= now;
+        let is_over =
+            |waiting: &mut Waiting| (waiting.left.is_empty() && waiting.kept.is_some()) || waiting.until <= now;
         for over in self.confirmations.extract_if(.., is_over) {
-            let Waiting { digest, offered, confirmed, alive, .. } = over;
-            answer(over.reply, Ok(Spread { digest, offered, confirmed, alive }));
+            let Waiting { digest, offered, confirmed, alive, kept, .. } = over;
+            let answered = match kept {
+                Some(Ok(())) => Ok(Spread { digest, offered, confirmed, alive }),
+                Some(Err(error)) => Err(OfferError::Store(error)),
+                None => Err(OfferError::Store("the disk did not answer in time".to_owned())),
+            };
+            answer(over.reply, answered);
         }
     }
 
@@ -439,9 +447,9 @@ impl Task {
     fn tick(&mut self, now: Instant) {
         self.next_compare = now + self.interval.mul_f64(self.rng.random_range(0.75..1.25));
         let ended = self.set.expire(clock::wall());
-        for id in &ended {
-            info!(document = %id, "document ended");
-            self.keep(id, None);
+        for digest in &ended {
+            info!(document = %digest.id, "document ended");
+            self.keep(digest);
         }
         if !ended.is_empty() {
             self.trust_changed();
