@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use prometheus::{IntCounterVec, Opts};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info, warn};
+use tracing::{debug, warn};
 
 use crate::api::TokenUse;
 use crate::clock::{self, UnixSeconds};
@@ -16,7 +16,7 @@ use crate::join::{JoinDirectory, JoinServer, JoinTrust, TokenLedger};
 use crate::metrics::Metrics;
 use crate::model::{MemberStatus, NodeInfo, NodeName};
 use crate::pki::{Identity, Plane, TrustBundle};
-use crate::policy::{Document, DocumentSet};
+use crate::policy::{Document, DocumentSet, Refused};
 use crate::store::{Store, StoreError, StoredPeer};
 use crate::supervise::Tasks;
 use crate::telemetry::Chain;
@@ -57,17 +57,19 @@ impl DocumentStore for DocumentFile {
 pub(super) fn stored_documents(store: &Store, base: &TrustBundle) -> Result<DocumentSet, StoreError> {
     let mut set = DocumentSet::new(base);
     for bytes in store.documents()? {
-        let document = Document::from_bytes(&bytes);
-        let id = document.as_ref().ok().map(|document| document.content().id.clone());
-        let offered = document.map_err(|err| Chain(&err).to_string());
-        if let Err(error) =
-            offered.and_then(|document| set.offer(document, clock::wall()).map_err(|err| err.to_string()))
-        {
-            // Ended, or signed by somebody who was revoked since.
-            info!(error, "a document of the last run no longer counts");
-            if let Some(id) = id {
-                store.remove_document(&id.to_string())?;
+        let document = match Document::from_bytes(&bytes) {
+            Ok(document) => document,
+            Err(err) => {
+                warn!(error = %Chain(&err), "a document on disk is unreadable; others bring it again");
+                continue;
             }
+        };
+        let id = document.content().id.clone();
+        match set.offer(document, clock::wall()) {
+            Ok(_) => {}
+            Err(Refused::Ended { .. }) => store.remove_document(&id.to_string())?,
+            // Signed by somebody who was revoked since, or this host's clock is wrong: it may count again.
+            Err(error) => warn!(document = %id, error = %Chain(&error), "a document on disk does not count"),
         }
     }
     Ok(set)

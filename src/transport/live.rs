@@ -141,3 +141,75 @@ impl Drop for LiveEntry {
         drop(removed);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::clock;
+    use crate::pki::{EphemeralCa, Identity, Revocations, Revoked, ephemeral, spki};
+    use crate::transport::ControlTransport;
+
+    struct Node {
+        identity: Arc<Identity>,
+        transport: ControlTransport,
+        addr: std::net::SocketAddr,
+    }
+
+    fn node(ca: &EphemeralCa, name: &str) -> Node {
+        let now = clock::wall();
+        let authority = ca.issuer().self_certify(&name.parse().unwrap(), &"*".parse().unwrap(), now).unwrap();
+        let identity = Identity::new(authority, now).unwrap();
+        let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        socket.set_nonblocking(true).unwrap();
+        let addr = socket.local_addr().unwrap();
+        let transport = ControlTransport::new(socket, Arc::clone(&identity), [7; 64]).unwrap();
+        Node { identity, transport, addr }
+    }
+
+    /// `from` connects to `to`; both ends.
+    async fn connect(from: &Node, to: &Node) -> (quinn::Connection, quinn::Connection) {
+        let (dialled, accepted) = tokio::join!(from.transport.connect(to.addr, None), to.transport.accept());
+        (dialled.unwrap().0, accepted.unwrap().connection)
+    }
+
+    #[tokio::test]
+    async fn a_revoked_peer_s_connections_are_closed_on_either_side_and_others_stay() {
+        let ca = ephemeral(&"td".parse().unwrap(), clock::wall()).unwrap();
+        let (a, b, c) = (node(&ca, "a"), node(&ca, "b"), node(&ca, "c"));
+        let (from_a, _held_a) = connect(&a, &b).await;
+        let (from_c, _held_c) = connect(&c, &b).await;
+        let (to_a, _held) = connect(&b, &a).await;
+        let key = spki(a.identity.authority().chain().first().unwrap()).unwrap();
+        let revoked: Revocations = [Revoked::Key(key)].into_iter().collect();
+        let bundle = TrustBundle { revoked, ..TrustBundle::clone(&b.identity.bundle()) };
+        b.identity.set_bundle(bundle.clone());
+        let closed = b.transport.live().recheck(&bundle, clock::wall(), |_| true);
+        let want = Closed { node: "a".parse().unwrap(), cause: Cause::Revoked };
+        assert_eq!(closed, [want.clone(), want]);
+        assert!(to_a.close_reason().is_some());
+        let reason = tokio::time::timeout(Duration::from_secs(5), from_a.closed()).await.unwrap().to_string();
+        assert!(reason.contains("is revoked"), "the peer is told: {reason}");
+        assert!(from_c.close_reason().is_none());
+        assert_eq!(b.transport.live().len(), 1);
+
+        // A new handshake is refused in both directions, with the reason.
+        let refused = b.transport.connect(a.addr, None).await.unwrap_err().to_string();
+        assert!(refused.contains("is revoked"), "{refused}");
+    }
+
+    #[tokio::test]
+    async fn a_connection_outlives_its_leaf_and_ends_with_its_node_s_certificate_unless_that_was_renewed() {
+        let ca = ephemeral(&"td".parse().unwrap(), clock::wall()).unwrap();
+        let (a, b) = (node(&ca, "a"), node(&ca, "b"));
+        let (_from_a, held) = connect(&a, &b).await;
+        let (bundle, live) = (b.identity.bundle(), b.transport.live());
+        let after = |hours: u64| clock::wall().plus(Duration::from_secs(hours * 3600));
+        assert_eq!(live.recheck(&bundle, after(2), |_| false), [], "the leaf has ended, the node's certificate not");
+        assert_eq!(live.recheck(&bundle, after(8 * 24), |_| true), [], "the node has renewed");
+        let closed = live.recheck(&bundle, after(8 * 24), |_| false);
+        assert_eq!(closed, [Closed { node: "a".parse().unwrap(), cause: Cause::Ended }]);
+        assert!(held.close_reason().is_some() && live.is_empty());
+    }
+}

@@ -176,7 +176,7 @@ pub(super) enum Order {
 #[derive(Debug, Clone)]
 pub struct DocumentsHandle {
     orders: mpsc::Sender<Order>,
-    view: watch::Receiver<Arc<DocumentsView>>,
+    pub(super) view: watch::Receiver<Arc<DocumentsView>>,
 }
 
 impl DocumentsHandle {
