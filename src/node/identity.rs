@@ -29,7 +29,9 @@ const LOOK: Duration = Duration::from_secs(30);
 const RETRY: Duration = Duration::from_millis(500);
 /// Longest pause between two tries.
 const RETRY_MAX: Duration = Duration::from_secs(30);
-/// How often a node that nobody answers asks issuers whether the mesh has another root.
+/// A node that nobody answered for so long asks issuers whether the mesh has another root.
+const ALONE_FOR: Duration = Duration::from_secs(3);
+/// It does so no sooner again once an issuer has answered.
 const WALK_REST: Duration = Duration::from_mins(5);
 /// How often a node looks whether the mesh has a newer root than its certificate.
 const ROOT_LOOK: Duration = Duration::from_secs(1);
@@ -290,6 +292,15 @@ fn days_left(identity: &Identity) -> f64 {
     identity.authority().not_after().since(clock::wall()).as_secs() as f64 / DAY
 }
 
+/// Why a certificate is renewed before half of its life is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Urgency {
+    /// The mesh has a newer root.
+    NewRoot,
+    /// Nobody answers.
+    Alone,
+}
+
 /// Renews leaves locally, and the node's own certificate by an issuer from half its life on.
 pub(super) struct Renewal {
     pub(super) identity: Arc<Identity>,
@@ -306,13 +317,13 @@ impl Renewal {
     pub(super) async fn run(self, stop: CancellationToken) {
         let jitter: f64 = rand::rng().random_range(0.0..0.1);
         let mut pause = LOOK;
-        let mut walked_at: Option<Instant> = None;
+        let mut next_walk = clock::now() + ALONE_FOR;
         loop {
-            tokio::select! {
+            let urgency = tokio::select! {
                 () = stop.cancelled() => return,
-                () = self.root_changed() => {}
-                () = tokio::time::sleep(pause) => {}
-            }
+                urgency = self.urgency(next_walk) => Some(urgency),
+                () = tokio::time::sleep(pause) => None,
+            };
             pause = LOOK;
             let now = clock::wall();
             if let Err(err) = self.identity.renew_due(now) {
@@ -332,23 +343,25 @@ impl Renewal {
                     "the node's certificate is not valid yet; renewing it"
                 );
             }
-            // Nobody answers: perhaps the others have another root, and an issuer can lead there.
-            let may_walk = self.gossip.members().isolated && walked_at.is_none_or(|at| clock::now() >= at + WALK_REST);
-            if !is_due && !is_early && !may_walk && !self.is_behind(&authority) {
+            if !is_due && !is_early && urgency.is_none() {
                 continue;
             }
-            if may_walk {
-                walked_at = Some(clock::now());
-            }
-            match self.renew_authority(&authority, now).await {
-                Ok(until) => info!(until = until.0, "renewed the node's certificate"),
-                Err(err) if may_walk && !is_due => {
-                    debug!(error = %Chain(&err), "this node is cut off and no issuer answers");
+            // A certificate that is due is renewed the usual way first: an issuer by itself.
+            let is_alone = urgency == Some(Urgency::Alone) && !is_due;
+            match self.renew_authority(&authority, is_alone, now).await {
+                Ok(until) => {
+                    info!(until = until.0, "renewed the node's certificate");
+                    next_walk = clock::now() + WALK_REST;
+                }
+                Err(err) if is_alone => {
+                    debug!(error = %Chain(&err), "this node is alone and no issuer answers");
+                    next_walk = clock::now() + LOOK;
                 }
                 Err(err) => {
                     let left_secs = authority.not_after().since(now).as_secs();
                     warn!(error = %Chain(&err), left_secs, "could not renew the node's certificate; trying again");
                     pause = RETRY_MAX * 2;
+                    next_walk = clock::now() + LOOK;
                 }
             }
         }
@@ -360,15 +373,26 @@ impl Renewal {
         bundle.roots.len() > 1 && !authority.is_under(&bundle)
     }
 
-    /// Waits until this node's certificate is under an older root than the mesh's newest, and then for a random moment,
-    /// so that a rotation does not bring every node to the issuers at once.
-    async fn root_changed(&self) {
+    /// Waits for a reason to renew before half of the life is over.
+    ///
+    /// A newer root: then for a random moment, so that a rotation does not bring every node to the issuers at once.
+    /// Nobody answers: perhaps the others have another root, and an issuer can lead there.
+    async fn urgency(&self, next_walk: Instant) -> Urgency {
         let mut looks = tokio::time::interval(ROOT_LOOK);
+        let mut alone_since = None;
         loop {
             looks.tick().await;
             if self.is_behind(&self.identity.authority()) {
                 let rest = ROOT_RENEWAL_WITHIN.mul_f64(rand::rng().random_range(0.1..1.0));
-                return tokio::time::sleep(rest).await;
+                tokio::time::sleep(rest).await;
+                return Urgency::NewRoot;
+            }
+            let now = clock::now();
+            let members = self.gossip.members();
+            let is_alone = members.members.iter().filter(|member| member.status == MemberStatus::Alive).count() <= 1;
+            alone_since = is_alone.then(|| alone_since.unwrap_or(now));
+            if now >= next_walk && alone_since.is_some_and(|since| now >= since + ALONE_FOR) {
+                return Urgency::Alone;
             }
         }
     }
@@ -382,9 +406,16 @@ impl Renewal {
         self.connections.recheck(&self.identity.bundle(), now, is_current);
     }
 
-    async fn renew_authority(&self, old: &NodeAuthority, now: UnixSeconds) -> Result<UnixSeconds, IdentityError> {
+    async fn renew_authority(
+        &self,
+        old: &NodeAuthority,
+        is_alone: bool,
+        now: UnixSeconds,
+    ) -> Result<UnixSeconds, IdentityError> {
         let bundle = self.identity.bundle();
-        let renewed = match self.issuer.active(&bundle, now) {
+        // An issuer that nobody answers may itself stand under a root that the others have left.
+        let issuer = self.issuer.active(&bundle, now).filter(|_| !is_alone);
+        let renewed = match issuer {
             Some(issuer) => issuer.self_certify(old.node(), old.scope(), now)?,
             None => {
                 let renewed = join::renew(&self.askable().await, old, &bundle, now).await?;
@@ -419,6 +450,13 @@ impl Renewal {
         });
         let mut askable: Vec<SocketAddr> = others.into_iter().take(ASKED_MAX).map(|member| member.addr).collect();
         askable.extend(resolve(&self.seeds).await);
+        if askable.is_empty() {
+            // Nobody answered since the start: those of the last run.
+            let store = self.store.clone();
+            let peers = tokio::task::spawn_blocking(move || store.peers()).await;
+            let peers = peers.ok().and_then(Result::ok).unwrap_or_default();
+            askable.extend(peers.into_iter().take(ASKED_MAX).map(|peer| peer.addr));
+        }
         askable
     }
 }
