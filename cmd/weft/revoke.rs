@@ -44,7 +44,9 @@ pub(crate) fn revoke(args: &RevokeArgs) -> Result<(), Failure> {
         Failure::text("revoking needs the CA directory").hint("give -ca DIR, as `weft ca init` made it")
     })?;
     if args.targets.is_empty() {
-        return Err(Failure::text("nothing to revoke").hint("name a node, a certificate's serial number or an SPKI hash"));
+        return Err(
+            Failure::text("nothing to revoke").hint("name a node, a certificate's serial number or an SPKI hash")
+        );
     }
     for target in &args.targets {
         let target = resolve(ca, target, &args.sign.client)?;
@@ -162,12 +164,22 @@ fn resolve(ca: &Path, text: &str, client: &ClientArgs) -> Result<Target, Failure
     let now = clock::wall();
     if let Ok(key) = text.parse::<SpkiHash>() {
         let ends = now.plus(UNKNOWN_ENTRY_LIFE);
-        return Ok(Target { name: format!("key.{key}"), entries: vec![Revoked::Key(key)], ends, shown: format!("key {key}") });
+        return Ok(Target {
+            name: format!("key.{key}"),
+            entries: vec![Revoked::Key(key)],
+            ends,
+            shown: format!("key {key}"),
+        });
     }
     if text.starts_with("issuer-") {
         let issuer = CaDir::open(ca).issuer(text)?;
         let (key, ends) = (issuer.facts.key, issuer.facts.not_after.plus(NODE_ENTRY_LIFE));
-        return Ok(Target { name: format!("key.{key}"), entries: vec![Revoked::Key(key)], ends, shown: text.to_owned() });
+        return Ok(Target {
+            name: format!("key.{key}"),
+            entries: vec![Revoked::Key(key)],
+            ends,
+            shown: text.to_owned(),
+        });
     }
     let serial: String = text.chars().filter(|c| *c != ':').map(|c| c.to_ascii_lowercase()).collect();
     if serial.len() >= 16 && serial.bytes().all(|byte| byte.is_ascii_hexdigit()) {
@@ -185,17 +197,20 @@ fn resolve(ca: &Path, text: &str, client: &ClientArgs) -> Result<Target, Failure
 
 fn by_serial(text: &str, serial: &str, client: &ClientArgs) -> Result<Target, Failure> {
     let known = certificates(client)?;
-    let found = known.iter().flat_map(|shown| ["Intermediate", "Issuer"].map(|role| shown.get(role))).flatten().find(|facts| {
-        let own = facts.get("Serial").and_then(Value::as_str).unwrap_or_default();
-        own.trim_start_matches('0') == serial.trim_start_matches('0')
-    });
+    let found =
+        known.iter().flat_map(|shown| ["Intermediate", "Issuer"].map(|role| shown.get(role))).flatten().find(|facts| {
+            let own = facts.get("Serial").and_then(Value::as_str).unwrap_or_default();
+            own.trim_start_matches('0') == serial.trim_start_matches('0')
+        });
     let unknown = || {
         Failure::text(format!("no node publishes under a certificate with the serial number {text}"))
             .hint("revoke the node by its name, or the key by its SPKI hash")
     };
     let facts = found.ok_or_else(unknown)?;
-    let key: SpkiHash = facts.get("Key").and_then(Value::as_str).and_then(|key| key.parse().ok()).ok_or_else(unknown)?;
-    let ends = facts.get("NotAfterUnix").and_then(Value::as_u64).map_or(clock::wall(), UnixSeconds).plus(NODE_ENTRY_LIFE);
+    let key: SpkiHash =
+        facts.get("Key").and_then(Value::as_str).and_then(|key| key.parse().ok()).ok_or_else(unknown)?;
+    let ends =
+        facts.get("NotAfterUnix").and_then(Value::as_u64).map_or(clock::wall(), UnixSeconds).plus(NODE_ENTRY_LIFE);
     let shown = format!("certificate {text}");
     Ok(Target { name: format!("key.{key}"), entries: vec![Revoked::Key(key)], ends, shown })
 }
@@ -310,7 +325,14 @@ fn list(client: &ClientArgs, format: Format, kind: Option<DocumentKind>) -> Resu
         let fork = document.get("Fork").and_then(Value::as_bool).unwrap_or(false);
         let version = if fork { format!("{version} FORK") } else { version };
         let says = says(document).join(", ");
-        [field(document, "Kind"), version, field(document, "Signer"), field(document, "NotAfter"), says, field(document, "Reason")]
+        [
+            field(document, "Kind"),
+            version,
+            field(document, "Signer"),
+            field(document, "NotAfter"),
+            says,
+            field(document, "Reason"),
+        ]
     };
     let rows: Vec<[String; 6]> = held.iter().map(row).collect();
     print!("{}", table::render(["Kind", "Version", "Signed by", "Until", "What", "Reason"], &rows));

@@ -33,9 +33,18 @@ pub(crate) fn rotate(ca: &Path, sign: &SignArgs) -> Result<(), Failure> {
     let document = Document::sign(content, &rotation.old)?;
     bring_or_write(&document, sign, &format!("Announced root {}", rotation.number))?;
     let kept = dir.commit_rotation()?;
-    println!("{} holds the new root, until {}; the old one is in {}.", ca.display(), Utc(validity(&rotation.root)?.1), kept.display());
-    println!("Issuers got their new certificates with the document; every node renews under the new root within a minute.");
-    println!("Nodes that are off learn the new root when they come back. When all have renewed: weft ca rotate -finish");
+    println!(
+        "{} holds the new root, until {}; the old one is in {}.",
+        ca.display(),
+        Utc(validity(&rotation.root)?.1),
+        kept.display()
+    );
+    println!(
+        "Issuers got their new certificates with the document; every node renews under the new root within a minute."
+    );
+    println!(
+        "Nodes that are off learn the new root when they come back. When all have renewed: weft ca rotate -finish"
+    );
     Ok(())
 }
 
@@ -53,8 +62,11 @@ pub(crate) fn finish(ca: &Path, force: bool, sign: &SignArgs) -> Result<(), Fail
             .filter_map(|shown| shown.get("Node").and_then(Value::as_str).map(str::to_owned))
             .collect();
         if !behind.is_empty() && !force {
-            let failure = Failure::text(format!("{} nodes publish under the old root: {}", behind.len(), behind.join(", ")));
-            return Err(failure.hint("wait until they have renewed, or use -force: they must then join again with a token"));
+            let failure =
+                Failure::text(format!("{} nodes publish under the old root: {}", behind.len(), behind.join(", ")));
+            return Err(
+                failure.hint("wait until they have renewed, or use -force: they must then join again with a token")
+            );
         }
     }
     let key = spki(&old)?;

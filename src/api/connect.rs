@@ -83,9 +83,14 @@ pub(super) async fn authorize(call: Call) -> Result<Reply, Refusal> {
 
 fn decide(call: &Call, uri: &str) -> (bool, String) {
     let bundle = call.shared.authority.bundle();
-    let Ok(id) = uri.parse::<SpiffeId>() else { return (false, "the caller's URI is no SPIFFE id of weft's".to_owned()) };
+    let Ok(id) = uri.parse::<SpiffeId>() else {
+        return (false, "the caller's URI is no SPIFFE id of weft's".to_owned());
+    };
     if *id.trust_domain() != bundle.trust_domain {
-        return (false, format!("the caller is of trust domain `{}`, not `{}`", id.trust_domain(), bundle.trust_domain));
+        return (
+            false,
+            format!("the caller is of trust domain `{}`, not `{}`", id.trust_domain(), bundle.trust_domain),
+        );
     }
     let Some(node) = id.node() else { return (false, "the caller's certificate does not authenticate".to_owned()) };
     // The chain itself is not shown here: the newest revocation of its node is all that can be held against it.
@@ -105,8 +110,7 @@ fn pem(label: &str, der: &[u8]) -> String {
         pem.push('\n');
         rest = left;
     }
-    pem.push_str(&format!("-----END {label}-----\n"));
-    pem
+    pem + "-----END " + label + "-----\n"
 }
 
 impl From<PkiError> for Refusal {
@@ -144,7 +148,10 @@ mod tests {
         let text = pem("X", &[0; 49]);
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines.len(), 4);
-        assert_eq!((lines[0], lines[1].len(), lines[2].len(), lines[3]), ("-----BEGIN X-----", 64, 4, "-----END X-----"));
+        assert_eq!(
+            (lines[0], lines[1].len(), lines[2].len(), lines[3]),
+            ("-----BEGIN X-----", 64, 4, "-----END X-----")
+        );
         let root = rustls::pki_types::CertificateDer::from(vec![1]);
         assert!(pem("CERTIFICATE", &root).contains("AQ=="));
     }

@@ -50,7 +50,8 @@ pub(super) async fn certificates(call: Call) -> Result<Reply, Refusal> {
 /// `GET /v1/mesh/tokens`: the uses that this agent, if it is an issuer, has counted.
 pub(super) async fn tokens(call: Call) -> Result<Reply, Refusal> {
     let read = Arc::clone(&call.shared.token_uses);
-    let uses = tokio::task::spawn_blocking(move || read()).await.map_err(|error| Refusal::internal(error.to_string()))?;
+    let uses =
+        tokio::task::spawn_blocking(move || read()).await.map_err(|error| Refusal::internal(error.to_string()))?;
     let shape = |used: TokenUse| {
         let id = uuid::Uuid::from_bytes(used.id).to_string();
         json!({"ID": id, "Uses": used.uses, "NotAfter": rfc3339(used.not_after)})

@@ -151,7 +151,12 @@ async fn certificates_for_native_apps_have_consul_s_shape() {
 #[tokio::test]
 async fn a_document_that_is_none_is_refused_and_lists_are_empty() {
     let bench = Bench::new();
-    for (body, want) in [("{", "no JSON"), ("{}", "base64"), (r#"{"Document":"!"}"#, "not base64"), (r#"{"Document":"AQ=="}"#, "no document")] {
+    for (body, want) in [
+        ("{", "no JSON"),
+        ("{}", "base64"),
+        (r#"{"Document":"!"}"#, "not base64"),
+        (r#"{"Document":"AQ=="}"#, "no document"),
+    ] {
         let answer = bench.put("/v1/mesh/document", body).await;
         assert_eq!(answer.status.as_u16(), 400);
         assert!(answer.text.contains(want), "{}", answer.text);

@@ -193,7 +193,8 @@ impl Api {
     /// # Errors
     /// [`ApiError`]; nothing is served then.
     pub async fn start(params: ApiParams<'_>) -> Result<Vec<SocketAddr>, ApiError> {
-        let ApiParams { config, registry, gossip, snapshot, identity, metrics, node, listeners, token_uses, .. } = params;
+        let ApiParams { config, registry, gossip, snapshot, identity, metrics, node, listeners, token_uses, .. } =
+            params;
         let listening = serve::bind(&config).await?;
         let authority: Arc<dyn Authority> = Arc::<Identity>::clone(&identity);
         let certificates: Certificates = Arc::new(move || CertificateFacts::read(&identity));

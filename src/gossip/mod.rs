@@ -37,7 +37,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 pub use self::documents::{
-    ClockSkew, DocumentStore, DocumentView, DocumentsHandle, DocumentsParams, DocumentsView, OfferError, Spread,
+    ClockSkew, DocumentStore, DocumentView, DocumentsHandle, DocumentsParams, DocumentsView, OfferError, OnTrust,
+    Spread,
 };
 use crate::catalogue::SnapshotReader;
 use crate::metrics::Metrics;

@@ -20,11 +20,12 @@ use tracing::{info, warn};
 use crate::clock::{self, UnixSeconds};
 use crate::model::NodeName;
 use crate::pki::join::{
-    Answer, EXPORTER_LABEL, Hello, ISSUERS_MAX, JOIN_FRAME_BYTES_MAX, KNOWN_ROOTS_MAX, LINKS_BYTES_MAX, Request, Role, Welcome, renewal_message,
+    Answer, EXPORTER_LABEL, Hello, ISSUERS_MAX, JOIN_FRAME_BYTES_MAX, KNOWN_ROOTS_MAX, LINKS_BYTES_MAX, Request, Role,
+    Welcome, renewal_message,
 };
 use crate::pki::{
-    Issuer, IssuerCell, JoinKey, JoinVerifier, NodeAuthority, PkiError, Plane, SpkiHash, Token, TrustBundle, VerifyError,
-    join as checks, root_digest,
+    Issuer, IssuerCell, JoinKey, JoinVerifier, NodeAuthority, PkiError, Plane, SpkiHash, Token, TrustBundle,
+    VerifyError, join as checks, root_digest,
 };
 use crate::policy::{self, Document};
 use crate::transport;

@@ -255,7 +255,8 @@ async fn a_revoked_token_key_or_node_gets_no_certificate() {
     let until = clock::wall();
     for revoked in [Revoked::Key(key), Revoked::Node { node: "web-1".parse().unwrap(), until }] {
         let seed = issuing(&ca, with(revoked));
-        let text = refusal(renew(&[seed.addr], &old, old.bundle(), clock::wall()).await.map(|renewed| renewed.authority));
+        let text =
+            refusal(renew(&[seed.addr], &old, old.bundle(), clock::wall()).await.map(|renewed| renewed.authority));
         assert!(text.contains("revoked"), "{text}");
     }
 }
@@ -316,5 +317,8 @@ async fn scenario_20_a_node_off_throughout_a_rotation_renews_by_walking_and_a_st
 
     let without = seed_of(&after, Some(Arc::clone(&after)), mesh(Vec::new()), clock::wall());
     let error = renew(&[without.addr], &old, old.bundle(), clock::wall()).await.unwrap_err();
-    assert!(matches!(&error, JoinError::Untrusted { source, .. } if matches!(**source, VerifyError::Path { .. })), "{error}");
+    assert!(
+        matches!(&error, JoinError::Untrusted { source, .. } if matches!(**source, VerifyError::Path { .. })),
+        "{error}"
+    );
 }

@@ -7,15 +7,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use prometheus::{IntCounterVec, Opts};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use crate::api::TokenUse;
 use crate::clock::{self, UnixSeconds};
-use crate::gossip::{DocumentStore, DocumentsHandle, GossipHandle, PeerStore};
+use crate::gossip::{DocumentStore, DocumentsHandle, DocumentsParams, GossipHandle, PeerStore};
 use crate::join::{JoinDirectory, JoinServer, JoinTrust, TokenLedger};
 use crate::metrics::Metrics;
 use crate::model::{MemberStatus, NodeInfo, NodeName};
-use crate::pki::{Identity, Plane, TrustBundle};
+use crate::pki::{Identity, IssuerCell, Plane, TrustBundle};
 use crate::policy::{Document, DocumentSet, Refused};
 use crate::store::{Store, StoreError, StoredPeer};
 use crate::supervise::Tasks;
@@ -91,6 +91,27 @@ impl JoinTrust for MeshTrust {
     }
 }
 
+/// What the documents need: where they are kept, and who hears of them.
+pub(super) fn documents(
+    set: DocumentSet,
+    store: &Store,
+    connections: &Connections,
+    issuer: &Arc<IssuerCell>,
+) -> DocumentsParams {
+    let (rechecked, adopting) = (connections.clone(), Arc::clone(issuer));
+    DocumentsParams {
+        set,
+        store: Arc::new(DocumentFile(store.clone())),
+        // Revocations alone: whether an ended certificate was renewed is looked at by the renewal task.
+        on_trust: Arc::new(move |set, bundle| {
+            if adopting.adopt(&set.issuer_certificates(), bundle) {
+                info!("the mesh has a new root; this node's issuer signs under it from here on");
+            }
+            rechecked.recheck(bundle, clock::wall(), |_| true);
+        }),
+    }
+}
+
 /// All connections of the node, by whose peers' certificates they stand.
 #[derive(Debug, Clone)]
 pub(super) struct Connections {
@@ -134,7 +155,10 @@ impl TokenLedger for TokenFile {
 /// The uses of tokens, for the API.
 pub(super) fn token_uses(store: &Store) -> Result<Vec<TokenUse>, String> {
     let counts = store.token_counts().map_err(|err| Chain(&err).to_string())?;
-    Ok(counts.into_iter().map(|count| TokenUse { id: count.id, uses: count.uses, not_after: count.not_after }).collect())
+    Ok(counts
+        .into_iter()
+        .map(|count| TokenUse { id: count.id, uses: count.uses, not_after: count.not_after })
+        .collect())
 }
 
 /// Answers an issuer's questions from the membership.

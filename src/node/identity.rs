@@ -19,7 +19,9 @@ use crate::gossip::GossipHandle;
 use crate::join::{self, JoinError};
 use crate::metrics::Metrics;
 use crate::model::{MemberStatus, NodeName, TrustDomain};
-use crate::pki::{self, Identity, Issuer, IssuerCell, JoinKey, NodeAuthority, PkiError, Token, TokenError, TrustBundle};
+use crate::pki::{
+    self, Identity, Issuer, IssuerCell, JoinKey, NodeAuthority, PkiError, Token, TokenError, TrustBundle,
+};
 use crate::store::{Store, StoreError};
 use crate::telemetry::Chain;
 
@@ -112,10 +114,7 @@ pub enum IdentityError {
 
 /// Returns this node's issuer, if it is one, and the node's live identity: the stored one, or a new one that is on disk
 /// when this returns.
-pub(super) async fn obtain(
-    config: &Config,
-    store: &Store,
-) -> Result<(Arc<IssuerCell>, Arc<Identity>), IdentityError> {
+pub(super) async fn obtain(config: &Config, store: &Store) -> Result<(Arc<IssuerCell>, Arc<Identity>), IdentityError> {
     let now = clock::wall();
     let issuer = IssuerCell::new(match &config.identity {
         IdentitySource::Dev { trust_domain, .. } => Some(Arc::clone(pki::ephemeral(trust_domain, now)?.issuer())),
@@ -415,17 +414,16 @@ impl Renewal {
         let bundle = self.identity.bundle();
         // An issuer that nobody answers may itself stand under a root that the others have left.
         let issuer = self.issuer.active(&bundle, now).filter(|_| !is_alone);
-        let renewed = match issuer {
-            Some(issuer) => issuer.self_certify(old.node(), old.scope(), now)?,
-            None => {
-                let renewed = join::renew(&self.askable().await, old, &bundle, now).await?;
-                for link in renewed.links {
-                    if let Err(err) = self.gossip.documents().offer(link).await {
-                        debug!(error = %Chain(&err), "a link between roots is of no use here");
-                    }
+        let renewed = if let Some(issuer) = issuer {
+            issuer.self_certify(old.node(), old.scope(), now)?
+        } else {
+            let renewed = join::renew(&self.askable().await, old, &bundle, now).await?;
+            for link in renewed.links {
+                if let Err(err) = self.gossip.documents().offer(link).await {
+                    debug!(error = %Chain(&err), "a link between roots is of no use here");
                 }
-                renewed.authority
             }
+            renewed.authority
         };
         let bytes = renewed.to_bytes()?;
         let until = renewed.not_after();

@@ -17,7 +17,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
@@ -25,13 +25,13 @@ use crate::api::{AdminToken, Api, ApiConfig, ApiParams, ListenerState as ApiList
 use crate::catalogue::SnapshotReader;
 use crate::clock;
 use crate::config::{Config, OnTerminate, Secret, Storage};
-use crate::gossip::{self, DocumentsParams, Gossip, GossipHandle, GossipParams};
+use crate::gossip::{self, Gossip, GossipHandle, GossipParams};
 use crate::join::JoinServer;
 use crate::metrics::Metrics;
 use crate::model::{Generation, NodeInfo, NodeName};
 use crate::pki::Identity;
 use crate::proxy::{ListenerState, OpenTunnel, OpenTunnels, Proxy, ProxyError, ProxyHandle, ProxyHealth, ProxyParams};
-use crate::registry::{Registry, RegistryHandle, RegistryParams};
+use crate::registry::{Publication, Registry, RegistryHandle, RegistryParams};
 use crate::store::{Store, StoreError};
 use crate::supervise::{TaskFailure, Tasks};
 use crate::telemetry::Chain;
@@ -153,7 +153,7 @@ impl Node {
         let first_index = clock::wall_ms();
 
         let scope_of = Arc::clone(&identity);
-        let (registry, publication) = Registry::start(RegistryParams {
+        let params = RegistryParams {
             store: store.clone(),
             scope: Arc::new(move || scope_of.authority().scope().clone()),
             config_services: config.services.clone(),
@@ -161,12 +161,8 @@ impl Node {
             tasks: tasks.clone(),
             stop: stop.clone(),
             first_index,
-        })
-        .await
-        .map_err(part("registry"))?;
-        for check in &config.checks {
-            registry.register_check(check.clone()).await.map_err(part("checks of the config files"))?;
-        }
+        };
+        let (registry, publication) = start_registry(&config, params).await?;
         let control = ControlTransport::new(sockets.control, Arc::clone(&identity), reset_key)?;
         control.register(&metrics).map_err(part("transport's metrics"))?;
         let connections = glue::Connections::new(&control, &metrics).map_err(part("identity's metrics"))?;
@@ -185,25 +181,12 @@ impl Node {
             sync_interval: gossip::SYNC_INTERVAL,
             stop: stop.clone(),
         };
-        let (rechecked, adopting) = (connections.clone(), Arc::clone(&issuer));
-        let documents = DocumentsParams {
-            set: documents,
-            store: Arc::new(glue::DocumentFile(store.clone())),
-            // Revocations alone: whether an ended certificate was renewed is looked at by the renewal task.
-            on_trust: Arc::new(move |set, bundle| {
-                if adopting.adopt(&set.issuer_certificates(), bundle) {
-                    info!("the mesh has a new root; this node's issuer signs under it from here on");
-                }
-                rechecked.recheck(bundle, clock::wall(), |_| true);
-            }),
-        };
+        let documents = glue::documents(documents, &store, &connections, &issuer);
         let (gossip, snapshot) = Gossip::start(params, documents, &metrics, &tasks).map_err(part("gossip"))?;
         let directory = Arc::new(glue::Directory { gossip: gossip.clone(), own: info.clone() });
-        let joins = {
-            let trust = glue::MeshTrust { identity: Arc::clone(&identity), documents: gossip.documents().clone() };
-            let ledger = Arc::new(glue::TokenFile(store.clone()));
-            JoinServer::new(Arc::clone(&issuer), Arc::new(trust), directory, ledger)
-        };
+        let trust = glue::MeshTrust { identity: Arc::clone(&identity), documents: gossip.documents().clone() };
+        let ledger = Arc::new(glue::TokenFile(store.clone()));
+        let joins = JoinServer::new(Arc::clone(&issuer), Arc::new(trust), directory, ledger);
         tasks.spawn("accept", glue::accept(control.clone(), incoming_tx, joins, tasks.clone(), stop.clone()));
         let expiry = identity::expiry_gauge(&metrics, &identity).map_err(part("identity's metrics"))?;
         let kept = store.clone();
@@ -390,6 +373,18 @@ impl Node {
         info!(node = %self.name, "agent has stopped");
         outcome
     }
+}
+
+/// Starts the registry with the checks of the config files.
+async fn start_registry(
+    config: &Config,
+    params: RegistryParams,
+) -> Result<(RegistryHandle, watch::Receiver<Arc<Publication>>), NodeError> {
+    let (registry, publication) = Registry::start(params).await.map_err(part("registry"))?;
+    for check in &config.checks {
+        registry.register_check(check.clone()).await.map_err(part("checks of the config files"))?;
+    }
+    Ok((registry, publication))
 }
 
 /// Logs what the node starts with.

@@ -22,8 +22,7 @@ use serde::{Deserialize, Serialize};
 use super::certificate::{ISSUER_LIFE, Validity, generate_key, issuer_params, operator_params, root_params};
 use super::token::{Operator, Token, TokenClaims};
 use super::verify::{self, Utc};
-use super::verify::CertificateFacts;
-use super::{Issuer, PkiError};
+use super::{CertificateFacts, Issuer, PkiError, facts_of};
 use crate::clock::UnixSeconds;
 use crate::model::{NodeName, TrustDomain};
 
@@ -307,7 +306,7 @@ impl CaDir {
         if !is_plain || !path.exists() {
             return Err(CaError::UnknownIssuer { dir: self.dir.clone(), name: name.to_owned() }.into());
         }
-        let facts = verify::facts_of(&read_certificate(&path)?)?;
+        let facts = facts_of(&read_certificate(&path)?)?;
         Ok(IssuerEntry { name: name.to_owned(), facts })
     }
 

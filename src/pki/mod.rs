@@ -16,6 +16,7 @@ mod ca;
 mod certificate;
 mod document;
 mod extension;
+mod facts;
 mod identity;
 mod issuer;
 pub(crate) mod join;
@@ -35,16 +36,17 @@ pub use authority::NodeAuthority;
 pub use ca::{CaDir, CaError, EphemeralCa, IssuerEntry, TokenRecord, ephemeral};
 pub use certificate::root_digest;
 pub use document::{DocumentKey, DocumentSigner, Signatory, spki, validity, verify_document, verify_link};
+pub use facts::{CertificateFacts, facts_of};
 pub use identity::{Identity, SERVICE_SVIDS_MAX};
 pub use issuer::{Issuer, IssuerCell};
 pub use join::JoinKey;
-pub use rotate::Rotation;
 pub use revocation::{Presented, Revocations, Revoked, SpkiHash, SpkiHashError};
+pub use rotate::Rotation;
 pub(crate) use tls::JoinVerifier;
 pub use tls::{ALPN_GOSSIP, ALPN_JOIN, ALPN_TUNNEL};
 pub use token::{Token, TokenClaims, TokenError, create_token};
 pub use verify::{
-    CertificateFacts, Utc, VerifyError, check_revoked, facts_of, root_bundle, root_key_of, verify_peer, verify_presented, verify_signed_by_node,
+    Utc, VerifyError, check_revoked, root_bundle, root_key_of, verify_peer, verify_presented, verify_signed_by_node,
 };
 
 /// Which plane a connection is for; each has its own ALPN.

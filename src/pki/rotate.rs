@@ -177,7 +177,7 @@ mod tests {
         assert_eq!(kept, dir.join("roots/1"));
         let after = Issuer::load(&dir.join("issuer-2")).unwrap();
         assert_eq!(after.spki().unwrap(), before.spki().unwrap());
-        assert_eq!(after.bundle().roots, [first.root.clone()]);
+        assert_eq!(after.bundle().roots, std::slice::from_ref(&first.root));
         let root = DocumentKey::load(&dir, Signatory::Root).unwrap();
         assert_eq!(root.certificate(), &first.root);
         assert_eq!(ca.previous_root().unwrap().as_ref(), Some(first.old.certificate()));

@@ -328,7 +328,9 @@ impl ServerCertVerifier for JoinVerifier {
         match self.check(&chain) {
             Ok(()) => {}
             // The mesh may have another root by now: the seed is asked to prove it, and told nothing before.
-            Err(error @ (VerifyError::WrongRoot | VerifyError::Path { .. })) if chain.len() <= verify::CHAIN_CERTIFICATES_MAX => {
+            Err(error @ (VerifyError::WrongRoot | VerifyError::Path { .. }))
+                if chain.len() <= verify::CHAIN_CERTIFICATES_MAX =>
+            {
                 let _first = self.stranger.set((chain, error));
             }
             Err(error) => {

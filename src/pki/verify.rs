@@ -46,19 +46,6 @@ impl fmt::Display for Utc {
     }
 }
 
-/// A certificate for people.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct CertificateFacts {
-    /// Its serial number, in hexadecimal.
-    pub serial: String,
-    /// The hash of its key.
-    pub key: SpkiHash,
-    /// Beginning.
-    pub not_before: UnixSeconds,
-    /// End.
-    pub not_after: UnixSeconds,
-}
-
 /// Why a chain or a signature is not believed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum VerifyError {
@@ -239,13 +226,13 @@ pub enum VerifyError {
 
 /// A certificate's place in the chain.
 const LEAF: &str = "leaf";
-const NODE: &str = "node";
+pub(super) const NODE: &str = "node";
 const ISSUER: &str = "issuer";
 const ROOT: &str = "root";
 const OPERATOR: &str = "operator";
 
 /// Parses one certificate within the bounds.
-fn parse<'a>(role: &'static str, der: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>, VerifyError> {
+pub(super) fn parse<'a>(role: &'static str, der: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>, VerifyError> {
     if der.len() > CERTIFICATE_BYTES_MAX {
         return Err(VerifyError::TooLarge { bytes: der.len() });
     }
@@ -255,7 +242,7 @@ fn parse<'a>(role: &'static str, der: &'a CertificateDer<'_>) -> Result<X509Cert
     }
 }
 
-fn seconds(time: x509_parser::time::ASN1Time) -> UnixSeconds {
+pub(super) fn seconds(time: x509_parser::time::ASN1Time) -> UnixSeconds {
     UnixSeconds(u64::try_from(time.timestamp()).unwrap_or(0))
 }
 
@@ -263,18 +250,6 @@ fn seconds(time: x509_parser::time::ASN1Time) -> UnixSeconds {
 pub(super) fn validity_of(der: &CertificateDer<'_>) -> Result<(UnixSeconds, UnixSeconds), VerifyError> {
     let certificate = parse(NODE, der)?;
     Ok((seconds(certificate.validity().not_before), seconds(certificate.validity().not_after)))
-}
-
-/// Reads what an operator wants to know of a certificate, unchecked.
-pub fn facts_of(der: &CertificateDer<'_>) -> Result<CertificateFacts, VerifyError> {
-    let certificate = parse(NODE, der)?;
-    let serial = certificate.tbs_certificate.raw_serial();
-    Ok(CertificateFacts {
-        serial: serial.iter().map(|byte| format!("{byte:02x}")).collect(),
-        key: SpkiHash::of(&certificate),
-        not_before: seconds(certificate.validity().not_before),
-        not_after: seconds(certificate.validity().not_after),
-    })
 }
 
 /// Returns the SPKI hash of a certificate's key, unchecked.

@@ -33,7 +33,7 @@ fn the_bodies_and_the_content_are_encoded_as_documented() {
     assert_eq!(RevocationBody::from_bytes(&body).unwrap(), revocation());
 
     let link = RootLink { root: vec![1, 2], proof: vec![3], issuers: vec![vec![4]] };
-    assert_eq!(hex(&link.to_bytes().unwrap()), "01020102010301" .to_owned() + "0104");
+    assert_eq!(hex(&link.to_bytes().unwrap()), "01020102010301".to_owned() + "0104");
 
     let content = Content {
         trust_domain: "td".parse().unwrap(),

@@ -124,7 +124,11 @@ fn altered_foreign_and_misplaced_documents_are_refused_each_for_its_reason() {
 #[test]
 fn an_operator_leads_to_no_new_root() {
     let mesh = mesh();
-    let body = RootLink { root: mesh.root.certificate().to_vec(), proof: mesh.operator.sign(b"x").unwrap(), issuers: Vec::new() };
+    let body = RootLink {
+        root: mesh.root.certificate().to_vec(),
+        proof: mesh.operator.sign(b"x").unwrap(),
+        issuers: Vec::new(),
+    };
     let id = DocumentId { kind: DocumentKind::Bundle, name: link_name(2) };
     let bundle = Content { id, body: body.to_bytes().unwrap(), ..content("a", 1, vec![]) };
     let refused = mesh.set().offer(Document::sign(bundle, &mesh.operator).unwrap(), NOW).unwrap_err();

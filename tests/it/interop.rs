@@ -32,7 +32,14 @@ fn openssl_believes_a_service_s_chain_strictly_and_sees_one_spiffe_id() {
     let key = file("key.pem", leaf["PrivateKeyPEM"].as_str().unwrap());
     for purpose in ["sslclient", "sslserver"] {
         let args = [
-            "verify", "-x509_strict", "-purpose", purpose, "-CAfile", path(&root), "-untrusted", path(&others),
+            "verify",
+            "-x509_strict",
+            "-purpose",
+            purpose,
+            "-CAfile",
+            path(&root),
+            "-untrusted",
+            path(&others),
             path(&leaf_file),
         ];
         let Some((is_good, text)) = openssl(&args) else {

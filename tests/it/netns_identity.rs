@@ -325,7 +325,18 @@ fn a_single_use_token_is_refused_to_a_second_host_and_a_revoked_one_to_all() {
     let dir = ca.dir();
     let n1 = Agent::start(&Spec::on(&lab.host(1), "n1", &["-issuer", path(&ca.issuer())]));
     let make = |uses: &str| {
-        let made = crate::agent::weft_ok(&["token", "create", "-ca", path(&dir), "-node", "n*", "-serve", "raw", "-uses", uses]);
+        let made = crate::agent::weft_ok(&[
+            "token",
+            "create",
+            "-ca",
+            path(&dir),
+            "-node",
+            "n*",
+            "-serve",
+            "raw",
+            "-uses",
+            uses,
+        ]);
         made.trim().to_owned()
     };
     let once = make("1");

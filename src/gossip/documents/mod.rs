@@ -73,6 +73,9 @@ pub trait DocumentStore: Send + Sync + 'static {
     fn remove(&self, key: &str) -> Result<(), String>;
 }
 
+/// Hears the set and what follows from it.
+pub type OnTrust = Arc<dyn Fn(&DocumentSet, &TrustBundle) + Send + Sync>;
+
 /// What the documents need.
 pub struct DocumentsParams {
     /// What is held at the start.
@@ -80,7 +83,7 @@ pub struct DocumentsParams {
     /// Where it is kept.
     pub store: Arc<dyn DocumentStore>,
     /// Called at once when something else is to be believed: closes connections. Must not block.
-    pub on_trust: Arc<dyn Fn(&DocumentSet, &TrustBundle) + Send + Sync>,
+    pub on_trust: OnTrust,
 }
 
 impl fmt::Debug for DocumentsParams {

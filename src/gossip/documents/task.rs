@@ -17,15 +17,15 @@ use tracing::{debug, error, info, warn};
 use super::carry::{self, Asked, Compare, Compared, Given, Took};
 use super::{
     CLOCKS_MAX, COMPARES_MAX, CONFIRM_TIME_MAX, ClockSkew, DocumentMetrics, DocumentStore, DocumentView,
-    DocumentsHandle, DocumentsParams, DocumentsView, FORWARDS, GIVEN_BYTES_MAX, JOIN_COMPARES, LINKS_MAX, ORIGIN_PUSHES_MAX,
-    OfferError, Order, PUSH_TIME_MAX, PUSHES_MAX, PUSHES_WAITING_MAX, Spread,
+    DocumentsHandle, DocumentsParams, DocumentsView, FORWARDS, GIVEN_BYTES_MAX, JOIN_COMPARES, LINKS_MAX,
+    ORIGIN_PUSHES_MAX, OfferError, OnTrust, Order, PUSH_TIME_MAX, PUSHES_MAX, PUSHES_WAITING_MAX, Spread,
 };
 use crate::clock;
 use crate::gossip::exchange::ExchangeError;
 use crate::gossip::{Command, MemberView, Members};
 use crate::metrics::Metrics;
 use crate::model::{MemberStatus, NodeName};
-use crate::pki::{DocumentSigner, Identity, Revoked, TrustBundle};
+use crate::pki::{DocumentSigner, Identity, Revoked};
 use crate::policy::{
     Document, DocumentDigest, DocumentId, DocumentKind, DocumentSet, Fork, Held, Offered, RevocationBody, RootLink,
 };
@@ -96,7 +96,7 @@ pub(in crate::gossip) struct Task {
     set: DocumentSet,
     store: Arc<dyn DocumentStore>,
     identity: Arc<Identity>,
-    on_trust: Arc<dyn Fn(&DocumentSet, &TrustBundle) + Send + Sync>,
+    on_trust: OnTrust,
     transport: ControlTransport,
     gossip: mpsc::Sender<Command>,
     orders: mpsc::Receiver<Order>,
@@ -390,7 +390,7 @@ impl Task {
                 match result {
                     Ok(Took::Held | Took::Older) => {}
                     Ok(Took::Refused(reason)) => {
-                        warn!(peer = %push.to.name, document = %push.digest.id, reason, "peer refuses a document")
+                        warn!(peer = %push.to.name, document = %push.digest.id, reason, "peer refuses a document");
                     }
                     Err(error) => debug!(peer = %push.to.name, error = error.explain(None), "document was not pushed"),
                 }
@@ -438,7 +438,9 @@ impl Task {
         let alive = self.alive();
         if self.was_alone && !alive.is_empty() {
             let asked: Vec<MemberView> = alive.sample(&mut self.rng, JOIN_COMPARES).cloned().collect();
-            asked.into_iter().for_each(|peer| self.compare(peer));
+            for peer in asked {
+                self.compare(peer);
+            }
         }
         self.was_alone = alive.is_empty();
     }
