@@ -365,3 +365,36 @@ fn a_single_use_token_is_refused_to_a_second_host_and_a_revoked_one_to_all() {
     assert!(list.lines().any(|line| line.starts_with(&id) && line.contains("revoked")), "{list}");
     drop(n2);
 }
+
+/// Figures for people: `cargo test --test it figures_of_revocation -- --ignored --nocapture`.
+#[test]
+#[ignore = "prints figures; starts a hundred agents"]
+fn figures_of_revocation_at_3_20_and_100_agents() {
+    for count in [3_u8, 20, 100] {
+        let Some(lab) = Lab::new(1) else { return };
+        let ca = Ca::init("lab.test");
+        let (dir, issuer) = (ca.dir(), ca.issuer());
+        let token = ca.token("n*", "", "1h");
+        let names: Vec<String> = (1..=count).map(|number| format!("n{number:03}")).collect();
+        let begun = Instant::now();
+        let mut agents: Vec<Agent> = Vec::new();
+        for (name, number) in names.iter().zip(1..=count) {
+            let ip = std::net::IpAddr::from([127, 0, 1, number]);
+            let first = ["-issuer", path(&issuer), "-workers", "1"];
+            let further = ["-join", "127.0.1.1", "-token", &token, "-workers", "1"];
+            let args: &[&str] = if number == 1 { &first } else { &further };
+            let spec = Spec { bind: ip, client: ip, ..Spec::on(&lab.host(1), name, args) };
+            agents.push(Agent::start(&spec));
+        }
+        let want: Vec<String> = names.iter().map(|name| format!("{name}=1")).collect();
+        let want: Vec<&str> = want.iter().map(String::as_str).collect();
+        agents[0].wait_members(&want);
+        println!("{count} agents are members after {:.1?}", begun.elapsed());
+        // The last one: its document is held, enforced and confirmed by all others.
+        let printed = weft_on_ok(
+            &lab.host(1),
+            &["revoke", names.last().unwrap(), "-ca", path(&dir), "-http-addr", "127.0.1.1:8500"],
+        );
+        println!("{count} agents: {}", printed.trim());
+    }
+}
