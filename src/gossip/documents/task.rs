@@ -245,7 +245,10 @@ impl Task {
             Ok(taken) => taken,
             Err(error) => return answer(reply, Err(error)),
         };
-        let alive = self.alive();
+        let mut alive = self.alive();
+        let revoked = self.set.get(&digest.id).map(revoked_nodes).unwrap_or_default();
+        // The members do not show it as failed yet, and it confirms nothing any more.
+        alive.retain(|member| !revoked.contains(&member.name));
         let pushed: Vec<MemberView> = if offered == Offered::Older {
             Vec::new()
         } else {
@@ -559,6 +562,13 @@ fn skew_of(offsets_ms: impl Iterator<Item = i64>) -> Option<ClockSkew> {
         max_seconds: max_ms as f64 / 1000.0,
         peers: sorted.len(),
     })
+}
+
+/// The nodes that a document takes back.
+fn revoked_nodes(held: &Held) -> Vec<NodeName> {
+    let body = RevocationBody::from_bytes(&held.document.content().body);
+    let node = |entry: Revoked| if let Revoked::Node { node, .. } = entry { Some(node) } else { None };
+    body.map_or_else(|_| Vec::new(), |body| body.entries.into_iter().filter_map(node).collect())
 }
 
 fn view(held: &Held, is_forked: bool) -> DocumentView {
