@@ -41,7 +41,7 @@ impl PeerStore for PeerFile {
 }
 
 /// Keeps signed documents on disk.
-pub(super) struct DocumentFile(pub(super) Store);
+struct DocumentFile(Store);
 
 impl DocumentStore for DocumentFile {
     fn put(&self, key: &str, bytes: &[u8]) -> Result<(), String> {
@@ -76,9 +76,9 @@ pub(super) fn stored_documents(store: &Store, base: &TrustBundle) -> Result<Docu
 }
 
 /// What an issuer believes, and what leads others there.
-pub(super) struct MeshTrust {
-    pub(super) identity: Arc<Identity>,
-    pub(super) documents: DocumentsHandle,
+struct MeshTrust {
+    identity: Arc<Identity>,
+    documents: DocumentsHandle,
 }
 
 impl JoinTrust for MeshTrust {
@@ -89,6 +89,27 @@ impl JoinTrust for MeshTrust {
     fn links(&self) -> Vec<Vec<u8>> {
         self.documents.view().links.clone()
     }
+}
+
+/// Reads the documents of the last run and lets `identity` believe what follows from them.
+pub(super) fn believe(store: &Store, identity: &Identity) -> Result<DocumentSet, StoreError> {
+    let set = stored_documents(store, identity.authority().bundle())?;
+    identity.set_bundle(set.bundle());
+    Ok(set)
+}
+
+/// What answers newcomers and renewals.
+pub(super) fn join_server(
+    issuer: &Arc<IssuerCell>,
+    identity: &Arc<Identity>,
+    gossip: &GossipHandle,
+    own: &NodeInfo,
+    store: &Store,
+) -> Arc<JoinServer> {
+    let directory = Directory { gossip: gossip.clone(), own: own.clone() };
+    let trust = MeshTrust { identity: Arc::clone(identity), documents: gossip.documents().clone() };
+    let ledger = TokenFile(store.clone());
+    JoinServer::new(Arc::clone(issuer), Arc::new(trust), Arc::new(directory), Arc::new(ledger))
 }
 
 /// What the documents need: where they are kept, and who hears of them.
@@ -144,7 +165,7 @@ impl Connections {
 }
 
 /// Counts the uses of tokens on disk.
-pub(super) struct TokenFile(pub(super) Store);
+struct TokenFile(Store);
 
 impl TokenLedger for TokenFile {
     fn count_use(&self, id: [u8; 16], not_after: u64, key: [u8; 32]) -> Result<Option<u32>, String> {
@@ -162,9 +183,9 @@ pub(super) fn token_uses(store: &Store) -> Result<Vec<TokenUse>, String> {
 }
 
 /// Answers an issuer's questions from the membership.
-pub(super) struct Directory {
-    pub(super) gossip: GossipHandle,
-    pub(super) own: NodeInfo,
+struct Directory {
+    gossip: GossipHandle,
+    own: NodeInfo,
 }
 
 impl JoinDirectory for Directory {
