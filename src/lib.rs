@@ -11,6 +11,7 @@ pub mod metrics;
 pub mod model;
 pub mod node;
 pub mod pki;
+pub mod policy;
 pub mod proxy;
 pub mod registry;
 pub mod replica;

@@ -40,7 +40,12 @@ pub(crate) fn create_token(ca: &Path, node: &str, serve: &str, ttl: &str, uses: 
     }
     let id = *uuid::Uuid::new_v4().as_bytes();
     let claims = TokenClaims { id, node, serve, not_after: clock::wall().plus(ttl), uses };
-    println!("{}", pki::create_token(ca, &claims).map_err(with_ca_hint)?);
+    let token = pki::create_token(ca, &claims).map_err(with_ca_hint)?;
+    if let Err(err) = CaDir::open(ca).record_token(&claims, clock::wall()) {
+        // The token is good; only `weft token list` will not show it.
+        eprintln!("warning: {}", Failure::from(err));
+    }
+    println!("{token}");
     Ok(())
 }
 

@@ -28,9 +28,17 @@ pub(crate) enum Verb {
     /// Makes the mesh CA and its issuers (offline).
     #[command(subcommand)]
     Ca(CaVerb),
-    /// Makes join tokens (offline).
+    /// Makes join tokens (offline), lists and revokes them.
     #[command(subcommand)]
     Token(TokenVerb),
+    /// Takes back a node, a certificate or a key on every node within a second; signs with the CA directory.
+    #[command(
+        after_help = "Examples:\n  weft revoke web-3 -ca ./ca -reason 'disk stolen'\n  weft revoke issuer-2 -ca ./ca -http-addr 10.0.0.1:8500\n  weft revoke -list"
+    )]
+    Revoke(RevokeArgs),
+    /// Lists and brings signed documents.
+    #[command(subcommand)]
+    Document(DocumentVerb),
     /// Lists the members of the mesh.
     #[command(after_help = "Example:\n  weft members -format=json")]
     Members(ListArgs),
@@ -196,6 +204,23 @@ pub(crate) enum CaVerb {
         #[arg(long)]
         trust_domain: String,
     },
+    /// Replaces the root, with nobody interrupted: the new one is signed by the old one and spread; nodes renew under it.
+    #[command(
+        after_help = "Examples:\n  weft ca rotate -ca ./ca -http-addr 10.0.0.1:8500\n  weft ca rotate -ca ./ca -finish"
+    )]
+    Rotate {
+        /// Directory of `weft ca init`.
+        #[arg(long)]
+        ca: PathBuf,
+        /// Takes the old root back, once every node has renewed.
+        #[arg(long)]
+        finish: bool,
+        /// With -finish: also while nodes publish under the old root. They must join again with a token.
+        #[arg(long, requires = "finish")]
+        force: bool,
+        #[command(flatten)]
+        sign: SignArgs,
+    },
     /// Makes issuers: two or more nodes should be able to certify newcomers.
     #[command(subcommand)]
     Issuer(IssuerVerb),
@@ -210,6 +235,88 @@ pub(crate) enum IssuerVerb {
         #[arg(long)]
         ca: PathBuf,
     },
+    /// Lists the issuers of a CA directory, and what the mesh has heard of them.
+    #[command(after_help = "Example:\n  weft ca issuer list -ca ./ca")]
+    List(IssuerListArgs),
+    /// Ends an issuer: it signs nothing more, what it signed stays good. For a stolen one use `weft revoke`.
+    #[command(after_help = "Example:\n  weft ca issuer retire issuer-2 -ca ./ca")]
+    Retire {
+        /// Its name in the CA directory.
+        name: String,
+        /// Directory of `weft ca init`.
+        #[arg(long)]
+        ca: PathBuf,
+        #[command(flatten)]
+        sign: SignArgs,
+    },
+}
+
+/// Flags of every verb that signs a document.
+#[derive(Debug, Args)]
+pub(crate) struct SignArgs {
+    /// Why, for other operators: at most 256 bytes.
+    #[arg(long, default_value = "")]
+    pub(crate) reason: String,
+    /// Writes the document to a file instead of bringing it to an agent.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: Option<PathBuf>,
+    /// Version of the document. Default: one more than the agent holds, 1 with -out.
+    #[arg(long, value_name = "NUMBER")]
+    pub(crate) document_version: Option<u64>,
+    #[command(flatten)]
+    pub(crate) client: ClientArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct IssuerListArgs {
+    /// Directory of `weft ca init`.
+    #[arg(long)]
+    pub(crate) ca: PathBuf,
+    #[command(flatten)]
+    pub(crate) client: ClientArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TokenListArgs {
+    /// Directory of `weft ca init`.
+    #[arg(long)]
+    pub(crate) ca: PathBuf,
+    #[command(flatten)]
+    pub(crate) client: ClientArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RevokeArgs {
+    /// Node names, serial numbers, SPKI hashes (64 hexadecimal digits), or issuers of the CA directory (issuer-2).
+    #[arg(value_name = "TARGET")]
+    pub(crate) targets: Vec<String>,
+    /// Directory of `weft ca init`: its operator key signs, or its root key.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) ca: Option<PathBuf>,
+    /// Lists what is revoked.
+    #[arg(long, conflicts_with = "targets")]
+    pub(crate) list: bool,
+    #[command(flatten)]
+    pub(crate) sign: SignArgs,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum DocumentVerb {
+    /// Lists the signed documents that the mesh holds.
+    #[command(after_help = "Example:\n  weft document list")]
+    List(ListArgs),
+    /// Brings documents that `-out` wrote to an agent.
+    #[command(after_help = "Example:\n  weft document apply revoked.weft -http-addr 10.0.0.1:8500")]
+    Apply(DocumentArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DocumentArgs {
+    /// Files.
+    #[arg(required = true, value_name = "FILE")]
+    pub(crate) files: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) client: ClientArgs,
 }
 
 #[derive(Debug, Subcommand)]
@@ -232,6 +339,20 @@ pub(crate) enum TokenVerb {
         /// How often it may be used; 0: as often as wanted until it ends.
         #[arg(long, default_value_t = 0)]
         uses: u32,
+    },
+    /// Lists the tokens that were made with a CA directory, and how often the agent, if it is an issuer, saw them used.
+    #[command(after_help = "Example:\n  weft token list -ca ./ca")]
+    List(TokenListArgs),
+    /// Takes a token back on every issuer.
+    #[command(after_help = "Example:\n  weft token revoke 1f0e…-… -ca ./ca")]
+    Revoke {
+        /// Its id; `weft token list` names it.
+        id: String,
+        /// Directory of `weft ca init`.
+        #[arg(long)]
+        ca: PathBuf,
+        #[command(flatten)]
+        sign: SignArgs,
     },
 }
 

@@ -50,6 +50,13 @@ impl Client {
         Ok(())
     }
 
+    /// Sends an order that is answered with JSON.
+    pub(crate) fn put_for(&self, path: &str, body: &Value) -> Result<Value, Failure> {
+        let answer = self.exchange(http::Method::PUT, path, Bytes::from(body.to_string()))?;
+        let value = serde_json::from_slice(&answer).with_context(|| format!("{path} of {} sent no JSON", self.addr))?;
+        Ok(value)
+    }
+
     fn exchange(&self, method: http::Method, path: &str, body: Bytes) -> Result<Bytes, Failure> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let addr = &self.addr;

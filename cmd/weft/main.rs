@@ -1,7 +1,7 @@
 //! The weft binary: parses the command line and hands each verb to its function.
 //!
 //! ```text
-//!   argv -> argv::normalize -> cli::Cli -> agent | ca | verbs (over client) | demo
+//!   argv -> argv::normalize -> cli::Cli -> agent | ca | revoke | verbs (over client) | demo
 //! ```
 
 mod agent;
@@ -11,6 +11,8 @@ mod cli;
 mod client;
 mod demo;
 mod failure;
+mod revoke;
+mod rotate;
 mod table;
 mod verbs;
 
@@ -18,7 +20,7 @@ use std::process::ExitCode;
 
 use clap::Parser as _;
 
-use crate::cli::{CaVerb, CatalogVerb, Cli, IssuerVerb, ServicesVerb, TokenVerb, Verb};
+use crate::cli::{CaVerb, CatalogVerb, Cli, DocumentVerb, IssuerVerb, ServicesVerb, TokenVerb, Verb};
 use crate::failure::Failure;
 
 // 10 % of the request rate against the system's allocator.
@@ -42,7 +44,16 @@ fn run(verb: &Verb) -> Result<(), Failure> {
         Verb::Demo(args) => demo::run(args),
         Verb::Ca(CaVerb::Init { dir, trust_domain }) => ca::init(dir, trust_domain),
         Verb::Ca(CaVerb::Issuer(IssuerVerb::Create { ca })) => ca::create_issuer(ca),
+        Verb::Ca(CaVerb::Rotate { ca, finish: false, sign, .. }) => rotate::rotate(ca, sign),
+        Verb::Ca(CaVerb::Rotate { ca, finish: true, force, sign }) => rotate::finish(ca, *force, sign),
+        Verb::Ca(CaVerb::Issuer(IssuerVerb::List(args))) => revoke::list_issuers(args),
+        Verb::Ca(CaVerb::Issuer(IssuerVerb::Retire { name, ca, sign })) => revoke::retire_issuer(ca, name, sign),
         Verb::Token(TokenVerb::Create { ca, node, serve, ttl, uses }) => ca::create_token(ca, node, serve, ttl, *uses),
+        Verb::Token(TokenVerb::List(args)) => revoke::list_tokens(args),
+        Verb::Token(TokenVerb::Revoke { id, ca, sign }) => revoke::revoke_token(ca, id, sign),
+        Verb::Revoke(args) => revoke::revoke(args),
+        Verb::Document(DocumentVerb::List(args)) => revoke::list_documents(args),
+        Verb::Document(DocumentVerb::Apply(args)) => revoke::apply_documents(args),
         Verb::Members(args) => verbs::members(args),
         Verb::Join(args) => verbs::join(args),
         Verb::Leave(args) => verbs::leave(args),

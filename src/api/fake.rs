@@ -16,13 +16,15 @@ use tokio_util::sync::CancellationToken;
 
 use super::index::ListIndexes;
 use super::meter::Meter;
-use super::seam::{GossipOrder, Membership, Registry, RegistryOrder};
+use super::seam::{Authority, GossipOrder, Membership, Registry, RegistryOrder};
 use super::{AdminToken, ApiConfig, CertificateFacts, ListenerState, NodeFacts, Shared, guard, routes};
 use crate::catalogue::{Instance, LocalView, NodeEntry, Publisher, ServiceEntry, Snapshot};
-use crate::clock::UnixSeconds;
-use crate::gossip::{GossipError, MemberView, Members};
+use crate::clock::{self, UnixSeconds};
+use crate::gossip::{DocumentsView, GossipError, MemberView, Members, NodeCertificates, OfferError, Spread};
 use crate::metrics::Metrics;
 use crate::model::{CheckRecord, Generation, HealthStatus, MemberStatus, NodeInfo, Protocol, ServiceRecord, Weights};
+use crate::pki::{Identity, ephemeral};
+use crate::policy::{Document, Offered};
 use crate::registry::{
     CheckDefinition, LocalCheck, LocalService, LocalState, Probe, RegistryError, ServiceDefinition, UpstreamDefinition,
 };
@@ -66,6 +68,24 @@ impl Membership for FakeMembers {
         self.orders.lock().unwrap().push(order);
         let verdict = self.verdict.lock().unwrap().clone();
         Box::pin(async move { verdict })
+    }
+
+    fn offer(&self, document: Vec<u8>) -> BoxFuture<'_, Result<Spread, OfferError>> {
+        let spread = Document::from_bytes(&document).map(|document| Spread {
+            digest: document.digest(),
+            offered: Offered::Stored,
+            confirmed: 2,
+            alive: 2,
+        });
+        Box::pin(async move { Ok(spread?) })
+    }
+
+    fn documents(&self) -> Arc<DocumentsView> {
+        Arc::default()
+    }
+
+    fn certificates(&self) -> BoxFuture<'_, Result<Vec<NodeCertificates>, GossipError>> {
+        Box::pin(async { Ok(Vec::new()) })
     }
 }
 
@@ -126,6 +146,8 @@ impl Bench {
             membership: Arc::<FakeMembers>::clone(&members),
             snapshot: publisher.reader(),
             certificates: Arc::new(certificates),
+            authority: authority(),
+            token_uses: Arc::new(|| Ok(Vec::new())),
             listeners: Arc::new(|| {
                 let text = str::to_owned;
                 vec![ListenerState { bind: text("127.0.0.1:9191"), destination: text("db"), state: text("listening") }]
@@ -182,6 +204,14 @@ impl Bench {
         self.publisher.publish(Arc::new(next));
         index
     }
+}
+
+/// A node that may serve `web`.
+fn authority() -> Arc<dyn Authority> {
+    let now = clock::wall();
+    let ca = ephemeral(&"prod.example".parse().unwrap(), now).unwrap();
+    let own = ca.issuer().self_certify(&"n1".parse().unwrap(), &"web".parse().unwrap(), now).unwrap();
+    Identity::new(own, now).unwrap()
 }
 
 fn certificates() -> CertificateFacts {

@@ -136,9 +136,51 @@ async fn mesh_info_tells_what_weft_info_prints() {
         "Certificates": {"NodeEnds": "2023-11-14T22:13:20Z", "IntermediateEnds": "2023-11-21T22:13:20Z"},
         "MeshAddress": "10.0.0.1:8301", "Workers": 2,
         "UpstreamListeners": [{"Bind": "127.0.0.1:9191", "Destination": "db", "State": "listening"}],
-        "Members": {"Alive": 2, "Known": 3}, "Isolated": false,
+        "Members": {"Alive": 2, "Known": 3}, "Isolated": false, "Clock": null,
         "Intentions": "none yet: every verified service of the trust domain may call"});
     assert_eq!(Bench::new().get("/v1/mesh/info").await.json(), want);
+}
+
+#[tokio::test]
+async fn certificates_for_native_apps_have_consul_s_shape() {
+    let bench = Bench::new();
+    let roots = bench.get("/v1/connect/ca/roots").await.json();
+    assert_eq!(roots["TrustDomain"], "prod.example");
+    assert_eq!((&roots["Roots"][0]["ID"], &roots["Roots"][0]["Active"]), (&roots["ActiveRootID"], &json!(true)));
+    assert!(roots["Roots"][0]["RootCert"].as_str().unwrap().starts_with("-----BEGIN CERTIFICATE-----\n"));
+    let leaf = bench.get("/v1/agent/connect/ca/leaf/web").await.json();
+    assert_eq!(leaf["ServiceURI"], "spiffe://prod.example/svc/web/node/n1");
+    assert_eq!(leaf["CertPEM"].as_str().unwrap().matches("BEGIN CERTIFICATE").count(), 3);
+    assert!(leaf["PrivateKeyPEM"].as_str().unwrap().starts_with("-----BEGIN PRIVATE KEY-----\n"));
+    let outside = bench.get("/v1/agent/connect/ca/leaf/db").await;
+    assert_eq!(outside.status.as_u16(), 403, "{}", outside.text);
+
+    let ask = |uri: &str| {
+        let body = json!({"Target": "web", "ClientCertURI": uri, "ClientCertSerial": "01"}).to_string();
+        bench.call(Method::POST, "/v1/agent/connect/authorize", &body)
+    };
+    assert_eq!(ask("spiffe://prod.example/svc/api/node/n2").await.json()["Authorized"], true);
+    assert_eq!(ask("spiffe://other/svc/api/node/n2").await.json()["Authorized"], false);
+    assert_eq!(ask("spiffe://prod.example").await.json()["Authorized"], false);
+}
+
+#[tokio::test]
+async fn a_document_that_is_none_is_refused_and_lists_are_empty() {
+    let bench = Bench::new();
+    for (body, want) in [
+        ("{", "no JSON"),
+        ("{}", "base64"),
+        (r#"{"Document":"!"}"#, "not base64"),
+        (r#"{"Document":"AQ=="}"#, "no document"),
+    ] {
+        let answer = bench.put("/v1/mesh/document", body).await;
+        assert_eq!(answer.status.as_u16(), 400);
+        assert!(answer.text.contains(want), "{}", answer.text);
+    }
+    let held = bench.get("/v1/mesh/documents").await.json();
+    assert_eq!(held, json!({"SetHash": "0000000000000000", "Documents": []}));
+    assert_eq!(bench.get("/v1/mesh/certificates").await.json(), json!([]));
+    assert_eq!(bench.get("/v1/mesh/tokens").await.json(), json!([]));
 }
 
 #[tokio::test]

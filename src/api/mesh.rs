@@ -21,6 +21,11 @@ pub(super) async fn info(call: Call) -> Result<Reply, Refusal> {
     let listeners = listeners
         .iter()
         .map(|listener| json!({"Bind": listener.bind, "Destination": listener.destination, "State": listener.state}));
+    let skew = shared.membership.documents().skew;
+    let clock = skew.map_or(
+        Value::Null,
+        |skew| json!({"SkewSeconds": skew.median_seconds, "LargestSeconds": skew.max_seconds, "Peers": skew.peers}),
+    );
     let info = json!({
         "Node": shared.node.name,
         "NodeID": shared.node.id,
@@ -38,6 +43,7 @@ pub(super) async fn info(call: Call) -> Result<Reply, Refusal> {
         "UpstreamListeners": listeners.collect::<Vec<Value>>(),
         "Members": {"Alive": alive, "Known": members.members.len()},
         "Isolated": members.isolated,
+        "Clock": clock,
         "Intentions": INTENTIONS,
     });
     Reply::json(&call, &info)
@@ -64,7 +70,7 @@ pub(super) async fn members(call: Call) -> Result<Reply, Refusal> {
 }
 
 /// Writes `at` as RFC 3339 in UTC.
-fn rfc3339(at: UnixSeconds) -> String {
+pub(super) fn rfc3339(at: UnixSeconds) -> String {
     let seconds = i64::try_from(at.0).unwrap_or(i64::MAX);
     // Beyond the year 9999 the calendar ends.
     let Ok(t) = OffsetDateTime::from_unix_timestamp(seconds) else { return format!("{} s after 1970", at.0) };

@@ -17,6 +17,8 @@ mod block;
 mod call;
 mod catalog;
 mod check;
+mod connect;
+mod documents;
 mod guard;
 mod health;
 mod index;
@@ -54,7 +56,7 @@ pub use guard::AdminToken;
 
 use index::ListIndexes;
 use meter::Meter;
-use seam::{Membership, Registry};
+use seam::{Authority, Membership, Registry};
 
 /// Largest request body, in bytes: Consul's bound for registrations is of this size.
 pub const BODY_BYTES_MAX: usize = 1024 * 1024;
@@ -107,6 +109,20 @@ pub struct ListenerState {
 /// Returns the upstream listeners of this moment.
 pub type Listeners = Arc<dyn Fn() -> Vec<ListenerState> + Send + Sync>;
 
+/// How often a token was used at this agent, if it is an issuer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokenUse {
+    /// The token's id.
+    pub id: [u8; 16],
+    /// Uses.
+    pub uses: u32,
+    /// The token's end.
+    pub not_after: UnixSeconds,
+}
+
+/// Returns the uses of tokens of this moment, or why they cannot be read. Blocks on the disk.
+pub type TokenUses = Arc<dyn Fn() -> Result<Vec<TokenUse>, String> + Send + Sync>;
+
 /// What the API needs of the agent.
 pub struct ApiParams<'a> {
     /// Where and for whom it listens.
@@ -125,6 +141,8 @@ pub struct ApiParams<'a> {
     pub node: NodeFacts,
     /// The data plane's upstream listeners.
     pub listeners: Listeners,
+    /// The uses of tokens.
+    pub token_uses: TokenUses,
     /// Cancelled by `PUT /v1/agent/leave`: the node then leaves and stops.
     pub shutdown: CancellationToken,
     /// Where its tasks run.
@@ -175,8 +193,10 @@ impl Api {
     /// # Errors
     /// [`ApiError`]; nothing is served then.
     pub async fn start(params: ApiParams<'_>) -> Result<Vec<SocketAddr>, ApiError> {
-        let ApiParams { config, registry, gossip, snapshot, identity, metrics, node, listeners, .. } = params;
+        let ApiParams { config, registry, gossip, snapshot, identity, metrics, node, listeners, token_uses, .. } =
+            params;
         let listening = serve::bind(&config).await?;
+        let authority: Arc<dyn Authority> = Arc::<Identity>::clone(&identity);
         let certificates: Certificates = Arc::new(move || CertificateFacts::read(&identity));
         let shared = Shared {
             guard: guard::Guard::new(&config, &node.name),
@@ -185,7 +205,9 @@ impl Api {
             membership: Arc::new(gossip),
             snapshot,
             certificates,
+            authority,
             listeners,
+            token_uses,
             meter: Meter::new(&metrics).map_err(ApiError::Metrics)?,
             metrics,
             node,
@@ -215,7 +237,9 @@ struct Shared {
     membership: Arc<dyn Membership>,
     snapshot: SnapshotReader,
     certificates: Certificates,
+    authority: Arc<dyn Authority>,
     listeners: Listeners,
+    token_uses: TokenUses,
     meter: Meter,
     metrics: Metrics,
     node: NodeFacts,

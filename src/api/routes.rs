@@ -15,7 +15,7 @@ use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use super::call::{Call, Handler, Refusal, Reply, TEXT};
 use super::guard::Arrival;
 use super::query::Query;
-use super::{BODY_BYTES_MAX, Shared, agent, catalog, check, health, mesh, status};
+use super::{BODY_BYTES_MAX, Shared, agent, catalog, check, connect, documents, health, mesh, status};
 use crate::clock;
 
 /// A client has so long to send its body: 1 MiB over the slowest link that is worth waiting for.
@@ -57,6 +57,10 @@ pub(super) const ROUTES: &[Route] = &[
     route!(PUT "/v1/agent/join/{addr}" agent::join),
     route!(PUT "/v1/agent/leave" agent::leave),
     route!(PUT "/v1/agent/force-leave/{node}" agent::force_leave),
+    route!(GET "/v1/agent/connect/ca/roots" connect::roots),
+    route!(GET "/v1/agent/connect/ca/leaf/{service}" connect::leaf),
+    route!(POST "/v1/agent/connect/authorize" connect::authorize),
+    route!(GET "/v1/connect/ca/roots" connect::roots),
     route!(GET "/v1/catalog/datacenters" catalog::datacenters),
     route!(GET "/v1/catalog/nodes" catalog::nodes),
     route!(GET "/v1/catalog/services" catalog::services),
@@ -69,6 +73,10 @@ pub(super) const ROUTES: &[Route] = &[
     route!(GET "/v1/status/peers" status::peers),
     route!(GET "/v1/mesh/info" mesh::info),
     route!(GET "/v1/mesh/members" mesh::members),
+    route!(GET "/v1/mesh/documents" documents::list),
+    route!(PUT "/v1/mesh/document" documents::offer),
+    route!(GET "/v1/mesh/certificates" documents::certificates),
+    route!(GET "/v1/mesh/tokens" documents::tokens),
 ];
 
 /// Groups of Consul's that weft refuses on purpose: prefix, status, text.

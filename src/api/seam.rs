@@ -5,8 +5,9 @@ use std::sync::Arc;
 use futures_util::future::BoxFuture;
 use tokio::sync::watch;
 
-use crate::gossip::{GossipError, GossipHandle, Members};
-use crate::model::{CheckId, HealthStatus, InstanceId, NodeName};
+use crate::gossip::{DocumentsView, GossipError, GossipHandle, Members, NodeCertificates, OfferError, Spread};
+use crate::model::{CheckId, HealthStatus, InstanceId, NodeName, ServiceName};
+use crate::pki::{PkiError, Svid, TrustBundle};
 use crate::registry::{CheckDefinition, LocalState, RegistryError, RegistryHandle, ServiceDefinition};
 
 /// What a client may ask of the registry.
@@ -53,6 +54,14 @@ impl Registry for RegistryHandle {
     }
 }
 
+/// The node's certificates as the API sees them.
+pub(super) trait Authority: Send + Sync {
+    /// What is trusted.
+    fn bundle(&self) -> Arc<TrustBundle>;
+    /// A service's certificate.
+    fn svid(&self, service: &ServiceName) -> Result<Arc<Svid>, PkiError>;
+}
+
 /// What a client may ask of gossip.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum GossipOrder {
@@ -66,6 +75,12 @@ pub(super) trait Membership: Send + Sync {
     fn members(&self) -> Arc<Members>;
     /// Carries out `order`.
     fn carry_out(&self, order: GossipOrder) -> BoxFuture<'_, Result<(), GossipError>>;
+    /// Takes a signed document, and returns how far it has spread.
+    fn offer(&self, document: Vec<u8>) -> BoxFuture<'_, Result<Spread, OfferError>>;
+    /// The signed documents.
+    fn documents(&self) -> Arc<DocumentsView>;
+    /// The certificates under which nodes publish.
+    fn certificates(&self) -> BoxFuture<'_, Result<Vec<NodeCertificates>, GossipError>>;
 }
 
 impl Membership for GossipHandle {
@@ -80,5 +95,17 @@ impl Membership for GossipHandle {
                 GossipOrder::ForceLeave { name, prune } => self.force_leave(name, prune).await,
             }
         })
+    }
+
+    fn offer(&self, document: Vec<u8>) -> BoxFuture<'_, Result<Spread, OfferError>> {
+        Box::pin(GossipHandle::documents(self).offer(document))
+    }
+
+    fn documents(&self) -> Arc<DocumentsView> {
+        GossipHandle::documents(self).view()
+    }
+
+    fn certificates(&self) -> BoxFuture<'_, Result<Vec<NodeCertificates>, GossipError>> {
+        Box::pin(GossipHandle::certificates(self))
     }
 }

@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
 use self::evidence::{Challenge, Watches};
+use super::documents;
 use super::engine::{
     self, Ending, Engine, Exchange, Incumbent, JoinCause, Message, Output, Request, Stage, Step, Turn,
 };
@@ -114,6 +115,7 @@ pub(super) struct Actor {
     is_goodbye_over: bool,
     watches: Watches,
     challenges: usize,
+    documents: mpsc::Sender<documents::Order>,
 }
 
 impl std::fmt::Debug for Actor {
@@ -133,6 +135,7 @@ impl Actor {
     pub(super) fn new(
         params: GossipParams,
         commands: mpsc::Receiver<Command>,
+        documents: mpsc::Sender<documents::Order>,
         metrics: GossipMetrics,
     ) -> (Self, watch::Receiver<Arc<Members>>, SnapshotReader) {
         let now = clock::now();
@@ -174,6 +177,7 @@ impl Actor {
             is_goodbye_over: false,
             watches: Watches::default(),
             challenges: 0,
+            documents,
         };
         actor.builder.set_local(publication.view.clone());
         actor.settle(now);
@@ -290,6 +294,17 @@ impl Actor {
                 });
                 answer(reply, result);
             }
+            Command::Trust => self.turn(now, Engine::handle_trust),
+            Command::Link(peer, reply) => answer(reply, self.links.open(&peer).cloned()),
+            Command::Certificates(reply) => answer(reply, self.certificates()),
+            Command::Adopt { peer, addr, connection } => {
+                self.metrics.dials.with_label_values(&["ok"]).inc();
+                self.watch(&peer, connection.clone());
+                let waiting = self.links.dialled(&peer, addr, connection);
+                if let Some(id) = self.engine.membership().member(&peer).map(|member| member.id.clone()) {
+                    self.resend(&id, waiting, now);
+                }
+            }
         }
     }
 
@@ -346,9 +361,10 @@ impl Actor {
     /// Reads everything that comes on `connection`.
     fn watch(&mut self, peer: &NodeName, connection: Connection) {
         let (peer, inputs, metrics) = (peer.clone(), self.inputs_sender.clone(), self.metrics.clone());
+        let documents = self.documents.clone();
         self.work.spawn(async move {
             let stable_id = connection.stable_id();
-            read_connection(peer.clone(), connection, inputs, metrics).await;
+            read_connection(peer.clone(), connection, inputs, documents, metrics).await;
             Done::ConnectionEnded(peer, stable_id)
         });
     }
@@ -526,7 +542,13 @@ async fn send_on_stream(connection: &Connection, packet: &[u8]) -> Result<(), Ex
 }
 
 /// Reads datagrams and streams of one connection until it ends.
-async fn read_connection(peer: NodeName, connection: Connection, inputs: mpsc::Sender<Input>, metrics: GossipMetrics) {
+async fn read_connection(
+    peer: NodeName,
+    connection: Connection,
+    inputs: mpsc::Sender<Input>,
+    documents: mpsc::Sender<documents::Order>,
+    metrics: GossipMetrics,
+) {
     let mut streams = JoinSet::new();
     loop {
         let has_room = streams.len() < STREAMS_PER_PEER_MAX;
@@ -543,9 +565,9 @@ async fn read_connection(peer: NodeName, connection: Connection, inputs: mpsc::S
             }
             stream = connection.accept_bi(), if has_room => {
                 let Ok(stream) = stream else { return };
-                let (peer, inputs) = (peer.clone(), inputs.clone());
+                let (peer, inputs, documents) = (peer.clone(), inputs.clone(), documents.clone());
                 streams.spawn(async move {
-                    if let Err(error) = exchange::serve(peer.clone(), stream, inputs).await {
+                    if let Err(error) = exchange::serve(peer.clone(), stream, inputs, documents).await {
                         debug!(%peer, error = error.explain(None), "exchange failed");
                     }
                 });

@@ -15,6 +15,7 @@ use quinn::{Connection, RecvStream, SendStream};
 use tokio::sync::{mpsc, oneshot};
 
 use super::actor::Input;
+use super::documents;
 use super::engine::{HelloReply, Message, Request, Stage, Step};
 use crate::membership::MeshId;
 use crate::model::NodeName;
@@ -35,6 +36,9 @@ pub(super) enum ExchangeError {
     /// The connection ended.
     #[error("connection lost")]
     Connection(#[from] quinn::ConnectionError),
+    /// There is no connection and none can be made.
+    #[error("{0}")]
+    Unreachable(String),
     /// This agent stops.
     #[error("agent is shutting down")]
     Closed,
@@ -84,15 +88,19 @@ impl Talk {
         Ok(stage.decode(&frame)?)
     }
 
-    /// Hears and says until this stream is done; returns what is said on the next one, if there is one.
+    /// Hears (`heard` comes first, if it is there) and says until this stream is done; returns what is said on the next one, if there is one.
     async fn run(
         &mut self,
         peer: &NodeName,
         mut stage: Stage,
+        mut heard: Option<Message>,
         actor: &mpsc::Sender<Input>,
     ) -> Result<Option<(Message, Stage)>, ExchangeError> {
         loop {
-            let message = self.hear(stage).await?;
+            let message = match heard.take() {
+                Some(message) => message,
+                None => self.hear(stage).await?,
+            };
             let (reply, answer) = oneshot::channel();
             let heard = Input::Heard { peer: peer.clone(), stage, message, reply };
             actor.send(heard).await.map_err(|_| ExchangeError::Closed)?;
@@ -148,7 +156,7 @@ pub(super) async fn begin(
         next = within(async {
             let mut talk = Talk::open(&connection).await?;
             talk.say(&message).await?;
-            talk.run(&peer, stage, &actor).await
+            talk.run(&peer, stage, None, &actor).await
         })
         .await?;
     }
@@ -160,9 +168,14 @@ pub(super) async fn serve(
     peer: NodeName,
     streams: (SendStream, RecvStream),
     actor: mpsc::Sender<Input>,
+    documents: mpsc::Sender<documents::Order>,
 ) -> Result<(), ExchangeError> {
     let mut talk = Talk { send: streams.0, recv: streams.1 };
-    within(talk.run(&peer, Stage::Asked, &actor)).await.map(drop)
+    let first = within(talk.hear(Stage::Asked)).await?;
+    if let Message::Request(Request::Documents(said)) = first {
+        return documents::serve(peer, said, (&mut talk.send, &mut talk.recv), &documents).await;
+    }
+    within(talk.run(&peer, Stage::Asked, Some(first), &actor)).await.map(drop)
 }
 
 #[cfg(test)]
@@ -265,7 +278,7 @@ mod tests {
         let listener = pair.listener.clone();
         tasks.spawn(async move {
             while let Ok(streams) = listener.accept_bi().await {
-                serve(id().name, streams, far.clone()).await.unwrap();
+                serve(id().name, streams, far.clone(), documents::queue().0).await.unwrap();
             }
         });
         let first = Message::Request(Request::Sync { set_hash: 7, farewells: Vec::new() });
@@ -286,7 +299,7 @@ mod tests {
             let (mut send, _recv) = pair.dialer.open_bi().await.unwrap();
             send.write_all(frame).await.unwrap();
             let streams = pair.listener.accept_bi().await.unwrap();
-            let result = serve(id().name, streams, actor.clone()).await;
+            let result = serve(id().name, streams, actor.clone(), documents::queue().0).await;
             assert!(matches!(result, Err(ExchangeError::Wire(_))), "{result:?}");
         }
         assert!(pair.listener.close_reason().is_none());

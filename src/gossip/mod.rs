@@ -19,6 +19,7 @@
 //! Not here: SWIM (`membership`), versions and merging (`replica`), TLS (`pki`, `transport`), health (`registry`).
 
 mod actor;
+mod documents;
 pub mod engine;
 mod exchange;
 mod links;
@@ -37,10 +38,14 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+pub use self::documents::{
+    ClockSkew, DocumentStore, DocumentView, DocumentsHandle, DocumentsParams, DocumentsView, OfferError, OnTrust,
+    Spread,
+};
 use crate::catalogue::SnapshotReader;
 use crate::metrics::Metrics;
 use crate::model::{Generation, MemberStatus, NodeInfo, NodeName};
-use crate::pki::Identity;
+use crate::pki::{CertificateFacts, Identity, SpkiHash};
 use crate::registry;
 use crate::store::StoredPeer;
 use crate::supervise::Tasks;
@@ -79,6 +84,19 @@ pub struct Members {
     pub members: Vec<MemberView>,
     /// Nobody else answers, though others are known or seeds are given: this node may be cut off.
     pub isolated: bool,
+}
+
+/// The certificates under which a node publishes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodeCertificates {
+    /// The node.
+    pub node: NodeName,
+    /// Its own.
+    pub intermediate: CertificateFacts,
+    /// Its issuer's.
+    pub issuer: CertificateFacts,
+    /// The root's that certifies the issuer, if it is believed here.
+    pub root: Option<SpkiHash>,
 }
 
 /// Why an order to gossip failed.
@@ -162,14 +180,27 @@ impl Gossip {
     /// If the metrics are registered already.
     pub fn start(
         params: GossipParams,
+        documents: DocumentsParams,
         metrics: &Metrics,
         tasks: &Tasks,
     ) -> Result<(GossipHandle, SnapshotReader), StartError> {
-        let metrics = metrics::GossipMetrics::new(metrics).map_err(StartError::Metrics)?;
+        let gossip_metrics = metrics::GossipMetrics::new(metrics).map_err(StartError::Metrics)?;
         let (commands, received) = mpsc::channel(COMMANDS_MAX);
-        let (actor, members, reader) = actor::Actor::new(params, received, metrics);
+        let orders = documents::queue();
+        let around = documents::Around {
+            own: params.node.name.clone(),
+            identity: Arc::clone(&params.identity),
+            transport: params.transport.clone(),
+            gossip: commands.clone(),
+            interval: params.sync_interval,
+            stop: params.stop.clone(),
+        };
+        let (actor, members, reader) = actor::Actor::new(params, received, orders.0.clone(), gossip_metrics);
+        let task = documents::Task::new(documents, around, members.clone(), orders, metrics);
+        let (task, documents) = task.map_err(StartError::Metrics)?;
         tasks.spawn("gossip", actor.run());
-        Ok((GossipHandle { commands, members }, reader))
+        tasks.spawn("documents", task.run());
+        Ok((GossipHandle { commands, members, documents }, reader))
     }
 }
 
@@ -179,6 +210,18 @@ enum Command {
     Join(Vec<String>, oneshot::Sender<Result<usize, GossipError>>),
     Leave(oneshot::Sender<()>),
     ForceLeave(NodeName, Prune, oneshot::Sender<Result<(), GossipError>>),
+    /// Something else is to be believed: records may have to go.
+    Trust,
+    /// Asks for the open connection to a peer.
+    Link(NodeName, oneshot::Sender<Option<quinn::Connection>>),
+    /// Asks for the certificates under which nodes publish.
+    Certificates(oneshot::Sender<Vec<NodeCertificates>>),
+    /// Takes over a connection that was dialled elsewhere.
+    Adopt {
+        peer: NodeName,
+        addr: SocketAddr,
+        connection: quinn::Connection,
+    },
 }
 
 /// Whether a member that is made to leave is forgotten.
@@ -193,9 +236,15 @@ enum Prune {
 pub struct GossipHandle {
     commands: mpsc::Sender<Command>,
     members: watch::Receiver<Arc<Members>>,
+    documents: DocumentsHandle,
 }
 
 impl GossipHandle {
+    /// Talks to the owner of the signed documents.
+    pub fn documents(&self) -> &DocumentsHandle {
+        &self.documents
+    }
+
     /// Tries each of `targets` (name, address, host:port; default port 8301) once; returns how many answered.
     ///
     /// # Errors
@@ -225,6 +274,16 @@ impl GossipHandle {
     pub async fn force_leave(&self, name: NodeName, prune: bool) -> Result<(), GossipError> {
         let prune = if prune { Prune::Forget } else { Prune::Keep };
         self.order(|reply| Command::ForceLeave(name, prune, reply)).await?
+    }
+
+    /// The certificates under which nodes publish, in order of node.
+    ///
+    /// # Errors
+    /// [`GossipError::Closed`].
+    /// # Cancel safety
+    /// Cancelling forgets the answer.
+    pub async fn certificates(&self) -> Result<Vec<NodeCertificates>, GossipError> {
+        self.order(Command::Certificates).await
     }
 
     /// The members.

@@ -8,6 +8,7 @@ use crate::catalogue::LocalView;
 use crate::clock;
 use crate::model::{Entry, EntryKey, Protocol, ServeScope, ServiceName, ServiceRecord, Weights};
 use crate::pki::Plane;
+use crate::policy::DocumentSet;
 use crate::registry::Publication;
 
 #[derive(Default)]
@@ -16,6 +17,22 @@ struct Kept(Mutex<Vec<StoredPeer>>);
 impl PeerStore for Kept {
     fn save(&self, peers: Vec<StoredPeer>) {
         *self.0.lock().unwrap() = peers;
+    }
+}
+
+/// What a node keeps of documents.
+#[derive(Default)]
+struct Documents(Mutex<BTreeMap<String, Vec<u8>>>);
+
+impl DocumentStore for Documents {
+    fn put(&self, key: &str, bytes: &[u8]) -> Result<(), String> {
+        self.0.lock().unwrap().insert(key.to_owned(), bytes.to_vec());
+        Ok(())
+    }
+
+    fn remove(&self, key: &str) -> Result<(), String> {
+        self.0.lock().unwrap().remove(key);
+        Ok(())
     }
 }
 
@@ -30,9 +47,13 @@ struct Agent {
 }
 
 fn start(ca: &crate::pki::EphemeralCa, name: &str, generation: u64, seeds: Vec<String>) -> Agent {
+    start_by(ca.issuer(), name, generation, seeds)
+}
+
+fn start_by(issuer: &crate::pki::Issuer, name: &str, generation: u64, seeds: Vec<String>) -> Agent {
     let node: NodeName = name.parse().unwrap();
     let scope: ServeScope = "*".parse().unwrap();
-    let authority = ca.issuer().self_certify(&node, &scope, clock::wall()).unwrap();
+    let authority = issuer.self_certify(&node, &scope, clock::wall()).unwrap();
     let identity = Identity::new(authority, clock::wall()).unwrap();
     let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
     socket.set_nonblocking(true).unwrap();
@@ -74,7 +95,12 @@ fn start(ca: &crate::pki::EphemeralCa, name: &str, generation: u64, seeds: Vec<S
         reconnect_timeout: Duration::from_hours(72),
         stop: stop.clone(),
     };
-    let (handle, reader) = Gossip::start(params, &Metrics::new(), &tasks).unwrap();
+    let documents = DocumentsParams {
+        set: DocumentSet::new(issuer.bundle()),
+        store: Arc::new(Documents::default()),
+        on_trust: Arc::new(|_, _| {}),
+    };
+    let (handle, reader) = Gossip::start(params, documents, &Metrics::new(), &tasks).unwrap();
     Agent { handle, reader, publication, addr, transport, stop, tasks }
 }
 
@@ -171,4 +197,65 @@ async fn three_agents_join_share_services_and_tell_a_leave_from_a_crash_and_a_re
     a.sees(&left).await;
     reborn.kill().await;
     a.kill().await;
+}
+
+/// A signed revocation of `node`, by the operator of a CA directory.
+fn revocation(ca: &std::path::Path, node: &str) -> Vec<u8> {
+    use crate::pki::{DocumentKey, Revoked, Signatory, SpkiHash};
+    use crate::policy::{Content, Document, DocumentId, DocumentKind, RevocationBody};
+    let now = clock::wall();
+    let entries = vec![Revoked::Node { node: node.parse().unwrap(), until: now }];
+    let content = Content {
+        trust_domain: "td".parse().unwrap(),
+        id: DocumentId { kind: DocumentKind::Revocation, name: format!("node.{node}").parse().unwrap() },
+        version: 1,
+        not_before: now,
+        not_after: now.plus(Duration::from_secs(3600)),
+        signer: SpkiHash([0; 32]),
+        body: RevocationBody { entries, reason: String::new() }.to_bytes().unwrap(),
+    };
+    let key = DocumentKey::load(ca, Signatory::Operator).unwrap();
+    Document::sign(content, &key).unwrap().to_bytes()
+}
+
+#[tokio::test]
+async fn a_document_reaches_everybody_at_once_and_a_late_joiner_by_comparison() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("ca");
+    crate::pki::CaDir::init(&path, &"td".parse().unwrap(), clock::wall()).unwrap();
+    let issuer = crate::pki::Issuer::load(&path.join("issuer-1")).unwrap();
+    let names: Vec<String> = (0..8).map(|number| format!("n{number}")).collect();
+    let mut agents = vec![start_by(&issuer, "n0", 1, Vec::new())];
+    let seed = agents[0].addr.to_string();
+    agents.extend(names[1..].iter().map(|name| start_by(&issuer, name, 1, vec![seed.clone()])));
+    let all: Vec<(&str, MemberStatus)> = names.iter().map(|name| (name.as_str(), Alive)).collect();
+    futures_util::future::join_all(agents.iter().map(|agent| agent.sees(&all))).await;
+
+    let documents = agents[3].handle.documents();
+    let begun = clock::now();
+    let document = revocation(&path, "nobody");
+    let spread = documents.offer(document.clone()).await.unwrap();
+    println!("8 agents: {} of {} confirmed after {:?}", spread.confirmed, spread.alive, clock::now() - begun);
+    assert_eq!(spread.alive, 7);
+    // Offered again it is known, and pushed again to whoever was too busy to confirm in time.
+    let confirmed = async { while documents.offer(document.clone()).await.unwrap().confirmed < 7 {} };
+    tokio::time::timeout(Duration::from_secs(60), confirmed).await.expect("all seven confirm");
+    let hash = documents.view().set_hash;
+    assert_ne!(hash, 0);
+    for agent in &agents {
+        assert_eq!(agent.handle.documents().view().set_hash, hash);
+    }
+    // Garbage and a stranger's are refused.
+    assert!(documents.offer(vec![1, 2, 3]).await.is_err());
+    let other = dir.path().join("other");
+    crate::pki::CaDir::init(&other, &"td".parse().unwrap(), clock::wall()).unwrap();
+    assert!(matches!(documents.offer(revocation(&other, "n1")).await, Err(OfferError::Refused(_))));
+
+    let late = start_by(&issuer, "late", 1, vec![seed]);
+    let mut view = late.handle.documents().view.clone();
+    let learned = view.wait_for(|view| view.set_hash == hash);
+    tokio::time::timeout(Duration::from_secs(60), learned).await.expect("the joiner learns the document").unwrap();
+    for agent in agents.into_iter().chain([late]) {
+        agent.kill().await;
+    }
 }

@@ -4,18 +4,23 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use prometheus::{IntCounterVec, Opts};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
-use crate::gossip::{GossipHandle, PeerStore};
-use crate::join::{JoinDirectory, JoinServer, TokenLedger};
+use crate::api::TokenUse;
+use crate::clock::{self, UnixSeconds};
+use crate::gossip::{DocumentStore, DocumentsHandle, DocumentsParams, GossipHandle, PeerStore};
+use crate::join::{JoinDirectory, JoinServer, JoinTrust, TokenLedger};
+use crate::metrics::Metrics;
 use crate::model::{MemberStatus, NodeInfo, NodeName};
-use crate::pki::Plane;
-use crate::store::{Store, StoredPeer};
+use crate::pki::{Identity, IssuerCell, Plane, TrustBundle};
+use crate::policy::{Document, DocumentSet, Refused};
+use crate::store::{Store, StoreError, StoredPeer};
 use crate::supervise::Tasks;
 use crate::telemetry::Chain;
-use crate::transport::{Accepted, ControlTransport};
+use crate::transport::{Accepted, Cause, Closed, ControlTransport, LiveConnections};
 
 /// Join exchanges at once; a newcomer beyond them is closed and tries again.
 const JOINS_MAX: usize = 32;
@@ -35,19 +40,152 @@ impl PeerStore for PeerFile {
     }
 }
 
-/// Counts the uses of tokens on disk.
-pub(super) struct TokenFile(pub(super) Store);
+/// Keeps signed documents on disk.
+struct DocumentFile(Store);
 
-impl TokenLedger for TokenFile {
-    fn count_use(&self, id: [u8; 16], not_after: u64) -> Result<u32, String> {
-        self.0.count_token_use(id, not_after).map_err(|err| Chain(&err).to_string())
+impl DocumentStore for DocumentFile {
+    fn put(&self, key: &str, bytes: &[u8]) -> Result<(), String> {
+        self.0.put_document(key, bytes).map_err(|err| Chain(&err).to_string())
+    }
+
+    fn remove(&self, key: &str) -> Result<(), String> {
+        self.0.remove_document(key).map_err(|err| Chain(&err).to_string())
     }
 }
 
+/// Reads the documents of the last run, as far as they still count for a node that believes `base`.
+pub(super) fn stored_documents(store: &Store, base: &TrustBundle) -> Result<DocumentSet, StoreError> {
+    let mut set = DocumentSet::new(base);
+    for bytes in store.documents()? {
+        let document = match Document::from_bytes(&bytes) {
+            Ok(document) => document,
+            Err(err) => {
+                warn!(error = %Chain(&err), "a document on disk is unreadable; others bring it again");
+                continue;
+            }
+        };
+        let id = document.content().id.clone();
+        match set.offer(document, clock::wall()) {
+            Ok(_) => {}
+            Err(Refused::Ended { .. }) => store.remove_document(&id.to_string())?,
+            // Signed by somebody who was revoked since, or this host's clock is wrong: it may count again.
+            Err(error) => warn!(document = %id, error = %Chain(&error), "a document on disk does not count"),
+        }
+    }
+    Ok(set)
+}
+
+/// What an issuer believes, and what leads others there.
+struct MeshTrust {
+    identity: Arc<Identity>,
+    documents: DocumentsHandle,
+}
+
+impl JoinTrust for MeshTrust {
+    fn bundle(&self) -> Arc<TrustBundle> {
+        self.identity.bundle()
+    }
+
+    fn links(&self) -> Vec<Vec<u8>> {
+        self.documents.view().links.clone()
+    }
+}
+
+/// Reads the documents of the last run and lets `identity` believe what follows from them.
+pub(super) fn believe(store: &Store, identity: &Identity) -> Result<DocumentSet, StoreError> {
+    let set = stored_documents(store, identity.authority().bundle())?;
+    identity.set_bundle(set.bundle());
+    Ok(set)
+}
+
+/// What answers newcomers and renewals.
+pub(super) fn join_server(
+    issuer: &Arc<IssuerCell>,
+    identity: &Arc<Identity>,
+    gossip: &GossipHandle,
+    own: &NodeInfo,
+    store: &Store,
+) -> Arc<JoinServer> {
+    let directory = Directory { gossip: gossip.clone(), own: own.clone() };
+    let trust = MeshTrust { identity: Arc::clone(identity), documents: gossip.documents().clone() };
+    let ledger = TokenFile(store.clone());
+    JoinServer::new(Arc::clone(issuer), Arc::new(trust), Arc::new(directory), Arc::new(ledger))
+}
+
+/// What the documents need: where they are kept, and who hears of them.
+pub(super) fn documents(
+    set: DocumentSet,
+    store: &Store,
+    connections: &Connections,
+    issuer: &Arc<IssuerCell>,
+) -> DocumentsParams {
+    let (rechecked, adopting) = (connections.clone(), Arc::clone(issuer));
+    DocumentsParams {
+        set,
+        store: Arc::new(DocumentFile(store.clone())),
+        // Revocations alone: whether an ended certificate was renewed is looked at by the renewal task.
+        on_trust: Arc::new(move |set, bundle| {
+            if adopting.adopt(&set.issuer_certificates(), bundle) {
+                info!("the mesh has a new root; this node's issuer signs under it from here on");
+            }
+            rechecked.recheck(bundle, clock::wall(), |_| true);
+        }),
+    }
+}
+
+/// All connections of the node, by whose peers' certificates they stand.
+#[derive(Debug, Clone)]
+pub(super) struct Connections {
+    pub(super) control: LiveConnections,
+    pub(super) tunnels: LiveConnections,
+    pub(super) closed: IntCounterVec,
+}
+
+impl Connections {
+    pub(super) fn new(control: &ControlTransport, metrics: &Metrics) -> Result<Self, prometheus::Error> {
+        let name = "weft_identity_connections_closed_total";
+        let opts = Opts::new(name, "Open connections closed because their peer is no longer believed.");
+        let closed = metrics.add(IntCounterVec::new(opts, &["reason"])?)?;
+        Ok(Self { control: control.live().clone(), tunnels: LiveConnections::default(), closed })
+    }
+
+    /// Closes what `bundle` no longer believes; `is_current` tells whether a node shows a good certificate.
+    pub(super) fn recheck(&self, bundle: &TrustBundle, now: UnixSeconds, is_current: impl Fn(&NodeName) -> bool) {
+        let mut by_node: BTreeMap<(NodeName, Cause), usize> = BTreeMap::new();
+        for live in [&self.tunnels, &self.control] {
+            for Closed { node, cause } in live.recheck(bundle, now, &is_current) {
+                self.closed.with_label_values(&[cause.as_str()]).inc();
+                *by_node.entry((node, cause)).or_default() += 1;
+            }
+        }
+        for ((node, cause), connections) in by_node {
+            warn!(%node, reason = cause.as_str(), connections, "closed connections whose peer is no longer believed");
+        }
+    }
+}
+
+/// Counts the uses of tokens on disk.
+struct TokenFile(Store);
+
+impl TokenLedger for TokenFile {
+    fn count_use(&self, id: [u8; 16], not_after: u64, key: [u8; 32]) -> Result<Option<u32>, String> {
+        self.0.count_token_use(id, not_after, key).map_err(|err| Chain(&err).to_string())
+    }
+}
+
+/// The uses of tokens, for the API.
+pub(super) fn token_uses(store: &Store) -> Result<Vec<TokenUse>, String> {
+    let counts = store.token_counts().map_err(|err| Chain(&err).to_string())?;
+    Ok(counts
+        .into_iter()
+        .map(|count| TokenUse { id: count.id, uses: count.uses, not_after: count.not_after })
+        .collect())
+}
+
 /// Answers an issuer's questions from the membership.
-pub(super) struct Directory {
-    pub(super) gossip: GossipHandle,
-    pub(super) own: NodeInfo,
+struct Directory {
+    gossip: GossipHandle,
+    own: NodeInfo,
 }
 
 impl JoinDirectory for Directory {

@@ -7,16 +7,21 @@ use std::time::Duration;
 
 use prometheus::Gauge;
 use rand::RngExt as _;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
+use super::glue::{Connections, stored_documents};
+use crate::catalogue::SnapshotReader;
 use crate::clock::{self, UnixSeconds};
 use crate::config::{Config, IdentitySource, MESH_PORT_DEFAULT};
 use crate::gossip::GossipHandle;
 use crate::join::{self, JoinError};
 use crate::metrics::Metrics;
 use crate::model::{MemberStatus, NodeName, TrustDomain};
-use crate::pki::{self, Identity, Issuer, NodeAuthority, PkiError, Token, TokenError};
+use crate::pki::{
+    self, Identity, Issuer, IssuerCell, JoinKey, NodeAuthority, PkiError, Token, TokenError, TrustBundle,
+};
 use crate::store::{Store, StoreError};
 use crate::telemetry::Chain;
 
@@ -26,6 +31,14 @@ const LOOK: Duration = Duration::from_secs(30);
 const RETRY: Duration = Duration::from_millis(500);
 /// Longest pause between two tries.
 const RETRY_MAX: Duration = Duration::from_secs(30);
+/// A node that nobody answered for so long asks issuers whether the mesh has another root.
+const ALONE_FOR: Duration = Duration::from_secs(3);
+/// It does so no sooner again once an issuer has answered.
+const WALK_REST: Duration = Duration::from_mins(5);
+/// How often a node looks whether the mesh has a newer root than its certificate.
+const ROOT_LOOK: Duration = Duration::from_secs(1);
+/// Nodes renew within this time under a new root.
+const ROOT_RENEWAL_WITHIN: Duration = Duration::from_secs(15);
 /// Most members that a renewal asks: each that is gone takes seconds.
 const ASKED_MAX: usize = 16;
 /// Seconds of a day.
@@ -99,38 +112,55 @@ pub enum IdentityError {
     },
 }
 
-/// Returns the issuer, if this node is one, and the node's live identity: the stored one, or a new one that is on disk
+/// Returns this node's issuer, if it is one, and the node's live identity: the stored one, or a new one that is on disk
 /// when this returns.
-pub(super) async fn obtain(
-    config: &Config,
-    store: &Store,
-) -> Result<(Option<Arc<Issuer>>, Arc<Identity>), IdentityError> {
+pub(super) async fn obtain(config: &Config, store: &Store) -> Result<(Arc<IssuerCell>, Arc<Identity>), IdentityError> {
     let now = clock::wall();
-    let issuer = match &config.identity {
+    let issuer = IssuerCell::new(match &config.identity {
         IdentitySource::Dev { trust_domain, .. } => Some(Arc::clone(pki::ephemeral(trust_domain, now)?.issuer())),
         IdentitySource::Issuer { dir, .. } => {
             let load = Issuer::load(dir).map_err(|source| IdentityError::Issuer { dir: dir.clone(), source })?;
             Some(Arc::new(load))
         }
         IdentitySource::Token(_) | IdentitySource::Stored => None,
-    };
+    });
     let stored = store.identity()?.map(|bytes| NodeAuthority::from_bytes(&bytes)).transpose()?;
-    let authority = match (stored, &issuer, &config.identity) {
+    let active = match issuer.load() {
+        Some(loaded) => {
+            let documents = stored_documents(store, loaded.bundle())?;
+            let bundle = documents.bundle();
+            issuer.adopt(&documents.issuer_certificates(), &bundle);
+            let active = issuer.active(&bundle, now);
+            if active.is_none() {
+                warn!("this node's issuer is retired or revoked: it certifies nobody, this node neither");
+            }
+            active
+        }
+        None => None,
+    };
+    let authority = match (stored, active, &config.identity) {
         // An issuer certifies itself at each start, so that a changed -serve takes effect.
         (_, Some(issuer), IdentitySource::Dev { serve, .. } | IdentitySource::Issuer { serve, .. }) => {
             issuer.self_certify(&config.node_name, serve, now)?
+        }
+        (Some(stored), None, IdentitySource::Token(text)) if is_revoked(store, &stored)? => {
+            warn!("this node's certificate is revoked; joining anew with the token");
+            let token: Token = text.reveal().parse()?;
+            let peers: Vec<SocketAddr> = store.peers()?.into_iter().map(|peer| peer.addr).collect();
+            ask(config, &peers, Wish::Token(&token, &join_key(store)?)).await?
         }
         (Some(stored), ..) if stored.not_after() > now => stored,
         (Some(ended), ..) if is_askable(config, store)? => renew_ended(config, store, &ended).await?,
         (_, _, IdentitySource::Token(text)) => {
             let token: Token = text.reveal().parse()?;
-            ask(config, &[], Wish::Token(&token)).await?
+            ask(config, &[], Wish::Token(&token, &join_key(store)?)).await?
         }
         (Some(ended), ..) => return Err(IdentityError::Ended { until: ended.not_after(), now }),
         (None, ..) => return Err(IdentityError::None(config.node_name.clone())),
     };
     check(config, &authority, now)?;
     store.put_identity(&authority.to_bytes()?)?;
+    store.remove_join_key()?;
     Ok((issuer, Identity::new(authority, now)?))
 }
 
@@ -155,20 +185,38 @@ fn check(config: &Config, authority: &NodeAuthority, now: UnixSeconds) -> Result
 async fn renew_ended(config: &Config, store: &Store, ended: &NodeAuthority) -> Result<NodeAuthority, IdentityError> {
     warn!(until = ended.not_after().0, "the node's certificate has ended; asking an issuer to renew it");
     let peers: Vec<SocketAddr> = store.peers()?.into_iter().map(|peer| peer.addr).collect();
-    match (ask(config, &peers, Wish::Renewal(ended)).await, &config.identity) {
+    let bundle = stored_documents(store, ended.bundle())?.bundle();
+    match (ask(config, &peers, Wish::Renewal(ended, &bundle)).await, &config.identity) {
         (Err(IdentityError::Join(refused)), IdentitySource::Token(text)) => {
             warn!(error = %Chain(&refused), "renewal refused; using the token");
             let token: Token = text.reveal().parse()?;
-            ask(config, &peers, Wish::Token(&token)).await
+            ask(config, &peers, Wish::Token(&token, &join_key(store)?)).await
         }
         (outcome, _) => outcome,
     }
 }
 
+/// Whether the documents of the last run take the stored certificate back.
+fn is_revoked(store: &Store, stored: &NodeAuthority) -> Result<bool, StoreError> {
+    let bundle = stored_documents(store, stored.bundle())?.bundle();
+    Ok(stored.check(&bundle).is_err())
+}
+
+/// The key of a join: on disk before it is shown to anybody, so that a crash or a lost answer costs no use of the token.
+fn join_key(store: &Store) -> Result<JoinKey, IdentityError> {
+    if let Some(bytes) = store.join_key()? {
+        return Ok(JoinKey::from_bytes(bytes)?);
+    }
+    let key = JoinKey::new()?;
+    store.put_join_key(&key.to_bytes())?;
+    Ok(key)
+}
+
 #[derive(Clone, Copy)]
 enum Wish<'a> {
-    Token(&'a Token),
-    Renewal(&'a NodeAuthority),
+    Token(&'a Token, &'a JoinKey),
+    /// Of this authority, by a node that believes this.
+    Renewal(&'a NodeAuthority, &'a TrustBundle),
 }
 
 /// Whether there is anybody to ask: a seed, or a peer of the last run.
@@ -187,8 +235,8 @@ async fn ask(config: &Config, peers: &[SocketAddr], wish: Wish<'_>) -> Result<No
         seeds.extend(peers.iter().take(ASKED_MAX));
         let now = clock::wall();
         let answer = match wish {
-            Wish::Token(token) => join::request_certificate(&seeds, token, &config.node_name, now).await,
-            Wish::Renewal(old) => join::renew(&seeds, old, now).await,
+            Wish::Token(token, key) => join::request_certificate(&seeds, token, key, &config.node_name, now).await,
+            Wish::Renewal(old, bundle) => join::renew(&seeds, old, bundle, now).await.map(|renewed| renewed.authority),
         };
         match answer {
             Ok(authority) => return Ok(authority),
@@ -243,58 +291,139 @@ fn days_left(identity: &Identity) -> f64 {
     identity.authority().not_after().since(clock::wall()).as_secs() as f64 / DAY
 }
 
+/// Why a certificate is renewed before half of its life is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Urgency {
+    /// The mesh has a newer root.
+    NewRoot,
+    /// Nobody answers.
+    Alone,
+}
+
 /// Renews leaves locally, and the node's own certificate by an issuer from half its life on.
 pub(super) struct Renewal {
     pub(super) identity: Arc<Identity>,
-    pub(super) issuer: Option<Arc<Issuer>>,
+    pub(super) issuer: Arc<IssuerCell>,
     pub(super) store: Store,
     pub(super) gossip: GossipHandle,
     pub(super) seeds: Vec<String>,
     pub(super) expiry: Gauge,
+    pub(super) connections: Connections,
+    pub(super) snapshot: SnapshotReader,
 }
 
 impl Renewal {
     pub(super) async fn run(self, stop: CancellationToken) {
         let jitter: f64 = rand::rng().random_range(0.0..0.1);
         let mut pause = LOOK;
+        let mut next_walk = clock::now() + ALONE_FOR;
         loop {
-            tokio::select! {
+            let urgency = tokio::select! {
                 () = stop.cancelled() => return,
-                () = tokio::time::sleep(pause) => {}
-            }
+                urgency = self.urgency(next_walk) => Some(urgency),
+                () = tokio::time::sleep(pause) => None,
+            };
+            pause = LOOK;
             let now = clock::wall();
             if let Err(err) = self.identity.renew_due(now) {
                 warn!(error = %Chain(&err), "could not renew leaf certificates; the old ones serve until their end");
             }
             self.expiry.set(days_left(&self.identity));
+            self.recheck(now);
             let authority = self.identity.authority();
             let life = authority.not_after().since(authority.not_before());
-            pause = LOOK;
-            if now < authority.not_before() {
+            let is_due = now >= authority.not_before().plus(life.mul_f64(0.5 + jitter));
+            let is_early = now < authority.not_before();
+            if is_early {
                 // Made while a clock was ahead: nobody accepts it before its time.
                 error!(
                     from = authority.not_before().0,
                     now = now.0,
                     "the node's certificate is not valid yet; renewing it"
                 );
-            } else if now < authority.not_before().plus(life.mul_f64(0.5 + jitter)) {
+            }
+            if !is_due && !is_early && urgency.is_none() {
                 continue;
             }
-            match self.renew_authority(&authority, now).await {
-                Ok(until) => info!(until = until.0, "renewed the node's certificate"),
+            // A certificate that is due is renewed the usual way first: an issuer by itself.
+            let is_alone = urgency == Some(Urgency::Alone) && !is_due;
+            match self.renew_authority(&authority, is_alone, now).await {
+                Ok(until) => {
+                    info!(until = until.0, "renewed the node's certificate");
+                    next_walk = clock::now() + WALK_REST;
+                }
+                Err(err) if is_alone => {
+                    debug!(error = %Chain(&err), "this node is alone and no issuer answers");
+                    next_walk = clock::now() + LOOK;
+                }
                 Err(err) => {
                     let left_secs = authority.not_after().since(now).as_secs();
                     warn!(error = %Chain(&err), left_secs, "could not renew the node's certificate; trying again");
                     pause = RETRY_MAX * 2;
+                    next_walk = clock::now() + LOOK;
                 }
             }
         }
     }
 
-    async fn renew_authority(&self, old: &NodeAuthority, now: UnixSeconds) -> Result<UnixSeconds, IdentityError> {
-        let renewed = match &self.issuer {
-            Some(issuer) => issuer.self_certify(old.node(), old.scope(), now)?,
-            None => join::renew(&self.askable().await, old, now).await?,
+    /// Whether the mesh has a newer root than the one above this certificate.
+    fn is_behind(&self, authority: &NodeAuthority) -> bool {
+        let bundle = self.identity.bundle();
+        bundle.roots.len() > 1 && !authority.is_under(&bundle)
+    }
+
+    /// Waits for a reason to renew before half of the life is over.
+    ///
+    /// A newer root: then for a random moment, so that a rotation does not bring every node to the issuers at once.
+    /// Nobody answers: perhaps the others have another root, and an issuer can lead there.
+    async fn urgency(&self, next_walk: Instant) -> Urgency {
+        let mut looks = tokio::time::interval(ROOT_LOOK);
+        let mut alone_since = None;
+        loop {
+            looks.tick().await;
+            if self.is_behind(&self.identity.authority()) {
+                let rest = ROOT_RENEWAL_WITHIN.mul_f64(rand::rng().random_range(0.1..1.0));
+                tokio::time::sleep(rest).await;
+                return Urgency::NewRoot;
+            }
+            let now = clock::now();
+            let members = self.gossip.members();
+            let is_alone = members.members.iter().filter(|member| member.status == MemberStatus::Alive).count() <= 1;
+            alone_since = is_alone.then(|| alone_since.unwrap_or(now));
+            if now >= next_walk && alone_since.is_some_and(|since| now >= since + ALONE_FOR) {
+                return Urgency::Alone;
+            }
+        }
+    }
+
+    /// Closes connections whose node's certificate has ended, unless the node has renewed it: then its records, which
+    /// are signed with the newer one, stand in the catalogue.
+    fn recheck(&self, now: UnixSeconds) {
+        let snapshot = self.snapshot.load();
+        let is_current =
+            |node: &NodeName| snapshot.nodes.get(node).is_some_and(|node| node.status == MemberStatus::Alive);
+        self.connections.recheck(&self.identity.bundle(), now, is_current);
+    }
+
+    async fn renew_authority(
+        &self,
+        old: &NodeAuthority,
+        is_alone: bool,
+        now: UnixSeconds,
+    ) -> Result<UnixSeconds, IdentityError> {
+        let bundle = self.identity.bundle();
+        // An issuer that nobody answers may itself stand under a root that the others have left.
+        let issuer = self.issuer.active(&bundle, now).filter(|_| !is_alone);
+        let renewed = if let Some(issuer) = issuer {
+            issuer.self_certify(old.node(), old.scope(), now)?
+        } else {
+            let renewed = join::renew(&self.askable().await, old, &bundle, now).await?;
+            for link in renewed.links {
+                if let Err(err) = self.gossip.documents().offer(link).await {
+                    debug!(error = %Chain(&err), "a link between roots is of no use here");
+                }
+            }
+            renewed.authority
         };
         let bytes = renewed.to_bytes()?;
         let until = renewed.not_after();
@@ -319,6 +448,13 @@ impl Renewal {
         });
         let mut askable: Vec<SocketAddr> = others.into_iter().take(ASKED_MAX).map(|member| member.addr).collect();
         askable.extend(resolve(&self.seeds).await);
+        if askable.is_empty() {
+            // Nobody answered since the start: those of the last run.
+            let store = self.store.clone();
+            let peers = tokio::task::spawn_blocking(move || store.peers()).await;
+            let peers = peers.ok().and_then(Result::ok).unwrap_or_default();
+            askable.extend(peers.into_iter().take(ASKED_MAX).map(|peer| peer.addr));
+        }
         askable
     }
 }

@@ -17,7 +17,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
@@ -26,12 +26,11 @@ use crate::catalogue::SnapshotReader;
 use crate::clock;
 use crate::config::{Config, OnTerminate, Secret, Storage};
 use crate::gossip::{self, Gossip, GossipHandle, GossipParams};
-use crate::join::JoinServer;
 use crate::metrics::Metrics;
 use crate::model::{Generation, NodeInfo, NodeName};
 use crate::pki::Identity;
 use crate::proxy::{ListenerState, OpenTunnel, OpenTunnels, Proxy, ProxyError, ProxyHandle, ProxyHealth, ProxyParams};
-use crate::registry::{Registry, RegistryHandle, RegistryParams};
+use crate::registry::{Publication, Registry, RegistryHandle, RegistryParams};
 use crate::store::{Store, StoreError};
 use crate::supervise::{TaskFailure, Tasks};
 use crate::telemetry::Chain;
@@ -145,13 +144,14 @@ impl Node {
         let store = open_store(&config)?;
         let sockets = bind_mesh(&config)?;
         let (issuer, identity) = identity::obtain(&config, &store).await?;
+        let documents = glue::believe(&store, &identity)?;
         let reset_key = store.reset_key()?;
         let generation = Generation { number: store.next_generation()?, nonce: rand::random() };
-        let info = node_info(&config, &store, issuer.is_some())?;
+        let info = node_info(&config, &store, issuer.load().is_some())?;
         let first_index = clock::wall_ms();
 
         let scope_of = Arc::clone(&identity);
-        let (registry, publication) = Registry::start(RegistryParams {
+        let params = RegistryParams {
             store: store.clone(),
             scope: Arc::new(move || scope_of.authority().scope().clone()),
             config_services: config.services.clone(),
@@ -159,14 +159,11 @@ impl Node {
             tasks: tasks.clone(),
             stop: stop.clone(),
             first_index,
-        })
-        .await
-        .map_err(part("registry"))?;
-        for check in &config.checks {
-            registry.register_check(check.clone()).await.map_err(part("checks of the config files"))?;
-        }
+        };
+        let (registry, publication) = start_registry(&config, params).await?;
         let control = ControlTransport::new(sockets.control, Arc::clone(&identity), reset_key)?;
         control.register(&metrics).map_err(part("transport's metrics"))?;
+        let connections = glue::Connections::new(&control, &metrics).map_err(part("identity's metrics"))?;
         let (incoming_tx, incoming) = mpsc::channel(gossip::INCOMING_MAX);
         let params = GossipParams {
             node: info.clone(),
@@ -183,11 +180,12 @@ impl Node {
             reconnect_timeout: config.reconnect_timeout,
             stop: stop.clone(),
         };
-        let (gossip, snapshot) = Gossip::start(params, &metrics, &tasks).map_err(part("gossip"))?;
-        let directory = Arc::new(glue::Directory { gossip: gossip.clone(), own: info.clone() });
-        let joins = JoinServer::new(issuer.clone(), directory, Arc::new(glue::TokenFile(store.clone())));
+        let documents = glue::documents(documents, &store, &connections, &issuer);
+        let (gossip, snapshot) = Gossip::start(params, documents, &metrics, &tasks).map_err(part("gossip"))?;
+        let joins = glue::join_server(&issuer, &identity, &gossip, &info, &store);
         tasks.spawn("accept", glue::accept(control.clone(), incoming_tx, joins, tasks.clone(), stop.clone()));
         let expiry = identity::expiry_gauge(&metrics, &identity).map_err(part("identity's metrics"))?;
+        let kept = store.clone();
         let renewal = identity::Renewal {
             identity: Arc::clone(&identity),
             issuer,
@@ -195,6 +193,8 @@ impl Node {
             gossip: gossip.clone(),
             seeds: config.join.clone(),
             expiry,
+            connections: connections.clone(),
+            snapshot: snapshot.clone(),
         };
         tasks.spawn("renewal", renewal.run(stop.clone()));
         let proxy = Proxy::start(ProxyParams {
@@ -203,6 +203,7 @@ impl Node {
             identity: Arc::clone(&identity),
             snapshot: snapshot.clone(),
             shared_http: config.shared_http_addr,
+            live: connections.tunnels,
             metrics: &metrics,
             stop: drain.clone(),
             drain_timeout: config.drain_timeout,
@@ -227,7 +228,7 @@ impl Node {
             drain,
             stop,
         };
-        let started = node.start_api(&config, &info, &metrics, &proxy).await;
+        let started = node.start_api(&config, &info, &metrics, &proxy, kept).await;
         if started.is_err() {
             node.drain.cancel();
         }
@@ -245,6 +246,7 @@ impl Node {
         info: &NodeInfo,
         metrics: &Metrics,
         proxy: &ProxyHandle,
+        store: Store,
     ) -> Result<Vec<SocketAddr>, NodeError> {
         let states = proxy.listeners();
         let snapshot = self.snapshot.clone();
@@ -284,6 +286,7 @@ impl Node {
                 meta: info.meta.clone(),
             },
             listeners: Arc::new(listeners),
+            token_uses: Arc::new(move || glue::token_uses(&store)),
             shutdown: self.leaving.clone(),
             tasks: &self.tasks,
             stop: self.stop.clone(),
@@ -366,6 +369,18 @@ impl Node {
         info!(node = %self.name, "agent has stopped");
         outcome
     }
+}
+
+/// Starts the registry with the checks of the config files.
+async fn start_registry(
+    config: &Config,
+    params: RegistryParams,
+) -> Result<(RegistryHandle, watch::Receiver<Arc<Publication>>), NodeError> {
+    let (registry, publication) = Registry::start(params).await.map_err(part("registry"))?;
+    for check in &config.checks {
+        registry.register_check(check.clone()).await.map_err(part("checks of the config files"))?;
+    }
+    Ok((registry, publication))
 }
 
 /// Logs what the node starts with.

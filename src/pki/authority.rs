@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::certificate::{
     CONTEXT_NODE, CONTEXT_RENEW, LEAF_LIFE, Validity, generate_key, leaf_params, private_key, sign,
 };
-use super::{PkiError, Svid, TrustBundle, verify};
+use super::{PkiError, Revocations, Svid, TrustBundle, VerifyError, verify};
 use crate::clock::UnixSeconds;
 use crate::model::{NodeName, ServeScope, ServiceName, SpiffeId, TrustDomain};
 use crate::wire;
@@ -76,7 +76,7 @@ impl NodeAuthority {
         &self.scope
     }
 
-    /// What it trusts.
+    /// The roots that it was made under; what is trusted at this moment is [`Identity::bundle`](super::Identity::bundle).
     pub fn bundle(&self) -> &TrustBundle {
         &self.bundle
     }
@@ -96,9 +96,22 @@ impl NodeAuthority {
         &self.chain
     }
 
+    /// Holds the own chain against what is revoked.
+    ///
+    /// # Errors
+    /// What is revoked of it.
+    pub fn check(&self, bundle: &TrustBundle) -> Result<(), VerifyError> {
+        verify::check_revoked(&self.chain, bundle)
+    }
+
+    /// Whether the chain leads to the newest root of `bundle`.
+    pub fn is_under(&self, bundle: &TrustBundle) -> bool {
+        self.root(bundle).is_some_and(|root| bundle.roots.first() == Some(root))
+    }
+
     /// The root that the chain leads to.
-    pub(super) fn root(&self) -> Option<&CertificateDer<'static>> {
-        verify::root_of(self.chain.last()?, &self.bundle)
+    pub(super) fn root<'b>(&self, bundle: &'b TrustBundle) -> Option<&'b CertificateDer<'static>> {
+        verify::root_of(self.chain.last()?, bundle)
     }
 
     /// Mints the node's leaf (1 h).
@@ -175,7 +188,8 @@ impl NodeAuthority {
         let key = KeyPair::from_pkcs8_der_and_sign_algo(&PrivatePkcs8KeyDer::from(stored.key), &PKCS_ECDSA_P256_SHA256)
             .map_err(|source| PkiError::Make { what: "a key from the stored identity", source })?;
         let chain = certificates(stored.chain);
-        let bundle = TrustBundle { trust_domain: stored.trust_domain, roots: certificates(stored.roots) };
+        let (trust_domain, roots) = (stored.trust_domain, certificates(stored.roots));
+        let bundle = TrustBundle { trust_domain, roots, revoked: Revocations::default() };
         let Some(certificate) = chain.first() else {
             return Err(verify::VerifyError::Length { found: 0, want: 2 }.into());
         };

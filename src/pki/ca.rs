@@ -17,11 +17,12 @@ use std::sync::Arc;
 use rcgen::{KeyPair, PKCS_ECDSA_P256_SHA256};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
+use serde::{Deserialize, Serialize};
 
 use super::certificate::{ISSUER_LIFE, Validity, generate_key, issuer_params, operator_params, root_params};
 use super::token::{Operator, Token, TokenClaims};
 use super::verify::{self, Utc};
-use super::{Issuer, PkiError};
+use super::{CertificateFacts, Issuer, PkiError, facts_of};
 use crate::clock::UnixSeconds;
 use crate::model::{NodeName, TrustDomain};
 
@@ -90,6 +91,14 @@ pub enum CaError {
     RootExpired {
         /// Its end.
         until: UnixSeconds,
+    },
+    /// There is no such issuer.
+    #[error("{} has no issuer `{name}`; `weft ca issuer list -ca {}` names them", dir.display(), dir.display())]
+    UnknownIssuer {
+        /// The directory.
+        dir: PathBuf,
+        /// The name given.
+        name: String,
     },
     /// There are too many issuers.
     #[error("the directory has {ISSUERS_MAX} issuers already: remove old ones")]
@@ -252,8 +261,93 @@ impl CaDir {
     }
 }
 
+/// An issuer of a CA directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IssuerEntry {
+    /// Its directory's name.
+    pub name: String,
+    /// Its certificate.
+    pub facts: CertificateFacts,
+}
+
+/// A token that was made with a CA directory, without its secret.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TokenRecord {
+    /// When it was made.
+    pub made: UnixSeconds,
+    /// What it allows.
+    pub claims: TokenClaims,
+}
+
+impl CaDir {
+    /// Lists the issuers, in order of number.
+    ///
+    /// # Errors
+    /// [`CaError::Read`] if the directory or a certificate cannot be read.
+    pub fn issuers(&self) -> Result<Vec<IssuerEntry>, PkiError> {
+        let failed = |source| CaError::Read { path: self.dir.clone(), source };
+        let mut numbers = Vec::new();
+        for entry in fs::read_dir(&self.dir).map_err(failed)? {
+            let name = entry.map_err(failed)?.file_name();
+            let number = name.to_str().and_then(|name| name.strip_prefix("issuer-")?.parse::<u32>().ok());
+            numbers.extend(number);
+        }
+        numbers.sort_unstable();
+        numbers.into_iter().map(|number| self.issuer(&format!("issuer-{number}"))).collect()
+    }
+
+    /// Looks an issuer up by its directory's name.
+    ///
+    /// # Errors
+    /// [`CaError::UnknownIssuer`], or [`CaError::Pem`] if its certificate is damaged.
+    pub fn issuer(&self, name: &str) -> Result<IssuerEntry, PkiError> {
+        let path = self.dir.join(name).join("issuer.crt");
+        let is_plain = name.strip_prefix("issuer-").is_some_and(|number| number.parse::<u32>().is_ok());
+        if !is_plain || !path.exists() {
+            return Err(CaError::UnknownIssuer { dir: self.dir.clone(), name: name.to_owned() }.into());
+        }
+        let facts = facts_of(&read_certificate(&path)?)?;
+        Ok(IssuerEntry { name: name.to_owned(), facts })
+    }
+
+    /// Notes that a token was made: what it allows, not its secret.
+    ///
+    /// # Errors
+    /// [`CaError::Write`].
+    pub fn record_token(&self, claims: &TokenClaims, made: UnixSeconds) -> Result<(), PkiError> {
+        let dir = self.dir.join("tokens");
+        if !dir.is_dir() {
+            make_dir(&dir)?;
+        }
+        let path = dir.join(format!("{}.json", uuid::Uuid::from_bytes(claims.id)));
+        let failed = |source: serde_json::Error| CaError::Write { path: path.clone(), source: source.into() };
+        let text = serde_json::to_string_pretty(&TokenRecord { made, claims: claims.clone() }).map_err(failed)?;
+        Ok(write(&path, &text, 0o600)?)
+    }
+
+    /// Lists the tokens that were made here, the oldest first.
+    ///
+    /// # Errors
+    /// [`CaError::Read`] if a record cannot be read.
+    pub fn tokens(&self) -> Result<Vec<TokenRecord>, PkiError> {
+        let dir = self.dir.join("tokens");
+        if !dir.is_dir() {
+            return Ok(Vec::new());
+        }
+        let failed = |source| CaError::Read { path: dir.clone(), source };
+        let mut records = Vec::new();
+        for entry in fs::read_dir(&dir).map_err(failed)? {
+            let path = entry.map_err(failed)?.path();
+            let record = serde_json::from_str::<TokenRecord>(&read(&path)?);
+            records.push(record.map_err(|source| CaError::Read { path, source: source.into() })?);
+        }
+        records.sort_by_key(|record| (record.made, record.claims.id));
+        Ok(records)
+    }
+}
+
 /// Fills `<dir>.partial` and renames it to `dir`; on failure the partial directory is removed as far as possible.
-fn build(dir: &Path, fill: impl FnOnce(&Path) -> Result<(), CaError>) -> Result<(), CaError> {
+pub(super) fn build(dir: &Path, fill: impl FnOnce(&Path) -> Result<(), CaError>) -> Result<(), CaError> {
     let write_error = |path: &Path| {
         let path = path.to_owned();
         move |source| CaError::Write { path, source }
@@ -288,7 +382,7 @@ fn write_pair(dir: &Path, name: &str, pair: &Pair) -> Result<(), CaError> {
     write(&dir.join(format!("{name}.crt")), &pair.certificate.pem(), 0o644)
 }
 
-fn write(path: &Path, text: &str, mode: u32) -> Result<(), CaError> {
+pub(super) fn write(path: &Path, text: &str, mode: u32) -> Result<(), CaError> {
     let written = || {
         let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(path)?;
         file.write_all(text.as_bytes())?;
@@ -376,6 +470,34 @@ mod tests {
         let svid = two.self_certify(&"a".parse().unwrap(), &"*".parse().unwrap(), NOW).unwrap().mint_node(NOW).unwrap();
         verify::verify_peer(&svid.chain, one.bundle(), NOW).unwrap();
         assert_ne!(one.certificate(), two.certificate());
+    }
+
+    #[test]
+    fn issuers_and_tokens_are_listed_without_their_secrets() {
+        let temp = tempfile::tempdir().unwrap();
+        let dir = temp.path().join("ca");
+        let ca = CaDir::init(&dir, &"td".parse().unwrap(), NOW).unwrap();
+        ca.create_issuer(NOW).unwrap();
+        let names: Vec<String> = ca.issuers().unwrap().into_iter().map(|issuer| issuer.name).collect();
+        assert_eq!(names, ["issuer-1", "issuer-2"]);
+        let key = Issuer::load(&dir.join("issuer-2")).unwrap().spki().unwrap();
+        assert_eq!(ca.issuer("issuer-2").unwrap().facts.key, key);
+        for unknown in ["issuer-3", "operator", "../ca", "issuer-1/.."] {
+            assert!(matches!(ca.issuer(unknown), Err(PkiError::Ca(CaError::UnknownIssuer { .. }))), "{unknown}");
+        }
+
+        assert_eq!(ca.tokens().unwrap(), []);
+        let claims = |id| TokenClaims {
+            id: [id; 16],
+            node: "web-*".parse().unwrap(),
+            serve: "web".parse().unwrap(),
+            not_after: NOW,
+            uses: 1,
+        };
+        ca.record_token(&claims(2), NOW).unwrap();
+        ca.record_token(&claims(1), UnixSeconds(NOW.0 + 1)).unwrap();
+        let made: Vec<TokenClaims> = ca.tokens().unwrap().into_iter().map(|record| record.claims).collect();
+        assert_eq!(made, [claims(2), claims(1)]);
     }
 
     #[test]

@@ -31,6 +31,10 @@ pub(crate) const BACKDATE: Duration = Duration::from_secs(60);
 
 /// A join token's claims.
 pub(super) const CONTEXT_TOKEN: &str = "weft-token/1";
+/// A document of the operators.
+pub(super) const CONTEXT_DOCUMENT: &str = "weft-document/1";
+/// A new root's word for the one before it.
+pub(super) const CONTEXT_LINK: &str = "weft-root/1";
 /// What a node publishes.
 pub(super) const CONTEXT_NODE: &str = "weft-node/1";
 /// A renewal's proof of the old key.

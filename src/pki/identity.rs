@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use arc_swap::ArcSwap;
 
-use super::{NodeAuthority, PeerIdentity, PkiError, Svid, tls, verify};
+use super::{NodeAuthority, PeerIdentity, PkiError, Svid, TrustBundle, tls, verify};
 use crate::clock::UnixSeconds;
 use crate::model::ServiceName;
 
@@ -45,20 +45,18 @@ impl Managed {
 #[derive(Debug, Clone)]
 struct State {
     authority: Arc<NodeAuthority>,
+    /// What is trusted at this moment: roots and revocations come and go while an authority stays.
+    bundle: Arc<TrustBundle>,
     node: Arc<Managed>,
     certified: Arc<tls::NodeCertificates>,
     services: HashMap<ServiceName, Arc<Managed>>,
 }
 
 impl State {
-    fn mint(
-        authority: Arc<NodeAuthority>,
-        services: HashMap<ServiceName, Arc<Managed>>,
-        now: UnixSeconds,
-    ) -> Result<Self, PkiError> {
+    fn mint(authority: Arc<NodeAuthority>, bundle: Arc<TrustBundle>, now: UnixSeconds) -> Result<Self, PkiError> {
         let node = Managed::new(authority.mint_node(now)?, now);
-        let certified = Arc::new(tls::NodeCertificates::new(&node.svid, authority.root())?);
-        Ok(Self { authority, node, certified, services })
+        let certified = Arc::new(tls::NodeCertificates::new(&node.svid, authority.root(&bundle))?);
+        Ok(Self { authority, bundle, node, certified, services: HashMap::new() })
     }
 }
 
@@ -75,7 +73,8 @@ impl Identity {
     /// # Errors
     /// [`PkiError::Expired`] when the authority has ended.
     pub fn new(authority: NodeAuthority, now: UnixSeconds) -> Result<Arc<Self>, PkiError> {
-        let state = State::mint(Arc::new(authority), HashMap::new(), now)?;
+        let bundle = Arc::new(authority.bundle().clone());
+        let state = State::mint(Arc::new(authority), bundle, now)?;
         Ok(Arc::new(Self { state: ArcSwap::from_pointee(state) }))
     }
 
@@ -89,8 +88,21 @@ impl Identity {
     /// # Errors
     /// [`PkiError::Expired`] when the new authority has ended; nothing changes.
     pub fn replace_authority(&self, authority: NodeAuthority, now: UnixSeconds) -> Result<(), PkiError> {
-        self.state.store(Arc::new(State::mint(Arc::new(authority), HashMap::new(), now)?));
+        let minted = State::mint(Arc::new(authority), self.bundle(), now)?;
+        // The bundle may have changed since: what is trusted is not the authority's to say.
+        self.state.rcu(|current| State { bundle: Arc::clone(&current.bundle), ..minted.clone() });
         Ok(())
+    }
+
+    /// What is trusted at this moment.
+    pub fn bundle(&self) -> Arc<TrustBundle> {
+        Arc::clone(&self.state.load().bundle)
+    }
+
+    /// Replaces what is trusted; handshakes and signatures are checked against it from here on.
+    pub fn set_bundle(&self, bundle: TrustBundle) {
+        let bundle = Arc::new(bundle);
+        self.state.rcu(|current| State { bundle: Arc::clone(&bundle), ..State::clone(current) });
     }
 
     /// The node's current leaf.
@@ -145,7 +157,7 @@ impl Identity {
         let node = if state.node.is_fresh(now) {
             None
         } else {
-            Some(State::mint(Arc::clone(&state.authority), HashMap::new(), now)?)
+            Some(State::mint(Arc::clone(&state.authority), Arc::clone(&state.bundle), now)?)
         };
         self.state.rcu(|current| {
             let mut next = State::clone(current);
@@ -178,7 +190,7 @@ impl Identity {
         let Some(Ok(chain)) = connection.peer_identity().map(<Box<dyn std::any::Any>>::downcast::<Chain>) else {
             return Ok(None);
         };
-        Ok(Some(verify::check_peer(&chain, self.authority().bundle(), now)?))
+        Ok(Some(verify::check_peer(&chain, &self.bundle(), now)?))
     }
 
     /// The node's certificates in the form that rustls takes, minted anew if they are due (after a suspend, before the

@@ -1,14 +1,52 @@
 //! An issuer: signs node intermediates, offline of all other issuers.
 
 use std::path::Path;
+use std::sync::Arc;
 
+use arc_swap::ArcSwapOption;
 use rcgen::{CertificateSigningRequestParams, KeyPair, PKCS_ECDSA_P256_SHA256, PublicKeyData};
-use rustls::pki_types::{CertificateDer, CertificateSigningRequestDer};
+use rustls::pki_types::{CertificateDer, CertificateSigningRequestDer, PrivatePkcs8KeyDer};
 
 use super::certificate::{CONTEXT_ISSUER, NODE_LIFE, Validity, generate_key, node_params, sign};
-use super::{CaError, NodeAuthority, PkiError, TrustBundle, ca, verify};
+use super::{CaError, NodeAuthority, PkiError, SpkiHash, TrustBundle, ca, verify};
 use crate::clock::UnixSeconds;
 use crate::model::{NodeName, ServeScope};
+
+/// The issuer of a node, if it is one; a rotation of the root brings it another certificate for its key.
+#[derive(Debug, Default)]
+pub struct IssuerCell(ArcSwapOption<Issuer>);
+
+impl IssuerCell {
+    /// Holds `issuer`.
+    pub fn new(issuer: Option<Arc<Issuer>>) -> Arc<Self> {
+        Arc::new(Self(ArcSwapOption::new(issuer)))
+    }
+
+    /// The issuer at this moment.
+    pub fn load(&self) -> Option<Arc<Issuer>> {
+        self.0.load_full()
+    }
+
+    /// The issuer, unless it is retired or revoked.
+    pub fn active(&self, bundle: &TrustBundle, now: UnixSeconds) -> Option<Arc<Issuer>> {
+        self.load().filter(|issuer| issuer.spki().is_ok_and(|key| bundle.revoked.may_issue(&key, now)))
+    }
+
+    /// Takes, of `certificates`, the one for the own key that the newest root of `bundle` signed; tells whether it did.
+    pub fn adopt(&self, certificates: &[CertificateDer<'static>], bundle: &TrustBundle) -> bool {
+        let (Some(issuer), Some(root)) = (self.load(), bundle.roots.first()) else { return false };
+        if issuer.bundle.roots.first() == Some(root) {
+            return false;
+        }
+        let Ok(own) = issuer.spki() else { return false };
+        let is_own = |der: &&CertificateDer<'static>| verify::spki_of(der).is_ok_and(|key| key == own);
+        // `Issuer::new` checks that the root signed it.
+        let found = certificates.iter().filter(is_own).find_map(|der| issuer.recertified(der.clone(), root).ok());
+        let Some(next) = found else { return false };
+        self.0.store(Some(Arc::new(next)));
+        true
+    }
+}
 
 /// An issuer's key and certificate, loaded from `./ca/issuer-N`; signs node intermediates.
 #[derive(Debug)]
@@ -68,6 +106,22 @@ impl Issuer {
     /// Its trust bundle.
     pub fn bundle(&self) -> &TrustBundle {
         &self.bundle
+    }
+
+    /// The same key under another certificate, which `root` signed.
+    fn recertified(&self, certificate: CertificateDer<'static>, root: &CertificateDer<'_>) -> Result<Self, PkiError> {
+        let der = PrivatePkcs8KeyDer::from(self.signer.key().serialize_der());
+        let key = KeyPair::from_pkcs8_der_and_sign_algo(&der, &PKCS_ECDSA_P256_SHA256)
+            .map_err(|source| PkiError::Make { what: "an issuer", source })?;
+        Self::new(key, certificate, root)
+    }
+
+    /// The hash of its key.
+    ///
+    /// # Errors
+    /// [`PkiError::Verify`] if its certificate does not parse.
+    pub fn spki(&self) -> Result<SpkiHash, PkiError> {
+        Ok(verify::spki_of(&self.certificate)?)
     }
 
     /// Its own certificate.

@@ -8,15 +8,20 @@
 //! Invariants: only `verify` decides whom to believe; a chain is leaf, node intermediate, issuer, root and nothing else;
 //! a leaf's node is the node of its intermediate's extension and its service lies inside the extension's scope; no key
 //! signs two kinds of things with the same bytes (`certificate::signed_bytes`); every input of a peer is bounded.
-//! Not here: the exchange in which a newcomer gets its certificate (`join`), connections (`transport`), revocation.
+//! Not here: the exchange in which a newcomer gets its certificate (`join`), connections (`transport`), how revocations
+//! and roots spread (`policy`, `gossip`).
 
 mod authority;
 mod ca;
 mod certificate;
+mod document;
 mod extension;
+mod facts;
 mod identity;
 mod issuer;
 pub(crate) mod join;
+mod revocation;
+mod rotate;
 mod tls;
 mod token;
 mod verify;
@@ -28,14 +33,21 @@ use crate::model::{NodeName, ServeScope, ServiceName, SpiffeId, TrustDomain};
 use crate::wire::WireError;
 
 pub use authority::NodeAuthority;
-pub use ca::{CaDir, CaError, EphemeralCa, ephemeral};
+pub use ca::{CaDir, CaError, EphemeralCa, IssuerEntry, TokenRecord, ephemeral};
 pub use certificate::root_digest;
+pub use document::{DocumentKey, DocumentSigner, Signatory, spki, validity, verify_document, verify_link};
+pub use facts::{CertificateFacts, facts_of};
 pub use identity::{Identity, SERVICE_SVIDS_MAX};
-pub use issuer::Issuer;
+pub use issuer::{Issuer, IssuerCell};
+pub use join::JoinKey;
+pub use revocation::{Presented, Revocations, Revoked, SpkiHash, SpkiHashError};
+pub use rotate::Rotation;
 pub(crate) use tls::JoinVerifier;
 pub use tls::{ALPN_GOSSIP, ALPN_JOIN, ALPN_TUNNEL};
 pub use token::{Token, TokenClaims, TokenError, create_token};
-pub use verify::{VerifyError, verify_peer, verify_signed_by_node};
+pub use verify::{
+    Utc, VerifyError, check_revoked, root_bundle, root_key_of, verify_peer, verify_presented, verify_signed_by_node,
+};
 
 /// Which plane a connection is for; each has its own ALPN.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -61,13 +73,15 @@ pub struct PeerIdentity {
     pub not_after: UnixSeconds,
 }
 
-/// What is trusted: the roots of one trust domain.
+/// What is trusted: the roots of one trust domain, but for what was taken back.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TrustBundle {
     /// The trust domain.
     pub trust_domain: TrustDomain,
-    /// DER of every trusted root.
+    /// DER of every trusted root, the newest first.
     pub roots: Vec<CertificateDer<'static>>,
+    /// What was taken back.
+    pub revoked: Revocations,
 }
 
 /// A leaf certificate with its chain and key, ready for TLS.

@@ -161,8 +161,8 @@ impl ClientCertVerifier for ClientVerifier {
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
         let chain = whole(end_entity, intermediates);
-        let authority = self.identity.authority();
-        verify::check_peer(&chain, authority.bundle(), UnixSeconds(now.as_secs())).map_err(refusal)?;
+        let bundle = self.identity.bundle();
+        verify::check_peer(&chain, &bundle, UnixSeconds(now.as_secs())).map_err(refusal)?;
         Ok(ClientCertVerified::assertion())
     }
 
@@ -185,8 +185,8 @@ impl ServerCertVerifier for ServerVerifier {
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
         let chain = whole(end_entity, intermediates);
-        let authority = self.identity.authority();
-        let peer = verify::check_peer(&chain, authority.bundle(), UnixSeconds(now.as_secs())).map_err(refusal)?;
+        let bundle = self.identity.bundle();
+        let peer = verify::check_peer(&chain, &bundle, UnixSeconds(now.as_secs())).map_err(refusal)?;
         let is_expected = self.expect.as_ref().is_none_or(|expect| *expect == peer.node);
         // A server speaks as a node: a service's SVID proves less than a server claims.
         if !is_expected || !matches!(peer.id, SpiffeId::Node { .. }) {
@@ -209,7 +209,8 @@ enum Pin {
 /// Checks a seed on the join plane and keeps what it found.
 ///
 /// Where only the time is wrong the handshake passes, with the doubt noted: the caller then asks for the seed's clock,
-/// tells it nothing, and reports both clocks.
+/// tells it nothing, and reports both clocks. Where the root is unknown it passes too: the caller asks for the links that
+/// lead to it from a root that is known, and tells it nothing before they do.
 #[derive(Debug)]
 pub(crate) struct JoinVerifier {
     pin: Pin,
@@ -217,6 +218,7 @@ pub(crate) struct JoinVerifier {
     refused: OnceLock<VerifyError>,
     doubt: OnceLock<VerifyError>,
     bundle: OnceLock<TrustBundle>,
+    stranger: OnceLock<(Vec<CertificateDer<'static>>, VerifyError)>,
 }
 
 impl JoinVerifier {
@@ -231,8 +233,8 @@ impl JoinVerifier {
     }
 
     fn new(pin: Pin, now: UnixSeconds) -> Arc<Self> {
-        let (refused, doubt, bundle) = (OnceLock::new(), OnceLock::new(), OnceLock::new());
-        Arc::new(Self { pin, now, refused, doubt, bundle })
+        let (refused, doubt, bundle, stranger) = Default::default();
+        Arc::new(Self { pin, now, refused, doubt, bundle, stranger })
     }
 
     /// Why the seed was refused.
@@ -243,6 +245,19 @@ impl JoinVerifier {
     /// What is wrong with the time of the seed's chain.
     pub(crate) fn doubt(&self) -> Option<&VerifyError> {
         self.doubt.get()
+    }
+
+    /// Why the seed's root is unknown here; it may have followed one that is known.
+    pub(crate) fn stranger(&self) -> Option<&VerifyError> {
+        self.stranger.get().map(|(_, error)| error)
+    }
+
+    /// Checks the stranger's chain against the roots that a walk has led to.
+    pub(crate) fn check_walked(&self, walked: &TrustBundle) -> Result<(), VerifyError> {
+        match self.stranger.get() {
+            Some((chain, _)) => self.check_by(chain, walked.clone()),
+            None => Ok(()),
+        }
     }
 
     /// The verified roots.
@@ -272,6 +287,10 @@ impl JoinVerifier {
                 verify::bundle_of(root.ok_or(VerifyError::WrongRoot)?)?
             }
         };
+        self.check_by(chain, bundle)
+    }
+
+    fn check_by(&self, chain: &[CertificateDer<'_>], bundle: TrustBundle) -> Result<(), VerifyError> {
         // The last of four is the root, which the bundle holds or does not.
         let shown = match chain {
             [leaf, node, issuer, _root] => vec![leaf.clone(), node.clone(), issuer.clone()],
@@ -305,10 +324,20 @@ impl ServerCertVerifier for JoinVerifier {
         _ocsp_response: &[u8],
         _now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        self.check(&whole(end_entity, intermediates)).map_err(|err| {
-            let _first = self.refused.set(err.clone());
-            refusal(err)
-        })?;
+        let chain = whole(end_entity, intermediates);
+        match self.check(&chain) {
+            Ok(()) => {}
+            // The mesh may have another root by now: the seed is asked to prove it, and told nothing before.
+            Err(error @ (VerifyError::WrongRoot | VerifyError::Path { .. }))
+                if chain.len() <= verify::CHAIN_CERTIFICATES_MAX =>
+            {
+                let _first = self.stranger.set((chain, error));
+            }
+            Err(error) => {
+                let _first = self.refused.set(error.clone());
+                return Err(refusal(error));
+            }
+        }
         Ok(ServerCertVerified::assertion())
     }
 

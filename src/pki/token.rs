@@ -82,6 +82,9 @@ pub enum TokenError {
         "the join token's operator is not certified by this mesh's CA ({0}): make the token with a valid operator key"
     )]
     Operator(VerifyError),
+    /// An operator took the token back.
+    #[error("the join token is revoked: ask the operator for a new one")]
+    Revoked,
     /// The operator's signature does not fit the claims.
     #[error("the join token's signature is wrong: it was altered; make a new one with `weft token create`")]
     BadSignature,
@@ -152,13 +155,16 @@ impl Token {
     pub fn verify(&self, bundle: &TrustBundle, now: UnixSeconds) -> Result<TokenClaims, TokenError> {
         let wrong_ca = || TokenError::WrongCa { trust_domain: bundle.trust_domain.clone() };
         let pinned = bundle.roots.iter().find(|root| root_digest(root) == self.root_digest).ok_or_else(wrong_ca)?;
-        let pinned = TrustBundle { trust_domain: bundle.trust_domain.clone(), roots: vec![pinned.clone()] };
+        let pinned = TrustBundle { roots: vec![pinned.clone()], ..bundle.clone() };
         let Payload { claims, operator, signature } = &self.payload;
         let operator = CertificateDer::from(operator.as_slice());
         let name: NodeName = verify::check_operator(&operator, &pinned, now).map_err(TokenError::Operator)?;
         let message = wire::encode(claims).map_err(|_| TokenError::CutOff)?;
         verify::verify_signature(&operator, &name, CONTEXT_TOKEN, &message, signature)
             .map_err(|_| TokenError::BadSignature)?;
+        if bundle.revoked.has_token(&claims.id) {
+            return Err(TokenError::Revoked);
+        }
         if now > claims.not_after {
             return Err(TokenError::Expired { at: claims.not_after, now });
         }

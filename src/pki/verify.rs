@@ -6,7 +6,7 @@
 //!
 //! Invariants: at most four certificates of 4 KiB are looked at; a chain is exactly leaf, node intermediate, issuer, and a
 //! root of the bundle; nothing of an unverified certificate reaches the caller, other than in an error's text.
-//! Not here: revocation (a later document in gossip), TLS (`tls`).
+//! Not here: what is revoked (`revocation`; the bundle carries it), TLS (`tls`).
 
 use std::fmt;
 
@@ -20,6 +20,7 @@ use x509_parser::prelude::FromDer as _;
 
 use super::certificate::{CONTEXT_NODE, signed_bytes};
 use super::extension::{self, NodeExtension};
+use super::revocation::{Presented, Revocations, SpkiHash};
 use super::{PeerIdentity, PkiError, TrustBundle};
 use crate::clock::UnixSeconds;
 use crate::model::{NodeName, ServeScope, ServiceName, SpiffeId, TrustDomain};
@@ -33,7 +34,7 @@ pub(crate) const CERTIFICATE_BYTES_MAX: usize = 4096;
 const ALGORITHMS: [&dyn SignatureVerificationAlgorithm; 1] = [ECDSA_P256_SHA256];
 
 /// A wall time for people: `2026-01-31T12:00:00Z`.
-pub(super) struct Utc(pub(super) UnixSeconds);
+pub struct Utc(pub UnixSeconds);
 
 impl fmt::Display for Utc {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -187,17 +188,51 @@ pub enum VerifyError {
          belongs to another mesh; check both"
     )]
     WrongRoot,
+    /// A key of the chain is revoked.
+    #[error(
+        "{role} key {key} is revoked: an operator took it back (`weft revoke -list`); if its host is sound again, join it \
+         with a new token"
+    )]
+    Revoked {
+        /// Its place in the chain.
+        role: &'static str,
+        /// The key.
+        key: SpkiHash,
+    },
+    /// The node's certificates are revoked.
+    #[error(
+        "the certificates that node `{node}` had at {} are revoked (`weft revoke -list`); if its host is sound again, \
+         join it with a new token",
+        Utc(*.until)
+    )]
+    NodeRevoked {
+        /// The node.
+        node: NodeName,
+        /// Up to which beginning.
+        until: UnixSeconds,
+    },
+    /// The issuer signed after it was retired.
+    #[error(
+        "issuer {key} is retired since {} and signed this certificate later: renew or join with another issuer",
+        Utc(*.from)
+    )]
+    IssuerRetired {
+        /// Its key.
+        key: SpkiHash,
+        /// Since when.
+        from: UnixSeconds,
+    },
 }
 
 /// A certificate's place in the chain.
 const LEAF: &str = "leaf";
-const NODE: &str = "node";
+pub(super) const NODE: &str = "node";
 const ISSUER: &str = "issuer";
 const ROOT: &str = "root";
 const OPERATOR: &str = "operator";
 
 /// Parses one certificate within the bounds.
-fn parse<'a>(role: &'static str, der: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>, VerifyError> {
+pub(super) fn parse<'a>(role: &'static str, der: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>, VerifyError> {
     if der.len() > CERTIFICATE_BYTES_MAX {
         return Err(VerifyError::TooLarge { bytes: der.len() });
     }
@@ -207,7 +242,7 @@ fn parse<'a>(role: &'static str, der: &'a CertificateDer<'_>) -> Result<X509Cert
     }
 }
 
-fn seconds(time: x509_parser::time::ASN1Time) -> UnixSeconds {
+pub(super) fn seconds(time: x509_parser::time::ASN1Time) -> UnixSeconds {
     UnixSeconds(u64::try_from(time.timestamp()).unwrap_or(0))
 }
 
@@ -215,6 +250,11 @@ fn seconds(time: x509_parser::time::ASN1Time) -> UnixSeconds {
 pub(super) fn validity_of(der: &CertificateDer<'_>) -> Result<(UnixSeconds, UnixSeconds), VerifyError> {
     let certificate = parse(NODE, der)?;
     Ok((seconds(certificate.validity().not_before), seconds(certificate.validity().not_after)))
+}
+
+/// Returns the SPKI hash of a certificate's key, unchecked.
+pub(super) fn spki_of(der: &CertificateDer<'_>) -> Result<SpkiHash, VerifyError> {
+    Ok(SpkiHash::of(&parse(NODE, der)?))
 }
 
 /// Returns the public key (the bit string of its SPKI), unchecked.
@@ -301,32 +341,43 @@ struct Certified {
     node: NodeName,
     scope: ServeScope,
     not_after: UnixSeconds,
+    shown: Presented,
 }
 
-/// Checks node intermediate and issuer by weft's rules; the path is the caller's.
+/// Checks node intermediate and issuer by weft's rules, and that no key of the chain is revoked; the path is the caller's.
 fn check_signers(
+    leaf: Option<&X509Certificate<'_>>,
     node: &X509Certificate<'_>,
     issuer: &X509Certificate<'_>,
-    domain: &TrustDomain,
+    bundle: &TrustBundle,
 ) -> Result<Certified, VerifyError> {
-    check_signing(NODE, node, 0, domain)?;
-    check_signing(ISSUER, issuer, 1, domain)?;
+    check_signing(NODE, node, 0, &bundle.trust_domain)?;
+    check_signing(ISSUER, issuer, 1, &bundle.trust_domain)?;
     if extension::read(issuer) != NodeExtension::Absent {
         return Err(VerifyError::Extension { role: ISSUER, rule: "must not carry a serve scope" });
     }
     match extension::read(node) {
         NodeExtension::Present(name, scope) => {
             let not_after = seconds(node.validity().not_after).min(seconds(issuer.validity().not_after));
-            Ok(Certified { node: name, scope, not_after })
+            let shown = Presented {
+                leaf: leaf.map(SpkiHash::of),
+                intermediate: SpkiHash::of(node),
+                issuer: SpkiHash::of(issuer),
+                node: name.clone(),
+                made: seconds(node.validity().not_before),
+                signers_end: not_after,
+            };
+            bundle.revoked.check(&shown)?;
+            Ok(Certified { node: name, scope, not_after, shown })
         }
         NodeExtension::Absent => Err(VerifyError::Extension { role: NODE, rule: "has no serve scope" }),
         NodeExtension::Malformed => Err(VerifyError::Extension { role: NODE, rule: "has a malformed serve scope" }),
     }
 }
 
-/// Finds the trust anchors of a bundle; a root that does not parse is left out.
-fn anchors(bundle: &TrustBundle) -> Vec<TrustAnchor<'_>> {
-    bundle.roots.iter().filter_map(|root| webpki::anchor_from_trusted_cert(root).ok()).collect()
+/// Reads a root as a trust anchor; none if it does not parse.
+fn anchor_of<'r>(root: &'r CertificateDer<'_>) -> Option<TrustAnchor<'r>> {
+    webpki::anchor_from_trusted_cert(root).ok()
 }
 
 /// Validates the path from `leaf` to a root of the bundle by webpki.
@@ -338,7 +389,7 @@ fn check_path(
     usage: KeyUsage,
 ) -> Result<(), VerifyError> {
     let path = |err: webpki::Error| VerifyError::Path { reason: err.to_string() };
-    let anchors = anchors(bundle);
+    let anchors: Vec<TrustAnchor<'_>> = bundle.roots.iter().filter_map(anchor_of).collect();
     let entity = EndEntityCert::try_from(leaf).map_err(path)?;
     let time = UnixTime::since_unix_epoch(std::time::Duration::from_secs(now.0));
     let verified =
@@ -347,8 +398,11 @@ fn check_path(
     if verified.intermediate_certificates().count() != intermediates.len() {
         return Err(VerifyError::Path { reason: "the chain has a certificate that the path does not need".to_owned() });
     }
-    for root in &bundle.roots {
-        check_time(ROOT, &parse(ROOT, root)?, now)?;
+    // webpki asks nothing of an anchor's validity.
+    for (root, anchor) in bundle.roots.iter().filter_map(|root| Some((root, anchor_of(root)?))) {
+        if anchor.subject_public_key_info == verified.anchor().subject_public_key_info {
+            check_time(ROOT, &parse(ROOT, root)?, now)?;
+        }
     }
     Ok(())
 }
@@ -402,11 +456,25 @@ fn check_signing_chain(
     for root_der in &bundle.roots {
         let root = parse(ROOT, root_der)?;
         match check_link(&issuer, &root, root_der).and_then(|()| check_time(ROOT, &root, now)) {
-            Ok(()) => return check_signers(&node, &issuer, &bundle.trust_domain),
+            Ok(()) => return check_signers(None, &node, &issuer, bundle),
             Err(err) => refused = err,
         }
     }
     Err(refused)
+}
+
+/// Holds a published chain that was verified before against what is revoked, without checking a signature again.
+///
+/// # Errors
+/// The rule that is broken.
+pub fn check_revoked(chain: &[CertificateDer<'_>], bundle: &TrustBundle) -> Result<(), VerifyError> {
+    let [node_der, issuer_der] = chain else {
+        return Err(VerifyError::Length { found: chain.len(), want: 2 });
+    };
+    if bundle.revoked.is_empty() {
+        return Ok(());
+    }
+    check_signers(None, &parse(NODE, node_der)?, &parse(ISSUER, issuer_der)?, bundle).map(drop)
 }
 
 /// Checks a published chain `[node intermediate, issuer]`; returns node, scope and the chain's end.
@@ -462,12 +530,33 @@ pub fn verify_peer(
     Ok(check_peer(chain, bundle, now)?)
 }
 
+/// As [`verify_peer`]; returns also what is to be remembered of the chain while the connection lives.
+///
+/// # Errors
+/// [`PkiError::Verify`] with the rule that is broken.
+pub fn verify_presented(
+    chain: &[CertificateDer<'_>],
+    bundle: &TrustBundle,
+    now: UnixSeconds,
+) -> Result<(PeerIdentity, Presented), PkiError> {
+    Ok(check_presented(chain, bundle, now)?)
+}
+
 /// As [`verify_peer`], with the plain error.
 pub(super) fn check_peer(
     chain: &[CertificateDer<'_>],
     bundle: &TrustBundle,
     now: UnixSeconds,
 ) -> Result<PeerIdentity, VerifyError> {
+    check_presented(chain, bundle, now).map(|(peer, _)| peer)
+}
+
+/// As [`check_peer`]; returns also what is to be remembered of the chain while the connection lives.
+pub(super) fn check_presented(
+    chain: &[CertificateDer<'_>],
+    bundle: &TrustBundle,
+    now: UnixSeconds,
+) -> Result<(PeerIdentity, Presented), VerifyError> {
     let [leaf_der, node_der, issuer_der] = chain else {
         return Err(VerifyError::Length { found: chain.len(), want: 3 });
     };
@@ -482,7 +571,7 @@ pub(super) fn check_peer(
     check_time(ISSUER, &issuer, now)?;
     check_leaf(LEAF, &leaf)?;
     check_path(leaf_der, chain.get(1..).unwrap_or_default(), bundle, now, KeyUsage::client_auth())?;
-    let certified = check_signers(&node, &issuer, &bundle.trust_domain)?;
+    let certified = check_signers(Some(&leaf), &node, &issuer, bundle)?;
     let Some(leaf_node) = id.node() else {
         return Err(VerifyError::Id { role: LEAF, id: id.to_string() });
     };
@@ -496,7 +585,8 @@ pub(super) fn check_peer(
         return Err(VerifyError::OutsideScope { node, service: service.clone(), scope });
     }
     let not_after = certified.not_after.min(seconds(leaf.validity().not_after));
-    Ok(PeerIdentity { id, node: certified.node, scope: certified.scope, not_after })
+    let peer = PeerIdentity { id, node: certified.node, scope: certified.scope, not_after };
+    Ok((peer, certified.shown))
 }
 
 /// Checks an operator's certificate, which a root signs directly; returns the operator's name.
@@ -511,10 +601,22 @@ pub(super) fn check_operator(
     check_time(OPERATOR, &certificate, now)?;
     check_leaf(OPERATOR, &certificate)?;
     check_path(der, &[], bundle, now, KeyUsage::client_auth())?;
+    check_key(OPERATOR, &certificate, bundle)?;
     match id {
         SpiffeId::Operator { name, .. } => Ok(name),
         other => Err(VerifyError::Id { role: OPERATOR, id: other.to_string() }),
     }
+}
+
+/// Checks the validity of a root at `at`; whose root it is is the caller's to know.
+pub(super) fn check_root_time(der: &CertificateDer<'_>, at: UnixSeconds) -> Result<(), VerifyError> {
+    check_time(ROOT, &parse(ROOT, der)?, at)
+}
+
+/// Refuses a revoked key.
+fn check_key(role: &'static str, certificate: &X509Certificate<'_>, bundle: &TrustBundle) -> Result<(), VerifyError> {
+    let key = SpkiHash::of(certificate);
+    if bundle.revoked.has_key(&key) { Err(VerifyError::Revoked { role, key }) } else { Ok(()) }
 }
 
 /// Checks an issuer's certificate, which a root signs directly.
@@ -529,6 +631,7 @@ pub(super) fn check_issuer(
     if extension::read(&issuer) != NodeExtension::Absent {
         return Err(VerifyError::Extension { role: ISSUER, rule: "must not carry a serve scope" });
     }
+    check_key(ISSUER, &issuer, bundle)?;
     let mut refused = VerifyError::Path { reason: "no root".to_owned() };
     for root_der in &bundle.roots {
         let root = parse(ROOT, root_der)?;
@@ -541,6 +644,14 @@ pub(super) fn check_issuer(
 }
 
 /// Makes a bundle of one root, whose trust domain its own certificate names.
+///
+/// # Errors
+/// [`PkiError::Verify`] if it is no root of weft's.
+pub fn root_bundle(root: &CertificateDer<'_>) -> Result<TrustBundle, PkiError> {
+    Ok(bundle_of(root)?)
+}
+
+/// Makes a bundle of one root, whose trust domain its own certificate names.
 pub(super) fn bundle_of(root: &CertificateDer<'_>) -> Result<TrustBundle, VerifyError> {
     let certificate = parse(ROOT, root)?;
     let SpiffeId::Authority(trust_domain) = spiffe_id(ROOT, &certificate)? else {
@@ -548,7 +659,12 @@ pub(super) fn bundle_of(root: &CertificateDer<'_>) -> Result<TrustBundle, Verify
     };
     check_signing(ROOT, &certificate, 2, &trust_domain)?;
     check_link(&certificate, &certificate, root)?;
-    Ok(TrustBundle { trust_domain, roots: vec![root.clone().into_owned()] })
+    Ok(TrustBundle { trust_domain, roots: vec![root.clone().into_owned()], revoked: Revocations::default() })
+}
+
+/// Finds the key of the root of `bundle` that certifies `issuer`; none if there is none.
+pub fn root_key_of(issuer: &CertificateDer<'_>, bundle: &TrustBundle) -> Option<SpkiHash> {
+    spki_of(root_of(issuer, bundle)?).ok()
 }
 
 /// Finds the root of `bundle` that certifies `issuer`; none if there is none.

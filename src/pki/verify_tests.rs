@@ -17,6 +17,10 @@ struct Forge {
     leaf: CertificateParams,
 }
 
+fn verify_bundle(root: CertificateDer<'static>) -> TrustBundle {
+    TrustBundle { trust_domain: "td".parse().unwrap(), roots: vec![root], revoked: Revocations::default() }
+}
+
 fn uri(text: &str) -> SanType {
     SanType::URI(text.try_into().unwrap())
 }
@@ -44,7 +48,7 @@ impl Forge {
             self.node.signed_by(&node, &by_issuer).unwrap().der().clone(),
             self.issuer.signed_by(&issuer, &by_root).unwrap().der().clone(),
         ];
-        (chain, TrustBundle { trust_domain: "td".parse().unwrap(), roots: vec![root_der] }, node)
+        (chain, verify_bundle(root_der), node)
     }
 
     fn verify(&self) -> Result<PeerIdentity, VerifyError> {

@@ -95,8 +95,8 @@ async fn tunnel(worker: Rc<Worker>, incoming: quinn::Incoming, handshake: Slot, 
         Err(_elapsed) => return refused("handshake_timeout"),
     };
     drop(handshake);
-    let peer = match worker.endpoint.peer(&connection) {
-        Ok(peer) => Rc::new(peer),
+    let (peer, _live) = match worker.endpoint.peer(&connection) {
+        Ok((peer, live)) => (Rc::new(peer), live),
         Err(error) => {
             refused("unverified");
             warn!(%from, error, "closing a tunnel whose peer does not verify");

@@ -43,10 +43,11 @@ use self::worker::Setup;
 use crate::catalogue::SnapshotReader;
 use crate::metrics::Metrics;
 use crate::pki::Identity;
-use crate::transport::{BindError, Credentials, Lane, NodeCredentials};
+use crate::transport::{BindError, Credentials, Lane, LiveConnections, NodeCredentials};
 
 pub use open::{OpenTunnel, OpenTunnels};
 pub(crate) use preamble::StreamKind;
+pub(crate) use tunnel::Lease;
 pub(crate) use worker::{Caller, OpenError, Opened, Route, Source, Worker};
 
 pub(crate) use crate::routing::Tried;
@@ -67,6 +68,8 @@ pub struct ProxyParams<'a> {
     pub snapshot: SnapshotReader,
     /// The HTTP port that routes by Host.
     pub shared_http: Option<SocketAddr>,
+    /// Where open tunnels are entered, to be held against what is trusted.
+    pub live: LiveConnections,
     /// Where the metrics go.
     pub metrics: &'a Metrics,
     /// Cancelled when the node stops: the drain begins.
@@ -146,6 +149,7 @@ impl Proxy {
                 drain_timeout: params.drain_timeout,
                 listener_retry: LISTENER_RETRY,
                 credentials,
+                live: params.live,
             },
             params.metrics,
         )
@@ -162,6 +166,7 @@ struct StartParams {
     drain_timeout: Duration,
     listener_retry: Duration,
     credentials: Arc<dyn Credentials>,
+    live: LiveConnections,
 }
 
 fn start(params: StartParams, metrics: &Metrics) -> Result<ProxyHandle, ProxyError> {
@@ -181,6 +186,7 @@ fn start(params: StartParams, metrics: &Metrics) -> Result<ProxyHandle, ProxyErr
             index: usize::from(index),
             reset_key: params.reset_key,
             credentials: Arc::clone(&params.credentials),
+            live: params.live.clone(),
             snapshot: params.snapshot.clone(),
             shared_http: params.shared_http,
             listener_retry: params.listener_retry,

@@ -10,6 +10,7 @@ use tracing::debug;
 use super::metrics::Reporter;
 use super::preamble::{StreamKind, StreamStatus};
 use super::relay::{self, CODE_RESET, Sending, Tcp};
+use super::tunnel::Lease;
 use super::worker::{Caller, OpenError, Opened, Worker};
 use crate::routing::Tried;
 
@@ -24,7 +25,7 @@ pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream, caller: Caller)
     let mut counted = edge.open();
     let tcp = Tcp::new(stream);
     match connect(&worker, &caller).await {
-        Ok((send, recv)) => {
+        Ok((send, recv, _lease)) => {
             let ending = relay::relay(tcp, send, recv, &*edge, relay::IDLE_TIMEOUT).await;
             counted.ends(ending.flag());
         }
@@ -33,7 +34,7 @@ pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream, caller: Caller)
 }
 
 /// Returns a stream whose far end is connected, or the flag that says why there is none.
-async fn connect(worker: &Rc<Worker>, caller: &Caller) -> Result<(Sending, quinn::RecvStream), &'static str> {
+async fn connect(worker: &Rc<Worker>, caller: &Caller) -> Result<(Sending, quinn::RecvStream, Lease), &'static str> {
     let mut tried = Tried::default();
     let mut flag = None;
     for _ in 0..ATTEMPTS_MAX {
@@ -48,11 +49,11 @@ async fn connect(worker: &Rc<Worker>, caller: &Caller) -> Result<(Sending, quinn
             Err(OpenError::NoInstance { .. }) => return Err(flag.unwrap_or("UH")),
             Err(OpenError::Draining) => return Err("DR"),
         };
-        let instance = Arc::clone(&opened.instance);
+        let (instance, lease) = (Arc::clone(&opened.instance), opened.lease.clone());
         match establish(opened).await {
-            Ok(streams) => {
+            Ok((send, recv)) => {
                 worker.connected(&instance);
-                return Ok(streams);
+                return Ok((send, recv, lease));
             }
             Err(Some(status)) if !status.may_retry() => return Err("RBAC"),
             Err(status) => {

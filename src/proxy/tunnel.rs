@@ -5,7 +5,7 @@
 //! ```
 //!
 //! Invariants: at most [`TUNNELS_MAX`] slots; a tunnel gets no new stream once its certificate has ended; streams
-//! outlive the slot, and quinn closes a connection when the slot and its streams are gone.
+//! outlive the slot and hold a [`Lease`] on the tunnel, and quinn closes a connection when slot and streams are gone.
 
 use std::cell::{Cell, RefCell};
 use std::net::SocketAddr;
@@ -21,7 +21,7 @@ use super::open::{Entry, OpenTunnel, OpenTunnels};
 use crate::clock::{self, UnixSeconds};
 use crate::model::{Generation, NodeName, ServiceName};
 use crate::pki::PeerIdentity;
-use crate::transport::{ConnectError, Dialled, WorkerEndpoint};
+use crate::transport::{ConnectError, Dialled, LiveEntry, WorkerEndpoint};
 
 /// Slots of one worker: 35 KB each side, 36 MB in all.
 const TUNNELS_MAX: usize = 1_024;
@@ -55,7 +55,12 @@ pub(crate) struct Tunnel {
     not_after: UnixSeconds,
     gauge: prometheus::IntGauge,
     _listed: Entry,
+    _live: Option<LiveEntry>,
 }
+
+/// Held by whoever uses a stream of a tunnel: while one does, the tunnel stays under watch (`transport::LiveConnections`).
+/// None where tests have no tunnel.
+pub(crate) type Lease = Option<Rc<Tunnel>>;
 
 impl Tunnel {
     fn is_usable(&self) -> bool {
@@ -172,7 +177,7 @@ impl Tunnels {
     async fn dial(&self, key: &TunnelKey, endpoint: &WorkerEndpoint) -> Result<Rc<Tunnel>, (ConnectError, Instant)> {
         let dialled = endpoint.dial(key.addr, &key.node, key.source.as_ref(), DIAL_TIMEOUT).await;
         match dialled {
-            Ok(Dialled { connection, peer, not_after }) => {
+            Ok(Dialled { connection, peer, not_after, live }) => {
                 self.metrics.handshakes.with_label_values(&["dialer"]).inc();
                 let gauge = self.metrics.tunnels.with_label_values(&["dialer"]);
                 gauge.inc();
@@ -183,7 +188,7 @@ impl Tunnels {
                     scope: peer.scope.clone(),
                     not_after: peer.not_after,
                 });
-                Ok(Rc::new(Tunnel { connection, peer, not_after, gauge, _listed: listed }))
+                Ok(Rc::new(Tunnel { connection, peer, not_after, gauge, _listed: listed, _live: live }))
             }
             Err(error) => {
                 self.metrics.dial_failures.with_label_values(&[error.kind()]).inc();

@@ -28,13 +28,13 @@ use super::metrics::{Edges, ProxyMetrics};
 use super::open::OpenTunnels;
 use super::preamble::{Preamble, StreamKind};
 use super::runners::Runners;
-use super::tunnel::{Tunnel, TunnelKey, Tunnels};
+use super::tunnel::{Lease, Tunnel, TunnelKey, Tunnels};
 use super::{Died, Listeners, ProxyError, dead, inbound, listener};
 use crate::catalogue::{Instance, ServiceEntry, SnapshotReader};
 use crate::clock;
 use crate::model::{HealthStatus, NodeName, ServiceName};
 use crate::routing::{Balancer, ConnectBackoff, Tried};
-use crate::transport::{Credentials, Lane, WorkerEndpoint};
+use crate::transport::{Credentials, Lane, LiveConnections, WorkerEndpoint};
 
 /// Connections that one worker holds from local apps, and streams from peers: 5 KB each when idle.
 pub(super) const CONNECTIONS_MAX: usize = 16_384;
@@ -100,6 +100,8 @@ pub(crate) struct Opened {
     pub(crate) preamble: Bytes,
     /// Who was picked.
     pub(crate) instance: Arc<Instance>,
+    /// To be held while either half is used.
+    pub(crate) lease: Lease,
 }
 
 /// Why no stream came about.
@@ -132,6 +134,7 @@ pub(super) struct Setup {
     pub(super) index: usize,
     pub(super) reset_key: [u8; 64],
     pub(super) credentials: Arc<dyn Credentials>,
+    pub(super) live: LiveConnections,
     pub(super) snapshot: SnapshotReader,
     pub(super) shared_http: Option<SocketAddr>,
     pub(super) listener_retry: Duration,
@@ -224,7 +227,7 @@ fn thread(setup: Setup, ready: &Ready) {
 
 impl Worker {
     fn new(setup: Setup) -> Result<Self, crate::transport::BindError> {
-        let endpoint = WorkerEndpoint::new(setup.socket, setup.lane, &setup.reset_key, setup.credentials)?;
+        let endpoint = WorkerEndpoint::new(setup.socket, setup.lane, &setup.reset_key, setup.credentials, setup.live)?;
         Ok(Self {
             index: setup.index,
             endpoint,
@@ -320,10 +323,10 @@ impl Worker {
             generation: instance.node.generation,
         };
         let opened = self.stream(&key, &caller.destination).await;
-        let (send, recv) = opened.inspect_err(|_| self.connect_failed(&instance)).map_err(unreachable)?;
+        let ((send, recv), tunnel) = opened.inspect_err(|_| self.connect_failed(&instance)).map_err(unreachable)?;
         let preamble =
             Preamble { kind, instance: instance.record.id.clone(), service: caller.destination.clone() }.encode();
-        Ok(Opened { send, recv, preamble, instance })
+        Ok(Opened { send, recv, preamble, instance, lease: Some(tunnel) })
     }
 
     /// Notes that `instance` could not be connected: it is left out for a while if there are others.
@@ -352,18 +355,18 @@ impl Worker {
         &self,
         key: &TunnelKey,
         destination: &ServiceName,
-    ) -> Result<(quinn::SendStream, quinn::RecvStream), String> {
+    ) -> Result<((quinn::SendStream, quinn::RecvStream), Rc<Tunnel>), String> {
         let mut tunnel = self.tunnel(key, destination).await?;
         let opened = within(STREAM_TIMEOUT, tunnel.connection.open_bi()).await;
         match opened {
-            Some(Ok(streams)) => return Ok(streams),
+            Some(Ok(streams)) => return Ok((streams, tunnel)),
             Some(Err(_lost)) => self.tunnels.forget(key, &tunnel),
             None => return Err(format!("the tunnel to {} has no free stream", key.node)),
         }
         tunnel = self.tunnel(key, destination).await?;
         let opened = within(STREAM_TIMEOUT, tunnel.connection.open_bi()).await;
         match opened {
-            Some(streams) => streams.map_err(|error| error.to_string()),
+            Some(streams) => streams.map(|streams| (streams, tunnel)).map_err(|error| error.to_string()),
             None => Err(format!("the tunnel to {} has no free stream", key.node)),
         }
     }

@@ -245,6 +245,16 @@ impl Replica {
         }
     }
 
+    /// Forgets every other node whose chain `is_good` refuses, and returns their names, in order.
+    pub fn drop_unless(&mut self, is_good: impl Fn(&[Vec<u8>]) -> bool) -> Vec<NodeName> {
+        let is_bad = |(name, state): &(&NodeName, &NodeState)| **name != self.local && !is_good(&state.signed.chain);
+        let bad: Vec<NodeName> = self.nodes.iter().filter(is_bad).map(|(name, _)| name.clone()).collect();
+        for node in &bad {
+            self.remove(node);
+        }
+        bad
+    }
+
     /// Forgets every other node whose lease or certificate ended by `now` and returns their names, in order.
     pub fn expire(&mut self, now: UnixSeconds) -> Vec<NodeName> {
         let is_over = |(name, state): &(&NodeName, &NodeState)| **name != self.local && state.not_after <= now;

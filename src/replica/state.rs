@@ -198,14 +198,14 @@ fn find<'a>(
 }
 
 impl NodeState {
+    /// The chain that its head was signed under: node intermediate, issuer.
+    pub fn chain(&self) -> &[Vec<u8>] {
+        &self.signed.chain
+    }
+
     /// Returns whose state it is.
     pub fn node(&self) -> &NodeName {
         &self.signed.head.node
-    }
-
-    /// Returns the certificates that prove the owner's signatures, the signer's first.
-    pub fn chain(&self) -> &[Vec<u8>] {
-        &self.signed.chain
     }
 
     /// Returns the version that is held.

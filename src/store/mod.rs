@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   generation, node id, name, reset key, identity, peers -> `meta`
-//!   services, checks, check statuses, token uses          -> a table each
+//!   services, checks, check statuses, token uses, documents -> a table each
 //!                                                    all of it wire::encode'd
 //! ```
 //!
@@ -44,6 +44,11 @@ const CACHE_BYTES: usize = 4 * 1024 * 1024;
 
 /// How long the uses of a token are remembered after its end: longer than any clock that still lets it in is wrong.
 const TOKEN_KEPT_AFTER_END: Duration = Duration::from_hours(24);
+/// A newcomer that lost the answer asks again within this time; later the same key is a use like any other, for a key
+/// that was stolen with its node must not live on by the token that brought it in.
+const TOKEN_REPEAT_WITHIN: Duration = Duration::from_mins(10);
+/// Most keys that are remembered of one token.
+const TOKEN_KEYS_MAX: usize = 64;
 
 type Table = TableDefinition<'static, &'static str, &'static [u8]>;
 
@@ -52,6 +57,7 @@ const SERVICES: Table = TableDefinition::new("services");
 const CHECKS: Table = TableDefinition::new("checks");
 const STATUSES: Table = TableDefinition::new("check_statuses");
 const TOKENS: Table = TableDefinition::new("token_uses");
+const DOCUMENTS: Table = TableDefinition::new("documents");
 
 const GENERATION: &str = "generation";
 const NODE_ID: &str = "node_id";
@@ -59,6 +65,7 @@ const NODE_NAME: &str = "node_name";
 const RESET_KEY: &str = "reset_key";
 const IDENTITY: &str = "identity";
 const PEERS: &str = "peers";
+const JOIN_KEY: &str = "join_key";
 
 /// A peer worth dialling at the next start.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -76,6 +83,19 @@ pub struct StoredPeer {
 struct TokenUses {
     uses: u32,
     not_after: u64,
+    /// The latest keys that used it, oldest first, each with the time of its first use.
+    keys: Vec<([u8; 32], UnixSeconds)>,
+}
+
+/// How often a token was used here, for people.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokenCount {
+    /// The token's id.
+    pub id: [u8; 16],
+    /// Uses.
+    pub uses: u32,
+    /// The token's end.
+    pub not_after: UnixSeconds,
 }
 
 struct Inner {
@@ -146,7 +166,7 @@ impl Store {
         let database = RwLock::new(Some(open_checked(&path, open)?));
         let store = Self { inner: Arc::new(Inner { path, database, kind, has_failed: AtomicBool::new(false) }) };
         store.write(|transaction| {
-            for table in [META, SERVICES, CHECKS, STATUSES, TOKENS] {
+            for table in [META, SERVICES, CHECKS, STATUSES, TOKENS, DOCUMENTS] {
                 transaction.open_table(table)?;
             }
             Ok(())
@@ -356,17 +376,85 @@ impl Store {
         })
     }
 
-    /// Counts one use of token `id` and returns how many there were before (issuers).
+    /// Returns the signed documents, in order of key.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails.
+    pub fn documents(&self) -> Result<Vec<Vec<u8>>, StoreError> {
+        Ok(self.values(DOCUMENTS)?.into_iter().map(|(_, document)| document).collect())
+    }
+
+    /// Adds or replaces a signed document.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails.
+    pub fn put_document(&self, key: &str, document: &[u8]) -> Result<(), StoreError> {
+        self.put(DOCUMENTS, key, document)
+    }
+
+    /// Removes a signed document.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails.
+    pub fn remove_document(&self, key: &str) -> Result<(), StoreError> {
+        self.remove(DOCUMENTS, key)
+    }
+
+    /// Counts one use of token `id` by `key` and returns how many there were before (issuers); none if the same key used
+    /// it within the last ten minutes: then nothing is counted.
     ///
     /// The count is kept until `not_after` (seconds since the epoch) and a day; counts past that go at each call.
     ///
     /// # Errors
     /// [`StoreError`] if the file fails.
-    pub fn count_token_use(&self, id: [u8; 16], not_after: u64) -> Result<u32, StoreError> {
-        self.count_token_use_at(id, not_after, clock::wall())
+    pub fn count_token_use(&self, id: [u8; 16], not_after: u64, key: [u8; 32]) -> Result<Option<u32>, StoreError> {
+        self.count_token_use_at(id, not_after, key, clock::wall())
     }
 
-    fn count_token_use_at(&self, id: [u8; 16], not_after: u64, now: UnixSeconds) -> Result<u32, StoreError> {
+    /// Returns how often each token was used here.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails.
+    pub fn token_counts(&self) -> Result<Vec<TokenCount>, StoreError> {
+        let uses = self.values::<TokenUses>(TOKENS)?;
+        let count = |(key, uses): (String, TokenUses)| {
+            let id = *key.parse::<uuid::Uuid>().ok()?.as_bytes();
+            Some(TokenCount { id, uses: uses.uses, not_after: UnixSeconds(uses.not_after) })
+        };
+        Ok(uses.into_iter().filter_map(count).collect())
+    }
+
+    /// Returns the key of a join that was begun and not answered.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails.
+    pub fn join_key(&self) -> Result<Option<Vec<u8>>, StoreError> {
+        self.value(META, JOIN_KEY)
+    }
+
+    /// Keeps the key of a join that begins.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails.
+    pub fn put_join_key(&self, key: &[u8]) -> Result<(), StoreError> {
+        self.put(META, JOIN_KEY, &key.to_vec())
+    }
+
+    /// Forgets the key of a join that was answered.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails.
+    pub fn remove_join_key(&self) -> Result<(), StoreError> {
+        self.remove(META, JOIN_KEY)
+    }
+
+    fn count_token_use_at(
+        &self,
+        id: [u8; 16],
+        not_after: u64,
+        used_by: [u8; 32],
+        now: UnixSeconds,
+    ) -> Result<Option<u32>, StoreError> {
         let key = uuid::Uuid::from_bytes(id).to_string();
         let path = &self.inner.path;
         // One transaction: two joins at once must not both be the first.
@@ -379,16 +467,26 @@ impl Store {
             };
             table.retain(is_kept)?;
             let kept = table.get(key.as_str())?.map(|bytes| decode(path, TOKENS, &key, bytes.value()));
-            let before = match kept.transpose() {
-                Ok(kept) => kept.map_or(0, |uses: TokenUses| uses.uses),
+            let mut uses = match kept.transpose() {
+                Ok(kept) => kept.unwrap_or(TokenUses { uses: 0, not_after, keys: Vec::new() }),
                 Err(error) => return Ok(Err(error)),
             };
-            let uses = TokenUses { uses: before.saturating_add(1), not_after };
+            let is_repeat =
+                |(key, at): &([u8; 32], UnixSeconds)| *key == used_by && now <= at.plus(TOKEN_REPEAT_WITHIN);
+            if uses.keys.iter().any(is_repeat) {
+                return Ok(Ok(None));
+            }
+            let before = uses.uses;
+            uses.uses = before.saturating_add(1);
+            if uses.keys.len() >= TOKEN_KEYS_MAX {
+                uses.keys.remove(0);
+            }
+            uses.keys.push((used_by, now));
             match encode(&key, &uses) {
                 Ok(bytes) => table.insert(key.as_str(), bytes.as_slice())?,
                 Err(error) => return Ok(Err(error)),
             };
-            Ok(Ok(before))
+            Ok(Ok(Some(before)))
         })?
     }
 
@@ -530,6 +628,7 @@ fn decode<T: DeserializeOwned>(path: &Path, table: Table, key: &str, bytes: &[u8
             "services" => "services",
             "checks" => "checks",
             "check_statuses" => "check_statuses",
+            "documents" => "documents",
             _ => "token_uses",
         };
         StoreError::Value { path: path.to_owned(), table, key: key.to_owned(), source }
@@ -553,156 +652,4 @@ fn open_error(path: PathBuf, error: DatabaseError) -> StoreError {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn id(text: &str) -> CheckId {
-        text.parse().unwrap()
-    }
-
-    #[test]
-    fn after_the_disk_refused_the_next_call_opens_the_file_again() {
-        let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(dir.path()).unwrap();
-        store.put_node_name(&"n1".parse().unwrap()).unwrap();
-        // What redb says of every call after an I/O error.
-        let refused = store.failed(redb::Error::PreviousIo);
-        assert!(matches!(refused, StoreError::Transaction { .. }));
-        let away = dir.path().join("away");
-        std::fs::rename(dir.path().join(STORE_FILE), &away).unwrap();
-        assert!(store.node_name().is_err(), "the file cannot be opened, so the old handle is not used on");
-        std::fs::rename(&away, dir.path().join(STORE_FILE)).unwrap();
-        assert_eq!(store.node_name().unwrap().unwrap().as_str(), "n1");
-        assert_eq!(store.next_generation().unwrap(), 1);
-        assert!(Store::open(dir.path()).is_err(), "the lock is held again");
-    }
-
-    #[test]
-    fn what_is_kept_survives_a_restart() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("deep/data");
-        let store = Store::open(&path).unwrap();
-        let (node_id, key) = (store.node_id().unwrap(), store.reset_key().unwrap());
-        assert_eq!(store.next_generation().unwrap(), 1);
-        store.put_identity(b"secret").unwrap();
-        store.put_node_name(&"web-1".parse().unwrap()).unwrap();
-        let peer = StoredPeer { name: "a".parse().unwrap(), addr: "10.0.0.1:8301".parse().unwrap(), alive: true };
-        store.put_peers(std::slice::from_ref(&peer)).unwrap();
-        store.put_check_status(&id("c"), HealthStatus::Warning).unwrap();
-        store.put_check_statuses(&[(id("d"), HealthStatus::Passing)]).unwrap();
-        drop(store);
-
-        let store = Store::open(&path).unwrap();
-        assert_eq!((store.node_id().unwrap(), store.reset_key().unwrap()), (node_id, key));
-        assert_eq!(store.next_generation().unwrap(), 2);
-        assert_eq!(store.identity().unwrap().unwrap(), b"secret");
-        assert_eq!(store.node_name().unwrap().unwrap().as_str(), "web-1");
-        assert_eq!(store.peers().unwrap(), [peer]);
-        let statuses = [(id("c"), HealthStatus::Warning), (id("d"), HealthStatus::Passing)];
-        assert_eq!(store.check_statuses().unwrap(), statuses);
-        store.remove_check(&id("c")).unwrap();
-        assert_eq!(store.check_statuses().unwrap().len(), 1);
-    }
-
-    #[test]
-    fn the_file_and_its_directory_are_the_owners_alone() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("data");
-        drop(Store::open(&path).unwrap());
-        let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
-        assert_eq!((mode(&path), mode(&path.join(STORE_FILE))), (0o700, 0o600));
-        std::fs::set_permissions(path.join(STORE_FILE), Permissions::from_mode(0o644)).unwrap();
-        drop(Store::open(&path).unwrap());
-        assert_eq!(mode(&path.join(STORE_FILE)), 0o600);
-    }
-
-    #[test]
-    fn a_second_agent_is_refused_while_the_first_one_runs() {
-        let dir = tempfile::tempdir().unwrap();
-        let first = Store::open(dir.path()).unwrap();
-        let error = Store::open(dir.path()).unwrap_err();
-        assert!(matches!(error, StoreError::Locked { .. }), "{error}");
-        assert!(error.to_string().contains("in use by another agent"));
-        drop(first);
-        Store::open(dir.path()).unwrap();
-    }
-
-    #[test]
-    fn a_directory_that_cannot_be_made_says_what_to_do() {
-        let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("file");
-        std::fs::write(&file, b"x").unwrap();
-        let error = Store::open(&file.join("data")).unwrap_err();
-        assert!(matches!(error, StoreError::Directory { .. }), "{error}");
-        assert!(error.to_string().contains("-data-dir"), "{error}");
-    }
-
-    #[test]
-    fn a_file_that_is_no_database_is_named_and_left_alone() {
-        let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join(STORE_FILE);
-        let garbage = b"not a database, but worth keeping".repeat(400);
-        std::fs::write(&file, &garbage).unwrap();
-        let error = Store::open(dir.path()).unwrap_err();
-        assert!(matches!(error, StoreError::Corrupt { .. }), "{error:?}");
-        assert!(error.to_string().contains("weft.redb") && error.to_string().contains("token"), "{error}");
-        assert_eq!(std::fs::read(&file).unwrap(), garbage);
-    }
-
-    #[test]
-    fn damage_anywhere_is_found_at_opening_or_does_no_harm() {
-        let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join(STORE_FILE);
-        let store = Store::open(dir.path()).unwrap();
-        store.put_identity(&[7; 5000]).unwrap();
-        store.next_generation().unwrap();
-        drop(store);
-        let good = std::fs::read(&file).unwrap();
-        let used = good.iter().rposition(|byte| *byte != 0).unwrap();
-        let mut refused = 0;
-        for part in 0..24 {
-            let at = used * part / 24;
-            let mut bad = good.clone();
-            for byte in bad.iter_mut().skip(at).take(700) {
-                *byte ^= 0x5a;
-            }
-            std::fs::write(&file, &bad).unwrap();
-            match Store::open(dir.path()) {
-                Err(error) => {
-                    assert!(matches!(error, StoreError::Corrupt { .. } | StoreError::Format { .. }), "{at}: {error:?}");
-                    refused += 1;
-                }
-                Ok(store) => {
-                    assert_eq!(store.identity().unwrap(), Some(vec![7; 5000]), "damage at {at}");
-                    assert_eq!(store.next_generation().unwrap(), 2);
-                }
-            }
-        }
-        assert!(refused > 0, "no damage was found");
-        std::fs::write(&file, good.get(..good.len() / 2).unwrap()).unwrap();
-        assert!(matches!(Store::open(dir.path()), Err(StoreError::Corrupt { .. })));
-    }
-
-    #[test]
-    fn a_file_left_by_a_killed_agent_opens() {
-        let dir = tempfile::tempdir().unwrap();
-        let copy = tempfile::tempdir().unwrap();
-        let store = Store::open(dir.path()).unwrap();
-        store.next_generation().unwrap();
-        // The bytes on disk while the agent runs are what `kill -9` leaves behind.
-        std::fs::copy(dir.path().join(STORE_FILE), copy.path().join(STORE_FILE)).unwrap();
-        assert_eq!(Store::open(copy.path()).unwrap().next_generation().unwrap(), 2);
-    }
-
-    #[test]
-    fn uses_of_a_token_are_counted_until_a_day_after_its_end() {
-        let store = Store::in_memory().unwrap();
-        let day = TOKEN_KEPT_AFTER_END.as_secs();
-        assert_eq!(store.count_token_use_at([1; 16], 100, UnixSeconds(50)).unwrap(), 0);
-        assert_eq!(store.count_token_use_at([1; 16], 100, UnixSeconds(60)).unwrap(), 1);
-        assert_eq!(store.count_token_use_at([2; 16], 900, UnixSeconds(60)).unwrap(), 0);
-        assert_eq!(store.count_token_use_at([1; 16], 100, UnixSeconds(100 + day)).unwrap(), 2);
-        store.count_token_use_at([2; 16], 900, UnixSeconds(101 + day)).unwrap();
-        assert_eq!(store.values::<TokenUses>(TOKENS).unwrap().len(), 1);
-    }
-}
+mod tests;

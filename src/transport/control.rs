@@ -11,6 +11,7 @@ use tracing::{debug, warn};
 use super::bind::BindError;
 use super::credentials::{Credentials, NodeCredentials, peer_of};
 use super::error::ConnectError;
+use super::live::LiveConnections;
 use super::metrics::{ControlMetrics, Outcome};
 use super::port;
 use super::steer::{self, Lane};
@@ -60,6 +61,7 @@ struct Shared {
     join: Arc<quinn::ServerConfig>,
     handshakes: Mutex<JoinSet<Option<Accepted>>>,
     metrics: ControlMetrics,
+    live: LiveConnections,
 }
 
 impl ControlTransport {
@@ -95,6 +97,7 @@ impl ControlTransport {
                 join,
                 handshakes: Mutex::default(),
                 metrics: ControlMetrics::new(),
+                live: LiveConnections::default(),
             }),
         })
     }
@@ -118,7 +121,11 @@ impl ControlTransport {
         let tls = credentials.client(Plane::Gossip, None, expect.clone()).map_err(local)?;
         let config = tune::client(Plane::Gossip, tls.config).map_err(local)?;
         let connection = connect(&self.shared.endpoint, config, addr, HANDSHAKE_TIMEOUT).await?;
-        let peer = verified(credentials, &connection, addr, expect.as_ref())?;
+        let (peer, entry) = verified(credentials, &self.shared.live, &connection, addr, expect.as_ref())?;
+        if let Some(entry) = entry {
+            // Gossip closes its connections itself.
+            entry.until_closed();
+        }
         Ok((connection, peer))
     }
 
@@ -166,6 +173,11 @@ impl ControlTransport {
     /// Cancelling ends the watch.
     pub async fn port_refused(&self, peer: SocketAddr, every: Duration) {
         port::refused(self.shared.local_ip, peer, every).await;
+    }
+
+    /// Returns the open gossip connections, to be held against what is trusted.
+    pub fn live(&self) -> &LiveConnections {
+        &self.shared.live
     }
 
     /// Returns what became of the attempts so far.
@@ -223,7 +235,14 @@ impl Shared {
         if plane == Plane::Join {
             return Some(Accepted { plane, connection, peer: None });
         }
-        match peer_of(&*self.credentials, &connection) {
+        let verified = peer_of(&*self.credentials, &self.live, &connection);
+        let verified = verified.map(|(peer, entry)| {
+            if let Some(entry) = entry {
+                entry.until_closed();
+            }
+            peer
+        });
+        match verified {
             Ok(peer) => Some(Accepted { plane, connection, peer: Some(peer) }),
             Err(error) => {
                 self.metrics.count(plane, Outcome::Unverified);

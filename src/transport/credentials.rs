@@ -6,9 +6,10 @@ use std::sync::Arc;
 use rustls::pki_types::CertificateDer;
 
 use super::error::Chain;
+use super::live::{LiveConnections, LiveEntry};
 use crate::clock::{self, UnixSeconds};
 use crate::model::{NodeName, ServiceName};
-use crate::pki::{self, Identity, PeerIdentity, Plane};
+use crate::pki::{self, Identity, PeerIdentity, Plane, Presented};
 
 /// The dialing side of TLS and how long its certificate lasts.
 #[derive(Debug, Clone)]
@@ -28,8 +29,13 @@ pub(crate) trait Credentials: fmt::Debug + Send + Sync {
     fn client(&self, plane: Plane, source: Option<&ServiceName>, expect: Option<NodeName>)
     -> Result<ClientTls, String>;
 
-    /// Tells who showed `chain`, leaf first.
-    fn verify(&self, chain: &[CertificateDer<'_>]) -> Result<PeerIdentity, String>;
+    /// Tells who showed `chain`, leaf first, and what is to be remembered of it; nothing where nothing is ever revoked.
+    fn verify(&self, chain: &[CertificateDer<'_>]) -> Result<(PeerIdentity, Option<Presented>), String>;
+
+    /// Looks again whether what was shown is revoked.
+    fn recheck(&self, _shown: &Presented) -> Result<(), String> {
+        Ok(())
+    }
 }
 
 /// The node's own identity as the endpoints use it.
@@ -55,17 +61,32 @@ impl Credentials for NodeCredentials {
         Ok(ClientTls { config, not_after: svid.not_after })
     }
 
-    fn verify(&self, chain: &[CertificateDer<'_>]) -> Result<PeerIdentity, String> {
-        pki::verify_peer(chain, self.0.authority().bundle(), clock::wall()).map_err(|error| Chain(&error).to_string())
+    fn verify(&self, chain: &[CertificateDer<'_>]) -> Result<(PeerIdentity, Option<Presented>), String> {
+        let verified = pki::verify_presented(chain, &self.0.bundle(), clock::wall());
+        let (peer, shown) = verified.map_err(|error| Chain(&error).to_string())?;
+        Ok((peer, Some(shown)))
+    }
+
+    fn recheck(&self, shown: &Presented) -> Result<(), String> {
+        self.0.bundle().revoked.check(shown).map_err(|error| error.to_string())
     }
 }
 
-/// Tells who the peer of `connection` is.
+/// Tells who the peer of `connection` is, and remembers the connection in `live` while the entry lives.
 ///
 /// # Errors
 /// If it showed no certificate, or one that does not verify.
-pub(crate) fn peer_of(credentials: &dyn Credentials, connection: &quinn::Connection) -> Result<PeerIdentity, String> {
+pub(crate) fn peer_of(
+    credentials: &dyn Credentials,
+    live: &LiveConnections,
+    connection: &quinn::Connection,
+) -> Result<(PeerIdentity, Option<LiveEntry>), String> {
     let shown = connection.peer_identity().ok_or("the peer showed no certificate")?;
     let chain = shown.downcast::<Vec<CertificateDer<'static>>>().map_err(|_| "the peer showed no X.509 chain")?;
-    credentials.verify(&chain)
+    let (peer, shown) = credentials.verify(&chain)?;
+    let Some(shown) = shown else { return Ok((peer, None)) };
+    let entry = live.add(connection.clone(), shown.clone());
+    // What was revoked since the check above is seen here; what is revoked from here on, by `live`.
+    credentials.recheck(&shown)?;
+    Ok((peer, Some(entry)))
 }

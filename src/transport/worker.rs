@@ -7,6 +7,7 @@ use std::time::Duration;
 use super::bind::BindError;
 use super::credentials::{Credentials, peer_of};
 use super::error::ConnectError;
+use super::live::{LiveConnections, LiveEntry};
 use super::port;
 use super::socket::MeshSocket;
 use super::steer::Lane;
@@ -25,6 +26,8 @@ pub(crate) struct Dialled {
     pub(crate) peer: PeerIdentity,
     /// End of the certificate that this side showed.
     pub(crate) not_after: UnixSeconds,
+    /// Keeps the connection under watch; to be held as long as anybody uses it.
+    pub(crate) live: Option<LiveEntry>,
 }
 
 /// A worker's endpoint: accepts tunnels and dials them from the one mesh port.
@@ -33,6 +36,7 @@ pub(crate) struct WorkerEndpoint {
     endpoint: quinn::Endpoint,
     local_ip: IpAddr,
     credentials: Arc<dyn Credentials>,
+    live: LiveConnections,
 }
 
 impl WorkerEndpoint {
@@ -42,6 +46,7 @@ impl WorkerEndpoint {
         lane: Lane,
         reset_key: &[u8; 64],
         credentials: Arc<dyn Credentials>,
+        live: LiveConnections,
     ) -> Result<Self, BindError> {
         let mut local_ip = IpAddr::from([0, 0, 0, 0]);
         let server = |addr: SocketAddr| {
@@ -50,7 +55,7 @@ impl WorkerEndpoint {
             tls.map_err(|reason| BindError::Tls { addr, reason })
         };
         let endpoint = start(socket, lane, reset_key, server)?;
-        Ok(Self { endpoint, local_ip, credentials })
+        Ok(Self { endpoint, local_ip, credentials, live })
     }
 
     /// Waits for the next attempt to connect; none when closed.
@@ -70,8 +75,8 @@ impl WorkerEndpoint {
         let tls = self.credentials.client(Plane::Tunnel, source, Some(node.clone())).map_err(local)?;
         let config = tune::client(Plane::Tunnel, tls.config).map_err(local)?;
         let connection = connect(&self.endpoint, config, addr, limit).await?;
-        let peer = verified(&*self.credentials, &connection, addr, Some(node))?;
-        Ok(Dialled { connection, peer, not_after: tls.not_after })
+        let (peer, live) = verified(&*self.credentials, &self.live, &connection, addr, Some(node))?;
+        Ok(Dialled { connection, peer, not_after: tls.not_after, live })
     }
 
     /// Tells whether `peer`'s host says that nobody has the port; asked once, 250 ms at most. Silence is no.
@@ -79,9 +84,9 @@ impl WorkerEndpoint {
         port::is_refused_once(self.local_ip, peer).await
     }
 
-    /// Tells who the peer of an accepted connection is.
-    pub(crate) fn peer(&self, connection: &quinn::Connection) -> Result<PeerIdentity, String> {
-        peer_of(&*self.credentials, connection)
+    /// Tells who the peer of an accepted connection is; the entry is to be held while the connection is served.
+    pub(crate) fn peer(&self, connection: &quinn::Connection) -> Result<(PeerIdentity, Option<LiveEntry>), String> {
+        peer_of(&*self.credentials, &self.live, connection)
     }
 
     /// Closes every connection and waits until the peers were told.
@@ -128,16 +133,17 @@ pub(super) async fn connect(
 /// Checks again who answered; with `expect` only that node will do.
 pub(super) fn verified(
     credentials: &dyn Credentials,
+    live: &LiveConnections,
     connection: &quinn::Connection,
     addr: SocketAddr,
     expect: Option<&NodeName>,
-) -> Result<PeerIdentity, ConnectError> {
-    let peer = peer_of(credentials, connection).map_err(|reason| ConnectError::Tls { addr, reason })?;
+) -> Result<(PeerIdentity, Option<LiveEntry>), ConnectError> {
+    let (peer, entry) = peer_of(credentials, live, connection).map_err(|reason| ConnectError::Tls { addr, reason })?;
     match expect {
         Some(wanted) if *wanted != peer.node => {
             Err(ConnectError::WrongNode { addr, wanted: wanted.clone(), found: peer.node })
         }
-        _ => Ok(peer),
+        _ => Ok((peer, entry)),
     }
 }
 

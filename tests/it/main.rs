@@ -21,11 +21,13 @@ mod app;
 mod docs;
 mod http;
 mod imports;
+mod interop;
 mod lab;
 mod loopback;
 mod netns_bad_input;
 mod netns_cluster;
 mod netns_faults;
+mod netns_identity;
 #[path = "../sim/mod.rs"]
 mod sim;
 mod simulated;

@@ -3,14 +3,16 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use rustls::pki_types::CertificateDer;
 use tracing::{error, info, warn};
 
 use super::{Actor, reasons};
 use crate::gossip::engine::Event;
-use crate::gossip::{MemberView, Members};
+use crate::gossip::{MemberView, Members, NodeCertificates};
 use crate::membership::MeshId;
 use crate::model::{MemberStatus, NodeName};
-use crate::replica::{ApplyError, Report};
+use crate::pki::{facts_of, root_key_of};
+use crate::replica::{ApplyError, NodeState, Report};
 
 impl Actor {
     pub(super) fn event(&mut self, event: Event) {
@@ -76,6 +78,7 @@ impl Actor {
                     warn!(%node, %error, "records refused");
                 }
             }
+            Event::Revoked(node) => warn!(member = %node, "member's certificate is revoked: its records are dropped"),
             Event::LeaseEnded(node) => info!(%node, "records ended: their node has not renewed them"),
             Event::Report(Report::OutOfScope { node, services, .. }) => {
                 warn!(%node, ?services, "services outside the node's serve scope are not shown");
@@ -96,6 +99,22 @@ impl Actor {
         );
     }
 
+    /// The certificates under which nodes publish.
+    pub(super) fn certificates(&self) -> Vec<NodeCertificates> {
+        let bundle = self.identity.bundle();
+        let facts = |der: &Vec<u8>| facts_of(&CertificateDer::from(der.as_slice())).ok();
+        let of = |(node, state): (&NodeName, &NodeState)| match state.chain() {
+            [intermediate, issuer, ..] => Some(NodeCertificates {
+                node: node.clone(),
+                intermediate: facts(intermediate)?,
+                issuer: facts(issuer)?,
+                root: root_key_of(&CertificateDer::from(issuer.as_slice()), &bundle),
+            }),
+            _ => None,
+        };
+        self.engine.replica().nodes().filter_map(of).collect()
+    }
+
     pub(super) fn show_members(&self) {
         let (node, replica) = (self.engine.node(), self.engine.replica());
         let info = |name: &NodeName| replica.state(name).and_then(|state| state.info.clone());
@@ -112,7 +131,7 @@ impl Actor {
         members.extend(self.engine.membership().members().map(|member| MemberView {
             name: member.id.name.clone(),
             addr: member.id.addr,
-            status: member.status,
+            status: self.engine.status_of(&member.id.name),
             generation: member.id.life.generation,
             since: member.since(),
             forgotten_at: self.engine.membership().forgotten_at(member),

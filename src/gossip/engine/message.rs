@@ -44,6 +44,8 @@ pub enum Request {
         /// Goodbyes that the peer may have missed.
         farewells: Vec<Leave>,
     },
+    /// Says something about signed documents; the carrier hands it to `gossip::documents`.
+    Documents(Vec<u8>),
 }
 
 /// The answer to a hello.

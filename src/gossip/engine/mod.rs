@@ -216,6 +216,8 @@ pub enum Event {
         /// Whether it is the first time since something of this node was accepted.
         is_news: bool,
     },
+    /// A node's certificate was revoked; its records are gone.
+    Revoked(NodeName),
     /// A node's records ended with their lease.
     LeaseEnded(NodeName),
     /// The replica has something to say.
@@ -283,6 +285,8 @@ pub struct Engine {
     conflict_seen: Option<MeshId>,
     /// Nodes whose records were refused and told.
     refusals: BTreeSet<NodeName>,
+    /// Nodes whose certificate was revoked; they count as failed until they publish under another.
+    revoked: BTreeSet<NodeName>,
 }
 
 impl std::fmt::Debug for Engine {
@@ -332,6 +336,7 @@ impl Engine {
             is_doubted: false,
             conflict_seen: None,
             refusals: BTreeSet::new(),
+            revoked: BTreeSet::new(),
             node: params.node,
         };
         engine.publish(turn);
@@ -371,6 +376,9 @@ impl Engine {
         if *name == self.node.name {
             // What runs here is served until the agent stops.
             return if self.core.has_left() { MemberStatus::Leaving } else { MemberStatus::Alive };
+        }
+        if self.revoked.contains(name) {
+            return MemberStatus::Failed;
         }
         // Records of a node that the membership has not heard of: it may be gone for long.
         self.core.member(name).map_or(MemberStatus::Failed, |member| member.status)
@@ -456,6 +464,18 @@ impl Engine {
     pub fn handle_records(&mut self, records: BTreeMap<EntryKey, Entry>, turn: &Turn<'_>) {
         self.records = records;
         self.publish(turn);
+        self.settle(turn);
+    }
+
+    /// Drops the records of nodes whose certificates are no longer believed; those nodes count as failed at once.
+    pub fn handle_trust(&mut self, turn: &Turn<'_>) {
+        for node in self.replica.drop_unless(|chain| turn.verifier.is_good(chain)) {
+            self.tell(Event::Revoked(node.clone()));
+            self.outputs.push_back(Output::Close { peer: node.clone(), reason: "certificate revoked" });
+            self.are_members_dirty = true;
+            self.revoked.insert(node.clone());
+            self.dirty.insert(node);
+        }
         self.settle(turn);
     }
 

@@ -80,6 +80,7 @@ impl Engine {
                 if matches!(applied, Applied::Updated) {
                     self.refusals.remove(&node);
                     self.attest(&node, turn);
+                    self.revoked.remove(&node);
                     self.dirty.insert(node);
                     self.are_members_dirty = true;
                 }

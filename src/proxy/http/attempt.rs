@@ -32,7 +32,7 @@ use super::{ATTEMPTS_MAX, Dial, HttpState, REPLAY_BYTES_MAX};
 use crate::model::ServiceName;
 use crate::proxy::head::{HeadError, HeadWriter, Inbox, Payload, ResponseHead};
 use crate::proxy::worker::within;
-use crate::proxy::{OpenError, Opened, StreamKind, Tried};
+use crate::proxy::{Lease, OpenError, Opened, StreamKind, Tried};
 
 /// A request's body while attempts may still need it again.
 struct Upload {
@@ -115,9 +115,9 @@ pub(super) async fn attempts<D: Dial>(worker: &Rc<D>, call: &Call<'_>, body: Inc
             // No instance is left: what the tried ones said is the better answer.
             Err(error) => return Err(failure.unwrap_or_else(|| open_refusal(destination, error))),
         };
-        let Opened { send, recv, preamble, instance } = opened;
+        let Opened { send, recv, preamble, instance, lease } = opened;
         let attempt = Attempt { worker, call, head: head.clone(), pending: pending.as_ref(), limit };
-        let outcome = attempt.run(TunnelSend::new(send), recv, preamble).await;
+        let outcome = attempt.run(TunnelSend::new(send), recv, preamble, lease).await;
         match &outcome {
             Err(Failed::Unreached(_)) => worker.connect_failed(&instance),
             Ok(_) => worker.connected(&instance),
@@ -269,7 +269,13 @@ struct Attempt<'a, D> {
 }
 
 impl<D: Dial> Attempt<'_, D> {
-    async fn run(self, mut send: TunnelSend, mut recv: RecvStream, preamble: Bytes) -> Result<Answer, Failed> {
+    async fn run(
+        self,
+        mut send: TunnelSend,
+        mut recv: RecvStream,
+        preamble: Bytes,
+        lease: Lease,
+    ) -> Result<Answer, Failed> {
         let mut chunks = vec![preamble, self.head.clone()];
         if let Some(upload) = self.pending {
             chunks.extend_from_slice(&upload.replay.borrow());
@@ -301,13 +307,15 @@ impl<D: Dial> Attempt<'_, D> {
             pending.settle();
         }
         if let Some(uploading) = uploading {
+            let lease = lease.clone();
             self.worker.spawn(async move {
+                let _lease = lease;
                 if let Err(error) = uploading.await {
                     debug!(error = %error, "request body aborted");
                 }
             });
         }
-        Ok(Answer { head, recv, inbox, send: kept })
+        Ok(Answer { head, recv, inbox, send: kept, lease })
     }
 
     /// Waits for the answer while the body goes up.

@@ -14,6 +14,7 @@ use quinn::{RecvStream, SendStream, VarInt, WriteError};
 use super::activity::Busy;
 use super::metrics::{Exchange, Flag};
 use super::{COPY_BYTES_MAX, FIRST_BYTES_MAX, HttpState};
+use crate::proxy::Lease;
 use crate::proxy::head::{self, BodyDecoder, HeadError, HeadWriter, Inbox};
 
 /// Code of RESET_STREAM when a message is aborted.
@@ -96,6 +97,7 @@ pub(crate) struct TunnelBody {
     /// Bytes that the message's `content-length` still promises.
     promised: Option<u64>,
     failed: bool,
+    lease: Lease,
 }
 
 impl TunnelBody {
@@ -112,6 +114,12 @@ impl TunnelBody {
         (body.recv, body.inbox) = (Some(recv), inbox);
         (body.exchange, body.promised) = (exchange, promised);
         body
+    }
+
+    /// Holds the tunnel while the body is read.
+    pub(crate) fn holding(mut self, lease: Lease) -> Self {
+        self.lease = lease;
+        self
     }
 
     /// Holds a text of weft's own.

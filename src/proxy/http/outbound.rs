@@ -46,7 +46,7 @@ use super::pool::WorkerExec;
 use super::upgrade::{self, Raw};
 use crate::model::ServiceName;
 use crate::proxy::head::{HEAD_BYTES_MAX, Inbox, Payload, ResponseHead};
-use crate::proxy::{Caller, Route, Source};
+use crate::proxy::{Caller, Lease, Route, Source};
 
 /// Concurrent requests of one HTTP/2 caller.
 const H2_STREAMS_MAX: u32 = 256;
@@ -292,6 +292,7 @@ pub(super) struct Answer {
     pub(super) inbox: Inbox,
     /// On an upgrade: the other direction.
     pub(super) send: Option<TunnelSend>,
+    pub(super) lease: Lease,
 }
 
 /// Hands the answer to hyper.
@@ -302,14 +303,14 @@ fn respond<D: Dial>(
     upgraded: Option<OnUpgrade>,
     busy: Busy,
 ) -> Response<TunnelBody> {
-    let Answer { head, mut recv, mut inbox, send } = answer;
+    let Answer { head, mut recv, mut inbox, send, lease } = answer;
     let ResponseHead { payload, status, headers } = head;
     let switches = status == StatusCode::SWITCHING_PROTOCOLS;
     let body = match (payload, send.zip(upgraded)) {
         (Payload::Upgrade, Some((send, upgraded))) if switches => {
             exchange.finish(Flag::None);
             worker.spawn(async move {
-                let _busy = busy;
+                let (_busy, _lease) = (busy, lease);
                 match upgraded.await.map(hyper::upgrade::Upgraded::downcast::<Watched>) {
                     Ok(Ok(parts)) => {
                         let raw = Raw { stream: parts.io.into_inner(), read: parts.read_buf };
@@ -329,7 +330,7 @@ fn respond<D: Dial>(
             let text = "the destination switched protocols unasked".to_owned();
             return refuse(exchange, Refusal::reset(text), false);
         }
-        (Payload::Frames, _) => TunnelBody::stream(recv, inbox, &headers, Some((exchange, busy))),
+        (Payload::Frames, _) => TunnelBody::stream(recv, inbox, &headers, Some((exchange, busy))).holding(lease),
         _ => {
             // Reads the FIN that came with the head: dropping the stream before it would send STOP_SENDING.
             let _fin = futures_util::FutureExt::now_or_never(recv.read_chunk(1, true));

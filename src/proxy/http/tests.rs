@@ -52,7 +52,13 @@ impl Dial for Loopback {
             tunnels[turn % tunnels.len()].clone()
         };
         let (send, recv) = tunnel.open_bi().await.unwrap();
-        Ok(Opened { send, recv, preamble: Bytes::from_static(b"P!"), instance: Arc::clone(&self.instance) })
+        Ok(Opened {
+            send,
+            recv,
+            preamble: Bytes::from_static(b"P!"),
+            instance: Arc::clone(&self.instance),
+            lease: None,
+        })
     }
 
     fn snapshot(&self) -> &SnapshotReader {

@@ -19,7 +19,7 @@ use crate::metrics::Metrics;
 use crate::model::{
     Generation, HealthStatus, MemberStatus, NodeInfo, NodeName, Protocol, ServiceName, ServiceRecord, SpiffeId, Weights,
 };
-use crate::pki::{PeerIdentity, Plane};
+use crate::pki::{PeerIdentity, Plane, Presented};
 use crate::transport::{ClientTls, Credentials, bind, client_config};
 
 /// Where an instance of `web` is said to be: node, its mesh address, instance id.
@@ -116,6 +116,7 @@ impl Node {
         let publisher = Publisher::new(Arc::new(first));
         let metrics = Metrics::new();
         let params = StartParams {
+            live: crate::transport::LiveConnections::default(),
             sockets: bound.workers,
             reset_key: [7; 64],
             snapshot: publisher.reader(),
@@ -304,8 +305,9 @@ impl Credentials for TestCredentials {
         Ok(ClientTls { config: Arc::new(config), not_after: UnixSeconds(u64::MAX) })
     }
 
-    fn verify(&self, chain: &[CertificateDer<'_>]) -> Result<PeerIdentity, String> {
+    fn verify(&self, chain: &[CertificateDer<'_>]) -> Result<(PeerIdentity, Option<Presented>), String> {
         let leaf = chain.first().ok_or("no leaf")?;
-        self.authority.known.lock().unwrap().get(leaf.as_ref()).cloned().ok_or_else(|| "unknown".to_owned())
+        let known = self.authority.known.lock().unwrap().get(leaf.as_ref()).cloned();
+        known.map(|peer| (peer, None)).ok_or_else(|| "unknown".to_owned())
     }
 }

@@ -20,11 +20,14 @@ use tracing::{info, warn};
 use crate::clock::{self, UnixSeconds};
 use crate::model::NodeName;
 use crate::pki::join::{
-    Answer, EXPORTER_LABEL, Hello, ISSUERS_MAX, JOIN_FRAME_BYTES_MAX, Request, Role, Welcome, renewal_message,
+    Answer, EXPORTER_LABEL, Hello, ISSUERS_MAX, JOIN_FRAME_BYTES_MAX, KNOWN_ROOTS_MAX, LINKS_BYTES_MAX, Request, Role,
+    Welcome, renewal_message,
 };
 use crate::pki::{
-    Issuer, JoinVerifier, NodeAuthority, PkiError, Plane, Token, TrustBundle, VerifyError, join as checks,
+    Issuer, IssuerCell, JoinKey, JoinVerifier, NodeAuthority, PkiError, Plane, SpkiHash, Token, TrustBundle,
+    VerifyError, join as checks, root_digest,
 };
+use crate::policy::{self, Document};
 use crate::transport;
 use crate::wire::{self, WireError};
 
@@ -126,20 +129,30 @@ pub trait JoinDirectory: Send + Sync {
 
 /// Where an issuer counts the uses of tokens; calls may block on a disk.
 pub trait TokenLedger: Send + Sync {
-    /// Counts one use and returns how many there were before.
-    fn count_use(&self, id: [u8; 16], not_after: u64) -> Result<u32, String>;
+    /// Counts one use by `key` and returns how many there were before; none if this key used the token minutes ago: its
+    /// answer was lost, and it asks again.
+    fn count_use(&self, id: [u8; 16], not_after: u64, key: [u8; 32]) -> Result<Option<u32>, String>;
+}
+
+/// What a node believes, and how others come to believe it.
+pub trait JoinTrust: Send + Sync {
+    /// What is believed at this moment.
+    fn bundle(&self) -> Arc<TrustBundle>;
+    /// The documents that lead from root to root, in order of the walk.
+    fn links(&self) -> Vec<Vec<u8>>;
 }
 
 /// Answers newcomers and renewals on the join plane.
 pub struct JoinServer {
-    issuer: Option<Arc<Issuer>>,
+    issuer: Arc<IssuerCell>,
+    trust: Arc<dyn JoinTrust>,
     directory: Arc<dyn JoinDirectory>,
     ledger: Arc<dyn TokenLedger>,
 }
 
 impl std::fmt::Debug for JoinServer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "JoinServer(issuer: {})", self.issuer.is_some())
+        write!(f, "JoinServer(issuer: {})", self.issuer.load().is_some())
     }
 }
 
@@ -149,11 +162,25 @@ type Failure = Box<dyn std::error::Error + Send + Sync>;
 impl JoinServer {
     /// Makes a server; without an issuer it only names others.
     pub fn new(
-        issuer: Option<Arc<Issuer>>,
+        issuer: Arc<IssuerCell>,
+        trust: Arc<dyn JoinTrust>,
         directory: Arc<dyn JoinDirectory>,
         ledger: Arc<dyn TokenLedger>,
     ) -> Arc<Self> {
-        Arc::new(Self { issuer, directory, ledger })
+        Arc::new(Self { issuer, trust, directory, ledger })
+    }
+
+    /// The links that a newcomer needs who believes the roots of `knows`, as much as fits a frame, the latest first to stay.
+    fn links_for(&self, knows: &[[u8; 32]]) -> Vec<Vec<u8>> {
+        let bundle = self.trust.bundle();
+        if bundle.roots.first().is_none_or(|root| knows.contains(&root_digest(root))) {
+            return Vec::new();
+        }
+        let mut links = self.trust.links();
+        while links.iter().map(Vec::len).sum::<usize>() > LINKS_BYTES_MAX {
+            links.remove(0);
+        }
+        links
     }
 
     /// Serves one connection until its exchange ends, at most [`JOIN_TIMEOUT`], and closes it.
@@ -180,15 +207,16 @@ impl JoinServer {
         let hello: Hello = tokio::time::timeout(STEP_TIMEOUT, read(&mut recv)).await??;
         let nonce: [u8; 32] = rand::random();
         let now = clock::wall();
-        let role = if let Some(issuer) = &self.issuer {
+        let issuer = self.issuer.active(&self.trust.bundle(), now);
+        let role = if let Some(issuer) = &issuer {
             Role::Issuer { certificate: issuer.certificate().to_vec(), proof: issuer.prove(&channel(connection)?)? }
         } else {
             let mut issuers = self.directory.issuers();
             issuers.truncate(ISSUERS_MAX);
             Role::Member { issuers }
         };
-        write(&mut send, &Welcome { clock: now, nonce, role }).await?;
-        let Some(issuer) = &self.issuer else { return Ok(send.finish()?) };
+        write(&mut send, &Welcome { clock: now, nonce, role, links: self.links_for(&hello.knows) }).await?;
+        let Some(issuer) = issuer else { return Ok(send.finish()?) };
         let Ok(Ok(request)) = tokio::time::timeout(STEP_TIMEOUT, read::<Request>(&mut recv)).await else {
             // A newcomer that finds its clock wrong asks for nothing.
             return Ok(());
@@ -198,7 +226,7 @@ impl JoinServer {
             let limit = CLOCK_SKEW_MAX.as_secs();
             Err(format!("your clock says {} and mine {}; at most {limit} s apart are allowed", hello.clock.0, now.0))
         } else {
-            self.decide(issuer, request, &nonce, from, now).await
+            self.decide(&issuer, request, &nonce, from, now).await
         };
         let answer = match decided {
             Ok(chain) => Answer::Granted { chain: chain.iter().map(|der| der.to_vec()).collect() },
@@ -220,10 +248,16 @@ impl JoinServer {
         from: SocketAddr,
         now: UnixSeconds,
     ) -> Result<Vec<CertificateDer<'static>>, String> {
+        let trust = self.trust.bundle();
+        let (Request::Join { csr, .. } | Request::Renew { csr, .. }) = &request;
+        let key = checks::request_key(csr).ok_or("the signing request does not parse")?;
+        if trust.revoked.has_key(&key) {
+            return Err(format!("key {key} is revoked: an operator took it back; make a new key, with a new token"));
+        }
         match request {
             Request::Join { token, node, csr } => {
                 let token: Token = token.parse().map_err(|err: crate::pki::TokenError| err.to_string())?;
-                let claims = token.verify(issuer.bundle(), now).map_err(|err| err.to_string())?;
+                let claims = token.verify(&trust, now).map_err(|err| err.to_string())?;
                 if !claims.node.matches(node.as_str()) {
                     return Err(format!("the token is for nodes named `{}`, not `{node}`", claims.node));
                 }
@@ -234,14 +268,14 @@ impl JoinServer {
                     ));
                 }
                 let chain = issuer.certify_request(&csr, &node, &claims.serve, now).map_err(|err| text(&err))?;
-                self.count(&claims).await?;
+                self.count(&claims, key).await?;
                 info!(%node, scope = %claims.serve, peer = %from, "certified a newcomer");
                 Ok(chain)
             }
             Request::Renew { csr, chain, signature } => {
                 let chain: Vec<_> = chain.into_iter().map(CertificateDer::from).collect();
                 let message = renewal_message(&csr, nonce);
-                let old = checks::verify_renewal(&chain, &message, &signature, issuer.bundle(), now, RENEW_GRACE)
+                let old = checks::verify_renewal(&chain, &message, &signature, &trust, now, RENEW_GRACE)
                     .map_err(|err| err.to_string())?;
                 let (node, scope) = old;
                 let chain = issuer.certify_request(&csr, &node, &scope, now).map_err(|err| text(&err))?;
@@ -251,34 +285,46 @@ impl JoinServer {
         }
     }
 
-    async fn count(&self, claims: &crate::pki::TokenClaims) -> Result<(), String> {
+    async fn count(&self, claims: &crate::pki::TokenClaims, key: SpkiHash) -> Result<(), String> {
         let (ledger, id, not_after) = (Arc::clone(&self.ledger), claims.id, claims.not_after.0);
-        let counted = tokio::task::spawn_blocking(move || ledger.count_use(id, not_after)).await;
+        let counted = tokio::task::spawn_blocking(move || ledger.count_use(id, not_after, key.0)).await;
         let before = counted.map_err(|err| err.to_string())?.map_err(|err| format!("uses cannot be counted: {err}"))?;
-        if claims.uses > 0 && before >= claims.uses {
+        if claims.uses > 0 && before.is_some_and(|before| before >= claims.uses) {
             return Err(format!("the token was good for {} uses and has had them: make a new one", claims.uses));
         }
         Ok(())
     }
 }
 
-/// Asks the seeds, and the issuers that they name, for a certificate for `node`, and returns the new authority.
+/// Asks the seeds, and the issuers that they name, for a certificate for `node` and `key`, and returns the new authority.
+///
+/// With the same key it may be asked again when the answer was lost: the token's use is counted once.
 ///
 /// # Errors
 /// The most telling [`JoinError`] of all addresses tried; a refusal by an issuer ends the search.
 /// # Cancel safety
-/// Safe, except that a use of the token may have been counted.
+/// Safe; a use of the token may have been counted, and the next call with the same key does not count another.
 pub async fn request_certificate(
     seeds: &[SocketAddr],
     token: &Token,
+    key: &JoinKey,
     node: &NodeName,
     now: UnixSeconds,
 ) -> Result<NodeAuthority, JoinError> {
-    let asked = Asked { node, now, by: By::Token(token) };
-    search(seeds, &asked).await
+    search(seeds, &Asked { node, now, key, by: By::Token(token) }).await.map(|renewed| renewed.authority)
 }
 
-/// Renews the certificate of `authority` with a new key, up to [`RENEW_GRACE`] after its end; name and scope stay.
+/// A new certificate, and the documents that led to the root above it, if that was not known.
+#[derive(Debug)]
+pub struct Renewed {
+    /// The authority.
+    pub authority: NodeAuthority,
+    /// In order of the walk.
+    pub links: Vec<Vec<u8>>,
+}
+
+/// Renews the certificate of `authority` with a new key, up to [`RENEW_GRACE`] after its end; name and scope stay. `bundle`
+/// is what this node believes; a seed under a newer root is believed once its links lead there.
 ///
 /// # Errors
 /// As [`request_certificate`].
@@ -287,29 +333,31 @@ pub async fn request_certificate(
 pub async fn renew(
     seeds: &[SocketAddr],
     authority: &NodeAuthority,
+    bundle: &TrustBundle,
     now: UnixSeconds,
-) -> Result<NodeAuthority, JoinError> {
-    let asked = Asked { node: authority.node(), now, by: By::Key(authority) };
-    search(seeds, &asked).await
+) -> Result<Renewed, JoinError> {
+    let key = JoinKey::new().map_err(JoinError::Local)?;
+    search(seeds, &Asked { node: authority.node(), now, key: &key, by: By::Key(authority, bundle) }).await
 }
 
 enum By<'a> {
     Token(&'a Token),
-    Key(&'a NodeAuthority),
+    Key(&'a NodeAuthority, &'a TrustBundle),
 }
 
 struct Asked<'a> {
     node: &'a NodeName,
     now: UnixSeconds,
+    key: &'a JoinKey,
     by: By<'a>,
 }
 
 enum Outcome {
-    Granted(Box<NodeAuthority>),
+    Granted(Box<Renewed>),
     Others(Vec<SocketAddr>),
 }
 
-async fn search(seeds: &[SocketAddr], asked: &Asked<'_>) -> Result<NodeAuthority, JoinError> {
+async fn search(seeds: &[SocketAddr], asked: &Asked<'_>) -> Result<Renewed, JoinError> {
     let mut queue: VecDeque<SocketAddr> = seeds.iter().copied().take(DIALS_MAX).collect();
     let mut tried: Vec<SocketAddr> = Vec::new();
     let mut failed = JoinError::NoSeeds;
@@ -321,7 +369,7 @@ async fn search(seeds: &[SocketAddr], asked: &Asked<'_>) -> Result<NodeAuthority
         let attempt = Box::pin(ask(seed, asked));
         let outcome = tokio::time::timeout(JOIN_TIMEOUT, attempt).await;
         let error = match outcome {
-            Ok(Ok(Outcome::Granted(authority))) => return Ok(*authority),
+            Ok(Ok(Outcome::Granted(renewed))) => return Ok(*renewed),
             Ok(Ok(Outcome::Others(issuers))) => {
                 queue.extend(issuers.into_iter().take(ISSUERS_MAX));
                 JoinError::NoIssuer { seed }
@@ -342,7 +390,7 @@ async fn search(seeds: &[SocketAddr], asked: &Asked<'_>) -> Result<NodeAuthority
 async fn ask(seed: SocketAddr, asked: &Asked<'_>) -> Result<Outcome, JoinError> {
     let verifier = match &asked.by {
         By::Token(token) => JoinVerifier::pinning(token.root_digest(), asked.now),
-        By::Key(authority) => JoinVerifier::trusting(authority.bundle().clone(), asked.now),
+        By::Key(_, bundle) => JoinVerifier::trusting((*bundle).clone(), asked.now),
     };
     let unreachable = |source: Failure| JoinError::Unreachable { seed, source };
     let local: SocketAddr =
@@ -375,7 +423,11 @@ async fn converse(
 ) -> Result<Outcome, JoinError> {
     let broken = |source: Failure| JoinError::Exchange { seed, source };
     let (mut send, mut recv): Streams = connection.open_bi().await.map_err(|err| broken(err.into()))?;
-    write(&mut send, &Hello { clock: asked.now }).await.map_err(|err| broken(err.into()))?;
+    let knows = match &asked.by {
+        By::Token(token) => vec![token.root_digest()],
+        By::Key(_, bundle) => bundle.roots.iter().take(KNOWN_ROOTS_MAX).map(root_digest).collect(),
+    };
+    write(&mut send, &Hello { clock: asked.now, knows }).await.map_err(|err| broken(err.into()))?;
     let welcome: Welcome = read(&mut recv).await.map_err(|err| broken(err.into()))?;
     if is_skewed(asked.now, welcome.clock) {
         return Err(JoinError::ClockSkew { seed, ours: asked.now, theirs: welcome.clock });
@@ -384,23 +436,43 @@ async fn converse(
     if let Some(doubt) = verifier.doubt() {
         return Err(untrusted(doubt.clone()));
     }
+    if let Some(unknown) = verifier.stranger() {
+        let walked = walked(asked, &welcome.links).ok_or_else(|| untrusted(unknown.clone()))?;
+        verifier.check_walked(&walked).map_err(|_| untrusted(unknown.clone()))?;
+    }
     let bundle = verifier.bundle().cloned().ok_or_else(|| untrusted(VerifyError::WrongRoot))?;
-    let (certificate, proof) = match welcome.role {
+    let Welcome { nonce, role, links, .. } = welcome;
+    let (certificate, proof) = match role {
         Role::Member { issuers } => return Ok(Outcome::Others(issuers)),
         Role::Issuer { certificate, proof } => (CertificateDer::from(certificate), proof),
     };
     let channel = channel(connection).map_err(broken)?;
     checks::verify_issuer(&certificate, &proof, &channel, asked.node, &bundle, asked.now).map_err(untrusted)?;
-    let key = checks::new_key().map_err(JoinError::Local)?;
-    let request = request(asked, &key, &welcome.nonce).map_err(JoinError::Local)?;
+    let key = asked.key.pair().map_err(JoinError::Local)?;
+    let request = request(asked, &key, &nonce).map_err(JoinError::Local)?;
     write(&mut send, &request).await.map_err(|err| broken(err.into()))?;
     match read(&mut recv).await.map_err(|err| broken(err.into()))? {
         Answer::Refused { reason } => {
             let reason = reason.chars().filter(|c| !c.is_control()).take(REASON_CHARS_MAX).collect();
             Err(JoinError::Refused { seed, reason })
         }
-        Answer::Granted { chain } => granted(seed, asked, key, chain, bundle),
+        Answer::Granted { chain } => granted(seed, asked, key, chain, bundle, links),
     }
+}
+
+/// Follows the seed's links from what is believed here; none if they lead nowhere.
+fn walked(asked: &Asked<'_>, links: &[Vec<u8>]) -> Option<TrustBundle> {
+    let base = match &asked.by {
+        By::Key(_, bundle) => (*bundle).clone(),
+        By::Token(token) => {
+            // The token pins a digest; the link that its root signed holds the root itself.
+            let signers = links.iter().filter_map(|link| Some(Document::from_bytes(link).ok()?.certificate().clone()));
+            let pinned = signers.into_iter().find(|signer| root_digest(signer) == token.root_digest())?;
+            crate::pki::root_bundle(&pinned).ok()?
+        }
+    };
+    let roots = policy::walk(&base, links, asked.now);
+    (roots.len() > base.roots.len()).then_some(TrustBundle { roots, ..base })
 }
 
 /// Checks what was granted. The bundle is the verified one, not the answer's: a relaying node could add a root to that.
@@ -410,6 +482,7 @@ fn granted(
     key: KeyPair,
     chain: Vec<Vec<u8>>,
     bundle: TrustBundle,
+    links: Vec<Vec<u8>>,
 ) -> Result<Outcome, JoinError> {
     let chain = chain.into_iter().map(CertificateDer::from).collect();
     let authority = NodeAuthority::new(key, chain, bundle, asked.now)
@@ -418,7 +491,7 @@ fn granted(
         let (asked, found) = (asked.node.clone(), authority.node().clone());
         return Err(JoinError::OtherName { seed, asked, found });
     }
-    Ok(Outcome::Granted(Box::new(authority)))
+    Ok(Outcome::Granted(Box::new(Renewed { authority, links })))
 }
 
 fn request(asked: &Asked<'_>, key: &KeyPair, nonce: &[u8; 32]) -> Result<Request, PkiError> {
@@ -429,7 +502,7 @@ fn request(asked: &Asked<'_>, key: &KeyPair, nonce: &[u8; 32]) -> Result<Request
         .to_vec();
     Ok(match &asked.by {
         By::Token(token) => Request::Join { token: token.to_string(), node: asked.node.clone(), csr },
-        By::Key(authority) => {
+        By::Key(authority, _) => {
             let signature = authority.sign_renewal(&renewal_message(&csr, nonce))?;
             Request::Renew { csr, chain: authority.chain().iter().map(|der| der.to_vec()).collect(), signature }
         }
@@ -473,202 +546,4 @@ async fn write<T: serde::Serialize>(send: &mut quinn::SendStream, message: &T) -
 }
 
 #[cfg(test)]
-mod tests {
-    use std::collections::HashMap;
-    use std::sync::Mutex;
-
-    use quinn::crypto::rustls::QuicServerConfig;
-
-    use super::*;
-    use crate::pki::{EphemeralCa, Identity, TokenClaims, ephemeral};
-
-    const DAY: Duration = Duration::from_secs(86_400);
-
-    #[derive(Default)]
-    struct Mesh {
-        holders: HashMap<String, SocketAddr>,
-        issuers: Vec<SocketAddr>,
-        uses: Mutex<HashMap<[u8; 16], u32>>,
-    }
-
-    impl JoinDirectory for Mesh {
-        fn live_holder(&self, name: &NodeName) -> Option<SocketAddr> {
-            self.holders.get(name.as_str()).copied()
-        }
-
-        fn issuers(&self) -> Vec<SocketAddr> {
-            self.issuers.clone()
-        }
-    }
-
-    impl TokenLedger for Mesh {
-        fn count_use(&self, id: [u8; 16], _not_after: u64) -> Result<u32, String> {
-            let mut uses = self.uses.lock().unwrap();
-            let count = uses.entry(id).or_default();
-            *count += 1;
-            Ok(*count - 1)
-        }
-    }
-
-    /// A node that answers joins on a port of its own until it is dropped.
-    struct Seed {
-        addr: SocketAddr,
-        _tasks: tokio::task::JoinSet<()>,
-    }
-
-    fn seed(ca: &EphemeralCa, issuer: Option<Arc<Issuer>>, mesh: Mesh, certified: UnixSeconds) -> Seed {
-        let authority = ca.issuer().self_certify(&"seed".parse().unwrap(), &"*".parse().unwrap(), certified).unwrap();
-        let identity = Identity::new(authority, certified).unwrap();
-        let crypto = QuicServerConfig::try_from(identity.server_config_control().unwrap()).unwrap();
-        let config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
-        let endpoint = quinn::Endpoint::server(config, (Ipv4Addr::LOCALHOST, 0).into()).unwrap();
-        let addr = endpoint.local_addr().unwrap();
-        let mesh = Arc::new(mesh);
-        let server = JoinServer::new(issuer, Arc::clone(&mesh) as _, mesh);
-        let mut tasks = tokio::task::JoinSet::new();
-        tasks.spawn(async move {
-            while let Some(incoming) = endpoint.accept().await {
-                if let Ok(connection) = incoming.await {
-                    server.serve(connection).await;
-                }
-            }
-        });
-        Seed { addr, _tasks: tasks }
-    }
-
-    fn ca(domain: &str) -> EphemeralCa {
-        // Two months old, so that certificates of the past can be made.
-        ephemeral(&domain.parse().unwrap(), clock::wall().minus(DAY * 60)).unwrap()
-    }
-
-    fn issuing(ca: &EphemeralCa, mesh: Mesh) -> Seed {
-        seed(ca, Some(Arc::clone(ca.issuer())), mesh, clock::wall())
-    }
-
-    fn claims() -> TokenClaims {
-        TokenClaims {
-            id: [1; 16],
-            node: "web-*".parse().unwrap(),
-            serve: "web".parse().unwrap(),
-            not_after: clock::wall().plus(DAY),
-            uses: 1,
-        }
-    }
-
-    async fn join(seed: &Seed, token: &Token, node: &str) -> Result<NodeAuthority, JoinError> {
-        request_certificate(&[seed.addr], token, &node.parse().unwrap(), clock::wall()).await
-    }
-
-    #[tokio::test]
-    async fn a_newcomer_gets_name_scope_and_bundle_and_survives_its_bytes() {
-        let ca = ca("td");
-        let seed = issuing(&ca, Mesh::default());
-        let authority = join(&seed, &ca.token(&claims()).unwrap(), "web-1").await.unwrap();
-        assert_eq!((authority.node().as_str(), authority.scope().to_string().as_str()), ("web-1", "web"));
-        assert_eq!(authority.bundle(), ca.issuer().bundle());
-        let stored = NodeAuthority::from_bytes(&authority.to_bytes().unwrap()).unwrap();
-        assert_eq!(stored.chain(), authority.chain());
-        assert!(NodeAuthority::from_bytes(&[1, 2, 3]).is_err());
-    }
-
-    #[tokio::test]
-    async fn a_node_that_is_no_issuer_names_one() {
-        let ca = ca("td");
-        let issuer = issuing(&ca, Mesh::default());
-        let token = ca.token(&claims()).unwrap();
-        let member = seed(&ca, None, Mesh { issuers: vec![issuer.addr], ..Mesh::default() }, clock::wall());
-        assert_eq!(join(&member, &token, "web-1").await.unwrap().node().as_str(), "web-1");
-        let lonely = seed(&ca, None, Mesh::default(), clock::wall());
-        assert!(matches!(join(&lonely, &token, "web-1").await, Err(JoinError::NoIssuer { .. })));
-    }
-
-    #[tokio::test]
-    async fn each_refusal_says_what_is_wrong() {
-        let ca = ca("td");
-        let holder: SocketAddr = "10.0.0.9:8301".parse().unwrap();
-        let seed = issuing(&ca, Mesh { holders: [("web-9".to_owned(), holder)].into(), ..Mesh::default() });
-        let token = ca.token(&claims()).unwrap();
-        let refused = |result: Result<NodeAuthority, JoinError>| match result.unwrap_err() {
-            JoinError::Refused { reason, .. } => reason,
-            other => panic!("{other}"),
-        };
-        assert!(refused(join(&seed, &token, "db-1").await).contains("nodes named `web-*`"));
-        let taken = refused(join(&seed, &token, "web-9").await);
-        assert!(taken.contains("10.0.0.9:8301") && taken.contains("127.0.0.1:"), "{taken}");
-        let ended = TokenClaims { not_after: clock::wall().minus(DAY), ..claims() };
-        assert!(refused(join(&seed, &ca.token(&ended).unwrap(), "web-1").await).contains("was valid until"));
-        join(&seed, &token, "web-1").await.unwrap();
-        assert!(refused(join(&seed, &token, "web-2").await).contains("good for 1 uses"));
-    }
-
-    #[tokio::test]
-    async fn a_token_of_another_ca_is_not_shown_to_the_seed() {
-        let seed = issuing(&ca("td"), Mesh::default());
-        let token = ca("td").token(&claims()).unwrap();
-        let error = join(&seed, &token, "web-1").await.unwrap_err();
-        let JoinError::Untrusted { source, .. } = &error else { panic!("{error}") };
-        assert_eq!(**source, VerifyError::WrongRoot);
-        assert!(error.to_string().contains("the token is of another CA"));
-    }
-
-    #[tokio::test]
-    async fn a_clock_an_hour_or_a_month_off_is_named_with_both_clocks() {
-        let ca = ca("td");
-        let seed = issuing(&ca, Mesh::default());
-        let token = ca.token(&claims()).unwrap();
-        for wrong in [clock::wall().minus(Duration::from_secs(3600)), clock::wall().plus(DAY * 30)] {
-            let node = "web-1".parse().unwrap();
-            let error = request_certificate(&[seed.addr], &token, &node, wrong).await.unwrap_err();
-            let JoinError::ClockSkew { ours, theirs, .. } = error else { panic!("{error}") };
-            assert_eq!(ours, wrong);
-            assert!(!is_skewed(theirs, clock::wall()));
-        }
-    }
-
-    #[tokio::test]
-    async fn a_renewal_keeps_name_and_scope_until_30_days_after_the_end() {
-        let ca = ca("td");
-        let seed = issuing(&ca, Mesh::default());
-        let aged = |age: Duration| {
-            let at = clock::wall().minus(age);
-            ca.issuer().self_certify(&"web-1".parse().unwrap(), &"web".parse().unwrap(), at).unwrap()
-        };
-        for age in [Duration::ZERO, DAY * 36] {
-            let old = aged(age);
-            let new = renew(&[seed.addr], &old, clock::wall()).await.unwrap();
-            assert_eq!((new.node(), new.scope()), (old.node(), old.scope()));
-            assert!(new.not_after() > clock::wall().plus(DAY * 6));
-            assert_ne!(new.chain().first(), old.chain().first());
-        }
-        let error = renew(&[seed.addr], &aged(DAY * 38), clock::wall()).await.unwrap_err();
-        assert!(matches!(&error, JoinError::Refused { reason, .. } if reason.contains("was valid until")), "{error}");
-    }
-
-    #[test]
-    fn a_renewal_needs_the_old_key_and_this_nonce() {
-        let ca = ca("td");
-        let now = clock::wall();
-        let certify = || ca.issuer().self_certify(&"a".parse().unwrap(), &"web".parse().unwrap(), now).unwrap();
-        let (old, other) = (certify(), certify());
-        let message = renewal_message(b"csr", &[1; 32]);
-        let check = |signature: &[u8]| {
-            checks::verify_renewal(old.chain(), &message, signature, ca.issuer().bundle(), now, RENEW_GRACE)
-        };
-        check(&old.sign_renewal(&message).unwrap()).unwrap();
-        let replayed = old.sign_renewal(&renewal_message(b"csr", &[2; 32])).unwrap();
-        for forged in [other.sign_renewal(&message).unwrap(), old.sign(&message).unwrap(), replayed] {
-            assert!(matches!(check(&forged), Err(VerifyError::Signature { .. })));
-        }
-    }
-
-    #[tokio::test]
-    async fn nobody_and_no_seed_are_told_apart() {
-        let token = ca("td").token(&claims()).unwrap();
-        let node: NodeName = "web-1".parse().unwrap();
-        let none = request_certificate(&[], &token, &node, clock::wall()).await;
-        assert!(matches!(none, Err(JoinError::NoSeeds)));
-        let port_zero: SocketAddr = "127.0.0.1:0".parse().unwrap();
-        let nobody = request_certificate(&[port_zero], &token, &node, clock::wall()).await;
-        assert!(matches!(nobody, Err(JoinError::Unreachable { .. })));
-    }
-}
+mod tests;

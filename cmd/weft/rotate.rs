@@ -1,0 +1,91 @@
+//! `weft ca rotate`: a new root, and the end of the old one.
+
+use std::path::Path;
+
+use serde_json::Value;
+use weft::clock;
+use weft::model::TrustDomain;
+use weft::pki::{CaDir, DocumentKey, Revoked, Signatory, SpkiHash, Utc, spki, validity};
+use weft::policy::{Content, Document, DocumentId, DocumentKind, RevocationBody, RootLink, link_name};
+
+use crate::cli::SignArgs;
+use crate::failure::Failure;
+use crate::revoke::{bring_or_write, certificates, next_version};
+
+/// `weft ca rotate`
+pub(crate) fn rotate(ca: &Path, sign: &SignArgs) -> Result<(), Failure> {
+    let dir = CaDir::open(ca);
+    let now = clock::wall();
+    let rotation = dir.prepare_rotation(now)?;
+    let issuers = rotation.issuers.iter().map(|der| der.to_vec()).collect();
+    let link = RootLink { root: rotation.root.to_vec(), proof: rotation.proof.clone(), issuers };
+    let (begins, ends) = rotation.old.validity()?;
+    let content = Content {
+        trust_domain: placeholder()?,
+        id: DocumentId { kind: DocumentKind::Bundle, name: link_name(rotation.number) },
+        // One rotation, one document: a second run of the same one changes nothing.
+        version: 1,
+        not_before: validity(&rotation.root)?.0.max(begins),
+        not_after: ends,
+        signer: SpkiHash([0; 32]),
+        body: link.to_bytes()?,
+    };
+    let document = Document::sign(content, &rotation.old)?;
+    bring_or_write(&document, sign, &format!("Announced root {}", rotation.number))?;
+    let kept = dir.commit_rotation()?;
+    println!(
+        "{} holds the new root, until {}; the old one is in {}.",
+        ca.display(),
+        Utc(validity(&rotation.root)?.1),
+        kept.display()
+    );
+    println!(
+        "Issuers got their new certificates with the document; every node renews under the new root within a minute."
+    );
+    println!(
+        "Nodes that are off learn the new root when they come back. When all have renewed: weft ca rotate -finish"
+    );
+    Ok(())
+}
+
+/// `weft ca rotate -finish`
+pub(crate) fn finish(ca: &Path, force: bool, sign: &SignArgs) -> Result<(), Failure> {
+    let root = DocumentKey::load(ca, Signatory::Root)?;
+    let old = CaDir::open(ca).previous_root()?;
+    let old = old.ok_or_else(|| Failure::text("this CA has had one root only").hint("run `weft ca rotate` first"))?;
+    let newest = root.spki()?.to_string();
+    if sign.out.is_none() {
+        let under = |shown: &Value| shown.get("Root").and_then(Value::as_str).map(str::to_owned);
+        let behind: Vec<String> = certificates(&sign.client)?
+            .iter()
+            .filter(|shown| under(shown).as_ref() != Some(&newest))
+            .filter_map(|shown| shown.get("Node").and_then(Value::as_str).map(str::to_owned))
+            .collect();
+        if !behind.is_empty() && !force {
+            let failure =
+                Failure::text(format!("{} nodes publish under the old root: {}", behind.len(), behind.join(", ")));
+            return Err(
+                failure.hint("wait until they have renewed, or use -force: they must then join again with a token")
+            );
+        }
+    }
+    let key = spki(&old)?;
+    let id = DocumentId { kind: DocumentKind::Revocation, name: format!("key.{key}").parse()? };
+    let body = RevocationBody { entries: vec![Revoked::Key(key)], reason: sign.reason.clone() };
+    let content = Content {
+        trust_domain: placeholder()?,
+        version: next_version(&id, sign)?,
+        id,
+        not_before: clock::wall(),
+        // As long as anybody could show the old root.
+        not_after: validity(&old)?.1.min(root.validity()?.1),
+        signer: SpkiHash([0; 32]),
+        body: body.to_bytes()?,
+    };
+    bring_or_write(&Document::sign(content, &root)?, sign, "Took the old root back")
+}
+
+/// Replaced by the key's own when the document is signed.
+fn placeholder() -> Result<TrustDomain, Failure> {
+    Ok("unset".parse()?)
+}

@@ -1,0 +1,609 @@
+//! The task: `select -> apply`.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use quinn::Connection;
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom as _;
+use rand::{RngExt as _, SeedableRng as _};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, error, info, warn};
+
+use super::carry::{self, Asked, Compare, Compared, Given, Took};
+use super::{
+    CLOCKS_MAX, COMPARES_MAX, CONFIRM_TIME_MAX, ClockSkew, DocumentMetrics, DocumentStore, DocumentView,
+    DocumentsHandle, DocumentsParams, DocumentsView, FORWARDS, GIVEN_BYTES_MAX, JOIN_COMPARES, LINKS_MAX,
+    ORIGIN_PUSHES_MAX, OfferError, OnTrust, Order, PUSH_TIME_MAX, PUSHES_MAX, PUSHES_WAITING_MAX, Spread,
+};
+use crate::clock;
+use crate::gossip::exchange::ExchangeError;
+use crate::gossip::{Command, MemberView, Members};
+use crate::metrics::Metrics;
+use crate::model::{MemberStatus, NodeName};
+use crate::pki::{DocumentSigner, Identity, Revoked};
+use crate::policy::{
+    Document, DocumentDigest, DocumentId, DocumentKind, DocumentSet, Fork, Held, Offered, RevocationBody, RootLink,
+};
+use crate::transport::ControlTransport;
+
+/// A skew from here on is worth a warning: certificates begin 60 s in the past, and a minute is soon used up.
+const SKEW_WARN_SECONDS: f64 = 10.0;
+
+/// A push that waits or runs.
+#[derive(Debug, Clone)]
+struct Push {
+    to: MemberView,
+    digest: DocumentDigest,
+    bytes: Arc<Vec<u8>>,
+}
+
+/// An operator who waits for confirmations.
+#[derive(Debug)]
+struct Waiting {
+    digest: DocumentDigest,
+    offered: Offered,
+    left: BTreeSet<NodeName>,
+    confirmed: usize,
+    alive: usize,
+    /// How keeping it on disk ended; none while that runs.
+    kept: Option<Result<(), String>>,
+    until: Instant,
+    reply: oneshot::Sender<Result<Spread, OfferError>>,
+}
+
+/// How a piece of work ended.
+#[derive(Debug)]
+enum Done {
+    Pushed(Push, Result<Took, ExchangeError>),
+    Compared(NodeName, Result<Compare, ExchangeError>),
+    Kept(DocumentDigest, Result<(), String>),
+}
+
+#[derive(Debug)]
+enum Event {
+    Stop,
+    Order(Order),
+    Done(Done),
+    Members,
+    Wake,
+}
+
+/// Where a document came from.
+#[derive(Debug, Clone, Copy)]
+enum Origin<'a> {
+    Operator,
+    Peer(&'a NodeName),
+}
+
+/// What gossip gives the task.
+pub(in crate::gossip) struct Around {
+    pub(in crate::gossip) own: NodeName,
+    pub(in crate::gossip) identity: Arc<Identity>,
+    pub(in crate::gossip) transport: ControlTransport,
+    pub(in crate::gossip) gossip: mpsc::Sender<Command>,
+    pub(in crate::gossip) interval: Duration,
+    pub(in crate::gossip) stop: CancellationToken,
+}
+
+/// The task's state.
+pub(in crate::gossip) struct Task {
+    own: NodeName,
+    set: DocumentSet,
+    store: Arc<dyn DocumentStore>,
+    identity: Arc<Identity>,
+    on_trust: OnTrust,
+    transport: ControlTransport,
+    gossip: mpsc::Sender<Command>,
+    orders: mpsc::Receiver<Order>,
+    orders_sender: mpsc::Sender<Order>,
+    members: watch::Receiver<Arc<Members>>,
+    have_members_ended: bool,
+    view: watch::Sender<Arc<DocumentsView>>,
+    metrics: DocumentMetrics,
+    rng: StdRng,
+    work: JoinSet<Done>,
+    waiting_pushes: VecDeque<Push>,
+    pushes: usize,
+    compares: BTreeSet<NodeName>,
+    confirmations: Vec<Waiting>,
+    interval: Duration,
+    next_compare: Instant,
+    was_alone: bool,
+    /// The latest offset of each member's clock, in milliseconds.
+    clocks: VecDeque<(NodeName, i64)>,
+    is_skew_told: bool,
+    forks_told: BTreeSet<Fork>,
+    is_own_end_told: bool,
+    is_gossip_untold: bool,
+    stop: CancellationToken,
+}
+
+impl Task {
+    pub(in crate::gossip) fn new(
+        params: DocumentsParams,
+        around: Around,
+        members: watch::Receiver<Arc<Members>>,
+        (orders_sender, orders): (mpsc::Sender<Order>, mpsc::Receiver<Order>),
+        metrics: &Metrics,
+    ) -> Result<(Self, DocumentsHandle), prometheus::Error> {
+        let (view, view_reader) = watch::channel(Arc::default());
+        let handle = DocumentsHandle { orders: orders_sender.clone(), view: view_reader };
+        let mut task = Self {
+            own: around.own,
+            set: params.set,
+            store: params.store,
+            identity: around.identity,
+            on_trust: params.on_trust,
+            transport: around.transport,
+            gossip: around.gossip,
+            orders,
+            orders_sender,
+            members,
+            have_members_ended: false,
+            view,
+            metrics: DocumentMetrics::new(metrics)?,
+            rng: StdRng::seed_from_u64(rand::random()),
+            work: JoinSet::new(),
+            waiting_pushes: VecDeque::new(),
+            pushes: 0,
+            compares: BTreeSet::new(),
+            confirmations: Vec::new(),
+            interval: around.interval,
+            next_compare: clock::now() + around.interval,
+            was_alone: true,
+            clocks: VecDeque::new(),
+            is_skew_told: false,
+            forks_told: BTreeSet::new(),
+            is_own_end_told: false,
+            is_gossip_untold: false,
+            stop: around.stop,
+        };
+        task.show();
+        Ok((task, handle))
+    }
+
+    pub(in crate::gossip) async fn run(mut self) {
+        self.trust_changed();
+        loop {
+            match self.select().await {
+                Event::Stop => break,
+                Event::Order(order) => self.order(order),
+                Event::Done(done) => self.done(done),
+                Event::Members => self.members_changed(),
+                Event::Wake => {}
+            }
+            let now = clock::now();
+            if self.next_compare <= now {
+                self.tick(now);
+            }
+            self.confirm(now);
+            self.start_pushes();
+        }
+        self.work.shutdown().await;
+    }
+
+    /// Waits for the next event. Cancel safe: every branch is.
+    async fn select(&mut self) -> Event {
+        let confirm = self.confirmations.iter().map(|waiting| waiting.until).min();
+        let wake = confirm.map_or(self.next_compare, |at| at.min(self.next_compare));
+        tokio::select! {
+            () = self.stop.cancelled() => Event::Stop,
+            Some(order) = self.orders.recv() => Event::Order(order),
+            Some(done) = self.work.join_next() => match done {
+                Ok(done) => Event::Done(done),
+                Err(error) => {
+                    error!(%error, "work on documents failed");
+                    Event::Wake
+                }
+            },
+            changed = self.members.changed(), if !self.have_members_ended => {
+                self.have_members_ended = changed.is_err();
+                Event::Members
+            }
+            () = tokio::time::sleep_until(wake) => Event::Wake,
+        }
+    }
+
+    fn order(&mut self, order: Order) {
+        match order {
+            Order::Offer(bytes, reply) => self.offered_by_operator(&bytes, reply),
+            Order::Peer(Asked::Pushed(peer, bytes, reply)) => {
+                let took = match self.offer(&bytes, Origin::Peer(&peer)) {
+                    Ok((_, Offered::Stored | Offered::Known)) => Took::Held,
+                    Ok((_, Offered::Older)) => Took::Older,
+                    Err(error) => Took::Refused(error.to_string()),
+                };
+                answer(reply, took);
+            }
+            Order::Peer(Asked::Summary(reply)) => answer(reply, self.set.set_hash()),
+            Order::Peer(Asked::Compared(set_hash, reply)) => {
+                let digests = (set_hash != self.set.set_hash()).then(|| self.set.digests());
+                answer(reply, Compared { clock_ms: clock::wall_ms(), digests });
+            }
+            Order::Peer(Asked::Lacking(theirs, reply)) => {
+                let documents = self.set.newer_than(&theirs, GIVEN_BYTES_MAX);
+                answer(reply, Given { documents, digests: self.set.digests() });
+            }
+            Order::Peer(Asked::Given(peer, given, reply)) => {
+                for bytes in &given.documents {
+                    // A refusal is told by `offer`; the others of the frame may be good.
+                    let _told = self.offer(bytes, Origin::Peer(&peer));
+                }
+                let documents = self.set.newer_than(&given.digests, GIVEN_BYTES_MAX);
+                answer(reply, Given { documents, digests: Vec::new() });
+            }
+        }
+    }
+
+    fn offered_by_operator(&mut self, bytes: &[u8], reply: oneshot::Sender<Result<Spread, OfferError>>) {
+        let (digest, offered) = match self.offer(bytes, Origin::Operator) {
+            Ok(taken) => taken,
+            Err(error) => return answer(reply, Err(error)),
+        };
+        let mut alive = self.alive();
+        let revoked = self.set.get(&digest.id).map(revoked_nodes).unwrap_or_default();
+        // The members do not show it as failed yet, and it confirms nothing any more.
+        alive.retain(|member| !revoked.contains(&member.name));
+        let pushed: Vec<MemberView> = if offered == Offered::Older {
+            Vec::new()
+        } else {
+            alive.iter().take(ORIGIN_PUSHES_MAX).cloned().collect()
+        };
+        let waiting = Waiting {
+            digest: digest.clone(),
+            offered,
+            left: pushed.iter().map(|member| member.name.clone()).collect(),
+            confirmed: 0,
+            alive: alive.len(),
+            kept: None,
+            until: clock::now() + CONFIRM_TIME_MAX,
+            reply,
+        };
+        if let Some(held) = self.set.get(&digest.id) {
+            let bytes = Arc::new(held.document.to_bytes());
+            for to in pushed {
+                self.push(Push { to, digest: digest.clone(), bytes: Arc::clone(&bytes) });
+            }
+        }
+        // The order is answered once the document is on disk as well; it spreads meanwhile.
+        self.confirmations.push(waiting);
+        self.keep(&digest);
+    }
+
+    /// Takes a document from anybody; enforces, keeps and passes on what is news.
+    fn offer(&mut self, bytes: &[u8], origin: Origin<'_>) -> Result<(DocumentDigest, Offered), OfferError> {
+        let taken = self.take(bytes);
+        let result = match &taken {
+            Ok((_, Offered::Stored)) => "stored",
+            Ok((_, Offered::Known)) => "known",
+            Ok((_, Offered::Older)) => "older",
+            Err(_) => "refused",
+        };
+        self.metrics.offered.with_label_values(&[result]).inc();
+        match &taken {
+            Ok((digest, Offered::Stored)) => {
+                info!(document = %digest.id, version = digest.version, "took a document");
+                self.trust_changed();
+                if let Origin::Peer(from) = origin {
+                    self.forward(digest, from);
+                    self.keep(digest);
+                }
+            }
+            Ok(_) => {}
+            // A peer may send bad documents at will: at `debug`, and counted.
+            Err(error) => debug!(%error, ?origin, "document refused"),
+        }
+        self.tell_forks();
+        taken
+    }
+
+    fn take(&mut self, bytes: &[u8]) -> Result<(DocumentDigest, Offered), OfferError> {
+        let document = Document::from_bytes(bytes)?;
+        let digest = document.digest();
+        let offered = self.set.offer(document, clock::wall())?;
+        Ok((digest, offered))
+    }
+
+    /// Lets everybody believe what follows from the set.
+    fn trust_changed(&mut self) {
+        let bundle = self.set.bundle();
+        if *self.identity.bundle() != bundle {
+            self.identity.set_bundle(bundle.clone());
+        }
+        (self.on_trust)(&self.set, &bundle);
+        self.tell_gossip();
+        if let Err(reason) = self.identity.authority().check(&bundle)
+            && !std::mem::replace(&mut self.is_own_end_told, true)
+        {
+            error!(%reason, "this node's own certificate is revoked: the mesh refuses it from here on");
+        }
+        self.show();
+    }
+
+    /// Tells gossip, whose queue may be full: then with the next tick.
+    fn tell_gossip(&mut self) {
+        self.is_gossip_untold = self.gossip.try_send(Command::Trust).is_err();
+    }
+
+    /// Writes a document to the disk, or removes it if the set has let it go.
+    fn keep(&mut self, digest: &DocumentDigest) {
+        let (store, digest) = (Arc::clone(&self.store), digest.clone());
+        let bytes = self.set.get(&digest.id).map(|held| held.document.to_bytes());
+        self.work.spawn_blocking(move || {
+            let key = digest.id.to_string();
+            let kept = match bytes {
+                Some(bytes) => store.put(&key, &bytes),
+                None => store.remove(&key),
+            };
+            Done::Kept(digest, kept)
+        });
+    }
+
+    fn alive(&self) -> Vec<MemberView> {
+        let members = self.members.borrow();
+        let is_other = |member: &&MemberView| {
+            member.name != self.own && matches!(member.status, MemberStatus::Alive | MemberStatus::Leaving)
+        };
+        members.members.iter().filter(is_other).cloned().collect()
+    }
+
+    fn forward(&mut self, digest: &DocumentDigest, from: &NodeName) {
+        let Some(held) = self.set.get(&digest.id) else { return };
+        let bytes = Arc::new(held.document.to_bytes());
+        let others: Vec<MemberView> = self.alive().into_iter().filter(|member| member.name != *from).collect();
+        let chosen: Vec<MemberView> = others.sample(&mut self.rng, FORWARDS).cloned().collect();
+        for to in chosen {
+            self.push(Push { to, digest: digest.clone(), bytes: Arc::clone(&bytes) });
+        }
+    }
+
+    fn push(&mut self, push: Push) {
+        if self.waiting_pushes.len() < PUSHES_WAITING_MAX {
+            self.waiting_pushes.push_back(push);
+        }
+    }
+
+    fn start_pushes(&mut self) {
+        while self.pushes < PUSHES_MAX {
+            let Some(push) = self.waiting_pushes.pop_front() else { return };
+            self.pushes += 1;
+            let reach = reach(self.gossip.clone(), self.transport.clone(), push.to.clone());
+            self.work.spawn(async move {
+                let pushed = async {
+                    let connection = reach.await?;
+                    carry::push(&connection, push.bytes.to_vec()).await
+                };
+                let result = tokio::time::timeout(PUSH_TIME_MAX, pushed).await.unwrap_or(Err(ExchangeError::Late));
+                Done::Pushed(push, result)
+            });
+        }
+    }
+
+    fn done(&mut self, done: Done) {
+        match done {
+            Done::Pushed(push, result) => {
+                self.pushes = self.pushes.saturating_sub(1);
+                let is_held = matches!(result, Ok(Took::Held));
+                self.metrics.pushes.with_label_values(&[if is_held { "ok" } else { "failed" }]).inc();
+                match result {
+                    Ok(Took::Held | Took::Older) => {}
+                    Ok(Took::Refused(reason)) => {
+                        warn!(peer = %push.to.name, document = %push.digest.id, reason, "peer refuses a document");
+                    }
+                    Err(error) => debug!(peer = %push.to.name, error = error.explain(None), "document was not pushed"),
+                }
+                for waiting in self.confirmations.iter_mut().filter(|waiting| waiting.digest == push.digest) {
+                    if waiting.left.remove(&push.to.name) && is_held {
+                        waiting.confirmed += 1;
+                    }
+                }
+            }
+            Done::Compared(peer, result) => {
+                self.compares.remove(&peer);
+                match result {
+                    Ok(compare) => self.clock_seen(peer, compare.ahead_ms),
+                    Err(error) => debug!(%peer, error = error.explain(None), "documents were not compared"),
+                }
+            }
+            Done::Kept(digest, kept) => {
+                if let Err(error) = &kept {
+                    error!(document = %digest.id, error, "a document counts but is not on disk");
+                }
+                for waiting in self.confirmations.iter_mut().filter(|waiting| waiting.digest == digest) {
+                    waiting.kept = Some(kept.clone());
+                }
+            }
+        }
+    }
+
+    /// Answers the operators whose documents everybody confirmed, or who have waited long enough.
+    fn confirm(&mut self, now: Instant) {
+        let is_over =
+            |waiting: &mut Waiting| (waiting.left.is_empty() && waiting.kept.is_some()) || waiting.until <= now;
+        for over in self.confirmations.extract_if(.., is_over) {
+            let Waiting { digest, offered, confirmed, alive, kept, .. } = over;
+            let answered = match kept {
+                Some(Ok(())) => Ok(Spread { digest, offered, confirmed, alive }),
+                Some(Err(error)) => Err(OfferError::Store(error)),
+                None => Err(OfferError::Store("the disk did not answer in time".to_owned())),
+            };
+            answer(over.reply, answered);
+        }
+    }
+
+    fn members_changed(&mut self) {
+        self.members.mark_unchanged();
+        let alive = self.alive();
+        if self.was_alone && !alive.is_empty() {
+            let asked: Vec<MemberView> = alive.sample(&mut self.rng, JOIN_COMPARES).cloned().collect();
+            for peer in asked {
+                self.compare(peer);
+            }
+        }
+        self.was_alone = alive.is_empty();
+    }
+
+    /// Lets ended documents go, compares with a random member, looks again at what is open.
+    fn tick(&mut self, now: Instant) {
+        self.next_compare = now + self.interval.mul_f64(self.rng.random_range(0.75..1.25));
+        let ended = self.set.expire(clock::wall());
+        for digest in &ended {
+            info!(document = %digest.id, "document ended");
+            self.keep(digest);
+        }
+        if !ended.is_empty() {
+            self.trust_changed();
+        }
+        if self.is_gossip_untold {
+            self.tell_gossip();
+        }
+        let alive = self.alive();
+        if let Some(peer) = alive.choose(&mut self.rng).cloned() {
+            self.compare(peer);
+        }
+    }
+
+    fn compare(&mut self, peer: MemberView) {
+        if self.compares.len() >= COMPARES_MAX || !self.compares.insert(peer.name.clone()) {
+            return;
+        }
+        let (name, orders) = (peer.name.clone(), self.orders_sender.clone());
+        let reach = reach(self.gossip.clone(), self.transport.clone(), peer);
+        self.work.spawn(async move {
+            let compared = async {
+                let connection = reach.await?;
+                carry::compare(&connection, name.clone(), &orders, clock::wall_ms).await
+            };
+            let result = tokio::time::timeout(carry::TIME_MAX, compared).await.unwrap_or(Err(ExchangeError::Late));
+            Done::Compared(name, result)
+        });
+    }
+
+    fn clock_seen(&mut self, peer: NodeName, ahead_ms: i64) {
+        self.clocks.retain(|(name, _)| *name != peer);
+        if self.clocks.len() >= CLOCKS_MAX {
+            self.clocks.pop_front();
+        }
+        self.clocks.push_back((peer, ahead_ms));
+        let Some(skew) = skew_of(self.clocks.iter().map(|(_, ahead_ms)| *ahead_ms)) else { return };
+        self.metrics.skew.set(skew.median_seconds);
+        let is_far = skew.median_seconds.abs() >= SKEW_WARN_SECONDS;
+        if is_far && !self.is_skew_told {
+            let seconds = skew.median_seconds;
+            warn!(seconds, peers = skew.peers, "the other members' clocks differ from this host's: check NTP here");
+        }
+        self.is_skew_told = is_far;
+        self.show();
+    }
+
+    fn tell_forks(&mut self) {
+        let news: Vec<Fork> = self.set.forks().filter(|fork| !self.forks_told.contains(fork)).cloned().collect();
+        for fork in news {
+            error!(document = %fork.id, version = fork.version, "two contents of one version were signed: is an operator's key used twice, or stolen?");
+            self.forks_told.insert(fork);
+            self.show();
+        }
+    }
+
+    fn show(&mut self) {
+        self.metrics.held.set(i64::try_from(self.set.len()).unwrap_or(i64::MAX));
+        self.metrics.forks.set(i64::try_from(self.set.forks().count()).unwrap_or(i64::MAX));
+        let forked: BTreeSet<(&DocumentId, u64)> = self.set.forks().map(|fork| (&fork.id, fork.version)).collect();
+        let documents = self.set.iter().map(|held| {
+            let is_forked = forked.contains(&(&held.document.content().id, held.document.content().version));
+            view(held, is_forked)
+        });
+        let view = DocumentsView {
+            documents: documents.collect(),
+            set_hash: self.set.set_hash(),
+            skew: skew_of(self.clocks.iter().map(|(_, ahead_ms)| *ahead_ms)),
+            links: self.set.link_documents(LINKS_MAX),
+        };
+        self.view.send_replace(Arc::new(view));
+    }
+}
+
+/// Finds the open connection to `peer`, or dials one and hands it to gossip.
+async fn reach(
+    gossip: mpsc::Sender<Command>,
+    transport: ControlTransport,
+    peer: MemberView,
+) -> Result<Connection, ExchangeError> {
+    let (reply, answer) = oneshot::channel();
+    gossip.send(Command::Link(peer.name.clone(), reply)).await.map_err(|_| ExchangeError::Closed)?;
+    if let Some(connection) = answer.await.map_err(|_| ExchangeError::Closed)? {
+        return Ok(connection);
+    }
+    let dialled = transport.connect(peer.addr, Some(peer.name.clone())).await;
+    let (connection, _) = dialled.map_err(|error| ExchangeError::Unreachable(error.to_string()))?;
+    let adopt = Command::Adopt { peer: peer.name, addr: peer.addr, connection: connection.clone() };
+    gossip.send(adopt).await.map_err(|_| ExchangeError::Closed)?;
+    Ok(connection)
+}
+
+/// Answers if the other side still waits.
+fn answer<T>(reply: oneshot::Sender<T>, value: T) {
+    let _unwanted = reply.send(value);
+}
+
+#[expect(clippy::cast_precision_loss, reason = "milliseconds between two clocks are far below 2^52")]
+fn skew_of(offsets_ms: impl Iterator<Item = i64>) -> Option<ClockSkew> {
+    let mut sorted: Vec<i64> = offsets_ms.collect();
+    sorted.sort_unstable();
+    let median_ms = *sorted.get(sorted.len() / 2)?;
+    let max_ms = sorted.iter().map(|ms| ms.unsigned_abs()).max()?;
+    Some(ClockSkew {
+        median_seconds: median_ms as f64 / 1000.0,
+        max_seconds: max_ms as f64 / 1000.0,
+        peers: sorted.len(),
+    })
+}
+
+/// The nodes that a document takes back.
+fn revoked_nodes(held: &Held) -> Vec<NodeName> {
+    let body = RevocationBody::from_bytes(&held.document.content().body);
+    let node = |entry: Revoked| if let Revoked::Node { node, .. } = entry { Some(node) } else { None };
+    body.map_or_else(|_| Vec::new(), |body| body.entries.into_iter().filter_map(node).collect())
+}
+
+fn view(held: &Held, is_forked: bool) -> DocumentView {
+    let content = held.document.content();
+    let (says, reason) = match content.id.kind {
+        DocumentKind::Revocation => RevocationBody::from_bytes(&content.body).map_or_else(
+            |_| (Vec::new(), String::new()),
+            |body| (body.entries.iter().map(describe).collect(), body.reason),
+        ),
+        DocumentKind::Bundle => {
+            let root =
+                RootLink::from_bytes(&content.body).ok().and_then(|link| crate::pki::spki(&link.certificate()).ok());
+            (root.map(|key| format!("root {key}")).into_iter().collect(), String::new())
+        }
+    };
+    DocumentView {
+        digest: held.document.digest(),
+        signer: match &held.signer {
+            DocumentSigner::Root => "root".to_owned(),
+            DocumentSigner::Operator(name) => name.to_string(),
+        },
+        signer_key: content.signer.to_string(),
+        not_before: content.not_before,
+        not_after: content.not_after,
+        says,
+        reason,
+        is_forked,
+    }
+}
+
+fn describe(entry: &Revoked) -> String {
+    match entry {
+        Revoked::Key(key) => format!("key {key}"),
+        Revoked::Node { node, until } => format!("node {node}, certified until {}", crate::pki::Utc(*until)),
+        Revoked::Token(id) => format!("token {}", uuid::Uuid::from_bytes(*id)),
+        Revoked::Issuer { key, from } => format!("issuer {key}, retired from {}", crate::pki::Utc(*from)),
+    }
+}

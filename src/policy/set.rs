@@ -1,0 +1,435 @@
+//! All documents that a node holds, and what follows from them.
+//!
+//! The set is a join: for each id the greatest version wins, among equal ones the smaller hash, so that nodes which were
+//! offered the same documents hold the same, in whatever order. Two things take documents away: their own end, and a
+//! document of the root that revokes the operator who signed them. Only the root can do the latter: two operators that
+//! revoke each other would else chase each other round the mesh.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use rustls::pki_types::CertificateDer;
+
+use super::bundle::{RootLink, link_name};
+use super::document::{Document, DocumentDigest, DocumentError, DocumentId, DocumentKind};
+use super::revocation::RevocationBody;
+use super::{DOCUMENT_BYTES_MAX, SKEW_MAX};
+use crate::clock::UnixSeconds;
+use crate::model::TrustDomain;
+use crate::pki::{
+    self, DocumentSigner, PkiError, Revocations, Revoked, SpkiHash, TrustBundle, Utc, VerifyError, verify_document,
+};
+
+/// Most documents: their digests fit one frame, and only operators can make any.
+pub const DOCUMENTS_MAX: usize = 2048;
+/// Most bytes of documents.
+pub const SET_BYTES_MAX: usize = 8 * 1024 * 1024;
+/// Most forks that are remembered as reported.
+const FORKS_MAX: usize = 256;
+/// Most roots: at one a year more than a lifetime.
+const ROOTS_MAX: usize = 64;
+
+/// Why a document is not taken.
+#[derive(Debug, thiserror::Error)]
+pub enum Refused {
+    /// It is another mesh's.
+    #[error("the document is of trust domain `{theirs}`, this mesh is `{ours}`: sign it with this mesh's CA")]
+    TrustDomain {
+        /// This mesh's.
+        ours: TrustDomain,
+        /// The document's.
+        theirs: TrustDomain,
+    },
+    /// It has ended.
+    #[error("the document was valid until {} and this host's clock says {}: check the clock, or sign it anew", Utc(*.until), Utc(*.now))]
+    Ended {
+        /// Its end.
+        until: UnixSeconds,
+        /// This host's wall time.
+        now: UnixSeconds,
+    },
+    /// It begins in the future.
+    #[error("the document is valid from {} and this host's clock says {}: check the clocks of both hosts (NTP)", Utc(*.from), Utc(*.now))]
+    Early {
+        /// Its beginning.
+        from: UnixSeconds,
+        /// This host's wall time.
+        now: UnixSeconds,
+    },
+    /// Begin, end and the signer's certificate do not fit together.
+    #[error("the document does not lie within its signer's certificate: sign it anew")]
+    Span,
+    /// The signature or its signer is not believed.
+    #[error("the document is not believed ({0})")]
+    Signature(#[source] VerifyError),
+    /// The content names another key than the certificate's.
+    #[error("the document names another signer than its certificate: it was altered")]
+    OtherSigner,
+    /// The signer may not sign this.
+    #[error("{id} must be signed by the root key: use the CA directory that holds root.key")]
+    NotAllowed {
+        /// What was signed.
+        id: DocumentId,
+    },
+    /// The body is malformed.
+    #[error("the document's body is malformed")]
+    Body(#[source] DocumentError),
+    /// The name is not what the body says.
+    #[error("{id} must be named `{wanted}`")]
+    Name {
+        /// How it is named.
+        id: DocumentId,
+        /// How it should be.
+        wanted: String,
+    },
+    /// There are too many.
+    #[error("the mesh holds its most documents ({DOCUMENTS_MAX}, {SET_BYTES_MAX} bytes): let old ones end first")]
+    Full,
+}
+
+/// What became of an offered document.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Offered {
+    /// It is held from here on, and counts.
+    Stored,
+    /// It was held already.
+    Known,
+    /// A newer version is held.
+    Older,
+}
+
+/// Two contents of one version, both signed: an operator's key is used twice.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Fork {
+    /// Which document.
+    pub id: DocumentId,
+    /// Which version.
+    pub version: u64,
+}
+
+/// A document that is held.
+#[derive(Debug, Clone)]
+pub struct Held {
+    /// The document.
+    pub document: Document,
+    /// Who signed it.
+    pub signer: DocumentSigner,
+    bytes: usize,
+}
+
+/// The set. See the module's text.
+#[derive(Debug)]
+pub struct DocumentSet {
+    trust_domain: TrustDomain,
+    /// What this node knew to begin with.
+    base: Vec<CertificateDer<'static>>,
+    held: BTreeMap<DocumentId, Held>,
+    bytes: usize,
+    forks: BTreeSet<Fork>,
+    /// Every root that a walk from the base reaches, the newest first.
+    roots: Vec<CertificateDer<'static>>,
+    /// Keys that the root took back: what operators among them signed is void.
+    banned: BTreeSet<SpkiHash>,
+    revocations: Revocations,
+}
+
+/// How a walk goes over one link.
+struct Link {
+    old: CertificateDer<'static>,
+    new: CertificateDer<'static>,
+}
+
+impl DocumentSet {
+    /// Holds nothing; believes the roots of `base`.
+    pub fn new(base: &TrustBundle) -> Self {
+        Self {
+            trust_domain: base.trust_domain.clone(),
+            base: base.roots.clone(),
+            held: BTreeMap::new(),
+            bytes: 0,
+            forks: BTreeSet::new(),
+            roots: base.roots.clone(),
+            banned: BTreeSet::new(),
+            revocations: Revocations::default(),
+        }
+    }
+
+    /// Takes `document` if it is new and good.
+    ///
+    /// # Errors
+    /// [`Refused`]; the set is unchanged, but for a fork that is noted.
+    pub fn offer(&mut self, document: Document, now: UnixSeconds) -> Result<Offered, Refused> {
+        let content = document.content();
+        if content.trust_domain != self.trust_domain {
+            let (ours, theirs) = (self.trust_domain.clone(), content.trust_domain.clone());
+            return Err(Refused::TrustDomain { ours, theirs });
+        }
+        if now > content.not_after {
+            return Err(Refused::Ended { until: content.not_after, now });
+        }
+        if content.not_before > now.plus(SKEW_MAX) {
+            return Err(Refused::Early { from: content.not_before, now });
+        }
+        let digest = document.digest();
+        let mut is_fork = false;
+        if let Some(held) = self.held.get(&content.id) {
+            let ours = held.document.digest();
+            // The whole hash tells the same document: half of it could be met by another.
+            if held.document.hash() == document.hash() {
+                return Ok(Offered::Known);
+            }
+            is_fork = ours.version == digest.version;
+            let is_known_fork =
+                is_fork && self.forks.contains(&Fork { id: digest.id.clone(), version: digest.version });
+            if !digest.replaces(&ours) && (!is_fork || is_known_fork) {
+                return Ok(Offered::Older);
+            }
+        }
+        let signer = self.verify(&document)?;
+        if is_fork && self.forks.len() < FORKS_MAX {
+            self.forks.insert(Fork { id: digest.id.clone(), version: digest.version });
+        }
+        let before = self.held.get(&digest.id);
+        if before.is_some_and(|held| !digest.replaces(&held.document.digest())) {
+            return Ok(Offered::Older);
+        }
+        let bytes = document.to_bytes().len();
+        let freed = before.map_or(0, |held| held.bytes);
+        if (before.is_none() && self.held.len() >= DOCUMENTS_MAX) || self.bytes - freed + bytes > SET_BYTES_MAX {
+            return Err(Refused::Full);
+        }
+        self.held.insert(digest.id, Held { document, signer, bytes });
+        self.derive();
+        Ok(Offered::Stored)
+    }
+
+    /// Checks everything that does not depend on what is held, but for roots and banned keys.
+    fn verify(&self, document: &Document) -> Result<DocumentSigner, Refused> {
+        let content = document.content();
+        let link = match content.id.kind {
+            DocumentKind::Bundle => {
+                let body = RootLink::from_bytes(&content.body).map_err(Refused::Body)?;
+                Some((body.certificate(), body.proof))
+            }
+            DocumentKind::Revocation => {
+                RevocationBody::from_bytes(&content.body).map_err(Refused::Body)?;
+                None
+            }
+        };
+        // Whoever knows either end of a link can check it: the other end is vouched for by this one.
+        let mut roots = self.roots.clone();
+        if let Some((new, proof)) = &link {
+            let old = document.certificate();
+            pki::verify_link(old, new, proof, &self.trust_domain).map_err(Refused::Signature)?;
+            if roots.contains(new) {
+                roots.push(old.clone());
+            }
+        }
+        // Checked at its end: a signer's certificate covers all of a document's time.
+        let bundle = TrustBundle {
+            trust_domain: self.trust_domain.clone(),
+            roots,
+            revoked: self.banned.iter().copied().map(Revoked::Key).collect(),
+        };
+        let (certificate, at) = (document.certificate(), content.not_after);
+        let checked = verify_document(certificate, document.signed_bytes(), document.signature(), &bundle, at);
+        let (signer, key) = checked.map_err(Refused::Signature)?;
+        if key != content.signer {
+            return Err(Refused::OtherSigner);
+        }
+        let (begins, _) = pki::validity(certificate).map_err(|error: PkiError| match error {
+            PkiError::Verify(error) => Refused::Signature(error),
+            _ => Refused::Span,
+        })?;
+        if content.not_before < begins || content.not_after < content.not_before {
+            return Err(Refused::Span);
+        }
+        match (&signer, content.id.kind) {
+            (DocumentSigner::Root, _) | (DocumentSigner::Operator(_), DocumentKind::Revocation) => Ok(signer),
+            (DocumentSigner::Operator(_), DocumentKind::Bundle) => Err(Refused::NotAllowed { id: content.id.clone() }),
+        }
+    }
+
+    /// Forgets what has ended; returns what that was.
+    pub fn expire(&mut self, now: UnixSeconds) -> Vec<DocumentDigest> {
+        let has_ended = |held: &Held| held.document.content().not_after < now;
+        let ended: Vec<DocumentDigest> =
+            self.held.values().filter(|held| has_ended(held)).map(|held| held.document.digest()).collect();
+        if !ended.is_empty() {
+            self.held.retain(|_, held| !has_ended(held));
+            self.derive();
+        }
+        ended
+    }
+
+    /// Works out anew what follows from the documents.
+    fn derive(&mut self) {
+        let by_root = |held: &&Held| held.signer == DocumentSigner::Root;
+        self.banned = entries(self.held.values().filter(by_root))
+            .filter_map(|entry| if let Revoked::Key(key) = entry { Some(key) } else { None })
+            .collect();
+        let banned = &self.banned;
+        self.held
+            .retain(|_, held| held.signer == DocumentSigner::Root || !banned.contains(&held.document.content().signer));
+        self.revocations = entries(self.held.values()).collect();
+        self.bytes = self.held.values().map(|held| held.bytes).sum();
+        self.roots = self.walk();
+    }
+
+    /// Follows the links from the base, both ways, and puts the roots in order, the newest first.
+    fn walk(&self) -> Vec<CertificateDer<'static>> {
+        let links: Vec<Link> = self.links().collect();
+        let mut known: Vec<&CertificateDer<'static>> = self.base.iter().collect();
+        let mut has_grown = true;
+        while has_grown && known.len() < ROOTS_MAX {
+            let before = known.len();
+            for link in &links {
+                let (has_old, has_new) = (known.contains(&&link.old), known.contains(&&link.new));
+                match (has_old, has_new) {
+                    (true, false) => known.push(&link.new),
+                    (false, true) => known.push(&link.old),
+                    _ => {}
+                }
+            }
+            has_grown = known.len() > before;
+        }
+        // The further along the links, the newer: a root's rank is the number of links that lead up to it.
+        let rank = |root: &CertificateDer<'_>| links.iter().rposition(|link| link.new == *root).map_or(0, |at| at + 1);
+        let mut roots: Vec<CertificateDer<'static>> = known.into_iter().cloned().collect();
+        roots.sort_by_key(|root| std::cmp::Reverse(rank(root)));
+        roots
+    }
+
+    fn links(&self) -> impl Iterator<Item = Link> {
+        let bundles = self.held.iter().filter(|(id, _)| id.kind == DocumentKind::Bundle);
+        bundles.filter_map(|(_, held)| {
+            let body = RootLink::from_bytes(&held.document.content().body).ok()?;
+            Some(Link { old: held.document.certificate().clone(), new: body.certificate() })
+        })
+    }
+
+    /// The issuers' certificates that the links brought.
+    pub fn issuer_certificates(&self) -> Vec<CertificateDer<'static>> {
+        let bundles = self.held.iter().filter(|(id, _)| id.kind == DocumentKind::Bundle);
+        let bodies = bundles.filter_map(|(_, held)| RootLink::from_bytes(&held.document.content().body).ok());
+        bodies.flat_map(|link| link.issuers).map(CertificateDer::from).collect()
+    }
+
+    /// The links between roots, for a newcomer or a node that was off: at most `count`, the latest, in order of the walk.
+    pub fn link_documents(&self, count: usize) -> Vec<Vec<u8>> {
+        let bundles = self.held.iter().filter(|(id, _)| id.kind == DocumentKind::Bundle);
+        let links: Vec<Vec<u8>> = bundles.map(|(_, held)| held.document.to_bytes()).collect();
+        links.iter().skip(links.len().saturating_sub(count)).cloned().collect()
+    }
+
+    /// The number that the next root would have: one more than that of the last link, and 2 where there is none.
+    pub fn next_root(&self) -> u32 {
+        let last = (2..).take(ROOTS_MAX).take_while(|number| {
+            self.held.contains_key(&DocumentId { kind: DocumentKind::Bundle, name: link_name(*number) })
+        });
+        last.last().map_or(2, |number| number + 1)
+    }
+
+    /// Every root that follows from the base, the newest first.
+    pub fn roots(&self) -> &[CertificateDer<'static>] {
+        &self.roots
+    }
+
+    /// Everything that is taken back.
+    pub fn revocations(&self) -> &Revocations {
+        &self.revocations
+    }
+
+    /// What a verifier is to believe: the roots that are not taken back, and all revocations.
+    pub fn bundle(&self) -> TrustBundle {
+        let is_good = |root: &&CertificateDer<'static>| pki::spki(root).is_ok_and(|key| !self.banned.contains(&key));
+        let mut roots: Vec<_> = self.roots.iter().filter(is_good).cloned().collect();
+        if roots.is_empty() {
+            // A mesh whose only root was taken back would be no mesh: rotate first, then take back.
+            roots.clone_from(&self.roots);
+        }
+        let (trust_domain, revoked) = (self.trust_domain.clone(), self.revocations.clone());
+        TrustBundle { trust_domain, roots, revoked }
+    }
+
+    /// What is held, in order of id.
+    pub fn iter(&self) -> impl Iterator<Item = &Held> {
+        self.held.values()
+    }
+
+    /// Looks one up.
+    pub fn get(&self, id: &DocumentId) -> Option<&Held> {
+        self.held.get(id)
+    }
+
+    /// How many are held.
+    pub fn len(&self) -> usize {
+        self.held.len()
+    }
+
+    /// Whether none is held.
+    pub fn is_empty(&self) -> bool {
+        self.held.is_empty()
+    }
+
+    /// The forks that were seen.
+    pub fn forks(&self) -> impl Iterator<Item = &Fork> {
+        self.forks.iter()
+    }
+
+    /// Equal in two sets that hold the same documents: the exclusive or of their hashes' first 8 bytes.
+    pub fn set_hash(&self) -> u64 {
+        self.held.values().fold(0, |hash, held| hash ^ held.document.digest().hash)
+    }
+
+    /// What is held, as digests in order of id; at most [`DOCUMENTS_MAX`].
+    pub fn digests(&self) -> Vec<DocumentDigest> {
+        self.held.values().map(|held| held.document.digest()).collect()
+    }
+
+    /// Tells whether a document with this digest would be news.
+    pub fn is_news(&self, digest: &DocumentDigest) -> bool {
+        self.held.get(&digest.id).is_none_or(|held| digest.replaces(&held.document.digest()))
+    }
+
+    /// What is held here and is news to a set with `theirs`, in order of id, at most `bytes_max` of it.
+    pub fn newer_than(&self, theirs: &[DocumentDigest], bytes_max: usize) -> Vec<Vec<u8>> {
+        let theirs: BTreeMap<&DocumentId, &DocumentDigest> = theirs.iter().map(|digest| (&digest.id, digest)).collect();
+        let mut newer = Vec::new();
+        let mut bytes = 0;
+        for held in self.held.values() {
+            let ours = held.document.digest();
+            if theirs.get(&ours.id).is_some_and(|theirs| !ours.replaces(theirs)) {
+                continue;
+            }
+            bytes += held.bytes;
+            if bytes > bytes_max.max(DOCUMENT_BYTES_MAX) {
+                break;
+            }
+            newer.push(held.document.to_bytes());
+        }
+        newer
+    }
+}
+
+/// Follows `links` from the roots of `base`, checking each, and returns all roots that they lead to, the newest first.
+pub fn walk(base: &TrustBundle, links: &[Vec<u8>], now: UnixSeconds) -> Vec<CertificateDer<'static>> {
+    let mut set = DocumentSet::new(base);
+    let documents = links.iter().take(ROOTS_MAX).filter_map(|bytes| Document::from_bytes(bytes).ok());
+    for document in documents.filter(|document| document.content().id.kind == DocumentKind::Bundle) {
+        // What does not lead on is of no use; the caller sees where the walk ends.
+        let _refused = set.offer(document, now);
+    }
+    set.roots
+}
+
+fn entries<'h>(held: impl Iterator<Item = &'h Held>) -> impl Iterator<Item = Revoked> {
+    let of_kind = held.filter(|held| held.document.content().id.kind == DocumentKind::Revocation);
+    // The body was checked when the document was taken.
+    of_kind
+        .filter_map(|held| RevocationBody::from_bytes(&held.document.content().body).ok())
+        .flat_map(|body| body.entries)
+}
+
+#[cfg(test)]
+#[path = "set_tests.rs"]
+mod tests;

@@ -1,0 +1,315 @@
+use std::time::Duration;
+
+use proptest::prelude::*;
+
+use super::super::document::Content;
+use super::*;
+use crate::pki::{CaDir, DocumentKey, Signatory};
+
+const NOW: UnixSeconds = UnixSeconds(1_800_000_000);
+const DAY: Duration = Duration::from_secs(86_400);
+
+struct Mesh {
+    _dir: tempfile::TempDir,
+    root: DocumentKey,
+    operator: DocumentKey,
+}
+
+fn mesh() -> Mesh {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("ca");
+    CaDir::init(&path, &"td".parse().unwrap(), NOW).unwrap();
+    let [root, operator] = [Signatory::Root, Signatory::Operator].map(|who| DocumentKey::load(&path, who).unwrap());
+    Mesh { _dir: dir, root, operator }
+}
+
+impl Mesh {
+    fn set(&self) -> DocumentSet {
+        DocumentSet::new(&self.root.bundle().unwrap())
+    }
+}
+
+fn content(name: &str, version: u64, entries: Vec<Revoked>) -> Content {
+    Content {
+        trust_domain: "set-by-sign".parse().unwrap(),
+        id: DocumentId { kind: DocumentKind::Revocation, name: name.parse().unwrap() },
+        version,
+        not_before: NOW,
+        not_after: NOW.plus(DAY * 30),
+        signer: SpkiHash([0; 32]),
+        body: RevocationBody { entries, reason: "a test".to_owned() }.to_bytes().unwrap(),
+    }
+}
+
+fn key(byte: u8) -> SpkiHash {
+    SpkiHash([byte; 32])
+}
+
+fn revoke(signer: &DocumentKey, name: &str, version: u64, byte: u8) -> Document {
+    Document::sign(content(name, version, vec![Revoked::Key(key(byte))]), signer).unwrap()
+}
+
+#[test]
+fn a_signed_revocation_counts_until_its_end() {
+    let mesh = mesh();
+    let mut set = mesh.set();
+    let document = revoke(&mesh.operator, "a", 1, 7);
+    assert_eq!(set.offer(document.clone(), NOW).unwrap(), Offered::Stored);
+    assert_eq!(set.offer(document.clone(), NOW).unwrap(), Offered::Known);
+    assert!(set.revocations().has_key(&key(7)) && set.bundle().revoked.has_key(&key(7)));
+    assert!(set.expire(NOW.plus(DAY * 30)).is_empty());
+    let late = NOW.plus(DAY * 30 + Duration::from_secs(1));
+    assert_eq!(set.expire(late).len(), 1);
+    assert!(set.is_empty() && !set.revocations().has_key(&key(7)) && set.set_hash() == 0);
+    assert!(matches!(set.offer(document, late), Err(Refused::Ended { .. })));
+}
+
+#[test]
+fn a_document_survives_its_bytes_and_no_other_bytes_are_it() {
+    let mesh = mesh();
+    let document = revoke(&mesh.operator, "a", 1, 7);
+    let bytes = document.to_bytes();
+    assert_eq!(Document::from_bytes(&bytes).unwrap(), document);
+    assert!(Document::from_bytes(&bytes[..bytes.len() - 1]).is_err());
+    assert!(Document::from_bytes(&[bytes.as_slice(), &[0]].concat()).is_err());
+    // The length of the content (below 251: one byte) written in three: the same value, another text.
+    let at = bytes.iter().position(|byte| usize::from(*byte) == document.signed_bytes().len()).unwrap();
+    let mut longer = bytes.clone();
+    longer.splice(at..=at, [0xfb, bytes[at], 0]);
+    assert!(matches!(Document::from_bytes(&longer), Err(DocumentError::NotCanonical)));
+    assert!(matches!(Document::from_bytes(&vec![1; DOCUMENT_BYTES_MAX + 1]), Err(DocumentError::TooLarge { .. })));
+}
+
+#[test]
+fn a_re_encoded_signature_is_the_same_document() {
+    let mesh = mesh();
+    let mut set = mesh.set();
+    let (one, two) = (revoke(&mesh.operator, "a", 1, 7), revoke(&mesh.operator, "a", 1, 7));
+    assert_ne!(one.signature(), two.signature(), "ECDSA signs with a fresh nonce");
+    set.offer(one, NOW).unwrap();
+    assert_eq!(set.offer(two, NOW).unwrap(), Offered::Known);
+    assert_eq!(set.forks().count(), 0);
+}
+
+#[test]
+fn altered_foreign_and_misplaced_documents_are_refused_each_for_its_reason() {
+    let (ours, theirs) = (mesh(), mesh());
+    let mut set = ours.set();
+    let good = revoke(&ours.operator, "a", 1, 7);
+    let foreign = revoke(&theirs.operator, "a", 1, 7);
+    assert!(matches!(set.offer(foreign, NOW), Err(Refused::Signature(VerifyError::Path { .. }))));
+
+    // The content of one, the signature of the other.
+    let other = revoke(&ours.operator, "b", 1, 8);
+    let envelope = (good.signed_bytes().to_vec(), other.certificate().to_vec(), other.signature().to_vec());
+    let forged = Document::from_bytes(&crate::wire::encode(&envelope).unwrap()).unwrap();
+    assert!(matches!(set.offer(forged, NOW), Err(Refused::Signature(VerifyError::Signature { .. }))));
+
+    let early = Content { not_before: NOW.plus(Duration::from_secs(61)), ..content("a", 1, vec![]) };
+    let early = Document::sign(early, &ours.operator).unwrap();
+    let refused = set.offer(early, NOW).unwrap_err();
+    assert!(matches!(refused, Refused::Early { .. }) && refused.to_string().contains("NTP"), "{refused}");
+
+    let before_the_key = Content { not_before: NOW.minus(DAY), ..content("a", 1, vec![]) };
+    let before_the_key = Document::sign(before_the_key, &ours.operator).unwrap();
+    assert!(matches!(set.offer(before_the_key, NOW), Err(Refused::Span)));
+
+    let too_long = Content { not_after: NOW.plus(DAY * 400), ..content("a", 1, vec![]) };
+    assert!(matches!(Document::sign(too_long.clone(), &ours.operator), Err(DocumentError::OutlivesSigner { .. })));
+    let by_root = Document::sign(too_long, &ours.root).unwrap();
+    assert_eq!(set.offer(by_root, NOW).unwrap(), Offered::Stored, "the root outlives it");
+    assert!(set.offer(good, NOW).is_ok());
+}
+
+#[test]
+fn an_operator_leads_to_no_new_root() {
+    let mesh = mesh();
+    let body = RootLink {
+        root: mesh.root.certificate().to_vec(),
+        proof: mesh.operator.sign(b"x").unwrap(),
+        issuers: Vec::new(),
+    };
+    let id = DocumentId { kind: DocumentKind::Bundle, name: link_name(2) };
+    let bundle = Content { id, body: body.to_bytes().unwrap(), ..content("a", 1, vec![]) };
+    let refused = mesh.set().offer(Document::sign(bundle, &mesh.operator).unwrap(), NOW).unwrap_err();
+    assert!(matches!(refused, Refused::Signature(_)), "{refused}");
+}
+
+#[test]
+fn scenario_13_two_contents_of_one_version_end_the_same_everywhere_and_are_reported() {
+    let mesh = mesh();
+    let (one, two) = (revoke(&mesh.operator, "a", 5, 1), revoke(&mesh.root, "a", 5, 2));
+    let (mut left, mut right) = (mesh.set(), mesh.set());
+    left.offer(one.clone(), NOW).unwrap();
+    right.offer(two.clone(), NOW).unwrap();
+    left.offer(two, NOW).unwrap();
+    right.offer(one, NOW).unwrap();
+    assert_eq!(left.set_hash(), right.set_hash());
+    assert_eq!(left.revocations(), right.revocations());
+    for set in [&left, &right] {
+        let forks: Vec<_> = set.forks().map(|fork| (fork.id.to_string(), fork.version)).collect();
+        assert_eq!(forks, [("revocation/a".to_owned(), 5)]);
+    }
+    let newer = revoke(&mesh.operator, "a", 6, 3);
+    assert_eq!(left.offer(newer, NOW).unwrap(), Offered::Stored);
+    assert!(left.revocations().has_key(&key(3)) && !left.revocations().has_key(&key(1)));
+}
+
+#[test]
+fn what_a_banned_operator_signed_is_void_before_and_after() {
+    let mesh = mesh();
+    let by_operator = revoke(&mesh.operator, "a", 1, 7);
+    let ban = content("operator", 1, vec![Revoked::Key(mesh.operator.spki().unwrap())]);
+    let (ban, powerless) =
+        (Document::sign(ban.clone(), &mesh.root).unwrap(), Document::sign(ban, &mesh.operator).unwrap());
+    let (mut first, mut second) = (mesh.set(), mesh.set());
+    first.offer(by_operator.clone(), NOW).unwrap();
+    first.offer(ban.clone(), NOW).unwrap();
+    second.offer(ban, NOW).unwrap();
+    assert!(matches!(second.offer(by_operator.clone(), NOW), Err(Refused::Signature(VerifyError::Revoked { .. }))));
+    assert_eq!((first.set_hash(), first.len()), (second.set_hash(), 1));
+
+    // An operator cannot make another's word void, nor its own: only the root can.
+    let mut third = mesh.set();
+    third.offer(powerless, NOW).unwrap();
+    assert_eq!(third.offer(by_operator, NOW).unwrap(), Offered::Stored);
+}
+
+#[test]
+fn two_sets_even_out_by_digests() {
+    let mesh = mesh();
+    let (mut left, mut right) = (mesh.set(), mesh.set());
+    for number in 0..10 {
+        left.offer(revoke(&mesh.operator, &format!("l{number}"), 1, number), NOW).unwrap();
+        right.offer(revoke(&mesh.operator, &format!("r{number}"), 1, 100 + number), NOW).unwrap();
+    }
+    left.offer(revoke(&mesh.operator, "both", 2, 50), NOW).unwrap();
+    right.offer(revoke(&mesh.operator, "both", 1, 51), NOW).unwrap();
+    let deliver = |from: &DocumentSet, to: &mut DocumentSet| {
+        let mut rounds = 0;
+        loop {
+            let newer = from.newer_than(&to.digests(), 0);
+            if newer.is_empty() {
+                return rounds;
+            }
+            rounds += 1;
+            for bytes in newer {
+                let document = Document::from_bytes(&bytes).unwrap();
+                assert!(to.is_news(&document.digest()));
+                to.offer(document, NOW).unwrap();
+            }
+        }
+    };
+    assert_eq!(deliver(&left, &mut right), 1, "ten small documents fit one frame");
+    deliver(&right, &mut left);
+    assert_eq!((left.set_hash(), left.len()), (right.set_hash(), 21));
+    assert_eq!(left.revocations(), right.revocations());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+    #[test]
+    fn the_order_of_arrival_does_not_matter(seed in any::<u64>(), picks in proptest::collection::vec((0u8..4, 1u64..4, 0u8..3), 1..12)) {
+        let mesh = mesh();
+        let mut documents: Vec<Document> = picks
+            .iter()
+            .map(|(name, version, byte)| revoke(&mesh.operator, &format!("n{name}"), *version, *byte))
+            .collect();
+        let (mut one, mut two) = (mesh.set(), mesh.set());
+        for document in &documents {
+            one.offer(document.clone(), NOW).unwrap();
+        }
+        // Any permutation: a rotation and a reversal drawn from the seed.
+        let by = usize::try_from(seed % documents.len() as u64).unwrap();
+        documents.rotate_left(by);
+        if seed % 2 == 0 {
+            documents.reverse();
+        }
+        for document in &documents {
+            two.offer(document.clone(), NOW).unwrap();
+        }
+        prop_assert_eq!(one.set_hash(), two.set_hash());
+        prop_assert_eq!(one.revocations(), two.revocations());
+    }
+
+    #[test]
+    fn garbage_is_no_document_and_no_panic(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
+        prop_assert!(Document::from_bytes(&bytes).is_err());
+    }
+}
+
+/// A mesh whose root was replaced `times` times; returns the links in order and the signing keys of each root.
+fn rotated(times: usize) -> (tempfile::TempDir, Vec<Document>, Vec<DocumentKey>) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("ca");
+    let ca = CaDir::init(&path, &"td".parse().unwrap(), NOW).unwrap();
+    let mut keys = vec![DocumentKey::load(&path, Signatory::Root).unwrap()];
+    let mut links = Vec::new();
+    for _ in 0..times {
+        let rotation = ca.prepare_rotation(NOW).unwrap();
+        let issuers = rotation.issuers.iter().map(|der| der.to_vec()).collect();
+        let link = RootLink { root: rotation.root.to_vec(), proof: rotation.proof.clone(), issuers };
+        let id = DocumentId { kind: DocumentKind::Bundle, name: link_name(rotation.number) };
+        let content = Content { id, body: link.to_bytes().unwrap(), not_before: NOW, ..content("a", 1, vec![]) };
+        links.push(Document::sign(content, &rotation.old).unwrap());
+        ca.commit_rotation().unwrap();
+        keys.push(DocumentKey::load(&path, Signatory::Root).unwrap());
+    }
+    (dir, links, keys)
+}
+
+#[test]
+fn scenario_20_a_node_that_was_off_walks_from_its_root_to_the_newest() {
+    let (_dir, links, keys) = rotated(3);
+    let roots: Vec<_> = keys.iter().rev().map(|key| key.certificate().clone()).collect();
+    let base = keys[0].bundle().unwrap();
+    let bytes: Vec<Vec<u8>> = links.iter().map(Document::to_bytes).collect();
+    assert_eq!(walk(&base, &bytes, NOW), roots);
+    // Nobody skips a root: without the second link the walk ends at the second root.
+    let gap = [bytes[0].clone(), bytes[2].clone()];
+    assert_eq!(walk(&base, &gap, NOW), roots[2..]);
+    // A newcomer that knows the newest root alone walks back, so that it can check what was signed under the older ones.
+    let newest = keys[3].bundle().unwrap();
+    let mut backwards = bytes.clone();
+    backwards.reverse();
+    assert_eq!(walk(&newest, &backwards, NOW), roots);
+    assert!(walk(&mesh().root.bundle().unwrap(), &bytes, NOW).len() == 1, "another mesh's root leads nowhere");
+}
+
+#[test]
+fn a_link_needs_the_signatures_of_both_roots() {
+    let (_dir, links, keys) = rotated(1);
+    let mut set = DocumentSet::new(&keys[0].bundle().unwrap());
+    let good = RootLink::from_bytes(&links[0].content().body).unwrap();
+    let thief = mesh();
+    // The old root alone names a root whose key did not sign; and a stranger's root signs for ours.
+    for (root, proof) in [
+        (thief.root.certificate().to_vec(), good.proof.clone()),
+        (good.root.clone(), thief.root.sign_link(keys[0].certificate()).unwrap()),
+    ] {
+        let body = RootLink { root, proof, issuers: Vec::new() }.to_bytes().unwrap();
+        let forged = Content { body, ..links[0].content().clone() };
+        let forged = Document::sign(forged, &keys[0]).unwrap();
+        assert!(matches!(set.offer(forged, NOW), Err(Refused::Signature(_))));
+    }
+    let own = RootLink { proof: thief.root.sign_link(thief.root.certificate()).unwrap(), ..good };
+    let stranger = Content { body: own.to_bytes().unwrap(), ..links[0].content().clone() };
+    assert!(set.offer(Document::sign(stranger, &thief.root).unwrap(), NOW).is_err());
+    assert_eq!(set.roots().len(), 1);
+    set.offer(links[0].clone(), NOW).unwrap();
+    assert_eq!(set.roots(), [keys[1].certificate().clone(), keys[0].certificate().clone()]);
+    assert_eq!(set.next_root(), 3);
+}
+
+#[test]
+fn an_old_root_that_is_taken_back_is_believed_no_more() {
+    let (_dir, links, keys) = rotated(1);
+    let mut set = DocumentSet::new(&keys[0].bundle().unwrap());
+    set.offer(links[0].clone(), NOW).unwrap();
+    assert_eq!(set.bundle().roots.len(), 2);
+    let old = keys[0].spki().unwrap();
+    let end = Document::sign(content("old", 1, vec![Revoked::Key(old)]), &keys[1]).unwrap();
+    set.offer(end, NOW).unwrap();
+    assert_eq!(set.bundle().roots, [keys[1].certificate().clone()]);
+    assert_eq!(set.issuer_certificates().len(), 1);
+}
