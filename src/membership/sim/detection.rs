@@ -55,15 +55,16 @@ fn refusal_times(seeds: std::ops::Range<u64>, is_generous: bool) -> Vec<Duration
             for late in [Duration::ZERO, Duration::from_millis(120)] {
                 mesh.pass(late);
                 let now = mesh.now;
-                for (at, core) in &mut mesh.nodes {
+                for core in mesh.nodes.values_mut() {
                     // Whoever met the refusal has closed its connection.
                     if core.member(&name(1)).is_some_and(|member| member.status == MemberStatus::Alive) {
                         core.evidence_alive(&name(1), now);
                     }
-                    assert_ne!(*at, name(1));
                 }
                 let others: Vec<NodeName> = mesh.nodes.keys().cloned().collect();
-                others.iter().for_each(|at| mesh.flush(at));
+                for at in &others {
+                    mesh.flush(at);
+                }
             }
             let seen = mesh.run(40 * SECOND, |mesh| mesh.all_see(1, Some(MemberStatus::Failed)));
             assert!(seen.is_some(), "seed {seed}: never seen");
