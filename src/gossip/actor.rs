@@ -3,7 +3,7 @@
 mod events;
 mod evidence;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -75,6 +75,8 @@ enum Done {
     LeaveLate,
     /// Nobody has the port of this life's address.
     PortRefused(MeshId),
+    /// Whether the host that was asked once refuses.
+    PortAsked(MeshId, bool),
     /// Whether the holder of a name that a newcomer claims from elsewhere answers.
     Challenged(Challenge, Incumbent),
 }
@@ -114,6 +116,8 @@ pub(super) struct Actor {
     leaving: Vec<oneshot::Sender<()>>,
     is_goodbye_over: bool,
     watches: Watches,
+    /// Members whose ports are being asked because others say that they crashed.
+    asked: BTreeSet<MeshId>,
     challenges: usize,
     documents: mpsc::Sender<documents::Order>,
 }
@@ -176,6 +180,7 @@ impl Actor {
             leaving: Vec::new(),
             is_goodbye_over: false,
             watches: Watches::default(),
+            asked: BTreeSet::new(),
             challenges: 0,
             documents,
         };
@@ -454,6 +459,7 @@ impl Actor {
             Done::PacketSent => self.stream_sends = self.stream_sends.saturating_sub(1),
             Done::LeaveLate => self.goodbye_over(),
             Done::PortRefused(id) => self.port_refused(&id, now),
+            Done::PortAsked(id, is_refused) => self.port_asked(&id, is_refused, now),
             Done::Challenged(challenge, incumbent) => {
                 self.challenges = self.challenges.saturating_sub(1);
                 self.challenged(challenge, incumbent);
@@ -493,6 +499,7 @@ impl Actor {
                 }
                 Output::Join { targets } => self.start_join(targets, None),
                 Output::SavePeers(peers) => self.save_peers(peers),
+                Output::AskPort(id) => self.ask_port(id),
                 Output::Event(event) => self.event(event),
             }
         }

@@ -239,10 +239,10 @@ impl Core {
         }
     }
 
-    /// Whether `name` answered within the last second.
-    fn has_veto(&self, name: &NodeName, now: Instant) -> bool {
-        let heard = self.roster.find(name).and_then(|member| member.heard);
-        heard.is_some_and(|at| now.saturating_duration_since(at) < VETO)
+    /// Returns until when an answer of `name` counts against a sentence; none if it does not any more.
+    fn veto(&self, name: &NodeName, now: Instant) -> Option<Instant> {
+        let until = self.roster.find(name).and_then(|member| member.heard)? + VETO;
+        (until > now).then_some(until)
     }
 
     /// Adds this node's own vote against `name` and has it signed. An answer since the check began has ended the check, so
@@ -264,12 +264,22 @@ impl Core {
     }
 
     /// Looks closer after another's first word against `name`: its watchers do, and two others on average.
-    pub(super) fn look_closer(&mut self, name: &NodeName, now: Instant) {
+    pub(super) fn look_closer(&mut self, name: &NodeName, certainty: Certainty, now: Instant) {
         let own = self.id().name.clone();
         let is_watcher = self.ring.successors(&own).any(|watched| watched == name);
         let members = u32::try_from(self.alive_count()).unwrap_or(u32::MAX).max(1);
         if is_watcher || self.rng.random_ratio(SECOND_LOOKS.min(members), members) {
             self.check(name, now);
+            if certainty == Certainty::Crashed {
+                self.ask_port(name);
+            }
+        }
+    }
+
+    /// Has the host of `name` asked whether its port is closed.
+    fn ask_port(&mut self, name: &NodeName) {
+        if let Some(id) = self.roster.find(name).map(|member| member.id.clone()) {
+            self.outputs.push_back(Output::AskPort(id));
         }
     }
 
@@ -294,14 +304,24 @@ impl Core {
             self.send_call(&name, Call::Check(number));
         }
         for name in failed {
-            if self.has_veto(&name, now) {
-                // It answers this node: the others' word is weighed again from the beginning.
-                self.stats.vetoes += 1;
-                self.suspicions.remove(&name);
-                self.check(&name, now);
-            } else {
+            let Some(until) = self.veto(&name, now) else {
                 self.declare_down(&name, now);
+                continue;
+            };
+            self.stats.vetoes += 1;
+            match self.suspicions.get_mut(&name) {
+                // It answered just before it crashed, or two lie. Nobody repeats these votes for long, so they are kept
+                // until it answers no more or refutes; its host can tell at once.
+                Some(suspicion) if suspicion.is_certain() => {
+                    suspicion.put_off(until);
+                    self.ask_port(&name);
+                }
+                // It answers this node: the others' word is weighed again from the beginning.
+                _ => {
+                    self.suspicions.remove(&name);
+                }
             }
+            self.check(&name, now);
         }
     }
 

@@ -206,10 +206,13 @@ impl Core {
             Call::Answer(_) => self.hear_answer(&src.name, now),
             Call::CheckFor { target, number, patience_ms } => {
                 let patience = std::time::Duration::from_millis(patience_ms.into());
-                if self.living(&target).is_some()
-                    && let Some(step) = self.checks.start_for(&src.name, number, &target, patience, now)
-                {
-                    self.take_step(step, now);
+                if self.living(&target).is_some() {
+                    if let Some(step) = self.checks.start_for(&src.name, number, &target, patience, now) {
+                        self.take_step(step, now);
+                    }
+                } else if self.roster.find(&target).is_some() {
+                    // Found dead here already: silence would speak against the asker.
+                    self.send_call(&src.name, Call::Missed(number));
                 }
             }
             Call::Reached(number) => {
@@ -377,7 +380,7 @@ impl Core {
         if case.is_believed() {
             self.judge(now);
         } else if self.profile.detector == Detector::Lifeguard {
-            self.look_closer(&word.accused, now);
+            self.look_closer(&word.accused, word.certainty, now);
         }
         true
     }

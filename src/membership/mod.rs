@@ -153,6 +153,9 @@ pub enum Output {
     Sign(Statement),
     /// Check the signature with the signer's certificates and hand the statement back to [`Core::handle_verified`].
     Verify(Statement),
+    /// Others met a refusal at this member's port: ask it, and call [`Core::evidence_crashed`] if it refuses. At most one
+    /// per accusation that counts, and one a second for each member that answers while two accuse it.
+    AskPort(MeshId),
     /// `peer` holds other records than this node: compare with it. At most two a second.
     Differs {
         /// Whose hash differs.

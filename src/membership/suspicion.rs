@@ -7,7 +7,7 @@
 //! ```
 //!
 //! Invariants: an accuser counts once, so repeats shorten nothing; one accuser alone never decides for another node;
-//! at most [`ACCUSERS_MAX`] votes are kept about one member.
+//! at most [`ACCUSERS_MAX`] votes of others are kept about one member.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -18,7 +18,7 @@ use super::id::Life;
 use super::statement::Certainty;
 use crate::model::NodeName;
 
-/// Most accusers kept of one member: more shorten nothing.
+/// Most other accusers kept of one member: more shorten nothing.
 pub(super) const ACCUSERS_MAX: usize = 8;
 /// How long a vote counts that nobody else confirmed.
 const VOTE_LIFE: Duration = Duration::from_secs(10);
@@ -57,11 +57,13 @@ pub(super) struct Suspicion {
     believed_since: Option<Instant>,
     /// When the suspect is asked again by this node, which found it silent itself.
     pub(super) next_appeal: Instant,
+    /// No sentence before this moment: the suspect had just answered.
+    put_off: Option<Instant>,
 }
 
 impl Suspicion {
     pub(super) fn new(life: Life, now: Instant) -> Self {
-        Self { life, votes: BTreeMap::new(), believed_since: None, next_appeal: now }
+        Self { life, votes: BTreeMap::new(), believed_since: None, next_appeal: now, put_off: None }
     }
 
     /// Tells whether a vote of `accuser` about `incarnation` would add something.
@@ -83,7 +85,9 @@ impl Suspicion {
         own: &NodeName,
         now: Instant,
     ) -> bool {
-        if !self.wants(accuser, incarnation, certainty) {
+        // What this node found out itself has room beside eight others' words.
+        let is_own_first = accuser == own && !self.has_vote(own);
+        if !is_own_first && !self.wants(accuser, incarnation, certainty) {
             return false;
         }
         self.votes.insert(accuser.clone(), Vote { incarnation, certainty, at: now });
@@ -133,13 +137,26 @@ impl Suspicion {
     /// Returns when the member counts as failed; none while the case is advisory.
     pub(super) fn deadline(&self, bounds: &Bounds, own: &NodeName) -> Option<Instant> {
         let since = self.believed_since?;
-        let is_crash = |vote: &Vote| vote.certainty == Certainty::Crashed;
-        let crashes = self.votes.values().filter(|vote| is_crash(vote)).count();
-        if self.votes.get(own).is_some_and(is_crash) || crashes >= 2 {
+        let confirmed = u32::try_from(self.votes.len().saturating_sub(1)).unwrap_or(u32::MAX);
+        if self.has_crashed_for(own) {
             return Some(since);
         }
-        let confirmed = u32::try_from(self.votes.len().saturating_sub(1)).unwrap_or(u32::MAX);
-        Some(since + bounds.timeout(confirmed))
+        let at = if self.is_certain() { since } else { since + bounds.timeout(confirmed) };
+        Some(self.put_off.map_or(at, |until| until.max(at)))
+    }
+
+    /// Tells whether two have met the refusal: there is nothing to wait for.
+    pub(super) fn is_certain(&self) -> bool {
+        self.votes.values().filter(|vote| vote.certainty == Certainty::Crashed).count() >= 2
+    }
+
+    fn has_crashed_for(&self, own: &NodeName) -> bool {
+        self.votes.get(own).is_some_and(|vote| vote.certainty == Certainty::Crashed)
+    }
+
+    /// Leaves the suspect unsentenced until `until`; the votes stay.
+    pub(super) fn put_off(&mut self, until: Instant) {
+        self.put_off = Some(until);
     }
 
     /// Returns when an advisory vote ends; none where there is none.
@@ -153,6 +170,7 @@ impl Suspicion {
     /// Moves every time by `by`: this node slept, and nobody could answer it meanwhile.
     pub(super) fn postpone(&mut self, by: Duration) {
         self.believed_since = self.believed_since.map(|since| since + by);
+        self.put_off = self.put_off.map(|until| until + by);
         for vote in self.votes.values_mut() {
             vote.at += by;
         }
@@ -215,6 +233,17 @@ mod tests {
     }
 
     #[test]
+    fn a_sentence_that_is_put_off_keeps_its_votes() {
+        let now = crate::clock::now();
+        let mut suspicion = case(&[("a", Certainty::Crashed), ("b", Certainty::Crashed)], now);
+        suspicion.put_off(now + Duration::from_secs(1));
+        assert_eq!(suspicion.deadline(&bounds(), &name("own")), Some(now + Duration::from_secs(1)));
+        // What this node meets itself is not kept waiting.
+        suspicion.vote(&name("own"), 0, Certainty::Crashed, &name("own"), now);
+        assert_eq!(suspicion.deadline(&bounds(), &name("own")), Some(now));
+    }
+
+    #[test]
     fn a_refutation_voids_older_votes_and_advice_ends() {
         let now = crate::clock::now();
         let own = name("own");
@@ -235,5 +264,6 @@ mod tests {
             suspicion.vote(&name(&format!("n{number}")), 0, Certainty::Silent, &name("own"), now);
         }
         assert_eq!(suspicion.votes.len(), ACCUSERS_MAX);
+        assert!(suspicion.vote(&name("own"), 0, Certainty::Crashed, &name("own"), now), "the own word has room");
     }
 }

@@ -371,6 +371,8 @@ impl World {
                     let boot = process.boot;
                     self.after(SYNC_TIME, Event::Synced { host, boot, peers });
                 }
+                // Hosts of this world do not refuse: a crash is silence.
+                Output::AskPort(_) => {}
                 Output::Event(event) => self.note(host, event),
             }
         }

@@ -3,6 +3,7 @@
 //! ```text
 //!   next two members on the ring -> a watch each: two bytes every 300 ms -> refused -> the engine, at once
 //!   a dial that is refused --------------------------------------------^
+//!   others met a refusal -> the port is asked once, by who looks closer --^
 //!   packets that QUIC acknowledges -> signs of life, before each verdict
 //! ```
 //!
@@ -26,6 +27,9 @@ use crate::model::NodeName;
 
 /// How often each is asked: of two watchers the first asks within 270 ms in 99 of 100 cases.
 const WATCH_EVERY: Duration = Duration::from_millis(300);
+/// Most ports that are asked at once on others' word: as many members as may fail together in a rack. Past it the
+/// membership's own checks tell.
+const QUESTIONS_MAX: usize = 64;
 /// Most holders of names that are asked at once; a newcomer past it is judged by what is known.
 const CHALLENGES_MAX: usize = 8;
 /// How long the holder of a name may take to answer: a handshake on a slow path.
@@ -79,11 +83,31 @@ impl Actor {
         if let Some(watch) = self.watches.0.remove(id) {
             watch.abort();
         }
-        let is_known = self.engine.membership().member(&id.name).is_some_and(|member| member.id == *id);
-        if is_known {
+        // Those that are gone are called for days, and refuse every time.
+        if self.engine.membership().alive().any(|alive| alive == id) {
             info!(member = %id.name, addr = %id.addr, "the member's host says that its port is closed");
             self.metrics.ports_refused.inc();
             self.turn(now, |engine, turn| engine.evidence_crashed(&id.name, turn));
+        }
+    }
+
+    /// Asks whether the host of `id` refuses its port: others say so.
+    pub(super) fn ask_port(&mut self, id: MeshId) {
+        if self.asked.len() >= QUESTIONS_MAX || !self.asked.insert(id.clone()) {
+            return;
+        }
+        let transport = self.transport.clone();
+        self.work.spawn(async move {
+            let is_refused = transport.is_port_refused(id.addr).await;
+            Done::PortAsked(id, is_refused)
+        });
+    }
+
+    /// The host of `id` was asked.
+    pub(super) fn port_asked(&mut self, id: &MeshId, is_refused: bool, now: Instant) {
+        self.asked.remove(id);
+        if is_refused {
+            self.port_refused(id, now);
         }
     }
 

@@ -148,6 +148,8 @@ pub enum Output {
     },
     /// Keep these peers for the next start, then call [`Engine::peers_saved`].
     SavePeers(Vec<StoredPeer>),
+    /// Ask the port of this member; call [`Engine::evidence_crashed`] if its host refuses it. It may be given up.
+    AskPort(MeshId),
     /// Something that is logged or counted.
     Event(Event),
 }
@@ -547,6 +549,7 @@ impl Engine {
                 }
                 membership::Output::Sign(statement) => self.sign(statement, turn),
                 membership::Output::Verify(statement) => self.verify(statement, turn),
+                membership::Output::AskPort(id) => self.outputs.push_back(Output::AskPort(id)),
                 membership::Output::Differs { peer } => self.start_sync(&peer.name, SYNC_ROUNDS),
             }
         }

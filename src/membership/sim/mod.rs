@@ -32,8 +32,10 @@ struct Mesh {
     split: BTreeSet<NodeName>,
     /// Stopped nodes with what waits in their sockets.
     paused: BTreeMap<NodeName, Vec<(NodeName, Bytes)>>,
-    /// Hosts that answer "refused" for an agent that is gone, within a millisecond.
+    /// Hosts that say "refused" when they are asked for the port of an agent that is gone.
     refuses: BTreeSet<NodeName>,
+    /// Refusals on their way: to whom, whose.
+    refusals: BTreeMap<(Instant, u64), (NodeName, NodeName)>,
     log: Log,
     received: BTreeMap<NodeName, BTreeSet<u64>>,
     differs: usize,
@@ -88,6 +90,7 @@ impl Mesh {
             split: BTreeSet::new(),
             paused: BTreeMap::new(),
             refuses: BTreeSet::new(),
+            refusals: BTreeMap::new(),
             log: Vec::new(),
             received: BTreeMap::new(),
             differs: 0,
@@ -127,6 +130,29 @@ impl Mesh {
         }
     }
 
+    /// Kills a node whose host refuses the port. Only who asks the port hears of it, as in the agent: its watchers do,
+    /// every 300 ms. The others are answered if the host still answers (`is_generous`): hosts send few refusals.
+    fn kill_refused(&mut self, number: usize, is_generous: bool) {
+        self.kill(number);
+        let watches = |core: &Core| core.watched().iter().any(|id| id.name == name(number));
+        let watchers: Vec<NodeName> =
+            self.nodes.iter().filter(|(_, core)| watches(core)).map(|(at, _)| at.clone()).collect();
+        for watcher in watchers {
+            let turn = Duration::from_millis(self.rng.random_range(0..300));
+            self.refuse(&watcher, &name(number), turn);
+        }
+        if is_generous {
+            self.refuses.insert(name(number));
+        }
+    }
+
+    /// Lets `to` hear that the port of `of` is refused, twice, when it has asked `after` from now.
+    fn refuse(&mut self, to: &NodeName, of: &NodeName, after: Duration) {
+        self.flight_number += 1;
+        let at = self.now + after + Duration::from_millis(27);
+        self.refusals.insert((at, self.flight_number), (to.clone(), of.clone()));
+    }
+
     fn at(&mut self, number: usize) -> &mut Core {
         self.nodes.get_mut(&name(number)).unwrap()
     }
@@ -134,7 +160,7 @@ impl Mesh {
     fn flush(&mut self, at: &NodeName) {
         let now = self.now;
         let Some(core) = self.nodes.get_mut(at) else { return };
-        let mut again = Vec::new();
+        let (mut again, mut asked) = (Vec::new(), Vec::new());
         while let Some(output) = core.poll_output() {
             match output {
                 Output::Send { to, packet } => {
@@ -160,6 +186,7 @@ impl Mesh {
                     let verdict = verdict(&statement);
                     core.handle_verified(statement, verdict, now);
                 }
+                Output::AskPort(id) => asked.push(id.name),
                 Output::Differs { .. } => self.differs += 1,
                 Output::Received { .. } | Output::Conflict { .. } | Output::Renewed(_) => {}
             }
@@ -167,9 +194,13 @@ impl Mesh {
         for broadcast in &again {
             core.broadcast(broadcast, now);
         }
+        for of in asked.iter().filter(|of| self.refuses.contains(*of)).cloned().collect::<Vec<_>>() {
+            self.refuse(at, &of, Duration::ZERO);
+        }
         if !again.is_empty() {
             return self.flush(at);
         }
+        let Some(core) = self.nodes.get(at) else { return };
         let wake = core.poll_timeout();
         if let Some(before) = self.wake_of.insert(at.clone(), wake) {
             self.wakes.remove(&(before, at.clone()));
@@ -213,18 +244,9 @@ impl Mesh {
             return;
         }
         let now = self.now;
-        match self.nodes.get_mut(&to.name) {
-            Some(core) => {
-                core.handle_packet(from, &packet, now).unwrap();
-                self.flush(&to.name.clone());
-            }
-            None if self.refuses.contains(&to.name) => {
-                if let Some(sender) = self.nodes.get_mut(from) {
-                    sender.evidence_crashed(&to.name, now);
-                    self.flush(&from.clone());
-                }
-            }
-            None => {}
+        if let Some(core) = self.nodes.get_mut(&to.name) {
+            core.handle_packet(from, &packet, now).unwrap();
+            self.flush(&to.name);
         }
     }
 
@@ -234,7 +256,8 @@ impl Mesh {
         while !done(self) {
             let timer = self.wakes.first().map(|(at, _)| *at);
             let flight = self.flights.first_key_value().map(|(key, _)| key.0);
-            let next = [timer, flight].into_iter().flatten().min()?;
+            let refusal = self.refusals.first_key_value().map(|(key, _)| key.0);
+            let next = [timer, flight, refusal].into_iter().flatten().min()?;
             if next > end {
                 self.now = end;
                 return None;
@@ -243,6 +266,13 @@ impl Mesh {
             if flight.is_some_and(|at| Some(at) == Some(next)) {
                 let (_, (from, to, packet)) = self.flights.pop_first().unwrap();
                 self.deliver(&from, &to, packet);
+            } else if refusal.is_some_and(|at| at == next) {
+                let (_, (to, of)) = self.refusals.pop_first().unwrap();
+                let now = self.now;
+                if let Some(core) = self.nodes.get_mut(&to) {
+                    core.evidence_crashed(&of, now);
+                }
+                self.flush(&to);
             } else {
                 let (_, at) = self.wakes.pop_first().unwrap();
                 let now = self.now;
