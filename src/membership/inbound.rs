@@ -35,6 +35,7 @@ impl Core {
         if self.has_left {
             return Ok(());
         }
+        self.drop_hearsay(&src);
         self.check_newcomer(&src)?;
         let is_meant = dst == self.id().life;
         // Goodbyes and records are good whomever the packet was for.
@@ -49,6 +50,11 @@ impl Core {
                 if is_meant {
                     self.told_gone(now);
                 }
+                Ok(())
+            }
+            // foca, which may not know the name, would take it up: it never holds an older life than the roster.
+            Body::Swim { .. } if self.is_outlived(&src) => {
+                self.send_call_to(src.clone(), Call::Gone);
                 Ok(())
             }
             Body::Swim { packet, kind } => {
@@ -130,6 +136,22 @@ impl Core {
         }
     }
 
+    /// Corrects the life that a peer gave a gone stranger, once that one speaks for itself as `id`: the peer may have made
+    /// it up, or the stranger's disk may have lost it. Others who know of a later life will say so to the member.
+    pub(super) fn drop_hearsay(&mut self, id: &MeshId) {
+        let Some(said) = self.gone.get_mut(&id.name).filter(|said| said.life != id.life) else { return };
+        if self.roster.find(&id.name).is_some_and(|member| member.has_outlived(id)) {
+            return;
+        }
+        *said = id.clone();
+        self.change(&id.name, |roster| roster.correct(id));
+    }
+
+    /// Whether a later life of the name than `id` is known.
+    fn is_outlived(&self, id: &MeshId) -> bool {
+        self.roster.find(&id.name).is_some_and(|known| known.id.life > id.life)
+    }
+
     /// Checks the bounds on who may be a member.
     pub(super) fn check_newcomer(&mut self, id: &MeshId) -> Result<(), Refused> {
         match self.roster.find(&id.name) {
@@ -183,10 +205,8 @@ impl Core {
     fn hear_call(&mut self, src: &MeshId, incarnation: u16, call: Call, is_meant: bool, now: Instant) {
         // A stranger that a peer called gone is not: it speaks.
         let is_dead = self.living(&src.name).is_none() && !self.gone.contains_key(&src.name);
-        let is_gone = self
-            .roster
-            .find(&src.name)
-            .is_some_and(|known| known.id.life > src.life || (is_dead && known.id.life == src.life));
+        let is_gone = self.is_outlived(src)
+            || (is_dead && self.roster.find(&src.name).is_some_and(|known| known.id.life == src.life));
         if call == Call::Gone {
             if is_meant {
                 self.told_gone(now);

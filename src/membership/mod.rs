@@ -15,6 +15,8 @@
 //! - A packet counts only if the peer that TLS verified is the member that its header names.
 //! - A life of a member is learned from that member itself, from its signed word, or from its signed records
 //!   (`attest`): nobody can invent members, later lives or returns, nor say another's goodbye.
+//! - The life that a peer gives a gone stranger yields to the stranger's own word; foca never takes up an older life than
+//!   the roster knows.
 //! - A member counts as failed on this node's own failed check or on the signed words of two others, after the time to
 //!   refute; one liar's word is checked and never judged. An answer within the last second vetoes.
 //! - Nothing that is said about an older life of a member changes what is known of a newer one.
@@ -456,10 +458,13 @@ impl Core {
 
     /// Notes a member that this node shook hands with itself: `id` is what TLS verified.
     pub fn meet(&mut self, id: &MeshId, now: Instant) {
-        if self.has_left || id.name == self.id().name || self.check_newcomer(id).is_err() {
+        if self.has_left || id.name == self.id().name {
             return;
         }
-        self.accept(id, 0, now);
+        self.drop_hearsay(id);
+        if self.check_newcomer(id).is_ok() {
+            self.accept(id, 0, now);
+        }
     }
 
     /// Notes a member whose signed records were verified: a later life than the known one is alive, an older is not

@@ -51,6 +51,11 @@ impl Tracked {
         self.farewell.as_ref().is_some_and(|leave| leave.life >= self.id.life)
     }
 
+    /// Whether its own goodbye is of a later life than `id`.
+    pub(super) fn has_outlived(&self, id: &MeshId) -> bool {
+        self.farewell.as_ref().is_some_and(|leave| leave.by == leave.node && leave.life > id.life)
+    }
+
     /// Since when it has its status.
     pub fn since(&self) -> Instant {
         self.since
@@ -151,6 +156,16 @@ impl Roster {
     pub(super) fn down(&mut self, id: &MeshId, now: Instant) {
         self.held.remove(&id.name);
         self.set(id, now, |member| if member.said_goodbye() { MemberStatus::Left } else { MemberStatus::Failed });
+    }
+
+    /// Notes that a member that is known by hearsay alone calls itself `id`, which may be an earlier life. What others
+    /// said of its going goes with the life that they made of it.
+    pub(super) fn correct(&mut self, id: &MeshId) {
+        let Some(member) = self.members.get_mut(&id.name) else { return };
+        member.id = id.clone();
+        member.incarnation = 0;
+        member.proof = None;
+        member.farewell = member.farewell.take().filter(|leave| leave.by == leave.node);
     }
 
     /// Notes that a member has a new identity with the standing of the old.

@@ -50,6 +50,16 @@ fn random_lives_end_with_everything_as_it_must_be() {
 }
 
 #[test]
+fn a_newcomer_sees_alive_who_lost_a_life_that_it_was_told_is_over() {
+    // In each of these runs somebody whose disk lost its last generation speaks to a newcomer that a peer told of that
+    // generation's end, before it goes above it.
+    for seed in [11, 20, 27, 42, 44, 49, 54] {
+        let settled = script::live(12, 60 * SECOND, seed);
+        assert!(settled < 180 * SECOND, "seed {seed}");
+    }
+}
+
+#[test]
 fn scenario_02_nodes_that_stop_now_and_then_accuse_nobody_healthy() {
     let found = figures::false_positives(12, Duration::from_mins(3), 2, &Settings::default());
     assert_eq!(found.at_healthy, 0, "{found:?}");

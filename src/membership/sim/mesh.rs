@@ -201,6 +201,56 @@ fn a_member_that_a_peer_calls_gone_is_called_and_believed_once_it_answers() {
 }
 
 #[test]
+fn a_made_up_or_lost_life_of_a_gone_stranger_yields_to_its_own_word() {
+    // Above the life that it lives: its disk lost that one, or the peer lies. Below it by more than any jump: a lie.
+    for (said, lived) in [(9, 1), (u64::MAX, 1), (0, GENERATION_JUMP_MAX + 2)] {
+        let mut mesh = Mesh::new(1, 3);
+        mesh.boot(1, lived);
+        assert!(mesh.run(20 * SECOND, Mesh::all_alive).is_some());
+        let mut newcomer = Core::new(id(7, 1), Profile::default(), 9, mesh.now);
+        newcomer.learn(vec![MemberEntry { id: id(1, said), incarnation: 0, standing: Standing::Down }], mesh.now);
+        mesh.nodes.insert(name(7), newcomer);
+        mesh.flush(&name(7));
+        let sees = |mesh: &Mesh, id: &MeshId| {
+            let seen = mesh.nodes[&name(7)].member(&name(1)).unwrap();
+            seen.status == MemberStatus::Alive && seen.id == *id
+        };
+        assert!(mesh.run(5 * SECOND, |mesh| sees(mesh, &id(1, lived))).is_some(), "{said} {lived}");
+        // Another remembered the later life, and it goes on above that.
+        let now = mesh.now;
+        mesh.at(1).outlive(id(1, lived + 8).life, now);
+        mesh.flush(&name(1));
+        assert!(mesh.run(5 * SECOND, |mesh| sees(mesh, &id(1, lived + 9))).is_some(), "{said} {lived}");
+    }
+}
+
+#[test]
+fn a_life_before_the_signed_goodbye_of_a_gone_stranger_stays_out_until_it_goes_above() {
+    let mut mesh = Mesh::new(1, 3);
+    mesh.boot(1, 1);
+    assert!(mesh.run(20 * SECOND, Mesh::all_alive).is_some());
+    let now = mesh.now;
+    let life = id(1, 9).life;
+    let leave = Leave { node: name(1), life, prune: false, by: name(1), signature: Vec::new() };
+    let Statement::Leave(leave) = signed(&name(1), Statement::Leave(leave)) else { unreachable!() };
+    let mut newcomer = Core::new(id(7, 1), Profile::default(), 9, now);
+    newcomer.learn(vec![MemberEntry { id: id(1, 9), incarnation: 0, standing: Standing::Down }], now);
+    newcomer.learn_farewells(vec![leave], now);
+    newcomer.announce(id(0, 1), now);
+    mesh.nodes.insert(name(7), newcomer);
+    mesh.flush(&name(7));
+    let seen = |mesh: &Mesh| mesh.nodes[&name(7)].member(&name(1)).map(|seen| (seen.status, seen.id.life));
+    mesh.pass(5 * SECOND);
+    assert_eq!(seen(&mesh), Some((MemberStatus::Left, life)));
+    let now = mesh.now;
+    assert!(mesh.at(1).id().life.renewals > 0, "it was told");
+    mesh.at(1).outlive(life, now);
+    mesh.flush(&name(1));
+    let is_back = |mesh: &Mesh| seen(mesh) == Some((MemberStatus::Alive, id(1, 10).life));
+    assert!(mesh.run(5 * SECOND, is_back).is_some(), "{:?}", seen(&mesh));
+}
+
+#[test]
 fn records_that_differ_are_told_within_two_seconds_and_equal_ones_never() {
     let mut mesh = Mesh::joined(5, 8);
     for number in 0..5 {
