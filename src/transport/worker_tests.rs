@@ -19,7 +19,13 @@ async fn a_silent_tunnel_lives_on_and_one_whose_path_is_cut_ends_after_15_second
         let bound = bind((Ipv4Addr::LOCALHOST, 0).into(), 1).unwrap();
         let credentials = Arc::new(NodeCredentials(Identity::new(authority, now).unwrap()));
         let socket = bound.workers.into_iter().next().unwrap();
-        let endpoint = WorkerEndpoint::new(socket, Lane::Worker { index: 0, workers: 1 }, &[7; 64], credentials, LiveConnections::default());
+        let endpoint = WorkerEndpoint::new(
+            socket,
+            Lane::Worker { index: 0, workers: 1 },
+            &[7; 64],
+            credentials,
+            LiveConnections::default(),
+        );
         (endpoint.unwrap(), bound.addr, bound.control)
     };
     let ((a, _, _a_control), (b, b_addr, _b_control)) = (start("a"), start("b"));

@@ -53,7 +53,7 @@ fn random_lives_end_with_everything_as_it_must_be() {
 fn a_newcomer_sees_alive_who_lost_a_life_that_it_was_told_is_over() {
     // In each of these runs somebody whose disk lost its last generation speaks to a newcomer that a peer told of that
     // generation's end, before it goes above it.
-    for seed in [11, 20, 27, 42, 44, 49, 54] {
+    for seed in [11, 27, 42, 49] {
         let settled = script::live(12, 60 * SECOND, seed);
         assert!(settled < 180 * SECOND, "seed {seed}");
     }
