@@ -185,11 +185,10 @@ impl Node {
         let joins = glue::join_server(&issuer, &identity, &gossip, &info, &store);
         tasks.spawn("accept", glue::accept(control.clone(), incoming_tx, joins, tasks.clone(), stop.clone()));
         let expiry = identity::expiry_gauge(&metrics, &identity).map_err(part("identity's metrics"))?;
-        let kept = store.clone();
         let renewal = identity::Renewal {
             identity: Arc::clone(&identity),
             issuer,
-            store,
+            store: store.clone(),
             gossip: gossip.clone(),
             seeds: config.join.clone(),
             expiry,
@@ -228,7 +227,7 @@ impl Node {
             drain,
             stop,
         };
-        let started = node.start_api(&config, &info, &metrics, &proxy, kept).await;
+        let started = node.start_api(&config, &info, &metrics, &proxy, store).await;
         if started.is_err() {
             node.drain.cancel();
         }
