@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 
@@ -160,6 +161,8 @@ impl Agent {
         let log = File::options().create(true).append(true).open(dir.path().join("log")).unwrap();
         let mut command = Command::new(&words[0]);
         command.args(&words[1..]).stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
+        // A wrapper (faketime) runs the agent as its own child: the group ends with it.
+        command.process_group(0);
         let child = command.spawn().unwrap_or_else(|e| panic!("{words:?}: {e}"));
         let api = SocketAddr::new(spec.client, 8500);
         Self { name: spec.name.to_owned(), child, dir, host: spec.host.clone(), api }
@@ -303,6 +306,8 @@ impl Drop for Agent {
                 tail.into_iter().rev().collect::<Vec<_>>().join("\n")
             );
         }
+        let group = format!("-{}", self.child.id());
+        let _already_ended = Command::new("kill").args(["-KILL", "--", &group]).stderr(Stdio::null()).status();
         let _already_ended = self.child.kill();
         let _reaped = self.child.wait();
     }
