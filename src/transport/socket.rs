@@ -5,6 +5,7 @@
 //! ```
 //!
 //! Invariant: a datagram that comes after the last read raises a new edge (epoll(7), `EPOLLET`), so none is left lying.
+//! What the kernel says of earlier datagrams (ICMP) fails no call of the endpoint: it goes to `refusals`.
 //! Saves a system call in every wake-up: one in twenty of a loaded agent. Not here: steering (`steer`), buffers (`bind`).
 
 use std::fmt;
@@ -20,6 +21,8 @@ use quinn::{AsyncUdpSocket, UdpPoller};
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
 
+use super::refusals::{MeshPort, Refusals};
+
 /// Most bytes that the kernel coalesces into one read: the longest UDP datagram. quinn makes its receive buffer of 32
 /// times the packet size times the segments; 64 segments of 6,500 bytes would take 13 MB per socket, and never fill.
 const COALESCED_BYTES_MAX: u64 = 65_535;
@@ -30,15 +33,18 @@ pub(super) struct MeshSocket {
     io: UdpSocket,
     state: UdpSocketState,
     segments: usize,
+    refusals: Refusals,
 }
 
 impl MeshSocket {
     /// Takes the socket over; `payload_bytes_max` is what the endpoint accepts in one packet.
-    pub(super) fn new(socket: std::net::UdpSocket, payload_bytes_max: u64) -> io::Result<Self> {
+    pub(super) fn new(port: MeshPort, payload_bytes_max: u64) -> io::Result<Self> {
+        let MeshPort { socket, refusals } = port;
+        Refusals::listen(&socket, socket.local_addr()?.is_ipv4())?;
         let state = UdpSocketState::new((&socket).into())?;
         let needed = COALESCED_BYTES_MAX.div_ceil(payload_bytes_max.max(1));
         let segments = usize::try_from(needed).map_or(1, |needed| needed.min(state.gro_segments()));
-        Ok(Self { state, io: UdpSocket::from_std(socket)?, segments })
+        Ok(Self { state, io: UdpSocket::from_std(socket)?, segments, refusals })
     }
 }
 
@@ -48,7 +54,14 @@ impl AsyncUdpSocket for MeshSocket {
     }
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        self.io.try_io(Interest::WRITABLE, || self.state.send((&self.io).into(), transmit))
+        self.io.try_io(Interest::WRITABLE, || match self.state.try_send((&self.io).into(), transmit) {
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => {
+                // What became of earlier packets is told in place of sending this one.
+                self.refusals.drain(&self.io);
+                self.state.send((&self.io).into(), transmit)
+            }
+            result => result,
+        })
     }
 
     fn poll_recv(
@@ -72,7 +85,8 @@ impl AsyncUdpSocket for MeshSocket {
             if let Some(datagrams) = drained.or(read.ok()) {
                 return Poll::Ready(Ok(datagrams));
             }
-            // An error of an earlier datagram (ICMP): the connections notice by themselves.
+            // An error of an earlier datagram (ICMP).
+            self.refusals.drain(&self.io);
         }
     }
 
@@ -132,7 +146,7 @@ mod tests {
         let sender = std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let socket = std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         socket.set_nonblocking(true).unwrap();
-        let socket = MeshSocket::new(socket, 1_472).unwrap();
+        let socket = MeshSocket::new(socket.into(), 1_472).unwrap();
         let to = socket.local_addr().unwrap();
         for round in 0..100_u8 {
             // Sometimes one, sometimes several between two reads.
