@@ -126,6 +126,8 @@ pub(super) struct Actor {
     watches: Watches,
     /// Members whose ports are being asked because others say that they crashed.
     asked: BTreeSet<MeshId>,
+    /// Members that are given time to show that they live.
+    doubted: BTreeSet<MeshId>,
     challenges: usize,
     refusals: Refusals,
     /// The newest refusal that was looked at.
@@ -194,6 +196,7 @@ impl Actor {
             is_goodbye_over: false,
             watches: Watches::default(),
             asked: BTreeSet::new(),
+            doubted: BTreeSet::new(),
             challenges: 0,
             documents,
         };

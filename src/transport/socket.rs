@@ -46,6 +46,17 @@ impl MeshSocket {
         let segments = usize::try_from(needed).map_or(1, |needed| needed.min(state.gro_segments()));
         Ok(Self { state, io: UdpSocket::from_std(socket)?, segments, refusals })
     }
+
+    /// Takes in what the kernel says of earlier datagrams, for ever: a socket that neither sends nor receives hears of
+    /// them too.
+    pub(super) async fn hear_refusals(self: Arc<Self>) {
+        while self.io.ready(Interest::ERROR).await.is_ok() {
+            let _cleared: io::Result<()> = self.io.try_io(Interest::ERROR, || {
+                self.refusals.drain(&self.io);
+                Err(io::ErrorKind::WouldBlock.into())
+            });
+        }
+    }
 }
 
 impl AsyncUdpSocket for MeshSocket {
@@ -166,5 +177,31 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[tokio::test]
+    async fn a_refused_datagram_fails_no_call_and_is_heard_by_a_socket_that_does_nothing() {
+        let held = std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let gone = std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap();
+        let refusals = Refusals::default();
+        let socket = std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        let socket = Arc::new(MeshSocket::new(MeshPort::new(socket, refusals.clone()), 1_472).unwrap());
+        let transmit =
+            |destination| Transmit { destination, ecn: None, contents: &[7], segment_size: None, src_ip: None };
+        // Nobody looks after the socket while this call waits.
+        let mut last = None;
+        socket.io.writable().await.unwrap();
+        socket.try_send(&transmit(gone)).unwrap();
+        tokio::select! {
+            () = Arc::clone(&socket).hear_refusals() => unreachable!("it hears for ever"),
+            heard = refusals.next(&mut last) => assert_eq!(heard, [gone]),
+        }
+        // The news of an earlier datagram costs no later one.
+        socket.try_send(&transmit(gone)).unwrap();
+        socket.try_send(&transmit(held.local_addr().unwrap())).unwrap();
+        let mut byte = [0];
+        held.recv(&mut byte).unwrap();
+        assert_eq!((byte, refusals.next(&mut last).await), ([7], vec![gone]));
     }
 }

@@ -4,6 +4,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::task::JoinSet;
+
 use super::bind::BindError;
 use super::credentials::{Credentials, peer_of};
 use super::error::ConnectError;
@@ -42,6 +44,7 @@ pub(crate) struct WorkerEndpoint {
     refusals: Refusals,
     credentials: Arc<dyn Credentials>,
     live: LiveConnections,
+    _hearing: JoinSet<()>,
 }
 
 impl WorkerEndpoint {
@@ -60,8 +63,8 @@ impl WorkerEndpoint {
             tls.map_err(|reason| BindError::Tls { addr, reason })
         };
         let refusals = port.refusals.clone();
-        let endpoint = start(port, lane, reset_key, server)?;
-        Ok(Self { endpoint, local_ip, refusals, credentials, live })
+        let (endpoint, hearing) = start(port, lane, reset_key, server)?;
+        Ok(Self { endpoint, local_ip, refusals, credentials, live, _hearing: hearing })
     }
 
     /// Waits for the next attempt to connect; none when closed.
@@ -103,21 +106,24 @@ impl WorkerEndpoint {
     }
 }
 
-/// Starts an endpoint on the current runtime.
+/// Starts an endpoint on the current runtime, and what hears its socket's refusals: to be held as long.
 pub(super) fn start(
     port: MeshPort,
     lane: Lane,
     reset_key: &[u8; 64],
     server: impl FnOnce(SocketAddr) -> Result<quinn::ServerConfig, BindError>,
-) -> Result<quinn::Endpoint, BindError> {
+) -> Result<(quinn::Endpoint, JoinSet<()>), BindError> {
     let unknown = SocketAddr::from(([0, 0, 0, 0], 0));
     let addr = port.socket.local_addr().map_err(|source| BindError::Refused { addr: unknown, source })?;
     let server = server(addr)?;
     let config = tune::endpoint(reset_key, lane);
     let refused = |source| BindError::Refused { addr, source };
     let socket = Arc::new(MeshSocket::new(port, config.get_max_udp_payload_size()).map_err(refused)?);
-    quinn::Endpoint::new_with_abstract_socket(config, Some(server), socket, Arc::new(quinn::TokioRuntime))
-        .map_err(refused)
+    let mut hearing = JoinSet::new();
+    hearing.spawn(Arc::clone(&socket).hear_refusals());
+    let endpoint =
+        quinn::Endpoint::new_with_abstract_socket(config, Some(server), socket, Arc::new(quinn::TokioRuntime));
+    Ok((endpoint.map_err(refused)?, hearing))
 }
 
 /// Dials `addr`; the handshake takes at most `limit`.

@@ -101,7 +101,7 @@ impl Actor {
     /// The host at `addr` is said to refuse a packet of QUIC's: whoever lives there is asked.
     pub(super) fn refusal_heard(&mut self, addr: SocketAddr, now: Instant) {
         let Some(id) = self.engine.membership().alive().find(|id| id.addr == addr).cloned() else { return };
-        if self.asked.len() >= QUESTIONS_MAX || !self.asked.insert(id.clone()) {
+        if self.doubted.len() >= QUESTIONS_MAX || !self.doubted.insert(id.clone()) {
             return;
         }
         // What it acknowledged before is no answer.
@@ -117,7 +117,7 @@ impl Actor {
 
     /// The member has had its time to answer.
     pub(super) fn port_doubted(&mut self, id: &MeshId, since: Instant, now: Instant) {
-        self.asked.remove(id);
+        self.doubted.remove(id);
         self.drain_inputs(now);
         self.tell_signs_of_life(now);
         let answered = self.engine.membership().answered_at(&id.name);
