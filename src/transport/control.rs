@@ -64,7 +64,7 @@ struct Shared {
     handshakes: Mutex<JoinSet<Option<Accepted>>>,
     metrics: ControlMetrics,
     live: LiveConnections,
-    _hearing: JoinSet<()>,
+    _helpers: JoinSet<()>,
 }
 
 impl ControlTransport {
@@ -87,7 +87,7 @@ impl ControlTransport {
         };
         let (mut join, mut local_ip) = (None, IpAddr::from([0, 0, 0, 0]));
         let refusals = port.refusals.clone();
-        let (endpoint, hearing) = start(port, Lane::Control, reset_key, |addr| {
+        let (endpoint, helpers) = start(port, Lane::Control, reset_key, |addr| {
             local_ip = addr.ip();
             join = Some(server(addr, Plane::Join)?);
             server(addr, Plane::Gossip)
@@ -103,7 +103,7 @@ impl ControlTransport {
                 handshakes: Mutex::default(),
                 metrics: ControlMetrics::new(),
                 live: LiveConnections::default(),
-                _hearing: hearing,
+                _helpers: helpers,
             }),
         })
     }

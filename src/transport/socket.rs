@@ -5,27 +5,36 @@
 //! ```
 //!
 //! Invariant: a datagram that comes after the last read raises a new edge (epoll(7), `EPOLLET`), so none is left lying.
+//! Full batches of one transfer are held until the tasks that are ready have run, and go to the kernel as one: quinn
+//! makes batches of 10 segments, the kernel takes 64, and its work is per batch (`Held`). Nothing else is held.
+//!
 //! What the kernel says of earlier datagrams (ICMP) fails no call of the endpoint: it goes to `refusals`.
 //! Saves a system call in every wake-up: one in twenty of a loaded agent. Not here: steering (`steer`), buffers (`bind`).
 
 use std::fmt;
 use std::future::Future;
 use std::io::{self, IoSliceMut};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 
-use quinn::udp::{RecvMeta, Transmit, UdpSocketState};
+use quinn::udp::{EcnCodepoint, RecvMeta, Transmit, UdpSocketState};
 use quinn::{AsyncUdpSocket, UdpPoller};
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
+use tokio::sync::Notify;
 
 use super::refusals::{MeshPort, Refusals};
 
 /// Most bytes that the kernel coalesces into one read: the longest UDP datagram. quinn makes its receive buffer of 32
 /// times the packet size times the segments; 64 segments of 6,500 bytes would take 13 MB per socket, and never fill.
 const COALESCED_BYTES_MAX: u64 = 65_535;
+/// Most bytes of one batch for the kernel: the longest UDP payload over IPv4.
+const GSO_BYTES_MAX: usize = 65_507;
+/// Batches of so many segments are worth holding: quinn's are 10 long at most, and full only in a bulk transfer.
+const HELD_FROM_SEGMENTS: usize = 8;
 
 /// A socket of the mesh port on the current runtime.
 #[derive(Debug)]
@@ -34,6 +43,36 @@ pub(super) struct MeshSocket {
     state: UdpSocketState,
     segments: usize,
     refusals: Refusals,
+    held: Mutex<Held>,
+    /// Wakes who sends what is held.
+    holds: Notify,
+    /// The kernel's send buffer was full; until somebody has seen that it has room.
+    is_blocked: AtomicBool,
+}
+
+/// Batches of one transfer that go to the kernel as one. Empty most of the time.
+#[derive(Debug, Default)]
+struct Held {
+    bytes: Vec<u8>,
+    to: Option<Together>,
+}
+
+/// What batches have in common that may go as one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Together {
+    destination: SocketAddr,
+    src_ip: Option<IpAddr>,
+    ecn: Option<EcnCodepoint>,
+    segment: usize,
+}
+
+impl Together {
+    /// None for a single datagram.
+    fn of(transmit: &Transmit<'_>) -> Option<Self> {
+        let segment = transmit.segment_size?;
+        let Transmit { destination, src_ip, ecn, .. } = *transmit;
+        (segment > 0).then_some(Self { destination, src_ip, ecn, segment })
+    }
 }
 
 impl MeshSocket {
@@ -44,7 +83,82 @@ impl MeshSocket {
         let state = UdpSocketState::new((&socket).into())?;
         let needed = COALESCED_BYTES_MAX.div_ceil(payload_bytes_max.max(1));
         let segments = usize::try_from(needed).map_or(1, |needed| needed.min(state.gro_segments()));
-        Ok(Self { state, io: UdpSocket::from_std(socket)?, segments, refusals })
+        Ok(Self {
+            state,
+            io: UdpSocket::from_std(socket)?,
+            segments,
+            refusals,
+            held: Mutex::default(),
+            holds: Notify::new(),
+            is_blocked: AtomicBool::new(false),
+        })
+    }
+
+    /// Sends what is held when the tasks that were ready have run, for ever.
+    pub(super) async fn send_held(self: Arc<Self>) {
+        loop {
+            self.holds.notified().await;
+            while self.flush(&mut self.lock()).is_err() {
+                // The socket is full. Nothing else can fail here.
+                if self.io.writable().await.is_err() {
+                    return;
+                }
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Held> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sends what is held; the error is `WouldBlock`.
+    fn flush(&self, held: &mut Held) -> io::Result<()> {
+        let Some(Together { destination, src_ip, ecn, segment }) = held.to else { return Ok(()) };
+        let segment_size = Some(segment).filter(|segment| *segment < held.bytes.len());
+        self.send(&Transmit { destination, ecn, contents: &held.bytes, segment_size, src_ip })?;
+        held.bytes.clear();
+        held.to = None;
+        Ok(())
+    }
+
+    /// Adds `transmit` to what is held, if it may go with it; what cannot stay any longer is sent.
+    fn hold(&self, transmit: &Transmit<'_>, held: &mut Held) -> io::Result<bool> {
+        let Some(together) = Together::of(transmit) else { return Ok(false) };
+        let bytes_max = GSO_BYTES_MAX.min(self.state.max_gso_segments() * together.segment);
+        let is_joining = held.to == Some(together);
+        let is_whole = transmit.contents.len().is_multiple_of(together.segment);
+        let is_long = is_whole && transmit.contents.len() >= HELD_FROM_SEGMENTS * together.segment;
+        if !is_joining && !is_long {
+            return Ok(false);
+        }
+        if held.bytes.len() + transmit.contents.len() > bytes_max {
+            self.flush(held)?;
+        }
+        if held.to.is_none() {
+            held.to = Some(together);
+            self.holds.notify_one();
+        }
+        held.bytes.extend_from_slice(transmit.contents);
+        if !is_whole {
+            // A shorter segment can only be the last. What blocks here is sent by `send_held`.
+            let _sent_later = self.flush(held);
+        }
+        Ok(true)
+    }
+
+    fn send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        let sent = self.io.try_io(Interest::WRITABLE, || match self.state.try_send((&self.io).into(), transmit) {
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => {
+                // What became of earlier packets is told in place of sending this one.
+                self.refusals.drain(&self.io);
+                self.state.send((&self.io).into(), transmit)
+            }
+            result => result,
+        });
+        if sent.is_err() {
+            self.is_blocked.store(true, Ordering::Relaxed);
+        }
+        sent
     }
 
     /// Takes in what the kernel says of earlier datagrams, for ever: a socket that neither sends nor receives hears of
@@ -65,14 +179,17 @@ impl AsyncUdpSocket for MeshSocket {
     }
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        self.io.try_io(Interest::WRITABLE, || match self.state.try_send((&self.io).into(), transmit) {
-            Err(error) if error.kind() != io::ErrorKind::WouldBlock => {
-                // What became of earlier packets is told in place of sending this one.
-                self.refusals.drain(&self.io);
-                self.state.send((&self.io).into(), transmit)
-            }
-            result => result,
-        })
+        let mut held = self.lock();
+        let was_for = held.to;
+        if self.hold(transmit, &mut held)? {
+            return Ok(());
+        }
+        // In the order in which the connection made them.
+        if was_for.is_some_and(|held_for| held_for.destination == transmit.destination) {
+            self.flush(&mut held)?;
+        }
+        drop(held);
+        self.send(transmit)
     }
 
     fn poll_recv(
@@ -130,12 +247,17 @@ impl UdpPoller for Writable {
     fn poll_writable(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
         let socket = &this.socket;
+        // A future per datagram would be an allocation per datagram.
+        if this.waiting.is_none() && !socket.is_blocked.load(Ordering::Relaxed) {
+            return Poll::Ready(Ok(()));
+        }
         let waiting = this.waiting.get_or_insert_with(|| {
             let socket = Arc::clone(socket);
             Box::pin(async move { socket.io.writable().await })
         });
         let result = ready!(waiting.as_mut().poll(cx));
         this.waiting = None;
+        socket.is_blocked.store(false, Ordering::Relaxed);
         Poll::Ready(result)
     }
 }

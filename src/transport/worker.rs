@@ -44,7 +44,7 @@ pub(crate) struct WorkerEndpoint {
     refusals: Refusals,
     credentials: Arc<dyn Credentials>,
     live: LiveConnections,
-    _hearing: JoinSet<()>,
+    _helpers: JoinSet<()>,
 }
 
 impl WorkerEndpoint {
@@ -63,8 +63,8 @@ impl WorkerEndpoint {
             tls.map_err(|reason| BindError::Tls { addr, reason })
         };
         let refusals = port.refusals.clone();
-        let (endpoint, hearing) = start(port, lane, reset_key, server)?;
-        Ok(Self { endpoint, local_ip, refusals, credentials, live, _hearing: hearing })
+        let (endpoint, helpers) = start(port, lane, reset_key, server)?;
+        Ok(Self { endpoint, local_ip, refusals, credentials, live, _helpers: helpers })
     }
 
     /// Waits for the next attempt to connect; none when closed.
@@ -106,7 +106,7 @@ impl WorkerEndpoint {
     }
 }
 
-/// Starts an endpoint on the current runtime, and what hears its socket's refusals: to be held as long.
+/// Starts an endpoint on the current runtime, and what works for its socket: to be held as long.
 pub(super) fn start(
     port: MeshPort,
     lane: Lane,
@@ -119,11 +119,12 @@ pub(super) fn start(
     let config = tune::endpoint(reset_key, lane);
     let refused = |source| BindError::Refused { addr, source };
     let socket = Arc::new(MeshSocket::new(port, config.get_max_udp_payload_size()).map_err(refused)?);
-    let mut hearing = JoinSet::new();
-    hearing.spawn(Arc::clone(&socket).hear_refusals());
+    let mut helpers = JoinSet::new();
+    helpers.spawn(Arc::clone(&socket).hear_refusals());
+    helpers.spawn(Arc::clone(&socket).send_held());
     let endpoint =
         quinn::Endpoint::new_with_abstract_socket(config, Some(server), socket, Arc::new(quinn::TokioRuntime));
-    Ok((endpoint.map_err(refused)?, hearing))
+    Ok((endpoint.map_err(refused)?, helpers))
 }
 
 /// Dials `addr`; the handshake takes at most `limit`.
