@@ -98,6 +98,8 @@ impl MeshSocket {
     pub(super) async fn send_held(self: Arc<Self>) {
         loop {
             self.holds.notified().await;
+            // Another pass over the ready tasks: the connection has more.
+            tokio::task::yield_now().await;
             while self.flush(&mut self.lock()).is_err() {
                 // The socket is full. Nothing else can fail here.
                 if self.io.writable().await.is_err() {
