@@ -7,7 +7,6 @@ pub mod config;
 pub mod gossip;
 pub mod join;
 pub mod membership;
-mod memory;
 pub mod metrics;
 pub mod model;
 pub mod node;

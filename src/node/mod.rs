@@ -26,7 +26,6 @@ use crate::catalogue::SnapshotReader;
 use crate::clock;
 use crate::config::{Config, OnTerminate, Secret, Storage};
 use crate::gossip::{self, Gossip, GossipHandle, GossipParams};
-use crate::memory;
 use crate::metrics::Metrics;
 use crate::model::{Generation, NodeInfo, NodeName};
 use crate::pki::Identity;
@@ -131,8 +130,7 @@ impl Node {
     pub async fn start(config: Config) -> Result<Self, NodeError> {
         let stop = CancellationToken::new();
         let guard = stop.clone().drop_guard();
-        let node = Box::pin(Self::build(config, stop.clone())).await?;
-        node.tasks.spawn("memory", memory::keep_small(stop));
+        let node = Box::pin(Self::build(config, stop)).await?;
         guard.disarm();
         Ok(node)
     }

@@ -36,6 +36,15 @@ const GSO_BYTES_MAX: usize = 65_507;
 /// Batches of so many segments are worth holding: quinn's are 10 long at most, and full only in a bulk transfer.
 const HELD_FROM_SEGMENTS: usize = 8;
 
+/// What one read may bring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Reads {
+    /// Datagrams that the kernel coalesced: quinn's buffer takes 2 MB.
+    Coalesced,
+    /// One datagram, for little traffic: 0.2 MB.
+    Single,
+}
+
 /// A socket of the mesh port on the current runtime.
 #[derive(Debug)]
 pub(super) struct MeshSocket {
@@ -77,12 +86,20 @@ impl Together {
 
 impl MeshSocket {
     /// Takes the socket over; `payload_bytes_max` is what the endpoint accepts in one packet.
-    pub(super) fn new(port: MeshPort, payload_bytes_max: u64) -> io::Result<Self> {
+    pub(super) fn new(port: MeshPort, payload_bytes_max: u64, reads: Reads) -> io::Result<Self> {
         let MeshPort { socket, refusals } = port;
         Refusals::listen(&socket, socket.local_addr()?.is_ipv4())?;
         let state = UdpSocketState::new((&socket).into())?;
-        let needed = COALESCED_BYTES_MAX.div_ceil(payload_bytes_max.max(1));
-        let segments = usize::try_from(needed).map_or(1, |needed| needed.min(state.gro_segments()));
+        let segments = match reads {
+            Reads::Coalesced => {
+                let needed = COALESCED_BYTES_MAX.div_ceil(payload_bytes_max.max(1));
+                usize::try_from(needed).map_or(1, |needed| needed.min(state.gro_segments()))
+            }
+            Reads::Single => {
+                nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::UdpGroSegment, &false)?;
+                1
+            }
+        };
         Ok(Self {
             state,
             io: UdpSocket::from_std(socket)?,
@@ -281,7 +298,7 @@ mod tests {
         let sender = std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let socket = std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         socket.set_nonblocking(true).unwrap();
-        let socket = MeshSocket::new(socket.into(), 1_472).unwrap();
+        let socket = MeshSocket::new(socket.into(), 1_472, Reads::Coalesced).unwrap();
         let to = socket.local_addr().unwrap();
         for round in 0..100_u8 {
             // Sometimes one, sometimes several between two reads.
@@ -310,7 +327,7 @@ mod tests {
         let refusals = Refusals::default();
         let socket = std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         socket.set_nonblocking(true).unwrap();
-        let socket = Arc::new(MeshSocket::new(MeshPort::new(socket, refusals.clone()), 1_472).unwrap());
+        let socket = Arc::new(MeshSocket::new(MeshPort::new(socket, refusals.clone()), 1_472, Reads::Single).unwrap());
         let transmit =
             |destination| Transmit { destination, ecn: None, contents: &[7], segment_size: None, src_ip: None };
         // Nobody looks after the socket while this call waits.

@@ -12,7 +12,6 @@ fn rules() -> BTreeMap<&'static str, &'static [&'static str]> {
         ("clock", &[]),
         ("wire", &["model"]),
         ("supervise", &[]),
-        ("memory", &[]),
         ("metrics", &[]),
         ("telemetry", &[]),
         ("pki", FOUNDATION),
@@ -46,7 +45,7 @@ fn rules() -> BTreeMap<&'static str, &'static [&'static str]> {
         ),
         // No input or output: the simulator runs it.
         ("gossip/engine", &["clock", "membership", "model", "replica", "store", "wire"]),
-        ("proxy", &["catalogue", "clock", "memory", "metrics", "model", "pki", "routing", "telemetry", "transport"]),
+        ("proxy", &["catalogue", "clock", "metrics", "model", "pki", "routing", "telemetry", "transport"]),
         (
             "api",
             &[
