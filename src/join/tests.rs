@@ -322,3 +322,12 @@ async fn scenario_20_a_node_off_throughout_a_rotation_renews_by_walking_and_a_st
         "{error}"
     );
 }
+
+#[test]
+fn a_signing_request_with_bytes_behind_it_names_no_key() {
+    let key = JoinKey::new().unwrap().pair().unwrap();
+    let mut csr = CertificateParams::default().serialize_request(&key).unwrap().der().to_vec();
+    assert!(checks::request_key(&csr).is_some());
+    csr.push(0);
+    assert_eq!(checks::request_key(&csr), None);
+}

@@ -119,10 +119,11 @@ impl JoinKey {
     }
 }
 
-/// The hash of the key in a signing request, unverified; none if it is no signing request.
+/// The hash of the key in a signing request, unverified; none if it is no signing request, or one with something behind it.
 pub(crate) fn request_key(csr: &[u8]) -> Option<SpkiHash> {
     use x509_parser::prelude::FromDer as _;
-    let (_, request) = x509_parser::certification_request::X509CertificationRequest::from_der(csr).ok()?;
+    let parsed = x509_parser::certification_request::X509CertificationRequest::from_der(csr).ok()?;
+    let ([], request) = parsed else { return None };
     let mut hash = [0; 32];
     let key = request.certification_request_info.subject_pki.raw;
     hash.copy_from_slice(digest::digest(&digest::SHA256, key).as_ref());

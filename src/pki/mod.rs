@@ -17,6 +17,8 @@ mod certificate;
 mod document;
 mod extension;
 mod facts;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod identity;
 mod issuer;
 pub(crate) mod join;
