@@ -15,7 +15,7 @@ use super::{NONCE, NOW};
 use crate::gossip::engine::{Held, HelloReply, Message, Request as Ask, SyncReply, Trade};
 use crate::membership::{Core, Leave, LifeClaim, MemberEntry, MeshId, Output, Profile, Standing, Statement};
 use crate::model::{Entry, EntryKey, Generation, NodeInfo, Protocol, ServiceRecord, Weights};
-use crate::pki::join::{Answer, Hello, Request, Role, Welcome, renewal_message};
+use crate::pki::join::{Answer, Denied, Hello, Request, Role, Welcome, Why, renewal_message};
 use crate::pki::{
     CaDir, DocumentKey, Issuer, JoinKey, NodeAuthority, Revoked, Rotation, Signatory, SpkiHash, TokenClaims,
     create_token,
@@ -209,7 +209,7 @@ fn joins(to: &Writer, issuer: &Issuer, authority: &NodeAuthority, token: &str, d
     let signature = authority.sign_renewal(&renewal_message(&csr, &NONCE)).unwrap();
     to.say("join", "renew-trailing", 2, &Request::Renew { csr, chain: chain.clone(), signature });
     to.say("join", "granted", 3, &Answer::Granted { chain });
-    to.say("join", "refused", 3, &Answer::Refused { reason: "no".to_owned() });
+    to.say("join", "refused", 3, &Answer::Denied(Denied::new(Why::Revoked, "no")));
 }
 
 fn records() -> BTreeMap<EntryKey, Entry> {

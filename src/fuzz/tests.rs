@@ -18,7 +18,7 @@ const HELD_BYTES_MAX: u64 = 2 * 1024 * 1024;
 /// Most files in the corpus: it is in every checkout, and replayed by every test run.
 const FILES_MAX: usize = 300;
 /// Mutations of each target on every test run: some seconds of all; a real search is cargo-fuzz's.
-const MUTATIONS: u32 = 2_000;
+const MUTATIONS: u32 = 5_000;
 
 fn corpus(target: &str) -> Vec<(PathBuf, Vec<u8>)> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/corpus").join(target);
@@ -71,7 +71,7 @@ fn a_long_search_of_every_target_finds_nothing() {
     let seed = rand::random();
     println!("seed {seed}");
     for target in &TARGETS {
-        search(target, 50_000, seed);
+        search(target, 200_000, seed);
     }
 }
 

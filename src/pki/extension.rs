@@ -86,7 +86,9 @@ mod tests {
     #[test]
     fn an_extension_that_is_written_otherwise_than_weft_writes_it_is_malformed() {
         assert!(parse(b"\x0c\x03a *").is_some() && parse(b"\x0c\x05a *,b").is_some());
-        for other in [b"\x0c\x81\x03a *".as_slice(), b"\x0c\x06a *, b", b"\x0c\x04a * ", b"\x0c\x06a  *,b", b"\x0c\x04a  "] {
+        for other in
+            [b"\x0c\x81\x03a *".as_slice(), b"\x0c\x06a *, b", b"\x0c\x04a * ", b"\x0c\x06a  *,b", b"\x0c\x04a  "]
+        {
             assert_eq!(parse(other), None, "{}", String::from_utf8_lossy(other));
         }
     }

@@ -107,8 +107,7 @@ fn welcomed(welcome: &Welcome) {
 fn requested(request: &Request) {
     let fixture = fixture();
     let (Request::Join { csr, .. } | Request::Renew { csr, .. }) = request;
-    let certified =
-        issuing().issuer().certify_request(csr, &"a".parse().unwrap(), &"web".parse().unwrap(), NOW).ok();
+    let certified = issuing().issuer().certify_request(csr, &"a".parse().unwrap(), &"web".parse().unwrap(), NOW).ok();
     if let (Some(der), Some(key)) = (certified.and_then(|chain| chain.into_iter().next()), request_key(csr)) {
         // Revocations are held against the one, the certificate is for the other.
         assert_eq!(Some(key), super::spki(&der).ok(), "another key is certified than the one that was checked");

@@ -71,7 +71,32 @@ pub(crate) enum Request {
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Answer {
     Granted { chain: Vec<Vec<u8>> },
-    Refused { reason: String },
+    Denied(Denied),
+}
+
+/// Why there is no certificate.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Denied {
+    pub(crate) why: Why,
+    /// For the newcomer's user.
+    pub(crate) reason: String,
+}
+
+/// What the newcomer does about a denial.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Why {
+    /// The request is refused, by any issuer.
+    Request,
+    /// The certificate or key that was shown is revoked: another key and a new token are needed.
+    Revoked,
+    /// This issuer cannot, or not yet: another may, or it may later.
+    Issuer,
+}
+
+impl Denied {
+    pub(crate) fn new(why: Why, reason: impl Into<String>) -> Self {
+        Self { why, reason: reason.into() }
+    }
 }
 
 /// What the old key signs at a renewal.
