@@ -25,6 +25,8 @@ use crate::pki::{
 use crate::store::{Store, StoreError};
 use crate::telemetry::Chain;
 
+/// When a node first looks: the members are there by then, and a certificate that became due while it was off waits no longer.
+const FIRST_LOOK: Duration = Duration::from_secs(5);
 /// Longest pause between two looks at what must be renewed.
 const LOOK: Duration = Duration::from_secs(30);
 /// First pause between two tries to get or renew the node's certificate.
@@ -377,7 +379,7 @@ pub(super) struct Renewal {
 impl Renewal {
     pub(super) async fn run(self, stop: CancellationToken) {
         let jitter: f64 = rand::rng().random_range(0.0..0.1);
-        let mut pause = LOOK;
+        let mut pause = FIRST_LOOK;
         let mut next_walk = clock::now() + ALONE_FOR;
         loop {
             let urgency = tokio::select! {

@@ -323,17 +323,73 @@ fn scenario_20_a_root_is_replaced_under_load_and_a_node_that_was_off_comes_back(
     drop((long, n2));
 }
 
+/// Puts `spec` at another wall time; monotonic clocks go on as they are.
+fn at(offset: &str, mut spec: Spec<'static>) -> Spec<'static> {
+    let words = ["env", "FAKETIME_DONT_FAKE_MONOTONIC=1", "faketime", "-f", offset];
+    spec.wrap = words.map(str::to_owned).to_vec();
+    spec
+}
+
+#[test]
+fn scenario_18_services_authenticate_for_days_with_every_issuer_gone() {
+    let Some(Cluster { n1, n2, n3, ca: _ca, lab, app: _app }) = cluster() else { return };
+    drop(n1);
+    let (data2, data3) = (n2.kill(), n3.kill());
+    // Six days later no leaf of theirs is good, nobody renews their own certificates, and those have a day left.
+    let n2 = Agent::spawn(&at("+6d", Spec::on(&lab.host(2), "n2", &[])), data2);
+    let n3 = Agent::spawn(&at("+6d", Spec::on(&lab.host(3), "n3", &[])), data3);
+    for agent in [&n2, &n3] {
+        agent.wait_ready();
+        until(&format!("{} sees the other", agent.name), || {
+            let members = agent.members()?;
+            let is_seen = members.contains(&"n2=1".to_owned()) && members.contains(&"n3=1".to_owned());
+            if is_seen { Ok(()) } else { Err(format!("{members:?}")) }
+        });
+    }
+    n3.wait_passing("raw", &["raw"]);
+    let stream = Stream::open(&n3);
+    assert!(stream.is_open());
+    until("n2 says that nobody renews its certificate", || {
+        let log = n2.log();
+        if log.contains("could not renew the node's certificate") { Ok(()) } else { Err(log) }
+    });
+    assert!(stream.is_open(), "a renewal that fails cuts nothing");
+}
+
+#[test]
+fn scenario_18_an_issuer_renews_over_the_mesh_past_half_life_and_no_stream_is_cut() {
+    let Some(Cluster { n1, n2, n3, ca, lab, app: _app }) = cluster() else { return };
+    let (data1, data2, data3) = (n1.kill(), n2.kill(), n3.kill());
+    // Past 60 % of the seven days of n2 and n3: due for renewal, and good.
+    let issuer: &'static str = Box::leak(path(&ca.issuer()).to_owned().into_boxed_str());
+    let n1 = Agent::spawn(&at("+4d10h", Spec::on(&lab.host(1), "n1", &["-issuer", issuer])), data1);
+    let n2 = Agent::spawn(&at("+4d10h", Spec::on(&lab.host(2), "n2", &["-join", "10.77.0.1"])), data2);
+    let n3 = Agent::spawn(&at("+4d10h", Spec::on(&lab.host(3), "n3", &["-join", "10.77.0.1"])), data3);
+    for agent in [&n1, &n2, &n3] {
+        agent.wait_ready();
+        agent.wait_members(&["n1=1", "n2=1", "n3=1"]);
+    }
+    n3.wait_passing("raw", &["raw"]);
+    let stream = Stream::open(&n3);
+    for agent in [&n2, &n3] {
+        until(&format!("{} is renewed", agent.name), || {
+            let log = agent.log();
+            if log.contains("renewed the node's certificate") { Ok(()) } else { Err(log) }
+        });
+    }
+    let echoed = stream.echoed.load(Ordering::Relaxed);
+    until("the stream goes on", || match stream.echoed.load(Ordering::Relaxed) {
+        more if more > echoed + 100 => Ok(()),
+        same => Err(format!("{same} echoes")),
+    });
+    assert!(stream.is_open() && n1.log().contains("renewed a node's certificate"), "{}", n1.log());
+    Stream::open(&n3);
+}
+
 #[test]
 fn scenario_21_everything_expired_recovers_by_itself_with_the_certificates_on_disk() {
     let Some(lab) = Lab::new(3) else { return };
     let ca = Ca::init("lab.test");
-    let at = |offset: &str, mut spec: Spec<'static>| {
-        if !offset.is_empty() {
-            let words = ["env", "FAKETIME_DONT_FAKE_MONOTONIC=1", "faketime", "-f", offset];
-            spec.wrap = words.map(str::to_owned).to_vec();
-        }
-        spec
-    };
     let issuer = ca.issuer();
     let first = Spec::on(&lab.host(1), "n1", &["-issuer", path(&issuer)]);
     let token = ca.token("n2", "raw", "1h");
