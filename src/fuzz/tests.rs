@@ -13,8 +13,9 @@ use super::*;
 use crate::pki::{Revocations, Revoked, TrustBundle, VerifyError, verify_presented};
 use crate::policy::{DocumentSet, Offered};
 
-/// Most that a target may hold at once for an input: some times the largest frame, and the state that it builds around it.
-const HELD_BYTES_MAX: u64 = 2 * 1024 * 1024;
+/// Most that a target may hold at once for an input: serde reserves up to a mebibyte for each list that is open (see `wire`),
+/// three deep at most, and a target builds some state around it.
+const HELD_BYTES_MAX: u64 = 4 * 1024 * 1024;
 /// Most files in the corpus: it is in every checkout, and replayed by every test run.
 const FILES_MAX: usize = 300;
 /// Mutations of each target on every test run: some seconds of all; a real search is cargo-fuzz's.

@@ -362,9 +362,9 @@ fn scenario_18_an_issuer_renews_over_the_mesh_past_half_life_and_no_stream_is_cu
     let (data1, data2, data3) = (n1.kill(), n2.kill(), n3.kill());
     // Past 60 % of the seven days of n2 and n3: due for renewal, and good.
     let issuer: &'static str = Box::leak(path(&ca.issuer()).to_owned().into_boxed_str());
-    let n1 = Agent::spawn(&at("+4d10h", Spec::on(&lab.host(1), "n1", &["-issuer", issuer])), data1);
-    let n2 = Agent::spawn(&at("+4d10h", Spec::on(&lab.host(2), "n2", &["-join", "10.77.0.1"])), data2);
-    let n3 = Agent::spawn(&at("+4d10h", Spec::on(&lab.host(3), "n3", &["-join", "10.77.0.1"])), data3);
+    let n1 = Agent::spawn(&at("+106h", Spec::on(&lab.host(1), "n1", &["-issuer", issuer])), data1);
+    let n2 = Agent::spawn(&at("+106h", Spec::on(&lab.host(2), "n2", &["-join", "10.77.0.1"])), data2);
+    let n3 = Agent::spawn(&at("+106h", Spec::on(&lab.host(3), "n3", &["-join", "10.77.0.1"])), data3);
     for agent in [&n1, &n2, &n3] {
         agent.wait_ready();
         agent.wait_members(&["n1=1", "n2=1", "n3=1"]);
