@@ -336,8 +336,9 @@ fn scenario_18_services_authenticate_for_days_with_every_issuer_gone() {
     drop(n1);
     let (data2, data3) = (n2.kill(), n3.kill());
     // Six days later no leaf of theirs is good, nobody renews their own certificates, and those have a day left.
-    let n2 = Agent::spawn(&at("+6d", Spec::on(&lab.host(2), "n2", &[])), data2);
-    let n3 = Agent::spawn(&at("+6d", Spec::on(&lab.host(3), "n3", &[])), data3);
+    // The cluster lived for a second, too short to keep its peers: they are named.
+    let n2 = Agent::spawn(&at("+6d", Spec::on(&lab.host(2), "n2", &["-join", "10.77.0.3"])), data2);
+    let n3 = Agent::spawn(&at("+6d", Spec::on(&lab.host(3), "n3", &["-join", "10.77.0.2"])), data3);
     for agent in [&n2, &n3] {
         agent.wait_ready();
         until(&format!("{} sees the other", agent.name), || {
