@@ -4,6 +4,9 @@ pub mod api;
 pub mod catalogue;
 pub mod clock;
 pub mod config;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzz;
 pub mod gossip;
 pub mod join;
 pub mod membership;

@@ -3,8 +3,8 @@
 //! A message is one version byte and a bincode body (standard configuration: little-endian, variable-length integers).
 //! On a stream a frame is a big-endian `u32` length and that many bytes; every reader names its own bound.
 //!
-//! Invariants: decoding is total (no panic, no allocation beyond the bound), refuses trailing bytes and unknown versions,
-//! and `decode(encode(x)) == x`.
+//! Invariants: decoding is total (no panic; memory grows with what is there, but for the mebibyte at most that serde reserves,
+//! untouched, for a list that claims to be long), refuses trailing bytes and unknown versions, and `decode(encode(x)) == x`.
 //! Not here: what the messages mean (`gossip`, `pki::join`), the request heads of the data plane (`proxy::head`).
 
 use serde::{Serialize, de::DeserializeOwned};
@@ -159,6 +159,14 @@ mod tests {
         assert!(matches!(decode::<u8>(&[1; 5], 4), Err(WireError::TooLarge { bytes: 5, bytes_max: 4 })));
         // A length of 2^60 elements with nothing behind it.
         assert!(decode::<Vec<u64>>(&[1, 253, 0, 0, 0, 0, 0, 0, 0, 16], 64).is_err());
+    }
+
+    #[test]
+    fn a_list_that_claims_to_be_long_reserves_a_mebibyte_at_most() {
+        // 2^32 elements of 32 bytes, with nothing behind.
+        let claims = [1, 253, 0, 0, 0, 0, 1, 0, 0, 0];
+        let held = allocation_counter::measure(|| assert!(decode::<Vec<[u8; 32]>>(&claims, 64).is_err())).bytes_max;
+        assert!(held <= 1024 * 1024 + 1024, "{held} bytes");
     }
 
     proptest! {

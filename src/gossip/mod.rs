@@ -38,6 +38,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+#[cfg(any(test, fuzzing))]
+pub(crate) use self::documents::fuzz_documents;
 pub use self::documents::{
     ClockSkew, DocumentStore, DocumentView, DocumentsHandle, DocumentsParams, DocumentsView, OfferError, OnTrust,
     Spread,

@@ -18,14 +18,14 @@ use rustls::pki_types::CertificateDer;
 use tracing::{info, warn};
 
 use crate::clock::{self, UnixSeconds};
-use crate::model::NodeName;
+use crate::model::{NodeName, ServeScope};
 use crate::pki::join::{
-    Answer, EXPORTER_LABEL, Hello, ISSUERS_MAX, JOIN_FRAME_BYTES_MAX, KNOWN_ROOTS_MAX, LINKS_BYTES_MAX, Request, Role,
-    Welcome, renewal_message,
+    Answer, Denied, EXPORTER_LABEL, Hello, ISSUERS_MAX, JOIN_FRAME_BYTES_MAX, KNOWN_ROOTS_MAX, LINKS_BYTES_MAX,
+    Request, Role, Welcome, Why, renewal_message,
 };
 use crate::pki::{
-    Issuer, IssuerCell, JoinKey, JoinVerifier, NodeAuthority, PkiError, Plane, SpkiHash, Token, TrustBundle,
-    VerifyError, join as checks, root_digest,
+    BACKDATE, Issuer, IssuerCell, JoinKey, JoinVerifier, NodeAuthority, PkiError, Plane, SpkiHash, Token, TrustBundle,
+    VerifyError, check_revoked, join as checks, root_digest,
 };
 use crate::policy::{self, Document};
 use crate::transport;
@@ -84,6 +84,22 @@ pub enum JoinError {
     /// An issuer refuses.
     #[error("{seed} refuses: {reason}")]
     Refused {
+        /// The address.
+        seed: SocketAddr,
+        /// Its reason.
+        reason: String,
+    },
+    /// What was shown is revoked: only a new token, with a new key, leads back.
+    #[error("{seed} refuses: {reason}")]
+    Revoked {
+        /// The address.
+        seed: SocketAddr,
+        /// Its reason.
+        reason: String,
+    },
+    /// An issuer cannot certify anybody at this moment; others were asked, too.
+    #[error("the issuer at {seed} cannot: {reason}")]
+    Unable {
         /// The address.
         seed: SocketAddr,
         /// Its reason.
@@ -224,22 +240,25 @@ impl JoinServer {
         let from = connection.remote_address();
         let decided = if is_skewed(hello.clock, now) {
             let limit = CLOCK_SKEW_MAX.as_secs();
-            Err(format!("your clock says {} and mine {}; at most {limit} s apart are allowed", hello.clock.0, now.0))
+            let reason =
+                format!("your clock says {} and mine {}; at most {limit} s apart are allowed", hello.clock.0, now.0);
+            Err(Denied::new(Why::Issuer, reason))
         } else {
             self.decide(&issuer, request, &nonce, from, now).await
         };
         let answer = match decided {
             Ok(chain) => Answer::Granted { chain: chain.iter().map(|der| der.to_vec()).collect() },
-            Err(reason) => {
-                warn!(peer = %from, reason, "join refused");
-                Answer::Refused { reason }
+            Err(denied) => {
+                let Denied { why, reason } = &denied;
+                warn!(peer = %from, reason, own_fault = *why == Why::Issuer, "join refused");
+                Answer::Denied(denied)
             }
         };
         write(&mut send, &answer).await?;
         Ok(send.finish()?)
     }
 
-    /// Decides one request; the error is the reason for the newcomer's user.
+    /// Decides one request.
     async fn decide(
         &self,
         issuer: &Issuer,
@@ -247,27 +266,30 @@ impl JoinServer {
         nonce: &[u8; 32],
         from: SocketAddr,
         now: UnixSeconds,
-    ) -> Result<Vec<CertificateDer<'static>>, String> {
+    ) -> Result<Vec<CertificateDer<'static>>, Denied> {
+        let refused = |reason: String| Denied::new(Why::Request, reason);
         let trust = self.trust.bundle();
         let (Request::Join { csr, .. } | Request::Renew { csr, .. }) = &request;
-        let key = checks::request_key(csr).ok_or("the signing request does not parse")?;
+        let key = checks::request_key(csr).ok_or_else(|| refused("the signing request does not parse".to_owned()))?;
         if trust.revoked.has_key(&key) {
-            return Err(format!("key {key} is revoked: an operator took it back; make a new key, with a new token"));
+            let reason = format!("key {key} is revoked: an operator took it back; make a new key, with a new token");
+            return Err(Denied::new(Why::Revoked, reason));
         }
         match request {
             Request::Join { token, node, csr } => {
-                let token: Token = token.parse().map_err(|err: crate::pki::TokenError| err.to_string())?;
-                let claims = token.verify(&trust, now).map_err(|err| err.to_string())?;
+                let token: Token = token.parse().map_err(|err: crate::pki::TokenError| refused(err.to_string()))?;
+                let claims = token.verify(&trust, now).map_err(|err| refused(err.to_string()))?;
                 if !claims.node.matches(node.as_str()) {
-                    return Err(format!("the token is for nodes named `{}`, not `{node}`", claims.node));
+                    return Err(refused(format!("the token is for nodes named `{}`, not `{node}`", claims.node)));
                 }
                 if let Some(holder) = self.directory.live_holder(&node) {
-                    return Err(format!(
+                    return Err(refused(format!(
                         "the name `{node}` is taken by a live node at {holder}, and you come from {from}: choose another \
                          -node, or stop that agent first (`weft leave`)"
-                    ));
+                    )));
                 }
-                let chain = issuer.certify_request(&csr, &node, &claims.serve, now).map_err(|err| text(&err))?;
+                let chain = certify(issuer, &csr, &node, &claims.serve, now)?;
+                check_new(&chain, &trust, now)?;
                 self.count(&claims, key).await?;
                 info!(%node, scope = %claims.serve, peer = %from, "certified a newcomer");
                 Ok(chain)
@@ -275,24 +297,55 @@ impl JoinServer {
             Request::Renew { csr, chain, signature } => {
                 let chain: Vec<_> = chain.into_iter().map(CertificateDer::from).collect();
                 let message = renewal_message(&csr, nonce);
-                let old = checks::verify_renewal(&chain, &message, &signature, &trust, now, RENEW_GRACE)
-                    .map_err(|err| err.to_string())?;
-                let (node, scope) = old;
-                let chain = issuer.certify_request(&csr, &node, &scope, now).map_err(|err| text(&err))?;
+                let old = checks::verify_renewal(&chain, &message, &signature, &trust, now, RENEW_GRACE);
+                let (node, scope) = old.map_err(|err| {
+                    let is_revoked = matches!(err, VerifyError::Revoked { .. } | VerifyError::NodeRevoked { .. });
+                    Denied::new(if is_revoked { Why::Revoked } else { Why::Request }, err.to_string())
+                })?;
+                let chain = certify(issuer, &csr, &node, &scope, now)?;
                 info!(%node, %scope, peer = %from, "renewed a node's certificate");
                 Ok(chain)
             }
         }
     }
 
-    async fn count(&self, claims: &crate::pki::TokenClaims, key: SpkiHash) -> Result<(), String> {
+    async fn count(&self, claims: &crate::pki::TokenClaims, key: SpkiHash) -> Result<(), Denied> {
         let (ledger, id, not_after) = (Arc::clone(&self.ledger), claims.id, claims.not_after.0);
         let counted = tokio::task::spawn_blocking(move || ledger.count_use(id, not_after, key.0)).await;
-        let before = counted.map_err(|err| err.to_string())?.map_err(|err| format!("uses cannot be counted: {err}"))?;
+        let counted = counted.unwrap_or_else(|err| Err(err.to_string()));
+        let before = counted.map_err(|err| Denied::new(Why::Issuer, format!("uses cannot be counted: {err}")))?;
         if claims.uses > 0 && before.is_some_and(|before| before >= claims.uses) {
-            return Err(format!("the token was good for {} uses and has had them: make a new one", claims.uses));
+            let reason = format!("the token was good for {} uses and has had them: make a new one", claims.uses);
+            return Err(Denied::new(Why::Request, reason));
         }
         Ok(())
+    }
+}
+
+/// Signs; what fails is the request's fault only where the signing request is bad.
+fn certify(
+    issuer: &Issuer,
+    csr: &[u8],
+    node: &NodeName,
+    scope: &ServeScope,
+    now: UnixSeconds,
+) -> Result<Vec<CertificateDer<'static>>, Denied> {
+    issuer.certify_request(csr, node, scope, now).map_err(|err| {
+        let is_own = matches!(err, PkiError::Expired { .. } | PkiError::Make { what: "a node certificate", .. });
+        Denied::new(if is_own { Why::Issuer } else { Why::Request }, text(&err))
+    })
+}
+
+/// Holds a new certificate against what is revoked before it is given away: one that begins within a minute of the revocation
+/// of its name would be refused by everybody.
+fn check_new(chain: &[CertificateDer<'_>], trust: &TrustBundle, now: UnixSeconds) -> Result<(), Denied> {
+    match check_revoked(chain, trust) {
+        Ok(()) => Ok(()),
+        Err(err @ VerifyError::NodeRevoked { until, .. }) => {
+            let wait = until.plus(BACKDATE).since(now).as_secs() + 1;
+            Err(Denied::new(Why::Issuer, format!("{err}; a new one can be made in {wait} s")))
+        }
+        Err(err) => Err(Denied::new(Why::Issuer, err.to_string())),
     }
 }
 
@@ -301,7 +354,7 @@ impl JoinServer {
 /// With the same key it may be asked again when the answer was lost: the token's use is counted once.
 ///
 /// # Errors
-/// The most telling [`JoinError`] of all addresses tried; a refusal by an issuer ends the search.
+/// The most telling [`JoinError`] of all addresses tried; a refusal ends the search, an issuer's own failure does not.
 /// # Cancel safety
 /// Safe; a use of the token may have been counted, and the next call with the same key does not count another.
 pub async fn request_certificate(
@@ -374,7 +427,7 @@ async fn search(seeds: &[SocketAddr], asked: &Asked<'_>) -> Result<Renewed, Join
                 queue.extend(issuers.into_iter().take(ISSUERS_MAX));
                 JoinError::NoIssuer { seed }
             }
-            Ok(Err(error @ JoinError::Refused { .. })) => return Err(error),
+            Ok(Err(error @ (JoinError::Refused { .. } | JoinError::Revoked { .. }))) => return Err(error),
             Ok(Err(error)) => error,
             Err(elapsed) => JoinError::Unreachable { seed, source: elapsed.into() },
         };
@@ -452,9 +505,13 @@ async fn converse(
     let request = request(asked, &key, &nonce).map_err(JoinError::Local)?;
     write(&mut send, &request).await.map_err(|err| broken(err.into()))?;
     match read(&mut recv).await.map_err(|err| broken(err.into()))? {
-        Answer::Refused { reason } => {
+        Answer::Denied(Denied { why, reason }) => {
             let reason = reason.chars().filter(|c| !c.is_control()).take(REASON_CHARS_MAX).collect();
-            Err(JoinError::Refused { seed, reason })
+            Err(match why {
+                Why::Request => JoinError::Refused { seed, reason },
+                Why::Revoked => JoinError::Revoked { seed, reason },
+                Why::Issuer => JoinError::Unable { seed, reason },
+            })
         }
         Answer::Granted { chain } => granted(seed, asked, key, chain, bundle, links),
     }

@@ -14,6 +14,7 @@ struct Mesh {
     issuers: Vec<SocketAddr>,
     uses: Mutex<HashMap<[u8; 16], Vec<[u8; 32]>>>,
     revoked: Revocations,
+    has_full_disk: bool,
     bundle: Option<Arc<TrustBundle>>,
     links: Vec<Vec<u8>>,
 }
@@ -40,6 +41,9 @@ impl JoinDirectory for Mesh {
 
 impl TokenLedger for Mesh {
     fn count_use(&self, id: [u8; 16], _not_after: u64, key: [u8; 32]) -> Result<Option<u32>, String> {
+        if self.has_full_disk {
+            return Err("no space left on the disk".to_owned());
+        }
         let mut uses = self.uses.lock().unwrap();
         let keys = uses.entry(id).or_default();
         if keys.contains(&key) {
@@ -255,9 +259,8 @@ async fn a_revoked_token_key_or_node_gets_no_certificate() {
     let until = clock::wall();
     for revoked in [Revoked::Key(key), Revoked::Node { node: "web-1".parse().unwrap(), until }] {
         let seed = issuing(&ca, with(revoked));
-        let text =
-            refusal(renew(&[seed.addr], &old, old.bundle(), clock::wall()).await.map(|renewed| renewed.authority));
-        assert!(text.contains("revoked"), "{text}");
+        let refused = renew(&[seed.addr], &old, old.bundle(), clock::wall()).await.unwrap_err();
+        assert!(matches!(&refused, JoinError::Revoked { reason, .. } if reason.contains("revoked")), "{refused}");
     }
 }
 
@@ -321,4 +324,50 @@ async fn scenario_20_a_node_off_throughout_a_rotation_renews_by_walking_and_a_st
         matches!(&error, JoinError::Untrusted { source, .. } if matches!(**source, VerifyError::Path { .. })),
         "{error}"
     );
+}
+
+#[test]
+fn a_signing_request_with_bytes_behind_it_names_no_key() {
+    let key = JoinKey::new().unwrap().pair().unwrap();
+    let mut csr = CertificateParams::default().serialize_request(&key).unwrap().der().to_vec();
+    assert!(checks::request_key(&csr).is_some());
+    csr.push(0);
+    assert_eq!(checks::request_key(&csr), None);
+}
+
+#[tokio::test]
+async fn an_issuer_s_own_failure_leads_to_the_next_issuer_and_a_refusal_does_not() {
+    let ca = ca("td");
+    let token = ca.token(&claims()).unwrap();
+    let broken = issuing(&ca, Mesh { has_full_disk: true, ..Mesh::default() });
+    let alone = join(&broken, &token, "web-1").await.unwrap_err();
+    assert!(matches!(&alone, JoinError::Unable { reason, .. } if reason.contains("no space left")), "{alone}");
+
+    let good = issuing(&ca, Mesh::default());
+    let key = JoinKey::new().unwrap();
+    let by = async |seeds: [&Seed; 2], node: &str| {
+        let seeds = seeds.map(|seed| seed.addr);
+        request_certificate(&seeds, &token, &key, &node.parse().unwrap(), clock::wall()).await
+    };
+    assert_eq!(by([&broken, &good], "web-1").await.unwrap().node().as_str(), "web-1");
+    let holders = [("web-2".to_owned(), good.addr)].into();
+    let refusing = issuing(&ca, Mesh { holders, ..Mesh::default() });
+    assert!(refusal(by([&refusing, &good], "web-2").await).contains("is taken"));
+}
+
+#[tokio::test]
+async fn a_name_is_certified_again_only_once_its_new_certificate_would_count_and_no_use_is_lost_meanwhile() {
+    let ca = ca("td");
+    let token = ca.token(&claims()).unwrap();
+    let node = Revoked::Node { node: "web-1".parse().unwrap(), until: clock::wall() };
+    let revoked: Revocations = [node].into_iter().collect();
+    let early = issuing(&ca, Mesh { revoked, ..Mesh::default() });
+    let refused = join(&early, &token, "web-1").await.unwrap_err();
+    assert!(matches!(&refused, JoinError::Unable { reason, .. } if reason.contains("can be made in")), "{refused}");
+    // The token's one use is left for a name that is free.
+    assert_eq!(join(&early, &token, "web-2").await.unwrap().node().as_str(), "web-2");
+    let earlier = clock::wall().minus(Duration::from_secs(61));
+    let revoked = [Revoked::Node { node: "web-1".parse().unwrap(), until: earlier }].into_iter().collect();
+    let later = issuing(&ca, Mesh { revoked, ..Mesh::default() });
+    assert_eq!(join(&later, &token, "web-1").await.unwrap().node().as_str(), "web-1");
 }

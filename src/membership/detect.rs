@@ -138,6 +138,15 @@ impl Core {
         self.roster.find(name)?.heard
     }
 
+    /// Takes `name` for failed: its certificate is revoked, so nobody answers it any more. Nothing is said of it, because every
+    /// member learns that from the signed document; its answers up to here veto nothing. It is back when it shows a later life.
+    pub fn expel(&mut self, name: &NodeName, now: Instant) {
+        self.checks.forget(name);
+        if self.living(name).is_some() {
+            self.declare_down(name, now);
+        }
+    }
+
     /// Returns the incarnation of a member that foca holds as alive.
     pub(super) fn living(&self, name: &NodeName) -> Option<u16> {
         let member = self.roster.find(name)?;

@@ -34,6 +34,8 @@ mod budget;
 mod checks;
 mod detect;
 mod effects;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod health;
 mod id;
 mod inbound;

@@ -25,10 +25,14 @@ use crate::pki::{
 use crate::store::{Store, StoreError};
 use crate::telemetry::Chain;
 
+/// When a node first looks: the members are there by then, and a certificate that became due while it was off waits no longer.
+const FIRST_LOOK: Duration = Duration::from_secs(5);
 /// Longest pause between two looks at what must be renewed.
 const LOOK: Duration = Duration::from_secs(30);
 /// First pause between two tries to get or renew the node's certificate.
 const RETRY: Duration = Duration::from_millis(500);
+/// How long a start waits for an issuer's word on a certificate that may have been revoked.
+const ASK_TIME_MAX: Duration = Duration::from_secs(5);
 /// Longest pause between two tries.
 const RETRY_MAX: Duration = Duration::from_secs(30);
 /// A node that nobody answered for so long asks issuers whether the mesh has another root.
@@ -145,16 +149,14 @@ pub(super) async fn obtain(config: &Config, store: &Store) -> Result<(Arc<Issuer
         }
         (Some(stored), None, IdentitySource::Token(text)) if is_revoked(store, &stored)? => {
             warn!("this node's certificate is revoked; joining anew with the token");
-            let token: Token = text.reveal().parse()?;
-            let peers: Vec<SocketAddr> = store.peers()?.into_iter().map(|peer| peer.addr).collect();
-            ask(config, &peers, Wish::Token(&token, &join_key(store)?)).await?
+            by_token(config, store, &text.reveal().parse()?).await?
+        }
+        (Some(stored), None, IdentitySource::Token(text)) if stored.not_after() > now => {
+            by_stored(config, store, stored, text.reveal()).await?
         }
         (Some(stored), ..) if stored.not_after() > now => stored,
         (Some(ended), ..) if is_askable(config, store)? => renew_ended(config, store, &ended).await?,
-        (_, _, IdentitySource::Token(text)) => {
-            let token: Token = text.reveal().parse()?;
-            ask(config, &[], Wish::Token(&token, &join_key(store)?)).await?
-        }
+        (_, _, IdentitySource::Token(text)) => by_token(config, store, &text.reveal().parse()?).await?,
         (Some(ended), ..) => return Err(IdentityError::Ended { until: ended.not_after(), now }),
         (None, ..) => return Err(IdentityError::None(config.node_name.clone())),
     };
@@ -181,16 +183,74 @@ fn check(config: &Config, authority: &NodeAuthority, now: UnixSeconds) -> Result
     Ok(())
 }
 
+/// Joins as a new identity, with a key of its own.
+async fn by_token(config: &Config, store: &Store, token: &Token) -> Result<NodeAuthority, IdentityError> {
+    let asked = ask(config, &stored_peers(store)?, Wish::Token(token, &join_key(store)?)).await;
+    match &asked {
+        Ok(_) => store.put_join_token(token.unverified_claims().id)?,
+        // The next attempt takes another key.
+        Err(IdentityError::Join(JoinError::Revoked { .. })) => store.remove_join_key()?,
+        Err(_) => {}
+    }
+    asked
+}
+
+/// Goes on with a stored certificate, unless it was revoked while this node was off: nobody who refuses it tells it so, but a
+/// token that it has not used yet says that an operator wants it to join anew. An issuer knows.
+///
+/// A start waits [`ASK_TIME_MAX`] at most for that, and once for each token.
+async fn by_stored(
+    config: &Config,
+    store: &Store,
+    stored: NodeAuthority,
+    text: &str,
+) -> Result<NodeAuthority, IdentityError> {
+    // It was good enough once; a damaged text is no reason not to start.
+    let Ok(token) = text.parse::<Token>() else { return Ok(stored) };
+    let id = token.unverified_claims().id;
+    if store.join_token()? == Some(id) || !is_askable(config, store)? {
+        return Ok(stored);
+    }
+    let mut seeds = resolve(&config.join).await;
+    seeds.extend(stored_peers(store)?.into_iter().take(ASKED_MAX));
+    let bundle = stored_documents(store, stored.bundle())?.bundle();
+    let renewal = join::renew(&seeds, &stored, &bundle, clock::wall());
+    match tokio::time::timeout(ASK_TIME_MAX, Box::pin(renewal)).await {
+        Ok(Ok(renewed)) => {
+            info!("the certificate on disk still counts and was renewed; the new token is not needed");
+            store.put_join_token(id)?;
+            Ok(renewed.authority)
+        }
+        Ok(Err(refused @ JoinError::Revoked { .. })) => {
+            warn!(
+                error = %Chain(&refused),
+                "this node's certificate was revoked while it was off; discarding it and joining as a new identity with the new token"
+            );
+            by_token(config, store, &token).await
+        }
+        Ok(Err(error)) => {
+            info!(error = %Chain(&error), "going on with the certificate on disk; no issuer could say whether it still counts");
+            Ok(stored)
+        }
+        Err(_) => {
+            info!(waited = ?ASK_TIME_MAX, "going on with the certificate on disk; no issuer answered in time");
+            Ok(stored)
+        }
+    }
+}
+
+fn stored_peers(store: &Store) -> Result<Vec<SocketAddr>, StoreError> {
+    Ok(store.peers()?.into_iter().map(|peer| peer.addr).collect())
+}
+
 /// Renews a certificate that ended; a token, if there is one, serves where its key no longer does.
 async fn renew_ended(config: &Config, store: &Store, ended: &NodeAuthority) -> Result<NodeAuthority, IdentityError> {
     warn!(until = ended.not_after().0, "the node's certificate has ended; asking an issuer to renew it");
-    let peers: Vec<SocketAddr> = store.peers()?.into_iter().map(|peer| peer.addr).collect();
     let bundle = stored_documents(store, ended.bundle())?.bundle();
-    match (ask(config, &peers, Wish::Renewal(ended, &bundle)).await, &config.identity) {
+    match (ask(config, &stored_peers(store)?, Wish::Renewal(ended, &bundle)).await, &config.identity) {
         (Err(IdentityError::Join(refused)), IdentitySource::Token(text)) => {
             warn!(error = %Chain(&refused), "renewal refused; using the token");
-            let token: Token = text.reveal().parse()?;
-            ask(config, &peers, Wish::Token(&token, &join_key(store)?)).await
+            by_token(config, store, &text.reveal().parse()?).await
         }
         (outcome, _) => outcome,
     }
@@ -255,7 +315,11 @@ async fn ask(config: &Config, peers: &[SocketAddr], wish: Wish<'_>) -> Result<No
 fn is_transient(err: &JoinError) -> bool {
     matches!(
         err,
-        JoinError::NoSeeds | JoinError::Unreachable { .. } | JoinError::NoIssuer { .. } | JoinError::Exchange { .. }
+        JoinError::NoSeeds
+            | JoinError::Unreachable { .. }
+            | JoinError::NoIssuer { .. }
+            | JoinError::Unable { .. }
+            | JoinError::Exchange { .. }
     )
 }
 
@@ -315,7 +379,7 @@ pub(super) struct Renewal {
 impl Renewal {
     pub(super) async fn run(self, stop: CancellationToken) {
         let jitter: f64 = rand::rng().random_range(0.0..0.1);
-        let mut pause = LOOK;
+        let mut pause = FIRST_LOOK;
         let mut next_walk = clock::now() + ALONE_FOR;
         loop {
             let urgency = tokio::select! {
@@ -350,6 +414,13 @@ impl Renewal {
             match self.renew_authority(&authority, is_alone, now).await {
                 Ok(until) => {
                     info!(until = until.0, "renewed the node's certificate");
+                    next_walk = clock::now() + WALK_REST;
+                }
+                Err(IdentityError::Join(refused @ JoinError::Revoked { .. })) => {
+                    error!(
+                        error = %Chain(&refused),
+                        "this node's certificate is revoked: the mesh refuses it; if this host is sound, start it with a new -token"
+                    );
                     next_walk = clock::now() + WALK_REST;
                 }
                 Err(err) if is_alone => {

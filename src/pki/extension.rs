@@ -51,13 +51,16 @@ pub(super) fn read(certificate: &X509Certificate<'_>) -> NodeExtension {
     }
 }
 
-fn parse(value: &[u8]) -> Option<NodeExtension> {
+/// Reads the extension's value; none if it is malformed.
+pub(super) fn parse(value: &[u8]) -> Option<NodeExtension> {
     let (rest, text) = Utf8String::from_der(value).ok()?;
     let (node, scope) = text.as_ref().split_once(' ')?;
     if !rest.is_empty() || scope.len() > SCOPE_BYTES_MAX {
         return None;
     }
-    Some(NodeExtension::Present(node.parse().ok()?, scope.parse().ok()?))
+    let (node, scope): (NodeName, ServeScope) = (node.parse().ok()?, scope.parse().ok()?);
+    // One extension, one text: the reader of DER also takes lengths that are written longer than they need be.
+    (encode(&node, &scope).ok()?.content() == value).then_some(NodeExtension::Present(node, scope))
 }
 
 #[cfg(test)]
@@ -77,6 +80,16 @@ mod tests {
         #[test]
         fn garbage_is_no_extension_and_no_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let _unused = parse(&bytes);
+        }
+    }
+
+    #[test]
+    fn an_extension_that_is_written_otherwise_than_weft_writes_it_is_malformed() {
+        assert!(parse(b"\x0c\x03a *").is_some() && parse(b"\x0c\x05a *,b").is_some());
+        for other in
+            [b"\x0c\x81\x03a *".as_slice(), b"\x0c\x06a *, b", b"\x0c\x04a * ", b"\x0c\x06a  *,b", b"\x0c\x04a  "]
+        {
+            assert_eq!(parse(other), None, "{}", String::from_utf8_lossy(other));
         }
     }
 

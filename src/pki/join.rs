@@ -71,7 +71,32 @@ pub(crate) enum Request {
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Answer {
     Granted { chain: Vec<Vec<u8>> },
-    Refused { reason: String },
+    Denied(Denied),
+}
+
+/// Why there is no certificate.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Denied {
+    pub(crate) why: Why,
+    /// For the newcomer's user.
+    pub(crate) reason: String,
+}
+
+/// What the newcomer does about a denial.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Why {
+    /// The request is refused, by any issuer.
+    Request,
+    /// The certificate or key that was shown is revoked: another key and a new token are needed.
+    Revoked,
+    /// This issuer cannot, or not yet: another may, or it may later.
+    Issuer,
+}
+
+impl Denied {
+    pub(crate) fn new(why: Why, reason: impl Into<String>) -> Self {
+        Self { why, reason: reason.into() }
+    }
 }
 
 /// What the old key signs at a renewal.
@@ -119,10 +144,11 @@ impl JoinKey {
     }
 }
 
-/// The hash of the key in a signing request, unverified; none if it is no signing request.
+/// The hash of the key in a signing request, unverified; none if it is no signing request, or one with something behind it.
 pub(crate) fn request_key(csr: &[u8]) -> Option<SpkiHash> {
     use x509_parser::prelude::FromDer as _;
-    let (_, request) = x509_parser::certification_request::X509CertificationRequest::from_der(csr).ok()?;
+    let parsed = x509_parser::certification_request::X509CertificationRequest::from_der(csr).ok()?;
+    let ([], request) = parsed else { return None };
     let mut hash = [0; 32];
     let key = request.certification_request_info.subject_pki.raw;
     hash.copy_from_slice(digest::digest(&digest::SHA256, key).as_ref());

@@ -17,6 +17,8 @@ mod certificate;
 mod document;
 mod extension;
 mod facts;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod identity;
 mod issuer;
 pub(crate) mod join;
@@ -34,6 +36,7 @@ use crate::wire::WireError;
 
 pub use authority::NodeAuthority;
 pub use ca::{CaDir, CaError, EphemeralCa, IssuerEntry, TokenRecord, ephemeral};
+pub(crate) use certificate::BACKDATE;
 pub use certificate::root_digest;
 pub use document::{DocumentKey, DocumentSigner, Signatory, spki, validity, verify_document, verify_link};
 pub use facts::{CertificateFacts, facts_of};

@@ -11,6 +11,8 @@
 //! Not here: who is in the mesh (`gossip`), what is registered (`registry`), which instance is best (`routing`).
 
 mod dead;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 pub(crate) mod head;
 pub(crate) mod http;
 mod inbound;

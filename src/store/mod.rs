@@ -66,6 +66,7 @@ const RESET_KEY: &str = "reset_key";
 const IDENTITY: &str = "identity";
 const PEERS: &str = "peers";
 const JOIN_KEY: &str = "join_key";
+const JOIN_TOKEN: &str = "join_token";
 
 /// A peer worth dialling at the next start.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -446,6 +447,22 @@ impl Store {
     /// [`StoreError`] if the file fails.
     pub fn remove_join_key(&self) -> Result<(), StoreError> {
         self.remove(META, JOIN_KEY)
+    }
+
+    /// Returns the id of the last token that this node showed to an issuer, or had no need of.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails.
+    pub fn join_token(&self) -> Result<Option<[u8; 16]>, StoreError> {
+        self.value(META, JOIN_TOKEN)
+    }
+
+    /// Keeps the id of a token that needs no further look.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails.
+    pub fn put_join_token(&self, id: [u8; 16]) -> Result<(), StoreError> {
+        self.put(META, JOIN_TOKEN, &id)
     }
 
     fn count_token_use_at(

@@ -1,7 +1,8 @@
 //! Benchmarks: `cargo bench`. Micro-benchmarks of the pure cores leave signatures out: they cost the same whatever weft
-//! does. `hot_path` has the steps of a request one by one, `proxied_request` is its whole path through two agents.
+//! does; `identity` measures those. `hot_path` has the steps of a request one by one, `proxied_request` is its whole path through two agents.
 
 mod hot_path;
+mod identity;
 mod request;
 
 use std::collections::BTreeMap;
@@ -134,6 +135,7 @@ criterion_group!(
     hot_path::authorize,
     codec,
     merge,
+    identity::identity,
     request::proxied_request
 );
 criterion_main!(benches);

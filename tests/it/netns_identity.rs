@@ -167,6 +167,46 @@ fn scenario_19_a_revoked_node_is_cut_everywhere_within_a_second_and_stays_out() 
 }
 
 #[test]
+fn scenario_19_a_node_that_was_off_when_it_was_revoked_joins_as_a_new_identity_with_a_new_token() {
+    let Some(lab) = Lab::new(2) else { return };
+    let ca = Ca::init("lab.test");
+    let n1 = Agent::start(&Spec::on(&lab.host(1), "n1", &["-issuer", path(&ca.issuer())]));
+    let start =
+        |token: &str, data| Agent::spawn(&Spec::on(&lab.host(2), "n2", &["-join", "10.77.0.1", "-token", token]), data);
+    let old = ca.token("n2", "raw", "1h");
+    let n2 = start(&old, tempfile::TempDir::new().unwrap());
+    n1.wait_members(&["n1=1", "n2=1"]);
+    let key_of_n2 = || {
+        until("n1 holds the records of n2", || {
+            let shown = n1.try_get("/v1/mesh/certificates")?.json();
+            let of = shown.as_array().unwrap().iter().find(|shown| shown["Node"] == "n2");
+            of.map(|of| of["Intermediate"]["Key"].as_str().unwrap().to_owned()).ok_or_else(|| shown.to_string())
+        })
+    };
+    let revoked = key_of_n2();
+    let data = n2.kill();
+    n1.wait_members(&["n1=1", "n2=4"]);
+    // By its key: a name that is revoked takes a minute until it can be certified again.
+    weft_on_ok(&lab.host(1), &["revoke", &revoked, "-ca", path(&ca.dir())]);
+
+    // The token in its unit file is the one that it has used: it starts as it did before, and is refused.
+    let n2 = start(&old, data);
+    n2.wait_ready();
+    until("n2 is told why nobody answers", || {
+        let log = n2.log();
+        if log.contains("certificate is revoked: the mesh refuses it") { Ok(()) } else { Err(log) }
+    });
+    n1.wait_members(&["n1=1", "n2=4"]);
+
+    let data = n2.kill();
+    let n2 = start(&ca.token("n2", "raw", "1h"), data);
+    n2.wait_ready();
+    assert!(n2.log().contains("discarding it and joining as a new identity"), "{}", n2.log());
+    n1.wait_members(&["n1=1", "n2=1"]);
+    assert_ne!(key_of_n2(), revoked);
+}
+
+#[test]
 fn scenario_19_a_revoked_issuer_takes_its_nodes_along_and_a_retired_one_does_not() {
     let Some(lab) = Lab::new(4) else { return };
     let ca = Ca::init("lab.test");
@@ -283,17 +323,74 @@ fn scenario_20_a_root_is_replaced_under_load_and_a_node_that_was_off_comes_back(
     drop((long, n2));
 }
 
+/// Puts `spec` at another wall time; monotonic clocks go on as they are.
+fn at(offset: &str, mut spec: Spec<'static>) -> Spec<'static> {
+    let words = ["env", "FAKETIME_DONT_FAKE_MONOTONIC=1", "faketime", "-f", offset];
+    spec.wrap = words.map(str::to_owned).to_vec();
+    spec
+}
+
+#[test]
+fn scenario_18_services_authenticate_for_days_with_every_issuer_gone() {
+    let Some(Cluster { n1, n2, n3, ca: _ca, lab, app: _app }) = cluster() else { return };
+    drop(n1);
+    let (data2, data3) = (n2.kill(), n3.kill());
+    // Six days later no leaf of theirs is good, nobody renews their own certificates, and those have a day left.
+    // The cluster lived for a second, too short to keep its peers: they are named.
+    let n2 = Agent::spawn(&at("+6d", Spec::on(&lab.host(2), "n2", &["-join", "10.77.0.3"])), data2);
+    let n3 = Agent::spawn(&at("+6d", Spec::on(&lab.host(3), "n3", &["-join", "10.77.0.2"])), data3);
+    for agent in [&n2, &n3] {
+        agent.wait_ready();
+        until(&format!("{} sees the other", agent.name), || {
+            let members = agent.members()?;
+            let is_seen = members.contains(&"n2=1".to_owned()) && members.contains(&"n3=1".to_owned());
+            if is_seen { Ok(()) } else { Err(format!("{members:?}")) }
+        });
+    }
+    n3.wait_passing("raw", &["raw"]);
+    let stream = Stream::open(&n3);
+    assert!(stream.is_open());
+    until("n2 says that nobody renews its certificate", || {
+        let log = n2.log();
+        if log.contains("could not renew the node's certificate") { Ok(()) } else { Err(log) }
+    });
+    assert!(stream.is_open(), "a renewal that fails cuts nothing");
+}
+
+#[test]
+fn scenario_18_an_issuer_renews_over_the_mesh_past_half_life_and_no_stream_is_cut() {
+    let Some(Cluster { n1, n2, n3, ca, lab, app: _app }) = cluster() else { return };
+    let (data1, data2, data3) = (n1.kill(), n2.kill(), n3.kill());
+    // Past 60 % of the seven days of n2 and n3: due for renewal, and good.
+    let issuer: &'static str = Box::leak(path(&ca.issuer()).to_owned().into_boxed_str());
+    let n1 = Agent::spawn(&at("+106h", Spec::on(&lab.host(1), "n1", &["-issuer", issuer])), data1);
+    let n2 = Agent::spawn(&at("+106h", Spec::on(&lab.host(2), "n2", &["-join", "10.77.0.1"])), data2);
+    let n3 = Agent::spawn(&at("+106h", Spec::on(&lab.host(3), "n3", &["-join", "10.77.0.1"])), data3);
+    for agent in [&n1, &n2, &n3] {
+        agent.wait_ready();
+        agent.wait_members(&["n1=1", "n2=1", "n3=1"]);
+    }
+    n3.wait_passing("raw", &["raw"]);
+    let stream = Stream::open(&n3);
+    for agent in [&n2, &n3] {
+        until(&format!("{} is renewed", agent.name), || {
+            let log = agent.log();
+            if log.contains("renewed the node's certificate") { Ok(()) } else { Err(log) }
+        });
+    }
+    let echoed = stream.echoed.load(Ordering::Relaxed);
+    until("the stream goes on", || match stream.echoed.load(Ordering::Relaxed) {
+        more if more > echoed + 100 => Ok(()),
+        same => Err(format!("{same} echoes")),
+    });
+    assert!(stream.is_open() && n1.log().contains("renewed a node's certificate"), "{}", n1.log());
+    Stream::open(&n3);
+}
+
 #[test]
 fn scenario_21_everything_expired_recovers_by_itself_with_the_certificates_on_disk() {
     let Some(lab) = Lab::new(3) else { return };
     let ca = Ca::init("lab.test");
-    let at = |offset: &str, mut spec: Spec<'static>| {
-        if !offset.is_empty() {
-            let words = ["env", "FAKETIME_DONT_FAKE_MONOTONIC=1", "faketime", "-f", offset];
-            spec.wrap = words.map(str::to_owned).to_vec();
-        }
-        spec
-    };
     let issuer = ca.issuer();
     let first = Spec::on(&lab.host(1), "n1", &["-issuer", path(&issuer)]);
     let token = ca.token("n2", "raw", "1h");

@@ -162,3 +162,16 @@ pub(in crate::gossip) async fn serve(
     };
     tokio::time::timeout(TIME_MAX, answered).await.unwrap_or(Err(ExchangeError::Late))
 }
+
+/// A message about documents: the first byte says which, the rest is a frame. See `crate::fuzz`.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    use crate::fuzz::stable;
+    let Some((kind, frame)) = bytes.split_first() else { return };
+    match kind {
+        0 => drop(stable::<Said>(frame, FRAME_BYTES_MAX)),
+        1 => drop(stable::<Took>(frame, FRAME_BYTES_MAX)),
+        2 => drop(stable::<Compared>(frame, FRAME_BYTES_MAX)),
+        _ => drop(stable::<Given>(frame, FRAME_BYTES_MAX)),
+    }
+}

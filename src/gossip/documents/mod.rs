@@ -30,6 +30,8 @@ use crate::metrics::Metrics;
 use crate::pki::TrustBundle;
 use crate::policy::{DocumentDigest, DocumentError, DocumentSet, Offered, Refused};
 
+#[cfg(any(test, fuzzing))]
+pub(crate) use self::carry::fuzz as fuzz_documents;
 pub(super) use self::carry::serve;
 pub(super) use self::task::{Around, Task};
 

@@ -476,6 +476,7 @@ impl Engine {
             self.outputs.push_back(Output::Close { peer: node.clone(), reason: "certificate revoked" });
             self.are_members_dirty = true;
             self.revoked.insert(node.clone());
+            self.core.expel(&node, turn.now);
             self.dirty.insert(node);
         }
         self.settle(turn);

@@ -7,6 +7,19 @@ use crate::replica::{Digest, VerifiedHead};
 /// Signs with the node's name in front of the message.
 struct Trust(NodeName);
 
+/// As [`Trust`], after this node's certificate was revoked.
+struct Revoking(NodeName);
+
+impl HeadVerifier for Revoking {
+    fn verify(&self, _chain: &[Vec<u8>], _message: &[u8], _signature: &[u8]) -> Result<VerifiedHead, String> {
+        Err("revoked".to_owned())
+    }
+
+    fn is_good(&self, chain: &[Vec<u8>]) -> bool {
+        chain[0] != self.0.as_str().as_bytes()
+    }
+}
+
 impl HeadSigner for Trust {
     fn chain(&self) -> Vec<Vec<u8>> {
         vec![self.0.as_str().as_bytes().to_vec()]
@@ -139,4 +152,39 @@ fn a_stranger_that_calls_itself_otherwise_than_its_certificate_is_not_let_in() {
     let step = engine.handle_message(&"n1".parse().unwrap(), Stage::Asked, hello, &turn(&trust, now));
     let Step::Last(Message::Hello(HelloReply::Refused(reason))) = step else { panic!("{step:?}") };
     assert!(reason.contains("n1") && reason.contains("n5"), "{reason}");
+}
+
+#[test]
+fn a_revoked_member_is_out_of_the_membership_at_once_and_a_later_life_brings_it_back() {
+    let now = crate::clock::now();
+    let (mut engine, trust) = engine(0, now);
+    let (other, other_trust) = self::engine(1, now);
+    let name = other.node().name.clone();
+    let life = |number| MeshId::new(name.clone(), other.node().mesh_addr, Generation { number, nonce: 1 });
+    engine.vouch_for([&life(1)], &turn(&trust, now));
+    let delta = other.replica().delta_for(&Digest::none(name.clone())).unwrap();
+    engine.merge(&delta, &turn(&other_trust, now)).unwrap();
+    assert_eq!((engine.status_of(&name), engine.membership().alive_count()), (MemberStatus::Alive, 1));
+
+    let revoking = Revoking(name.clone());
+    engine.handle_trust(&Turn { verifier: &revoking, ..turn(&trust, now) });
+    assert_eq!((engine.status_of(&name), engine.membership().alive_count()), (MemberStatus::Failed, 0));
+    assert_eq!(engine.membership().member(&name).unwrap().status, MemberStatus::Failed, "no probe has to fail first");
+    assert!(engine.replica().state(&name).is_none());
+    while engine.poll_output().is_some() {}
+    let mut at = now;
+    while at < now + Duration::from_secs(3) {
+        at = engine.poll_timeout().max(at);
+        engine.handle_timeout(&turn(&trust, at));
+        while let Some(output) = engine.poll_output() {
+            assert!(
+                !matches!(output, Output::Send { .. }),
+                "nobody else is there, and it is probed no more: {output:?}"
+            );
+        }
+    }
+
+    engine.vouch_for([&life(2)], &turn(&trust, at));
+    assert_eq!(engine.membership().member(&name).unwrap().status, MemberStatus::Alive);
+    assert_eq!(engine.status_of(&name), MemberStatus::Failed, "it has to publish under its new certificate first");
 }
