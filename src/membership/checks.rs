@@ -165,6 +165,10 @@ impl Checks {
         self.open.clear();
     }
 
+    pub(super) fn len(&self) -> usize {
+        self.open.len()
+    }
+
     pub(super) fn poll_timeout(&self) -> Option<Instant> {
         self.open.values().map(|check| check.next.min(check.ends)).min()
     }

@@ -126,6 +126,10 @@ impl Suspicion {
         self.votes.is_empty()
     }
 
+    pub(super) fn len(&self) -> usize {
+        self.votes.len()
+    }
+
     pub(super) fn has_vote(&self, of: &NodeName) -> bool {
         self.votes.contains_key(of)
     }

@@ -76,10 +76,8 @@ fn any_life() -> impl Strategy<Value = Life> {
 
 fn any_id() -> impl Strategy<Value = MeshId> {
     // Honest members, and some that do not exist.
-    (1usize..HONEST + 4, any_life(), 1u16..9000).prop_map(|(number, life, port)| MeshId {
-        name: name(number),
-        life,
-        addr: std::net::SocketAddr::from(([10, 9, 9, 9], port)),
+    (1usize..HONEST + 4, any_life(), 1u16..9000).prop_map(|(number, life, port)| {
+        MeshId::with_life(name(number), std::net::SocketAddr::from(([10, 9, 9, 9], port)), life)
     })
 }
 
