@@ -218,15 +218,14 @@ impl Core {
         if let Some(member) = self.roster.find_mut(name) {
             member.heard = member.heard.max(Some(at));
         }
-        for settled in self.checks.answered(name) {
+        for settled in self.checks.answered(name, at) {
             match settled {
                 Settled::Own => self.health.improve(),
                 Settled::For { asker, number } => self.send_call(&asker, Call::Reached(number)),
             }
         }
         let own = self.id().name.clone();
-        if let Some(suspicion) = self.suspicions.get_mut(name).filter(|suspicion| suspicion.has_vote(&own)) {
-            suspicion.retract(&own, at);
+        if self.suspicions.get_mut(name).is_some_and(|suspicion| suspicion.retract(&own, at)) {
             self.stats.refuted += 1;
             self.drop_empty(name);
         }

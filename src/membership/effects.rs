@@ -19,8 +19,8 @@ use crate::model::{MemberStatus, NodeName};
 const SPREAD_PAUSE: Duration = Duration::from_millis(25);
 /// Most signed lives on one feed; a packet holds about seven.
 const FEED_LIVES_MAX: usize = 8;
-/// Least copies of one piece of news that a node sends.
-const COPIES_MIN: u32 = 3;
+/// Least copies of one piece of news that a node sends: while a mesh comes up nobody knows how large it is.
+const COPIES_MIN: u32 = 10;
 /// Longest that calls to the gone are put apart: about four minutes, so that no mesh forgets them.
 const RECALL_STRETCH_MAX: u32 = 120;
 /// To how many members at a time news goes.

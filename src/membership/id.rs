@@ -28,7 +28,8 @@ pub struct NameKey([u64; 2]);
 impl NameKey {
     fn of(name: &NodeName) -> Self {
         let hash = digest(&SHA256, name.as_str().as_bytes());
-        let mut words = hash.as_ref().chunks_exact(8).map(|word| word.iter().fold(0, |sum, at| sum << 8 | u64::from(*at)));
+        let mut words =
+            hash.as_ref().chunks_exact(8).map(|word| word.iter().fold(0, |sum, at| sum << 8 | u64::from(*at)));
         Self([words.next().unwrap_or_default(), words.next().unwrap_or_default()])
     }
 }

@@ -2,11 +2,12 @@
 //!
 //! ```text
 //!   packet -> inspect: sender? own name? bound? -> calls, statements -> believed? --\      /-> roster: alive, leaving, left, failed
-//!                                \-> foca: probes, gossip, random choices -----------> drain -> outputs: packets, changes, broadcasts
+//!                                \-> foca: the list, random probes ------------------> drain -> outputs: packets, changes, broadcasts
+//!   believed, own --> news --> neighbours, a few at a time -----------------------------^
 //!   handle_timeout -> late? -> foca's timers, watch, checks, suspicions -> judge ---/
 //! ```
 //!
-//! foca sends and answers probes, carries broadcasts and holds the list of members. What is believed about them is decided
+//! foca sends and answers random probes and holds the list of members. What is believed about them is decided
 //! here: foca never reads what packets say of third parties, and its suspicions begin a check instead of a sentence.
 //!
 //! Invariants:
@@ -47,7 +48,7 @@ mod sim;
 mod statement;
 mod suspicion;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -62,11 +63,11 @@ use checks::Checks;
 pub use health::LOCAL_HEALTH_WORST;
 use health::LocalHealth;
 pub use id::{Life, MeshId};
-pub use packet::{BROADCAST_BYTES_MAX, Broadcast, MemberEntry, PACKET_BYTES_MAX, Standing};
 use news::News;
 use packet::WireCodec;
+pub use packet::{BROADCAST_BYTES_MAX, Broadcast, MemberEntry, PACKET_BYTES_MAX, Standing};
 pub use profile::{Detector, Profile};
-use ring::Ring;
+use ring::{ALL_NEIGHBOURS_MAX, Ring};
 pub use roster::Tracked;
 use roster::{LEFT_REAPED_AFTER, Roster};
 pub use statement::{Accusation, Certainty, Leave, LifeClaim, STATEMENT_SIGNATURE_BYTES_MAX, Statement, Verdict};
@@ -406,6 +407,14 @@ impl Core {
     /// 256 it is any.
     pub fn neighbour(&mut self) -> Option<NodeName> {
         self.ring.neighbours(&self.id().name).into_iter().choose(&mut self.rng)
+    }
+
+    /// The members that this one gossips with in a mesh of more than 256; none in a smaller one, where that is everybody.
+    pub fn few_neighbours(&self) -> BTreeSet<NodeName> {
+        if self.alive_count() <= ALL_NEIGHBOURS_MAX {
+            return BTreeSet::new();
+        }
+        self.ring.neighbours(&self.id().name).into_iter().collect()
     }
 
     /// Whether a peer said since `since` that it holds what this node holds, and none has differed after it.

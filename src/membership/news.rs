@@ -206,7 +206,8 @@ mod tests {
     #[test]
     fn a_members_own_word_ends_the_accusations_that_it_refutes_and_no_others() {
         let mut news = News::default();
-        for word in [accusation("x", 1, "a"), accusation("x", 1, "b"), accusation("x", 2, "c"), accusation("y", 1, "a")] {
+        for word in [accusation("x", 1, "a"), accusation("x", 1, "b"), accusation("x", 2, "c"), accusation("y", 1, "a")]
+        {
             assert!(news.add(&word));
         }
         assert!(news.add(&life("x", 2)));

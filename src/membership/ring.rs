@@ -107,13 +107,17 @@ mod tests {
     fn in_a_large_mesh_everybody_is_the_neighbour_of_a_few_and_news_crosses_it_in_few_steps() {
         let names: Vec<NodeName> = (0..2000).map(|number| format!("n{number}").parse().unwrap()).collect();
         let mut ring = Ring::default();
-        names.iter().for_each(|name| ring.insert(name));
+        for name in &names {
+            ring.insert(name);
+        }
         let neighbours: BTreeMap<&NodeName, Vec<NodeName>> =
             names.iter().map(|name| (name, ring.neighbours(name))).collect();
         let mut chosen: BTreeMap<&NodeName, usize> = BTreeMap::new();
         for (name, near) in &neighbours {
             assert!(near.len() <= 16 && !near.contains(name), "{name}: {near:?}");
-            near.iter().for_each(|near| *chosen.entry(near).or_default() += 1);
+            for near in near {
+                *chosen.entry(near).or_default() += 1;
+            }
         }
         assert_eq!(chosen.len(), 2000);
         assert!(chosen.values().all(|times| *times >= 4), "two on each side at least");
@@ -124,7 +128,9 @@ mod tests {
         }
         assert_eq!(reached.len(), 2000, "in five steps");
         // In a small mesh everybody is.
-        names.iter().skip(100).for_each(|name| ring.remove(name));
+        for name in names.iter().skip(100) {
+            ring.remove(name);
+        }
         assert_eq!(ring.neighbours(&names[0]).len(), 99);
     }
 

@@ -101,10 +101,14 @@ impl Suspicion {
         self.settle(own, now);
     }
 
-    /// Takes this node's own vote back: it has heard the suspect.
-    pub(super) fn retract(&mut self, own: &NodeName, now: Instant) {
+    /// Takes this node's own vote back: it has heard the suspect at `at`. False if there is none, or it is of later.
+    pub(super) fn retract(&mut self, own: &NodeName, at: Instant) -> bool {
+        if self.votes.get(own).is_none_or(|vote| vote.at > at) {
+            return false;
+        }
         self.votes.remove(own);
-        self.settle(own, now);
+        self.settle(own, at);
+        true
     }
 
     /// Voids an advisory vote that nobody confirmed in time; returns how many.

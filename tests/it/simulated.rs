@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use weft::catalogue::Builder;
 use weft::gossip::engine::Engine;
-use weft::model::{EntryKey, MemberStatus};
+use weft::model::{EntryKey, InstanceId, MemberStatus};
 
 use crate::sim::documents::Documents;
 use crate::sim::figures;
@@ -361,7 +361,7 @@ fn scenario_16_poison_from_an_insider_is_quarantined_and_the_last_good_word_stan
         let is_known = |world: &World| {
             (0..8).filter(|host| *host != 5).all(|host| {
                 let state = world.engine(host).replica().state(&host::name(5)).unwrap();
-                let names: Vec<&str> = state.services.keys().map(|id| id.as_str()).collect();
+                let names: Vec<&str> = state.services.keys().map(InstanceId::as_str).collect();
                 names == ["good"] && state.withheld().count() > 0
             })
         };

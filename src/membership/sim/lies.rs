@@ -325,6 +325,32 @@ fn a_life_or_a_goodbye_counts_only_under_the_members_own_signature() {
 }
 
 #[test]
+fn anothers_goodbye_for_a_failed_member_counts_for_the_very_life_that_failed() {
+    let mut mesh = Mesh::joined(4, 9);
+    mesh.kill(3);
+    assert!(mesh.run(10 * SECOND, |mesh| mesh.all_see(3, Some(MemberStatus::Failed))).is_some());
+    let now = mesh.now;
+    let failed = mesh.at(1).member(&name(3)).unwrap().id.life;
+    let status = |mesh: &mut Mesh| mesh.at(1).member(&name(3)).unwrap().status;
+    let said = |life: Life| {
+        let leave = Leave { node: name(3), life, prune: false, by: name(2), signature: Vec::new() };
+        signed(&name(2), Statement::Leave(leave))
+    };
+    for life in [Life { renewals: failed.renewals + 1, ..failed }, id(3, 5).life, id(3, u64::MAX).life] {
+        mesh.at(1).handle_verified(said(life), Verdict::Holds, now);
+        assert_eq!(status(&mut mesh), MemberStatus::Failed, "{life:?}");
+    }
+    // It comes back as somebody who is there to stay.
+    mesh.boot(3, 2);
+    assert!(mesh.run(10 * SECOND, Mesh::all_alive).is_some());
+    mesh.kill(3);
+    assert!(mesh.run(10 * SECOND, |mesh| mesh.all_see(3, Some(MemberStatus::Failed))).is_some());
+    let (now, life) = (mesh.now, mesh.at(1).member(&name(3)).unwrap().id.life);
+    mesh.at(1).handle_verified(said(life), Verdict::Holds, now);
+    assert_eq!(status(&mut mesh), MemberStatus::Left, "an operator's word about the life that failed");
+}
+
+#[test]
 fn strangers_are_believed_with_a_proof_only() {
     let now = crate::clock::now();
     let mut core = Core::new(id(0, 1), Profile::default(), 1, now);
