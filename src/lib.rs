@@ -7,6 +7,7 @@ pub mod config;
 pub mod gossip;
 pub mod join;
 pub mod membership;
+mod memory;
 pub mod metrics;
 pub mod model;
 pub mod node;

@@ -26,6 +26,7 @@ use crate::catalogue::SnapshotReader;
 use crate::clock;
 use crate::config::{Config, OnTerminate, Secret, Storage};
 use crate::gossip::{self, Gossip, GossipHandle, GossipParams};
+use crate::memory;
 use crate::metrics::Metrics;
 use crate::model::{Generation, NodeInfo, NodeName};
 use crate::pki::Identity;
@@ -130,7 +131,8 @@ impl Node {
     pub async fn start(config: Config) -> Result<Self, NodeError> {
         let stop = CancellationToken::new();
         let guard = stop.clone().drop_guard();
-        let node = Box::pin(Self::build(config, stop)).await?;
+        let node = Box::pin(Self::build(config, stop.clone())).await?;
+        node.tasks.spawn("memory", memory::keep_small(stop));
         guard.disarm();
         Ok(node)
     }

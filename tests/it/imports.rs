@@ -12,6 +12,7 @@ fn rules() -> BTreeMap<&'static str, &'static [&'static str]> {
         ("clock", &[]),
         ("wire", &["model"]),
         ("supervise", &[]),
+        ("memory", &[]),
         ("metrics", &[]),
         ("telemetry", &[]),
         ("pki", FOUNDATION),
@@ -45,7 +46,7 @@ fn rules() -> BTreeMap<&'static str, &'static [&'static str]> {
         ),
         // No input or output: the simulator runs it.
         ("gossip/engine", &["clock", "membership", "model", "replica", "store", "wire"]),
-        ("proxy", &["catalogue", "clock", "metrics", "model", "pki", "routing", "telemetry", "transport"]),
+        ("proxy", &["catalogue", "clock", "memory", "metrics", "model", "pki", "routing", "telemetry", "transport"]),
         (
             "api",
             &[

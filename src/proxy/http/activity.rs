@@ -19,6 +19,7 @@ use tokio::net::TcpStream;
 
 use super::io::AppIo;
 use super::{Dial, Limits};
+use crate::memory;
 
 /// Values of [`Activity::end`].
 const SLOW: u8 = 1;
@@ -28,6 +29,10 @@ const IDLE: u8 = 3;
 const ROUND: Duration = Duration::from_millis(250);
 /// Connections that are gone are taken out of the list from this length on.
 const PURGE_MIN: usize = 64;
+
+/// From the first round in which connections rest to the one in which their memory goes back to the system: the allocator
+/// waits for a second.
+const GIVE_BACK_ROUNDS: u32 = 6;
 
 /// What the watchman sees and says of one connection. Atomic only because hyper's upgrades ask for `Send`.
 #[derive(Debug, Default)]
@@ -209,6 +214,8 @@ pub(crate) struct Watchman {
     purge_at: Cell<usize>,
     is_awake: Cell<bool>,
     is_draining: Cell<bool>,
+    /// Rounds until this thread gives back what connections that rest have freed; 0: nothing is waiting.
+    gives_back_in: Cell<u32>,
 }
 
 impl Watchman {
@@ -255,18 +262,26 @@ impl Watchman {
             let mut connections = self.connections.borrow_mut();
             connections.retain(|connection| match connection.upgrade() {
                 Some(connection) => {
-                    judge(&connection, round, &limits);
+                    if judge(&connection, round, &limits) == Some(IDLE) {
+                        self.gives_back_in.set(GIVE_BACK_ROUNDS);
+                    }
                     true
                 }
                 None => false,
             });
             self.is_awake.set(!connections.is_empty());
+            let rounds = self.gives_back_in.get();
+            self.gives_back_in.set(rounds.saturating_sub(1));
+            // Freed pages first, then, when the allocator's second is over, to the system.
+            if rounds == GIVE_BACK_ROUNDS - 1 || rounds == 1 {
+                memory::give_back();
+            }
         }
     }
 }
 
-/// Looks at one connection, once per round.
-fn judge(connection: &Activity, round: Duration, limits: &Limits) {
+/// Looks at one connection, once per round; returns what it was told.
+fn judge(connection: &Activity, round: Duration, limits: &Limits) -> Option<u8> {
     let busy = connection.requests.load(Ordering::Relaxed) > 0;
     let is_http1 = !connection.is_http2.load(Ordering::Relaxed);
     let began = is_http1 && connection.head_began.load(Ordering::Relaxed);
@@ -279,11 +294,15 @@ fn judge(connection: &Activity, round: Duration, limits: &Limits) {
     let slow = count(&connection.slow_rounds, !busy && began);
     let quiet = count(&connection.idle_rounds, !busy);
     // Seen unfinished in n rounds: for at least n - 1 of them, and for less than n + 1.
-    if slow >= 2 && round.saturating_mul(slow) >= limits.head {
-        connection.tell(SLOW);
+    let said = if slow >= 2 && round.saturating_mul(slow) >= limits.head {
+        SLOW
     } else if round.saturating_mul(quiet) >= limits.idle {
-        connection.tell(QUIET);
+        QUIET
     } else if quiet >= 2 && is_http1 && !connection.rests.load(Ordering::Relaxed) && connection.is_at_rest() {
-        connection.tell(IDLE);
-    }
+        IDLE
+    } else {
+        return None;
+    };
+    connection.tell(said);
+    Some(said)
 }
