@@ -58,9 +58,15 @@ struct Args {
     /// Kills and registrations per seed.
     #[arg(long, default_value_t = 5)]
     rounds: usize,
+    /// Seconds of rest over which the traffic is measured.
+    #[arg(long, default_value_t = 10)]
+    rest: u64,
     /// What happens.
     #[arg(long, value_enum, default_value_t = Scenario::Scale)]
     scenario: Scenario,
+    /// Most events that a life that fails prints, the last ones.
+    #[arg(long, default_value_t = 80)]
+    events: usize,
     /// Writes a plot of detection and dissemination to this file.
     #[arg(long)]
     svg: Option<std::path::PathBuf>,
@@ -111,13 +117,7 @@ fn scale(args: &Args) -> (Times, Times) {
         world.net.regions = args.regions;
         // Handshakes and the first round of probes.
         world.run(Duration::from_secs(5));
-        let before: Vec<_> = world.hosts.iter().map(|host| host.traffic).collect();
-        let rest = Duration::from_secs(10);
-        world.run(rest);
-        let spent: Vec<_> = world.hosts.iter().zip(&before).map(|(host, before)| host.traffic.since(before)).collect();
-        let per_node = |sum: u64| sum as f64 / args.nodes as f64 / rest.as_secs_f64();
-        let bytes = per_node(spent.iter().map(sim::host::Traffic::wire_bytes).sum());
-        let dials = per_node(spent.iter().map(|traffic| traffic.dials).sum());
+        let figures::Idle { wire_bytes, dials, .. } = figures::idle(&mut world, Duration::from_secs(args.rest));
         let (mut kills, mut news) = (Times::default(), Times::default());
         for _ in 0..args.rounds {
             news.add(scenarios::register_at(&mut world, Some(0)));
@@ -130,7 +130,7 @@ fn scale(args: &Args) -> (Times, Times) {
             show(kills.percentile(99.0)),
             show(news.percentile(50.0)),
             show(news.percentile(99.0)),
-            format!("{bytes:.0}"),
+            format!("{wire_bytes:.0}"),
             format!("{dials:.3}"),
         ]);
         detection.add(kills);
@@ -145,7 +145,8 @@ fn lives(args: &Args) -> ExitCode {
     let mut failed = Vec::new();
     let mut settled = Times::default();
     for seed in args.seed..args.seed + args.seeds {
-        match std::panic::catch_unwind(|| script::live(args.nodes, Duration::from_secs(60), seed)) {
+        let settings = Settings { events_kept: args.events, ..Settings::default() };
+        match std::panic::catch_unwind(|| script::live(args.nodes, Duration::from_secs(60), seed, settings)) {
             Ok(time) => settled.0.push(time),
             Err(_) => failed.push(seed),
         }

@@ -52,8 +52,12 @@ pub enum WireError {
     Stream(#[source] std::io::Error),
 }
 
+/// What the decoder may count while it reads: it counts 8 bytes for each number and length, which take one byte on the wire
+/// where they are small. The message's own length is bounded before.
+const DECODED_BYTES_MAX: usize = 8 * FRAME_BYTES_MAX;
+
 fn config() -> impl bincode::config::Config {
-    bincode::config::standard().with_limit::<FRAME_BYTES_MAX>()
+    bincode::config::standard().with_limit::<DECODED_BYTES_MAX>()
 }
 
 /// Encodes `value` as one message: version byte and body.
@@ -143,6 +147,14 @@ mod tests {
 
     use super::*;
     use crate::model::{Entry, Generation};
+
+    #[test]
+    fn whatever_fits_a_frame_is_read_again_though_its_numbers_are_small() {
+        let many = vec![7u64; FRAME_BYTES_MAX - 16];
+        let bytes = encode(&many).unwrap();
+        assert!(bytes.len() > FRAME_BYTES_MAX - 16);
+        assert_eq!(decode::<Vec<u64>>(&bytes, FRAME_BYTES_MAX).unwrap(), many);
+    }
 
     #[test]
     fn golden_bytes_of_a_generation() {

@@ -260,7 +260,7 @@ fn members() -> Members {
         info: (number < 3).then(|| Arc::new(info(number))),
     };
     let members = vec![member(1, MemberStatus::Alive), member(2, MemberStatus::Alive), member(3, MemberStatus::Failed)];
-    Members { members, isolated: false }
+    Members { members, ..Members::default() }
 }
 
 pub(super) fn node_entry(number: u8, status: MemberStatus) -> Arc<NodeEntry> {

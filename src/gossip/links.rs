@@ -84,7 +84,7 @@ impl Links {
         if let Some(connection) = at_home.or(link.open.last()) {
             return match connection.send_datagram(packet.clone()) {
                 Ok(()) => {
-                    link.pulse.sent(received(connection), now);
+                    link.pulse.sent(received(&link.open), now);
                     Sent::Datagram
                 }
                 Err(SendDatagramError::ConnectionLost(_)) => Sent::Dropped("no_link"),
@@ -135,12 +135,13 @@ impl Links {
         }
     }
 
-    /// Returns the peers that have acknowledged something since the last call, while an answer of theirs is awaited.
-    pub(super) fn signs_of_life(&mut self, now: Instant) -> Vec<NodeName> {
+    /// Returns the peers that have acknowledged something since the last call, while an answer of theirs is awaited, and
+    /// since when at the earliest.
+    pub(super) fn signs_of_life(&mut self, now: Instant) -> Vec<(NodeName, Instant)> {
         let waiting = self.links.iter_mut().filter(|(_, link)| link.pulse.is_waiting());
         let answered = waiting.filter_map(|(name, link)| {
-            let connection = link.open.last()?;
-            link.pulse.look(received(connection), now).then(|| name.clone())
+            let came_at = link.pulse.look(received(&link.open), now)?;
+            Some((name.clone(), came_at))
         });
         answered.collect()
     }
@@ -192,9 +193,9 @@ impl Links {
     }
 }
 
-/// Datagrams that have come on `connection`.
-fn received(connection: &Connection) -> u64 {
-    connection.stats().udp_rx.datagrams
+/// Datagrams that have come on `connections`.
+fn received(connections: &[Connection]) -> u64 {
+    connections.iter().map(|connection| connection.stats().udp_rx.datagrams).sum()
 }
 
 fn close_all(link: &mut Link, reason: &str) {

@@ -30,6 +30,7 @@ mod targets;
 mod tests;
 mod trust;
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -86,6 +87,8 @@ pub struct Members {
     pub members: Vec<MemberView>,
     /// Nobody else answers, though others are known or seeds are given: this node may be cut off.
     pub isolated: bool,
+    /// Those that connections lead to in a mesh of more than 256; empty in a smaller one, where that is everybody.
+    pub neighbours: BTreeSet<NodeName>,
 }
 
 /// The certificates under which a node publishes.

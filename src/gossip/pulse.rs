@@ -4,6 +4,9 @@
 //! by the peer's process, too, and says that it runs. It does not say that its gossip task does: so acknowledgements
 //! count for [`TRUSTED_FOR`] from the first packet that nothing of SWIM's has followed, and then no more.
 //!
+//! QUIC does not say when an acknowledgement came. It is dated at the look before the one that found it: it came then or
+//! later, so it never puts off a sentence for longer than it may.
+//!
 //! Not here: what a sign of life puts off (`membership`).
 
 use std::time::Duration;
@@ -20,6 +23,8 @@ pub(super) struct Pulse {
     unanswered_since: Option<Instant>,
     /// Datagrams received when they were last counted.
     received: u64,
+    /// When that was.
+    looked_at: Option<Instant>,
 }
 
 impl Pulse {
@@ -27,6 +32,7 @@ impl Pulse {
     pub(super) fn sent(&mut self, received: u64, now: Instant) {
         if self.unanswered_since.is_none() {
             self.unanswered_since = Some(now);
+            self.looked_at = Some(now);
             self.received = received;
         }
     }
@@ -41,12 +47,14 @@ impl Pulse {
         self.unanswered_since.is_some()
     }
 
-    /// Tells whether the peer has acknowledged anything since the last look.
-    pub(super) fn look(&mut self, received: u64, now: Instant) -> bool {
+    /// Returns since when at the earliest an acknowledgement may have come, if one has since the last look.
+    pub(super) fn look(&mut self, received: u64, now: Instant) -> Option<Instant> {
         let is_trusted = self.unanswered_since.is_some_and(|since| now.saturating_duration_since(since) < TRUSTED_FOR);
-        let has_come = received != self.received;
+        // Fewer than before: a connection has ended since.
+        let has_come = received > self.received;
         self.received = received;
-        is_trusted && has_come
+        let looked_at = self.looked_at.replace(now);
+        looked_at.filter(|_| is_trusted && has_come)
     }
 }
 
@@ -59,15 +67,17 @@ mod tests {
         let start = crate::clock::now();
         let at = |seconds| start + Duration::from_secs(seconds);
         let mut pulse = Pulse::default();
-        assert!(!pulse.is_waiting() && !pulse.look(3, at(0)), "nothing was asked");
+        assert!(!pulse.is_waiting() && pulse.look(3, at(0)).is_none(), "nothing was asked");
         pulse.sent(3, at(0));
-        assert!(!pulse.look(3, at(1)), "nothing has come");
-        assert!(pulse.look(4, at(2)) && !pulse.look(4, at(2)));
+        assert_eq!(pulse.look(3, at(1)), None, "nothing has come");
+        assert_eq!(pulse.look(4, at(2)), Some(at(1)), "it came after the look before");
+        assert_eq!(pulse.look(4, at(2)), None);
         pulse.sent(4, at(3));
-        assert!(pulse.look(5, at(4)));
-        assert!(!pulse.look(6, at(5)), "its gossip has said nothing for too long");
+        assert_eq!(pulse.look(5, at(4)), Some(at(2)));
+        assert_eq!(pulse.look(6, at(5)), None, "its gossip has said nothing for too long");
         pulse.heard();
         pulse.sent(6, at(6));
-        assert!(pulse.look(7, at(7)));
+        assert_eq!(pulse.look(7, at(7)), Some(at(6)));
+        assert_eq!(pulse.look(2, at(8)), None, "a connection that ended takes its count along");
     }
 }

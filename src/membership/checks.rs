@@ -40,6 +40,7 @@ struct Check {
     reason: For,
     /// How long each of the two stages lasts.
     timeout: Duration,
+    began: Instant,
     next: Instant,
     ends: Instant,
 }
@@ -82,7 +83,7 @@ impl Checks {
         }
         let reason = For::Own { helpers: BTreeSet::new(), has_asked: false };
         let (next, ends) = (now + timeout / 2, now + timeout * 2);
-        self.open(Check { target: target.clone(), reason, timeout, next, ends })
+        self.open(Check { target: target.clone(), reason, timeout, began: now, next, ends })
     }
 
     /// Begins a check for `asker`, which waits for `patience`.
@@ -101,7 +102,7 @@ impl Checks {
         let patience = patience.clamp(PATIENCE_MIN, PATIENCE_MAX);
         let reason = For::Peer { asker: asker.clone(), number };
         let (next, ends) = (now + patience.mul_f64(0.4), now + patience.mul_f64(0.8));
-        self.open(Check { target: target.clone(), reason, timeout: patience, next, ends })
+        self.open(Check { target: target.clone(), reason, timeout: patience, began: now, next, ends })
     }
 
     fn open(&mut self, check: Check) -> Option<Step> {
@@ -127,10 +128,11 @@ impl Checks {
         }
     }
 
-    /// Notes an answer of `from`: every check of it is settled, whichever of them was answered.
-    pub(super) fn answered(&mut self, from: &NodeName) -> Vec<Settled> {
+    /// Notes an answer of `from` at `at`: every check of it that had begun is settled, whichever of them was answered.
+    pub(super) fn answered(&mut self, from: &NodeName, at: Instant) -> Vec<Settled> {
+        let is_settled = |check: &Check| check.target == *from && check.began <= at;
         let settled: Vec<u32> =
-            self.open.iter().filter(|(_, check)| check.target == *from).map(|(number, _)| *number).collect();
+            self.open.iter().filter(|(_, check)| is_settled(check)).map(|(number, _)| *number).collect();
         let closed = settled.into_iter().filter_map(|number| self.open.remove(&number));
         let settle = |check: Check| match check.reason {
             For::Own { .. } => Settled::Own,
@@ -163,6 +165,10 @@ impl Checks {
 
     pub(super) fn clear(&mut self) {
         self.open.clear();
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.open.len()
     }
 
     pub(super) fn poll_timeout(&self) -> Option<Instant> {
@@ -268,7 +274,8 @@ mod tests {
         let missed = Step::Missed { asker: name("asker"), number: 7, target: name("x") };
         assert_eq!(done.last(), Some(&(240, missed)));
         assert!(checks.start_for(&name("asker"), 8, &name("x"), TIMEOUT, now).is_some());
-        assert_eq!(checks.answered(&name("x")), [Settled::For { asker: name("asker"), number: 8 }]);
+        assert_eq!(checks.answered(&name("x"), now - Duration::from_millis(1)), [], "a sign from before it began");
+        assert_eq!(checks.answered(&name("x"), now), [Settled::For { asker: name("asker"), number: 8 }]);
         assert_eq!(checks.poll_timeout(), None);
     }
 

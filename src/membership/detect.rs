@@ -16,7 +16,7 @@ use super::checks::{HELPERS, Settled, Step};
 use super::packet::Call;
 use super::statement::{Accusation, Certainty, Statement};
 use super::suspicion::Suspicion;
-use super::{Broadcast, Cause, Core, Detector, MemberStatus, Output, REAP_EVERY};
+use super::{ANNOUNCE_EVERY, Broadcast, Cause, Core, Detector, MemberStatus, Output, REAP_EVERY};
 use crate::model::NodeName;
 
 /// A wake-up later than this blames itself: longer than a loaded machine's scheduling, shorter than a check.
@@ -67,6 +67,7 @@ impl Core {
             }
             self.judge(now);
             self.recall(now);
+            self.ask_for_lives(now);
             self.spread_due(now);
             if self.when.refute.is_some_and(|at| at <= now) {
                 self.refute(now);
@@ -98,6 +99,9 @@ impl Core {
         }
         if !self.gone.is_empty() {
             sooner(Some(self.when.recall));
+        }
+        if self.alive_count() > 0 {
+            sooner(Some(self.when.announce));
         }
         let own = &self.id().name;
         let bounds = self.profile.bounds(self.alive_count() + 1);
@@ -203,13 +207,8 @@ impl Core {
             Step::AskHelpers { target, number, patience } => {
                 let own = self.id().name.clone();
                 let is_fit = |name: &&NodeName| **name != target && **name != own;
-                let helpers: Vec<NodeName> = self
-                    .swim
-                    .iter_members()
-                    .map(|member| &member.id().name)
-                    .filter(is_fit)
-                    .cloned()
-                    .sample(&mut self.rng, HELPERS);
+                let neighbours = self.ring.neighbours(&own);
+                let helpers: Vec<NodeName> = neighbours.iter().filter(is_fit).cloned().sample(&mut self.rng, HELPERS);
                 self.checks.asked(number, &helpers);
                 let patience_ms = u16::try_from(patience.as_millis()).unwrap_or(u16::MAX);
                 for helper in helpers {
@@ -239,15 +238,14 @@ impl Core {
         if let Some(member) = self.roster.find_mut(name) {
             member.heard = member.heard.max(Some(at));
         }
-        for settled in self.checks.answered(name) {
+        for settled in self.checks.answered(name, at) {
             match settled {
                 Settled::Own => self.health.improve(),
                 Settled::For { asker, number } => self.send_call(&asker, Call::Reached(number)),
             }
         }
         let own = self.id().name.clone();
-        if let Some(suspicion) = self.suspicions.get_mut(name).filter(|suspicion| suspicion.has_vote(&own)) {
-            suspicion.retract(&own, at);
+        if self.suspicions.get_mut(name).is_some_and(|suspicion| suspicion.retract(&own, at)) {
             self.stats.refuted += 1;
             self.drop_empty(name);
         }
@@ -379,6 +377,18 @@ impl Core {
         let left = |name: &NodeName| self.roster.find(name).is_some_and(|member| member.status == MemberStatus::Left);
         let callable = self.gone.iter().filter(|(name, _)| !left(name)).map(|(_, id)| id);
         for id in callable.cloned().sample(&mut self.rng, 2) {
+            self.announce(id, now);
+        }
+    }
+
+    /// Asks a neighbour for signed lives.
+    fn ask_for_lives(&mut self, now: Instant) {
+        if now < self.when.announce {
+            return;
+        }
+        self.when.announce = now + ANNOUNCE_EVERY;
+        let neighbour = self.neighbour().and_then(|name| Some(self.roster.find(&name)?.id.clone()));
+        if let Some(id) = neighbour {
             self.announce(id, now);
         }
     }

@@ -5,11 +5,13 @@ use std::time::Duration;
 use bytes::Bytes;
 use foca::{Identity as _, Member, OwnedNotification, Timer};
 use rand::RngExt as _;
+use rand::seq::SliceRandom as _;
 use tokio::time::Instant;
 
 use super::packet::{self, Call, CallPacket, Envelope, Kind};
-use super::statement::{Certainty, Statement};
-use super::{BROADCAST_BYTES_MAX, Broadcast, Cause, Core, Detector, MeshId, Output, swim};
+use super::ring::ALL_NEIGHBOURS_MAX;
+use super::statement::{Certainty, Leave, Statement};
+use super::{Broadcast, Cause, Core, Detector, LEAVE_FANOUT_MAX, MeshId, Output, swim};
 use crate::model::{MemberStatus, NodeName};
 
 /// Shortest time between two rounds that spread news at once; what comes between waits for the next. Bounds a storm
@@ -17,6 +19,18 @@ use crate::model::{MemberStatus, NodeName};
 const SPREAD_PAUSE: Duration = Duration::from_millis(25);
 /// Most signed lives on one feed; a packet holds about seven.
 const FEED_LIVES_MAX: usize = 8;
+/// Least copies of one piece of news that a node sends: while a mesh comes up nobody knows how large it is.
+const COPIES_MIN: u32 = 10;
+/// Longest that calls to the gone are put apart: about four minutes, so that no mesh forgets them.
+const RECALL_STRETCH_MAX: u32 = 120;
+/// To how many members at a time news goes.
+pub(super) const FANOUT: usize = 3;
+/// A probe of a member without a warm connection costs a handshake, 8 kB in all. So that this stays below 150 B/s, a node
+/// whose probes all do (the share of strangers to its links grows with the mesh) probes once in this time; its watchers
+/// find a crash in a mesh of any size.
+const COLD_PROBE_PERIOD: Duration = Duration::from_mins(1);
+/// A gone member is called by one in so many of the living per period at least: the whole mesh calls it often enough.
+const CALLERS_SHARE: usize = 8;
 
 /// The hash of all records, and how it compares with what peers say.
 #[derive(Debug, Clone, Copy)]
@@ -26,6 +40,8 @@ pub(super) struct Records {
     /// Since when peers' hashes differ from the own without a match between.
     unequal_since: Option<Instant>,
     next: Instant,
+    /// When a peer last said the own hash.
+    agreed_at: Option<Instant>,
 }
 
 impl Records {
@@ -36,7 +52,7 @@ impl Records {
     const UNEQUAL_MAX: Duration = Duration::from_secs(1);
 
     pub(super) fn new(now: Instant) -> Self {
-        Self { own: None, since: now, unequal_since: None, next: now }
+        Self { own: None, since: now, unequal_since: None, next: now, agreed_at: None }
     }
 
     pub(super) fn set_own(&mut self, hash: u64, now: Instant) {
@@ -46,11 +62,17 @@ impl Records {
         }
     }
 
+    /// Returns when a peer last held the same, unless one has differed since.
+    pub(super) fn agreed_at(&self) -> Option<Instant> {
+        self.agreed_at.filter(|_| self.unequal_since.is_none())
+    }
+
     /// Takes a peer's hash; returns whether it is time to compare with it.
     pub(super) fn hear(&mut self, theirs: u64, now: Instant) -> bool {
         let Some(own) = self.own else { return false };
         if own == theirs {
             self.unequal_since = None;
+            self.agreed_at = Some(now);
             return false;
         }
         let unequal_since = *self.unequal_since.get_or_insert(now);
@@ -81,6 +103,7 @@ impl Core {
                     self.ring.insert(&id.name);
                     // The first to watch after a time alone: its turn does not lie in the past.
                     self.when.watch = self.when.watch.max(now);
+                    self.when.announce = self.when.announce.max(now);
                     self.change(&id.name, |roster| roster.back(&id, now));
                 }
                 OwnedNotification::MemberDown(id) => {
@@ -121,7 +144,9 @@ impl Core {
     fn schedule(&mut self, after: Duration, timer: Timer<MeshId>, now: Instant) {
         let is_lifeguard = self.profile.detector == Detector::Lifeguard;
         let after = match &timer {
-            Timer::ProbeRandomMember(_) | Timer::SendIndirectProbe { .. } if is_lifeguard => self.health.stretch(after),
+            Timer::ProbeRandomMember(_) if is_lifeguard => self.health.stretch(after.max(self.cold_probe_period())),
+            Timer::SendIndirectProbe { .. } if is_lifeguard => self.health.stretch(after),
+            Timer::PeriodicAnnounceDown(_) => after * self.recall_stretch(),
             Timer::ChangeSuspectToDown { member_id, incarnation, .. } => {
                 let (member, incarnation) = (member_id.clone(), *incarnation);
                 if is_lifeguard {
@@ -138,6 +163,19 @@ impl Core {
         self.timers.insert((now + after, self.timer_number), timer);
     }
 
+    /// Returns how seldom random members are probed because of those that no connection leads to.
+    fn cold_probe_period(&self) -> Duration {
+        let members = self.alive_count();
+        let cold = u32::try_from(members.saturating_sub(ALL_NEIGHBOURS_MAX)).unwrap_or(u32::MAX);
+        COLD_PROBE_PERIOD * cold / u32::try_from(members).unwrap_or(u32::MAX).max(1)
+    }
+
+    /// Returns how many times less often than after a partition the gone are called: few of them are called by many.
+    fn recall_stretch(&self) -> u32 {
+        let gone = self.roster.len().saturating_sub(self.alive_count()).max(1);
+        u32::try_from(self.alive_count() / (CALLERS_SHARE * gone)).unwrap_or(u32::MAX).clamp(1, RECALL_STRETCH_MAX)
+    }
+
     /// Begins anew under a renewed identity after the last member was lost.
     ///
     /// What is queued accuses all others. Once a partition heals, that would only make them refute; it goes with the
@@ -150,6 +188,7 @@ impl Core {
         self.timers.clear();
         self.checks.clear();
         self.suspicions.clear();
+        self.news.clear();
         self.incarnation = 0;
         self.sign_life();
         let result = self.swim.apply_many(gone.into_iter(), false, &mut self.effects);
@@ -162,8 +201,10 @@ impl Core {
         let carries_hash = matches!(kind, Kind::Ping | Kind::Ack);
         let envelope = self.envelope(&to, carries_hash, None);
         let Ok(mut packet) = packet::wrap(&envelope, swim) else { return };
-        if kind == Kind::Feed {
-            self.add_lives(&to.name, &mut packet);
+        match kind {
+            Kind::Feed => self.add_lives(&to.name, &mut packet),
+            Kind::Ping | Kind::Ack => self.news.fill(&mut packet, self.copies()),
+            Kind::TurnUndead | Kind::Other => {}
         }
         self.outputs.push_back(Output::Send { to, packet: Bytes::from(packet) });
     }
@@ -179,10 +220,13 @@ impl Core {
         let carries_hash = matches!(call, Call::Check(_) | Call::Answer(_));
         let (src, src_incarnation) = (self.id().clone(), self.incarnation);
         let call = CallPacket { src, src_incarnation, dst: to.life, call };
+        let carries_news = matches!(call.call, Call::Check(_) | Call::Answer(_) | Call::News);
         let envelope = self.envelope(&to, carries_hash, Some(call));
-        if let Ok(packet) = packet::wrap(&envelope, &[]) {
-            self.outputs.push_back(Output::Send { to, packet: Bytes::from(packet) });
+        let Ok(mut packet) = packet::wrap(&envelope, &[]) else { return };
+        if carries_news {
+            self.news.fill(&mut packet, self.copies());
         }
+        self.outputs.push_back(Output::Send { to, packet: Bytes::from(packet) });
     }
 
     fn envelope(&self, to: &MeshId, carries_hash: bool, call: Option<CallPacket>) -> Envelope {
@@ -214,27 +258,69 @@ impl Core {
 
     /// Queues a broadcast and sends it on as soon as the pace allows; returns whether it was taken.
     pub(super) fn spread(&mut self, broadcast: &Broadcast, now: Instant) -> bool {
-        let Ok(bytes) = crate::wire::encode(broadcast) else { return false };
-        if bytes.len() > BROADCAST_BYTES_MAX || !self.swim.add_broadcast(&bytes).unwrap_or(false) {
+        if !self.news.add(broadcast) {
             return false;
         }
         let at = self.when.spread_last.map_or(now, |last| (last + SPREAD_PAUSE).max(now));
-        if self.when.spread.is_none() {
-            self.when.spread = Some(at);
-        }
+        self.when.spread = Some(self.when.spread.map_or(at, |planned| planned.min(at)));
         self.spread_due(now);
         true
     }
 
-    /// Sends waiting news to a few members.
+    /// Sends waiting news to a few neighbours, and plans the next round while there is any.
     pub(super) fn spread_due(&mut self, now: Instant) {
         if self.when.spread.is_none_or(|at| at > now) {
             return;
         }
         self.when.spread = None;
         self.when.spread_last = Some(now);
-        let result = self.swim.broadcast(&mut self.effects);
-        self.settle(result, now);
+        for to in self.next_neighbours() {
+            // The last copies may have gone to the neighbour before.
+            if !self.news.is_empty() {
+                self.send_call(&to, Call::News);
+            }
+        }
+        if !self.news.is_empty() {
+            self.when.spread = Some(now + self.profile.gossip_period);
+        }
+    }
+
+    /// Says `leave`, which is this node's own, to as many neighbours as one round reaches.
+    pub(super) fn spread_goodbye(&mut self, leave: &Leave) {
+        self.news.clear();
+        self.news.add(&Broadcast::Said(Statement::Leave(leave.clone())));
+        let mut neighbours = self.ring.neighbours(&self.id().name);
+        neighbours.shuffle(&mut self.rng);
+        for to in neighbours.iter().take(LEAVE_FANOUT_MAX) {
+            self.send_call(to, Call::News);
+        }
+        self.news.clear();
+    }
+
+    /// Returns whom news goes to next: each neighbour once, in random order, before any twice.
+    fn next_neighbours(&mut self) -> Vec<NodeName> {
+        let mut chosen = Vec::new();
+        for _ in 0..2 {
+            while chosen.len() < FANOUT
+                && let Some(name) = self.turns.pop()
+            {
+                if self.ring.contains(&name) && !chosen.contains(&name) {
+                    chosen.push(name);
+                }
+            }
+            if self.turns.is_empty() {
+                self.turns = self.ring.neighbours(&self.id().name);
+                self.turns.shuffle(&mut self.rng);
+            }
+        }
+        chosen
+    }
+
+    /// How often one piece of news is sent on: four times per decade of members, as memberlist does on a LAN, so that by
+    /// chance alone nobody is left out.
+    fn copies(&self) -> u32 {
+        // 1.2 times the binary logarithm is 4 times the decimal one.
+        (((self.alive_count() + 2).ilog2() + 1) * 6 / 5).max(COPIES_MIN)
     }
 }
 

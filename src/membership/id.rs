@@ -1,7 +1,10 @@
 //! Who a member is: its name, where it is reached and which life it lives.
 
+use std::cmp::Ordering;
+use std::hash::{Hash, Hasher};
 use std::net::SocketAddr;
 
+use aws_lc_rs::digest::{SHA256, digest};
 use serde::{Deserialize, Serialize};
 
 use crate::model::{Generation, NodeName};
@@ -17,8 +20,23 @@ pub struct Life {
     pub renewals: u32,
 }
 
+/// Stands for a name where whole lists of members are looked through: foca does so for each packet, and in a large mesh
+/// names lie all over the memory. 128 bits of its SHA-256, since a newcomer may choose its name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NameKey([u64; 2]);
+
+impl NameKey {
+    fn of(name: &NodeName) -> Self {
+        let hash = digest(&SHA256, name.as_str().as_bytes());
+        let mut words =
+            hash.as_ref().chunks_exact(8).map(|word| word.iter().fold(0, |sum, at| sum << 8 | u64::from(*at)));
+        Self([words.next().unwrap_or_default(), words.next().unwrap_or_default()])
+    }
+}
+
 /// A member as SWIM names it. Its address, in SWIM's sense, is the name alone.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(from = "Plain", into = "Plain")]
 pub struct MeshId {
     /// Its name: unique among live members.
     pub name: NodeName,
@@ -26,25 +44,78 @@ pub struct MeshId {
     pub life: Life,
     /// Where its mesh port is reached.
     pub addr: SocketAddr,
+    key: NameKey,
+}
+
+/// What is written of an identity.
+#[derive(Serialize, Deserialize)]
+#[serde(rename = "MeshId")]
+struct Plain {
+    name: NodeName,
+    life: Life,
+    addr: SocketAddr,
+}
+
+impl From<Plain> for MeshId {
+    fn from(Plain { name, life, addr }: Plain) -> Self {
+        Self { key: NameKey::of(&name), name, life, addr }
+    }
+}
+
+impl From<MeshId> for Plain {
+    fn from(MeshId { name, life, addr, .. }: MeshId) -> Self {
+        Self { name, life, addr }
+    }
+}
+
+impl PartialEq for MeshId {
+    fn eq(&self, other: &Self) -> bool {
+        self.key == other.key && self.life == other.life && self.addr == other.addr
+    }
+}
+
+impl Eq for MeshId {}
+
+impl PartialOrd for MeshId {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for MeshId {
+    fn cmp(&self, other: &Self) -> Ordering {
+        (&self.name, self.life, self.addr).cmp(&(&other.name, other.life, other.addr))
+    }
+}
+
+impl Hash for MeshId {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        (&self.name, self.life, self.addr).hash(state);
+    }
 }
 
 impl MeshId {
     /// Names the first life of `generation`.
     pub fn new(name: NodeName, addr: SocketAddr, generation: Generation) -> Self {
-        Self { name, addr, life: Life { generation, renewals: 0 } }
+        Self::with_life(name, addr, Life { generation, renewals: 0 })
+    }
+
+    /// Names any life.
+    pub fn with_life(name: NodeName, addr: SocketAddr, life: Life) -> Self {
+        Self { key: NameKey::of(&name), name, life, addr }
     }
 }
 
 impl foca::Identity for MeshId {
-    type Addr = NodeName;
+    type Addr = NameKey;
 
     fn renew(&self) -> Option<Self> {
         let renewals = self.life.renewals.checked_add(1)?;
         Some(Self { life: Life { renewals, ..self.life }, ..self.clone() })
     }
 
-    fn addr(&self) -> NodeName {
-        self.name.clone()
+    fn addr(&self) -> NameKey {
+        self.key
     }
 
     fn win_addr_conflict(&self, adversary: &Self) -> bool {

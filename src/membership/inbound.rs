@@ -101,15 +101,18 @@ impl Core {
             {
                 member.sign_farewell(leave);
             }
-            self.spread(&Broadcast::Said(statement.clone()), now);
+            if !self.has_left {
+                self.spread(&Broadcast::Said(statement.clone()), now);
+            }
         }
         if let Statement::Leave(leave) = statement
             && leave.node == own.name
             && self.has_left
         {
             self.goodbye = Some(leave.clone());
-            let result = self.swim.leave_cluster(&mut self.effects);
-            self.settle(result, now);
+            if is_signed {
+                self.spread_goodbye(leave);
+            }
         }
     }
 
@@ -241,7 +244,7 @@ impl Core {
                 }
             }
             Call::Missed(number) => self.checks.missed(&src.name, number),
-            Call::Gone => {}
+            Call::Gone | Call::News => {}
         }
     }
 
@@ -320,9 +323,14 @@ impl Core {
         }
     }
 
-    /// Tells whether `leave` is news from a mouth that may say it: the member's own, or about a failed one.
+    /// Tells whether `leave` is news from a mouth that may say it: the member's own, or another's about the very life that
+    /// failed. A later one may be alive, and would seem to be leaving for ever.
     fn may_leave(&self, leave: &Leave) -> bool {
-        self.roster.is_news(leave) && (leave.by == leave.node || self.living(&leave.node).is_none())
+        let has_failed = || {
+            let known = self.roster.find(&leave.node).map(|member| member.id.life);
+            self.living(&leave.node).is_none() && known == Some(leave.life)
+        };
+        self.roster.is_news(leave) && (leave.by == leave.node || has_failed())
     }
 
     /// Acts on a goodbye; returns whether others should hear it.

@@ -2,11 +2,12 @@
 //!
 //! ```text
 //!   packet -> inspect: sender? own name? bound? -> calls, statements -> believed? --\      /-> roster: alive, leaving, left, failed
-//!                                \-> foca: probes, gossip, random choices -----------> drain -> outputs: packets, changes, broadcasts
+//!                                \-> foca: the list, random probes ------------------> drain -> outputs: packets, changes, broadcasts
+//!   believed, own --> news --> neighbours, a few at a time -----------------------------^
 //!   handle_timeout -> late? -> foca's timers, watch, checks, suspicions -> judge ---/
 //! ```
 //!
-//! foca sends and answers probes, carries broadcasts and holds the list of members. What is believed about them is decided
+//! foca sends and answers random probes and holds the list of members. What is believed about them is decided
 //! here: foca never reads what packets say of third parties, and its suspicions begin a check instead of a sentence.
 //!
 //! Invariants:
@@ -39,6 +40,7 @@ pub(crate) mod fuzz;
 mod health;
 mod id;
 mod inbound;
+mod news;
 mod packet;
 mod profile;
 mod ring;
@@ -48,13 +50,13 @@ mod sim;
 mod statement;
 mod suspicion;
 
-use std::collections::{BTreeMap, VecDeque};
-use std::num::NonZeroUsize;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use bytes::Bytes;
-use foca::{AccumulatingRuntime, Foca, Member, State, Timer};
+use foca::{AccumulatingRuntime, Foca, Member, NoCustomBroadcast, State, Timer};
 use rand::rngs::StdRng;
+use rand::seq::IteratorRandom as _;
 use rand::{RngExt as _, SeedableRng as _};
 use tokio::time::Instant;
 
@@ -63,10 +65,11 @@ use checks::Checks;
 pub use health::LOCAL_HEALTH_WORST;
 use health::LocalHealth;
 pub use id::{Life, MeshId};
+use news::News;
+use packet::WireCodec;
 pub use packet::{BROADCAST_BYTES_MAX, Broadcast, MemberEntry, PACKET_BYTES_MAX, Standing};
-use packet::{Spreader, WireCodec};
 pub use profile::{Detector, Profile};
-use ring::Ring;
+use ring::{ALL_NEIGHBOURS_MAX, Ring};
 pub use roster::Tracked;
 use roster::{LEFT_REAPED_AFTER, Roster};
 pub use statement::{Accusation, Certainty, Leave, LifeClaim, STATEMENT_SIGNATURE_BYTES_MAX, Statement, Verdict};
@@ -85,6 +88,8 @@ pub const STRANGERS_MAX: usize = 2048;
 const REAP_EVERY: Duration = Duration::from_mins(1);
 /// Most members told of a leave directly; the others hear it from them.
 const LEAVE_FANOUT_MAX: usize = 32;
+/// How often a neighbour is asked for signed lives: repairs those that spread past this node.
+const ANNOUNCE_EVERY: Duration = Duration::from_secs(30);
 /// Most goodbyes repeated in one exchange.
 const FAREWELLS_MAX: usize = 256;
 
@@ -207,6 +212,27 @@ pub struct Stats {
     pub late_wakeups: u64,
 }
 
+/// How much a core holds beside its members; [`Core::sizes`].
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Sizes {
+    /// Timers of foca's.
+    pub timers: usize,
+    /// News on its way.
+    pub news: usize,
+    /// Members that somebody accuses.
+    pub suspicions: usize,
+    /// Most accusers of one member.
+    pub votes_max: usize,
+    /// Checks that are open.
+    pub checks: usize,
+    /// Strangers that a peer calls gone.
+    pub strangers: usize,
+    /// Neighbours whose turn comes before any other's comes again.
+    pub turns: usize,
+    /// Outputs that nobody has taken yet.
+    pub outputs: usize,
+}
+
 /// Why foca was called.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Cause {
@@ -214,7 +240,7 @@ enum Cause {
     Timer,
 }
 
-type Swim = Foca<MeshId, WireCodec, StdRng, Spreader>;
+type Swim = Foca<MeshId, WireCodec, StdRng, NoCustomBroadcast>;
 
 /// The membership of one node.
 pub struct Core {
@@ -240,6 +266,9 @@ pub struct Core {
     gone: BTreeMap<NodeName, MeshId>,
     budget: Budget,
     records: effects::Records,
+    news: News,
+    /// Neighbours that news goes to before any gets some again, the next last.
+    turns: Vec<NodeName>,
     when: When,
     watch_turn: usize,
     stats: Stats,
@@ -254,6 +283,7 @@ struct When {
     /// News waits for this moment; none: no news.
     spread: Option<Instant>,
     spread_last: Option<Instant>,
+    announce: Instant,
     /// A refutation waits for this moment; none: nothing to refute.
     refute: Option<Instant>,
     refuted_last: Option<Instant>,
@@ -269,7 +299,7 @@ impl std::fmt::Debug for Core {
 
 fn swim(id: MeshId, profile: &Profile, rng: &mut StdRng) -> Swim {
     let seeded = StdRng::seed_from_u64(rng.random());
-    Foca::with_custom_broadcast(id, profile.config(), seeded, WireCodec, Spreader)
+    Foca::new(id, profile.config(), seeded, WireCodec)
 }
 
 impl Core {
@@ -286,6 +316,7 @@ impl Core {
             recall: now + profile.recall_period,
             spread: None,
             spread_last: None,
+            announce: now + ANNOUNCE_EVERY,
             refute: None,
             refuted_last: None,
             renewed_last: None,
@@ -311,6 +342,8 @@ impl Core {
             gone: BTreeMap::new(),
             budget: Budget::new(now),
             records: effects::Records::new(now),
+            news: News::default(),
+            turns: Vec::new(),
             when,
             watch_turn: 0,
             stats: Stats::default(),
@@ -372,9 +405,43 @@ impl Core {
         self.swim.num_members()
     }
 
-    /// How many timers run.
-    pub fn timer_count(&self) -> usize {
-        self.timers.len()
+    /// Some member that a connection leads to, if there is one: with it comparing costs no handshake. In a mesh of up to
+    /// 256 it is any.
+    pub fn neighbour(&mut self) -> Option<NodeName> {
+        self.ring.neighbours(&self.id().name).into_iter().choose(&mut self.rng)
+    }
+
+    /// The members that this one gossips with in a mesh of more than 256; none in a smaller one, where that is everybody.
+    pub fn few_neighbours(&self) -> BTreeSet<NodeName> {
+        if self.alive_count() <= ALL_NEIGHBOURS_MAX {
+            return BTreeSet::new();
+        }
+        self.ring.neighbours(&self.id().name).into_iter().collect()
+    }
+
+    /// Whether a peer said since `since` that it holds what this node holds, and none has differed after it.
+    pub fn has_agreed_since(&self, since: Instant) -> bool {
+        self.records.agreed_at().is_some_and(|at| at >= since)
+    }
+
+    /// Forgets what this node wanted to say: the others know it.
+    pub fn forget_news(&mut self) {
+        self.news.clear();
+        self.when.spread = None;
+    }
+
+    /// How much is held beside the members, for tests of its bounds.
+    pub fn sizes(&self) -> Sizes {
+        Sizes {
+            timers: self.timers.len(),
+            news: self.news.len(),
+            suspicions: self.suspicions.len(),
+            votes_max: self.suspicions.values().map(Suspicion::len).max().unwrap_or(0),
+            checks: self.checks.len(),
+            strangers: self.gone.len(),
+            turns: self.turns.len(),
+            outputs: self.outputs.len(),
+        }
     }
 
     /// What was counted, and how this node is.
@@ -488,17 +555,13 @@ impl Core {
 
     /// Says goodbye to as many members as one round reaches, once it is signed. From this call on the core takes
     /// nothing in.
-    pub fn leave(&mut self, now: Instant) {
+    pub fn leave(&mut self) {
         if self.has_left {
             return;
         }
-        let mut config = self.profile.config();
-        let fanout = self.alive_count().clamp(3, LEAVE_FANOUT_MAX);
-        config.num_indirect_probes = NonZeroUsize::new(fanout).unwrap_or(NonZeroUsize::MIN);
         let id = self.id().clone();
-        let result = self.swim.set_config(config);
-        self.settle(result, now);
         self.has_left = true;
+        self.timers.clear();
         let (by, life) = (id.name.clone(), id.life);
         let leave = Leave { node: id.name, life, prune: false, by, signature: Vec::new() };
         self.outputs.push_back(Output::Sign(Statement::Leave(leave)));

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   packet = envelope | header | u16 | (u16 length | broadcast)*      foca's framing; the u16 counts nothing
-//!          | envelope with a call                                      weft's own questions and answers
+//!          | envelope with a call | (u16 length | broadcast)*          weft's own questions, answers and news
 //! ```
 //!
 //! foca's updates (who is alive, suspect, down) take no bytes: anybody could have made them up. What is said of members
@@ -61,6 +61,8 @@ pub(super) enum Call {
     Missed(u32),
     /// You are taken for gone here.
     Gone,
+    /// Nothing but the broadcasts behind it.
+    News,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -257,70 +259,6 @@ pub enum Broadcast {
     Said(Statement),
 }
 
-/// Orders broadcasts: a newer one about the same node drives the older out of the queue, and a member's own word the
-/// accusations that it refutes. So the queue holds at most three per node and one per accusation that is kept.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum BroadcastKey {
-    Records(NodeName, Generation, u64),
-    Leave(NodeName, Life),
-    Life(NodeName, Life, u16),
-    Accuse(NodeName, Life, u16, NodeName),
-}
-
-impl Broadcast {
-    pub(super) fn key(&self) -> BroadcastKey {
-        match self {
-            Self::Delta { node, generation, version, .. } | Self::IHave { node, generation, version, .. } => {
-                BroadcastKey::Records(node.clone(), *generation, *version)
-            }
-            Self::Said(Statement::Leave(leave)) => BroadcastKey::Leave(leave.node.clone(), leave.life),
-            Self::Said(Statement::Life(claim)) => {
-                BroadcastKey::Life(claim.id.name.clone(), claim.id.life, claim.incarnation)
-            }
-            Self::Said(Statement::Accuse(word)) => {
-                BroadcastKey::Accuse(word.accused.clone(), word.life, word.incarnation, word.accuser.clone())
-            }
-        }
-    }
-}
-
-impl foca::Invalidates for BroadcastKey {
-    fn invalidates(&self, other: &Self) -> bool {
-        match (self, other) {
-            (Self::Records(a, generation, version), Self::Records(b, other_generation, other_version)) => {
-                a == b && (generation, version) >= (other_generation, other_version)
-            }
-            (Self::Leave(a, life), Self::Leave(b, other_life)) => a == b && life >= other_life,
-            (Self::Life(a, life, at), Self::Life(b, other_life, other_at)) => {
-                a == b && (life, at) >= (other_life, other_at)
-            }
-            (Self::Life(a, life, at), Self::Accuse(b, other_life, other_at, _)) => {
-                a == b && (life, at) > (other_life, other_at)
-            }
-            (Self::Accuse(a, life, at, by), Self::Accuse(b, other_life, other_at, other_by)) => {
-                a == b && by == other_by && (life, at) >= (other_life, other_at)
-            }
-            _ => false,
-        }
-    }
-}
-
-/// Keeps what this node adds; what others sent is read by [`inspect`] and added once its owner has accepted it.
-#[derive(Debug)]
-pub(super) struct Spreader;
-
-impl foca::BroadcastHandler<MeshId> for Spreader {
-    type Key = BroadcastKey;
-    type Error = WireError;
-
-    fn receive_item(&mut self, data: &[u8], sender: Option<&MeshId>) -> Result<Option<BroadcastKey>, WireError> {
-        match sender {
-            Some(_) => Ok(None),
-            None => wire::decode::<Broadcast>(data, BROADCAST_BYTES_MAX).map(|item| Some(item.key())),
-        }
-    }
-}
-
 /// What a packet says, read without acting on it.
 #[derive(Debug)]
 pub(super) struct Inspected {
@@ -384,13 +322,17 @@ pub(super) fn wrap(envelope: &Envelope, packet: &[u8]) -> Result<Vec<u8>, WireEr
 
 /// Appends `broadcast` to a packet that ends with broadcasts; returns whether it had room.
 pub(super) fn append(packet: &mut Vec<u8>, broadcast: &Broadcast) -> bool {
-    let Ok(bytes) = wire::encode(broadcast) else { return false };
+    wire::encode(broadcast).is_ok_and(|bytes| append_bytes(packet, &bytes))
+}
+
+/// Appends an encoded broadcast, as [`append`] does.
+pub(super) fn append_bytes(packet: &mut Vec<u8>, bytes: &[u8]) -> bool {
     let Ok(length) = u16::try_from(bytes.len()) else { return false };
     if packet.len() + 2 + bytes.len() > PACKET_BYTES_MAX {
         return false;
     }
     packet.put_u16(length);
-    packet.extend_from_slice(&bytes);
+    packet.extend_from_slice(bytes);
     true
 }
 
@@ -400,10 +342,7 @@ pub(super) fn inspect(packet: &[u8]) -> Result<Inspected, CodecError> {
     let (_, swim) = packet.split_at_checked(used).ok_or(CodecError::Full)?;
     let Envelope { set_hash, suspected, call } = envelope;
     if let Some(CallPacket { src, src_incarnation, dst, call }) = call {
-        if !swim.is_empty() {
-            return Err(CodecError::Wire(WireError::Trailing { bytes: swim.len() }));
-        }
-        let (body, broadcasts) = (Body::Call(call), Vec::new());
+        let (body, broadcasts) = (Body::Call(call), take_broadcasts(swim)?);
         return Ok(Inspected { src, src_incarnation, dst, set_hash, suspected, body, broadcasts });
     }
     let (header, used) = wire::decode_prefix::<WireHeader>(swim).map_err(CodecError::Wire)?;
@@ -413,16 +352,21 @@ pub(super) fn inspect(packet: &[u8]) -> Result<Inspected, CodecError> {
         let _counts_nothing = rest.get_u16();
         packet.put_u16(0);
     }
+    let broadcasts = take_broadcasts(rest)?;
+    let body = Body::Swim { packet, kind: Kind::from(&header.message) };
+    let WireHeader { src, src_incarnation, dst, .. } = header;
+    Ok(Inspected { src, src_incarnation, dst: dst.life, set_hash, suspected, body, broadcasts })
+}
+
+fn take_broadcasts(mut rest: &[u8]) -> Result<Vec<Broadcast>, CodecError> {
     let mut broadcasts = Vec::new();
-    while rest.len() > 2 {
+    while rest.len() >= 2 {
         let length = usize::from(rest.get_u16());
         let (item, after) = rest.split_at_checked(length).ok_or(CodecError::Full)?;
         broadcasts.push(wire::decode(item, BROADCAST_BYTES_MAX).map_err(CodecError::Wire)?);
         rest = after;
     }
-    let body = Body::Swim { packet, kind: Kind::from(&header.message) };
-    let WireHeader { src, src_incarnation, dst, .. } = header;
-    Ok(Inspected { src, src_incarnation, dst: dst.life, set_hash, suspected, body, broadcasts })
+    if rest.is_empty() { Ok(broadcasts) } else { Err(CodecError::Wire(WireError::Trailing { bytes: rest.len() })) }
 }
 
 #[cfg(test)]
@@ -485,10 +429,14 @@ mod tests {
     }
 
     #[test]
-    fn a_call_stands_alone() {
+    fn a_call_carries_broadcasts_and_nothing_else() {
         let call = CallPacket { src: id("a", 1), src_incarnation: 3, dst: Life::default(), call: Call::Check(5) };
         let mut bytes = wire::encode(&Envelope { call: Some(call), ..Envelope::default() }).unwrap();
         assert_eq!(inspect(&bytes).unwrap().body, Body::Call(Call::Check(5)));
+        let item =
+            Broadcast::IHave { node: "y".parse().unwrap(), generation: Generation::default(), version: 3, hash: 1 };
+        assert!(append(&mut bytes, &item));
+        assert_eq!(inspect(&bytes).unwrap().broadcasts, [item]);
         bytes.push(0);
         assert!(inspect(&bytes).is_err());
     }

@@ -101,10 +101,14 @@ impl Suspicion {
         self.settle(own, now);
     }
 
-    /// Takes this node's own vote back: it has heard the suspect.
-    pub(super) fn retract(&mut self, own: &NodeName, now: Instant) {
+    /// Takes this node's own vote back: it has heard the suspect at `at`. False if there is none, or it is of later.
+    pub(super) fn retract(&mut self, own: &NodeName, at: Instant) -> bool {
+        if self.votes.get(own).is_none_or(|vote| vote.at > at) {
+            return false;
+        }
         self.votes.remove(own);
-        self.settle(own, now);
+        self.settle(own, at);
+        true
     }
 
     /// Voids an advisory vote that nobody confirmed in time; returns how many.
@@ -124,6 +128,10 @@ impl Suspicion {
 
     pub(super) fn is_empty(&self) -> bool {
         self.votes.is_empty()
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.votes.len()
     }
 
     pub(super) fn has_vote(&self, of: &NodeName) -> bool {

@@ -59,9 +59,13 @@ pub struct Params {
     pub nodes_max: usize,
     /// Removals remembered per node. Whoever is further behind gets the whole state.
     pub grave_max: usize,
-    /// How long a head is valid. An hour of silence costs a node its records.
+    /// How long a head is valid in a mesh of up to [`Params::lease_nodes`]. An hour of silence costs a node its records.
     pub lease: Duration,
-    /// How far ahead a head's end may lie: a lease and an hour of clock error.
+    /// In a larger mesh leases are longer in proportion, so that their renewal costs everybody the same in a mesh of any size.
+    pub lease_nodes: usize,
+    /// Longest lease: as long as a failed member is remembered.
+    pub lease_max: Duration,
+    /// How far ahead a head's end may lie: the longest lease and an hour of clock error.
     pub lease_ahead_max: Duration,
     /// Largest chain, encoded. Two ECDSA certificates take 2 KiB.
     pub chain_bytes_max: usize,
@@ -78,7 +82,9 @@ impl Default for Params {
             nodes_max: 16_384,
             grave_max: 64,
             lease: Duration::from_hours(1),
-            lease_ahead_max: Duration::from_hours(2),
+            lease_nodes: 100,
+            lease_max: Duration::from_hours(72),
+            lease_ahead_max: Duration::from_hours(73),
             chain_bytes_max: 16 * 1024,
             signature_bytes_max: 256,
             reports_max: 256,
@@ -97,6 +103,8 @@ pub struct Replica {
     buckets: [u64; BUCKETS],
     reports: VecDeque<Report>,
     reports_lost: u64,
+    /// How long the own head was signed for.
+    lease: Duration,
 }
 
 impl Replica {
@@ -110,6 +118,7 @@ impl Replica {
             buckets: [0; BUCKETS],
             reports: VecDeque::new(),
             reports_lost: 0,
+            lease: Duration::ZERO,
         }
     }
 
@@ -148,12 +157,13 @@ impl Replica {
         if encoded.len() > self.params.node_bytes_max {
             return Err(PublishError::TooLarge { bytes: encoded.len(), bytes_max: self.params.node_bytes_max });
         }
+        let lease = self.next_lease();
         let head = NodeHead {
             node: self.local.clone(),
             generation: self.generation,
             version,
             state_hash: sha256(&encoded),
-            not_after: now.plus(self.params.lease),
+            not_after: now.plus(lease),
             chain_hash,
         };
         let message = head.message().map_err(PublishError::Encode)?;
@@ -163,6 +173,7 @@ impl Replica {
         let signed = Signed { digest: head.digest(), head, signature, chain: Arc::new(chain) };
         let state = draft.finish(signed, chain_since, not_after);
         let delta = state.delta_from(&have);
+        self.lease = lease;
         self.swap_in(state);
         Ok(delta)
     }
@@ -310,10 +321,18 @@ impl Replica {
         (draft, is_changed)
     }
 
+    /// Returns how long the own head is valid, by how many nodes are known.
+    fn next_lease(&self) -> Duration {
+        let hundreds = self.nodes.len().div_ceil(self.params.lease_nodes.max(1)).max(1);
+        let lease = self.params.lease.saturating_mul(u32::try_from(hundreds).unwrap_or(u32::MAX));
+        lease.min(self.params.lease_max.max(self.params.lease))
+    }
+
     /// Tells whether half of the lease is gone. A node-specific eighth earlier, so that a mesh that started at one
     /// moment does not refresh at one moment.
     fn is_refresh_due(&self, state: &NodeState, now: UnixSeconds) -> bool {
-        let lease = self.params.lease.as_secs();
+        // Nodes that came or went since change the next lease and not this one: no renewal of all at once.
+        let lease = self.lease.as_secs();
         let early = state.digest().hash.checked_rem(lease / 8).unwrap_or(0);
         // A lease that ends further ahead than a whole one was signed by a clock that went back since.
         let left = state.not_after.since(now).as_secs();

@@ -8,8 +8,9 @@ use std::time::Duration;
 
 use weft::catalogue::Builder;
 use weft::gossip::engine::Engine;
-use weft::model::{EntryKey, MemberStatus};
+use weft::model::{EntryKey, InstanceId, MemberStatus};
 
+use crate::sim::documents::Documents;
 use crate::sim::figures;
 use crate::sim::host::{self, service};
 use crate::sim::scenarios::{self, SECOND, mesh, settle};
@@ -44,7 +45,7 @@ fn the_same_seed_gives_the_same_run() {
 #[test]
 fn random_lives_end_with_everything_as_it_must_be() {
     seeds(5, |seed| {
-        let settled = script::live(12, 30 * SECOND, seed);
+        let settled = script::live(12, 30 * SECOND, seed, Settings::default());
         assert!(settled < 180 * SECOND);
     });
 }
@@ -54,7 +55,7 @@ fn a_newcomer_sees_alive_who_lost_a_life_that_it_was_told_is_over() {
     // In each of these runs somebody whose disk lost its last generation speaks to a newcomer that a peer told of that
     // generation's end, before it goes above it.
     for seed in [11, 27, 42, 49] {
-        let settled = script::live(12, 60 * SECOND, seed);
+        let settled = script::live(12, 60 * SECOND, seed, Settings::default());
         assert!(settled < 180 * SECOND, "seed {seed}");
     }
 }
@@ -228,6 +229,38 @@ fn scenario_12_a_joiner_gets_the_whole_catalogue_of_the_living_and_nothing_of_th
 }
 
 #[test]
+fn scenario_13_two_contents_of_one_document_end_as_the_same_one_everywhere_and_the_fork_is_reported() {
+    seeds(2, |seed| {
+        let mut world = joined(12, seed);
+        world.net.loss = 0.05;
+        let mut documents = Documents::new(&mut world);
+        let first = documents.sign("stolen", 1, 1, None).to_bytes();
+        documents.take(&mut world, 0, &first, true);
+        documents.run(&mut world, 10 * SECOND);
+        assert!(documents.are_equal() && documents.sets[7].len() == 1, "it reaches all");
+        // The operator's key is used on both sides.
+        world.split(|host| u8::from(host >= 6));
+        documents.run(&mut world, 10 * SECOND);
+        let [here, there] = [2, 3].map(|key| documents.sign("stolen", 2, key, None));
+        documents.take(&mut world, 0, &here.to_bytes(), true);
+        documents.take(&mut world, 11, &there.to_bytes(), true);
+        documents.run(&mut world, 20 * SECOND);
+        assert!(!documents.are_equal());
+        world.heal();
+        let took = documents.run_until(&mut world, 60 * SECOND, Documents::are_equal);
+        assert!(took.is_some(), "equal again");
+        let winner = if here.digest().replaces(&there.digest()) { &here } else { &there };
+        for (host, set) in documents.sets.iter().enumerate() {
+            let held = set.get(&winner.content().id).map(|held| held.document.hash());
+            assert_eq!(held, Some(winner.hash()), "n{host} holds the one with the smaller hash");
+            // Whoever held the other has seen both.
+            let has_lost = (host < 6) != (winner.hash() == here.hash());
+            assert!(!has_lost || set.forks().count() == 1, "n{host} reports the fork");
+        }
+    });
+}
+
+#[test]
 fn scenario_14_what_was_deleted_in_the_dark_does_not_come_back_and_nothing_grows() {
     seeds(2, |seed| {
         let mut world = mesh(8, 3, seed, Settings::default());
@@ -257,8 +290,9 @@ fn scenario_14_what_was_deleted_in_the_dark_does_not_come_back_and_nothing_grows
         world.run(30 * SECOND);
         for (host, before) in before.iter().enumerate() {
             let after = world.engine(host).sizes();
-            assert!(after.grave_max <= 64 && after.timers <= before.timers + 64, "{before:?} {after:?}");
+            assert!(after.grave_max <= 64 && after.core.timers <= before.core.timers + 64, "{before:?} {after:?}");
             assert_eq!((after.members, after.nodes), (before.members, before.nodes));
+            assert_eq!((after.core.news, after.core.suspicions, after.refusals), (0, 0, 0), "{after:?}");
         }
     });
 }
@@ -277,6 +311,61 @@ fn scenario_15_a_clock_an_hour_back_across_a_restart_keeps_its_name_and_its_reco
         world.hosts[4].wall_ahead = -1800;
         world.register(4, service("late", "late", "x"));
         settle(&mut world, 30 * SECOND);
+    });
+}
+
+#[test]
+fn scenario_16_poison_from_an_insider_is_quarantined_and_the_last_good_word_stands() {
+    seeds(2, |seed| {
+        let mut world = World::new(seed, Settings::default());
+        world.add_hosts(8);
+        // Its own replica takes what no other would, and its certificate covers `web` alone.
+        world.hosts[5].replica.node_bytes_max = 200_000;
+        world.hosts[5].scope = "web".to_owned();
+        let good = service("good", "web", "v1");
+        world.hosts[5].records.extend(good.clone().map(|entry| (entry.key(), entry)));
+        (0..8).for_each(|host| world.start(host));
+        assert!(world.run_until(60 * SECOND, |world| world.has_converged() && world.is_equal()).is_some());
+        let mut documents = Documents::new(&mut world);
+        let good_document = documents.sign("stolen", 1, 1, None).to_bytes();
+        documents.take(&mut world, 0, &good_document, true);
+        documents.run(&mut world, 10 * SECOND);
+
+        // Signed as they should be: 70 KB of records, a service outside the scope, a document that says nothing.
+        world.refusals.clear();
+        for number in 0..25 {
+            world.register(5, service(&format!("big{number}"), "web", &"x".repeat(2800)));
+        }
+        let absurd = documents.sign("stolen", 2, 1, Some(vec![0xff; 900])).to_bytes();
+        for victim in (0..8).filter(|host| *host != 5) {
+            documents.take(&mut world, victim, &absurd, true);
+        }
+        documents.run(&mut world, 30 * SECOND);
+        assert_eq!(documents.refused.len(), 7, "each refuses it: {:?}", documents.refused);
+        for host in (0..8).filter(|host| *host != 5) {
+            let engine = world.engine(host);
+            let state = engine.replica().state(&host::name(5)).expect("the last good state stands");
+            assert!(state.services.keys().any(|id| id.as_str() == "good"), "n{host}");
+            assert!(state.services.values().map(|record| record.tags[0].len()).sum::<usize>() < 64 * 1024);
+            assert!(world.refusals.contains(&(host, host::name(5))), "n{host} says why");
+            assert_eq!(documents.sets[host].iter().next().unwrap().document.content().version, 1);
+            assert!(documents.sets[host].revocations().has_key(&weft::pki::SpkiHash([1; 32])));
+            assert!(engine.sizes().refusals <= 1);
+            let status = engine.membership().member(&host::name(5)).unwrap().status;
+            assert_eq!(status, MemberStatus::Alive, "its records are refused, it is not");
+        }
+        // It mends its ways.
+        world.hosts[5].records.clear();
+        world.register(5, good);
+        world.register(5, service("more", "payments", "x"));
+        let is_known = |world: &World| {
+            (0..8).filter(|host| *host != 5).all(|host| {
+                let state = world.engine(host).replica().state(&host::name(5)).unwrap();
+                let names: Vec<&str> = state.services.keys().map(InstanceId::as_str).collect();
+                names == ["good"] && state.withheld().count() > 0
+            })
+        };
+        assert!(world.run_until(30 * SECOND, is_known).is_some(), "the next good state counts, without `payments`");
     });
 }
 

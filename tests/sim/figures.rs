@@ -117,25 +117,31 @@ pub(crate) fn false_positives(count: usize, time: Duration, seed: u64, settings:
 /// What a mesh sends while nothing happens, per host and second.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Idle {
-    pub(crate) packet_bytes: f64,
-    pub(crate) stream_bytes: f64,
     pub(crate) wire_bytes: f64,
+    pub(crate) packets: f64,
+    pub(crate) packet_bytes: f64,
+    pub(crate) stream_packets: f64,
+    pub(crate) stream_bytes: f64,
+    pub(crate) acks: f64,
     pub(crate) dials: f64,
 }
 
-/// Measures `world` for two minutes after one of rest.
-pub(crate) fn idle(world: &mut World) -> Idle {
-    world.run(60 * SECOND);
+/// Measures what `world` sends in `time`, in which nobody does anything.
+pub(crate) fn idle(world: &mut World, time: Duration) -> Idle {
     let before: Vec<_> = world.hosts.iter().map(|host| host.traffic).collect();
-    world.run(120 * SECOND);
-    let count = before.len() as f64 * 120.0;
-    let spent: Vec<_> = world.hosts.iter().zip(&before).map(|(host, before)| host.traffic.since(before)).collect();
-    let sum = |part: fn(&host::Traffic) -> u64| spent.iter().map(part).sum::<u64>() as f64 / count;
+    world.run(time);
+    let mut sum = host::Traffic::default();
+    world.hosts.iter().zip(&before).for_each(|(host, before)| sum.add(&host.traffic.since(before)));
+    let per = |part: u64| part as f64 / before.len() as f64 / time.as_secs_f64();
+    let all = time * u32::try_from(before.len()).unwrap();
     Idle {
-        packet_bytes: sum(|traffic| traffic.packet_bytes),
-        stream_bytes: sum(|traffic| traffic.stream_bytes),
-        wire_bytes: sum(host::Traffic::wire_bytes),
-        dials: sum(|traffic| traffic.dials),
+        wire_bytes: sum.wire_bytes(all) / all.as_secs_f64(),
+        packets: per(sum.packets),
+        packet_bytes: per(sum.packet_bytes),
+        stream_packets: per(sum.stream_packets),
+        stream_bytes: per(sum.stream_bytes),
+        acks: per(sum.acks),
+        dials: per(sum.dials),
     }
 }
 
@@ -225,7 +231,7 @@ pub(crate) fn readdressed(count: usize, seed: u64, settings: &Settings) -> Durat
 pub(crate) type Group = (&'static str, fn(&Settings, &mut dyn FnMut(Figure)));
 
 /// Everything that the mesh must reach and that a simulation can show, by group.
-pub(crate) const GROUPS: [Group; 10] = [
+pub(crate) const GROUPS: [Group; 11] = [
     ("kill", kill_figures),
     ("kill-1000", |settings, report| kill_figure(1000, 1, 5, settings, report)),
     ("register", |settings, report| register_figures(20, 20, 5, settings, report)),
@@ -235,6 +241,7 @@ pub(crate) const GROUPS: [Group; 10] = [
     ("leave", leave_figures),
     ("readdress", readdress_figures),
     ("idle", idle_figures),
+    ("idle-1000", large_idle_figure),
     ("false-positives", false_positive_figures),
 ];
 
@@ -293,16 +300,31 @@ fn readdress_figures(settings: &Settings, report: &mut dyn FnMut(Figure)) {
     report(Figure::times("same name, new address, N=20: known", SECOND, &times));
 }
 
+/// From the end of the joining on, an hour passes: every lease is renewed at least once.
 fn idle_figures(settings: &Settings, report: &mut dyn FnMut(Figure)) {
-    for (count, services) in [(20, 1), (20, 100), (100, 1), (1000, 1)] {
+    for (count, services) in [(20, 1), (20, 100), (100, 1)] {
         let mut world = scenarios::mesh(count, services, 1, settings.clone());
-        let Idle { packet_bytes, stream_bytes, wire_bytes, dials } = idle(&mut world);
-        let measured = format!(
-            "{wire_bytes:.0} B/s on the wire (packets {packet_bytes:.0}, streams {stream_bytes:.0}), {dials:.3} dials/s"
-        );
-        let name = format!("idle, N={count}, {} instances", count * services);
-        report(Figure::new(name, "1,000 B/s", measured, wire_bytes <= 1000.0));
+        world.run(60 * SECOND);
+        idle_figure(&mut world, count * services, 60 * 60 * SECOND, report);
     }
+}
+
+/// Leases last ten hours there: what an hour of renewals costs is measured with smaller meshes.
+fn large_idle_figure(settings: &Settings, report: &mut dyn FnMut(Figure)) {
+    let mut world = scenarios::mesh(1000, 1, 1, settings.clone());
+    world.run(60 * SECOND);
+    idle_figure(&mut world, 1000, 300 * SECOND, report);
+}
+
+fn idle_figure(world: &mut World, instances: usize, time: Duration, report: &mut dyn FnMut(Figure)) {
+    let Idle { wire_bytes, packets, packet_bytes, stream_packets, stream_bytes, acks, dials } = idle(world, time);
+    let measured = format!(
+        "{wire_bytes:.0} B/s ({packets:.2} packets of {:.0} B, {stream_packets:.2} of streams with {:.0} B, {acks:.2} acks, {dials:.4} dials, per s)",
+        packet_bytes / packets.max(f64::MIN_POSITIVE),
+        stream_bytes / stream_packets.max(f64::MIN_POSITIVE),
+    );
+    let name = format!("idle, N={}, {instances} instances", world.hosts.len());
+    report(Figure::new(name, "1,000 B/s", measured, wire_bytes <= 1000.0));
 }
 
 fn false_positive_figures(settings: &Settings, report: &mut dyn FnMut(Figure)) {

@@ -1,7 +1,7 @@
 //! The QUIC connections between simulated agents: what `gossip::links` does, with the handshake as a delay.
 //!
 //! A handshake takes a round trip, a lost flight a second more (QUIC's first probe time-out); to an unreachable peer the
-//! first flight is repeated until the time limit. Idle connections end after 30 s. A packet on a connection that the peer has lost is answered by a
+//! first flight is repeated until the time limit. Idle connections end after 10 min. A packet on a connection that the peer has lost is answered by a
 //! stateless reset, which ends the sender's as well.
 
 use std::collections::VecDeque;
@@ -11,6 +11,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use weft::membership::MeshId;
 
+use super::host::AckOwed;
 use super::world::{Event, World};
 
 /// As `gossip::links`.
@@ -20,7 +21,7 @@ const DIAL_PAUSE: Duration = Duration::from_secs(1);
 const CONNECT_TIME_MAX: Duration = Duration::from_secs(4);
 const CONNECTIONS_PER_PEER_MAX: usize = 2;
 /// As `transport::tune`.
-const IDLE_MAX: Duration = Duration::from_secs(30);
+const IDLE_MAX: Duration = Duration::from_mins(10);
 /// QUIC's first probe time-out with an initial round trip of 333 ms.
 const FIRST_PROBE: Duration = Duration::from_secs(1);
 
@@ -31,6 +32,7 @@ pub(crate) struct Connection {
     /// Which start of the peer it leads to.
     pub(crate) peer_boot: u32,
     pub(crate) used: Duration,
+    pub(crate) owed: AckOwed,
 }
 
 /// All that one agent holds towards one peer.
@@ -69,7 +71,9 @@ impl World {
         }
         if let Some(connection) = link.open.last_mut() {
             connection.used = now;
+            let acks = connection.owed.goes(now);
             let connection = *connection;
+            self.hosts[host].traffic.acks += acks;
             return self.put_on_wire(host, peer, connection, packet);
         }
         if link.not_before.is_some_and(|then| now < then) {
@@ -174,7 +178,7 @@ impl World {
             if link.open.len() >= CONNECTIONS_PER_PEER_MAX {
                 link.open.remove(0);
             }
-            let connection = Connection { number, peer_boot, used };
+            let connection = Connection { number, peer_boot, used, owed: AckOwed::default() };
             link.open.push(connection);
             for packet in std::mem::take(&mut link.waiting) {
                 self.put_on_wire(own, peer, connection, packet);
@@ -191,7 +195,12 @@ impl World {
         }
         let open = process.links.get_mut(&peer).map(|link| &mut link.open);
         let found = open.and_then(|open| open.iter_mut().find(|held| held.number == connection.number));
-        found.map(|held| held.used = now).is_some()
+        let acks = found.map(|held| {
+            held.used = now;
+            held.owed.came(now)
+        });
+        self.hosts[host].traffic.acks += acks.unwrap_or(0);
+        acks.is_some()
     }
 
     /// Ends a connection at one side because the other has lost or closed it.

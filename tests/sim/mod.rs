@@ -33,6 +33,7 @@
     reason = "two programs use different parts of it; a simulation fails by panicking, plainly"
 )]
 
+pub(crate) mod documents;
 pub(crate) mod figures;
 pub(crate) mod host;
 pub(crate) mod links;

@@ -11,6 +11,10 @@ use super::world::World;
 
 /// Sizes that an engine may reach, by the number of hosts that ever had a name.
 const SYNCS_MAX: usize = weft::gossip::engine::SYNCS_MAX;
+/// Eight others' votes about a member, and the own.
+const VOTES_MAX: usize = 9;
+/// Checks that a core may have open.
+const CHECKS_MAX: usize = 512;
 
 impl World {
     /// Tells whether every running agent sees exactly the running ones alive, each under its present identity.
@@ -127,8 +131,14 @@ impl World {
         assert!(sizes.syncs <= SYNCS_MAX && sizes.pulls <= weft::gossip::engine::PULLS_MAX, "{at}: {sizes:?}");
         assert!(sizes.members < names && sizes.nodes <= names, "{at}: {sizes:?} of {names} names");
         assert!(sizes.refusals <= names, "{at}: {sizes:?}");
+        let core = sizes.core;
         // foca keeps a few timers per probe and per suspect.
-        assert!(sizes.timers <= 64 + 4 * names, "{at}: {sizes:?}");
+        assert!(core.timers <= 64 + 4 * names, "{at}: {sizes:?}");
+        assert!(core.suspicions < names.max(2) && core.votes_max <= VOTES_MAX, "{at}: {sizes:?}");
+        // Three pieces of news per name and one per accusation.
+        assert!(core.news <= (3 + VOTES_MAX) * names && core.strangers <= names, "{at}: {sizes:?}");
+        assert!(core.checks <= CHECKS_MAX && core.turns < names.max(2), "{at}: {sizes:?}");
+        assert_eq!(core.outputs, 0, "{at}");
         assert!(sizes.grave_max <= 64, "{at}: {sizes:?}");
         assert_eq!(sizes.outputs, 0, "{at}");
     }

@@ -18,7 +18,8 @@ const NEIGHBOURS: usize = 4;
 fn place(world: &World, host: usize) -> u64 {
     let mix = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
     let hash = world.hosts[host].name.as_str().as_bytes().iter().fold(0xcbf2_9ce4_8422_2325, mix);
-    (hash ^ (hash >> 32)).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+    let mixed = (hash ^ (hash >> 32)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    mixed ^ (mixed >> 29)
 }
 
 impl World {

@@ -59,8 +59,8 @@ enum Repair {
 /// Lives through `time` of faults with `count` hosts and then through quiet; panics if anything does not hold.
 ///
 /// Returns how long the mesh took to settle.
-pub(crate) fn live(count: usize, time: Duration, seed: u64) -> Duration {
-    let mut world = World::new(seed, Settings::default());
+pub(crate) fn live(count: usize, time: Duration, seed: u64, settings: Settings) -> Duration {
+    let mut world = World::new(seed, settings);
     world.net.regions = world.rng.random_range(1..4);
     world.net.loss = [0.0, 0.01, 0.05, 0.2][world.rng.random_range(0..4)];
     world.net.duplicate = [0.0, 0.02][world.rng.random_range(0..2)];
@@ -103,7 +103,12 @@ pub(crate) fn live(count: usize, time: Duration, seed: u64) -> Duration {
     for host in &mut world.hosts {
         host.wall_ahead = host.wall_ahead.clamp(-60, 60);
     }
-    settle(&mut world, 180 * SECOND)
+    let limit = 180 * SECOND;
+    let took = world.run_until(limit, |world| world.has_converged() && world.is_equal());
+    // Who missed a goodbye hears of it when it compares next.
+    world.run(60 * SECOND);
+    let still = settle(&mut world, limit);
+    took.unwrap_or(limit + still)
 }
 
 fn run_with_repairs(world: &mut World, time: Duration, repairs: &mut Vec<(Duration, Repair)>) {

@@ -110,7 +110,12 @@ impl World {
         let bytes = message.encode().expect("messages of an engine fit their frame");
         let [from_host, to_host] = [talk.hosts[index(other(to))], talk.hosts[index(to)]];
         let stream = talk.stream;
-        self.hosts[from_host].traffic.stream_bytes += bytes.len() as u64 + 4;
+        let packets = 1 + bytes.len() as u64 / 1200;
+        let traffic = &mut self.hosts[from_host].traffic;
+        traffic.stream_bytes += bytes.len() as u64 + 4;
+        traffic.stream_packets += packets;
+        // Every second one is acknowledged with nothing else, a single one as well: nothing answers the last.
+        self.hosts[to_host].traffic.acks += packets.div_ceil(2);
         let time = self.net.stream_time(from_host, to_host, bytes.len(), &mut self.rng);
         self.after(time, Event::Frame { talk: number, stream, to, bytes });
     }

@@ -13,7 +13,6 @@ use weft::clock::UnixSeconds;
 use weft::gossip::engine::{self, Engine, JoinCause, Output, Turn};
 use weft::membership::{MeshId, Profile};
 use weft::model::{Entry, MemberStatus, NodeName};
-use weft::replica;
 use weft::store::StoredPeer;
 
 use super::host::{self, Host, Process};
@@ -23,9 +22,7 @@ use super::streams::{Joining, Side, Talk};
 use super::trust::{CHAIN_BYTES, Verifier};
 
 /// The true wall time at the start of every run.
-const WALL: u64 = 1_800_000_000;
-/// Events that a failure prints.
-const LAST_MAX: usize = 80;
+pub(crate) const WALL: u64 = 1_800_000_000;
 /// Datagrams that a stopped process's socket holds: weft asks for 2 MiB, Linux grants some 200 KiB by default.
 const INBOX_MAX: usize = 256;
 /// The time that a write to disk takes until it is synced.
@@ -42,6 +39,8 @@ pub(crate) struct Settings {
     pub(crate) has_syncs: bool,
     /// Size of each node's certificates.
     pub(crate) chain_bytes: usize,
+    /// Most events that a failure prints, the last ones.
+    pub(crate) events_kept: usize,
 }
 
 impl Default for Settings {
@@ -52,6 +51,7 @@ impl Default for Settings {
             has_exchanges: true,
             has_syncs: true,
             chain_bytes: CHAIN_BYTES,
+            events_kept: 80,
         }
     }
 }
@@ -132,6 +132,8 @@ pub(crate) struct World {
     /// Whose records are watched for, from which version on, and when each host had them.
     pub(crate) watched: Option<(NodeName, u64)>,
     pub(crate) arrivals: HashMap<usize, Duration>,
+    /// Records that were refused: by whom, whose.
+    pub(crate) refusals: Vec<(usize, NodeName)>,
     /// Conflicts of names that agents reported: host and the other's address.
     pub(crate) conflicts: Vec<(usize, SocketAddr)>,
     /// Why attempts to join failed, by host.
@@ -175,6 +177,7 @@ impl World {
             seen: Vec::new(),
             watched: None,
             arrivals: HashMap::new(),
+            refusals: Vec::new(),
             conflicts: Vec::new(),
             join_failures: Vec::new(),
             last: VecDeque::new(),
@@ -384,11 +387,13 @@ impl World {
         match event {
             engine::Event::MemberChanged { node, before, after, .. } => {
                 if before != after {
+                    self.hear_of(host, &node, after);
                     self.tell(format!("{} sees {node}: {before:?} -> {after:?}", self.hosts[host].name));
                     self.seen.push(Seen { at: self.now, observer: host, node, before, after });
                 }
             }
             engine::Event::Conflict { theirs, .. } => self.conflicts.push((host, theirs.addr)),
+            engine::Event::Refused { node, .. } => self.refusals.push((host, node)),
             engine::Event::Joined { failed, peers, .. } => {
                 if peers.is_empty() {
                     self.join_failures.extend(failed.into_iter().map(|(_, reason)| (host, reason)));
@@ -399,9 +404,31 @@ impl World {
         }
     }
 
+    /// Notes that `observer` holds the goodbye of `node`.
+    fn hear_of(&mut self, observer: usize, node: &NodeName, after: Option<MemberStatus>) {
+        if matches!(after, Some(MemberStatus::Leaving | MemberStatus::Left))
+            && let Some(boot) = self.hosts[observer].process.as_ref().map(|process| process.boot)
+        {
+            for left in self.hosts_named(node.as_str()).collect::<Vec<_>>() {
+                self.hosts[left].told.insert((observer, boot));
+            }
+        }
+    }
+
+    /// Ends the process; goodbyes that nobody else holds are lost with it.
+    fn end_process(&mut self, host: usize) {
+        let Some(boot) = self.hosts[host].process.take().map(|process| process.boot) else { return };
+        for at in 0..self.hosts.len() {
+            self.hosts[at].told.remove(&(host, boot));
+            if self.hosts[at].process.is_none() && self.hosts[at].told.is_empty() {
+                self.hosts[at].has_left = false;
+            }
+        }
+    }
+
     /// Remembers a line for the report of a failure.
     pub(crate) fn tell(&mut self, line: String) {
-        if self.last.len() >= LAST_MAX {
+        if self.last.len() >= self.settings.events_kept {
             self.last.pop_front();
         }
         self.last.push_back(format!("{:>12.6} {line}", self.now.as_secs_f64()));
@@ -441,11 +468,12 @@ impl World {
         machine.disk.generation += 1;
         machine.boots += 1;
         machine.has_left = false;
+        machine.told.clear();
         let params = engine::Params {
             node: machine.info(),
             generation: host::generation(machine.disk.generation, nonce),
             profile: self.settings.profile.clone(),
-            replica: replica::Params::default(),
+            replica: machine.replica.clone(),
             records: machine.records.clone(),
             seeds: machine.seeds.clone(),
             known_peers: machine.disk.peers.clone(),
@@ -471,7 +499,7 @@ impl World {
     /// Ends the agent on `host` at once; what was not synced is lost.
     pub(crate) fn crash(&mut self, host: usize) {
         self.tell(format!("{} crashes", self.hosts[host].name));
-        self.hosts[host].process = None;
+        self.end_process(host);
     }
 
     /// Ends it, and the disk forgets what it had acknowledged last: the generation, perhaps the peers.

@@ -143,7 +143,8 @@ impl Actor {
             self.metrics.members.with_label_values(&[status.as_str()]).set(i64::try_from(count).unwrap_or(i64::MAX));
         }
         self.metrics.nodes.set(i64::try_from(replica.nodes().count()).unwrap_or(i64::MAX));
-        self.members.send_replace(Arc::new(Members { members, isolated: self.engine.is_isolated() }));
+        let neighbours = self.engine.membership().few_neighbours();
+        self.members.send_replace(Arc::new(Members { members, isolated: self.engine.is_isolated(), neighbours }));
     }
 }
 

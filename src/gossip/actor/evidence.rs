@@ -80,8 +80,8 @@ impl Actor {
 
     /// Tells the engine which peers acknowledge what they are sent.
     pub(super) fn tell_signs_of_life(&mut self, now: Instant) {
-        for peer in self.links.signs_of_life(now) {
-            self.turn(now, |engine, turn| engine.evidence_alive(&peer, turn));
+        for (peer, came_at) in self.links.signs_of_life(now) {
+            self.turn(now, |engine, turn| engine.evidence_alive(&peer, came_at, turn));
         }
     }
 

@@ -462,7 +462,10 @@ impl Task {
         if self.is_gossip_untold {
             self.tell_gossip();
         }
-        let alive = self.alive();
+        let mut alive = self.alive();
+        // In a large mesh a random member would cost a handshake each time; what differs spreads over neighbours as well.
+        let near = self.members.borrow().neighbours.clone();
+        alive.retain(|member| near.is_empty() || near.contains(&member.name));
         if let Some(peer) = alive.choose(&mut self.rng).cloned() {
             self.compare(peer);
         }

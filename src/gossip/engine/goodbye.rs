@@ -30,7 +30,7 @@ impl Engine {
         let living = self.core.members().filter(|member| member.status == MemberStatus::Alive);
         let mut candidates: Vec<NodeName> = living.map(|member| member.id.name.clone()).collect();
         candidates.shuffle(&mut self.rng);
-        self.core.leave(turn.now);
+        self.core.leave();
         self.goodbye.get_or_insert(Goodbye { candidates, asked: 0, heard: 0, is_told: false });
         self.dirty.insert(self.node.name.clone());
         self.are_members_dirty = true;

@@ -231,8 +231,8 @@ pub enum Event {
 pub struct Sizes {
     /// Other members, gone ones included.
     pub members: usize,
-    /// Timers of the membership.
-    pub timers: usize,
+    /// What the membership holds beside them.
+    pub core: membership::Sizes,
     /// Nodes whose records are held.
     pub nodes: usize,
     /// Most removals remembered of one node.
@@ -262,6 +262,7 @@ pub struct Engine {
     are_members_dirty: bool,
     sync_interval: Duration,
     next_sync: Instant,
+    ticks: u32,
     syncs: BTreeSet<NodeName>,
     pulls: BTreeSet<NodeName>,
     seeds: Vec<String>,
@@ -304,6 +305,7 @@ impl Engine {
         let name = params.node.name.clone();
         let id = MeshId::new(name.clone(), params.node.mesh_addr, params.generation);
         let mut rng = StdRng::seed_from_u64(seed);
+        let ticks = rng.random_range(0..64);
         let mut known_peers = params.known_peers;
         known_peers.retain(|peer| peer.name != name);
         known_peers.sort_by_key(|peer| !peer.alive);
@@ -318,6 +320,7 @@ impl Engine {
             dirty: BTreeSet::new(),
             are_members_dirty: true,
             next_sync: now + params.sync_interval,
+            ticks,
             sync_interval: params.sync_interval,
             syncs: BTreeSet::new(),
             pulls: BTreeSet::new(),
@@ -408,7 +411,7 @@ impl Engine {
     pub fn sizes(&self) -> Sizes {
         Sizes {
             members: self.core.members().count(),
-            timers: self.core.timer_count(),
+            core: self.core.sizes(),
             nodes: self.replica.nodes().count(),
             grave_max: self.replica.nodes().map(|(_, state)| state.grave_len()).max().unwrap_or(0),
             syncs: self.syncs.len(),

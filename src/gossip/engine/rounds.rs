@@ -8,8 +8,11 @@ use crate::membership::Tracked;
 use crate::model::MemberStatus;
 use crate::store::StoredPeer;
 
+/// One comparison in so many is made though a peer has just said the same hash: it brings the goodbyes that were missed.
+const COMPARE_TICKS: u32 = 4;
+
 impl Engine {
-    /// Compares with a random member, refreshes the own lease, ends others' leases, saves peers.
+    /// Compares with a neighbour unless one has just agreed, refreshes the own lease, ends others' leases, saves peers.
     pub(super) fn tick(&mut self, turn: &Turn<'_>) {
         let jitter = self.rng.random_range(0.75..1.25);
         self.next_sync = turn.now + self.sync_interval.mul_f64(jitter);
@@ -18,13 +21,12 @@ impl Engine {
             self.tell(Event::LeaseEnded(node.clone()));
             self.dirty.insert(node);
         }
-        let count = self.core.alive_count();
-        if count > 0 {
-            let chosen = self.rng.random_range(0..count);
-            let peer = self.core.alive().nth(chosen).map(|id| id.name.clone());
-            if let Some(peer) = peer {
-                self.start_sync(&peer, SYNC_ROUNDS);
-            }
+        self.ticks = self.ticks.wrapping_add(1);
+        let has_agreed = turn.now.checked_sub(self.sync_interval).is_some_and(|at| self.core.has_agreed_since(at));
+        if (!has_agreed || self.ticks.is_multiple_of(COMPARE_TICKS))
+            && let Some(peer) = self.core.neighbour()
+        {
+            self.start_sync(&peer, SYNC_ROUNDS);
         }
         self.save_peers();
     }

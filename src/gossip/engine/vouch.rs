@@ -1,5 +1,7 @@
 //! What the membership is given from outside: signatures, lives that signed records prove, evidence of connections.
 
+use tokio::time::Instant;
+
 use super::{Engine, Event, Turn};
 use crate::membership::{MeshId, Statement, Verdict};
 use crate::model::NodeName;
@@ -33,10 +35,10 @@ impl Engine {
         self.core.handle_verified(statement, verdict, turn.now);
     }
 
-    /// Notes that `peer` acknowledged a packet of this node at `turn.now`, outside of SWIM: it is not declared failed
+    /// Notes that `peer` acknowledged a packet of this node at `at` or later, outside of SWIM: it is not declared failed
     /// within the second after.
-    pub fn evidence_alive(&mut self, peer: &NodeName, turn: &Turn<'_>) {
-        self.core.evidence_alive(peer, turn.now);
+    pub fn evidence_alive(&mut self, peer: &NodeName, at: Instant, turn: &Turn<'_>) {
+        self.core.evidence_alive(peer, at);
         self.settle(turn);
     }
 
@@ -53,11 +55,13 @@ impl Engine {
         self.settle(turn);
     }
 
-    /// Takes `members` for met, without a word to them: for a beginning that somebody else vouches for (a simulator's).
+    /// Takes `members` for met, without a word to them, and what this node has to say for said: for a beginning that
+    /// somebody else vouches for (a simulator's).
     pub fn vouch_for<'a>(&mut self, members: impl IntoIterator<Item = &'a MeshId>, turn: &Turn<'_>) {
         for id in members {
             self.core.meet(id, turn.now);
         }
+        self.core.forget_news();
         self.settle(turn);
     }
 

@@ -76,10 +76,8 @@ fn any_life() -> impl Strategy<Value = Life> {
 
 fn any_id() -> impl Strategy<Value = MeshId> {
     // Honest members, and some that do not exist.
-    (1usize..HONEST + 4, any_life(), 1u16..9000).prop_map(|(number, life, port)| MeshId {
-        name: name(number),
-        life,
-        addr: std::net::SocketAddr::from(([10, 9, 9, 9], port)),
+    (1usize..HONEST + 4, any_life(), 1u16..9000).prop_map(|(number, life, port)| {
+        MeshId::with_life(name(number), std::net::SocketAddr::from(([10, 9, 9, 9], port)), life)
     })
 }
 
@@ -324,6 +322,32 @@ fn a_life_or_a_goodbye_counts_only_under_the_members_own_signature() {
     assert_eq!(mesh.at(1).member(&name(3)).unwrap().status, MemberStatus::Alive);
     mesh.at(1).handle_verified(signed(&name(3), Statement::Leave(leave(3))), Verdict::Holds, now);
     assert_eq!(mesh.at(1).member(&name(3)).unwrap().status, MemberStatus::Left);
+}
+
+#[test]
+fn anothers_goodbye_for_a_failed_member_counts_for_the_very_life_that_failed() {
+    let mut mesh = Mesh::joined(4, 9);
+    mesh.kill(3);
+    assert!(mesh.run(10 * SECOND, |mesh| mesh.all_see(3, Some(MemberStatus::Failed))).is_some());
+    let now = mesh.now;
+    let failed = mesh.at(1).member(&name(3)).unwrap().id.life;
+    let status = |mesh: &mut Mesh| mesh.at(1).member(&name(3)).unwrap().status;
+    let said = |life: Life| {
+        let leave = Leave { node: name(3), life, prune: false, by: name(2), signature: Vec::new() };
+        signed(&name(2), Statement::Leave(leave))
+    };
+    for life in [Life { renewals: failed.renewals + 1, ..failed }, id(3, 5).life, id(3, u64::MAX).life] {
+        mesh.at(1).handle_verified(said(life), Verdict::Holds, now);
+        assert_eq!(status(&mut mesh), MemberStatus::Failed, "{life:?}");
+    }
+    // It comes back as somebody who is there to stay.
+    mesh.boot(3, 2);
+    assert!(mesh.run(10 * SECOND, Mesh::all_alive).is_some());
+    mesh.kill(3);
+    assert!(mesh.run(10 * SECOND, |mesh| mesh.all_see(3, Some(MemberStatus::Failed))).is_some());
+    let (now, life) = (mesh.now, mesh.at(1).member(&name(3)).unwrap().id.life);
+    mesh.at(1).handle_verified(said(life), Verdict::Holds, now);
+    assert_eq!(status(&mut mesh), MemberStatus::Left, "an operator's word about the life that failed");
 }
 
 #[test]

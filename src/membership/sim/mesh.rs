@@ -80,8 +80,7 @@ fn a_restart_is_one_live_identity_at_once() {
 fn a_leave_is_seen_by_all_at_once_and_is_not_a_failure() {
     seeds(20, |seed| {
         let mut mesh = Mesh::joined(10, seed);
-        let now = mesh.now;
-        mesh.nodes.get_mut(&name(4)).unwrap().leave(now);
+        mesh.nodes.get_mut(&name(4)).unwrap().leave();
         mesh.flush(&name(4));
         let took = mesh.run(5 * SECOND, |mesh| mesh.all_see(4, Some(MemberStatus::Left)));
         assert!(took.is_some_and(|took| took < SECOND / 2), "{took:?}");

@@ -115,7 +115,7 @@ impl Mesh {
             let living = entries.iter().filter(|entry| entry.standing != Standing::Down);
             for entry in living.filter(|entry| entry.id.name != name(number)) {
                 let life = Life { renewals: 0, ..entry.id.life };
-                core.attest(&MeshId { life, ..entry.id.clone() }, now);
+                core.attest(&MeshId::with_life(entry.id.name.clone(), entry.id.addr, life), now);
             }
             core.announce(seed.id().clone(), now);
         }
