@@ -107,8 +107,9 @@ pub async fn write_frame<W: tokio::io::AsyncWrite + Unpin>(stream: &mut W, messa
     use tokio::io::AsyncWriteExt as _;
     let length = u32::try_from(message.len())
         .map_err(|_| WireError::TooLarge { bytes: message.len(), bytes_max: FRAME_BYTES_MAX })?;
-    stream.write_all(&length.to_be_bytes()).await.map_err(WireError::Stream)?;
-    stream.write_all(message).await.map_err(WireError::Stream)
+    // In one write: a stream that is woken between two would send two packets.
+    let frame = [&length.to_be_bytes(), message].concat();
+    stream.write_all(&frame).await.map_err(WireError::Stream)
 }
 
 /// Reads one frame of at most `bytes_max` bytes; memory grows with what arrives, not with what the length claims.
