@@ -21,7 +21,7 @@ pub(crate) fn run(args: &AgentArgs) -> Result<(), Failure> {
     let config = load(&inputs(args), &Host::read())?;
     telemetry::init(&config.log_filter, config.log_format)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(std::env::var("WEFT_CT").ok().and_then(|v| v.parse().ok()).unwrap_or(CONTROL_THREADS))
+        .worker_threads(CONTROL_THREADS)
         .thread_name("weft-control")
         .enable_all()
         .build()

@@ -126,12 +126,15 @@ fn program(workers: u32) -> [sock_filter; 9] {
 /// refusal of a host where nobody does.
 pub(super) fn drop_short(socket: &UdpSocket) -> io::Result<()> {
     let (least, accept, drop) = (UDP_HEADER_BYTES + QUIC_BYTES_MIN, u32::MAX, 0);
-    socket2::SockRef::from(socket).attach_filter(&[
-        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_LEN, 0),
-        instruction(libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K, least, 0, 1),
-        statement(libc::BPF_RET | libc::BPF_K, accept),
-        statement(libc::BPF_RET | libc::BPF_K, drop),
-    ].map(|one| socket2::SockFilter::new(one.code, one.jt, one.jf, one.k)))
+    socket2::SockRef::from(socket).attach_filter(
+        &[
+            statement(libc::BPF_LD | libc::BPF_W | libc::BPF_LEN, 0),
+            instruction(libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K, least, 0, 1),
+            statement(libc::BPF_RET | libc::BPF_K, accept),
+            statement(libc::BPF_RET | libc::BPF_K, drop),
+        ]
+        .map(|one| socket2::SockFilter::new(one.code, one.jt, one.jf, one.k)),
+    )
 }
 
 /// A filter of a UDP socket sees the packet from its UDP header on.

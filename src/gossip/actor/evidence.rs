@@ -207,7 +207,9 @@ mod tests {
 
     #[test]
     fn the_watchers_of_a_member_ask_in_turn_and_members_are_not_asked_in_step() {
-        let id = |nonce| MeshId::new("a".parse().unwrap(), "10.0.0.1:8301".parse().unwrap(), Generation { number: 1, nonce });
+        let id = |nonce| {
+            MeshId::new("a".parse().unwrap(), "10.0.0.1:8301".parse().unwrap(), Generation { number: 1, nonce })
+        };
         let gap = rhythm(&id(77), 1).phase - rhythm(&id(77), 0).phase;
         assert_eq!(gap, WATCH_EVERY / 2);
         assert_ne!(rhythm(&id(77), 0), rhythm(&id(78), 0));
