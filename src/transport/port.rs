@@ -1,7 +1,7 @@
 //! Asks a peer's kernel whether anybody still has the peer's mesh port.
 //!
 //! ```text
-//!   connected UDP socket --two bytes--> peer:8301   process there: silence (they are no QUIC and are dropped)
+//!   connected UDP socket --two bytes--> peer:8301   process there: silence (the kernel drops them)
 //!                        <--ICMP port unreachable-- process gone: the next receive fails with ECONNREFUSED
 //! ```
 //!
@@ -31,7 +31,7 @@ use crate::clock;
 const RECHECK: Duration = Duration::from_millis(25);
 /// How long one answer may take: the round trip of a slow path.
 const ANSWER_TIME_MAX: Duration = Duration::from_millis(250);
-/// A short QUIC header and a first byte that leads to the control socket: dropped there as too short.
+/// A short QUIC header and a first byte that leads to the control socket: dropped by its filter as too short (`steer`).
 const PAYLOAD: [u8; 2] = [0x40, 0x80];
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -10,7 +10,7 @@
 //! Invariant: a byte and a number of workers lead to one socket for as long as the sockets are open, so a peer that
 //! changes its address keeps its worker.
 //!
-//! Not here: the sockets (`bind`). A datagram that is no QUIC lands anywhere and is dropped there.
+//! Not here: the sockets (`bind`). A datagram that is no QUIC lands anywhere and is dropped there, a short one before.
 
 use std::io;
 use std::net::UdpSocket;
