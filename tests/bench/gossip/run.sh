@@ -2,7 +2,7 @@
 # Gossip of N real agents, each in a network namespace of its own (needs root, iproute2, python3; up to 200 agents).
 #
 #   tests/bench/gossip/run.sh [-o FILE.json] [--only idle,register,kill,silent,leave,stop] [N ...]   default: 20 50 100 200
-#   tests/bench/gossip/run.sh --only memory [--instances 10000] 20          RSS and bytes per instance of the catalogue
+#   tests/bench/gossip/run.sh --only memory [--instances 10000] 50          RSS and bytes per instance of the catalogue
 #
 # WEFT names the binary (default target/release/weft), SERF that of serf (Debian: serf). serf's figures stand beside
 # weft's; where it is not installed, those recorded earlier do, marked as such.
