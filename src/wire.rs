@@ -52,12 +52,15 @@ pub enum WireError {
     Stream(#[source] std::io::Error),
 }
 
-/// What the decoder may count while it reads: it counts 8 bytes for each number and length, which take one byte on the wire
-/// where they are small. The message's own length is bounded before.
-const DECODED_BYTES_MAX: usize = 8 * FRAME_BYTES_MAX;
+/// Largest message whose decoding gets the small limit: everything but what streams of gossip carry.
+const SMALL_BYTES_MAX: usize = 16 * 1024;
+/// What bincode charges against its limit for one byte of a message, at most: an integer of 64 bits, the length of each
+/// text and list among them, counts as 8 bytes and takes one where it is small. A limit of the message's own length
+/// refuses a frame full of small records.
+const CHARGE_MAX: usize = 8;
 
-fn config() -> impl bincode::config::Config {
-    bincode::config::standard().with_limit::<DECODED_BYTES_MAX>()
+fn config<const BYTES_MAX: usize>() -> impl bincode::config::Config {
+    bincode::config::standard().with_limit::<BYTES_MAX>()
 }
 
 /// Encodes `value` as one message: version byte and body.
@@ -66,7 +69,7 @@ fn config() -> impl bincode::config::Config {
 /// [`WireError::Encode`] if serde refuses, [`WireError::TooLarge`] past [`FRAME_BYTES_MAX`].
 pub fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>, WireError> {
     let mut bytes = vec![WIRE_VERSION];
-    bincode::serde::encode_into_std_write(value, &mut bytes, config()).map_err(WireError::Encode)?;
+    bincode::serde::encode_into_std_write(value, &mut bytes, config::<FRAME_BYTES_MAX>()).map_err(WireError::Encode)?;
     if bytes.len() > FRAME_BYTES_MAX {
         return Err(WireError::TooLarge { bytes: bytes.len(), bytes_max: FRAME_BYTES_MAX });
     }
@@ -97,7 +100,12 @@ pub fn decode_prefix<T: DeserializeOwned>(bytes: &[u8]) -> Result<(T, usize), Wi
     if *version != WIRE_VERSION {
         return Err(WireError::Version { found: *version });
     }
-    let (value, used) = bincode::serde::decode_from_slice(body, config()).map_err(WireError::Decode)?;
+    let decoded = if body.len() <= SMALL_BYTES_MAX {
+        bincode::serde::decode_from_slice(body, config::<{ CHARGE_MAX * SMALL_BYTES_MAX }>())
+    } else {
+        bincode::serde::decode_from_slice(body, config::<{ CHARGE_MAX * FRAME_BYTES_MAX }>())
+    };
+    let (value, used) = decoded.map_err(WireError::Decode)?;
     Ok((value, used + 1))
 }
 
@@ -111,8 +119,9 @@ pub async fn write_frame<W: tokio::io::AsyncWrite + Unpin>(stream: &mut W, messa
     use tokio::io::AsyncWriteExt as _;
     let length = u32::try_from(message.len())
         .map_err(|_| WireError::TooLarge { bytes: message.len(), bytes_max: FRAME_BYTES_MAX })?;
-    stream.write_all(&length.to_be_bytes()).await.map_err(WireError::Stream)?;
-    stream.write_all(message).await.map_err(WireError::Stream)
+    // In one write: a stream that is woken between two would send two packets.
+    let frame = [&length.to_be_bytes(), message].concat();
+    stream.write_all(&frame).await.map_err(WireError::Stream)
 }
 
 /// Reads one frame of at most `bytes_max` bytes; memory grows with what arrives, not with what the length claims.
@@ -179,6 +188,20 @@ mod tests {
         let claims = [1, 253, 0, 0, 0, 0, 1, 0, 0, 0];
         let held = allocation_counter::measure(|| assert!(decode::<Vec<[u8; 32]>>(&claims, 64).is_err())).bytes_max;
         assert!(held <= 1024 * 1024 + 1024, "{held} bytes");
+    }
+
+    #[test]
+    fn a_full_frame_of_small_values_decodes() {
+        for count in [SMALL_BYTES_MAX - 8, FRAME_BYTES_MAX - 8] {
+            let numbers: Vec<u64> = vec![1; count];
+            let bytes = encode(&numbers).unwrap();
+            assert!(bytes.len() <= count + 8);
+            assert_eq!(decode::<Vec<u64>>(&bytes, FRAME_BYTES_MAX).unwrap(), numbers);
+            let texts = vec![String::from("a"); count / 2];
+            assert_eq!(decode::<Vec<String>>(&encode(&texts).unwrap(), FRAME_BYTES_MAX).unwrap(), texts);
+        }
+        // A text of 200 KiB with nothing behind it, in a message that cannot hold one.
+        assert!(decode::<String>(&[1, 252, 0, 32, 3, 0], 64).is_err());
     }
 
     proptest! {

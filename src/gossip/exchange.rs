@@ -80,8 +80,8 @@ impl Talk {
     async fn hear(&mut self, stage: Stage) -> Result<Message, ExchangeError> {
         if stage.awaits_end() {
             self.finish();
-            // The peer ends the stream when it has taken everything; whatever else comes is as good as an end.
-            let _end = self.recv.read_to_end(0).await;
+            // The peer ends the stream when it has taken everything.
+            ended(&mut self.recv).await;
             return Ok(Message::End);
         }
         let frame = wire::read_frame(&mut self.recv, FRAME_BYTES_MAX).await?;
@@ -118,6 +118,7 @@ impl Talk {
                 Step::Done => None,
             };
             self.finish();
+            ended(&mut self.recv).await;
             return Ok(again);
         }
     }
@@ -125,6 +126,12 @@ impl Talk {
     fn finish(&mut self) {
         let _finished_before = self.send.finish();
     }
+}
+
+/// Takes the end of a peer's stream: a stream that is dropped before costs a packet that says so, and another for the
+/// answer to that. Whatever comes in its place is as good as an end.
+pub(super) async fn ended(recv: &mut RecvStream) {
+    let _end = recv.read_to_end(0).await;
 }
 
 async fn within<T>(exchange: impl Future<Output = Result<T, ExchangeError>>) -> Result<T, ExchangeError> {

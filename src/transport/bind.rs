@@ -97,6 +97,9 @@ pub fn bind(addr: SocketAddr, workers: usize) -> Result<BoundSockets, BindError>
     for _ in 0..workers {
         sockets.push(socket(addr, Sharing::Shared).map_err(refused)?);
     }
+    for socket in &sockets {
+        steer::drop_short(socket).map_err(refused)?;
+    }
     let buffers = buffers(&sockets).map_err(refused)?;
     let refusals = Refusals::default();
     let mut ports: Vec<MeshPort> = sockets.into_iter().map(|socket| MeshPort::new(socket, refusals.clone())).collect();
@@ -150,10 +153,11 @@ mod tests {
         let sockets: Vec<&UdpSocket> = bound.workers.iter().chain([&bound.control]).map(|port| &port.socket).collect();
         for byte in 0..=255_u8 {
             let want = if byte >= 128 { WORKERS } else { usize::from(byte) % WORKERS };
-            let short = [0x40, byte, 9, 9];
-            let long = [0xc0, 0, 0, 0, 1, 8, byte, 9];
-            for packet in [&short[..], &long[..]] {
-                sender.send_to(packet, bound.addr).unwrap();
+            let (mut short, mut long) = ([9; 24], [9; 24]);
+            short[..2].copy_from_slice(&[0x40, byte]);
+            long[..7].copy_from_slice(&[0xc0, 0, 0, 0, 1, 8, byte]);
+            for packet in [short, long] {
+                sender.send_to(&packet, bound.addr).unwrap();
                 // Loopback delivers before send_to returns, so each socket holds what it will ever get.
                 for (at, socket) in sockets.iter().enumerate() {
                     let mut buffer = [0; 16];
@@ -165,14 +169,18 @@ mod tests {
     }
 
     #[test]
-    fn a_datagram_too_short_to_hold_an_id_goes_to_one_socket() {
+    fn a_datagram_too_short_for_quic_wakes_nobody() {
         let bound = bind((Ipv4Addr::LOCALHOST, 0).into(), 2).unwrap();
         let sender = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-        for packet in [&[0x40][..], &[0xc0, 0, 0][..], &[]] {
-            sender.send_to(packet, bound.addr).unwrap();
+        sender.connect(bound.addr).unwrap();
+        for short in [&[0x40][..], &[0xc0, 0, 0][..], &[], &[0x40, 200], &[0x40; 20]] {
+            sender.send(short).unwrap();
         }
-        let received = |socket: &UdpSocket| (0..3).filter(|_| socket.recv(&mut [0; 16]).is_ok()).count();
-        assert_eq!(received(&bound.workers.first().unwrap().socket), 3);
+        let sockets = bound.workers.iter().chain([&bound.control]);
+        assert!(sockets.clone().all(|port| port.socket.recv(&mut [0; 64]).is_err()));
+        // Nor is it refused: somebody has the port.
+        sender.send(&[0x40; 21]).unwrap();
+        assert_eq!(sockets.filter(|port| port.socket.recv(&mut [0; 64]).is_ok()).count(), 1);
     }
 
     #[test]

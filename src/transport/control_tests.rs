@@ -26,6 +26,24 @@ async fn gossip_peers_learn_who_the_other_is() {
 }
 
 #[tokio::test]
+async fn a_gossip_connection_spends_nothing_on_the_search_for_a_larger_mtu() {
+    let ca = ca("td");
+    let (a, b) = (Control::start(&ca, "a"), Control::start(&ca, "b"));
+    let (dialled, accepted) =
+        within(async { tokio::join!(a.transport.connect(b.addr, None), b.transport.accept()) }).await;
+    let (here, there) = (dialled.unwrap().0, accepted.unwrap().connection);
+    for _round in 0..20 {
+        here.send_datagram(vec![7; 1_100].into()).unwrap();
+        let there_and_back = within(there.read_datagram()).await.unwrap();
+        there.send_datagram(there_and_back).unwrap();
+        within(here.read_datagram()).await.unwrap();
+    }
+    for connection in [here, there] {
+        assert_eq!(connection.stats().path.sent_plpmtud_probes, 0);
+    }
+}
+
+#[tokio::test]
 async fn gossip_without_a_certificate_is_closed_and_counted() {
     let ca = ca("td");
     let b = Control::start(&ca, "b");

@@ -13,7 +13,7 @@
 //! Invariant: a chain that is revoked between its check and its entry here is found: [`LiveConnections::add`] is followed
 //! by another look at the revocations (`Credentials::recheck`).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::clock::UnixSeconds;
@@ -101,6 +101,13 @@ impl LiveConnections {
             false
         });
         closed
+    }
+
+    /// The nodes that an open connection leads to.
+    pub fn nodes(&self) -> BTreeSet<NodeName> {
+        let table = self.table();
+        let open = table.live.values().filter(|live| live.connection.close_reason().is_none());
+        open.map(|live| live.shown.node.clone()).collect()
     }
 
     /// How many are held.

@@ -1,7 +1,7 @@
 //! Asks a peer's kernel whether anybody still has the peer's mesh port.
 //!
 //! ```text
-//!   connected UDP socket --two bytes--> peer:8301   process there: silence (they are no QUIC and are dropped)
+//!   connected UDP socket --two bytes--> peer:8301   process there: silence (the kernel drops them)
 //!                        <--ICMP port unreachable-- process gone: the next receive fails with ECONNREFUSED
 //! ```
 //!
@@ -31,7 +31,7 @@ use crate::clock;
 const RECHECK: Duration = Duration::from_millis(25);
 /// How long one answer may take: the round trip of a slow path.
 const ANSWER_TIME_MAX: Duration = Duration::from_millis(250);
-/// A short QUIC header and a first byte that leads to the control socket: dropped there as too short.
+/// A short QUIC header and a first byte that leads to the control socket: dropped by its filter as too short (`steer`).
 const PAYLOAD: [u8; 2] = [0x40, 0x80];
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,20 +100,41 @@ pub(super) async fn is_refused(local: IpAddr, peer: SocketAddr) -> bool {
     probe.ask(ANSWER_TIME_MAX).await == Answer::Refused && probe.is_refused_again().await
 }
 
-/// Waits until `peer`'s host refuses the port; asks once in `every`.
+/// When a watch asks: at wall times that are `phase` after a multiple of `every`. Several watches of one port that know
+/// of each other take different phases; clocks that disagree make them fall anywhere, as phases by chance would.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rhythm {
+    /// The period, some milliseconds at least.
+    pub every: Duration,
+    /// Less than a period.
+    pub phase: Duration,
+}
+
+impl Rhythm {
+    /// Returns how long it is to the next beat that is not upon us: a quarter of a period at least.
+    fn rest(self, wall_ms: u64) -> Duration {
+        let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        let (every, phase) = (millis(self.every).max(1), millis(self.phase));
+        let since = wall_ms.wrapping_add(every).wrapping_sub(phase % every) % every;
+        let rest = every - since;
+        Duration::from_millis(if rest < every / 4 { rest + every } else { rest })
+    }
+}
+
+/// Waits until `peer`'s host refuses the port; asks in `rhythm`.
 ///
 /// # Cancel safety
 /// Cancelling ends the watch.
-pub(super) async fn refused(local: IpAddr, peer: SocketAddr, every: Duration) {
+pub(super) async fn refused(local: IpAddr, peer: SocketAddr, rhythm: Rhythm) {
     loop {
         if let Ok(probe) = PortProbe::open(local, peer).await {
-            while probe.ask(every).await == Answer::Silent {}
+            while probe.ask(rhythm.rest(clock::wall_ms())).await == Answer::Silent {}
             if probe.is_refused_again().await {
                 return;
             }
         }
         // Neither an address that cannot be bound nor a flapping port makes a tight loop.
-        tokio::time::sleep(every).await;
+        tokio::time::sleep(rhythm.every).await;
     }
 }
 
@@ -122,7 +143,7 @@ mod tests {
     use super::*;
 
     const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
-    const EVERY: Duration = Duration::from_millis(20);
+    const RHYTHM: Rhythm = Rhythm { every: Duration::from_millis(20), phase: Duration::from_millis(7) };
 
     #[tokio::test]
     async fn a_port_that_somebody_has_is_silent_and_one_that_nobody_has_is_refused() {
@@ -135,13 +156,33 @@ mod tests {
         assert!(is_refused(Ipv6Addr::LOCALHOST.into(), addr).await);
     }
 
+    #[test]
+    fn two_watches_ask_in_turn() {
+        let every = Duration::from_millis(500);
+        let beats = |phase| {
+            let rhythm = Rhythm { every, phase: Duration::from_millis(phase) };
+            let mut now: u64 = 1_700_000_000_123;
+            std::iter::repeat_with(move || {
+                now += u64::try_from(rhythm.rest(now).as_millis()).unwrap();
+                now
+            })
+        };
+        for (first, second) in beats(130).zip(beats(380)).take(20) {
+            assert_eq!((first % 500, second % 500), (130, 380));
+        }
+        let gaps: Vec<u64> = beats(499).take(9).collect();
+        assert!(gaps.windows(2).all(|pair| pair[1] - pair[0] == 500), "{gaps:?}");
+        // A clock that is a little slow does not ask twice.
+        assert_eq!(Rhythm { every, phase: Duration::ZERO }.rest(999), Duration::from_millis(501));
+    }
+
     #[tokio::test]
     async fn a_watch_ends_when_the_port_is_given_up_and_not_before() {
         let held = std::net::UdpSocket::bind((LOOPBACK, 0)).unwrap();
         held.set_nonblocking(true).unwrap();
         let addr = held.local_addr().unwrap();
         let held = UdpSocket::from_std(held).unwrap();
-        let mut watch = std::pin::pin!(refused(LOOPBACK, addr, EVERY));
+        let mut watch = std::pin::pin!(refused(LOOPBACK, addr, RHYTHM));
         for _probe in 0..5 {
             let mut buffer = [0; 64];
             tokio::select! {

@@ -10,7 +10,7 @@
 //! Invariant: a byte and a number of workers lead to one socket for as long as the sockets are open, so a peer that
 //! changes its address keeps its worker.
 //!
-//! Not here: the sockets (`bind`). A datagram that is no QUIC lands anywhere and is dropped there.
+//! Not here: the sockets (`bind`). A datagram that is no QUIC lands anywhere and is dropped there, a short one before.
 
 use std::io;
 use std::net::UdpSocket;
@@ -106,7 +106,6 @@ fn id_with(first: u8) -> ConnectionId {
 ///
 /// A load past the end of a datagram makes the kernel return 0: the first worker drops what is no QUIC.
 fn program(workers: u32) -> [sock_filter; 9] {
-    let statement = |code: u32, k: u32| instruction(code, k, 0, 0);
     [
         statement(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS, 0),
         // The header form bit (RFC 9000 §17): a long header holds its destination id at byte 6, a short one at 1.
@@ -121,8 +120,34 @@ fn program(workers: u32) -> [sock_filter; 9] {
     ]
 }
 
+/// Has the kernel drop what arrives on `socket` and is too short for QUIC, without waking anybody.
+///
+/// Peers ask the port a few times a second whether anybody has it (`port`), and such a question wants no answer but the
+/// refusal of a host where nobody does.
+pub(super) fn drop_short(socket: &UdpSocket) -> io::Result<()> {
+    let (least, accept, drop) = (UDP_HEADER_BYTES + QUIC_BYTES_MIN, u32::MAX, 0);
+    socket2::SockRef::from(socket).attach_filter(
+        &[
+            statement(libc::BPF_LD | libc::BPF_W | libc::BPF_LEN, 0),
+            instruction(libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K, least, 0, 1),
+            statement(libc::BPF_RET | libc::BPF_K, accept),
+            statement(libc::BPF_RET | libc::BPF_K, drop),
+        ]
+        .map(|one| socket2::SockFilter::new(one.code, one.jt, one.jf, one.k)),
+    )
+}
+
+/// A filter of a UDP socket sees the packet from its UDP header on.
+const UDP_HEADER_BYTES: u32 = 8;
+/// The shortest packet of QUIC, a stateless reset (RFC 9000 §10.3).
+const QUIC_BYTES_MIN: u32 = 21;
+
 /// The accumulator as the source of a `RET` (linux/filter.h); libc has no name for it.
 const BPF_A: u32 = 0x10;
+
+fn statement(code: u32, k: u32) -> sock_filter {
+    instruction(code, k, 0, 0)
+}
 
 fn instruction(code: u32, k: u32, jt: u8, jf: u8) -> sock_filter {
     sock_filter { code: u16::try_from(code).unwrap_or_default(), jt, jf, k }

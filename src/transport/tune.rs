@@ -133,10 +133,14 @@ fn transport(plane: Plane, role: Role) -> Arc<TransportConfig> {
             config.max_concurrent_bidi_streams(GOSSIP_STREAMS.into()).max_concurrent_uni_streams(GOSSIP_STREAMS.into());
             config.datagram_receive_buffer_size(Some(DATAGRAM_BUFFER_BYTES));
             config.datagram_send_buffer_size(DATAGRAM_BUFFER_BYTES).max_idle_timeout(Some(idle(GOSSIP_IDLE)));
+            // A search takes some seven packets of 1,400 bytes each way, three times what the handshake takes, and
+            // packets of SWIM fit the least that a path may carry.
+            config.mtu_discovery_config(None);
         }
         Plane::Join => {
             config.max_concurrent_bidi_streams(JOIN_STREAMS.into()).max_concurrent_uni_streams(VarInt::from_u32(0));
             config.datagram_receive_buffer_size(None).max_idle_timeout(Some(idle(JOIN_IDLE)));
+            config.mtu_discovery_config(None);
         }
     }
     Arc::new(config)

@@ -443,6 +443,31 @@ fn scenario_12_a_joiner_gets_the_whole_catalogue() {
 }
 
 #[test]
+fn scenario_12_a_joiner_gets_a_catalogue_that_fills_more_than_a_frame() {
+    // Three states of 60 KiB, nearly the most that one may have: together they nearly fill a frame.
+    const SERVICES: usize = 470;
+    let Some(mut fleet) = Fleet::start(1, 4) else { return };
+    let files = TempDir::new().unwrap();
+    for number in 2..=4 {
+        let one = |at| format!(r#"{{"id":"s{number}-{at}","name":"service-{at}","port":8000,"tags":["v1"]}}"#);
+        let services: Vec<String> = (0..SERVICES).map(one).collect();
+        let file = files.path().join(format!("{number}.json"));
+        std::fs::write(&file, format!(r#"{{"services":[{}]}}"#, services.join(","))).unwrap();
+        let args = [&joining(&fleet.token)[..], &["-config-file", path(&file)]].concat();
+        let agent = Agent::start(&Spec::on(&fleet.lab.host(number), &format!("n{number}"), &args));
+        fleet.agents.push(agent);
+    }
+    fleet.agents.push(Agent::start(&Spec::on(&fleet.lab.host(5), "n5", &joining(&fleet.token))));
+    let begun = Instant::now();
+    let last = SERVICES - 1;
+    fleet.all_pass(
+        &format!("service-{last}"),
+        &[2, 3, 4].map(|number| format!("s{number}-{last}")).each_ref().map(String::as_str),
+    );
+    figure("12: 1,410 instances are everywhere after", begun.elapsed());
+}
+
+#[test]
 fn scenario_15_a_node_whose_clock_went_back_keeps_its_name_and_its_records() {
     let Some(mut fleet) = Fleet::start(3, 0) else { return };
     fleet.agent(2).put_ok("/v1/agent/service/register", &service("before"));

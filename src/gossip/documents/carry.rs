@@ -15,7 +15,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::Order;
 use crate::gossip::engine::{Message, Request};
-use crate::gossip::exchange::ExchangeError;
+use crate::gossip::exchange::{ExchangeError, ended};
 use crate::model::NodeName;
 use crate::policy::DocumentDigest;
 use crate::wire::{self, FRAME_BYTES_MAX};
@@ -104,10 +104,13 @@ pub(super) async fn push(connection: &Connection, document: Vec<u8>) -> Result<T
     hear(&mut recv).await
 }
 
-/// What a comparison told of the other's clock: its wall time less this one's, in milliseconds.
+/// What a comparison told.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Compare {
+    /// The other's wall time less this one's, in milliseconds.
     pub(super) ahead_ms: i64,
+    /// Neither side held what the other did not.
+    pub(super) was_equal: bool,
 }
 
 /// Compares with a peer and evens out what fits one frame each way.
@@ -124,6 +127,7 @@ pub(super) async fn compare(
     // The peer read its clock about half-way.
     let middle_ms = asked_ms.midpoint(clock_ms());
     let ahead_ms = i64::try_from(compared.clock_ms).unwrap_or(i64::MAX).saturating_sub_unsigned(middle_ms);
+    let was_equal = compared.digests.is_none();
     if let Some(digests) = compared.digests {
         let given = ask(task, |reply| Asked::Lacking(digests, reply)).await?;
         say(&mut send, &given).await?;
@@ -131,7 +135,8 @@ pub(super) async fn compare(
         ask(task, |reply| Asked::Given(peer, back, reply)).await?;
     }
     let _finished_before = send.finish();
-    Ok(Compare { ahead_ms })
+    ended(&mut recv).await;
+    Ok(Compare { ahead_ms, was_equal })
 }
 
 /// Answers what `peer` says about documents; `first` is the content of its first frame.
@@ -158,6 +163,7 @@ pub(in crate::gossip) async fn serve(
             }
         }
         let _finished_before = send.finish();
+        ended(recv).await;
         Ok(())
     };
     tokio::time::timeout(TIME_MAX, answered).await.unwrap_or(Err(ExchangeError::Late))

@@ -34,6 +34,10 @@ use crate::transport::ControlTransport;
 /// A skew from here on is worth a warning: certificates begin 60 s in the past, and a minute is soon used up.
 const SKEW_WARN_SECONDS: f64 = 10.0;
 
+/// How many times rarer comparisons are while the last one found nothing: what the pushes missed is found by comparing
+/// with members that come back, and at last by these.
+const QUIET_FACTOR: u32 = 6;
+
 /// A push that waits or runs.
 #[derive(Debug, Clone)]
 struct Push {
@@ -113,7 +117,9 @@ pub(in crate::gossip) struct Task {
     confirmations: Vec<Waiting>,
     interval: Duration,
     next_compare: Instant,
-    was_alone: bool,
+    is_quiet: bool,
+    /// The others that answered when it was last looked.
+    known_alive: BTreeSet<NodeName>,
     /// The latest offset of each member's clock, in milliseconds.
     clocks: VecDeque<(NodeName, i64)>,
     is_skew_told: bool,
@@ -155,7 +161,8 @@ impl Task {
             confirmations: Vec::new(),
             interval: around.interval,
             next_compare: clock::now() + around.interval,
-            was_alone: true,
+            is_quiet: false,
+            known_alive: BTreeSet::new(),
             clocks: VecDeque::new(),
             is_skew_told: false,
             forks_told: BTreeSet::new(),
@@ -406,7 +413,10 @@ impl Task {
             Done::Compared(peer, result) => {
                 self.compares.remove(&peer);
                 match result {
-                    Ok(compare) => self.clock_seen(peer, compare.ahead_ms),
+                    Ok(compare) => {
+                        self.found(compare.was_equal);
+                        self.clock_seen(peer, compare.ahead_ms);
+                    }
                     Err(error) => debug!(%peer, error = error.explain(None), "documents were not compared"),
                 }
             }
@@ -439,18 +449,32 @@ impl Task {
     fn members_changed(&mut self) {
         self.members.mark_unchanged();
         let alive = self.alive();
-        if self.was_alone && !alive.is_empty() {
-            let asked: Vec<MemberView> = alive.sample(&mut self.rng, JOIN_COMPARES).cloned().collect();
-            for peer in asked {
-                self.compare(peer);
-            }
+        let asked: Vec<MemberView> = if self.known_alive.is_empty() {
+            alive.sample(&mut self.rng, JOIN_COMPARES).cloned().collect()
+        } else {
+            // Everybody sees a member come or come back: of all some three ask it.
+            let share = (alive.len() / JOIN_COMPARES).max(1);
+            let fresh = alive.iter().filter(|member| !self.known_alive.contains(&member.name));
+            fresh.filter(|_| self.rng.random_range(0..share) == 0).cloned().collect()
+        };
+        self.known_alive = alive.into_iter().map(|member| member.name).collect();
+        for peer in asked {
+            self.compare(peer);
         }
-        self.was_alone = alive.is_empty();
+    }
+
+    /// Notes how a comparison ended: a difference is looked after soon.
+    fn found(&mut self, was_equal: bool) {
+        self.is_quiet = was_equal;
+        if !was_equal {
+            self.next_compare = self.next_compare.min(clock::now() + self.interval);
+        }
     }
 
     /// Lets ended documents go, compares with a random member, looks again at what is open.
     fn tick(&mut self, now: Instant) {
-        self.next_compare = now + self.interval.mul_f64(self.rng.random_range(0.75..1.25));
+        let pause = self.interval * if self.is_quiet { QUIET_FACTOR } else { 1 };
+        self.next_compare = now + pause.mul_f64(self.rng.random_range(0.75..1.25));
         let ended = self.set.expire(clock::wall());
         for digest in &ended {
             info!(document = %digest.id, "document ended");
@@ -462,13 +486,21 @@ impl Task {
         if self.is_gossip_untold {
             self.tell_gossip();
         }
-        let mut alive = self.alive();
-        // In a large mesh a random member would cost a handshake each time; what differs spreads over neighbours as well.
-        let near = self.members.borrow().neighbours.clone();
-        alive.retain(|member| near.is_empty() || near.contains(&member.name));
-        if let Some(peer) = alive.choose(&mut self.rng).cloned() {
+        if let Some(peer) = self.partner() {
             self.compare(peer);
         }
+    }
+
+    /// Returns a member to compare with: a neighbour, where the mesh is large (what differs spreads over neighbours as well,
+    /// and a random member would cost a handshake each time), and one that a connection leads to, if there is one.
+    fn partner(&mut self) -> Option<MemberView> {
+        let mut alive = self.alive();
+        let near = self.members.borrow().neighbours.clone();
+        alive.retain(|member| near.is_empty() || near.contains(&member.name));
+        let reached = self.transport.live().nodes();
+        let linked: Vec<&MemberView> = alive.iter().filter(|member| reached.contains(&member.name)).collect();
+        let chosen = linked.choose(&mut self.rng).copied();
+        chosen.or_else(|| alive.choose(&mut self.rng)).cloned()
     }
 
     fn compare(&mut self, peer: MemberView) {

@@ -1,16 +1,13 @@
 #!/usr/bin/env bash
-# Gossip of N real agents on one machine, in a network namespace of its own (needs root, python3; nft for `silent`).
+# Gossip of N real agents, each in a network namespace of its own (needs root, iproute2, python3; up to 200 agents).
 #
-#   tests/bench/gossip/run.sh [-o FILE.json] [--instances 10000] [--only kill,idle,...] [N ...]     default: 20 50 100
+#   tests/bench/gossip/run.sh [-o FILE.json] [--only idle,register,kill,silent,leave,stop] [N ...]   default: 20 50 100 200
+#   tests/bench/gossip/run.sh --only memory [--instances 10000] 50          RSS and bytes per instance of the catalogue
 #
-# WEFT names the binary (default target/release/weft), SERF that of serf; where serf is installed its figures stand
-# beside. The agents have addresses 127.0.x.y of the namespace's own loopback device; nothing outside is touched.
+# WEFT names the binary (default target/release/weft), SERF that of serf (Debian: serf). serf's figures stand beside
+# weft's; where it is not installed, those recorded earlier do, marked as such.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 export WEFT=${WEFT:-$here/../../../target/release/weft}
 [ -x "$WEFT" ] || { echo "no binary at $WEFT: cargo build --release --bin weft" >&2; exit 1; }
-netns=weft-gossip-bench-$$
-ip netns add "$netns"
-trap 'ip netns del "$netns"' EXIT
-ip -n "$netns" link set lo up
-ip netns exec "$netns" python3 "$here/bench.py" "$@"
+exec env PYTHONDONTWRITEBYTECODE=1 python3 "$here/bench.py" "$@"
