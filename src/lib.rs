@@ -21,3 +21,4 @@ pub mod supervise;
 pub mod telemetry;
 pub mod transport;
 pub mod wire;
+pub mod workload;

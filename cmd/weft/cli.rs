@@ -165,6 +165,12 @@ pub(crate) struct AgentArgs {
     /// Trust domain that the identity must be of.
     #[arg(long, value_name = "DOMAIN")]
     pub(crate) trust_domain: Option<String>,
+    /// Unix socket of the SPIFFE Workload API: apps fetch their certificates there. Default: off.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) workload_socket: Option<String>,
+    /// Group whose members may connect to -workload-socket. Default: the agent's user and root alone.
+    #[arg(long, value_name = "GROUP")]
+    pub(crate) workload_group: Option<String>,
     /// Data-plane workers, 1 to 128. Default: one per core.
     #[arg(long, value_name = "COUNT")]
     pub(crate) workers: Option<u64>,

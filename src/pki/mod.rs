@@ -98,6 +98,14 @@ pub struct Svid {
     pub not_after: UnixSeconds,
 }
 
+impl Svid {
+    /// When it is to be renewed: within 50 to 80 % of its life, by `share` of 0 to 1.
+    pub fn renew_at(&self, share: f64) -> UnixSeconds {
+        let life = self.not_after.since(self.not_before);
+        self.not_before.plus(life.mul_f64(0.3_f64.mul_add(share.clamp(0.0, 1.0), 0.5)))
+    }
+}
+
 impl std::fmt::Debug for Svid {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Svid({}, until {})", self.id, self.not_after.0)

@@ -313,7 +313,7 @@ impl Task {
     fn trust_changed(&mut self) {
         let bundle = self.set.bundle();
         if *self.identity.bundle() != bundle {
-            self.identity.set_bundle(bundle.clone());
+            self.identity.set_bundle(bundle.clone(), clock::wall());
         }
         (self.on_trust)(&self.set, &bundle);
         self.tell_gossip();
