@@ -11,6 +11,7 @@
 //! Source: SPIFFE Workload API and SPIFFE Workload Endpoint, of which this is the `X.509-SVID` profile.
 
 mod attest;
+mod authority;
 mod feed;
 mod message;
 mod metrics;

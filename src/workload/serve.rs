@@ -13,6 +13,7 @@ use tokio::net::UnixStream;
 use tracing::{debug, warn};
 
 use super::attest::Caller;
+use super::authority::Mended;
 use super::feed::Source;
 use super::metrics::Meter;
 use super::rpc;
@@ -92,6 +93,8 @@ async fn serve(stream: UnixStream, caller: Caller, source: Arc<Source>, meter: M
     });
     let mut builder = http2::Builder::new(streams);
     builder.timer(TokioTimer::new()).max_concurrent_streams(STREAMS_MAX).max_header_list_size(HEADERS_BYTES_MAX);
+    let (read, write) = stream.into_split();
+    let stream = tokio::io::join(Mended::new(read), write);
     let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
