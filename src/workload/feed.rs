@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -39,6 +40,8 @@ pub(super) struct Source {
     registry: watch::Receiver<Arc<LocalState>>,
     identity: Arc<Identity>,
     wallet: Wallet,
+    /// One line is enough.
+    is_overflow_told: AtomicBool,
     stop: CancellationToken,
 }
 
@@ -49,7 +52,7 @@ impl Source {
         stop: CancellationToken,
     ) -> Self {
         let wallet = Wallet::new(Arc::clone(&identity));
-        Self { registry, identity, wallet, stop }
+        Self { registry, identity, wallet, is_overflow_told: AtomicBool::new(false), stop }
     }
 
     /// Cancelled when the agent stops.
@@ -71,7 +74,7 @@ impl Source {
         }
         let registered: BTreeSet<_> = state.services.values().map(|service| &service.definition.record.name).collect();
         self.wallet.retain(&registered);
-        if own.len() > SVIDS_MAX {
+        if own.len() > SVIDS_MAX && !self.is_overflow_told.swap(true, Ordering::Relaxed) {
             warn!(
                 uid = caller.uid,
                 services = own.len(),
