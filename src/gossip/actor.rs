@@ -4,6 +4,7 @@ mod events;
 mod evidence;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -35,7 +36,7 @@ use crate::pki::Identity;
 use crate::registry::Publication;
 use crate::replica;
 use crate::store::StoredPeer;
-use crate::transport::{Accepted, ControlTransport};
+use crate::transport::{Accepted, ControlTransport, Refusals};
 use crate::wire::{self, WireError};
 
 /// Most messages from connections that wait; datagrams past it are dropped, streams wait.
@@ -77,6 +78,11 @@ enum Done {
     PortRefused(MeshId),
     /// Whether the host that was asked once refuses.
     PortAsked(MeshId, bool),
+    /// A member whose host is said to refuse its port has had its time to show that it lives.
+    PortDoubted {
+        id: MeshId,
+        since: Instant,
+    },
     /// Whether the holder of a name that a newcomer claims from elsewhere answers.
     Challenged(Challenge, Incumbent),
 }
@@ -89,6 +95,8 @@ enum Event {
     Input(Input),
     Done(Done),
     Publication,
+    /// Hosts that are said to refuse packets of the mesh port.
+    Refused(Vec<SocketAddr>),
     Wake,
 }
 
@@ -118,7 +126,12 @@ pub(super) struct Actor {
     watches: Watches,
     /// Members whose ports are being asked because others say that they crashed.
     asked: BTreeSet<MeshId>,
+    /// Members that are given time to show that they live.
+    doubted: BTreeSet<MeshId>,
     challenges: usize,
+    refusals: Refusals,
+    /// The newest refusal that was looked at.
+    refused_until: Option<Instant>,
     documents: mpsc::Sender<documents::Order>,
 }
 
@@ -164,6 +177,8 @@ impl Actor {
             publisher: Publisher::new(Arc::new(empty_snapshot(name, params.first_index))),
             members,
             links: Links::default(),
+            refusals: params.transport.refusals(),
+            refused_until: None,
             transport: params.transport,
             identity: params.identity,
             publication: params.publication,
@@ -181,6 +196,7 @@ impl Actor {
             is_goodbye_over: false,
             watches: Watches::default(),
             asked: BTreeSet::new(),
+            doubted: BTreeSet::new(),
             challenges: 0,
             documents,
         };
@@ -240,6 +256,7 @@ impl Actor {
                 self.has_publication_ended = changed.is_err();
                 Event::Publication
             }
+            addrs = self.refusals.next(&mut self.refused_until) => Event::Refused(addrs),
             () = tokio::time::sleep_until(wake) => Event::Wake,
         }
     }
@@ -255,6 +272,7 @@ impl Actor {
                 self.builder.set_local(publication.view.clone());
                 self.turn(now, |engine, turn| engine.handle_records(publication.records.clone(), turn));
             }
+            Event::Refused(addrs) => addrs.into_iter().for_each(|addr| self.refusal_heard(addr, now)),
             // What is due runs afterwards.
             Event::Stop | Event::Wake => {}
         }
@@ -460,6 +478,7 @@ impl Actor {
             Done::LeaveLate => self.goodbye_over(),
             Done::PortRefused(id) => self.port_refused(&id, now),
             Done::PortAsked(id, is_refused) => self.port_asked(&id, is_refused, now),
+            Done::PortDoubted { id, since } => self.port_doubted(&id, since, now),
             Done::Challenged(challenge, incumbent) => {
                 self.challenges = self.challenges.saturating_sub(1);
                 self.challenged(challenge, incumbent);

@@ -11,6 +11,7 @@
 //! | `weft_gossip_connections` | | peers with an open gossip connection |
 //! | `weft_gossip_dials_total` | `result` | connections dialled: `ok`, `failed` |
 //! | `weft_gossip_ports_refused_total` | | members whose host said that their port is closed |
+//! | `weft_gossip_refusals_answered_total` | | members that answered although their host was said to refuse the port |
 //! | `weft_gossip_exchanges_total` | `kind`, `result` | exchanges begun here: `join`, `sync`, `pull`, `goodbye`; `ok`, `failed` |
 //! | `weft_membership_isolated` | | 1 while no other member answers this node |
 //! | `weft_membership_members` | `status` | members by status, this node included |
@@ -44,6 +45,7 @@ pub(super) struct GossipMetrics {
     pub(super) dials: IntCounterVec,
     pub(super) exchanges: IntCounterVec,
     pub(super) ports_refused: IntCounter,
+    pub(super) refusals_answered: IntCounter,
     pub(super) isolated: IntGauge,
     pub(super) members: IntGaugeVec,
     pub(super) conflicts: IntCounter,
@@ -95,6 +97,10 @@ impl GossipMetrics {
             ports_refused: counter(
                 "weft_gossip_ports_refused_total",
                 "Members whose host said that their port is closed.",
+            )?,
+            refusals_answered: counter(
+                "weft_gossip_refusals_answered_total",
+                "Members that answered although their host was said to refuse the port.",
             )?,
             isolated: gauge("weft_membership_isolated", "1 while no other member answers this node.")?,
             members: metrics.add(members)?,

@@ -42,6 +42,7 @@ struct Agent {
     publication: watch::Sender<Arc<Publication>>,
     addr: SocketAddr,
     transport: ControlTransport,
+    metrics: Metrics,
     stop: CancellationToken,
     tasks: Tasks,
 }
@@ -100,8 +101,9 @@ fn start_by(issuer: &crate::pki::Issuer, name: &str, generation: u64, seeds: Vec
         store: Arc::new(Documents::default()),
         on_trust: Arc::new(|_, _| {}),
     };
-    let (handle, reader) = Gossip::start(params, documents, &Metrics::new(), &tasks).unwrap();
-    Agent { handle, reader, publication, addr, transport, stop, tasks }
+    let metrics = Metrics::new();
+    let (handle, reader) = Gossip::start(params, documents, &metrics, &tasks).unwrap();
+    Agent { handle, reader, publication, addr, transport, metrics, stop, tasks }
 }
 
 impl Agent {
@@ -216,6 +218,24 @@ fn revocation(ca: &std::path::Path, node: &str) -> Vec<u8> {
     };
     let key = DocumentKey::load(ca, Signatory::Operator).unwrap();
     Document::sign(content, &key).unwrap().to_bytes()
+}
+
+#[tokio::test]
+async fn a_forged_refusal_makes_a_member_answer_and_does_not_fail_it() {
+    let ca = crate::pki::ephemeral(&"test.example".parse().unwrap(), clock::wall()).unwrap();
+    let a = start(&ca, "a", 1, Vec::new());
+    let b = start(&ca, "b", 1, vec![a.addr.to_string()]);
+    let both = [("a", Alive), ("b", Alive)];
+    tokio::join!(a.sees(&both), b.sees(&both));
+    a.transport.refusals().note(b.addr, clock::now());
+    let deadline = clock::now() + Duration::from_secs(10);
+    while !a.metrics.render().unwrap().contains("weft_gossip_refusals_answered_total 1") {
+        assert!(clock::now() < deadline, "b did not answer");
+        tokio::task::yield_now().await;
+    }
+    a.sees(&both).await;
+    assert!(a.metrics.render().unwrap().contains("weft_gossip_ports_refused_total 0"), "b was not failed in between");
+    tokio::join!(a.kill(), b.kill());
 }
 
 #[tokio::test]

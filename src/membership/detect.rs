@@ -127,6 +127,17 @@ impl Core {
         self.judge(now);
     }
 
+    /// Asks `name` whether it lives, for a reason from outside: its host is said to refuse the port. That may be a lie, and
+    /// a live one answers.
+    pub fn evidence_refused(&mut self, name: &NodeName, now: Instant) {
+        self.check(name, now);
+    }
+
+    /// Returns when `name` last answered this node; none before it did, and after it was declared failed.
+    pub fn answered_at(&self, name: &NodeName) -> Option<Instant> {
+        self.roster.find(name)?.heard
+    }
+
     /// Returns the incarnation of a member that foca holds as alive.
     pub(super) fn living(&self, name: &NodeName) -> Option<u16> {
         let member = self.roster.find(name)?;

@@ -43,7 +43,7 @@ use self::worker::Setup;
 use crate::catalogue::SnapshotReader;
 use crate::metrics::Metrics;
 use crate::pki::Identity;
-use crate::transport::{BindError, Credentials, Lane, LiveConnections, NodeCredentials};
+use crate::transport::{BindError, Credentials, Lane, LiveConnections, MeshPort, NodeCredentials};
 
 pub use open::{OpenTunnel, OpenTunnels};
 pub(crate) use preamble::StreamKind;
@@ -59,7 +59,7 @@ const LISTENER_RETRY: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub struct ProxyParams<'a> {
     /// The mesh port's sockets, one per worker, in the order in which they were bound.
-    pub sockets: Vec<std::net::UdpSocket>,
+    pub sockets: Vec<MeshPort>,
     /// Key of stateless resets, kept on disk.
     pub reset_key: [u8; 64],
     /// Certificates of this node.
@@ -158,7 +158,7 @@ impl Proxy {
 
 /// [`ProxyParams`] with the seam that tests replace.
 struct StartParams {
-    sockets: Vec<std::net::UdpSocket>,
+    sockets: Vec<MeshPort>,
     reset_key: [u8; 64],
     snapshot: SnapshotReader,
     shared_http: Option<SocketAddr>,
@@ -179,9 +179,9 @@ fn start(params: StartParams, metrics: &Metrics) -> Result<ProxyHandle, ProxyErr
     let workers = u8::try_from(params.sockets.len()).unwrap_or(u8::MAX);
     let mut handle =
         ProxyHandle { threads: Vec::new(), drain, died: Arc::clone(&died), listeners, open: OpenTunnels::default() };
-    for (index, socket) in (0..workers).zip(params.sockets) {
+    for (index, port) in (0..workers).zip(params.sockets) {
         let setup = Setup {
-            socket,
+            port,
             lane: Lane::Worker { index, workers },
             index: usize::from(index),
             reset_key: params.reset_key,

@@ -2,7 +2,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::future::{Future, poll_fn};
-use std::net::{SocketAddr, UdpSocket};
+use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
 use std::rc::Rc;
@@ -34,7 +34,7 @@ use crate::catalogue::{Instance, ServiceEntry, SnapshotReader};
 use crate::clock;
 use crate::model::{HealthStatus, NodeName, ServiceName};
 use crate::routing::{Balancer, ConnectBackoff, Tried};
-use crate::transport::{Credentials, Lane, LiveConnections, WorkerEndpoint};
+use crate::transport::{Credentials, Lane, LiveConnections, MeshPort, WorkerEndpoint};
 
 /// Connections that one worker holds from local apps, and streams from peers: 5 KB each when idle.
 pub(super) const CONNECTIONS_MAX: usize = 16_384;
@@ -129,7 +129,7 @@ pub(crate) enum OpenError {
 
 /// What a worker's thread is started with.
 pub(super) struct Setup {
-    pub(super) socket: UdpSocket,
+    pub(super) port: MeshPort,
     pub(super) lane: Lane,
     pub(super) index: usize,
     pub(super) reset_key: [u8; 64],
@@ -227,7 +227,7 @@ fn thread(setup: Setup, ready: &Ready) {
 
 impl Worker {
     fn new(setup: Setup) -> Result<Self, crate::transport::BindError> {
-        let endpoint = WorkerEndpoint::new(setup.socket, setup.lane, &setup.reset_key, setup.credentials, setup.live)?;
+        let endpoint = WorkerEndpoint::new(setup.port, setup.lane, &setup.reset_key, setup.credentials, setup.live)?;
         Ok(Self {
             index: setup.index,
             endpoint,

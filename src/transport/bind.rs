@@ -5,6 +5,7 @@ use std::net::{SocketAddr, UdpSocket};
 
 use socket2::{Domain, Protocol, Socket, Type};
 
+use super::refusals::{MeshPort, Refusals};
 use super::steer::{self, WORKERS_MAX};
 
 /// Socket buffers asked for, each way: the default of 208 KiB loses packets at bulk rates (1.3x measured).
@@ -14,9 +15,9 @@ pub const SOCKET_BUFFER_BYTES: usize = 4 << 20;
 #[derive(Debug)]
 pub struct BoundSockets {
     /// In order of worker.
-    pub workers: Vec<UdpSocket>,
+    pub workers: Vec<MeshPort>,
     /// Gossip and join.
-    pub control: UdpSocket,
+    pub control: MeshPort,
     /// Where they are bound.
     pub addr: SocketAddr,
     /// What the kernel gave of [`SOCKET_BUFFER_BYTES`].
@@ -97,8 +98,10 @@ pub fn bind(addr: SocketAddr, workers: usize) -> Result<BoundSockets, BindError>
         sockets.push(socket(addr, Sharing::Shared).map_err(refused)?);
     }
     let buffers = buffers(&sockets).map_err(refused)?;
-    let control = sockets.pop().ok_or(BindError::Workers { workers })?;
-    Ok(BoundSockets { workers: sockets, control, addr, buffers })
+    let refusals = Refusals::default();
+    let mut ports: Vec<MeshPort> = sockets.into_iter().map(|socket| MeshPort::new(socket, refusals.clone())).collect();
+    let control = ports.pop().ok_or(BindError::Workers { workers })?;
+    Ok(BoundSockets { workers: ports, control, addr, buffers })
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -144,7 +147,7 @@ mod tests {
         const WORKERS: usize = 3;
         let bound = bind((Ipv4Addr::LOCALHOST, 0).into(), WORKERS).unwrap();
         let sender = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-        let sockets: Vec<&UdpSocket> = bound.workers.iter().chain([&bound.control]).collect();
+        let sockets: Vec<&UdpSocket> = bound.workers.iter().chain([&bound.control]).map(|port| &port.socket).collect();
         for byte in 0..=255_u8 {
             let want = if byte >= 128 { WORKERS } else { usize::from(byte) % WORKERS };
             let short = [0x40, byte, 9, 9];
@@ -169,7 +172,7 @@ mod tests {
             sender.send_to(packet, bound.addr).unwrap();
         }
         let received = |socket: &UdpSocket| (0..3).filter(|_| socket.recv(&mut [0; 16]).is_ok()).count();
-        assert_eq!(received(bound.workers.first().unwrap()), 3);
+        assert_eq!(received(&bound.workers.first().unwrap().socket), 3);
     }
 
     #[test]

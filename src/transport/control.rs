@@ -1,6 +1,6 @@
 //! The control endpoint: gossip and join, on the control runtime.
 
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,6 +14,7 @@ use super::error::ConnectError;
 use super::live::LiveConnections;
 use super::metrics::{ControlMetrics, Outcome};
 use super::port;
+use super::refusals::{MeshPort, Refusals};
 use super::steer::{self, Lane};
 use super::tune::{self, HANDSHAKE_TIMEOUT, HANDSHAKES_MAX, RETRY_FROM};
 use super::worker::{connect, start, verified};
@@ -56,25 +57,27 @@ pub struct ControlTransport {
 struct Shared {
     endpoint: quinn::Endpoint,
     local_ip: IpAddr,
+    refusals: Refusals,
     credentials: Arc<dyn Credentials>,
     /// The TLS side of newcomers, who have no certificate yet; others get the endpoint's own.
     join: Arc<quinn::ServerConfig>,
     handshakes: Mutex<JoinSet<Option<Accepted>>>,
     metrics: ControlMetrics,
     live: LiveConnections,
+    _helpers: JoinSet<()>,
 }
 
 impl ControlTransport {
-    /// Starts the endpoint on `socket`, on the current runtime.
+    /// Starts the endpoint on `port`, on the current runtime.
     ///
     /// # Errors
     /// If TLS cannot be prepared or the runtime refuses the socket.
-    pub fn new(socket: UdpSocket, identity: Arc<Identity>, reset_key: [u8; 64]) -> Result<Self, BindError> {
-        Self::with(socket, Arc::new(NodeCredentials(identity)), &reset_key)
+    pub fn new(port: impl Into<MeshPort>, identity: Arc<Identity>, reset_key: [u8; 64]) -> Result<Self, BindError> {
+        Self::with(port.into(), Arc::new(NodeCredentials(identity)), &reset_key)
     }
 
     pub(super) fn with(
-        socket: UdpSocket,
+        port: MeshPort,
         credentials: Arc<dyn Credentials>,
         reset_key: &[u8; 64],
     ) -> Result<Self, BindError> {
@@ -83,7 +86,8 @@ impl ControlTransport {
             tls.map_err(|reason| BindError::Tls { addr, reason })
         };
         let (mut join, mut local_ip) = (None, IpAddr::from([0, 0, 0, 0]));
-        let endpoint = start(socket, Lane::Control, reset_key, |addr| {
+        let refusals = port.refusals.clone();
+        let (endpoint, helpers) = start(port, Lane::Control, reset_key, |addr| {
             local_ip = addr.ip();
             join = Some(server(addr, Plane::Join)?);
             server(addr, Plane::Gossip)
@@ -93,11 +97,13 @@ impl ControlTransport {
             shared: Arc::new(Shared {
                 endpoint,
                 local_ip,
+                refusals,
                 credentials,
                 join,
                 handshakes: Mutex::default(),
                 metrics: ControlMetrics::new(),
                 live: LiveConnections::default(),
+                _helpers: helpers,
             }),
         })
     }
@@ -173,6 +179,12 @@ impl ControlTransport {
     /// Cancelling ends the watch.
     pub async fn port_refused(&self, peer: SocketAddr, every: Duration) {
         port::refused(self.shared.local_ip, peer, every).await;
+    }
+
+    /// Returns the hosts that refused a packet of the mesh port. Hints alone: whoever can forge a source address can forge
+    /// one.
+    pub(crate) fn refusals(&self) -> Refusals {
+        self.shared.refusals.clone()
     }
 
     /// Returns the open gossip connections, to be held against what is trusted.

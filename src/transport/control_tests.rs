@@ -1,4 +1,4 @@
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, UdpSocket};
 use std::time::Duration;
 
 use super::*;
@@ -156,7 +156,7 @@ struct Control {
     addr: SocketAddr,
     metrics: Metrics,
     /// Their places in the port's group decide what the control socket gets.
-    _workers: Vec<UdpSocket>,
+    _workers: Vec<MeshPort>,
 }
 
 impl Control {

@@ -9,7 +9,8 @@
 //!
 //! Invariants: every endpoint speaks TLS 1.3 with certificates of the mesh (join: the server's alone); a connection is
 //! handed out only after its peer is verified; every count of handshakes, streams and bytes has a bound (`tune`).
-//! Beside QUIC there is one more use of UDP: two bytes that ask whether a peer's port is still held (`port`).
+//! Beside QUIC there is one more use of UDP: two bytes that ask whether a peer's port is still held (`port`). What hosts
+//! say of QUIC's own packets is heard too (`refusals`).
 //! Not here: what is sent (`gossip`, `proxy`), how certificates come to be (`pki`), which tunnels are kept (`proxy`).
 
 mod bind;
@@ -19,6 +20,7 @@ mod error;
 mod live;
 mod metrics;
 mod port;
+mod refusals;
 mod socket;
 mod steer;
 mod tune;
@@ -32,6 +34,8 @@ pub(crate) use credentials::{Credentials, NodeCredentials};
 pub use error::ConnectError;
 pub(crate) use live::LiveEntry;
 pub use live::{Cause, Closed, LiveConnections};
+pub use refusals::MeshPort;
+pub(crate) use refusals::Refusals;
 pub(crate) use steer::Lane;
 pub use tune::client as client_config;
 pub(crate) use tune::{HANDSHAKE_TIMEOUT, HANDSHAKES_MAX, RETRY_FROM, TUNNEL_STREAMS, TUNNEL_STREAMS_MAX};

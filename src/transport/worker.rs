@@ -1,14 +1,17 @@
 //! The QUIC endpoint of one data-plane worker.
 
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
+
+use tokio::task::JoinSet;
 
 use super::bind::BindError;
 use super::credentials::{Credentials, peer_of};
 use super::error::ConnectError;
 use super::live::{LiveConnections, LiveEntry};
 use super::port;
+use super::refusals::{MeshPort, Refusals};
 use super::socket::MeshSocket;
 use super::steer::Lane;
 use super::tune;
@@ -18,6 +21,9 @@ use crate::pki::{PeerIdentity, Plane};
 
 /// SNI of every connection; names are checked by SPIFFE id, never by this.
 pub(super) const SERVER_NAME: &str = "mesh.weft";
+
+/// How long a refusal speaks of a port: a restart takes longer than the rest of the way to who asks.
+const REFUSAL_LIFE: Duration = Duration::from_secs(3);
 
 /// A tunnel that was dialled.
 #[derive(Debug)]
@@ -35,14 +41,16 @@ pub(crate) struct Dialled {
 pub(crate) struct WorkerEndpoint {
     endpoint: quinn::Endpoint,
     local_ip: IpAddr,
+    refusals: Refusals,
     credentials: Arc<dyn Credentials>,
     live: LiveConnections,
+    _helpers: JoinSet<()>,
 }
 
 impl WorkerEndpoint {
     /// Starts the endpoint on `socket`, on the current runtime.
     pub(crate) fn new(
-        socket: UdpSocket,
+        port: MeshPort,
         lane: Lane,
         reset_key: &[u8; 64],
         credentials: Arc<dyn Credentials>,
@@ -54,8 +62,9 @@ impl WorkerEndpoint {
             let tls = credentials.server(Plane::Tunnel).and_then(|tls| tune::server(Plane::Tunnel, tls));
             tls.map_err(|reason| BindError::Tls { addr, reason })
         };
-        let endpoint = start(socket, lane, reset_key, server)?;
-        Ok(Self { endpoint, local_ip, credentials, live })
+        let refusals = port.refusals.clone();
+        let (endpoint, helpers) = start(port, lane, reset_key, server)?;
+        Ok(Self { endpoint, local_ip, refusals, credentials, live, _helpers: helpers })
     }
 
     /// Waits for the next attempt to connect; none when closed.
@@ -79,9 +88,10 @@ impl WorkerEndpoint {
         Ok(Dialled { connection, peer, not_after: tls.not_after, live })
     }
 
-    /// Tells whether `peer`'s host says that nobody has the port; asked once, 250 ms at most. Silence is no.
+    /// Tells whether `peer`'s host says that nobody has the port, or said so of a packet of the last 3 s; asked once,
+    /// 250 ms at most. Silence is no. For those who know from elsewhere that the peer has failed.
     pub(crate) async fn is_port_refused(&self, peer: SocketAddr) -> bool {
-        port::is_refused_once(self.local_ip, peer).await
+        self.refusals.is_heard(peer, REFUSAL_LIFE) || port::is_refused_once(self.local_ip, peer).await
     }
 
     /// Tells who the peer of an accepted connection is; the entry is to be held while the connection is served.
@@ -96,21 +106,25 @@ impl WorkerEndpoint {
     }
 }
 
-/// Starts an endpoint on the current runtime.
+/// Starts an endpoint on the current runtime, and what works for its socket: to be held as long.
 pub(super) fn start(
-    socket: UdpSocket,
+    port: MeshPort,
     lane: Lane,
     reset_key: &[u8; 64],
     server: impl FnOnce(SocketAddr) -> Result<quinn::ServerConfig, BindError>,
-) -> Result<quinn::Endpoint, BindError> {
+) -> Result<(quinn::Endpoint, JoinSet<()>), BindError> {
     let unknown = SocketAddr::from(([0, 0, 0, 0], 0));
-    let addr = socket.local_addr().map_err(|source| BindError::Refused { addr: unknown, source })?;
+    let addr = port.socket.local_addr().map_err(|source| BindError::Refused { addr: unknown, source })?;
     let server = server(addr)?;
     let config = tune::endpoint(reset_key, lane);
     let refused = |source| BindError::Refused { addr, source };
-    let socket = Arc::new(MeshSocket::new(socket, config.get_max_udp_payload_size()).map_err(refused)?);
-    quinn::Endpoint::new_with_abstract_socket(config, Some(server), socket, Arc::new(quinn::TokioRuntime))
-        .map_err(refused)
+    let socket = Arc::new(MeshSocket::new(port, config.get_max_udp_payload_size()).map_err(refused)?);
+    let mut helpers = JoinSet::new();
+    helpers.spawn(Arc::clone(&socket).hear_refusals());
+    helpers.spawn(Arc::clone(&socket).send_held());
+    let endpoint =
+        quinn::Endpoint::new_with_abstract_socket(config, Some(server), socket, Arc::new(quinn::TokioRuntime));
+    Ok((endpoint.map_err(refused)?, helpers))
 }
 
 /// Dials `addr`; the handshake takes at most `limit`.

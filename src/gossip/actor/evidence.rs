@@ -4,17 +4,22 @@
 //!   next two members on the ring -> a watch each: two bytes every 300 ms -> refused -> the engine, at once
 //!   a dial that is refused --------------------------------------------^
 //!   others met a refusal -> the port is asked once, by who looks closer --^
+//!   a packet of QUIC's is refused -> hint: the member is asked -> silent for 150 ms -----^
 //!   packets that QUIC acknowledges -> signs of life, before each verdict
 //! ```
 //!
 //! A process that dies closes its port, and its host says so: two watchers per member see that within a watch period,
 //! in a mesh of any size, for 200 B/s. Everything else (a host without power, a firewall that drops) is SWIM's to find.
 //!
-//! Not here: the probing socket (`transport::port`), what follows from a refusal (`membership`).
+//! A hint may be forged by whoever can forge a source address, so it counts only with silence.
+//!
+//! Not here: the sockets (`transport::port`, `transport::refusals`), what follows from a refusal (`membership`).
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::time::Duration;
 
+use quinn::Connection;
 use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
@@ -27,6 +32,8 @@ use crate::model::NodeName;
 
 /// How often each is asked: of two watchers the first asks within 270 ms in 99 of 100 cases.
 const WATCH_EVERY: Duration = Duration::from_millis(300);
+/// How long a member whose host is said to refuse may take to show that it lives, beside twice the round trip.
+const LIFE_SHOWS_IN: Duration = Duration::from_millis(150);
 /// Most ports that are asked at once on others' word: as many members as may fail together in a rack. Past it the
 /// membership's own checks tell.
 const QUESTIONS_MAX: usize = 64;
@@ -88,6 +95,36 @@ impl Actor {
             info!(member = %id.name, addr = %id.addr, "the member's host says that its port is closed");
             self.metrics.ports_refused.inc();
             self.turn(now, |engine, turn| engine.evidence_crashed(&id.name, turn));
+        }
+    }
+
+    /// The host at `addr` is said to refuse a packet of QUIC's: whoever lives there is asked.
+    pub(super) fn refusal_heard(&mut self, addr: SocketAddr, now: Instant) {
+        let Some(id) = self.engine.membership().alive().find(|id| id.addr == addr).cloned() else { return };
+        if self.doubted.len() >= QUESTIONS_MAX || !self.doubted.insert(id.clone()) {
+            return;
+        }
+        // What it acknowledged before is no answer.
+        self.tell_signs_of_life(now);
+        self.turn(now, |engine, turn| engine.evidence_refused(&id.name, turn));
+        let round_trip = self.links.open(&id.name).map(Connection::rtt).unwrap_or_default();
+        let until = now + LIFE_SHOWS_IN + 2 * round_trip;
+        self.work.spawn(async move {
+            tokio::time::sleep_until(until).await;
+            Done::PortDoubted { id, since: now }
+        });
+    }
+
+    /// The member has had its time to answer.
+    pub(super) fn port_doubted(&mut self, id: &MeshId, since: Instant, now: Instant) {
+        self.doubted.remove(id);
+        self.drain_inputs(now);
+        self.tell_signs_of_life(now);
+        let answered = self.engine.membership().answered_at(&id.name);
+        if answered.is_none_or(|at| at <= since) {
+            self.port_refused(id, now);
+        } else {
+            self.metrics.refusals_answered.inc();
         }
     }
 

@@ -47,6 +47,12 @@ impl Engine {
         self.settle(turn);
     }
 
+    /// Asks `peer` whether it lives: its host is said to refuse the port, by somebody who may lie.
+    pub fn evidence_refused(&mut self, peer: &NodeName, turn: &Turn<'_>) {
+        self.core.evidence_refused(peer, turn.now);
+        self.settle(turn);
+    }
+
     /// Takes `members` for met, without a word to them: for a beginning that somebody else vouches for (a simulator's).
     pub fn vouch_for<'a>(&mut self, members: impl IntoIterator<Item = &'a MeshId>, turn: &Turn<'_>) {
         for id in members {
