@@ -24,3 +24,4 @@ pub mod supervise;
 pub mod telemetry;
 pub mod transport;
 pub mod wire;
+pub mod workload;

@@ -92,6 +92,8 @@ fn inputs(args: &AgentArgs) -> Inputs {
         ("-admin-token-file", "admin_token_file", &args.admin_token_file),
         ("-drain-timeout", "drain_timeout", &args.drain_timeout),
         ("-log-level", "log_level", &args.log_level),
+        ("-workload-socket", "workload_api.socket", &args.workload_socket),
+        ("-workload-group", "workload_api.group", &args.workload_group),
     ];
     let ports = [
         ("-mesh-port", "ports.mesh", args.mesh_port),

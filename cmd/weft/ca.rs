@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use weft::clock;
 use weft::config::parse_duration;
 use weft::model::{NamePattern, ServeScope, TrustDomain};
-use weft::pki::{self, CaDir, TokenClaims};
+use weft::pki::{self, CaDir, OwnRoot, TokenClaims, Utc};
 
 use crate::failure::Failure;
 
@@ -23,9 +23,52 @@ pub(crate) fn init(dir: &Path, trust_domain: &str) -> Result<(), Failure> {
     Ok(())
 }
 
+/// `weft ca init -root-cert`
+pub(crate) fn init_under(dir: &Path, trust_domain: &str, own: OwnRoot<'_>) -> Result<(), Failure> {
+    let trust_domain: TrustDomain = trust_domain.parse().context("cannot use -trust-domain")?;
+    let (_, requests) = CaDir::init_under(dir, &trust_domain, own, clock::wall())?;
+    let shown = dir.display();
+    if requests.is_empty() {
+        println!(
+            "Made issuer and operator of {trust_domain} in {shown}, under your root {}.",
+            own.certificate.display()
+        );
+        println!("{shown}/root.key is a link to the root's key, for further issuers and rotations; take it offline.");
+        println!(
+            "Copy {shown}/issuer-1 to the first node: weft agent -node NAME -data-dir DIR -issuer {shown}/issuer-1"
+        );
+        return Ok(());
+    }
+    println!("Made keys and signing requests for {trust_domain} in {shown}. Whoever holds the root's key signs:");
+    for request in &requests {
+        println!("  {request}");
+    }
+    println!("Then check what came back: weft ca check -ca {shown}");
+    Ok(())
+}
+
+/// `weft ca check`
+pub(crate) fn check(ca: &Path) -> Result<(), Failure> {
+    let found = CaDir::open(ca).check(clock::wall())?;
+    println!("Trust domain {}, root {} until {}.", found.trust_domain, found.root.key, Utc(found.root.not_after));
+    for (name, facts) in &found.good {
+        println!("{name} is good until {}.", Utc(facts.not_after));
+    }
+    if found.waiting.is_empty() {
+        return Ok(());
+    }
+    let commands: Vec<String> = found.waiting.iter().map(ToString::to_string).collect();
+    Err(Failure::text(format!("{} certificates are not signed yet", commands.len()))
+        .hint(format!("with the root's key: {}", commands.join("; "))))
+}
+
 /// `weft ca issuer create`
 pub(crate) fn create_issuer(ca: &Path) -> Result<(), Failure> {
-    let issuer = CaDir::open(ca).create_issuer(clock::wall()).map_err(with_ca_hint)?;
+    let (issuer, request) = CaDir::open(ca).create_issuer(clock::wall()).map_err(with_ca_hint)?;
+    if let Some(request) = request {
+        println!("Made a key and a signing request in {}. With the root's key:\n  {request}", issuer.display());
+        return Ok(());
+    }
     println!("Made {}. Copy it to the node that shall certify newcomers, and start it with -issuer.", issuer.display());
     Ok(())
 }

@@ -165,6 +165,12 @@ pub(crate) struct AgentArgs {
     /// Trust domain that the identity must be of.
     #[arg(long, value_name = "DOMAIN")]
     pub(crate) trust_domain: Option<String>,
+    /// Unix socket of the SPIFFE Workload API: apps fetch their certificates there. Default: off.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) workload_socket: Option<String>,
+    /// Group whose members may connect to -workload-socket. Default: the agent's user and root alone.
+    #[arg(long, value_name = "GROUP")]
+    pub(crate) workload_group: Option<String>,
     /// Data-plane workers, 1 to 128. Default: one per core.
     #[arg(long, value_name = "COUNT")]
     pub(crate) workers: Option<u64>,
@@ -195,7 +201,13 @@ pub(crate) struct DemoArgs {
 #[derive(Debug, Subcommand)]
 pub(crate) enum CaVerb {
     /// Makes a root (keep its key offline), the first issuer and an operator key; never overwrites.
-    #[command(after_help = "Example:\n  weft ca init -dir ./ca -trust-domain prod.example")]
+    ///
+    /// With -root-cert the certificates lead to a root of your own: ECDSA P-256, self-signed, path length 2 or none. Its
+    /// key is read where it lies and not copied. Without -root-key it stays offline: signing requests are made, and
+    /// `weft ca check` says what is left to sign.
+    #[command(
+        after_help = "Examples:\n  weft ca init -dir ./ca -trust-domain prod.example\n  weft ca init -dir ./ca -trust-domain prod.example -root-cert corp.pem -root-key corp.key"
+    )]
     Init {
         /// Directory to make.
         #[arg(long)]
@@ -203,10 +215,23 @@ pub(crate) enum CaVerb {
         /// Trust domain of all identities: lower-case letters, digits, `.`, `-`, `_`.
         #[arg(long)]
         trust_domain: String,
+        /// PEM file of a root of your own.
+        #[arg(long, value_name = "FILE")]
+        root_cert: Option<PathBuf>,
+        /// PEM file of its key.
+        #[arg(long, value_name = "FILE", requires = "root_cert")]
+        root_key: Option<PathBuf>,
+    },
+    /// Checks the certificates of a CA directory, and says what is not signed yet.
+    #[command(after_help = "Example:\n  weft ca check -ca ./ca")]
+    Check {
+        /// Directory of `weft ca init`.
+        #[arg(long)]
+        ca: PathBuf,
     },
     /// Replaces the root, with nobody interrupted: the new one is signed by the old one and spread; nodes renew under it.
     #[command(
-        after_help = "Examples:\n  weft ca rotate -ca ./ca -http-addr 10.0.0.1:8500\n  weft ca rotate -ca ./ca -finish"
+        after_help = "Examples:\n  weft ca rotate -ca ./ca -http-addr 10.0.0.1:8500\n  weft ca rotate -ca ./ca -root-cert corp.pem -root-key corp.key\n  weft ca rotate -ca ./ca -finish"
     )]
     Rotate {
         /// Directory of `weft ca init`.
@@ -218,6 +243,12 @@ pub(crate) enum CaVerb {
         /// With -finish: also while nodes publish under the old root. They must join again with a token.
         #[arg(long, requires = "finish")]
         force: bool,
+        /// PEM file of a root of your own that shall follow.
+        #[arg(long, value_name = "FILE", requires = "root_key", conflicts_with = "finish")]
+        root_cert: Option<PathBuf>,
+        /// PEM file of its key.
+        #[arg(long, value_name = "FILE", requires = "root_cert")]
+        root_key: Option<PathBuf>,
         #[command(flatten)]
         sign: SignArgs,
     },

@@ -19,6 +19,7 @@ mod verbs;
 use std::process::ExitCode;
 
 use clap::Parser as _;
+use weft::pki::OwnRoot;
 
 use crate::cli::{CaVerb, CatalogVerb, Cli, DocumentVerb, IssuerVerb, ServicesVerb, TokenVerb, Verb};
 use crate::failure::Failure;
@@ -42,10 +43,17 @@ fn run(verb: &Verb) -> Result<(), Failure> {
     match verb {
         Verb::Agent(args) => agent::run(args),
         Verb::Demo(args) => demo::run(args),
-        Verb::Ca(CaVerb::Init { dir, trust_domain }) => ca::init(dir, trust_domain),
+        Verb::Ca(CaVerb::Init { dir, trust_domain, root_cert: None, .. }) => ca::init(dir, trust_domain),
+        Verb::Ca(CaVerb::Init { dir, trust_domain, root_cert: Some(certificate), root_key }) => {
+            ca::init_under(dir, trust_domain, OwnRoot { certificate, key: root_key.as_deref() })
+        }
+        Verb::Ca(CaVerb::Check { ca }) => ca::check(ca),
         Verb::Ca(CaVerb::Issuer(IssuerVerb::Create { ca })) => ca::create_issuer(ca),
-        Verb::Ca(CaVerb::Rotate { ca, finish: false, sign, .. }) => rotate::rotate(ca, sign),
-        Verb::Ca(CaVerb::Rotate { ca, finish: true, force, sign }) => rotate::finish(ca, *force, sign),
+        Verb::Ca(CaVerb::Rotate { ca, finish: false, root_cert, root_key, sign, .. }) => {
+            let own = root_cert.as_deref().map(|certificate| OwnRoot { certificate, key: root_key.as_deref() });
+            rotate::rotate(ca, own, sign)
+        }
+        Verb::Ca(CaVerb::Rotate { ca, finish: true, force, sign, .. }) => rotate::finish(ca, *force, sign),
         Verb::Ca(CaVerb::Issuer(IssuerVerb::List(args))) => revoke::list_issuers(args),
         Verb::Ca(CaVerb::Issuer(IssuerVerb::Retire { name, ca, sign })) => revoke::retire_issuer(ca, name, sign),
         Verb::Token(TokenVerb::Create { ca, node, serve, ttl, uses }) => ca::create_token(ca, node, serve, ttl, *uses),

@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::Value;
 use weft::clock;
 use weft::model::TrustDomain;
-use weft::pki::{CaDir, DocumentKey, Revoked, Signatory, SpkiHash, Utc, spki, validity};
+use weft::pki::{CaDir, DocumentKey, OwnRoot, Revoked, Signatory, SpkiHash, Utc, spki, validity};
 use weft::policy::{Content, Document, DocumentId, DocumentKind, RevocationBody, RootLink, link_name};
 
 use crate::cli::SignArgs;
@@ -13,10 +13,10 @@ use crate::failure::Failure;
 use crate::revoke::{bring_or_write, certificates, next_version};
 
 /// `weft ca rotate`
-pub(crate) fn rotate(ca: &Path, sign: &SignArgs) -> Result<(), Failure> {
+pub(crate) fn rotate(ca: &Path, own: Option<OwnRoot<'_>>, sign: &SignArgs) -> Result<(), Failure> {
     let dir = CaDir::open(ca);
     let now = clock::wall();
-    let rotation = dir.prepare_rotation(now)?;
+    let rotation = dir.prepare_rotation(own, now)?;
     let issuers = rotation.issuers.iter().map(|der| der.to_vec()).collect();
     let link = RootLink { root: rotation.root.to_vec(), proof: rotation.proof.clone(), issuers };
     let (begins, ends) = rotation.old.validity()?;

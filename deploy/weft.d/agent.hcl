@@ -17,6 +17,12 @@ client_addr = "127.0.0.1"
 #   retry_join = ["10.0.0.1"]
 #   token_file = "/etc/weft.d/join-token"
 
+# Apps fetch certificates here with any SPIFFE client; members of the group may connect (api/workload.md).
+#   workload_api {
+#     socket = "/run/weft/workload.sock"
+#     group  = "apps"
+#   }
+
 leave_on_terminate = true
 drain_timeout      = "10s"
 # How long a failed node is remembered and called (8h at least).

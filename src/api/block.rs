@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::StatusCode;
+use tokio::sync::watch;
 
 use super::call::{Call, Refusal};
 use super::meter::BlockingPermit;
@@ -56,6 +57,40 @@ pub(super) async fn wait(
         index => index,
     };
     Ok((snapshot, index))
+}
+
+/// As [`wait`], for what lies outside the snapshot: `read` gives the answer with its index, `changes` wakes when that may
+/// have changed.
+///
+/// # Errors
+/// 429 if too many queries wait; what `read` refuses.
+/// # Cancel safety
+/// Cancelling gives the place back.
+pub(super) async fn wait_on<T>(
+    call: &Call,
+    blocking: Blocking,
+    mut changes: watch::Receiver<()>,
+    read: impl Fn() -> Result<(T, u64), Refusal>,
+) -> Result<(T, u64), Refusal> {
+    changes.mark_unchanged();
+    let (mut answer, mut index) = read()?;
+    // Zero asks for no wait; an index above is another agent's.
+    if index != blocking.index {
+        return Ok((answer, index));
+    }
+    let _permit = take_place(call)?;
+    let deadline = clock::now() + with_jitter(blocking.wait);
+    while index == blocking.index {
+        let woken = tokio::select! {
+            () = call.shared.stop.cancelled() => break,
+            woken = tokio::time::timeout_at(deadline, changes.changed()) => woken,
+        };
+        (answer, index) = read()?;
+        if !matches!(woken, Ok(Ok(()))) {
+            break;
+        }
+    }
+    Ok((answer, index))
 }
 
 /// Takes a place among the waiting queries.

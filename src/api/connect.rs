@@ -2,14 +2,17 @@
 //!
 //! A leaf comes with its key, as Consul's does: whoever reaches this API can speak as a service of this node, as it can by
 //! an upstream port. So it is served where registrations are, to loopback or with the admin token.
+//! Roots and leaf block as other reads do (`?index=&wait=`): until the roots change, until the leaf is renewed.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use http::StatusCode;
 use serde_json::{Value, json};
 
+use super::block;
 use super::call::{Call, Refusal, Reply};
 use super::mesh::rfc3339;
+use super::query::Blocking;
 use crate::clock;
 use crate::model::{ServiceName, SpiffeId};
 use crate::pki::{self, PkiError};
@@ -19,8 +22,9 @@ const PEM_LINE: usize = 64;
 
 /// `GET /v1/agent/connect/ca/roots` and `/v1/connect/ca/roots`
 pub(super) async fn roots(call: Call) -> Result<Reply, Refusal> {
-    let bundle = call.shared.authority.bundle();
-    let index = call.shared.snapshot.load().index;
+    let blocking = Blocking::parse(&call.query)?;
+    let authority = &call.shared.authority;
+    let (bundle, index) = block::wait_on(&call, blocking, authority.subscribe(), || Ok(authority.bundle())).await?;
     let mut roots = Vec::new();
     for (at, root) in bundle.roots.iter().enumerate() {
         let facts = pki::facts_of(root)?;
@@ -51,10 +55,12 @@ pub(super) async fn roots(call: Call) -> Result<Reply, Refusal> {
 pub(super) async fn leaf(call: Call) -> Result<Reply, Refusal> {
     let service: ServiceName =
         call.argument.parse().map_err(|error| Refusal::bad(format!("Invalid service name: {error}")))?;
-    let svid = call.shared.authority.svid(&service)?;
+    let blocking = Blocking::parse(&call.query)?;
+    let authority = &call.shared.authority;
+    let read = || Ok(authority.svid(&service)?);
+    let (svid, index) = block::wait_on(&call, blocking, authority.subscribe(), read).await?;
     let leaf = svid.chain.first().ok_or_else(|| Refusal::internal("the certificate has no chain"))?;
     let facts = pki::facts_of(leaf)?;
-    let index = call.shared.snapshot.load().index;
     let answer = json!({
         "SerialNumber": facts.serial,
         "CertPEM": svid.chain.iter().map(|der| pem("CERTIFICATE", der)).collect::<String>(),
@@ -82,7 +88,7 @@ pub(super) async fn authorize(call: Call) -> Result<Reply, Refusal> {
 }
 
 fn decide(call: &Call, uri: &str) -> (bool, String) {
-    let bundle = call.shared.authority.bundle();
+    let (bundle, _) = call.shared.authority.bundle();
     let Ok(id) = uri.parse::<SpiffeId>() else {
         return (false, "the caller's URI is no SPIFFE id of weft's".to_owned());
     };
@@ -130,12 +136,16 @@ impl From<pki::VerifyError> for Refusal {
 }
 
 impl super::seam::Authority for pki::Identity {
-    fn bundle(&self) -> std::sync::Arc<pki::TrustBundle> {
-        Self::bundle(self)
+    fn bundle(&self) -> (std::sync::Arc<pki::TrustBundle>, u64) {
+        self.bundle_at()
     }
 
-    fn svid(&self, service: &ServiceName) -> Result<std::sync::Arc<pki::Svid>, PkiError> {
-        self.service_svid(service, clock::wall())
+    fn svid(&self, service: &ServiceName) -> Result<(std::sync::Arc<pki::Svid>, u64), PkiError> {
+        self.service_svid_at(service, clock::wall())
+    }
+
+    fn subscribe(&self) -> tokio::sync::watch::Receiver<()> {
+        Self::subscribe(self)
     }
 }
 

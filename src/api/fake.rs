@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::index::ListIndexes;
 use super::meter::Meter;
-use super::seam::{Authority, GossipOrder, Membership, Registry, RegistryOrder};
+use super::seam::{GossipOrder, Membership, Registry, RegistryOrder};
 use super::{AdminToken, ApiConfig, CertificateFacts, ListenerState, NodeFacts, Shared, guard, routes};
 use crate::catalogue::{Instance, LocalView, NodeEntry, Publisher, ServiceEntry, Snapshot};
 use crate::clock::{self, UnixSeconds};
@@ -95,6 +95,7 @@ pub(super) struct Bench {
     pub(super) registry: Arc<FakeRegistry>,
     pub(super) members: Arc<FakeMembers>,
     pub(super) publisher: Publisher,
+    pub(super) identity: Arc<Identity>,
     pub(super) leave: CancellationToken,
     pub(super) stop: CancellationToken,
     pub(super) metrics: Metrics,
@@ -136,7 +137,7 @@ impl Bench {
             Arc::new(FakeMembers { members: members(), orders: Mutex::default(), verdict: Mutex::new(Ok(())) });
         let publisher = Publisher::new(Arc::new(snapshot()));
         let (leave, stop) = (CancellationToken::new(), CancellationToken::new());
-        let metrics = Metrics::new();
+        let (metrics, identity) = (Metrics::new(), identity());
         let config = ApiConfig { listen: Vec::new(), token: token.map(AdminToken::new), names: Vec::new() };
         let node = node_facts();
         let shared = Shared {
@@ -146,7 +147,7 @@ impl Bench {
             membership: Arc::<FakeMembers>::clone(&members),
             snapshot: publisher.reader(),
             certificates: Arc::new(certificates),
-            authority: authority(),
+            authority: Arc::<Identity>::clone(&identity),
             token_uses: Arc::new(|| Ok(Vec::new())),
             listeners: Arc::new(|| {
                 let text = str::to_owned;
@@ -161,7 +162,7 @@ impl Bench {
             stop: stop.clone(),
         };
         let router = routes::router(&Arc::new(shared));
-        Self { router, registry, members, publisher, leave, stop, metrics }
+        Self { router, registry, members, publisher, identity, leave, stop, metrics }
     }
 
     pub(super) fn send(&self, request: Request<Body>) -> impl Future<Output = Answer> + Send + 'static + use<> {
@@ -207,7 +208,7 @@ impl Bench {
 }
 
 /// A node that may serve `web`.
-fn authority() -> Arc<dyn Authority> {
+fn identity() -> Arc<Identity> {
     let now = clock::wall();
     let ca = ephemeral(&"prod.example".parse().unwrap(), now).unwrap();
     let own = ca.issuer().self_certify(&"n1".parse().unwrap(), &"web".parse().unwrap(), now).unwrap();

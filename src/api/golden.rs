@@ -165,6 +165,47 @@ async fn certificates_for_native_apps_have_consul_s_shape() {
 }
 
 #[tokio::test]
+async fn roots_and_leaf_block_until_they_change() {
+    let bench = Bench::new();
+    let now = crate::clock::wall();
+    let leaf = bench.get("/v1/agent/connect/ca/leaf/web").await;
+    let roots = bench.get("/v1/agent/connect/ca/roots").await;
+    assert!(leaf.index() > 1_000_000_000_000, "the index does not go back over a restart");
+    let again = bench.get("/v1/agent/connect/ca/leaf/web").await;
+    assert_eq!((again.index(), &again.text), (leaf.index(), &leaf.text));
+    let uri = format!("/v1/agent/connect/ca/leaf/web?index={}&wait=10m", leaf.index());
+    let waiting = tokio_test_task(bench.get(&uri));
+    let watching = tokio_test_task(bench.get(&format!("/v1/connect/ca/roots?index={}&wait=10m", roots.index())));
+    while !bench.metrics.render().unwrap().contains("weft_api_blocking_queries 2") {
+        tokio::task::yield_now().await;
+    }
+    // Another service's certificate wakes nobody for good.
+    assert_eq!(bench.get("/v1/agent/connect/ca/leaf/db").await.status.as_u16(), 403);
+    tokio::task::yield_now().await;
+    assert!(!waiting.is_finished() && !watching.is_finished());
+
+    bench.identity.renew_due(now.plus(std::time::Duration::from_secs(3000))).unwrap();
+    let renewed = waiting.await.unwrap();
+    assert!(renewed.index() > leaf.index());
+    assert_ne!(renewed.json()["SerialNumber"], leaf.json()["SerialNumber"]);
+    assert!(!watching.is_finished(), "a leaf is no root");
+
+    let mut bundle = crate::pki::TrustBundle::clone(&bench.identity.bundle());
+    let other = crate::pki::ephemeral(&"prod.example".parse().unwrap(), now).unwrap();
+    bundle.roots.insert(0, other.issuer().bundle().roots[0].clone());
+    bench.identity.set_bundle(bundle, now);
+    let rotated = watching.await.unwrap();
+    assert!(rotated.index() > roots.index());
+    assert_eq!(rotated.json()["Roots"].as_array().unwrap().len(), 2);
+    // An index above is another agent's, or of a clock set back: it is answered at once.
+    let ahead = bench.get(&format!("/v1/connect/ca/roots?index={}&wait=10m", rotated.index() + 7)).await;
+    assert_eq!(ahead.index(), rotated.index());
+    bench.stop.cancel();
+    let stopped = bench.get(&format!("/v1/connect/ca/roots?index={}&wait=10m", rotated.index())).await;
+    assert_eq!(stopped.index(), rotated.index());
+}
+
+#[tokio::test]
 async fn a_document_that_is_none_is_refused_and_lists_are_empty() {
     let bench = Bench::new();
     for (body, want) in [

@@ -56,10 +56,12 @@ impl Registry for RegistryHandle {
 
 /// The node's certificates as the API sees them.
 pub(super) trait Authority: Send + Sync {
-    /// What is trusted.
-    fn bundle(&self) -> Arc<TrustBundle>;
-    /// A service's certificate.
-    fn svid(&self, service: &ServiceName) -> Result<Arc<Svid>, PkiError>;
+    /// What is trusted, with the index of the last change to the roots.
+    fn bundle(&self) -> (Arc<TrustBundle>, u64);
+    /// A service's certificate, with the index of its last renewal.
+    fn svid(&self, service: &ServiceName) -> Result<(Arc<Svid>, u64), PkiError>;
+    /// Wakes after each change to either.
+    fn subscribe(&self) -> watch::Receiver<()>;
 }
 
 /// What a client may ask of gossip.

@@ -34,6 +34,7 @@ pub use raw::Setting;
 use crate::model::{NodeName, ServeScope, TrustDomain};
 use crate::registry::{CheckDefinition, ServiceDefinition};
 use crate::telemetry::{Filter, LogFormat};
+use crate::workload::WorkloadConfig;
 
 /// The mesh port: Consul's port between agents, so that firewalls of its users know it.
 pub const MESH_PORT_DEFAULT: u16 = 8301;
@@ -105,6 +106,8 @@ pub struct Config {
     pub drain_timeout: Duration,
     /// How long a failed member is remembered and called, [`RECONNECT_TIMEOUT_MIN`] at least.
     pub reconnect_timeout: Duration,
+    /// Where the SPIFFE Workload API listens; none: it is off.
+    pub workload_api: Option<WorkloadConfig>,
     /// Services from files, ids unique.
     pub services: Vec<ServiceDefinition>,
     /// Node-level checks from files, ids unique.

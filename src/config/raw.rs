@@ -82,6 +82,8 @@ pub(crate) struct Raw {
     pub(crate) leave_on_terminate: Option<Given<bool>>,
     pub(crate) drain_timeout: Option<Given<Duration>>,
     pub(crate) reconnect_timeout: Option<Given<Duration>>,
+    pub(crate) workload_socket: Option<Given<String>>,
+    pub(crate) workload_group: Option<Given<String>>,
     pub(crate) services: Vec<Given<Value>>,
     pub(crate) checks: Vec<Given<Value>>,
     pub(crate) warnings: Vec<Warning>,
@@ -102,6 +104,7 @@ impl Raw {
         let source = Source::Flag(setting.flag);
         match setting.key.split_once('.') {
             Some(("ports", port)) => self.add_port(&source, port, &setting.value),
+            Some(("workload_api", key)) => self.add_workload(&source, key, setting.value.clone()),
             _ => self.add(&source, setting.key, setting.value.clone()),
         }
     }
@@ -130,6 +133,7 @@ impl Raw {
             "retry_join" | "start_join" => self.joins(source, key, value),
             "node_meta" => self.node_meta(source, value),
             "ports" => self.ports(source, value),
+            "workload_api" => self.workload(source, value),
             "service" | "services" => self.definitions(source, key, value, |raw| &mut raw.services),
             "check" | "checks" => self.definitions(source, key, value, |raw| &mut raw.checks),
             _ if CONSUL_ONLY.contains(&key) || key.starts_with("raft_") || key.starts_with("encrypt_") => {
@@ -245,6 +249,24 @@ impl Raw {
             _ if CONSUL_ONLY_PORTS.contains(&name) => {
                 self.warn(source, &key, "has no effect: weft listens on ports.mesh, ports.http and ports.shared_http");
             }
+            _ => self.unknown(source, &key),
+        }
+    }
+
+    fn workload(&mut self, source: &Source, value: Value) {
+        let Value::Object(map) = value else {
+            return self.mistyped(source, "workload_api", &value, "must be a block of texts");
+        };
+        for (name, value) in map {
+            self.add_workload(source, &name, value);
+        }
+    }
+
+    fn add_workload(&mut self, source: &Source, name: &str, value: Value) {
+        let key = format!("workload_api.{name}");
+        match name {
+            "socket" => self.text(source, &key, value, |raw| &mut raw.workload_socket),
+            "group" => self.text(source, &key, value, |raw| &mut raw.workload_group),
             _ => self.unknown(source, &key),
         }
     }

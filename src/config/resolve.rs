@@ -18,6 +18,7 @@ use crate::model::{NodeName, ServeScope, TrustDomain};
 use crate::registry::definition::{DefinitionDefaults, check_from_json, service_from_json};
 use crate::registry::{CheckDefinition, ServiceDefinition};
 use crate::telemetry::{Chain, Filter, LogFormat};
+use crate::workload::{SOCKET_PATH_BYTES_MAX, WorkloadConfig};
 
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 /// Stands in for an address that could not be found; the problem noted with it keeps it out of any `Config`.
@@ -58,6 +59,7 @@ pub(super) fn dev(node: NodeName, ip: IpAddr) -> Config {
         on_terminate: OnTerminate::Leave,
         drain_timeout: DRAIN_TIMEOUT_DEFAULT,
         reconnect_timeout: RECONNECT_TIMEOUT_DEFAULT,
+        workload_api: None,
         services: Vec::new(),
         checks: Vec::new(),
         log_filter: Filter::default(),
@@ -109,6 +111,7 @@ impl Resolver<'_> {
         let workers = self.workers();
         let drain_timeout = self.drain_timeout();
         let reconnect_timeout = self.reconnect_timeout();
+        let workload_api = self.workload_api();
         let log_filter = self.parsed(self.raw.log_level.clone()).unwrap_or_default();
         let services = self.services(addresses.upstream_ip);
         let checks = self.checks(addresses.upstream_ip);
@@ -132,6 +135,7 @@ impl Resolver<'_> {
             on_terminate: if leaves { OnTerminate::Leave } else { OnTerminate::Stay },
             drain_timeout,
             reconnect_timeout,
+            workload_api,
             services,
             checks,
             log_filter,
@@ -444,6 +448,25 @@ impl Resolver<'_> {
             self.problems.push(Problem::new(given.source, given.key, value, "must be 8h to 2160h (90 days)"));
         }
         given.value
+    }
+
+    fn workload_api(&mut self) -> Option<WorkloadConfig> {
+        let group = self.raw.workload_group.clone();
+        let Some(given) = self.raw.workload_socket.clone() else {
+            if let Some(group) = group {
+                self.refuse(&group, "has no effect without workload_api.socket");
+            }
+            return None;
+        };
+        if let Some(group) = group.as_ref().filter(|group| group.value.is_empty()) {
+            self.refuse(group, "must be the name or number of a group");
+        }
+        let socket = PathBuf::from(&given.value);
+        if !socket.is_absolute() || given.value.len() > SOCKET_PATH_BYTES_MAX || socket.file_name().is_none() {
+            let rule = format!("must be an absolute path of at most {SOCKET_PATH_BYTES_MAX} bytes");
+            self.refuse(&given, rule);
+        }
+        Some(WorkloadConfig { socket, group: group.map(|group| group.value) })
     }
 
     fn services(&mut self, bind_ip: IpAddr) -> Vec<ServiceDefinition> {

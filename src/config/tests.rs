@@ -56,6 +56,14 @@ fn each_rule_between_keys_is_named_with_what_to_do() {
     check(durable, json!({"token": "x", "token_file": "y", "retry_join": ["s"]}), "must not be set beside token");
     check(durable, json!({"issuer": "/nonexistent"}), "issuer = /nonexistent: must be a directory");
     check(durable, json!({"issuer": "/", "token": "x"}), "token: must not be set beside issuer");
+    check(
+        durable,
+        json!({"workload_api": {"socket": "w.sock"}}),
+        "workload_api.socket = w.sock: must be an absolute path",
+    );
+    check(durable, json!({"workload_api": {"socket": format!("/{}", "x".repeat(107))}}), "at most 107 bytes");
+    check(durable, json!({"workload_api": {"group": "apps"}}), "workload_api.group = apps: has no effect without");
+    check(durable, json!({"workload_api": {"mode": "0777"}}), "workload_api.mode: is not known");
     check(durable, json!({"serve": "web"}), "serve = web: works with -issuer only");
     check(durable, json!({"issuer": "/", "serve": "a,,b"}), "serve = a,,b: serve scope `a,,b` has a malformed");
     check(durable, json!({"admin_token": "short"}), "admin_token: must be at least 16");

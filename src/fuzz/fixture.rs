@@ -44,7 +44,7 @@ pub(crate) fn fixture() -> &'static Fixture {
     static FIXTURE: OnceLock<Fixture> = OnceLock::new();
     FIXTURE.get_or_init(|| {
         let root = CertificateDer::from(include_bytes!("../../tests/fuzz/root.der").as_slice());
-        let bundle = root_bundle(&root).unwrap();
+        let bundle = root_bundle(&root, &"td".parse().unwrap()).unwrap();
         let chains: Vec<Vec<CertificateDer<'static>>> =
             [corpus!("chain/node").as_slice(), corpus!("chain/service")].map(chain_of).into();
         let peers = chains.iter().map(|chain| verify_presented(chain, &bundle, NOW).unwrap()).collect();

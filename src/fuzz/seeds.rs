@@ -127,7 +127,7 @@ fn the_corpus_is_written_anew() {
     let token = create_token(&dir, &claims).unwrap().to_string();
     to.put("token", "good", token.as_bytes());
     to.put("token", "cut-off", &token.as_bytes()[..token.len() - 7]);
-    let rotation = ca.prepare_rotation(made).unwrap();
+    let rotation = ca.prepare_rotation(None, made).unwrap();
     let documents = documents(&to, &by_root, &by_operator, &rotation);
     joins(&to, &issuer, &authority, &token, &documents);
     gossip(&to, &authority, &documents);

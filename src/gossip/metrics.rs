@@ -22,6 +22,7 @@
 //! | `weft_membership_events_total` | `event` | what failure detection did, see `api/metrics.md` |
 //! | `weft_replica_nodes` | | nodes whose records are held |
 //! | `weft_replica_deltas_total` | `result` | deltas received: `updated`, `stale`, `behind`, `refused` |
+//! | `weft_replica_outside_scope_total` | | states received with services outside their node's serve scope |
 //! | `weft_replica_publishes_total` | `result` | changes of the own records: `ok`, `failed` |
 
 use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts};
@@ -54,6 +55,7 @@ pub(super) struct GossipMetrics {
     pub(super) events: IntCounterVec,
     pub(super) nodes: IntGauge,
     pub(super) deltas: IntCounterVec,
+    pub(super) outside_scope: IntCounter,
     pub(super) publishes: IntCounterVec,
 }
 
@@ -113,6 +115,10 @@ impl GossipMetrics {
             suspected: gauge("weft_membership_suspected", "Members under suspicion here.")?,
             held: gauge("weft_membership_held", "Members that are back and held because they flap.")?,
             events: counters("weft_membership_events_total", "What failure detection did, by event.", &["event"])?,
+            outside_scope: counter(
+                "weft_replica_outside_scope_total",
+                "States received with services outside their node's serve scope.",
+            )?,
             nodes: gauge("weft_replica_nodes", "Nodes whose records are held.")?,
             deltas: counters("weft_replica_deltas_total", "Deltas received, by result.", &["result"])?,
             publishes: counters("weft_replica_publishes_total", "Changes of the own records, by result.", &["result"])?,

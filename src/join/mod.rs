@@ -442,7 +442,10 @@ async fn search(seeds: &[SocketAddr], asked: &Asked<'_>) -> Result<Renewed, Join
 
 async fn ask(seed: SocketAddr, asked: &Asked<'_>) -> Result<Outcome, JoinError> {
     let verifier = match &asked.by {
-        By::Token(token) => JoinVerifier::pinning(token.root_digest(), asked.now),
+        By::Token(token) => {
+            let domain = token.trust_domain().map_err(|source| JoinError::Local(source.into()))?;
+            JoinVerifier::pinning(token.root_digest(), domain, asked.now)
+        }
         By::Key(_, bundle) => JoinVerifier::trusting((*bundle).clone(), asked.now),
     };
     let unreachable = |source: Failure| JoinError::Unreachable { seed, source };
@@ -525,7 +528,7 @@ fn walked(asked: &Asked<'_>, links: &[Vec<u8>]) -> Option<TrustBundle> {
             // The token pins a digest; the link that its root signed holds the root itself.
             let signers = links.iter().filter_map(|link| Some(Document::from_bytes(link).ok()?.certificate().clone()));
             let pinned = signers.into_iter().find(|signer| root_digest(signer) == token.root_digest())?;
-            crate::pki::root_bundle(&pinned).ok()?
+            crate::pki::root_bundle(&pinned, &token.trust_domain().ok()?).ok()?
         }
     };
     let roots = policy::walk(&base, links, asked.now);

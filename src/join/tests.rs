@@ -283,7 +283,7 @@ fn rotated() -> (tempfile::TempDir, Issuer, Issuer, Vec<u8>) {
     let made = clock::wall().minus(DAY * 2);
     let ca = CaDir::init(&path, &"td".parse().unwrap(), made).unwrap();
     let before = Issuer::load(&path.join("issuer-1")).unwrap();
-    let rotation = ca.prepare_rotation(made).unwrap();
+    let rotation = ca.prepare_rotation(None, made).unwrap();
     let content = Content {
         trust_domain: "td".parse().unwrap(),
         id: DocumentId { kind: DocumentKind::Bundle, name: link_name(2) },

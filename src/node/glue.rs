@@ -94,7 +94,7 @@ impl JoinTrust for MeshTrust {
 /// Reads the documents of the last run and lets `identity` believe what follows from them.
 pub(super) fn believe(store: &Store, identity: &Identity) -> Result<DocumentSet, StoreError> {
     let set = stored_documents(store, identity.authority().bundle())?;
-    identity.set_bundle(set.bundle());
+    identity.set_bundle(set.bundle(), clock::wall());
     Ok(set)
 }
 

@@ -35,6 +35,7 @@ use crate::store::{Store, StoreError};
 use crate::supervise::{TaskFailure, Tasks};
 use crate::telemetry::Chain;
 use crate::transport::{self, BindError, BoundSockets, ControlTransport};
+use crate::workload::{WorkloadApi, WorkloadParams};
 
 pub use identity::IdentityError;
 
@@ -239,6 +240,14 @@ impl Node {
         Ok(node)
     }
 
+    fn start_workload_api(&self, config: &Config, metrics: &Metrics) -> Result<(), NodeError> {
+        let Some(config) = config.workload_api.clone() else { return Ok(()) };
+        let (registry, identity) = (self.registry.clone(), Arc::clone(&self.identity));
+        let (tasks, stop) = (&self.tasks, self.stop.clone());
+        WorkloadApi::start(WorkloadParams { config, registry, identity, metrics, tasks, stop })
+            .map_err(part("SPIFFE Workload API"))
+    }
+
     async fn start_api(
         &self,
         config: &Config,
@@ -247,6 +256,7 @@ impl Node {
         proxy: &ProxyHandle,
         store: Store,
     ) -> Result<Vec<SocketAddr>, NodeError> {
+        self.start_workload_api(config, metrics)?;
         let states = proxy.listeners();
         let snapshot = self.snapshot.clone();
         let listeners = move || {

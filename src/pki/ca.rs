@@ -15,11 +15,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rcgen::{KeyPair, PKCS_ECDSA_P256_SHA256};
-use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use serde::{Deserialize, Serialize};
 
 use super::certificate::{ISSUER_LIFE, Validity, generate_key, issuer_params, operator_params, root_params};
+use super::own_root::{Request, RootProblem};
 use super::token::{Operator, Token, TokenClaims};
 use super::verify::{self, Utc};
 use super::{CertificateFacts, Issuer, PkiError, facts_of};
@@ -86,6 +87,37 @@ pub enum CaError {
         /// The certificate.
         path: PathBuf,
     },
+    /// A root that the operator brings is no root for weft.
+    #[error("{} cannot be weft's root: {problem}", path.display())]
+    OwnRoot {
+        /// The certificate.
+        path: PathBuf,
+        /// Why not.
+        problem: RootProblem,
+    },
+    /// A certificate that the root's holder signed breaks a rule.
+    #[error("{} is not as weft needs it: have it signed again with the section of sign.cnf", path.display())]
+    Unusable {
+        /// The file or directory.
+        path: PathBuf,
+        /// The rule.
+        #[source]
+        source: Box<PkiError>,
+    },
+    /// A key is encrypted.
+    #[error("{} holds an encrypted key: decrypt it into a file of mode 0600 for this run (openssl pkcs8 -in FILE -out FILE)", path.display())]
+    Encrypted {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A rotation would leave the operator's own root.
+    #[error("this CA stands on a root of your own: bring the next one, with -root-cert FILE -root-key FILE")]
+    NextRootNeeded,
+    /// The root's key is not here.
+    #[error(
+        "the root's key is not here, and the root alone can do this: link it for this run (ln -s KEY root.key in the CA directory), and give a new root with its -root-key"
+    )]
+    Offline,
     /// The root has ended.
     #[error("the root certificate was valid until {}: rotate the root", Utc(*.until))]
     RootExpired {
@@ -106,9 +138,9 @@ pub enum CaError {
 }
 
 /// A key with its certificate.
-struct Pair {
-    key: KeyPair,
-    certificate: rcgen::Certificate,
+pub(super) struct Pair {
+    pub(super) key: KeyPair,
+    pub(super) certificate: rcgen::Certificate,
 }
 
 fn make(what: &'static str) -> impl Fn(rcgen::Error) -> PkiError {
@@ -121,7 +153,7 @@ fn make_root(domain: &TrustDomain, now: UnixSeconds) -> Result<Pair, PkiError> {
     Ok(Pair { key, certificate })
 }
 
-fn make_issuer(
+pub(super) fn make_issuer(
     root: &rcgen::Issuer<'_, &KeyPair>,
     domain: &TrustDomain,
     number: u32,
@@ -133,14 +165,18 @@ fn make_issuer(
     Ok(Pair { key, certificate })
 }
 
-fn make_operator(root: &rcgen::Issuer<'_, &KeyPair>, domain: &TrustDomain, now: UnixSeconds) -> Result<Pair, PkiError> {
+pub(super) fn make_operator(
+    root: &rcgen::Issuer<'_, &KeyPair>,
+    domain: &TrustDomain,
+    validity: Validity,
+) -> Result<Pair, PkiError> {
     let name: NodeName = "operator".parse().expect("a fixed, well-formed name");
     let key = generate_key()?;
-    let certificate = operator_params(domain, &name, now)?.signed_by(&key, root).map_err(make("an operator"))?;
+    let certificate = operator_params(domain, &name, validity)?.signed_by(&key, root).map_err(make("an operator"))?;
     Ok(Pair { key, certificate })
 }
 
-fn signer<'k>(
+pub(super) fn signer<'k>(
     certificate: &CertificateDer<'_>,
     key: &'k KeyPair,
 ) -> Result<rcgen::Issuer<'static, &'k KeyPair>, PkiError> {
@@ -179,7 +215,7 @@ pub fn ephemeral(trust_domain: &TrustDomain, now: UnixSeconds) -> Result<Ephemer
     let root_signer = signer(root_der, &root.key)?;
     let validity = Validity::starting(now, ISSUER_LIFE, None);
     let issuer = make_issuer(&root_signer, trust_domain, 1, validity)?;
-    let operator = make_operator(&root_signer, trust_domain, now)?;
+    let operator = make_operator(&root_signer, trust_domain, validity)?;
     let operator =
         Operator { key: operator.key, certificate: operator.certificate.der().clone(), root: root_der.clone() };
     let issuer = Issuer::new(issuer.key, issuer.certificate.der().clone(), root_der)?;
@@ -198,17 +234,12 @@ impl CaDir {
     /// # Errors
     /// [`CaError::Exists`] naming what is in the way, [`CaError::LeftOver`], [`CaError::Write`].
     pub fn init(dir: &Path, trust_domain: &TrustDomain, now: UnixSeconds) -> Result<Self, PkiError> {
-        if let Ok(mut entries) = fs::read_dir(dir) {
-            if let Some(Ok(entry)) = entries.next() {
-                return Err(CaError::Exists { path: entry.path() }.into());
-            }
-        } else if dir.symlink_metadata().is_ok() {
-            return Err(CaError::Exists { path: dir.to_owned() }.into());
-        }
+        must_be_free(dir)?;
         let root = make_root(trust_domain, now)?;
         let root_signer = signer(root.certificate.der(), &root.key)?;
-        let issuer = make_issuer(&root_signer, trust_domain, 1, Validity::starting(now, ISSUER_LIFE, None))?;
-        let operator = make_operator(&root_signer, trust_domain, now)?;
+        let validity = Validity::starting(now, ISSUER_LIFE, None);
+        let issuer = make_issuer(&root_signer, trust_domain, 1, validity)?;
+        let operator = make_operator(&root_signer, trust_domain, validity)?;
         build(dir, |partial| {
             write_pair(partial, "root", &root)?;
             let issuer_dir = partial.join("issuer-1");
@@ -232,32 +263,37 @@ impl CaDir {
         &self.dir
     }
 
-    /// Makes a further issuer, `issuer-2` and so on, and returns its directory. Needs the root key.
+    /// Makes a further issuer, `issuer-2` and so on, and returns its directory. Needs the root key; where that is offline
+    /// (`init_under` without it) the issuer's signing request is made, and returned too.
     ///
     /// # Errors
     /// [`CaError::Read`] without the root key, [`CaError::RootExpired`], [`CaError::Write`].
-    pub fn create_issuer(&self, now: UnixSeconds) -> Result<PathBuf, PkiError> {
+    pub fn create_issuer(&self, now: UnixSeconds) -> Result<(PathBuf, Option<Request>), PkiError> {
+        let free = (2..=ISSUERS_MAX).map(|number| (number, self.dir.join(format!("issuer-{number}"))));
+        let (number, dir) = free.into_iter().find(|(_, path)| !path.exists()).ok_or(CaError::IssuersFull)?;
+        if self.is_offline() {
+            let request = self.request_issuer(&dir, number)?;
+            return Ok((dir, Some(request)));
+        }
         let key = read_key(&self.dir.join("root.key"))?;
         let root_path = self.dir.join("root.crt");
         let root = read_certificate(&root_path)?;
         if verify::public_key_of(&root)? != key.public_key_raw() {
             return Err(CaError::KeyMismatch { path: root_path }.into());
         }
-        let (_, until) = verify::validity_of(&root)?;
+        let (from, until) = verify::validity_of(&root)?;
         if now >= until {
             return Err(CaError::RootExpired { until }.into());
         }
-        let domain = verify::bundle_of(&root)?.trust_domain;
-        let free = (2..=ISSUERS_MAX).map(|number| (number, self.dir.join(format!("issuer-{number}"))));
-        let (number, dir) = free.into_iter().find(|(_, path)| !path.exists()).ok_or(CaError::IssuersFull)?;
-        let validity = Validity::starting(now, ISSUER_LIFE, Some(until));
+        let domain = domain_of(&self.dir, &root)?;
+        let validity = Validity::within(now, ISSUER_LIFE, (from, until));
         let issuer = make_issuer(&signer(&root, &key)?, &domain, number, validity)?;
         let root_pem = fs::read_to_string(&root_path).map_err(|source| CaError::Read { path: root_path, source })?;
         build(&dir, |partial| {
             write_pair(partial, "issuer", &issuer)?;
             write(&partial.join("root.crt"), &root_pem, 0o644)
         })?;
-        Ok(dir)
+        Ok((dir, None))
     }
 }
 
@@ -280,11 +316,18 @@ pub struct TokenRecord {
 }
 
 impl CaDir {
-    /// Lists the issuers, in order of number.
+    /// Lists the issuers, in order of number, but for those whose certificate is not signed yet.
     ///
     /// # Errors
     /// [`CaError::Read`] if the directory or a certificate cannot be read.
     pub fn issuers(&self) -> Result<Vec<IssuerEntry>, PkiError> {
+        let names = self.issuer_names()?;
+        let is_signed = |name: &String| self.dir.join(name).join("issuer.crt").exists();
+        names.into_iter().filter(is_signed).map(|name| self.issuer(&name)).collect()
+    }
+
+    /// The names of the issuers' directories, in order of number.
+    pub(super) fn issuer_names(&self) -> Result<Vec<String>, CaError> {
         let failed = |source| CaError::Read { path: self.dir.clone(), source };
         let mut numbers = Vec::new();
         for entry in fs::read_dir(&self.dir).map_err(failed)? {
@@ -293,7 +336,7 @@ impl CaDir {
             numbers.extend(number);
         }
         numbers.sort_unstable();
-        numbers.into_iter().map(|number| self.issuer(&format!("issuer-{number}"))).collect()
+        Ok(numbers.into_iter().map(|number| format!("issuer-{number}")).collect())
     }
 
     /// Looks an issuer up by its directory's name.
@@ -346,6 +389,28 @@ impl CaDir {
     }
 }
 
+/// Refuses a directory that is there and not empty.
+pub(super) fn must_be_free(dir: &Path) -> Result<(), CaError> {
+    if let Ok(mut entries) = fs::read_dir(dir) {
+        if let Some(Ok(entry)) = entries.next() {
+            return Err(CaError::Exists { path: entry.path() });
+        }
+    } else if dir.symlink_metadata().is_ok() {
+        return Err(CaError::Exists { path: dir.to_owned() });
+    }
+    Ok(())
+}
+
+/// The trust domain of a CA directory: its root's, or, where an operator's own root names none, what that signed.
+pub(super) fn domain_of(dir: &Path, root: &CertificateDer<'_>) -> Result<TrustDomain, PkiError> {
+    if let Ok(domain) = verify::domain_of(root) {
+        return Ok(domain);
+    }
+    let path = dir.join("operator/operator.crt");
+    let path = if path.exists() { path } else { dir.join("issuer-1/issuer.crt") };
+    Ok(verify::domain_of(&read_certificate(&path)?)?)
+}
+
 /// Fills `<dir>.partial` and renames it to `dir`; on failure the partial directory is removed as far as possible.
 pub(super) fn build(dir: &Path, fill: impl FnOnce(&Path) -> Result<(), CaError>) -> Result<(), CaError> {
     let write_error = |path: &Path| {
@@ -373,11 +438,11 @@ pub(super) fn build(dir: &Path, fill: impl FnOnce(&Path) -> Result<(), CaError>)
     built
 }
 
-fn make_dir(path: &Path) -> Result<(), CaError> {
+pub(super) fn make_dir(path: &Path) -> Result<(), CaError> {
     fs::DirBuilder::new().mode(0o700).create(path).map_err(|source| CaError::Write { path: path.to_owned(), source })
 }
 
-fn write_pair(dir: &Path, name: &str, pair: &Pair) -> Result<(), CaError> {
+pub(super) fn write_pair(dir: &Path, name: &str, pair: &Pair) -> Result<(), CaError> {
     write(&dir.join(format!("{name}.key")), &pair.key.serialize_pem(), 0o600)?;
     write(&dir.join(format!("{name}.crt")), &pair.certificate.pem(), 0o644)
 }
@@ -391,7 +456,7 @@ pub(super) fn write(path: &Path, text: &str, mode: u32) -> Result<(), CaError> {
     written().map_err(|source| CaError::Write { path: path.to_owned(), source })
 }
 
-fn read(path: &Path) -> Result<String, CaError> {
+pub(super) fn read(path: &Path) -> Result<String, CaError> {
     let failed = |source| CaError::Read { path: path.to_owned(), source };
     if fs::metadata(path).map_err(failed)?.len() > FILE_BYTES_MAX {
         return Err(failed(io::ErrorKind::FileTooLarge.into()));
@@ -407,8 +472,13 @@ pub(super) fn read_key(path: &Path) -> Result<KeyPair, CaError> {
         return Err(CaError::Readable { path: path.to_owned(), mode });
     }
     let pem = read(path)?;
-    KeyPair::from_pem_and_sign_algo(&pem, &PKCS_ECDSA_P256_SHA256)
-        .map_err(|_| CaError::Pem { path: path.to_owned(), what: "P-256 private key" })
+    if pem.contains("-----BEGIN ENCRYPTED PRIVATE KEY-----") || pem.contains("Proc-Type: 4,ENCRYPTED") {
+        return Err(CaError::Encrypted { path: path.to_owned() });
+    }
+    // OpenSSL writes a block of parameters before a key, and keys in two forms.
+    let key = PrivateKeyDer::from_pem_slice(pem.as_bytes()).ok();
+    key.and_then(|key| KeyPair::from_der_and_sign_algo(&key, &PKCS_ECDSA_P256_SHA256).ok())
+        .ok_or_else(|| CaError::Pem { path: path.to_owned(), what: "P-256 private key" })
 }
 
 /// Reads a certificate.
@@ -463,8 +533,8 @@ mod tests {
         let temp = tempfile::tempdir().unwrap();
         let dir = temp.path().join("ca");
         let ca = CaDir::init(&dir, &"td".parse().unwrap(), NOW).unwrap();
-        assert_eq!(ca.create_issuer(NOW).unwrap(), dir.join("issuer-2"));
-        assert_eq!(ca.create_issuer(NOW).unwrap(), dir.join("issuer-3"));
+        assert_eq!(ca.create_issuer(NOW).unwrap(), (dir.join("issuer-2"), None));
+        assert_eq!(ca.create_issuer(NOW).unwrap(), (dir.join("issuer-3"), None));
         let (one, two) = (Issuer::load(&dir.join("issuer-1")).unwrap(), Issuer::load(&dir.join("issuer-2")).unwrap());
         assert_eq!(one.bundle(), two.bundle());
         let svid = two.self_certify(&"a".parse().unwrap(), &"*".parse().unwrap(), NOW).unwrap().mint_node(NOW).unwrap();

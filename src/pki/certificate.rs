@@ -86,6 +86,12 @@ impl Validity {
         let end = now.plus(life);
         Self { not_before: now.minus(BACKDATE), not_after: cap.map_or(end, |cap| end.min(cap)) }
     }
+
+    /// As [`Self::starting`], within a signer's own begin and end.
+    pub(super) fn within(now: UnixSeconds, life: Duration, (from, until): (UnixSeconds, UnixSeconds)) -> Self {
+        let Self { not_before, not_after } = Self::starting(now, life, Some(until));
+        Self { not_before: not_before.max(from), not_after }
+    }
 }
 
 fn make(what: &'static str) -> impl Fn(rcgen::Error) -> PkiError {
@@ -165,10 +171,10 @@ pub(super) fn leaf_params(id: &SpiffeId, validity: Validity) -> Result<Certifica
 pub(super) fn operator_params(
     domain: &TrustDomain,
     name: &NodeName,
-    now: UnixSeconds,
+    validity: Validity,
 ) -> Result<CertificateParams, PkiError> {
     let id = SpiffeId::Operator { trust_domain: domain.clone(), name: name.clone() };
-    let mut params = base(&id, "operator", name.as_str(), Validity::starting(now, ISSUER_LIFE, None))?;
+    let mut params = base(&id, "operator", name.as_str(), validity)?;
     params.is_ca = IsCa::ExplicitNoCa;
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
     Ok(params)

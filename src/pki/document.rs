@@ -10,7 +10,7 @@ use rustls::pki_types::CertificateDer;
 
 use super::certificate::{CONTEXT_DOCUMENT, CONTEXT_LINK, sign};
 use super::verify::{self, VerifyError};
-use super::{CaError, PkiError, SpkiHash, TrustBundle, ca};
+use super::{CaDir, CaError, PkiError, SpkiHash, TrustBundle, ca};
 use crate::clock::UnixSeconds;
 use crate::model::{NodeName, TrustDomain};
 
@@ -28,6 +28,7 @@ pub struct DocumentKey {
     key: KeyPair,
     certificate: CertificateDer<'static>,
     root: CertificateDer<'static>,
+    domain: TrustDomain,
 }
 
 impl fmt::Debug for DocumentKey {
@@ -47,8 +48,12 @@ impl DocumentKey {
             Signatory::Operator => ("operator/operator.key", "operator/operator.crt"),
         };
         let root = ca::read_certificate(&ca_dir.join("root.crt"))?;
+        if signatory == Signatory::Root && CaDir::open(ca_dir).is_offline() {
+            return Err(CaError::Offline.into());
+        }
+        let domain = ca::domain_of(ca_dir, &root)?;
         let (key, path) = (ca::read_key(&ca_dir.join(key))?, ca_dir.join(certificate));
-        Self::new(key, ca::read_certificate(&path)?, root).ok_or_else(|| CaError::KeyMismatch { path }.into())
+        Self::new(key, ca::read_certificate(&path)?, root, domain).ok_or_else(|| CaError::KeyMismatch { path }.into())
     }
 
     /// Puts a key together with its certificate; none if they do not belong together.
@@ -56,9 +61,10 @@ impl DocumentKey {
         key: KeyPair,
         certificate: CertificateDer<'static>,
         root: CertificateDer<'static>,
+        domain: TrustDomain,
     ) -> Option<Self> {
         let is_own = verify::public_key_of(&certificate).is_ok_and(|public| public == key.public_key_raw());
-        is_own.then_some(Self { key, certificate, root })
+        is_own.then_some(Self { key, certificate, root, domain })
     }
 
     /// The certificate that documents carry.
@@ -71,7 +77,7 @@ impl DocumentKey {
     /// # Errors
     /// [`PkiError::Verify`] if the root is no root of weft's.
     pub fn bundle(&self) -> Result<TrustBundle, PkiError> {
-        Ok(verify::bundle_of(&self.root)?)
+        Ok(verify::bundle_of(&self.root, &self.domain)?)
     }
 
     /// The hash of its key.
@@ -107,7 +113,7 @@ impl DocumentKey {
     }
 }
 
-/// Checks that the key of root `new` signed for root `old`, and that both are roots of the trust domain.
+/// Checks that the key of root `new` signed for root `old`, and that both are roots, of no other trust domain.
 ///
 /// # Errors
 /// The rule that is broken.
@@ -118,10 +124,7 @@ pub fn verify_link(
     domain: &TrustDomain,
 ) -> Result<(), VerifyError> {
     for root in [old, new] {
-        let found = verify::bundle_of(root)?.trust_domain;
-        if found != *domain {
-            return Err(VerifyError::TrustDomain { ours: domain.clone(), theirs: found });
-        }
+        verify::bundle_of(root, domain)?;
     }
     let name = "root".parse().expect("a fixed, well-formed name");
     verify::verify_signature(new, &name, CONTEXT_LINK, old, proof)
@@ -176,7 +179,7 @@ pub fn verify_document(
 
 #[cfg(test)]
 mod tests {
-    use super::super::{CaDir, ephemeral};
+    use super::super::ephemeral;
     use super::*;
 
     const NOW: UnixSeconds = UnixSeconds(1_800_000_000);

@@ -35,7 +35,7 @@ pub(crate) fn chain(bytes: &[u8]) {
     for der in chain.iter().take(verify::CHAIN_CERTIFICATES_MAX) {
         let _any = (super::facts_of(der), super::validity(der), verify::public_key_of(der));
         let _any = (verify::check_operator(der, &fixture.bundle, NOW), verify::root_of(der, &fixture.bundle));
-        if let Ok(bundle) = super::root_bundle(der) {
+        if let Ok(bundle) = super::root_bundle(der, &fixture.bundle.trust_domain) {
             let _any = verify::check_issuer(der, &bundle, NOW);
         }
     }

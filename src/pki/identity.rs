@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use arc_swap::ArcSwap;
+use tokio::sync::watch;
 
 use super::{NodeAuthority, PeerIdentity, PkiError, Svid, TrustBundle, tls, verify};
 use crate::clock::UnixSeconds;
@@ -19,15 +20,16 @@ pub const SERVICE_SVIDS_MAX: usize = 1024;
 #[derive(Debug)]
 struct Managed {
     svid: Arc<Svid>,
+    /// Above the index of everything that changed before.
+    index: u64,
     renew_at: UnixSeconds,
     used: AtomicU64,
 }
 
 impl Managed {
-    fn new(svid: Svid, now: UnixSeconds) -> Arc<Self> {
-        let life = svid.not_after.since(svid.not_before);
-        let renew_at = svid.not_before.plus(life.mul_f64(rand::random_range(0.5..0.8)));
-        Arc::new(Self { svid: Arc::new(svid), renew_at, used: AtomicU64::new(now.0) })
+    fn new(svid: Svid, index: u64, now: UnixSeconds) -> Arc<Self> {
+        let renew_at = svid.renew_at(rand::random());
+        Arc::new(Self { svid: Arc::new(svid), index, renew_at, used: AtomicU64::new(now.0) })
     }
 
     /// Tells whether it can be handed out; a clock that went back also ends it.
@@ -47,16 +49,23 @@ struct State {
     authority: Arc<NodeAuthority>,
     /// What is trusted at this moment: roots and revocations come and go while an authority stays.
     bundle: Arc<TrustBundle>,
+    /// Of the last change to the roots.
+    roots_index: u64,
     node: Arc<Managed>,
     certified: Arc<tls::NodeCertificates>,
     services: HashMap<ServiceName, Arc<Managed>>,
 }
 
 impl State {
-    fn mint(authority: Arc<NodeAuthority>, bundle: Arc<TrustBundle>, now: UnixSeconds) -> Result<Self, PkiError> {
-        let node = Managed::new(authority.mint_node(now)?, now);
+    fn mint(
+        authority: Arc<NodeAuthority>,
+        bundle: Arc<TrustBundle>,
+        index: u64,
+        now: UnixSeconds,
+    ) -> Result<Self, PkiError> {
+        let node = Managed::new(authority.mint_node(now)?, index, now);
         let certified = Arc::new(tls::NodeCertificates::new(&node.svid, authority.root(&bundle))?);
-        Ok(Self { authority, bundle, node, certified, services: HashMap::new() })
+        Ok(Self { authority, bundle, roots_index: index, node, certified, services: HashMap::new() })
     }
 }
 
@@ -65,6 +74,9 @@ impl State {
 #[derive(Debug)]
 pub struct Identity {
     state: ArcSwap<State>,
+    /// The last index given out. Milliseconds since 1970 where that is more, so that none goes back over a restart.
+    index: AtomicU64,
+    changes: watch::Sender<()>,
 }
 
 impl Identity {
@@ -74,8 +86,22 @@ impl Identity {
     /// [`PkiError::Expired`] when the authority has ended.
     pub fn new(authority: NodeAuthority, now: UnixSeconds) -> Result<Arc<Self>, PkiError> {
         let bundle = Arc::new(authority.bundle().clone());
-        let state = State::mint(Arc::new(authority), bundle, now)?;
-        Ok(Arc::new(Self { state: ArcSwap::from_pointee(state) }))
+        let index = now.0.saturating_mul(1000);
+        let state = State::mint(Arc::new(authority), bundle, index, now)?;
+        let changes = watch::Sender::new(());
+        Ok(Arc::new(Self { state: ArcSwap::from_pointee(state), index: AtomicU64::new(index), changes }))
+    }
+
+    /// Returns a receiver that wakes after each change: another authority, other trust, a renewed certificate.
+    pub fn subscribe(&self) -> watch::Receiver<()> {
+        self.changes.subscribe()
+    }
+
+    /// Returns an index above all before.
+    fn next_index(&self, now: UnixSeconds) -> u64 {
+        let above = |last: u64| last.saturating_add(1).max(now.0.saturating_mul(1000));
+        let before = self.index.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |last| Some(above(last)));
+        above(before.unwrap_or_else(|last| last))
     }
 
     /// The authority in use (swapped at renewal).
@@ -88,9 +114,14 @@ impl Identity {
     /// # Errors
     /// [`PkiError::Expired`] when the new authority has ended; nothing changes.
     pub fn replace_authority(&self, authority: NodeAuthority, now: UnixSeconds) -> Result<(), PkiError> {
-        let minted = State::mint(Arc::new(authority), self.bundle(), now)?;
+        let minted = State::mint(Arc::new(authority), self.bundle(), self.next_index(now), now)?;
         // The bundle may have changed since: what is trusted is not the authority's to say.
-        self.state.rcu(|current| State { bundle: Arc::clone(&current.bundle), ..minted.clone() });
+        self.state.rcu(|current| State {
+            bundle: Arc::clone(&current.bundle),
+            roots_index: current.roots_index,
+            ..minted.clone()
+        });
+        self.changes.send_replace(());
         Ok(())
     }
 
@@ -99,10 +130,21 @@ impl Identity {
         Arc::clone(&self.state.load().bundle)
     }
 
+    /// The trusted roots and revocations with the index of the last change to the roots.
+    pub fn bundle_at(&self) -> (Arc<TrustBundle>, u64) {
+        let state = self.state.load();
+        (Arc::clone(&state.bundle), state.roots_index)
+    }
+
     /// Replaces what is trusted; handshakes and signatures are checked against it from here on.
-    pub fn set_bundle(&self, bundle: TrustBundle) {
-        let bundle = Arc::new(bundle);
-        self.state.rcu(|current| State { bundle: Arc::clone(&bundle), ..State::clone(current) });
+    pub fn set_bundle(&self, bundle: TrustBundle, now: UnixSeconds) {
+        let (bundle, index) = (Arc::new(bundle), self.next_index(now));
+        self.state.rcu(|current| {
+            let is_same = current.bundle.roots == bundle.roots;
+            let roots_index = if is_same { current.roots_index } else { index };
+            State { bundle: Arc::clone(&bundle), roots_index, ..State::clone(current) }
+        });
+        self.changes.send_replace(());
     }
 
     /// The node's current leaf.
@@ -115,12 +157,20 @@ impl Identity {
     /// # Errors
     /// [`PkiError::OutsideScope`], [`PkiError::Expired`].
     pub fn service_svid(&self, service: &ServiceName, now: UnixSeconds) -> Result<Arc<Svid>, PkiError> {
+        self.service_svid_at(service, now).map(|(svid, _)| svid)
+    }
+
+    /// As [`Identity::service_svid`], with an index that grows with each renewal.
+    ///
+    /// # Errors
+    /// As [`Identity::service_svid`].
+    pub fn service_svid_at(&self, service: &ServiceName, now: UnixSeconds) -> Result<(Arc<Svid>, u64), PkiError> {
         let state = self.state.load();
         if let Some(found) = state.services.get(service).filter(|found| found.is_fresh(now)) {
             found.touch(now);
-            return Ok(Arc::clone(&found.svid));
+            return Ok((Arc::clone(&found.svid), found.index));
         }
-        let minted = Managed::new(state.authority.mint_service(service, now)?, now);
+        let minted = self.managed(&state.authority, service, now)?;
         self.state.rcu(|current| {
             let mut next = State::clone(current);
             // A renewal of the authority in the meantime wins; this SVID is still good for its caller.
@@ -130,7 +180,8 @@ impl Identity {
             }
             next
         });
-        Ok(Arc::clone(&minted.svid))
+        self.changes.send_replace(());
+        Ok((Arc::clone(&minted.svid), minted.index))
     }
 
     /// Renews what is past its renewal point; returns when to call again. A service's SVID that nobody asked for during
@@ -147,8 +198,7 @@ impl Identity {
                 continue;
             }
             let is_used = now.since(used) < super::certificate::LEAF_LIFE;
-            let next =
-                if is_used { Some(Managed::new(state.authority.mint_service(service, now)?, now)) } else { None };
+            let next = if is_used { Some(self.managed(&state.authority, service, now)?) } else { None };
             if let Some(next) = &next {
                 next.used.store(used.0, Ordering::Relaxed);
             }
@@ -157,7 +207,8 @@ impl Identity {
         let node = if state.node.is_fresh(now) {
             None
         } else {
-            Some(State::mint(Arc::clone(&state.authority), Arc::clone(&state.bundle), now)?)
+            let index = self.next_index(now);
+            Some(State::mint(Arc::clone(&state.authority), Arc::clone(&state.bundle), index, now)?)
         };
         self.state.rcu(|current| {
             let mut next = State::clone(current);
@@ -176,9 +227,21 @@ impl Identity {
             }
             next
         });
+        if node.is_some() || !renewed.is_empty() {
+            self.changes.send_replace(());
+        }
         let state = self.state.load();
         let first = state.services.values().map(|managed| managed.renew_at).min();
         Ok(first.map_or(state.node.renew_at, |first| first.min(state.node.renew_at)))
+    }
+
+    fn managed(
+        &self,
+        authority: &NodeAuthority,
+        service: &ServiceName,
+        now: UnixSeconds,
+    ) -> Result<Arc<Managed>, PkiError> {
+        Ok(Managed::new(authority.mint_service(service, now)?, self.next_index(now), now))
     }
 
     /// Checks who is on the other end of an established connection; none if it showed no certificate.
@@ -246,6 +309,33 @@ mod tests {
     }
 
     #[test]
+    fn indexes_grow_with_what_they_are_of_and_a_change_wakes_who_waits() {
+        let identity = identity("web");
+        let web = "web".parse().unwrap();
+        let (first, index) = identity.service_svid_at(&web, NOW).unwrap();
+        assert!(index >= NOW.0 * 1000);
+        let mut changes = identity.subscribe();
+        assert_eq!(identity.service_svid_at(&web, NOW).unwrap().1, index);
+        assert!(!changes.has_changed().unwrap(), "nothing was made");
+        identity.renew_due(UnixSeconds(NOW.0 + 3000)).unwrap();
+        assert!(changes.has_changed().unwrap());
+        changes.mark_unchanged();
+        let (second, renewed) = identity.service_svid_at(&web, UnixSeconds(NOW.0 + 3000)).unwrap();
+        assert!(renewed > index && !Arc::ptr_eq(&first, &second));
+
+        // Revocations are no roots.
+        let (bundle, roots) = identity.bundle_at();
+        let mut next = TrustBundle::clone(&bundle);
+        next.revoked = [super::super::Revoked::Token([0; 16])].into_iter().collect();
+        identity.set_bundle(next.clone(), NOW);
+        assert!(changes.has_changed().unwrap());
+        assert_eq!(identity.bundle_at().1, roots);
+        next.roots.insert(0, next.roots[0].clone());
+        identity.set_bundle(next, NOW);
+        assert!(identity.bundle_at().1 > roots.max(renewed));
+    }
+
+    #[test]
     fn a_service_outside_the_scope_gets_no_svid() {
         let refused = identity("web").service_svid(&"db".parse().unwrap(), NOW).unwrap_err();
         assert!(matches!(refused, PkiError::OutsideScope { .. }));
@@ -265,7 +355,7 @@ mod tests {
         let svid = identity("*").service_svid(&"x".parse().unwrap(), NOW).unwrap();
         for number in 0..SERVICE_SVIDS_MAX {
             let used = AtomicU64::new(if number == 7 { 1 } else { 2 });
-            let managed = Managed { svid: Arc::clone(&svid), renew_at: NOW, used };
+            let managed = Managed { svid: Arc::clone(&svid), index: 0, renew_at: NOW, used };
             services.insert(format!("s{number}").parse().unwrap(), Arc::new(managed));
         }
         make_room(&mut services, &"new".parse().unwrap());

@@ -79,7 +79,8 @@ impl Issuer {
         certificate: CertificateDer<'static>,
         root: &CertificateDer<'_>,
     ) -> Result<Self, PkiError> {
-        let bundle = verify::bundle_of(root)?;
+        // The issuer's own certificate names the trust domain; its root may name none.
+        let bundle = verify::bundle_of(root, &verify::domain_of(&certificate)?)?;
         let (not_before, not_after) = verify::validity_of(&certificate)?;
         // Whether it has ended is asked at each signature; here only whose it is.
         verify::check_issuer(&certificate, &bundle, not_before)?;

@@ -22,6 +22,7 @@ pub(crate) mod fuzz;
 mod identity;
 mod issuer;
 pub(crate) mod join;
+mod own_root;
 mod revocation;
 mod rotate;
 mod tls;
@@ -43,6 +44,7 @@ pub use facts::{CertificateFacts, facts_of};
 pub use identity::{Identity, SERVICE_SVIDS_MAX};
 pub use issuer::{Issuer, IssuerCell};
 pub use join::JoinKey;
+pub use own_root::{Checked, OwnRoot, Request, RootProblem};
 pub use revocation::{Presented, Revocations, Revoked, SpkiHash, SpkiHashError};
 pub use rotate::Rotation;
 pub(crate) use tls::JoinVerifier;
@@ -99,6 +101,14 @@ pub struct Svid {
     pub not_before: UnixSeconds,
     /// End of validity.
     pub not_after: UnixSeconds,
+}
+
+impl Svid {
+    /// When it is to be renewed: within 50 to 80 % of its life, by `share` of 0 to 1.
+    pub fn renew_at(&self, share: f64) -> UnixSeconds {
+        let life = self.not_after.since(self.not_before);
+        self.not_before.plus(life.mul_f64(0.3_f64.mul_add(share.clamp(0.0, 1.0), 0.5)))
+    }
 }
 
 impl std::fmt::Debug for Svid {

@@ -15,10 +15,11 @@ use std::path::{Path, PathBuf};
 use rcgen::KeyPair;
 use rustls::pki_types::CertificateDer;
 
+use super::PkiError;
 use super::ca::{self, CaDir, CaError};
 use super::certificate::{ISSUER_LIFE, Validity, generate_key, issuer_params, operator_params, root_params};
 use super::document::DocumentKey;
-use super::{PkiError, verify};
+use super::own_root::{self, NextRoot, OwnRoot};
 use crate::clock::UnixSeconds;
 
 /// A root that is about to follow another.
@@ -46,17 +47,26 @@ impl CaDir {
     ///
     /// # Errors
     /// [`CaError`]: a file cannot be read or written; the old root stays in use.
-    pub fn prepare_rotation(&self, now: UnixSeconds) -> Result<Rotation, PkiError> {
+    ///
+    /// `own`: a root that the operator brings in the place of a made one; needed where the one in use is such a root.
+    pub fn prepare_rotation(&self, own: Option<OwnRoot<'_>>, now: UnixSeconds) -> Result<Rotation, PkiError> {
         let dir = self.path();
         let next = dir.join("next");
+        if self.is_offline() {
+            return Err(CaError::Offline.into());
+        }
         if !next.join("root.key").exists() {
-            self.make_next(&next, now)?;
+            if own.is_none() && self.has_own_root() {
+                return Err(CaError::NextRootNeeded.into());
+            }
+            self.make_next(&next, own, now)?;
         }
         let root = ca::read_certificate(&next.join("root.crt"))?;
         let old = DocumentKey::load(dir, super::Signatory::Root)?;
         let key = ca::read_key(&next.join("root.key"))?;
         let path = next.join("root.crt");
-        let new = DocumentKey::new(key, root.clone(), root.clone()).ok_or(CaError::KeyMismatch { path })?;
+        let domain = ca::domain_of(dir, &root)?;
+        let new = DocumentKey::new(key, root.clone(), root.clone(), domain).ok_or(CaError::KeyMismatch { path })?;
         let proof = new.sign_link(old.certificate())?;
         let issuers = self.issuers()?.into_iter().map(|issuer| {
             let path = next.join(format!("{}.crt", issuer.name));
@@ -66,30 +76,38 @@ impl CaDir {
         Ok(Rotation { number: self.root_number()? + 1, old, root, proof, issuers })
     }
 
-    fn make_next(&self, next: &Path, now: UnixSeconds) -> Result<(), PkiError> {
+    fn make_next(&self, next: &Path, own: Option<OwnRoot<'_>>, now: UnixSeconds) -> Result<(), PkiError> {
         let dir = self.path();
-        let bundle = verify::bundle_of(&ca::read_certificate(&dir.join("root.crt"))?)?;
-        let domain = bundle.trust_domain;
-        let key = generate_key()?;
+        let domain = ca::domain_of(dir, &ca::read_certificate(&dir.join("root.crt"))?)?;
         let made = |source| PkiError::Make { what: "the next root", source };
-        let root = root_params(&domain, now)?.self_signed(&key).map_err(made)?;
-        let signer = rcgen::Issuer::from_ca_cert_der(root.der(), &key).map_err(made)?;
+        let root = if let Some(own) = own {
+            own_root::next_root(own, &domain, now)?
+        } else {
+            let key = generate_key()?;
+            let root = root_params(&domain, now)?.self_signed(&key).map_err(made)?;
+            let validity = Validity::starting(now, ISSUER_LIFE, None);
+            NextRoot { key, key_path: None, certificate: root.der().clone(), pem: root.pem(), validity }
+        };
+        let signer = rcgen::Issuer::from_ca_cert_der(&root.certificate, &root.key).map_err(made)?;
         let mut files: Vec<(String, String)> = Vec::new();
         for issuer in self.issuers()? {
             let own: KeyPair = ca::read_key(&dir.join(&issuer.name).join("issuer.key"))?;
             let name = issuer.name.replace('-', " ");
-            let params = issuer_params(&domain, &name, Validity::starting(now, ISSUER_LIFE, None))?;
+            let params = issuer_params(&domain, &name, root.validity)?;
             files.push((format!("{}.crt", issuer.name), params.signed_by(&own, &signer).map_err(made)?.pem()));
         }
         let own = ca::read_key(&dir.join("operator/operator.key"))?;
         let name = "operator".parse().expect("a fixed, well-formed name");
         files.push((
             "operator.crt".to_owned(),
-            operator_params(&domain, &name, now)?.signed_by(&own, &signer).map_err(made)?.pem(),
+            operator_params(&domain, &name, root.validity)?.signed_by(&own, &signer).map_err(made)?.pem(),
         ));
         Ok(ca::build(next, |partial| {
-            ca::write(&partial.join("root.key"), &key.serialize_pem(), 0o600)?;
-            ca::write(&partial.join("root.crt"), &root.pem(), 0o644)?;
+            match &root.key_path {
+                Some(path) => own_root::link(path, &partial.join("root.key"))?,
+                None => ca::write(&partial.join("root.key"), &root.key.serialize_pem(), 0o600)?,
+            }
+            ca::write(&partial.join("root.crt"), &root.pem, 0o644)?;
             files.iter().try_for_each(|(name, pem)| ca::write(&partial.join(name), pem, 0o644))
         })?)
     }
@@ -125,10 +143,13 @@ impl CaDir {
         }
         // The old root is moved as a whole: its directory appears only once it is complete.
         ca::build(&kept, |partial| {
-            for file in ["root.key", "root.crt"] {
-                fs::copy(dir.join(file), partial.join(file)).map_err(write_error(&partial.join(file)))?;
+            let (crt, key) = (partial.join("root.crt"), partial.join("root.key"));
+            fs::copy(dir.join("root.crt"), &crt).map_err(write_error(&crt))?;
+            // The key of an operator's own root stays where it is.
+            match fs::read_link(dir.join("root.key")) {
+                Ok(target) => own_root::link(&target, &key),
+                Err(_) => fs::copy(dir.join("root.key"), &key).map(drop).map_err(write_error(&key)),
             }
-            Ok(())
         })?;
         for file in ["root.crt", "root.key"] {
             rename(&next.join(file), &dir.join(file))?;
@@ -165,8 +186,8 @@ mod tests {
         let ca = CaDir::init(&dir, &"td".parse().unwrap(), NOW).unwrap();
         ca.create_issuer(NOW).unwrap();
         let before = Issuer::load(&dir.join("issuer-2")).unwrap();
-        let first = ca.prepare_rotation(NOW).unwrap();
-        let again = ca.prepare_rotation(NOW).unwrap();
+        let first = ca.prepare_rotation(None, NOW).unwrap();
+        let again = ca.prepare_rotation(None, NOW).unwrap();
         assert_eq!((first.number, &first.root, first.issuers.len()), (2, &again.root, 2));
         verify_link(first.old.certificate(), &first.root, &first.proof, &"td".parse().unwrap()).unwrap();
         assert!(verify_link(&first.root, &first.root, &first.proof, &"td".parse().unwrap()).is_err());
@@ -189,6 +210,6 @@ mod tests {
             uses: 0,
         };
         create_token(&dir, &claims).unwrap().verify(after.bundle(), NOW).unwrap();
-        assert_eq!(ca.prepare_rotation(NOW).unwrap().number, 3);
+        assert_eq!(ca.prepare_rotation(None, NOW).unwrap().number, 3);
     }
 }

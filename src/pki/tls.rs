@@ -27,7 +27,7 @@ use super::certificate::root_digest;
 use super::verify::{self, VerifyError};
 use super::{Identity, PkiError, Plane, Svid, TrustBundle};
 use crate::clock::{self, UnixSeconds};
-use crate::model::{NodeName, SpiffeId};
+use crate::model::{NodeName, SpiffeId, TrustDomain};
 
 /// The data plane.
 pub const ALPN_TUNNEL: &[u8] = b"weft-tunnel/1";
@@ -202,7 +202,8 @@ impl ServerCertVerifier for ServerVerifier {
 /// What a newcomer or a renewing node believes.
 #[derive(Debug, Clone)]
 enum Pin {
-    Root([u8; 32]),
+    /// A root by its SHA-256, for one trust domain.
+    Root([u8; 32], TrustDomain),
     Bundle(TrustBundle),
 }
 
@@ -222,9 +223,9 @@ pub(crate) struct JoinVerifier {
 }
 
 impl JoinVerifier {
-    /// Accepts the root with this SHA-256: a newcomer.
-    pub(crate) fn pinning(root_digest: [u8; 32], now: UnixSeconds) -> Arc<Self> {
-        Self::new(Pin::Root(root_digest), now)
+    /// Accepts the root with this SHA-256, for nodes of `domain`: a newcomer. One root may stand above several meshes.
+    pub(crate) fn pinning(root_digest: [u8; 32], domain: TrustDomain, now: UnixSeconds) -> Arc<Self> {
+        Self::new(Pin::Root(root_digest, domain), now)
     }
 
     /// Accepts the roots of a bundle: a renewal.
@@ -281,10 +282,10 @@ impl JoinVerifier {
     fn check(&self, chain: &[CertificateDer<'_>]) -> Result<(), VerifyError> {
         let bundle = match &self.pin {
             Pin::Bundle(bundle) => bundle.clone(),
-            Pin::Root(digest) => {
+            Pin::Root(digest, domain) => {
                 let bounded = chain.iter().take(verify::CHAIN_CERTIFICATES_MAX);
                 let root = bounded.into_iter().find(|der| root_digest(der) == *digest);
-                verify::bundle_of(root.ok_or(VerifyError::WrongRoot)?)?
+                verify::bundle_of(root.ok_or(VerifyError::WrongRoot)?, domain)?
             }
         };
         self.check_by(chain, bundle)

@@ -104,7 +104,7 @@ async fn a_newcomer_is_shown_the_root_and_peers_are_not() {
     let ca = ca("td");
     let a = identity(&ca, "a");
     let digest = root_digest(&ca.issuer().bundle().roots[0]);
-    let verifier = JoinVerifier::pinning(digest, clock::wall());
+    let verifier = JoinVerifier::pinning(digest, "td".parse().unwrap(), clock::wall());
     let config = Arc::new(verifier.client_config().unwrap());
     let shaken = handshake(a.server_config_control().unwrap(), config).await;
     let chain = shaken.client.unwrap().peer_identity().unwrap().downcast::<Vec<CertificateDer<'static>>>().unwrap();

@@ -18,7 +18,7 @@ use super::extension::SCOPE_BYTES_MAX;
 use super::verify::{self, Utc, VerifyError};
 use super::{PkiError, TrustBundle, ca};
 use crate::clock::UnixSeconds;
-use crate::model::{NamePattern, NodeName, ServeScope};
+use crate::model::{NamePattern, NodeName, ServeScope, TrustDomain};
 use crate::wire;
 
 /// Longest token, in bytes of text: a scope of 2 KiB, a certificate, a signature, in base64.
@@ -63,7 +63,7 @@ pub enum TokenError {
     )]
     WrongCa {
         /// The trust domain of this mesh.
-        trust_domain: crate::model::TrustDomain,
+        trust_domain: TrustDomain,
     },
     /// The token has ended.
     #[error(
@@ -141,6 +141,14 @@ impl Token {
     /// The SHA-256 of the root that the newcomer is to believe.
     pub fn root_digest(&self) -> [u8; 32] {
         self.root_digest
+    }
+
+    /// The trust domain that it is for, unverified: its operator's. The root that it pins may name none.
+    ///
+    /// # Errors
+    /// [`TokenError::CutOff`] if the operator's certificate does not name one.
+    pub fn trust_domain(&self) -> Result<TrustDomain, TokenError> {
+        verify::domain_of(&CertificateDer::from(self.payload.operator.as_slice())).map_err(|_| TokenError::CutOff)
     }
 
     /// What the token says, unverified: for messages to the newcomer's user.

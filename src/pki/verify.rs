@@ -30,6 +30,9 @@ pub(crate) const CHAIN_CERTIFICATES_MAX: usize = 4;
 /// Largest certificate, in bytes: a scope of 2 KiB and room for the rest.
 pub(crate) const CERTIFICATE_BYTES_MAX: usize = 4096;
 
+/// Signers below a root: the issuer and the node.
+pub(super) const ROOT_PATH_LENGTH: u32 = 2;
+
 /// Signatures that weft's certificates carry.
 const ALGORITHMS: [&dyn SignatureVerificationAlgorithm; 1] = [ECDSA_P256_SHA256];
 
@@ -643,23 +646,54 @@ pub(super) fn check_issuer(
     Err(refused)
 }
 
-/// Makes a bundle of one root, whose trust domain its own certificate names.
+/// Makes a bundle of one root for `domain`.
 ///
 /// # Errors
-/// [`PkiError::Verify`] if it is no root of weft's.
-pub fn root_bundle(root: &CertificateDer<'_>) -> Result<TrustBundle, PkiError> {
-    Ok(bundle_of(root)?)
+/// [`PkiError::Verify`] if it is no root that weft can stand on, or names another trust domain.
+pub fn root_bundle(root: &CertificateDer<'_>, domain: &TrustDomain) -> Result<TrustBundle, PkiError> {
+    Ok(bundle_of(root, domain)?)
 }
 
-/// Makes a bundle of one root, whose trust domain its own certificate names.
-pub(super) fn bundle_of(root: &CertificateDer<'_>) -> Result<TrustBundle, VerifyError> {
-    let certificate = parse(ROOT, root)?;
-    let SpiffeId::Authority(trust_domain) = spiffe_id(ROOT, &certificate)? else {
-        return Err(VerifyError::Names { role: ROOT });
-    };
-    check_signing(ROOT, &certificate, 2, &trust_domain)?;
-    check_link(&certificate, &certificate, root)?;
-    Ok(TrustBundle { trust_domain, roots: vec![root.clone().into_owned()], revoked: Revocations::default() })
+/// Makes a bundle of one root for `domain`.
+pub(super) fn bundle_of(root: &CertificateDer<'_>, domain: &TrustDomain) -> Result<TrustBundle, VerifyError> {
+    check_root(root, domain)?;
+    let roots = vec![root.clone().into_owned()];
+    Ok(TrustBundle { trust_domain: domain.clone(), roots, revoked: Revocations::default() })
+}
+
+/// Checks a root: self-signed, cA, keyCertSign, room for two signers below it, no name constraints.
+///
+/// A root that weft made names its trust domain, which must be `domain`; an operator's own may name none: what it signs
+/// for weft does.
+fn check_root(der: &CertificateDer<'_>, domain: &TrustDomain) -> Result<(), VerifyError> {
+    let root = parse(ROOT, der)?;
+    let names = root.subject_alternative_name().map_err(|_| VerifyError::Names { role: ROOT })?;
+    let names = names.map(|names| names.value.general_names.as_slice()).unwrap_or_default();
+    if names.iter().any(|name| matches!(name, GeneralName::URI(uri) if uri.starts_with("spiffe:"))) {
+        let id = spiffe_id(ROOT, &root)?;
+        check_domain(&id, domain)?;
+        if !matches!(id, SpiffeId::Authority(_)) {
+            return Err(VerifyError::Id { role: ROOT, id: id.to_string() });
+        }
+    }
+    let usage = |rule| VerifyError::Usage { role: ROOT, rule };
+    let constraints = root.basic_constraints().ok().flatten().map(|found| found.value);
+    let constraints = constraints.filter(|found| found.ca).ok_or_else(|| usage("a root has cA"))?;
+    if constraints.path_len_constraint.is_some_and(|length| length < ROOT_PATH_LENGTH) {
+        return Err(usage("a root has no path length, or 2 at least"));
+    }
+    if !root.key_usage().ok().flatten().is_some_and(|usage| usage.value.key_cert_sign()) {
+        return Err(usage("a root has keyCertSign"));
+    }
+    if !matches!(root.name_constraints(), Ok(None)) {
+        return Err(usage("a root has no name constraints: they do not speak of SPIFFE ids"));
+    }
+    check_link(&root, &root, der)
+}
+
+/// Returns the trust domain that a certificate of weft's names, unchecked.
+pub(super) fn domain_of(der: &CertificateDer<'_>) -> Result<TrustDomain, VerifyError> {
+    Ok(spiffe_id(NODE, &parse(NODE, der)?)?.trust_domain().clone())
 }
 
 /// Finds the key of the root of `bundle` that certifies `issuer`; none if there is none.

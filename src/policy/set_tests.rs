@@ -246,7 +246,7 @@ fn rotated(times: usize) -> (tempfile::TempDir, Vec<Document>, Vec<DocumentKey>)
     let mut keys = vec![DocumentKey::load(&path, Signatory::Root).unwrap()];
     let mut links = Vec::new();
     for _ in 0..times {
-        let rotation = ca.prepare_rotation(NOW).unwrap();
+        let rotation = ca.prepare_rotation(None, NOW).unwrap();
         let issuers = rotation.issuers.iter().map(|der| der.to_vec()).collect();
         let link = RootLink { root: rotation.root.to_vec(), proof: rotation.proof.clone(), issuers };
         let id = DocumentId { kind: DocumentKind::Bundle, name: link_name(rotation.number) };

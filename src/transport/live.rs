@@ -191,7 +191,7 @@ mod tests {
         let key = spki(a.identity.authority().chain().first().unwrap()).unwrap();
         let revoked: Revocations = [Revoked::Key(key)].into_iter().collect();
         let bundle = TrustBundle { revoked, ..TrustBundle::clone(&b.identity.bundle()) };
-        b.identity.set_bundle(bundle.clone());
+        b.identity.set_bundle(bundle.clone(), clock::wall());
         let closed = b.transport.live().recheck(&bundle, clock::wall(), |_| true);
         let want = Closed { node: "a".parse().unwrap(), cause: Cause::Revoked };
         assert_eq!(closed, [want.clone(), want]);

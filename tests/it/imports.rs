@@ -61,7 +61,9 @@ fn rules() -> BTreeMap<&'static str, &'static [&'static str]> {
                 "telemetry",
             ],
         ),
-        ("config", &["model", "registry", "telemetry"]),
+        ("workload", &["clock", "metrics", "model", "pki", "registry", "supervise", "telemetry"]),
+        // Of workload: the form of its own block.
+        ("config", &["model", "registry", "telemetry", "workload"]),
     ])
 }
 

@@ -399,20 +399,34 @@ fn scenario_21_everything_expired_recovers_by_itself_with_the_certificates_on_di
     n1.wait_members(&["n1=1", "n2=1"]);
     let (data1, data2) = (n1.kill(), n2.kill());
 
-    // Three weeks later: every certificate on disk has ended, the token too. A plain restart is the one command.
-    let n1 = Agent::spawn(&at("+21d", Spec::on(&lab.host(1), "n1", &["-issuer", path(&issuer)])), data1);
-    let n2 = Agent::spawn(&at("+21d", Spec::on(&lab.host(2), "n2", &["-join", "10.77.0.1"])), data2);
+    // A month later: every certificate on disk has ended, the token too. A plain restart is the one command.
+    let n1 = Agent::spawn(&at("+31d", Spec::on(&lab.host(1), "n1", &["-issuer", path(&issuer)])), data1);
+    let n2 = Agent::spawn(&at("+31d", Spec::on(&lab.host(2), "n2", &["-join", "10.77.0.1"])), data2);
     n1.wait_ready();
     n2.wait_ready();
     n1.wait_members(&["n1=1", "n2=1"]);
     assert!(n2.log().contains("asking an issuer to renew it"), "{}", n2.log());
 
     // A host whose clock is weeks behind is told so, and by how much.
-    let token = ca.token_made(&["faketime", "-f", "+21d"], "n3", "raw", "1h");
+    let token = ca.token_made(&["faketime", "-f", "+31d"], "n3", "raw", "1h");
     let spec = Spec::on(&lab.host(3), "n3", &["-join", "10.77.0.1", "-token", &token]);
     let mut n3 = Agent::spawn(&spec, tempfile::TempDir::new().unwrap());
     let (status, log) = n3.wait_exit();
     assert!(!status.success() && log.contains("clocks differ by"), "{log}");
+
+    // Another seven weeks off: past the 30 days in which a key renews itself. The restart says why it is refused and
+    // what to do; a start with a new token is again one command, and the node keeps its name and its data.
+    let (data1, data2) = (n1.kill(), n2.kill());
+    let n1 = Agent::spawn(&at("+80d", Spec::on(&lab.host(1), "n1", &["-issuer", path(&issuer)])), data1);
+    n1.wait_ready();
+    let mut n2 = Agent::spawn(&at("+80d", Spec::on(&lab.host(2), "n2", &["-join", "10.77.0.1"])), data2);
+    let (status, log) = n2.wait_exit();
+    assert!(!status.success() && log.contains("join again"), "{log}");
+    let token = ca.token_made(&["faketime", "-f", "+80d"], "n2", "raw", "1h");
+    let again = Spec::on(&lab.host(2), "n2", &["-join", "10.77.0.1", "-token", &token]);
+    let n2 = Agent::spawn(&at("+80d", again), n2.kill());
+    n2.wait_ready();
+    n1.wait_members(&["n1=1", "n2=1"]);
 }
 
 #[test]

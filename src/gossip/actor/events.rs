@@ -81,6 +81,7 @@ impl Actor {
             Event::Revoked(node) => warn!(member = %node, "member's certificate is revoked: its records are dropped"),
             Event::LeaseEnded(node) => info!(%node, "records ended: their node has not renewed them"),
             Event::Report(Report::OutOfScope { node, services, .. }) => {
+                self.metrics.outside_scope.inc();
                 warn!(%node, ?services, "services outside the node's serve scope are not shown");
             }
             Event::Report(Report::Fork { node, generation, version }) => {

@@ -320,7 +320,7 @@ impl Task {
     fn trust_changed(&mut self) {
         let bundle = self.set.bundle();
         if *self.identity.bundle() != bundle {
-            self.identity.set_bundle(bundle.clone());
+            self.identity.set_bundle(bundle.clone(), clock::wall());
         }
         (self.on_trust)(&self.set, &bundle);
         self.tell_gossip();
@@ -590,7 +590,9 @@ fn answer<T>(reply: oneshot::Sender<T>, value: T) {
 fn skew_of(offsets_ms: impl Iterator<Item = i64>) -> Option<ClockSkew> {
     let mut sorted: Vec<i64> = offsets_ms.collect();
     sorted.sort_unstable();
-    let median_ms = *sorted.get(sorted.len() / 2)?;
+    // Of an even number the one nearer to this clock: one member of two that is off is its own trouble.
+    let (lower, upper) = (*sorted.get(sorted.len().checked_sub(1)? / 2)?, *sorted.get(sorted.len() / 2)?);
+    let median_ms = if lower.unsigned_abs() < upper.unsigned_abs() { lower } else { upper };
     let max_ms = sorted.iter().map(|ms| ms.unsigned_abs()).max()?;
     Some(ClockSkew {
         median_seconds: median_ms as f64 / 1000.0,
@@ -640,5 +642,25 @@ fn describe(entry: &Revoked) -> String {
         Revoked::Node { node, until } => format!("node {node}, certified until {}", crate::pki::Utc(*until)),
         Revoked::Token(id) => format!("token {}", uuid::Uuid::from_bytes(*id)),
         Revoked::Issuer { key, from } => format!("issuer {key}, retired from {}", crate::pki::Utc(*from)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_of_clocks_is_not_moved_by_one_that_is_off() {
+        #[track_caller]
+        fn check(offsets_ms: &[i64], want: Option<(f64, f64)>) {
+            let skew = skew_of(offsets_ms.iter().copied());
+            assert_eq!(skew.map(|skew| (skew.median_seconds, skew.max_seconds)), want, "{offsets_ms:?}");
+        }
+        check(&[], None);
+        check(&[-2000], Some((-2.0, 2.0)));
+        check(&[25_000, 10], Some((0.01, 25.0)));
+        check(&[-25_000, 10], Some((0.01, 25.0)));
+        check(&[-1, 25_000, 2], Some((0.002, 25.0)));
+        check(&[-25_000, -24_000, 0, -25_500], Some((-24.0, 25.5)));
     }
 }
