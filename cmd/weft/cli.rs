@@ -171,6 +171,12 @@ pub(crate) struct AgentArgs {
     /// File that holds the HTTP API's admin token (16 characters or more).
     #[arg(long, value_name = "FILE")]
     pub(crate) admin_token_file: Option<String>,
+    /// What is decided of calls that no intention is about: allow or deny. Default deny, with -dev allow.
+    #[arg(long, value_name = "ACTION")]
+    pub(crate) default_intention_policy: Option<String>,
+    /// File of an operator (`weft ca operator create`): this agent signs policy for API clients with the admin token.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) policy_authority: Option<String>,
     /// How long open streams may finish at a stop, as 10s or 1m. Default 10s.
     #[arg(long, value_name = "DURATION")]
     pub(crate) drain_timeout: Option<String>,

@@ -36,7 +36,7 @@ pub(super) async fn offer(call: Call) -> Result<Reply, Refusal> {
 /// `GET /v1/mesh/documents`
 pub(super) async fn list(call: Call) -> Result<Reply, Refusal> {
     let view = call.shared.membership.documents();
-    let documents: Vec<Value> = view.documents.iter().map(document).collect();
+    let documents: Vec<Value> = view.documents.iter().map(|view| document(view)).collect();
     Reply::json(&call, &json!({"SetHash": format!("{:016x}", view.set_hash), "Documents": documents}))
 }
 

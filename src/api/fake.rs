@@ -18,7 +18,7 @@ use super::index::ListIndexes;
 use super::meter::Meter;
 use super::seam::{Authority, GossipOrder, Membership, Registry, RegistryOrder};
 use super::{AdminToken, ApiConfig, CertificateFacts, ListenerState, NodeFacts, Shared, guard, routes};
-use crate::catalogue::{Instance, LocalView, NodeEntry, Publisher, ServiceEntry, Snapshot};
+use crate::catalogue::{Instance, NodeEntry, Publisher, ServiceEntry, Snapshot};
 use crate::clock::{self, UnixSeconds};
 use crate::gossip::{DocumentsView, GossipError, MemberView, Members, NodeCertificates, OfferError, Spread};
 use crate::metrics::Metrics;
@@ -319,8 +319,7 @@ pub(super) fn snapshot() -> Snapshot {
         local_node: "n1".parse().unwrap(),
         nodes: nodes.iter().map(|node| (node.info.name.clone(), Arc::clone(node))).collect(),
         services: BTreeMap::from([(web.name.clone(), Arc::new(web))]),
-        gone_services: BTreeMap::new(),
-        local: Arc::new(LocalView::default()),
+        ..Snapshot::empty("n1".parse().unwrap())
     }
 }
 

@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use crate::api::TokenUse;
+use crate::authz::Action;
 use crate::clock::{self, UnixSeconds};
 use crate::gossip::{DocumentStore, DocumentsHandle, DocumentsParams, GossipHandle, PeerStore};
 use crate::join::{JoinDirectory, JoinServer, JoinTrust, TokenLedger};
@@ -118,10 +119,12 @@ pub(super) fn documents(
     store: &Store,
     connections: &Connections,
     issuer: &Arc<IssuerCell>,
+    default_policy: Action,
 ) -> DocumentsParams {
     let (rechecked, adopting) = (connections.clone(), Arc::clone(issuer));
     DocumentsParams {
         set,
+        default_policy,
         store: Arc::new(DocumentFile(store.clone())),
         // Revocations alone: whether an ended certificate was renewed is looked at by the renewal task.
         on_trust: Arc::new(move |set, bundle| {

@@ -180,7 +180,7 @@ impl Node {
             reconnect_timeout: config.reconnect_timeout,
             stop: stop.clone(),
         };
-        let documents = glue::documents(documents, &store, &connections, &issuer);
+        let documents = glue::documents(documents, &store, &connections, &issuer, config.default_policy);
         let (gossip, snapshot) = Gossip::start(params, documents, &metrics, &tasks).map_err(part("gossip"))?;
         let joins = glue::join_server(&issuer, &identity, &gossip, &info, &store);
         tasks.spawn("accept", glue::accept(control.clone(), incoming_tx, joins, tasks.clone(), stop.clone()));
@@ -235,7 +235,8 @@ impl Node {
         node.proxy = Mutex::new(Some(proxy));
         let (http, scope) = (&node.api, node.identity.authority().scope().to_string());
         info!(node = %node.name, mesh = %info.mesh_addr, ?http, %generation, scope, "agent is up");
-        warn!("there are no intentions yet: every verified service of the trust domain may call every other");
+        let policy = Arc::clone(&node.snapshot.load().policy);
+        info!(intentions = policy.guards().len(), default = %policy.default_action(), "policy is in force");
         Ok(node)
     }
 

@@ -20,11 +20,12 @@ use rustls::pki_types::pem::PemObject as _;
 use serde::{Deserialize, Serialize};
 
 use super::certificate::{ISSUER_LIFE, Validity, generate_key, issuer_params, operator_params, root_params};
+use super::document::DocumentKey;
 use super::token::{Operator, Token, TokenClaims};
 use super::verify::{self, Utc};
 use super::{CertificateFacts, Issuer, PkiError, facts_of};
 use crate::clock::UnixSeconds;
-use crate::model::{NodeName, TrustDomain};
+use crate::model::{NodeName, OperatorScope, TrustDomain};
 
 /// Largest file that is read from a CA directory, in bytes.
 const FILE_BYTES_MAX: u64 = 64 * 1024;
@@ -136,7 +137,8 @@ fn make_issuer(
 fn make_operator(root: &rcgen::Issuer<'_, &KeyPair>, domain: &TrustDomain, now: UnixSeconds) -> Result<Pair, PkiError> {
     let name: NodeName = "operator".parse().expect("a fixed, well-formed name");
     let key = generate_key()?;
-    let certificate = operator_params(domain, &name, now)?.signed_by(&key, root).map_err(make("an operator"))?;
+    let params = operator_params(domain, &name, &OperatorScope::all(), Validity::starting(now, ISSUER_LIFE, None))?;
+    let certificate = params.signed_by(&key, root).map_err(make("an operator"))?;
     Ok(Pair { key, certificate })
 }
 
@@ -158,6 +160,18 @@ impl EphemeralCa {
     /// Its issuer.
     pub fn issuer(&self) -> &Arc<Issuer> {
         &self.issuer
+    }
+
+    /// The operator's key, which signs documents of every kind that operators may.
+    ///
+    /// # Errors
+    /// [`PkiError::Make`] if the library refuses the key.
+    pub fn document_key(&self) -> Result<DocumentKey, PkiError> {
+        let key = KeyPair::from_pem_and_sign_algo(&self.operator.key.serialize_pem(), &PKCS_ECDSA_P256_SHA256);
+        let key = key.map_err(make("an operator's key"))?;
+        let (certificate, root) = (self.operator.certificate.clone(), self.operator.root.clone());
+        let name = "operator".parse().expect("a fixed, well-formed name");
+        DocumentKey::new(key, certificate, root).ok_or(PkiError::KeyMismatch { node: name })
     }
 
     /// Makes a token.
@@ -373,7 +387,7 @@ pub(super) fn build(dir: &Path, fill: impl FnOnce(&Path) -> Result<(), CaError>)
     built
 }
 
-fn make_dir(path: &Path) -> Result<(), CaError> {
+pub(super) fn make_dir(path: &Path) -> Result<(), CaError> {
     fs::DirBuilder::new().mode(0o700).create(path).map_err(|source| CaError::Write { path: path.to_owned(), source })
 }
 
@@ -399,15 +413,19 @@ fn read(path: &Path) -> Result<String, CaError> {
     fs::read_to_string(path).map_err(failed)
 }
 
-/// Reads a key that only its owner can read.
-pub(super) fn read_key(path: &Path) -> Result<KeyPair, CaError> {
+/// Reads a file that only its owner can read.
+pub(super) fn read_private(path: &Path) -> Result<String, CaError> {
     let failed = |source| CaError::Read { path: path.to_owned(), source };
     let mode = fs::metadata(path).map_err(failed)?.permissions().mode() & 0o7777;
     if mode & 0o077 != 0 {
         return Err(CaError::Readable { path: path.to_owned(), mode });
     }
-    let pem = read(path)?;
-    KeyPair::from_pem_and_sign_algo(&pem, &PKCS_ECDSA_P256_SHA256)
+    read(path)
+}
+
+/// Reads a key that only its owner can read.
+pub(super) fn read_key(path: &Path) -> Result<KeyPair, CaError> {
+    KeyPair::from_pem_and_sign_algo(&read_private(path)?, &PKCS_ECDSA_P256_SHA256)
         .map_err(|_| CaError::Pem { path: path.to_owned(), what: "P-256 private key" })
 }
 

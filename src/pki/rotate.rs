@@ -20,6 +20,7 @@ use super::certificate::{ISSUER_LIFE, Validity, generate_key, issuer_params, ope
 use super::document::DocumentKey;
 use super::{PkiError, verify};
 use crate::clock::UnixSeconds;
+use crate::model::OperatorScope;
 
 /// A root that is about to follow another.
 #[derive(Debug)]
@@ -85,7 +86,10 @@ impl CaDir {
         let name = "operator".parse().expect("a fixed, well-formed name");
         files.push((
             "operator.crt".to_owned(),
-            operator_params(&domain, &name, now)?.signed_by(&own, &signer).map_err(made)?.pem(),
+            operator_params(&domain, &name, &OperatorScope::all(), Validity::starting(now, ISSUER_LIFE, None))?
+                .signed_by(&own, &signer)
+                .map_err(made)?
+                .pem(),
         ));
         Ok(ca::build(next, |partial| {
             ca::write(&partial.join("root.key"), &key.serialize_pem(), 0o600)?;

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   weft revoke, ca rotate --sign--> Document --offer--> DocumentSet --derive--> trusted roots, revocations
+//!   weft intention, config                                                       intentions, config entries
 //!                                                 ^ |
 //!                                       peers ----+ +---- digests, newer, wanted (anti-entropy)
 //! ```
@@ -18,6 +19,7 @@ mod document;
 mod golden;
 mod revocation;
 mod set;
+mod written;
 
 pub use bundle::{LINK_ISSUERS_MAX, RootLink, link_name};
 pub use document::{
@@ -25,6 +27,7 @@ pub use document::{
 };
 pub use revocation::{ENTRIES_MAX, REASON_BYTES_MAX, RevocationBody};
 pub use set::{DOCUMENTS_MAX, DocumentSet, Fork, Held, Offered, Refused, SET_BYTES_MAX, walk};
+pub use written::{ConfigBody, ENTRY_BYTES_MAX, ENTRY_KINDS, IntentionBody, check_entry, entry_ends, intention_ends};
 
 /// How far ahead of this node's clock a document may begin: the tolerance of the rest of the mesh.
 pub const SKEW_MAX: std::time::Duration = std::time::Duration::from_secs(60);

@@ -6,10 +6,12 @@
 //! ```
 //!
 //! Invariants: workers share nothing but the snapshot and atomic metric handles; a panic in one connection ends that
-//! connection; a stream of a peer is served only after its certificate was verified and [`inbound::authorize`] agrees; losing
+//! connection; a stream of a peer is served only after its certificate was verified and the intentions allow it; losing
 //! gossip changes nothing here, the last snapshot is served.
 //! Not here: who is in the mesh (`gossip`), what is registered (`registry`), which instance is best (`routing`).
 
+mod authorize;
+mod calls;
 mod dead;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;

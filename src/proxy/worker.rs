@@ -21,6 +21,7 @@ use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 use tracing::{debug, error, info, warn};
 
+use super::calls::Calls;
 use super::http::HttpState;
 use super::http::metrics::HttpMetrics;
 use super::inbound::Stream;
@@ -29,7 +30,7 @@ use super::open::OpenTunnels;
 use super::preamble::{Preamble, StreamKind};
 use super::runners::Runners;
 use super::tunnel::{Lease, Tunnel, TunnelKey, Tunnels};
-use super::{Died, Listeners, ProxyError, dead, inbound, listener};
+use super::{Died, Listeners, ProxyError, authorize, dead, inbound, listener};
 use crate::catalogue::{Instance, ServiceEntry, SnapshotReader};
 use crate::clock;
 use crate::model::{HealthStatus, NodeName, ServiceName};
@@ -169,6 +170,8 @@ pub(crate) struct Worker {
     pub(super) responded_at: Cell<Option<Instant>>,
     /// Tasks that serve peers' streams.
     pub(super) runners: Runners<Stream>,
+    /// Streams of peers that are served.
+    pub(super) calls: Rc<Calls>,
     snapshot: SnapshotReader,
     tunnels: Tunnels,
     balancer: RefCell<Balancer>,
@@ -240,6 +243,7 @@ impl Worker {
             streams: Rc::default(),
             responded_at: Cell::new(None),
             runners: Runners::default(),
+            calls: Rc::default(),
             snapshot: setup.snapshot,
             tunnels: Tunnels::new(setup.metrics.clone(), setup.open),
             metrics: setup.metrics,
@@ -284,7 +288,7 @@ impl Worker {
         };
         tokio::select! {
             () = drained => {}
-            () = async { tokio::join!(listener::run(&self), inbound::run(&self), sweep, self.forget_vanished(), dead::run(&self)); } => {}
+            () = async { tokio::join!(listener::run(&self), inbound::run(&self), sweep, self.forget_vanished(), dead::run(&self), authorize::run(&self)); } => {}
         }
         self.closed.cancel();
         self.tunnels.clear();
