@@ -148,6 +148,9 @@ impl Bench {
             certificates: Arc::new(certificates),
             authority: authority(),
             token_uses: Arc::new(|| Ok(Vec::new())),
+            policy_key: None,
+            policy_writes: tokio::sync::Mutex::new(()),
+            inspect: Arc::new(|_, _| Box::pin(async { Vec::new() })),
             listeners: Arc::new(|| {
                 let text = str::to_owned;
                 vec![ListenerState { bind: text("127.0.0.1:9191"), destination: text("db"), state: text("listening") }]

@@ -137,7 +137,7 @@ async fn mesh_info_tells_what_weft_info_prints() {
         "MeshAddress": "10.0.0.1:8301", "Workers": 2,
         "UpstreamListeners": [{"Bind": "127.0.0.1:9191", "Destination": "db", "State": "listening"}],
         "Members": {"Alive": 2, "Known": 3}, "Isolated": false, "Clock": null,
-        "Intentions": "none yet: every verified service of the trust domain may call"});
+        "Policy": {"Intentions": 0, "Default": "allow", "Quarantined": [], "Forks": 0, "SignsForClients": false}});
     assert_eq!(Bench::new().get("/v1/mesh/info").await.json(), want);
 }
 

@@ -47,6 +47,7 @@ pub use self::documents::{
     OnTrust, Spread,
 };
 use crate::catalogue::SnapshotReader;
+use crate::clock::UnixSeconds;
 use crate::metrics::Metrics;
 use crate::model::{Generation, MemberStatus, NodeInfo, NodeName};
 use crate::pki::{CertificateFacts, Identity, SpkiHash};
@@ -103,6 +104,8 @@ pub struct NodeCertificates {
     pub issuer: CertificateFacts,
     /// The root's that certifies the issuer, if it is believed here.
     pub root: Option<SpkiHash>,
+    /// When its records end, unless it signs them anew: an hour after it last did.
+    pub lease_ends: UnixSeconds,
 }
 
 /// Why an order to gossip failed.

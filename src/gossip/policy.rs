@@ -133,8 +133,8 @@ impl Compiler {
                 let name = intention.name();
                 error!(intention = %name, version, reason, ?in_force, "an intention is quarantined: write it anew");
                 let guard = match before {
-                    Some(before) => before.guard,
-                    None => Arc::new(Guard::closed(intention.clone(), origin)),
+                    Some(before) if in_force.is_some() => before.guard,
+                    _ => Arc::new(Guard::closed(intention.clone(), origin)),
                 };
                 Made { version, hash, guard, failed: Some(Quarantined { name, version, reason, in_force }) }
             }

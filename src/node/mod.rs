@@ -24,11 +24,11 @@ use tracing::{error, info, warn};
 use crate::api::{AdminToken, Api, ApiConfig, ApiParams, ListenerState as ApiListener, NodeFacts};
 use crate::catalogue::SnapshotReader;
 use crate::clock;
-use crate::config::{Config, OnTerminate, Secret, Storage};
+use crate::config::{Config, OnTerminate, PolicyAuthority, Secret, Storage};
 use crate::gossip::{self, Gossip, GossipHandle, GossipParams};
 use crate::metrics::Metrics;
 use crate::model::{Generation, NodeInfo, NodeName};
-use crate::pki::Identity;
+use crate::pki::{DocumentKey, Identity};
 use crate::proxy::{ListenerState, OpenTunnel, OpenTunnels, Proxy, ProxyError, ProxyHandle, ProxyHealth, ProxyParams};
 use crate::registry::{Publication, Registry, RegistryHandle, RegistryParams};
 use crate::store::{Store, StoreError};
@@ -143,7 +143,8 @@ impl Node {
 
         let store = open_store(&config)?;
         let sockets = bind_mesh(&config)?;
-        let (issuer, identity) = identity::obtain(&config, &store).await?;
+        let identity::Obtained { issuer, identity, operator } = identity::obtain(&config, &store).await?;
+        let policy_key = policy_key(&config, operator, &identity)?;
         let documents = glue::believe(&store, &identity)?;
         let reset_key = store.reset_key()?;
         let generation = Generation { number: store.next_generation()?, nonce: rand::random() };
@@ -227,7 +228,7 @@ impl Node {
             drain,
             stop,
         };
-        let started = node.start_api(&config, &info, &metrics, &proxy, store).await;
+        let started = node.start_api(&config, &info, &metrics, &proxy, (store, policy_key)).await;
         if started.is_err() {
             node.drain.cancel();
         }
@@ -246,7 +247,7 @@ impl Node {
         info: &NodeInfo,
         metrics: &Metrics,
         proxy: &ProxyHandle,
-        store: Store,
+        (store, policy_key): (Store, Option<Arc<DocumentKey>>),
     ) -> Result<Vec<SocketAddr>, NodeError> {
         let states = proxy.listeners();
         let snapshot = self.snapshot.clone();
@@ -287,6 +288,8 @@ impl Node {
             },
             listeners: Arc::new(listeners),
             token_uses: Arc::new(move || glue::token_uses(&store)),
+            policy_key,
+            inspect: glue::inspect(proxy.inspector()),
             shutdown: self.leaving.clone(),
             tasks: &self.tasks,
             stop: self.stop.clone(),
@@ -381,6 +384,29 @@ async fn start_registry(
         registry.register_check(check.clone()).await.map_err(part("checks of the config files"))?;
     }
     Ok((registry, publication))
+}
+
+/// Loads the key that signs policy for clients of the API.
+fn policy_key(
+    config: &Config,
+    dev: Option<Arc<DocumentKey>>,
+    identity: &Identity,
+) -> Result<Option<Arc<DocumentKey>>, NodeError> {
+    let path = match &config.policy_authority {
+        PolicyAuthority::None => return Ok(None),
+        PolicyAuthority::Dev => return Ok(dev),
+        PolicyAuthority::File(path) => path,
+    };
+    let key = DocumentKey::load_operator(path).map_err(part("policy authority"))?;
+    let (ours, theirs) =
+        (&identity.bundle().trust_domain, key.bundle().map_err(part("policy authority"))?.trust_domain);
+    if *ours != theirs {
+        let text = format!("{} is an operator of trust domain `{theirs}`, this mesh is `{ours}`", path.display());
+        return Err(NodeError::Part { part: "policy authority", source: text.into() });
+    }
+    let (signer, may) = key.may(clock::wall()).map_err(part("policy authority"))?;
+    info!(?signer, %may, "this agent signs policy for clients of its API that show the admin token");
+    Ok(Some(Arc::new(key)))
 }
 
 /// Logs what the node starts with.

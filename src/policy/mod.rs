@@ -15,6 +15,7 @@
 
 mod bundle;
 mod document;
+mod draft;
 #[cfg(test)]
 mod golden;
 mod revocation;
@@ -25,6 +26,7 @@ pub use bundle::{LINK_ISSUERS_MAX, RootLink, link_name};
 pub use document::{
     Content, DOCUMENT_BYTES_MAX, Document, DocumentDigest, DocumentError, DocumentId, DocumentKind, DocumentName,
 };
+pub use draft::{Draft, DraftError};
 pub use revocation::{ENTRIES_MAX, REASON_BYTES_MAX, RevocationBody};
 pub use set::{DOCUMENTS_MAX, DocumentSet, Fork, Held, Offered, Refused, SET_BYTES_MAX, walk};
 pub use written::{ConfigBody, ENTRY_BYTES_MAX, ENTRY_KINDS, IntentionBody, check_entry, entry_ends, intention_ends};
