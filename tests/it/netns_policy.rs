@@ -121,10 +121,13 @@ fn a_denied_caller_hears_a_clear_answer_and_a_change_cuts_what_is_open() {
     let answer = cluster.wait_status("GET", "/", 403);
     assert!(answer.headers.contains(&("x-weft-reason".to_owned(), "forbidden".to_owned())), "{:?}", answer.headers);
     assert!(answer.body.contains("no intention allows it"), "{}", answer.body);
-    let refused = n3.inside(|| TcpStream::connect("127.0.0.1:9292").and_then(|mut stream| std::io::Read::read(&mut stream, &mut [0])));
+    let refused = n3.inside(|| {
+        TcpStream::connect("127.0.0.1:9292").and_then(|mut stream| std::io::Read::read(&mut stream, &mut [0]))
+    });
     assert!(matches!(&refused, Err(_) | Ok(0)), "{refused:?}");
     assert!(metric(n3, "weft_policy_denied_total{reporter=\"source\",rule=\"default\"}") >= 2.0);
-    let check = |args: &[&str]| weft_on(&lab.host(3), &[&["intention", "check", "caller"], args].concat()).status.code();
+    let check =
+        |args: &[&str]| weft_on(&lab.host(3), &[&["intention", "check", "caller"], args].concat()).status.code();
     assert_eq!(check(&["raw"]), Some(2));
     assert_eq!(check(&["raw", "-http-addr", "127.0.0.1:1"]), Some(1));
 
@@ -168,10 +171,20 @@ fn a_denied_caller_hears_a_clear_answer_and_a_change_cuts_what_is_open() {
 
     // Why, in words and for programs.
     let why = weft_on_ok(&lab.host(3), &["why", "caller", "web", "-path", "/admin"]);
-    for part in ["denied by intention caller:web", "precedence 9", "by alice", "n2", "passing", "takes calls", "spiffe://lab.test/svc/caller/node/n3", "To let it pass"] {
+    for part in [
+        "denied by intention caller:web",
+        "precedence 9",
+        "by alice",
+        "n2",
+        "passing",
+        "takes calls",
+        "spiffe://lab.test/svc/caller/node/n3",
+        "To let it pass",
+    ] {
         assert!(why.contains(part), "no {part:?} in:\n{why}");
     }
-    let why: Value = serde_json::from_str(&weft_on_ok(&lab.host(1), &["why", "caller", "raw", "-format=json"])).unwrap();
+    let why: Value =
+        serde_json::from_str(&weft_on_ok(&lab.host(1), &["why", "caller", "raw", "-format=json"])).unwrap();
     assert_eq!((&why["Allowed"], &why["Policy"]["Rule"]), (&json!(false), &json!("caller:raw")), "{why}");
     assert!(why["ToChange"][0].as_str().unwrap().contains("-replace"), "{why}");
 
@@ -180,7 +193,9 @@ fn a_denied_caller_hears_a_clear_answer_and_a_change_cuts_what_is_open() {
     cluster.sign(&alice, &["intention", "create", "-deny", "-audit", "caller", "web", "-replace"]);
     cluster.sign(&alice, &["intention", "create", "*", "web"]);
     cluster.wait_status("POST", "/admin", 200);
-    assert!(metric(n2, "weft_policy_audited_total{action=\"deny\",reporter=\"destination\",rule=\"caller:web\"}") >= 1.0);
+    assert!(
+        metric(n2, "weft_policy_audited_total{action=\"deny\",reporter=\"destination\",rule=\"caller:web\"}") >= 1.0
+    );
     cluster.sign(&alice, &["intention", "delete", "caller", "web"]);
     let list = weft_on_ok(&lab.host(3), &["intention", "list"]);
     assert!(!list.lines().any(|line| line.starts_with("caller") && line.contains("web")), "{list}");
@@ -223,7 +238,8 @@ fn scenario_17_what_an_insider_brings_is_refused_everywhere_and_scenario_16_pois
     let outside = forge(&DocumentKey::load_operator(&ci).unwrap(), "caller:raw", 9, &allow);
     // A CA of the same name, whose operator may everything; a document whose bytes were changed.
     let foreign = Ca::init("lab.test");
-    let stranger = forge(&DocumentKey::load_operator(&operator(&foreign, "alice", "*")).unwrap(), "caller:raw", 9, &allow);
+    let stranger =
+        forge(&DocumentKey::load_operator(&operator(&foreign, "alice", "*")).unwrap(), "caller:raw", 9, &allow);
     let mut altered = forge(&DocumentKey::load_operator(&alice).unwrap(), "caller:raw", 9, &allow).to_bytes();
     let at = altered.windows(10).position(|window| window == b"caller:raw").unwrap();
     altered[at..at + 10].copy_from_slice(b"caller:web");
@@ -236,14 +252,24 @@ fn scenario_17_what_an_insider_brings_is_refused_everywhere_and_scenario_16_pois
             (misnamed.to_bytes(), "must be named"),
         ] {
             let answer = offer(agent, &bytes);
-            assert!(answer.status == 403 && answer.body.contains(part), "{}: {} {}", agent.name, answer.status, answer.body);
+            assert!(
+                answer.status == 403 && answer.body.contains(part),
+                "{}: {} {}",
+                agent.name,
+                answer.status,
+                answer.body
+            );
         }
         // A replay is old news.
         let answer = offer(agent, &STANDARD.decode(&old).unwrap());
         assert_eq!(answer.json()["Outcome"], "older");
         assert_eq!(verdict(agent).unwrap(), (false, "caller:raw".to_owned()));
         let refusal = agent.put("/v1/connect/intentions/exact?source=caller&destination=raw", r#"{"Action":"allow"}"#);
-        assert!(refusal.status == 403 && refusal.body.contains("WEFT_OPERATOR") && refusal.body.contains("policy_authority"));
+        assert!(
+            refusal.status == 403
+                && refusal.body.contains("WEFT_OPERATOR")
+                && refusal.body.contains("policy_authority")
+        );
     }
 
     // Poison: signed by one who may, and of no use to any node. What was in force stays; the next good version counts.
@@ -305,7 +331,8 @@ fn scenario_13_two_operators_on_two_sides_of_a_partition_end_with_one_winner_and
     }
     let agents = [n1, n2, n3];
     until("all agree", || {
-        let hashes: Vec<Value> = agents.iter().map(|agent| agent.get("/v1/mesh/documents")["SetHash"].clone()).collect();
+        let hashes: Vec<Value> =
+            agents.iter().map(|agent| agent.get("/v1/mesh/documents")["SetHash"].clone()).collect();
         if hashes.iter().all(|hash| *hash == hashes[0]) { Ok(()) } else { Err(format!("{hashes:?}")) }
     });
     let winner = verdict(n1).unwrap();
@@ -330,7 +357,8 @@ fn an_agent_with_policy_authority_signs_for_clients_with_the_token_and_a_backup_
     let (issuer, authority) = (ca.issuer(), operator(&ca, "gateway", "intentions,config"));
     let token = ca.dir().join("admin-token");
     std::fs::write(&token, "0123456789abcdef-admin").unwrap();
-    let flags = ["-issuer", path(&issuer), DENY, "-policy-authority", path(&authority), "-admin-token-file", path(&token)];
+    let flags =
+        ["-issuer", path(&issuer), DENY, "-policy-authority", path(&authority), "-admin-token-file", path(&token)];
     let agent = Agent::start_with_token(&Spec::loopback(1, "n1", &flags), "0123456789abcdef-admin");
     let api = agent.api;
     let call = |method: &str, target: &str, body: &str| {
@@ -345,7 +373,10 @@ fn an_agent_with_policy_authority_signs_for_clients_with_the_token_and_a_backup_
     let check = call("GET", "/v1/connect/intentions/check?source=web&destination=db", "").json();
     assert_eq!(check, json!({"Allowed": true, "Rule": "web:db"}));
     let read = call("GET", exact, "").json();
-    assert_eq!((&read["Action"], &read["Precedence"], &read["Description"]), (&json!("allow"), &json!(9), &json!("shop")));
+    assert_eq!(
+        (&read["Action"], &read["Precedence"], &read["Description"]),
+        (&json!("allow"), &json!(9), &json!("shop"))
+    );
     assert_eq!(call("PUT", "/v1/connect/intentions/exact?source=*&destination=db", r#"{"Action":"deny"}"#).status, 200);
     let matched = call("GET", "/v1/connect/intentions/match?by=destination&name=db", "").json();
     let precedences: Vec<&Value> = matched["db"].as_array().unwrap().iter().map(|one| &one["Precedence"]).collect();
@@ -379,7 +410,15 @@ fn an_agent_with_policy_authority_signs_for_clients_with_the_token_and_a_backup_
     let restored = fresh.get("/v1/connect/intentions/check?source=web&destination=db");
     assert_eq!(restored["Allowed"], true);
     assert_eq!(fresh.get("/v1/config/service-defaults/web")["Protocol"], "http");
-    let signed = weft_ok(&["import", path(&backup), "-sign", "-operator", path(&authority), "-http-addr", &fresh.api.to_string()]);
+    let signed = weft_ok(&[
+        "import",
+        path(&backup),
+        "-sign",
+        "-operator",
+        path(&authority),
+        "-http-addr",
+        &fresh.api.to_string(),
+    ]);
     assert!(signed.contains("signed as version 2"), "{signed}");
     let outside = weft(&["config", "write", path(&backup), "-http-addr", &fresh.api.to_string()]);
     assert!(String::from_utf8_lossy(&outside.stderr).contains("Kind"), "{outside:?}");
