@@ -448,14 +448,16 @@ impl DocumentSet {
         self.held.get(&digest.id).is_none_or(|held| digest.replaces(&held.document.digest()))
     }
 
-    /// What is held here and is news to a set with `theirs`, in order of id, at most `bytes_max` of it.
+    /// What is held here and is news to a set with `theirs`, in order of id, at most `bytes_max` of it: newer versions, and
+    /// the other content of a version that was signed twice, which loses there and is reported.
     pub fn newer_than(&self, theirs: &[DocumentDigest], bytes_max: usize) -> Vec<Vec<u8>> {
         let theirs: BTreeMap<&DocumentId, &DocumentDigest> = theirs.iter().map(|digest| (&digest.id, digest)).collect();
         let mut newer = Vec::new();
         let mut bytes = 0;
         for held in self.held.values() {
             let ours = held.document.digest();
-            if theirs.get(&ours.id).is_some_and(|theirs| !ours.replaces(theirs)) {
+            let is_fork = |theirs: &DocumentDigest| ours.version == theirs.version && ours.hash != theirs.hash;
+            if theirs.get(&ours.id).is_some_and(|theirs| !ours.replaces(theirs) && !is_fork(theirs)) {
                 continue;
             }
             bytes += held.bytes;

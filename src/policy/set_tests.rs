@@ -420,3 +420,21 @@ fn an_old_root_that_is_taken_back_is_believed_no_more() {
     assert_eq!(set.bundle().roots, [keys[1].certificate().clone()]);
     assert_eq!(set.issuer_certificates().len(), 1);
 }
+
+#[test]
+fn scenario_13_a_comparison_brings_the_losing_content_of_a_fork_to_be_reported() {
+    let mesh = mesh();
+    let (one, two) = (revoke(&mesh.operator, "a", 5, 1), revoke(&mesh.root, "a", 5, 2));
+    let (mut left, mut right) = (mesh.set(), mesh.set());
+    left.offer(one, NOW).unwrap();
+    right.offer(two, NOW).unwrap();
+    // Each side gives what it has, whoever wins.
+    let (from_left, from_right) = (left.newer_than(&right.digests(), 0), right.newer_than(&left.digests(), 0));
+    for (set, given) in [(&mut left, from_right), (&mut right, from_left)] {
+        let [bytes] = given.as_slice() else { panic!("one document: {}", given.len()) };
+        set.offer(Document::from_bytes(bytes).unwrap(), NOW).unwrap();
+        assert_eq!(set.forks().count(), 1);
+    }
+    assert_eq!(left.set_hash(), right.set_hash());
+    assert!(left.newer_than(&right.digests(), 0).is_empty());
+}

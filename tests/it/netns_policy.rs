@@ -38,9 +38,9 @@ struct Cluster {
     n1: Agent,
     n2: Agent,
     n3: Agent,
+    _apps: [App; 2],
     ca: Ca,
     lab: Lab,
-    _apps: [App; 2],
 }
 
 impl Cluster {
@@ -140,10 +140,18 @@ fn a_denied_caller_hears_a_clear_answer_and_a_change_cuts_what_is_open() {
     assert!(String::from_utf8_lossy(&again.stderr).contains("-replace"), "{again:?}");
 
     // Changed under load: the open stream ends within a second, and no other begins.
+    let file = cluster.ca.dir().join("deny");
+    let (out, version) = (path(&file), ["-document-version", "2"]);
+    weft_ok(
+        &[&["intention", "create", "-deny", "caller", "raw", "-operator", path(&alice), "-out", out], &version[..]]
+            .concat(),
+    );
+    let denial = STANDARD.decode(std::fs::read_to_string(&file).unwrap().trim()).unwrap();
     let begun = Instant::now();
-    cluster.sign(&alice, &["intention", "create", "-deny", "caller", "raw", "-replace"]);
+    assert_eq!(offer(&cluster.n1, &denial).status, 200);
+    let answered = begun.elapsed();
     let cut = stream.cut().saturating_duration_since(begun);
-    println!("intention: the stream was cut {cut:.2?} after the command began");
+    println!("intention: the stream was cut {cut:.2?} after the order, which was answered after {answered:.2?}");
     assert!(cut < Duration::from_secs(1), "it lived for {cut:?}");
     wait_verdict(n3, false, "caller:raw");
     until("the cut is counted", || match metric(n2, "weft_policy_cut_total{rule=\"caller:raw\"}") {
@@ -222,14 +230,17 @@ fn offer(agent: &Agent, document: &[u8]) -> crate::http::Answer {
 #[test]
 fn scenario_17_what_an_insider_brings_is_refused_everywhere_and_scenario_16_poison_is_quarantined() {
     let Some(cluster) = Cluster::start() else { return };
-    let Cluster { n1, n2, n3, ca, lab, .. } = &cluster;
+    let Cluster { n1, n2, n3, ca, lab, _apps } = cluster;
+    let (n1, n3, ca, lab) = (&n1, &n3, &ca, &lab);
+    let sign =
+        |operator: &Path, args: &[&str]| weft_on_ok(&lab.host(1), &[args, &["-operator", path(operator)]].concat());
     let (alice, ci) = (operator(ca, "alice", "intentions"), operator(ca, "ci", "intentions:web*,config:web*"));
-    cluster.sign(&alice, &["intention", "create", "caller", "raw"]);
-    for agent in [n1, n2, n3] {
+    sign(&alice, &["intention", "create", "caller", "raw"]);
+    for agent in [n1, &n2, n3] {
         wait_verdict(agent, true, "caller:raw");
     }
     let old = n1.get("/v1/mesh/export")["Documents"][0]["Document"].as_str().unwrap().to_owned();
-    cluster.sign(&alice, &["intention", "create", "-deny", "caller", "raw", "-replace"]);
+    sign(&alice, &["intention", "create", "-deny", "caller", "raw", "-replace"]);
 
     // An operator outside its scope: refused by its own command, and by each node if it goes round that.
     let local = weft_on(&lab.host(1), &["intention", "create", "caller", "raw", "-replace", "-operator", path(&ci)]);
@@ -244,7 +255,7 @@ fn scenario_17_what_an_insider_brings_is_refused_everywhere_and_scenario_16_pois
     let at = altered.windows(10).position(|window| window == b"caller:raw").unwrap();
     altered[at..at + 10].copy_from_slice(b"caller:web");
     let misnamed = forge(&DocumentKey::load_operator(&alice).unwrap(), "caller:web", 9, &allow);
-    for agent in [n1, n2, n3] {
+    for agent in [n1, &n2, n3] {
         for (bytes, part) in [
             (outside.to_bytes(), "may sign"),
             (stranger.to_bytes(), "not believed"),
@@ -278,7 +289,7 @@ fn scenario_17_what_an_insider_brings_is_refused_everywhere_and_scenario_16_pois
     let poison = IntentionBody(Some(weft::authz::from_json(&poison, None).unwrap()));
     let key = DocumentKey::load_operator(&alice).unwrap();
     assert_eq!(offer(n3, &forge(&key, "caller:raw", 10, &poison).to_bytes()).status, 200);
-    for agent in [n1, n2, n3] {
+    for agent in [n1, &n2, n3] {
         until(&format!("{} quarantines the poison", agent.name), || {
             let info = agent.try_get("/v1/mesh/info")?.json();
             let shown = info["Policy"]["Quarantined"].to_string();
@@ -287,13 +298,13 @@ fn scenario_17_what_an_insider_brings_is_refused_everywhere_and_scenario_16_pois
         assert_eq!(verdict(agent).unwrap(), (false, "caller:raw".to_owned()));
         assert!(metric(agent, "weft_policy_quarantined ") >= 1.0);
     }
-    cluster.sign(&alice, &["intention", "create", "caller", "raw", "-replace"]);
-    for agent in [n1, n2, n3] {
+    sign(&alice, &["intention", "create", "caller", "raw", "-replace"]);
+    for agent in [n1, &n2, n3] {
         wait_verdict(agent, true, "caller:raw");
     }
 
     // A restart keeps it, a newcomer learns it, and an operator that is taken back said nothing.
-    let n2 = restart(cluster.n2, lab, 2, "n2");
+    let n2 = restart(n2, lab, 2, "n2");
     assert_eq!(verdict(&n2).unwrap(), (true, "caller:raw".to_owned()), "policy is in force before the API answers");
     let token = ca.token("n4", "web", "1h");
     let n4 = Agent::start(&Spec::on(&lab.host(4), "n4", &["-join", "10.77.0.1", "-token", &token, DENY]));

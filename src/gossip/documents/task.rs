@@ -289,6 +289,7 @@ impl Task {
 
     /// Takes a document from anybody; enforces, keeps and passes on what is news.
     fn offer(&mut self, bytes: &[u8], origin: Origin<'_>) -> Result<(DocumentDigest, Offered), OfferError> {
+        let forks = self.set.forks().count();
         let taken = self.take(bytes);
         let result = match &taken {
             Ok((_, Offered::Stored)) => "stored",
@@ -302,13 +303,19 @@ impl Task {
                 info!(document = %digest.id, version = digest.version, "took a document");
                 // Nothing that is believed follows from policy.
                 if digest.id.kind.is_policy() {
-                    self.show()
+                    self.show();
                 } else {
-                    self.trust_changed()
+                    self.trust_changed();
                 }
                 if let Origin::Peer(from) = origin {
                     self.forward(digest, from);
                     self.keep(digest);
+                }
+            }
+            // The other content of a version that is held: who has heard of the fork tells those who hold the same.
+            Ok((digest, Offered::Older)) if self.set.forks().count() > forks => {
+                if let Origin::Peer(from) = origin {
+                    self.forward_bytes(digest, &Arc::new(bytes.to_vec()), from);
                 }
             }
             Ok(_) => {}
@@ -372,10 +379,14 @@ impl Task {
     fn forward(&mut self, digest: &DocumentDigest, from: &NodeName) {
         let Some(held) = self.set.get(&digest.id) else { return };
         let bytes = Arc::new(held.document.to_bytes());
+        self.forward_bytes(digest, &bytes, from);
+    }
+
+    fn forward_bytes(&mut self, digest: &DocumentDigest, bytes: &Arc<Vec<u8>>, from: &NodeName) {
         let others: Vec<MemberView> = self.alive().into_iter().filter(|member| member.name != *from).collect();
         let chosen: Vec<MemberView> = others.sample(&mut self.rng, FORWARDS).cloned().collect();
         for to in chosen {
-            self.push(Push { to, digest: digest.clone(), bytes: Arc::clone(&bytes) });
+            self.push(Push { to, digest: digest.clone(), bytes: Arc::clone(bytes) });
         }
     }
 
