@@ -25,6 +25,13 @@ fn plain(source: &str, destination: &str, action: Action) -> Intention {
     Intention::plain(source.parse().unwrap(), destination.parse().unwrap(), action)
 }
 
+#[track_caller]
+fn check(table: &Table, source: Option<&str>, destination: &str, want: Action, rule: &str) {
+    let source = source.map(service);
+    let decision = table.of_stream(source.as_ref(), &service(destination), |_, _| unreachable!());
+    assert_eq!((decision.action, decision.rule()), (want, rule));
+}
+
 #[test]
 fn the_most_exact_intention_decides_alone() {
     let all = [
@@ -33,12 +40,6 @@ fn the_most_exact_intention_decides_alone() {
         plain("*", "db", Action::Deny),
         plain("web", "db", Action::Allow),
     ];
-    #[track_caller]
-    fn check(table: &Table, source: Option<&str>, destination: &str, want: Action, rule: &str) {
-        let source = source.map(service);
-        let decision = table.of_stream(source.as_ref(), &service(destination), |_, _| unreachable!());
-        assert_eq!((decision.action, decision.rule()), (want, rule));
-    }
     let table = table(Action::Allow, &all);
     check(&table, Some("web"), "db", Action::Allow, "web:db");
     check(&table, Some("api"), "db", Action::Deny, "*:db");
@@ -63,7 +64,7 @@ fn an_audited_intention_tells_and_the_next_one_decides() {
     assert_eq!(told, [("web:db".to_owned(), Action::Deny)]);
 }
 
-fn with_permissions(permissions: serde_json::Value) -> Intention {
+fn with_permissions(permissions: &serde_json::Value) -> Intention {
     from_json(&json!({"SourceName": "web", "DestinationName": "db", "Permissions": permissions}), None).unwrap()
 }
 
@@ -79,7 +80,7 @@ fn ask(table: &Table, method: &str, path: &str, headers: &[(&'static str, &str)]
 
 #[test]
 fn permissions_look_at_the_request_in_order_and_leave_the_rest_to_the_default() {
-    let intention = with_permissions(json!([
+    let intention = with_permissions(&json!([
         {"Action": "deny", "HTTP": {"PathPrefix": "/admin"}},
         {"Action": "allow", "HTTP": {"PathPrefix": "/", "Methods": ["GET", "HEAD"]}},
         {"Action": "allow", "HTTP": {"PathRegex": "/v[0-9]+/items", "Methods": ["POST"],
@@ -108,7 +109,7 @@ fn permissions_look_at_the_request_in_order_and_leave_the_rest_to_the_default() 
 
 #[test]
 fn a_regex_matches_the_whole_path_and_a_bad_or_huge_one_is_refused() {
-    let regex = |text: &str| with_permissions(json!([{"Action": "allow", "HTTP": {"PathRegex": text}}]));
+    let regex = |text: &str| with_permissions(&json!([{"Action": "allow", "HTTP": {"PathRegex": text}}]));
     let whole = table(Action::Deny, &[regex("/a|/b")]);
     for (path, want) in [("/a", Action::Allow), ("/b", Action::Allow), ("/ax", Action::Deny), ("/x/b", Action::Deny)] {
         assert_eq!(ask(&whole, "GET", path, &[]), want, "{path}");

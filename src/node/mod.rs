@@ -144,7 +144,6 @@ impl Node {
         let store = open_store(&config)?;
         let sockets = bind_mesh(&config)?;
         let identity::Obtained { issuer, identity, operator } = identity::obtain(&config, &store).await?;
-        let policy_key = policy_key(&config, operator, &identity)?;
         let documents = glue::believe(&store, &identity)?;
         let reset_key = store.reset_key()?;
         let generation = Generation { number: store.next_generation()?, nonce: rand::random() };
@@ -228,7 +227,8 @@ impl Node {
             drain,
             stop,
         };
-        let started = node.start_api(&config, &info, &metrics, &proxy, (store, policy_key)).await;
+        node.tell_policy();
+        let started = node.start_api(&config, &info, &metrics, &proxy, (store, operator)).await;
         if started.is_err() {
             node.drain.cancel();
         }
@@ -236,9 +236,12 @@ impl Node {
         node.proxy = Mutex::new(Some(proxy));
         let (http, scope) = (&node.api, node.identity.authority().scope().to_string());
         info!(node = %node.name, mesh = %info.mesh_addr, ?http, %generation, scope, "agent is up");
-        let policy = Arc::clone(&node.snapshot.load().policy);
-        info!(intentions = policy.guards().len(), default = %policy.default_action(), "policy is in force");
         Ok(node)
+    }
+
+    fn tell_policy(&self) {
+        let policy = Arc::clone(&self.snapshot.load().policy);
+        info!(intentions = policy.guards().len(), default = %policy.default_action(), "policy is in force");
     }
 
     async fn start_api(
@@ -247,8 +250,9 @@ impl Node {
         info: &NodeInfo,
         metrics: &Metrics,
         proxy: &ProxyHandle,
-        (store, policy_key): (Store, Option<Arc<DocumentKey>>),
+        (store, operator): (Store, Option<Arc<DocumentKey>>),
     ) -> Result<Vec<SocketAddr>, NodeError> {
+        let policy_key = policy_key(config, operator, &self.identity)?;
         let states = proxy.listeners();
         let snapshot = self.snapshot.clone();
         let listeners = move || {

@@ -93,15 +93,7 @@ impl CaDir {
             paths.extend(found);
         }
         paths.retain(|path| path.exists());
-        paths.iter().map(|path| self.entry(path)).collect()
-    }
-
-    fn entry(&self, path: &Path) -> Result<OperatorEntry, PkiError> {
-        let certificate = ca::read_certificate(path)?;
-        let facts = facts_of(&certificate)?;
-        // Listed with what it says, though it may have ended or stand under an older root.
-        let (name, may) = verify::operator_of(&certificate)?;
-        Ok(OperatorEntry { name, may, facts })
+        paths.iter().map(|path| entry(path)).collect()
     }
 
     fn recorded(&self, name: &NodeName) -> PathBuf {
@@ -111,6 +103,14 @@ impl CaDir {
     fn root(&self) -> Result<CertificateDer<'static>, CaError> {
         ca::read_certificate(&self.path().join("root.crt"))
     }
+}
+
+fn entry(path: &Path) -> Result<OperatorEntry, PkiError> {
+    let certificate = ca::read_certificate(path)?;
+    let facts = facts_of(&certificate)?;
+    // Listed with what it says, though it may have ended or stand under an older root.
+    let (name, may) = verify::operator_of(&certificate)?;
+    Ok(OperatorEntry { name, may, facts })
 }
 
 /// Reads an operator's file: key, certificate, root. Only its owner may be able to read it.

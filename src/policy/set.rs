@@ -215,9 +215,10 @@ impl DocumentSet {
         let bytes = document.to_bytes().len();
         let freed = before.map_or(0, |held| held.bytes);
         let is_policy = digest.id.kind.is_policy();
-        let (places, space) = match is_policy {
-            true => (DOCUMENTS_MAX - RESERVED, SET_BYTES_MAX - RESERVED_BYTES),
-            false => (DOCUMENTS_MAX, SET_BYTES_MAX),
+        let (places, space) = if is_policy {
+            (DOCUMENTS_MAX - RESERVED, SET_BYTES_MAX - RESERVED_BYTES)
+        } else {
+            (DOCUMENTS_MAX, SET_BYTES_MAX)
         };
         if (before.is_none() && self.held.len() >= places) || self.bytes - freed + bytes > space {
             return Err(Refused::Full);

@@ -60,12 +60,11 @@ impl Calls {
     pub(super) fn enter(self: &Rc<Self>, peer: Rc<PeerIdentity>, service: ServiceName) -> Ticket {
         let call = Call { peer, service, admitted: Admitted::Nothing, is_cut: false, waker: None };
         let mut places = self.0.borrow_mut();
-        let place = match places.free.pop() {
-            Some(place) => place,
-            None => {
-                places.calls.push(None);
-                places.calls.len() - 1
-            }
+        let place = if let Some(place) = places.free.pop() {
+            place
+        } else {
+            places.calls.push(None);
+            places.calls.len() - 1
         };
         if let Some(slot) = places.calls.get_mut(place) {
             *slot = Some(call);
