@@ -1,7 +1,5 @@
 //! `weft why`: everything that decides over a call, in words.
 
-use std::fmt::Write as _;
-
 use serde_json::Value;
 
 use crate::cli::{CheckArgs, Format, WhyArgs};
@@ -21,111 +19,52 @@ pub(crate) fn why(args: &WhyArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-fn pretty(answer: &Value) -> String {
-    let text = |value: &Value, key: &str| match value.get(key) {
+fn text(value: &Value, key: &str) -> String {
+    match value.get(key) {
         None | Some(Value::Null) => String::new(),
         Some(Value::String(text)) => text.clone(),
         Some(other) => other.to_string(),
-    };
-    let list = |value: &Value, key: &str| value.get(key).and_then(Value::as_array).cloned().unwrap_or_default();
-    let null = Value::Null;
-    let mut out = String::new();
-    let mut line = |text: String| {
-        // Writing to a String cannot fail.
-        let _written = writeln!(out, "{text}");
-    };
-    line(format!("{} -> {}: {}", text(answer, "Source"), text(answer, "Destination"), text(answer, "Verdict")));
+    }
+}
+
+fn list(value: &Value, key: &str) -> Vec<Value> {
+    value.get(key).and_then(Value::as_array).cloned().unwrap_or_default()
+}
+
+fn part<'v>(value: &'v Value, key: &str) -> &'v Value {
+    value.get(key).unwrap_or(&Value::Null)
+}
+
+fn pretty(answer: &Value) -> String {
+    let mut lines =
+        vec![format!("{} -> {}: {}", text(answer, "Source"), text(answer, "Destination"), text(answer, "Verdict"))];
     if let Some(request) = answer.get("Request").filter(|request| request.is_object()) {
-        line(format!("  request: {} {}", text(request, "Method"), text(request, "Path")));
+        lines.push(format!("  request: {} {}", text(request, "Method"), text(request, "Path")));
     }
-    line("\nIntentions, the most exact first:".to_owned());
-    let policy = answer.get("Policy").unwrap_or(&null);
-    let considered = list(policy, "Considered");
-    for one in &considered {
-        let decides = if one.get("Decides") == Some(&Value::Bool(true)) { "decides" } else { "" };
-        let audit = if one.get("Audit") == Some(&Value::Bool(true)) { " (audit)" } else { "" };
-        let says = text(one, "Says") + audit;
-        line(
-            format!(
-                "  {:<24} {:<22} precedence {}  version {} by {}  {decides}",
-                text(one, "Name"),
-                says,
-                text(one, "Precedence"),
-                text(one, "Version"),
-                text(one, "Signer")
-            )
-            .trim_end()
-            .to_owned(),
-        );
-    }
-    let decides = if text(policy, "Rule") == "default" { "  decides" } else { "" };
-    line(format!("  default                  {}{decides}", text(policy, "Default")));
-    for one in list(policy, "Quarantined") {
-        line(format!(
-            "  quarantined: {} version {}: {}",
-            text(&one, "Name"),
-            text(&one, "Version"),
-            text(&one, "Reason")
-        ));
-    }
-    let protocol = text(answer, "Protocol");
-    let protocol = if protocol.is_empty() { String::new() } else { format!(" (protocol {protocol})") };
-    line(format!("\nInstances of {}{protocol}:", text(answer, "Destination")));
-    let rows: Vec<[String; 7]> = list(answer, "Instances")
-        .iter()
-        .map(|one| {
-            let certificate = one.get("Certificate").unwrap_or(&null);
-            let (node, id) = (text(one, "Node"), text(one, "ID"));
-            let next = list(one, "NextOfWorkers").len();
-            let why = match next {
-                0 => text(one, "Why"),
-                _ => format!("{}, next of {next} workers here", text(one, "Why")),
-            };
-            let age = one.get("RecordsAgeSeconds").and_then(Value::as_u64);
-            [
-                node,
-                id,
-                text(one, "Address"),
-                text(one, "Status"),
-                age.map_or_else(String::new, |age| format!("{age}s")),
-                text(certificate, "Ends"),
-                why,
-            ]
-        })
-        .collect();
-    let header = ["Node", "Instance", "Address", "Status", "Records", "Certificate ends", "Why"];
-    table::render(header, &rows).lines().for_each(|row| line(format!("  {row}")));
-    for one in list(answer, "Workers") {
-        for tunnel in list(&one, "Tunnels") {
-            let (worker, peer, ends) = (text(&one, "Worker"), text(&tunnel, "Peer"), text(&tunnel, "Ends"));
-            line(format!("  worker {worker} has a tunnel to {peer}, whose certificate ends {ends}"));
-        }
-        let none = text(&one, "WhyNone");
-        if !none.is_empty() {
-            line(format!("  worker {} picks nobody: {none}", text(&one, "Worker")));
-        }
-    }
-    let here = match answer.get("SourceCertificate").filter(|shown| shown.is_object()) {
-        Some(own) => format!(
-            "caller: {}, until {} (its node's until {})",
+    policy(part(answer, "Policy"), &mut lines);
+    instances(answer, &mut lines);
+    let own = part(answer, "SourceCertificate");
+    lines.push(if own.is_object() {
+        format!(
+            "\ncaller: {}, until {} (its node's until {})",
             text(own, "ID"),
             text(own, "Ends"),
             text(own, "NodeEnds")
-        ),
-        None => format!(
-            "caller: {} is not registered on {}: ask on its own node for its certificate and tunnels",
+        )
+    } else {
+        format!(
+            "\ncaller: {} is not registered on {}: ask on its own node for its certificate and tunnels",
             text(answer, "Source"),
             text(answer, "AskedNode")
-        ),
-    };
-    line(format!("\n{here}"));
-    let data = answer.get("Data").unwrap_or(&null);
+        )
+    });
+    let data = part(answer, "Data");
     let isolated = if data.get("Isolated") == Some(&Value::Bool(true)) {
         "; THIS NODE IS ISOLATED: this is what it last knew"
     } else {
         ""
     };
-    line(format!(
+    lines.push(format!(
         "data of {}: oldest records signed {} s ago, {} intentions, documents {}{isolated}",
         text(answer, "AskedNode"),
         text(data, "OldestRecordsSeconds"),
@@ -134,8 +73,61 @@ fn pretty(answer: &Value) -> String {
     ));
     let change = list(answer, "ToChange");
     if !change.is_empty() {
-        line("\nTo let it pass:".to_owned());
-        change.iter().filter_map(Value::as_str).for_each(|one| line(format!("  - {one}")));
+        lines.push("\nTo let it pass:".to_owned());
+        lines.extend(change.iter().filter_map(Value::as_str).map(|one| format!("  - {one}")));
     }
-    out
+    lines.join("\n") + "\n"
+}
+
+fn policy(policy: &Value, lines: &mut Vec<String>) {
+    lines.push("\nIntentions, the most exact first:".to_owned());
+    for one in list(policy, "Considered") {
+        let decides = if one.get("Decides") == Some(&Value::Bool(true)) { "decides" } else { "" };
+        let audit = if one.get("Audit") == Some(&Value::Bool(true)) { " (audit)" } else { "" };
+        let says = text(&one, "Says") + audit;
+        let line = format!(
+            "  {:<24} {says:<22} precedence {}  version {} by {}  {decides}",
+            text(&one, "Name"),
+            text(&one, "Precedence"),
+            text(&one, "Version"),
+            text(&one, "Signer")
+        );
+        lines.push(line.trim_end().to_owned());
+    }
+    let decides = if text(policy, "Rule") == "default" { "  decides" } else { "" };
+    lines.push(format!("  default                  {}{decides}", text(policy, "Default")));
+    for one in list(policy, "Quarantined") {
+        let (name, version, reason) = (text(&one, "Name"), text(&one, "Version"), text(&one, "Reason"));
+        lines.push(format!("  quarantined: {name} version {version}: {reason}"));
+    }
+}
+
+fn instances(answer: &Value, lines: &mut Vec<String>) {
+    let protocol = text(answer, "Protocol");
+    let protocol = if protocol.is_empty() { String::new() } else { format!(" (protocol {protocol})") };
+    lines.push(format!("\nInstances of {}{protocol}:", text(answer, "Destination")));
+    let row = |one: &Value| {
+        let why = match list(one, "NextOfWorkers").len() {
+            0 => text(one, "Why"),
+            next => format!("{}, next of {next} workers here", text(one, "Why")),
+        };
+        let age = one.get("RecordsAgeSeconds").and_then(Value::as_u64);
+        let age = age.map_or_else(String::new, |age| format!("{age}s"));
+        let [node, id, address, status] = ["Node", "ID", "Address", "Status"].map(|key| text(one, key));
+        [node, id, address, status, age, text(part(one, "Certificate"), "Ends"), why]
+    };
+    let rows: Vec<[String; 7]> = list(answer, "Instances").iter().map(row).collect();
+    let header = ["Node", "Instance", "Address", "Status", "Records", "Certificate ends", "Why"];
+    lines.extend(table::render(header, &rows).lines().map(|row| format!("  {row}")));
+    for one in list(answer, "Workers") {
+        let worker = text(&one, "Worker");
+        for tunnel in list(&one, "Tunnels") {
+            let (peer, ends) = (text(&tunnel, "Peer"), text(&tunnel, "Ends"));
+            lines.push(format!("  worker {worker} has a tunnel to {peer}, whose certificate ends {ends}"));
+        }
+        let none = text(&one, "WhyNone");
+        if !none.is_empty() {
+            lines.push(format!("  worker {worker} picks nobody: {none}"));
+        }
+    }
 }
