@@ -161,23 +161,3 @@ proptest! {
         }
     }
 }
-
-/// Run by hand: `cargo test --lib figures_of_decisions -- --ignored --nocapture`; `cargo bench` has the release build's.
-#[test]
-#[ignore = "prints a figure"]
-fn figures_of_decisions() {
-    const COUNT: u32 = 200_000;
-    let all: Vec<Intention> =
-        (0..1000).map(|at| plain(&format!("s{}", at % 40), &format!("d{}", at / 40), Action::Allow)).collect();
-    let table = table(Action::Deny, &all);
-    let calls: Vec<(ServiceName, ServiceName)> =
-        (0..64).map(|at| (service(&format!("s{}", at % 50)), service(&format!("d{}", at % 30)))).collect();
-    let begun = crate::clock::thread_time();
-    let mut allowed = 0;
-    for (source, destination) in calls.iter().cycle().take(COUNT as usize) {
-        allowed += usize::from(table.of_stream(Some(source), destination, |_, _| {}).is_allowed());
-    }
-    let each = crate::clock::thread_time().saturating_sub(begun) / COUNT;
-    println!("1,000 intentions: {each:?} a decision, {allowed} of {COUNT} allowed");
-    assert!(allowed > 0);
-}
