@@ -41,6 +41,12 @@ pub fn wall_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
 }
 
+/// Reads how long this thread has worked; what a busy host did meanwhile is not counted.
+pub fn thread_time() -> Duration {
+    use nix::time::{ClockId, clock_gettime};
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
+}
+
 /// Reads the monotonic clock: tokio's, so that tests can pause it.
 pub fn now() -> tokio::time::Instant {
     tokio::time::Instant::now()

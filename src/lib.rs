@@ -1,6 +1,7 @@
 #![doc = include_str!("ARCHITECTURE.md")]
 
 pub mod api;
+pub mod authz;
 pub mod catalogue;
 pub mod clock;
 pub mod config;

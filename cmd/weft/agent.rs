@@ -90,6 +90,8 @@ fn inputs(args: &AgentArgs) -> Inputs {
         ("-serve", "serve", &args.serve),
         ("-trust-domain", "trust_domain", &args.trust_domain),
         ("-admin-token-file", "admin_token_file", &args.admin_token_file),
+        ("-default-intention-policy", "default_intention_policy", &args.default_intention_policy),
+        ("-policy-authority", "policy_authority", &args.policy_authority),
         ("-drain-timeout", "drain_timeout", &args.drain_timeout),
         ("-log-level", "log_level", &args.log_level),
         ("-workload-socket", "workload_api.socket", &args.workload_socket),

@@ -50,6 +50,12 @@ impl Client {
         Ok(())
     }
 
+    /// Sends an order to delete.
+    pub(crate) fn delete(&self, path: &str) -> Result<(), Failure> {
+        self.exchange(http::Method::DELETE, path, Bytes::new())?;
+        Ok(())
+    }
+
     /// Sends an order that is answered with JSON.
     pub(crate) fn put_for(&self, path: &str, body: &Value) -> Result<Value, Failure> {
         let answer = self.exchange(http::Method::PUT, path, Bytes::from(body.to_string()))?;

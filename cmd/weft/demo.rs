@@ -225,6 +225,8 @@ fn config(name: &str, ip: Ipv4Addr, dir: &Path, more: Vec<Setting>) -> anyhow::R
         setting("-bind", "bind_addr", ip.to_string()),
         setting("-client", "client_addr", ip.to_string()),
         setting("-data-dir", "data_dir", dir.join(name).display().to_string()),
+        // The demo is about calls that pass.
+        setting("-default-intention-policy", "default_intention_policy", "allow".to_owned()),
         // The demo's agents share one process and end with it.
         setting("-drain-timeout", "drain_timeout", "1s".to_owned()),
     ];

@@ -11,17 +11,22 @@ mod cli;
 mod client;
 mod demo;
 mod failure;
+mod policy;
 mod revoke;
 mod rotate;
 mod table;
 mod verbs;
+mod why;
 
 use std::process::ExitCode;
 
 use clap::Parser as _;
 use weft::pki::OwnRoot;
 
-use crate::cli::{CaVerb, CatalogVerb, Cli, DocumentVerb, IssuerVerb, ServicesVerb, TokenVerb, Verb};
+use crate::cli::{
+    CaVerb, CatalogVerb, Cli, ConfigVerb, DocumentVerb, IntentionVerb, IssuerVerb, OperatorVerb, ServicesVerb,
+    TokenVerb, Verb,
+};
 use crate::failure::Failure;
 
 // 10 % of the request rate against the system's allocator.
@@ -30,6 +35,10 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     let cli = Cli::parse_from(argv::normalize(std::env::args_os()));
+    // The one verb whose exit code is its answer.
+    if let Verb::Intention(IntentionVerb::Check(args)) = &cli.verb {
+        return policy::check_intention(args);
+    }
     match run(&cli.verb) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
@@ -56,6 +65,17 @@ fn run(verb: &Verb) -> Result<(), Failure> {
         Verb::Ca(CaVerb::Rotate { ca, finish: true, force, sign, .. }) => rotate::finish(ca, *force, sign),
         Verb::Ca(CaVerb::Issuer(IssuerVerb::List(args))) => revoke::list_issuers(args),
         Verb::Ca(CaVerb::Issuer(IssuerVerb::Retire { name, ca, sign })) => revoke::retire_issuer(ca, name, sign),
+        Verb::Ca(CaVerb::Operator(OperatorVerb::Create(args))) => policy::create_operator(args),
+        Verb::Ca(CaVerb::Operator(OperatorVerb::List(args))) => policy::list_operators(args),
+        Verb::Ca(CaVerb::Operator(OperatorVerb::Revoke(args))) => policy::revoke_operator(args),
+        Verb::Intention(verb) => intention(verb),
+        Verb::Config(ConfigVerb::Write(args)) => policy::write_config(args),
+        Verb::Config(ConfigVerb::Read(args)) => policy::read_config(args),
+        Verb::Config(ConfigVerb::List(args)) => policy::list_config(args),
+        Verb::Config(ConfigVerb::Delete(args)) => policy::delete_config(args),
+        Verb::Why(args) => why::why(args),
+        Verb::Export(args) => policy::export(args),
+        Verb::Import(args) => policy::import(args),
         Verb::Token(TokenVerb::Create { ca, node, serve, ttl, uses }) => ca::create_token(ca, node, serve, ttl, *uses),
         Verb::Token(TokenVerb::List(args)) => revoke::list_tokens(args),
         Verb::Token(TokenVerb::Revoke { id, ca, sign }) => revoke::revoke_token(ca, id, sign),
@@ -79,5 +99,17 @@ fn run(verb: &Verb) -> Result<(), Failure> {
         Verb::Services(ServicesVerb::Deregister { id, id_flag, client }) => {
             verbs::deregister(id.as_deref().or(id_flag.as_deref()).unwrap_or_default(), client)
         }
+    }
+}
+
+fn intention(verb: &IntentionVerb) -> Result<(), Failure> {
+    match verb {
+        IntentionVerb::Create(args) => policy::create_intention(args),
+        IntentionVerb::Get(args) => policy::get_intention(args),
+        IntentionVerb::List(args) => policy::list_intentions(args),
+        IntentionVerb::Delete(args) => policy::delete_intention(args),
+        IntentionVerb::Match(args) => policy::match_intentions(args),
+        // `main` answers it with its exit code.
+        IntentionVerb::Check(_) => Ok(()),
     }
 }

@@ -229,12 +229,43 @@ fn publish(ca: &Path, target: Target, sign: &SignArgs, done: &str) -> Result<(),
         trust_domain: "unset".parse().context("a fixed name")?,
         signer: SpkiHash([0; 32]),
     };
-    bring_or_write(&sign_with(ca, content)?, sign, done)
+    bring_or_write(&sign_with(ca, content)?, sign.out.as_deref(), &sign.client, done)
+}
+
+/// As [`publish`], signed by the root alone: what only it can take back.
+pub(crate) fn publish_by_root(
+    ca: &Path,
+    name: &str,
+    entries: Vec<Revoked>,
+    ends: UnixSeconds,
+    sign: &SignArgs,
+    done: &str,
+) -> Result<(), Failure> {
+    let root = DocumentKey::load(ca, Signatory::Root).map_err(|err| {
+        Failure::from(err).hint("an operator is taken back by the root alone: use the directory with root.key")
+    })?;
+    let id = DocumentId { kind: DocumentKind::Revocation, name: name.parse()? };
+    let content = Content {
+        version: next_version(&id, sign)?,
+        id,
+        not_before: clock::wall(),
+        not_after: ends.min(root.validity()?.1),
+        body: RevocationBody { entries, reason: sign.reason.clone() }.to_bytes()?,
+        // Both are the key's to say.
+        trust_domain: "unset".parse().context("a fixed name")?,
+        signer: SpkiHash([0; 32]),
+    };
+    bring_or_write(&Document::sign(content, &root)?, sign.out.as_deref(), &sign.client, done)
 }
 
 /// Brings a document to the agent, or writes it to the file of `-out`.
-pub(crate) fn bring_or_write(document: &Document, sign: &SignArgs, done: &str) -> Result<(), Failure> {
-    let Some(path) = &sign.out else { return bring(document, &sign.client, done) };
+pub(crate) fn bring_or_write(
+    document: &Document,
+    out: Option<&Path>,
+    client: &ClientArgs,
+    done: &str,
+) -> Result<(), Failure> {
+    let Some(path) = out else { return bring(document, client, done) };
     let text = STANDARD.encode(document.to_bytes()) + "\n";
     std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
     println!("Wrote {}. Bring it to any agent: weft document apply {}", path.display(), path.display());
@@ -276,7 +307,7 @@ pub(crate) fn next_version(id: &DocumentId, sign: &SignArgs) -> Result<u64, Fail
 
 /// Brings a document to the agent and says how far it has spread.
 #[expect(clippy::disallowed_methods, reason = "tells people how long it took")]
-fn bring(document: &Document, client: &ClientArgs, done: &str) -> Result<(), Failure> {
+pub(crate) fn bring(document: &Document, client: &ClientArgs, done: &str) -> Result<(), Failure> {
     let begun = std::time::Instant::now();
     let body = json!({ "Document": STANDARD.encode(document.to_bytes()) });
     let answer = Client::new(client)?.put_for("/v1/mesh/document", &body)?;
@@ -296,7 +327,7 @@ fn bring(document: &Document, client: &ClientArgs, done: &str) -> Result<(), Fai
     Ok(())
 }
 
-fn documents(client: &ClientArgs) -> Result<Vec<Value>, Failure> {
+pub(crate) fn documents(client: &ClientArgs) -> Result<Vec<Value>, Failure> {
     let answer = Client::new(client)?.get("/v1/mesh/documents")?;
     Ok(answer.get("Documents").and_then(Value::as_array).cloned().unwrap_or_default())
 }
@@ -306,7 +337,7 @@ pub(crate) fn certificates(client: &ClientArgs) -> Result<Vec<Value>, Failure> {
     Ok(answer.as_array().cloned().unwrap_or_default())
 }
 
-fn says(document: &Value) -> Vec<String> {
+pub(crate) fn says(document: &Value) -> Vec<String> {
     let says = document.get("Says").and_then(Value::as_array);
     says.into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect()
 }

@@ -31,7 +31,7 @@ pub(crate) fn rotate(ca: &Path, own: Option<OwnRoot<'_>>, sign: &SignArgs) -> Re
         body: link.to_bytes()?,
     };
     let document = Document::sign(content, &rotation.old)?;
-    bring_or_write(&document, sign, &format!("Announced root {}", rotation.number))?;
+    bring_or_write(&document, sign.out.as_deref(), &sign.client, &format!("Announced root {}", rotation.number))?;
     let kept = dir.commit_rotation()?;
     println!(
         "{} holds the new root, until {}; the old one is in {}.",
@@ -82,7 +82,7 @@ pub(crate) fn finish(ca: &Path, force: bool, sign: &SignArgs) -> Result<(), Fail
         signer: SpkiHash([0; 32]),
         body: body.to_bytes()?,
     };
-    bring_or_write(&Document::sign(content, &root)?, sign, "Took the old root back")
+    bring_or_write(&Document::sign(content, &root)?, sign.out.as_deref(), &sign.client, "Took the old root back")
 }
 
 /// Replaced by the key's own when the document is signed.

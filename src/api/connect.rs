@@ -83,11 +83,12 @@ pub(super) async fn authorize(call: Call) -> Result<Reply, Refusal> {
     if target.is_empty() || uri.is_empty() {
         return Err(Refusal::bad("Target and ClientCertURI must be given"));
     }
-    let (authorized, reason) = decide(&call, uri);
+    let target: ServiceName = target.parse().map_err(|error| Refusal::bad(format!("Invalid Target: {error}")))?;
+    let (authorized, reason) = decide(&call, uri, &target);
     Reply::json(&call, &json!({"Authorized": authorized, "Reason": reason}))
 }
 
-fn decide(call: &Call, uri: &str) -> (bool, String) {
+fn decide(call: &Call, uri: &str, target: &ServiceName) -> (bool, String) {
     let (bundle, _) = call.shared.authority.bundle();
     let Ok(id) = uri.parse::<SpiffeId>() else {
         return (false, "the caller's URI is no SPIFFE id of weft's".to_owned());
@@ -103,7 +104,14 @@ fn decide(call: &Call, uri: &str) -> (bool, String) {
     if let Some(until) = bundle.revoked.node_until(node) {
         return (false, format!("certificates of node `{node}` up to {} are revoked", rfc3339(until)));
     }
-    (true, "there are no intentions yet: every verified service of the trust domain may call".to_owned())
+    let snapshot = call.shared.snapshot.load();
+    let decision = snapshot.policy.of_stream(id.service(), target, |_, _| {});
+    let source = id.service().map_or("a node", ServiceName::as_str);
+    let by = match decision.by {
+        Some(guard) => format!("intention {} (precedence {})", guard.name(), guard.intention().precedence()),
+        None => "the default, for no intention is about it".to_owned(),
+    };
+    (decision.is_allowed(), format!("{source} -> {target}: {} by {by}", decision.action))
 }
 
 fn pem(label: &str, der: &[u8]) -> String {

@@ -12,9 +12,11 @@ use serde_json::{Value, json};
 use super::TokenUse;
 use super::call::{Call, Refusal, Reply};
 use super::mesh::rfc3339;
-use crate::gossip::{DocumentView, NodeCertificates, OfferError};
+use super::write::in_effect;
+use crate::authz;
+use crate::gossip::{DocumentBody, DocumentView, NodeCertificates, OfferError};
 use crate::pki::CertificateFacts;
-use crate::policy::{DocumentDigest, Offered, Refused};
+use crate::policy::{DocumentDigest, DocumentKind, Offered, Refused};
 
 /// `PUT /v1/mesh/document`: the body is `{"Document": "<base64>"}`.
 pub(super) async fn offer(call: Call) -> Result<Reply, Refusal> {
@@ -22,7 +24,12 @@ pub(super) async fn offer(call: Call) -> Result<Reply, Refusal> {
     let text = body.get("Document").and_then(Value::as_str);
     let text = text.ok_or_else(|| Refusal::bad("the body must be {\"Document\": \"<base64>\"}"))?;
     let bytes = STANDARD.decode(text.trim()).map_err(|_| Refusal::bad("Document is not base64"))?;
+    let before = call.shared.snapshot.load().policy_index;
     let spread = call.shared.membership.offer(bytes).await?;
+    let DocumentDigest { id, version, .. } = &spread.digest;
+    if id.kind == DocumentKind::Intention && spread.offered == Offered::Stored {
+        in_effect(&call.shared, id.name.as_str(), *version, before).await;
+    }
     let mut answer = digest(&spread.digest);
     let outcome = match spread.offered {
         Offered::Stored => "stored",
@@ -36,8 +43,26 @@ pub(super) async fn offer(call: Call) -> Result<Reply, Refusal> {
 /// `GET /v1/mesh/documents`
 pub(super) async fn list(call: Call) -> Result<Reply, Refusal> {
     let view = call.shared.membership.documents();
-    let documents: Vec<Value> = view.documents.iter().map(document).collect();
+    let documents: Vec<Value> = view.documents.iter().map(|view| document(view)).collect();
     Reply::json(&call, &json!({"SetHash": format!("{:016x}", view.set_hash), "Documents": documents}))
+}
+
+/// `GET /v1/mesh/export`: every document, in words and as it travels.
+pub(super) async fn export(call: Call) -> Result<Reply, Refusal> {
+    let view = call.shared.membership.documents();
+    let shape = |view: &Arc<DocumentView>| {
+        let mut shape = document(view);
+        let body = match &view.body {
+            DocumentBody::Intention(Some(intention)) => authz::to_json(intention, view.digest.version),
+            DocumentBody::Config(Some(entry)) => entry.clone(),
+            DocumentBody::Intention(None) | DocumentBody::Config(None) | DocumentBody::Trust => Value::Null,
+        };
+        merge(&mut shape, json!({"Body": body, "Document": STANDARD.encode(&view.bytes)}));
+        shape
+    };
+    let documents: Vec<Value> = view.documents.iter().map(shape).collect();
+    let trust_domain = call.shared.authority.bundle().0.trust_domain.to_string();
+    Reply::json(&call, &json!({"TrustDomain": trust_domain, "Documents": documents}))
 }
 
 /// `GET /v1/mesh/certificates`
@@ -67,6 +92,7 @@ fn document(view: &DocumentView) -> Value {
         "SignerKey": view.signer_key,
         "NotBefore": rfc3339(view.not_before),
         "NotAfter": rfc3339(view.not_after),
+        "NotAfterUnix": view.not_after.0,
         "Says": view.says,
         "Reason": view.reason,
         "Fork": view.is_forked,

@@ -18,7 +18,7 @@ use super::index::ListIndexes;
 use super::meter::Meter;
 use super::seam::{GossipOrder, Membership, Registry, RegistryOrder};
 use super::{AdminToken, ApiConfig, CertificateFacts, ListenerState, NodeFacts, Shared, guard, routes};
-use crate::catalogue::{Instance, LocalView, NodeEntry, Publisher, ServiceEntry, Snapshot};
+use crate::catalogue::{Instance, NodeEntry, Publisher, ServiceEntry, Snapshot};
 use crate::clock::{self, UnixSeconds};
 use crate::gossip::{DocumentsView, GossipError, MemberView, Members, NodeCertificates, OfferError, Spread};
 use crate::metrics::Metrics;
@@ -149,6 +149,9 @@ impl Bench {
             certificates: Arc::new(certificates),
             authority: Arc::<Identity>::clone(&identity),
             token_uses: Arc::new(|| Ok(Vec::new())),
+            policy_key: None,
+            policy_writes: tokio::sync::Mutex::new(()),
+            inspect: Arc::new(|_, _| Box::pin(async { Vec::new() })),
             listeners: Arc::new(|| {
                 let text = str::to_owned;
                 vec![ListenerState { bind: text("127.0.0.1:9191"), destination: text("db"), state: text("listening") }]
@@ -320,8 +323,7 @@ pub(super) fn snapshot() -> Snapshot {
         local_node: "n1".parse().unwrap(),
         nodes: nodes.iter().map(|node| (node.info.name.clone(), Arc::clone(node))).collect(),
         services: BTreeMap::from([(web.name.clone(), Arc::new(web))]),
-        gone_services: BTreeMap::new(),
-        local: Arc::new(LocalView::default()),
+        ..Snapshot::empty("n1".parse().unwrap())
     }
 }
 

@@ -137,7 +137,7 @@ async fn mesh_info_tells_what_weft_info_prints() {
         "MeshAddress": "10.0.0.1:8301", "Workers": 2,
         "UpstreamListeners": [{"Bind": "127.0.0.1:9191", "Destination": "db", "State": "listening"}],
         "Members": {"Alive": 2, "Known": 3}, "Isolated": false, "Clock": null,
-        "Intentions": "none yet: every verified service of the trust domain may call"});
+        "Policy": {"Intentions": 0, "Default": "allow", "Quarantined": [], "Forks": 0, "SignsForClients": false}});
     assert_eq!(Bench::new().get("/v1/mesh/info").await.json(), want);
 }
 
@@ -359,7 +359,7 @@ async fn membership_orders_reach_gossip_and_leave_stops_the_node() {
 async fn what_is_no_endpoint_is_refused_with_its_reason() {
     let bench = Bench::new();
     let unknown = "Invalid URL path: not a recognized HTTP API endpoint";
-    refused(&bench.get("/v1/connect/intentions").await, 404, unknown);
+    refused(&bench.get("/v1/connect/nonsense").await, 404, unknown);
     refused(&bench.get("/v1/catalog/nodes/").await, 404, unknown);
     refused(&bench.get("/v1/acl/tokens").await, 401, "ACL support disabled");
     for path in ["/v1/kv/a", "/v1/session/create", "/v1/txn", "/v1/snapshot", "/v1/operator/raft/configuration"] {
@@ -369,6 +369,28 @@ async fn what_is_no_endpoint_is_refused_with_its_reason() {
     }
     let text = "Unknown service ID \"x\". Ensure that the service ID is passed, not the service name.";
     refused(&bench.get("/v1/agent/service/x").await, 404, text);
+}
+
+#[tokio::test]
+async fn policy_is_read_by_everybody_and_written_only_where_an_operator_s_key_is() {
+    let bench = Bench::new();
+    assert_eq!(bench.get("/v1/connect/intentions").await.json(), json!([]));
+    let exact = "/v1/connect/intentions/exact?source=web&destination=db";
+    refused(&bench.get(exact).await, 404, "Intention not found");
+    let answer = bench.put(exact, r#"{"Action":"allow"}"#).await;
+    assert_eq!(answer.status, StatusCode::FORBIDDEN);
+    assert!(answer.text.contains("WEFT_OPERATOR") && answer.text.contains("policy_authority"), "{}", answer.text);
+    assert_eq!(bench.put(exact, r#"{"Action":"allow","Colour":1}"#).await.status, StatusCode::BAD_REQUEST);
+    let check = bench.get("/v1/connect/intentions/check?source=web&destination=db").await.json();
+    assert_eq!(check, json!({"Allowed": true, "Rule": "default"}));
+    assert_eq!(bench.get("/v1/connect/intentions/match?by=all&name=db").await.status, StatusCode::BAD_REQUEST);
+    let why = bench.get("/v1/mesh/why?source=shop&destination=web&path=/a").await.json();
+    assert_eq!((&why["Allowed"], &why["Policy"]["Rule"]), (&json!(true), &json!("default")));
+    let instances: Vec<&serde_json::Value> =
+        why["Instances"].as_array().unwrap().iter().map(|one| &one["Why"]).collect();
+    assert_eq!(instances, [&json!("takes calls"), &json!("takes calls")]);
+    assert_eq!(bench.get("/v1/config/nonsense").await.status, StatusCode::BAD_REQUEST);
+    assert_eq!(bench.get("/v1/config/service-defaults").await.json(), json!([]));
 }
 
 #[tokio::test]

@@ -1,5 +1,7 @@
 //! `/v1/mesh/…`: weft's own endpoints.
 
+use std::sync::Arc;
+
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 
@@ -7,9 +9,6 @@ use super::call::{Call, Refusal, Reply};
 use crate::clock::{self, UnixSeconds};
 use crate::gossip::MemberView;
 use crate::model::MemberStatus;
-
-/// What stands where intentions will: no intention exists yet.
-const INTENTIONS: &str = "none yet: every verified service of the trust domain may call";
 
 /// `GET /v1/mesh/info`: what `weft info` prints.
 pub(super) async fn info(call: Call) -> Result<Reply, Refusal> {
@@ -26,6 +25,8 @@ pub(super) async fn info(call: Call) -> Result<Reply, Refusal> {
         Value::Null,
         |skew| json!({"SkewSeconds": skew.median_seconds, "LargestSeconds": skew.max_seconds, "Peers": skew.peers}),
     );
+    let policy = Arc::clone(&shared.snapshot.load().policy);
+    let forks = shared.membership.documents().documents.iter().filter(|view| view.is_forked).count();
     let info = json!({
         "Node": shared.node.name,
         "NodeID": shared.node.id,
@@ -44,7 +45,13 @@ pub(super) async fn info(call: Call) -> Result<Reply, Refusal> {
         "Members": {"Alive": alive, "Known": members.members.len()},
         "Isolated": members.isolated,
         "Clock": clock,
-        "Intentions": INTENTIONS,
+        "Policy": {
+            "Intentions": policy.guards().len(),
+            "Default": policy.default_action().as_str(),
+            "Quarantined": policy.quarantined().iter().map(|one| format!("{} version {}: {}", one.name, one.version, one.reason)).collect::<Vec<_>>(),
+            "Forks": forks,
+            "SignsForClients": shared.policy_key.is_some(),
+        },
     });
     Reply::json(&call, &info)
 }

@@ -19,9 +19,11 @@ mod catalog;
 mod check;
 mod connect;
 mod documents;
+mod entry;
 mod guard;
 mod health;
 mod index;
+mod intention;
 mod mesh;
 mod meter;
 mod query;
@@ -30,6 +32,8 @@ mod seam;
 mod serve;
 mod shape;
 mod status;
+mod why;
+mod write;
 
 #[cfg(test)]
 mod fake;
@@ -48,11 +52,12 @@ use crate::clock::UnixSeconds;
 use crate::gossip::GossipHandle;
 use crate::metrics::Metrics;
 use crate::model::NodeName;
-use crate::pki::Identity;
+use crate::pki::{DocumentKey, Identity};
 use crate::registry::RegistryHandle;
 use crate::supervise::Tasks;
 
 pub use guard::AdminToken;
+pub use why::{Inspect, WorkerView};
 
 use index::ListIndexes;
 use meter::Meter;
@@ -143,6 +148,10 @@ pub struct ApiParams<'a> {
     pub listeners: Listeners,
     /// The uses of tokens.
     pub token_uses: TokenUses,
+    /// Signs policy for clients; none: they are told to sign themselves.
+    pub policy_key: Option<Arc<DocumentKey>>,
+    /// Asks the data plane for `weft why`.
+    pub inspect: Inspect,
     /// Cancelled by `PUT /v1/agent/leave`: the node then leaves and stops.
     pub shutdown: CancellationToken,
     /// Where its tasks run.
@@ -195,6 +204,7 @@ impl Api {
     pub async fn start(params: ApiParams<'_>) -> Result<Vec<SocketAddr>, ApiError> {
         let ApiParams { config, registry, gossip, snapshot, identity, metrics, node, listeners, token_uses, .. } =
             params;
+        let (policy_key, inspect) = (params.policy_key, params.inspect);
         let listening = serve::bind(&config).await?;
         let authority: Arc<dyn Authority> = Arc::<Identity>::clone(&identity);
         let certificates: Certificates = Arc::new(move || CertificateFacts::read(&identity));
@@ -208,6 +218,9 @@ impl Api {
             authority,
             listeners,
             token_uses,
+            policy_key,
+            policy_writes: tokio::sync::Mutex::new(()),
+            inspect,
             meter: Meter::new(&metrics).map_err(ApiError::Metrics)?,
             metrics,
             node,
@@ -240,6 +253,10 @@ struct Shared {
     authority: Arc<dyn Authority>,
     listeners: Listeners,
     token_uses: TokenUses,
+    policy_key: Option<Arc<DocumentKey>>,
+    /// Held while a client's policy is signed and spread.
+    policy_writes: tokio::sync::Mutex<()>,
+    inspect: Inspect,
     meter: Meter,
     metrics: Metrics,
     node: NodeFacts,

@@ -15,7 +15,9 @@ use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use super::call::{Call, Handler, Refusal, Reply, TEXT};
 use super::guard::Arrival;
 use super::query::Query;
-use super::{BODY_BYTES_MAX, Shared, agent, catalog, check, connect, documents, health, mesh, status};
+use super::{
+    BODY_BYTES_MAX, Shared, agent, catalog, check, connect, documents, entry, health, intention, mesh, status, why,
+};
 use crate::clock;
 
 /// A client has so long to send its body: 1 MiB over the slowest link that is worth waiting for.
@@ -60,7 +62,17 @@ pub(super) const ROUTES: &[Route] = &[
     route!(GET "/v1/agent/connect/ca/roots" connect::roots),
     route!(GET "/v1/agent/connect/ca/leaf/{service}" connect::leaf),
     route!(POST "/v1/agent/connect/authorize" connect::authorize),
+    route!(PUT "/v1/agent/connect/authorize" connect::authorize),
     route!(GET "/v1/connect/ca/roots" connect::roots),
+    route!(GET "/v1/connect/intentions" intention::list),
+    route!(GET "/v1/connect/intentions/exact" intention::read),
+    route!(PUT "/v1/connect/intentions/exact" intention::put),
+    route!(DELETE "/v1/connect/intentions/exact" intention::delete),
+    route!(GET "/v1/connect/intentions/match" intention::matching),
+    route!(GET "/v1/connect/intentions/check" intention::check),
+    route!(PUT "/v1/config" entry::put),
+    route!(GET "/v1/config/{*entry}" entry::read),
+    route!(DELETE "/v1/config/{*entry}" entry::delete),
     route!(GET "/v1/catalog/datacenters" catalog::datacenters),
     route!(GET "/v1/catalog/nodes" catalog::nodes),
     route!(GET "/v1/catalog/services" catalog::services),
@@ -75,6 +87,8 @@ pub(super) const ROUTES: &[Route] = &[
     route!(GET "/v1/mesh/members" mesh::members),
     route!(GET "/v1/mesh/documents" documents::list),
     route!(PUT "/v1/mesh/document" documents::offer),
+    route!(GET "/v1/mesh/export" documents::export),
+    route!(GET "/v1/mesh/why" why::why),
     route!(GET "/v1/mesh/certificates" documents::certificates),
     route!(GET "/v1/mesh/tokens" documents::tokens),
 ];

@@ -14,6 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::{Instance, LocalView, NodeEntry, ServiceEntry, Snapshot};
+use crate::authz::{Action, Table};
 use crate::model::{CheckRecord, HealthStatus, InstanceId, MemberStatus, NodeName, ServiceName};
 use crate::replica::NodeState;
 
@@ -33,6 +34,8 @@ pub struct Builder {
     services: BTreeMap<ServiceName, Arc<ServiceEntry>>,
     gone_services: BTreeMap<ServiceName, u64>,
     view: Arc<LocalView>,
+    policy: Arc<Table>,
+    policy_index: u64,
     touched: BTreeSet<ServiceName>,
     is_changed: bool,
 }
@@ -49,6 +52,8 @@ impl Builder {
             services: BTreeMap::new(),
             gone_services: BTreeMap::new(),
             view: Arc::default(),
+            policy: Arc::new(Table::empty(Action::Allow)),
+            policy_index: first_index.max(1),
             touched: BTreeSet::new(),
             is_changed: false,
         }
@@ -74,6 +79,13 @@ impl Builder {
         }
     }
 
+    /// Takes over who may call whom.
+    pub fn set_policy(&mut self, policy: Arc<Table>) {
+        self.policy = policy;
+        self.policy_index = self.index;
+        self.is_changed = true;
+    }
+
     /// Returns the next snapshot; none if nothing changed since the last one.
     pub fn build(&mut self) -> Option<Arc<Snapshot>> {
         if !std::mem::take(&mut self.is_changed) {
@@ -91,6 +103,8 @@ impl Builder {
             services: self.services.clone(),
             gone_services: self.gone_services.clone(),
             local: Arc::clone(&self.view),
+            policy: Arc::clone(&self.policy),
+            policy_index: self.policy_index,
         }))
     }
 

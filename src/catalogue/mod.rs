@@ -1,7 +1,8 @@
 //! The derived, immutable view of the mesh that the data plane and the API read.
 //!
 //! ```text
-//!   replica (who published what) + membership (who is alive) + registry (what is local) -> Builder -> Arc<Snapshot>
+//!   replica (who published what) + membership (who is alive) + registry (what is local) + intentions
+//!                                                                        -> Builder -> Arc<Snapshot>
 //! ```
 //!
 //! Invariants: a snapshot never changes; instances stand in order of (node, instance id); `index` grows with each
@@ -18,6 +19,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
 pub use self::builder::Builder;
+use crate::authz::{Action, Table};
 use crate::model::{
     CheckRecord, Generation, HealthStatus, InstanceId, MemberStatus, NodeInfo, NodeName, Protocol, ServiceName,
     ServiceRecord,
@@ -38,10 +40,14 @@ pub struct Snapshot {
     pub gone_services: BTreeMap<ServiceName, u64>,
     /// What the data plane serves on this host.
     pub local: Arc<LocalView>,
+    /// Who may call whom.
+    pub policy: Arc<Table>,
+    /// Index of the last change to `policy`.
+    pub policy_index: u64,
 }
 
 impl Snapshot {
-    /// Returns the snapshot of a node that knows nothing yet.
+    /// Returns the snapshot of a node that knows nothing yet; everybody may call.
     pub fn empty(local_node: NodeName) -> Self {
         Self {
             index: 1,
@@ -50,6 +56,8 @@ impl Snapshot {
             services: BTreeMap::new(),
             gone_services: BTreeMap::new(),
             local: Arc::new(LocalView::default()),
+            policy: Arc::new(Table::empty(Action::Allow)),
+            policy_index: 1,
         }
     }
 }

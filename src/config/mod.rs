@@ -31,6 +31,7 @@ pub use host::Host;
 pub use problem::{ConfigError, Problem, Source, Warning};
 pub use raw::Setting;
 
+use crate::authz::Action;
 use crate::model::{NodeName, ServeScope, TrustDomain};
 use crate::registry::{CheckDefinition, ServiceDefinition};
 use crate::telemetry::{Filter, LogFormat};
@@ -100,6 +101,10 @@ pub struct Config {
     pub workers: NonZeroUsize,
     /// The API's token; none: loopback clients need none.
     pub admin_token: Option<Secret>,
+    /// What is decided of calls that no intention is about: deny, and allow with `-dev`.
+    pub default_policy: Action,
+    /// Where this agent has the right to sign policy for clients of its API from.
+    pub policy_authority: PolicyAuthority,
     /// Whether a termination signal leaves the mesh.
     pub on_terminate: OnTerminate,
     /// How long open streams may finish at a stop.
@@ -150,6 +155,17 @@ pub enum IdentitySource {
     Token(Secret),
     /// The data directory holds the identity of an earlier start.
     Stored,
+}
+
+/// By whose right an agent signs policy for clients of its API.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PolicyAuthority {
+    /// It signs nothing: operators sign on their own hosts.
+    None,
+    /// By that of the operator whose file this is (`weft ca operator create`).
+    File(PathBuf),
+    /// By that of the operator of its own CA in memory (`-dev`).
+    Dev,
 }
 
 /// What a termination signal does beside draining.

@@ -11,9 +11,10 @@ use super::raw::{Given, Raw};
 use super::{
     ADMIN_TOKEN_BYTES_MIN, Config, ConfigError, DATACENTER_DEFAULT, DRAIN_TIMEOUT_DEFAULT, DRAIN_TIMEOUT_MAX,
     HTTP_PORT_DEFAULT, Host, IdentitySource, JOIN_MAX, MESH_PORT_DEFAULT, Mode, NODE_META_KEY_BYTES_MAX, NODE_META_MAX,
-    NODE_META_VALUE_BYTES_MAX, OnTerminate, Problem, RECONNECT_TIMEOUT_DEFAULT, RECONNECT_TIMEOUT_MAX,
+    NODE_META_VALUE_BYTES_MAX, OnTerminate, PolicyAuthority, Problem, RECONNECT_TIMEOUT_DEFAULT, RECONNECT_TIMEOUT_MAX,
     RECONNECT_TIMEOUT_MIN, SHARED_HTTP_PORT_DEFAULT, Secret, Storage, TRUST_DOMAIN_DEV, WORKERS_MAX,
 };
+use crate::authz::Action;
 use crate::model::{NodeName, ServeScope, TrustDomain};
 use crate::registry::definition::{DefinitionDefaults, check_from_json, service_from_json};
 use crate::registry::{CheckDefinition, ServiceDefinition};
@@ -56,6 +57,8 @@ pub(super) fn dev(node: NodeName, ip: IpAddr) -> Config {
         node_meta: BTreeMap::new(),
         workers: default_workers(std::thread::available_parallelism().map_or(1, NonZeroUsize::get)),
         admin_token: None,
+        default_policy: Action::Allow,
+        policy_authority: PolicyAuthority::Dev,
         on_terminate: OnTerminate::Leave,
         drain_timeout: DRAIN_TIMEOUT_DEFAULT,
         reconnect_timeout: RECONNECT_TIMEOUT_DEFAULT,
@@ -107,6 +110,8 @@ impl Resolver<'_> {
         let trust_domain = self.trust_domain();
         let identity = self.identity(&join, trust_domain.as_ref());
         let admin_token = self.admin_token(addresses.http);
+        let default_policy = self.default_policy();
+        let policy_authority = self.policy_authority(admin_token.is_some());
         let node_meta = self.node_meta();
         let workers = self.workers();
         let drain_timeout = self.drain_timeout();
@@ -132,6 +137,8 @@ impl Resolver<'_> {
             node_meta,
             workers,
             admin_token,
+            default_policy,
+            policy_authority,
             on_terminate: if leaves { OnTerminate::Leave } else { OnTerminate::Stay },
             drain_timeout,
             reconnect_timeout,
@@ -400,6 +407,42 @@ impl Resolver<'_> {
             );
         }
         token
+    }
+
+    fn default_policy(&mut self) -> Action {
+        let by_mode = if self.mode == Mode::Dev { Action::Allow } else { Action::Deny };
+        let Some(given) = self.raw.default_intention_policy.clone() else { return by_mode };
+        match given.value.as_str() {
+            "allow" => Action::Allow,
+            "deny" => Action::Deny,
+            _ => {
+                self.refuse(&given, "must be \"allow\" or \"deny\"");
+                by_mode
+            }
+        }
+    }
+
+    fn policy_authority(&mut self, has_admin_token: bool) -> PolicyAuthority {
+        match (self.raw.policy_authority.clone(), self.mode) {
+            (Some(given), Mode::Dev) => {
+                self.refuse(&given, "must not be set with -dev, which signs with its own CA in memory");
+                PolicyAuthority::Dev
+            }
+            (None, Mode::Dev) => PolicyAuthority::Dev,
+            (None, Mode::Durable) => PolicyAuthority::None,
+            (Some(given), Mode::Durable) => {
+                if !has_admin_token {
+                    self.refuse(
+                        &given,
+                        "needs an admin token, or every program on this host could write policy: set admin_token_file too",
+                    );
+                }
+                if !Path::new(&given.value).is_file() {
+                    self.refuse(&given, "must be a file that `weft ca operator create` made");
+                }
+                PolicyAuthority::File(PathBuf::from(given.value))
+            }
+        }
     }
 
     fn node_meta(&mut self) -> BTreeMap<String, String> {

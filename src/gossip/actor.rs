@@ -3,7 +3,7 @@
 mod events;
 mod evidence;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -27,8 +27,9 @@ use super::metrics::GossipMetrics;
 use super::targets::{self, DialError, Outcome, Thorough};
 use super::trust::{Signer, Verifier};
 use super::{Command, GossipError, GossipParams, Members, PeerStore, Prune};
+use crate::authz::Table;
 use crate::catalogue::builder::Builder;
-use crate::catalogue::{LocalView, Publisher, Snapshot, SnapshotReader};
+use crate::catalogue::{Publisher, Snapshot, SnapshotReader};
 use crate::clock;
 use crate::membership::{ForceLeaveError, MeshId, PACKET_BYTES_MAX, Profile};
 use crate::model::{NodeName, SpiffeId};
@@ -97,6 +98,7 @@ enum Event {
     Publication,
     /// Hosts that are said to refuse packets of the mesh port.
     Refused(Vec<SocketAddr>),
+    Policy,
     Wake,
 }
 
@@ -111,6 +113,8 @@ pub(super) struct Actor {
     identity: Arc<Identity>,
     publication: watch::Receiver<Arc<Publication>>,
     has_publication_ended: bool,
+    policy: watch::Receiver<Arc<Table>>,
+    has_policy_ended: bool,
     commands: mpsc::Receiver<Command>,
     incoming: mpsc::Receiver<Accepted>,
     inputs: mpsc::Receiver<Input>,
@@ -153,6 +157,7 @@ impl Actor {
         params: GossipParams,
         commands: mpsc::Receiver<Command>,
         documents: mpsc::Sender<documents::Order>,
+        policy: watch::Receiver<Arc<Table>>,
         metrics: GossipMetrics,
     ) -> (Self, watch::Receiver<Arc<Members>>, SnapshotReader) {
         let now = clock::now();
@@ -183,6 +188,8 @@ impl Actor {
             identity: params.identity,
             publication: params.publication,
             has_publication_ended: false,
+            policy,
+            has_policy_ended: false,
             commands,
             incoming: params.incoming,
             inputs,
@@ -201,6 +208,7 @@ impl Actor {
             documents,
         };
         actor.builder.set_local(publication.view.clone());
+        actor.take_policy();
         actor.settle(now);
         let reader = actor.publisher.reader();
         (actor, members_reader, reader)
@@ -257,6 +265,10 @@ impl Actor {
                 Event::Publication
             }
             addrs = self.refusals.next(&mut self.refused_until) => Event::Refused(addrs),
+            changed = self.policy.changed(), if !self.has_policy_ended => {
+                self.has_policy_ended = changed.is_err();
+                Event::Policy
+            }
             () = tokio::time::sleep_until(wake) => Event::Wake,
         }
     }
@@ -273,9 +285,16 @@ impl Actor {
                 self.turn(now, |engine, turn| engine.handle_records(publication.records.clone(), turn));
             }
             Event::Refused(addrs) => addrs.into_iter().for_each(|addr| self.refusal_heard(addr, now)),
+            Event::Policy => self.take_policy(),
             // What is due runs afterwards.
             Event::Stop | Event::Wake => {}
         }
+    }
+
+    /// Publishes the newest table of intentions with the next snapshot.
+    fn take_policy(&mut self) {
+        let table = Arc::clone(&self.policy.borrow_and_update());
+        self.builder.set_policy(table);
     }
 
     /// Hands over what has arrived: it counts before anybody is taken for silent. One queue's length at most.
@@ -550,14 +569,7 @@ fn answer<T>(reply: oneshot::Sender<T>, value: T) {
 }
 
 fn empty_snapshot(local_node: NodeName, index: u64) -> Snapshot {
-    Snapshot {
-        index,
-        local_node,
-        nodes: BTreeMap::new(),
-        services: BTreeMap::new(),
-        gone_services: BTreeMap::new(),
-        local: Arc::new(LocalView::default()),
-    }
+    Snapshot { index, ..Snapshot::empty(local_node) }
 }
 
 async fn send_on_stream(connection: &Connection, packet: &[u8]) -> Result<(), ExchangeError> {

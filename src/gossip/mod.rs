@@ -24,6 +24,7 @@ pub mod engine;
 mod exchange;
 mod links;
 mod metrics;
+mod policy;
 mod pulse;
 mod targets;
 #[cfg(test)]
@@ -42,10 +43,11 @@ use tokio_util::sync::CancellationToken;
 #[cfg(any(test, fuzzing))]
 pub(crate) use self::documents::fuzz_documents;
 pub use self::documents::{
-    ClockSkew, DocumentStore, DocumentView, DocumentsHandle, DocumentsParams, DocumentsView, OfferError, OnTrust,
-    Spread,
+    ClockSkew, DocumentBody, DocumentStore, DocumentView, DocumentsHandle, DocumentsParams, DocumentsView, OfferError,
+    OnTrust, Spread,
 };
 use crate::catalogue::SnapshotReader;
+use crate::clock::UnixSeconds;
 use crate::metrics::Metrics;
 use crate::model::{Generation, MemberStatus, NodeInfo, NodeName};
 use crate::pki::{CertificateFacts, Identity, SpkiHash};
@@ -102,6 +104,8 @@ pub struct NodeCertificates {
     pub issuer: CertificateFacts,
     /// The root's that certifies the issuer, if it is believed here.
     pub root: Option<SpkiHash>,
+    /// When its records end, unless it signs them anew: an hour after it last did.
+    pub lease_ends: UnixSeconds,
 }
 
 /// Why an order to gossip failed.
@@ -200,11 +204,17 @@ impl Gossip {
             interval: params.sync_interval,
             stop: params.stop.clone(),
         };
-        let (actor, members, reader) = actor::Actor::new(params, received, orders.0.clone(), gossip_metrics);
+        let stop = params.stop.clone();
+        let mut compiler = policy::Compiler::new(documents.default_policy, metrics).map_err(StartError::Metrics)?;
+        // The data plane begins with what is on disk: nothing passes that was denied before the restart.
+        let first = compiler.table(&documents::views(&documents.set));
+        let (tables, table) = watch::channel(Arc::new(first));
+        let (actor, members, reader) = actor::Actor::new(params, received, orders.0.clone(), table, gossip_metrics);
         let task = documents::Task::new(documents, around, members.clone(), orders, metrics);
         let (task, documents) = task.map_err(StartError::Metrics)?;
         tasks.spawn("gossip", actor.run());
         tasks.spawn("documents", task.run());
+        tasks.spawn("policy", policy::run(compiler, documents.view.clone(), tables, stop));
         Ok((GossipHandle { commands, members, documents }, reader))
     }
 }

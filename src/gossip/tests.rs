@@ -98,6 +98,7 @@ fn start_by(issuer: &crate::pki::Issuer, name: &str, generation: u64, seeds: Vec
     };
     let documents = DocumentsParams {
         set: DocumentSet::new(issuer.bundle()),
+        default_policy: crate::authz::Action::Allow,
         store: Arc::new(Documents::default()),
         on_trust: Arc::new(|_, _| {}),
     };

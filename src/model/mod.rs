@@ -3,18 +3,20 @@
 //! Every type is parsed once, at the edge; inside, a value of the type is valid. No logic, no I/O, no clock.
 //!
 //! ```text
-//!   names ---> spiffe ---> scope ---> record (what a node owns)
+//!   names ---> spiffe ---> scope, grant ---> record (what a node owns)
 //! ```
 //!
 //! Invariants: a name fits a DNS label and a SPIFFE path segment; a record's strings are bounded by the
 //! frame that carries them (64 KiB a node, see `replica`).
 //! Not here: who may publish what (`pki`, `replica`), how records become a view (`catalogue`).
 
+pub mod grant;
 pub mod name;
 pub mod record;
 pub mod scope;
 pub mod spiffe;
 
+pub use grant::{GrantError, OperatorScope, Right};
 pub use name::{CheckId, InstanceId, NameError, NodeName, ServiceName, TrustDomain};
 pub use record::{
     CheckRecord, Entry, EntryKey, Generation, HealthStatus, MemberStatus, NodeInfo, Protocol, ServiceRecord, Weights,

@@ -9,7 +9,8 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
-use crate::api::TokenUse;
+use crate::api::{Inspect, TokenUse};
+use crate::authz::Action;
 use crate::clock::{self, UnixSeconds};
 use crate::gossip::{DocumentStore, DocumentsHandle, DocumentsParams, GossipHandle, PeerStore};
 use crate::join::{JoinDirectory, JoinServer, JoinTrust, TokenLedger};
@@ -17,6 +18,7 @@ use crate::metrics::Metrics;
 use crate::model::{MemberStatus, NodeInfo, NodeName};
 use crate::pki::{Identity, IssuerCell, Plane, TrustBundle};
 use crate::policy::{Document, DocumentSet, Refused};
+use crate::proxy::{Inspector, OpenTunnel, Question, WorkerView};
 use crate::store::{Store, StoreError, StoredPeer};
 use crate::supervise::Tasks;
 use crate::telemetry::Chain;
@@ -118,10 +120,12 @@ pub(super) fn documents(
     store: &Store,
     connections: &Connections,
     issuer: &Arc<IssuerCell>,
+    default_policy: Action,
 ) -> DocumentsParams {
     let (rechecked, adopting) = (connections.clone(), Arc::clone(issuer));
     DocumentsParams {
         set,
+        default_policy,
         store: Arc::new(DocumentFile(store.clone())),
         // Revocations alone: whether an ended certificate was renewed is looked at by the renewal task.
         on_trust: Arc::new(move |set, bundle| {
@@ -171,6 +175,26 @@ impl TokenLedger for TokenFile {
     fn count_use(&self, id: [u8; 16], not_after: u64, key: [u8; 32]) -> Result<Option<u32>, String> {
         self.0.count_token_use(id, not_after, key).map_err(|err| Chain(&err).to_string())
     }
+}
+
+/// Lets the API ask the data plane.
+pub(super) fn inspect(inspector: Inspector) -> Inspect {
+    let shape = |view: WorkerView| {
+        let node = |tunnel: &OpenTunnel| tunnel.peer.node().cloned();
+        let tunnels =
+            view.tunnels.iter().filter_map(|tunnel| Some((node(tunnel)?, tunnel.peer.to_string(), tunnel.not_after)));
+        crate::api::WorkerView {
+            worker: view.worker,
+            next: view.next.clone(),
+            why_none: view.why_none.clone(),
+            backing_off: view.backing_off.clone(),
+            tunnels: tunnels.collect(),
+        }
+    };
+    Arc::new(move |source, destination| {
+        let (inspector, question) = (inspector.clone(), Question { source, destination });
+        Box::pin(async move { inspector.ask(&question).await.into_iter().map(shape).collect() })
+    })
 }
 
 /// The uses of tokens, for the API.

@@ -20,7 +20,7 @@ use crate::join::{self, JoinError};
 use crate::metrics::Metrics;
 use crate::model::{MemberStatus, NodeName, TrustDomain};
 use crate::pki::{
-    self, Identity, Issuer, IssuerCell, JoinKey, NodeAuthority, PkiError, Token, TokenError, TrustBundle,
+    self, DocumentKey, Identity, Issuer, IssuerCell, JoinKey, NodeAuthority, PkiError, Token, TokenError, TrustBundle,
 };
 use crate::store::{Store, StoreError};
 use crate::telemetry::Chain;
@@ -116,12 +116,26 @@ pub enum IdentityError {
     },
 }
 
-/// Returns this node's issuer, if it is one, and the node's live identity: the stored one, or a new one that is on disk
-/// when this returns.
-pub(super) async fn obtain(config: &Config, store: &Store) -> Result<(Arc<IssuerCell>, Arc<Identity>), IdentityError> {
+/// What a node starts with.
+pub(super) struct Obtained {
+    /// Its issuer, if it is one.
+    pub(super) issuer: Arc<IssuerCell>,
+    /// Its live identity: the stored one, or a new one that is on disk.
+    pub(super) identity: Arc<Identity>,
+    /// The operator's key of `-dev`.
+    pub(super) operator: Option<Arc<DocumentKey>>,
+}
+
+/// Gets or makes all that a node needs to prove who it is.
+pub(super) async fn obtain(config: &Config, store: &Store) -> Result<Obtained, IdentityError> {
     let now = clock::wall();
+    let mut operator = None;
     let issuer = IssuerCell::new(match &config.identity {
-        IdentitySource::Dev { trust_domain, .. } => Some(Arc::clone(pki::ephemeral(trust_domain, now)?.issuer())),
+        IdentitySource::Dev { trust_domain, .. } => {
+            let ca = pki::ephemeral(trust_domain, now)?;
+            operator = Some(Arc::new(ca.document_key()?));
+            Some(Arc::clone(ca.issuer()))
+        }
         IdentitySource::Issuer { dir, .. } => {
             let load = Issuer::load(dir).map_err(|source| IdentityError::Issuer { dir: dir.clone(), source })?;
             Some(Arc::new(load))
@@ -163,7 +177,7 @@ pub(super) async fn obtain(config: &Config, store: &Store) -> Result<(Arc<Issuer
     check(config, &authority, now)?;
     store.put_identity(&authority.to_bytes()?)?;
     store.remove_join_key()?;
-    Ok((issuer, Identity::new(authority, now)?))
+    Ok(Obtained { issuer, identity: Identity::new(authority, now)?, operator })
 }
 
 fn check(config: &Config, authority: &NodeAuthority, now: UnixSeconds) -> Result<(), IdentityError> {

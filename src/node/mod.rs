@@ -24,11 +24,11 @@ use tracing::{error, info, warn};
 use crate::api::{AdminToken, Api, ApiConfig, ApiParams, ListenerState as ApiListener, NodeFacts};
 use crate::catalogue::SnapshotReader;
 use crate::clock;
-use crate::config::{Config, OnTerminate, Secret, Storage};
+use crate::config::{Config, OnTerminate, PolicyAuthority, Secret, Storage};
 use crate::gossip::{self, Gossip, GossipHandle, GossipParams};
 use crate::metrics::Metrics;
 use crate::model::{Generation, NodeInfo, NodeName};
-use crate::pki::Identity;
+use crate::pki::{DocumentKey, Identity};
 use crate::proxy::{ListenerState, OpenTunnel, OpenTunnels, Proxy, ProxyError, ProxyHandle, ProxyHealth, ProxyParams};
 use crate::registry::{Publication, Registry, RegistryHandle, RegistryParams};
 use crate::store::{Store, StoreError};
@@ -144,7 +144,7 @@ impl Node {
 
         let store = open_store(&config)?;
         let sockets = bind_mesh(&config)?;
-        let (issuer, identity) = identity::obtain(&config, &store).await?;
+        let identity::Obtained { issuer, identity, operator } = identity::obtain(&config, &store).await?;
         let documents = glue::believe(&store, &identity)?;
         let reset_key = store.reset_key()?;
         let generation = Generation { number: store.next_generation()?, nonce: rand::random() };
@@ -181,7 +181,7 @@ impl Node {
             reconnect_timeout: config.reconnect_timeout,
             stop: stop.clone(),
         };
-        let documents = glue::documents(documents, &store, &connections, &issuer);
+        let documents = glue::documents(documents, &store, &connections, &issuer, config.default_policy);
         let (gossip, snapshot) = Gossip::start(params, documents, &metrics, &tasks).map_err(part("gossip"))?;
         let joins = glue::join_server(&issuer, &identity, &gossip, &info, &store);
         tasks.spawn("accept", glue::accept(control.clone(), incoming_tx, joins, tasks.clone(), stop.clone()));
@@ -228,7 +228,8 @@ impl Node {
             drain,
             stop,
         };
-        let started = node.start_api(&config, &info, &metrics, &proxy, store).await;
+        node.tell_policy();
+        let started = node.start_api(&config, &info, &metrics, &proxy, (store, operator)).await;
         if started.is_err() {
             node.drain.cancel();
         }
@@ -236,7 +237,6 @@ impl Node {
         node.proxy = Mutex::new(Some(proxy));
         let (http, scope) = (&node.api, node.identity.authority().scope().to_string());
         info!(node = %node.name, mesh = %info.mesh_addr, ?http, %generation, scope, "agent is up");
-        warn!("there are no intentions yet: every verified service of the trust domain may call every other");
         Ok(node)
     }
 
@@ -248,15 +248,21 @@ impl Node {
             .map_err(part("SPIFFE Workload API"))
     }
 
+    fn tell_policy(&self) {
+        let policy = Arc::clone(&self.snapshot.load().policy);
+        info!(intentions = policy.guards().len(), default = %policy.default_action(), "policy is in force");
+    }
+
     async fn start_api(
         &self,
         config: &Config,
         info: &NodeInfo,
         metrics: &Metrics,
         proxy: &ProxyHandle,
-        store: Store,
+        (store, operator): (Store, Option<Arc<DocumentKey>>),
     ) -> Result<Vec<SocketAddr>, NodeError> {
         self.start_workload_api(config, metrics)?;
+        let policy_key = policy_key(config, operator, &self.identity)?;
         let states = proxy.listeners();
         let snapshot = self.snapshot.clone();
         let listeners = move || {
@@ -296,6 +302,8 @@ impl Node {
             },
             listeners: Arc::new(listeners),
             token_uses: Arc::new(move || glue::token_uses(&store)),
+            policy_key,
+            inspect: glue::inspect(proxy.inspector()),
             shutdown: self.leaving.clone(),
             tasks: &self.tasks,
             stop: self.stop.clone(),
@@ -390,6 +398,29 @@ async fn start_registry(
         registry.register_check(check.clone()).await.map_err(part("checks of the config files"))?;
     }
     Ok((registry, publication))
+}
+
+/// Loads the key that signs policy for clients of the API.
+fn policy_key(
+    config: &Config,
+    dev: Option<Arc<DocumentKey>>,
+    identity: &Identity,
+) -> Result<Option<Arc<DocumentKey>>, NodeError> {
+    let path = match &config.policy_authority {
+        PolicyAuthority::None => return Ok(None),
+        PolicyAuthority::Dev => return Ok(dev),
+        PolicyAuthority::File(path) => path,
+    };
+    let key = DocumentKey::load_operator(path).map_err(part("policy authority"))?;
+    let (ours, theirs) =
+        (&identity.bundle().trust_domain, key.bundle().map_err(part("policy authority"))?.trust_domain);
+    if *ours != theirs {
+        let text = format!("{} is an operator of trust domain `{theirs}`, this mesh is `{ours}`", path.display());
+        return Err(NodeError::Part { part: "policy authority", source: text.into() });
+    }
+    let (signer, may) = key.may(clock::wall()).map_err(part("policy authority"))?;
+    info!(?signer, %may, "this agent signs policy for clients of its API that show the admin token");
+    Ok(Some(Arc::new(key)))
 }
 
 /// Logs what the node starts with.

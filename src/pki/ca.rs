@@ -20,12 +20,13 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use serde::{Deserialize, Serialize};
 
 use super::certificate::{ISSUER_LIFE, Validity, generate_key, issuer_params, operator_params, root_params};
+use super::document::DocumentKey;
 use super::own_root::{Request, RootProblem};
 use super::token::{Operator, Token, TokenClaims};
 use super::verify::{self, Utc};
 use super::{CertificateFacts, Issuer, PkiError, facts_of};
 use crate::clock::UnixSeconds;
-use crate::model::{NodeName, TrustDomain};
+use crate::model::{NodeName, OperatorScope, TrustDomain};
 
 /// Largest file that is read from a CA directory, in bytes.
 const FILE_BYTES_MAX: u64 = 64 * 1024;
@@ -172,7 +173,8 @@ pub(super) fn make_operator(
 ) -> Result<Pair, PkiError> {
     let name: NodeName = "operator".parse().expect("a fixed, well-formed name");
     let key = generate_key()?;
-    let certificate = operator_params(domain, &name, validity)?.signed_by(&key, root).map_err(make("an operator"))?;
+    let params = operator_params(domain, &name, &OperatorScope::all(), validity)?;
+    let certificate = params.signed_by(&key, root).map_err(make("an operator"))?;
     Ok(Pair { key, certificate })
 }
 
@@ -194,6 +196,19 @@ impl EphemeralCa {
     /// Its issuer.
     pub fn issuer(&self) -> &Arc<Issuer> {
         &self.issuer
+    }
+
+    /// The operator's key, which signs documents of every kind that operators may.
+    ///
+    /// # Errors
+    /// [`PkiError::Make`] if the library refuses the key.
+    pub fn document_key(&self) -> Result<DocumentKey, PkiError> {
+        let key = KeyPair::from_pem_and_sign_algo(&self.operator.key.serialize_pem(), &PKCS_ECDSA_P256_SHA256);
+        let key = key.map_err(make("an operator's key"))?;
+        let (certificate, root) = (self.operator.certificate.clone(), self.operator.root.clone());
+        let name = "operator".parse().expect("a fixed, well-formed name");
+        let domain = verify::domain_of(&certificate)?;
+        DocumentKey::new(key, certificate, root, domain).ok_or(PkiError::KeyMismatch { node: name })
     }
 
     /// Makes a token.
@@ -464,21 +479,29 @@ pub(super) fn read(path: &Path) -> Result<String, CaError> {
     fs::read_to_string(path).map_err(failed)
 }
 
-/// Reads a key that only its owner can read.
-pub(super) fn read_key(path: &Path) -> Result<KeyPair, CaError> {
+/// Reads a file that only its owner can read.
+pub(super) fn read_private(path: &Path) -> Result<String, CaError> {
     let failed = |source| CaError::Read { path: path.to_owned(), source };
     let mode = fs::metadata(path).map_err(failed)?.permissions().mode() & 0o7777;
     if mode & 0o077 != 0 {
         return Err(CaError::Readable { path: path.to_owned(), mode });
     }
-    let pem = read(path)?;
+    read(path)
+}
+
+/// Reads a key that only its owner can read.
+pub(super) fn read_key(path: &Path) -> Result<KeyPair, CaError> {
+    let pem = read_private(path)?;
     if pem.contains("-----BEGIN ENCRYPTED PRIVATE KEY-----") || pem.contains("Proc-Type: 4,ENCRYPTED") {
         return Err(CaError::Encrypted { path: path.to_owned() });
     }
-    // OpenSSL writes a block of parameters before a key, and keys in two forms.
-    let key = PrivateKeyDer::from_pem_slice(pem.as_bytes()).ok();
-    key.and_then(|key| KeyPair::from_der_and_sign_algo(&key, &PKCS_ECDSA_P256_SHA256).ok())
-        .ok_or_else(|| CaError::Pem { path: path.to_owned(), what: "P-256 private key" })
+    key_of(&pem).ok_or_else(|| CaError::Pem { path: path.to_owned(), what: "P-256 private key" })
+}
+
+/// The first private key of a PEM text; OpenSSL writes a block of parameters before a key, and keys in two forms.
+pub(super) fn key_of(pem: &str) -> Option<KeyPair> {
+    let key = PrivateKeyDer::from_pem_slice(pem.as_bytes()).ok()?;
+    KeyPair::from_der_and_sign_algo(&key, &PKCS_ECDSA_P256_SHA256).ok()
 }
 
 /// Reads a certificate.

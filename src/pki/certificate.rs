@@ -15,7 +15,7 @@ use time::OffsetDateTime;
 
 use super::{PkiError, extension};
 use crate::clock::UnixSeconds;
-use crate::model::{NodeName, ServeScope, SpiffeId, TrustDomain};
+use crate::model::{NodeName, OperatorScope, ServeScope, SpiffeId, TrustDomain};
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
 /// A root's life: it is replaced by rotation, by hand.
@@ -167,15 +167,17 @@ pub(super) fn leaf_params(id: &SpiffeId, validity: Validity) -> Result<Certifica
     Ok(params)
 }
 
-/// An operator: it signs join tokens and never authenticates a connection.
+/// An operator: it signs what `may` says and never authenticates a connection.
 pub(super) fn operator_params(
     domain: &TrustDomain,
     name: &NodeName,
+    may: &OperatorScope,
     validity: Validity,
 ) -> Result<CertificateParams, PkiError> {
     let id = SpiffeId::Operator { trust_domain: domain.clone(), name: name.clone() };
     let mut params = base(&id, "operator", name.as_str(), validity)?;
     params.is_ca = IsCa::ExplicitNoCa;
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+    params.custom_extensions = vec![extension::encode_operator(may)?];
     Ok(params)
 }

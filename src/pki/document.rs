@@ -10,9 +10,9 @@ use rustls::pki_types::CertificateDer;
 
 use super::certificate::{CONTEXT_DOCUMENT, CONTEXT_LINK, sign};
 use super::verify::{self, VerifyError};
-use super::{CaDir, CaError, PkiError, SpkiHash, TrustBundle, ca};
+use super::{CaDir, CaError, PkiError, SpkiHash, TrustBundle, ca, operators};
 use crate::clock::UnixSeconds;
-use crate::model::{NodeName, TrustDomain};
+use crate::model::{NodeName, OperatorScope, TrustDomain};
 
 /// Which key of a CA directory signs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,6 +54,28 @@ impl DocumentKey {
         let domain = ca::domain_of(ca_dir, &root)?;
         let (key, path) = (ca::read_key(&ca_dir.join(key))?, ca_dir.join(certificate));
         Self::new(key, ca::read_certificate(&path)?, root, domain).ok_or_else(|| CaError::KeyMismatch { path }.into())
+    }
+
+    /// Loads an operator's file, as `weft ca operator create` wrote it: key, certificate and root in PEM.
+    ///
+    /// # Errors
+    /// [`PkiError::Ca`] naming the file and what to do; others can read it.
+    pub fn load_operator(path: &Path) -> Result<Self, PkiError> {
+        let (key, certificate, root) = operators::read_file(path)?;
+        let domain = verify::domain_of(&certificate)?;
+        Self::new(key, certificate, root, domain).ok_or_else(|| CaError::KeyMismatch { path: path.to_owned() }.into())
+    }
+
+    /// What its certificate allows; everything if it is the root's.
+    ///
+    /// # Errors
+    /// [`PkiError::Verify`] if it is no operator's certificate at `now`.
+    pub fn may(&self, now: UnixSeconds) -> Result<(DocumentSigner, OperatorScope), PkiError> {
+        if self.certificate == self.root {
+            return Ok((DocumentSigner::Root, OperatorScope::all()));
+        }
+        let (name, may) = verify::check_operator(&self.certificate, &self.bundle()?, now)?;
+        Ok((DocumentSigner::Operator(name), may))
     }
 
     /// Puts a key together with its certificate; none if they do not belong together.
@@ -155,7 +177,18 @@ pub enum DocumentSigner {
     Operator(NodeName),
 }
 
-/// Checks the signature of a document's content by the key of `certificate` at `at`; returns who it is and the hash of its key.
+/// What a good signature of a document tells.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Signed {
+    /// Who signed.
+    pub signer: DocumentSigner,
+    /// What it may sign; of the root: everything.
+    pub may: OperatorScope,
+    /// The hash of its key.
+    pub key: SpkiHash,
+}
+
+/// Checks the signature of a document's content by the key of `certificate` at `at`.
 ///
 /// # Errors
 /// The rule that is broken; [`VerifyError::Expired`] names the clocks.
@@ -165,16 +198,16 @@ pub fn verify_document(
     signature: &[u8],
     bundle: &TrustBundle,
     at: UnixSeconds,
-) -> Result<(DocumentSigner, SpkiHash), VerifyError> {
-    let (signer, name) = if bundle.roots.iter().any(|root| root == certificate) {
+) -> Result<Signed, VerifyError> {
+    let (signer, name, may) = if bundle.roots.iter().any(|root| root == certificate) {
         verify::check_root_time(certificate, at)?;
-        (DocumentSigner::Root, "root".parse().expect("a fixed, well-formed name"))
+        (DocumentSigner::Root, "root".parse().expect("a fixed, well-formed name"), OperatorScope::all())
     } else {
-        let name = verify::check_operator(certificate, bundle, at)?;
-        (DocumentSigner::Operator(name.clone()), name)
+        let (name, may) = verify::check_operator(certificate, bundle, at)?;
+        (DocumentSigner::Operator(name.clone()), name, may)
     };
     verify::verify_signature(certificate, &name, CONTEXT_DOCUMENT, content, signature)?;
-    Ok((signer, verify::spki_of(certificate)?))
+    Ok(Signed { signer, may, key: verify::spki_of(certificate)? })
 }
 
 #[cfg(test)]
@@ -194,7 +227,7 @@ mod tests {
         let bundle = root.bundle().unwrap();
         let check = |key: &DocumentKey, content: &[u8], at| {
             verify_document(key.certificate(), content, &key.sign(b"content").unwrap(), &bundle, at)
-                .map(|found| found.0)
+                .map(|found| found.signer)
         };
         assert_eq!(check(&root, b"content", NOW), Ok(DocumentSigner::Root));
         assert_eq!(check(&operator, b"content", NOW), Ok(DocumentSigner::Operator("operator".parse().unwrap())));

@@ -2,16 +2,20 @@
 //!
 //! Its value is one DER UTF8String, `<node> <scope>`: a name holds no space, so the first one parts them.
 //! It is not critical, so that foreign tools can still read the chain; weft's verifier requires it.
+//! An operator's certificate has one of its own: a UTF8String with what the operator may sign (`model::OperatorScope`).
 
 use rcgen::CustomExtension;
 use x509_parser::asn1_rs::{FromDer as _, Oid, ToDer as _, Utf8String};
 use x509_parser::certificate::X509Certificate;
 
 use super::PkiError;
-use crate::model::{NodeName, ServeScope};
+use crate::model::{NodeName, OperatorScope, ServeScope};
 
 /// The extension's object identifier: an arc below 2.25, which needs no registration (ITU-T X.667).
 const OID: [u64; 3] = [2, 25, 7_424_865_331_298_063_105];
+
+/// The operator's extension, below 2.25 as well.
+const OPERATOR_OID: [u64; 3] = [2, 25, 7_424_865_331_298_063_106];
 
 /// Longest text of a scope, so that a certificate stays within `verify::CERTIFICATE_BYTES_MAX`.
 pub(super) const SCOPE_BYTES_MAX: usize = 2048;
@@ -61,6 +65,37 @@ pub(super) fn parse(value: &[u8]) -> Option<NodeExtension> {
     let (node, scope): (NodeName, ServeScope) = (node.parse().ok()?, scope.parse().ok()?);
     // One extension, one text: the reader of DER also takes lengths that are written longer than they need be.
     (encode(&node, &scope).ok()?.content() == value).then_some(NodeExtension::Present(node, scope))
+}
+
+/// Makes an operator's extension.
+pub(super) fn encode_operator(may: &OperatorScope) -> Result<CustomExtension, PkiError> {
+    let text = may.to_string();
+    if text.len() > SCOPE_BYTES_MAX {
+        return Err(PkiError::ScopeTooLong { bytes: text.len(), bytes_max: SCOPE_BYTES_MAX });
+    }
+    let content = Utf8String::new(&text).to_der_vec().map_err(|source| PkiError::Make {
+        what: "the operator extension",
+        source: rcgen::Error::X509(source.to_string()),
+    })?;
+    Ok(CustomExtension::from_oid_content(&OPERATOR_OID, content))
+}
+
+/// Reads what an operator's certificate allows; none if the extension is missing, malformed or there twice.
+pub(super) fn read_operator(certificate: &X509Certificate<'_>) -> Option<OperatorScope> {
+    let oid = Oid::from(&OPERATOR_OID).ok()?;
+    let extension = certificate.tbs_certificate.get_extension_unique(&oid).ok()??;
+    let (rest, text) = Utf8String::from_der(extension.value).ok()?;
+    let text = text.as_ref();
+    let may: OperatorScope =
+        if rest.is_empty() && text.len() <= SCOPE_BYTES_MAX { text.parse().ok()? } else { return None };
+    // One extension, one text, as above.
+    (encode_operator(&may).ok()?.content() == extension.value).then_some(may)
+}
+
+/// The operator's extension as a line of OpenSSL's configuration.
+pub(super) fn operator_line(may: &OperatorScope) -> String {
+    let [a, b, c] = OPERATOR_OID;
+    format!("{a}.{b}.{c} = ASN1:UTF8String:{may}")
 }
 
 #[cfg(test)]

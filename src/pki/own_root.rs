@@ -30,7 +30,7 @@ use super::certificate::{ISSUER_LIFE, Validity, generate_key};
 use super::verify::{self, ROOT_PATH_LENGTH, Utc};
 use super::{CertificateFacts, Issuer, PkiError, TrustBundle, VerifyError, facts_of};
 use crate::clock::UnixSeconds;
-use crate::model::TrustDomain;
+use crate::model::{OperatorScope, TrustDomain};
 
 /// The file that tells OpenSSL what to put into the certificates.
 const SIGN_FILE: &str = "sign.cnf";
@@ -405,6 +405,7 @@ fn write_request(dir: &Path, name: &str, key: &KeyPair, request: &str, root: Opt
 
 /// What the certificates must hold, for `openssl x509 -extfile`; other CAs take the same values.
 fn sign_file(domain: &TrustDomain) -> String {
+    let rights = super::extension::operator_line(&OperatorScope::all());
     format!(
         "# What the root's holder signs for weft. No other extension is needed; none of these may be left out.\n\
          [issuer]\n\
@@ -418,7 +419,8 @@ fn sign_file(domain: &TrustDomain) -> String {
          keyUsage = critical, digitalSignature\n\
          subjectAltName = URI:spiffe://{domain}/operator/operator\n\
          subjectKeyIdentifier = hash\n\
-         authorityKeyIdentifier = keyid\n"
+         authorityKeyIdentifier = keyid\n\
+         {rights}\n"
     )
 }
 

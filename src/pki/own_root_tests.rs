@@ -144,12 +144,13 @@ fn an_offline_root_signs_requests_and_what_came_back_is_checked() {
             (checked, _) => assert_eq!(checked.unwrap().good.len(), 1),
         }
     }
-    let operator = "operator".parse().unwrap();
-    let operator = super::super::certificate::operator_params(&"other".parse().unwrap(), &operator, life).unwrap();
+    let (operator, all) = ("operator".parse().unwrap(), OperatorScope::all());
+    let operator =
+        super::super::certificate::operator_params(&"other".parse().unwrap(), &operator, &all, life).unwrap();
     fs::write(dir.join("operator/operator.crt"), sign(operator, "operator/operator.key")).unwrap();
     assert!(ca.check(NOW).is_err(), "an operator of another trust domain");
-    let operator = "operator".parse().unwrap();
-    let operator = super::super::certificate::operator_params(&domain, &operator, life).unwrap();
+    let (operator, all) = ("operator".parse().unwrap(), OperatorScope::all());
+    let operator = super::super::certificate::operator_params(&domain, &operator, &all, life).unwrap();
     fs::write(dir.join("operator/operator.crt"), sign(operator, "operator/operator.key")).unwrap();
     assert_eq!(ca.check(NOW).unwrap().waiting.len(), 1, "the second issuer's");
     assert_works(&dir, "prod.example");

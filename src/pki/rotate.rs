@@ -21,6 +21,7 @@ use super::certificate::{ISSUER_LIFE, Validity, generate_key, issuer_params, ope
 use super::document::DocumentKey;
 use super::own_root::{self, NextRoot, OwnRoot};
 use crate::clock::UnixSeconds;
+use crate::model::OperatorScope;
 
 /// A root that is about to follow another.
 #[derive(Debug)]
@@ -100,7 +101,10 @@ impl CaDir {
         let name = "operator".parse().expect("a fixed, well-formed name");
         files.push((
             "operator.crt".to_owned(),
-            operator_params(&domain, &name, root.validity)?.signed_by(&own, &signer).map_err(made)?.pem(),
+            operator_params(&domain, &name, &OperatorScope::all(), root.validity)?
+                .signed_by(&own, &signer)
+                .map_err(made)?
+                .pem(),
         ));
         Ok(ca::build(next, |partial| {
             match &root.key_path {

@@ -18,7 +18,7 @@ use super::extension::SCOPE_BYTES_MAX;
 use super::verify::{self, Utc, VerifyError};
 use super::{PkiError, TrustBundle, ca};
 use crate::clock::UnixSeconds;
-use crate::model::{NamePattern, NodeName, ServeScope, TrustDomain};
+use crate::model::{NamePattern, NodeName, OperatorScope, Right, ServeScope, TrustDomain};
 use crate::wire;
 
 /// Longest token, in bytes of text: a scope of 2 KiB, a certificate, a signature, in base64.
@@ -82,6 +82,14 @@ pub enum TokenError {
         "the join token's operator is not certified by this mesh's CA ({0}): make the token with a valid operator key"
     )]
     Operator(VerifyError),
+    /// The operator may not make tokens.
+    #[error("the join token's operator `{operator}` may sign `{may}`, no tokens: ask one who has the right `tokens`")]
+    NotAllowed {
+        /// Who made it.
+        operator: NodeName,
+        /// What that operator may sign.
+        may: OperatorScope,
+    },
     /// An operator took the token back.
     #[error("the join token is revoked: ask the operator for a new one")]
     Revoked,
@@ -166,7 +174,10 @@ impl Token {
         let pinned = TrustBundle { roots: vec![pinned.clone()], ..bundle.clone() };
         let Payload { claims, operator, signature } = &self.payload;
         let operator = CertificateDer::from(operator.as_slice());
-        let name: NodeName = verify::check_operator(&operator, &pinned, now).map_err(TokenError::Operator)?;
+        let (name, may) = verify::check_operator(&operator, &pinned, now).map_err(TokenError::Operator)?;
+        if !may.allows(Right::Tokens, "") {
+            return Err(TokenError::NotAllowed { operator: name, may });
+        }
         let message = wire::encode(claims).map_err(|_| TokenError::CutOff)?;
         verify::verify_signature(&operator, &name, CONTEXT_TOKEN, &message, signature)
             .map_err(|_| TokenError::BadSignature)?;

@@ -23,7 +23,7 @@ use super::extension::{self, NodeExtension};
 use super::revocation::{Presented, Revocations, SpkiHash};
 use super::{PeerIdentity, PkiError, TrustBundle};
 use crate::clock::UnixSeconds;
-use crate::model::{NodeName, ServeScope, ServiceName, SpiffeId, TrustDomain};
+use crate::model::{NodeName, OperatorScope, ServeScope, ServiceName, SpiffeId, TrustDomain};
 
 /// Most certificates in a chain: leaf, node, issuer and, on the join plane, the root.
 pub(crate) const CHAIN_CERTIFICATES_MAX: usize = 4;
@@ -592,12 +592,12 @@ pub(super) fn check_presented(
     Ok((peer, certified.shown))
 }
 
-/// Checks an operator's certificate, which a root signs directly; returns the operator's name.
+/// Checks an operator's certificate, which a root signs directly; returns the operator's name and what it may sign.
 pub(super) fn check_operator(
     der: &CertificateDer<'_>,
     bundle: &TrustBundle,
     now: UnixSeconds,
-) -> Result<NodeName, VerifyError> {
+) -> Result<(NodeName, OperatorScope), VerifyError> {
     let certificate = parse(OPERATOR, der)?;
     let id = spiffe_id(OPERATOR, &certificate)?;
     check_domain(&id, &bundle.trust_domain)?;
@@ -605,8 +605,23 @@ pub(super) fn check_operator(
     check_leaf(OPERATOR, &certificate)?;
     check_path(der, &[], bundle, now, KeyUsage::client_auth())?;
     check_key(OPERATOR, &certificate, bundle)?;
+    let may = extension::read_operator(&certificate);
+    let may =
+        may.ok_or(VerifyError::Extension { role: OPERATOR, rule: "says nothing of what its operator may sign" })?;
     match id {
-        SpiffeId::Operator { name, .. } => Ok(name),
+        SpiffeId::Operator { name, .. } => Ok((name, may)),
+        other => Err(VerifyError::Id { role: OPERATOR, id: other.to_string() }),
+    }
+}
+
+/// Reads what an operator's certificate says, unchecked: for listings.
+pub(super) fn operator_of(der: &CertificateDer<'_>) -> Result<(NodeName, OperatorScope), VerifyError> {
+    let certificate = parse(OPERATOR, der)?;
+    let may = extension::read_operator(&certificate);
+    let may =
+        may.ok_or(VerifyError::Extension { role: OPERATOR, rule: "says nothing of what its operator may sign" })?;
+    match spiffe_id(OPERATOR, &certificate)? {
+        SpiffeId::Operator { name, .. } => Ok((name, may)),
         other => Err(VerifyError::Id { role: OPERATOR, id: other.to_string() }),
     }
 }

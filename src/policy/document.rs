@@ -14,6 +14,7 @@ use aws_lc_rs::digest;
 use rustls::pki_types::CertificateDer;
 use serde::{Deserialize, Serialize};
 
+use crate::authz::IntentionError;
 use crate::clock::UnixSeconds;
 use crate::model::TrustDomain;
 use crate::pki::{DocumentKey, PkiError, SpkiHash};
@@ -33,6 +34,17 @@ pub enum DocumentKind {
     Bundle,
     /// Keys, nodes, tokens and issuers that are taken back.
     Revocation,
+    /// Who may call whom.
+    Intention,
+    /// A config entry.
+    Config,
+}
+
+impl DocumentKind {
+    /// Whether it is policy, of which there may be much; what else there is has a share of its own.
+    pub fn is_policy(self) -> bool {
+        matches!(self, Self::Intention | Self::Config)
+    }
 }
 
 impl fmt::Display for DocumentKind {
@@ -40,11 +52,13 @@ impl fmt::Display for DocumentKind {
         f.write_str(match self {
             Self::Bundle => "bundle",
             Self::Revocation => "revocation",
+            Self::Intention => "intention",
+            Self::Config => "config",
         })
     }
 }
 
-/// A document's name, unique within its kind: 1 to 128 bytes of letters, digits, `-`, `_`, `.` and `:`.
+/// A document's name, unique within its kind: 1 to 128 bytes of letters, digits, `-`, `_`, `.`, `:` and `*`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct DocumentName(String);
@@ -66,7 +80,7 @@ impl FromStr for DocumentName {
     type Err = DocumentError;
 
     fn from_str(text: &str) -> Result<Self, DocumentError> {
-        let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.:".contains(&byte);
+        let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.:*".contains(&byte);
         if text.is_empty() || text.len() > NAME_BYTES_MAX || !text.bytes().all(is_allowed) {
             return Err(DocumentError::Name);
         }
@@ -126,7 +140,7 @@ pub struct Content {
 #[derive(Debug, thiserror::Error)]
 pub enum DocumentError {
     /// The name is malformed.
-    #[error("a document's name has 1 to {NAME_BYTES_MAX} letters, digits, `-`, `_`, `.` or `:`")]
+    #[error("a document's name has 1 to {NAME_BYTES_MAX} letters, digits, `-`, `_`, `.`, `:` or `*`")]
     Name,
     /// The bytes do not decode.
     #[error("these bytes are no document of this version of weft")]
@@ -140,6 +154,12 @@ pub enum DocumentError {
         /// Its length.
         bytes: usize,
     },
+    /// The intention breaks a bound.
+    #[error("the intention is refused")]
+    Intention(#[source] IntentionError),
+    /// The config entry is malformed.
+    #[error("the config entry is refused: {0}")]
+    Entry(String),
     /// It cannot be signed.
     #[error("cannot sign the document")]
     Sign(#[source] PkiError),

@@ -1,6 +1,7 @@
 //! The encoding stands: api/documents.md promises it.
 
 use super::*;
+use crate::authz::{Action, HeaderRule, HeaderTest, Intention, Mode, Party, PathRule, Permission, Rule};
 use crate::clock::UnixSeconds;
 use crate::pki::{Revoked, SpkiHash};
 use crate::wire;
@@ -34,6 +35,25 @@ fn the_bodies_and_the_content_are_encoded_as_documented() {
 
     let link = RootLink { root: vec![1, 2], proof: vec![3], issuers: vec![vec![4]] };
     assert_eq!(hex(&link.to_bytes().unwrap()), "01020102010301".to_owned() + "0104");
+
+    let mut intention = Intention::plain(Party::Any, "db".parse().unwrap(), Action::Deny);
+    intention.meta.insert("k".to_owned(), "v".to_owned());
+    assert_eq!(
+        hex(&IntentionBody(Some(intention.clone())).to_bytes().unwrap()),
+        "0101012a026462000100000101".to_owned() + "6b0176"
+    );
+    intention.mode = Mode::Audit;
+    intention.rule = Rule::Permissions(vec![Permission {
+        action: Action::Allow,
+        path: Some(PathRule::Prefix("/".to_owned())),
+        methods: vec!["GET".to_owned()],
+        headers: vec![HeaderRule { name: "x".to_owned(), test: HeaderTest::Present, is_inverted: true }],
+    }]);
+    let permissions = "0101000101012f01034745540101780001";
+    let want = format!("0101012a026462{permissions}0100010{}", "16b0176");
+    assert_eq!(hex(&IntentionBody(Some(intention)).to_bytes().unwrap()), want);
+    assert_eq!(hex(&IntentionBody(None).to_bytes().unwrap()), "0100");
+    assert_eq!(hex(&ConfigBody(Some("{}".to_owned())).to_bytes().unwrap()), "0101027b7d");
 
     let content = Content {
         trust_domain: "td".parse().unwrap(),

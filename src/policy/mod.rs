@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   weft revoke, ca rotate --sign--> Document --offer--> DocumentSet --derive--> trusted roots, revocations
+//!   weft intention, config                                                       intentions, config entries
 //!                                                 ^ |
 //!                                       peers ----+ +---- digests, newer, wanted (anti-entropy)
 //! ```
@@ -14,17 +15,21 @@
 
 mod bundle;
 mod document;
+mod draft;
 #[cfg(test)]
 mod golden;
 mod revocation;
 mod set;
+mod written;
 
 pub use bundle::{LINK_ISSUERS_MAX, RootLink, link_name};
 pub use document::{
     Content, DOCUMENT_BYTES_MAX, Document, DocumentDigest, DocumentError, DocumentId, DocumentKind, DocumentName,
 };
+pub use draft::{Draft, DraftError};
 pub use revocation::{ENTRIES_MAX, REASON_BYTES_MAX, RevocationBody};
 pub use set::{DOCUMENTS_MAX, DocumentSet, Fork, Held, Offered, Refused, SET_BYTES_MAX, walk};
+pub use written::{ConfigBody, ENTRY_BYTES_MAX, ENTRY_KINDS, IntentionBody, check_entry, entry_ends, intention_ends};
 
 /// How far ahead of this node's clock a document may begin: the tolerance of the rest of the mesh.
 pub const SKEW_MAX: std::time::Duration = std::time::Duration::from_secs(60);

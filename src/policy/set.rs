@@ -12,17 +12,23 @@ use rustls::pki_types::CertificateDer;
 use super::bundle::{RootLink, link_name};
 use super::document::{Document, DocumentDigest, DocumentError, DocumentId, DocumentKind};
 use super::revocation::RevocationBody;
+use super::written::{ConfigBody, IntentionBody, check_entry, entry_ends, intention_ends};
 use super::{DOCUMENT_BYTES_MAX, SKEW_MAX};
 use crate::clock::UnixSeconds;
-use crate::model::TrustDomain;
+use crate::model::{NodeName, OperatorScope, Right, TrustDomain};
 use crate::pki::{
-    self, DocumentSigner, PkiError, Revocations, Revoked, SpkiHash, TrustBundle, Utc, VerifyError, verify_document,
+    self, DocumentSigner, PkiError, Revocations, Revoked, Signed, SpkiHash, TrustBundle, Utc, VerifyError,
+    verify_document,
 };
 
 /// Most documents: their digests fit one frame, and only operators can make any.
 pub const DOCUMENTS_MAX: usize = 2048;
 /// Most bytes of documents.
 pub const SET_BYTES_MAX: usize = 8 * 1024 * 1024;
+/// Of these, places that intentions and config entries leave free: a revocation always finds one.
+const RESERVED: usize = 256;
+/// Of these, bytes that intentions and config entries leave free.
+const RESERVED_BYTES: usize = 2 * 1024 * 1024;
 /// Most forks that are remembered as reported.
 const FORKS_MAX: usize = 256;
 /// Most roots: at one a year more than a lifetime.
@@ -69,6 +75,20 @@ pub enum Refused {
     NotAllowed {
         /// What was signed.
         id: DocumentId,
+    },
+    /// The operator may not sign this.
+    #[error(
+        "operator `{operator}` may sign `{may}`, not {right} of `{name}`: ask an operator who may, or the holder of the root for a wider certificate"
+    )]
+    OutsideScope {
+        /// Who signed.
+        operator: NodeName,
+        /// What it may sign.
+        may: OperatorScope,
+        /// What it would need.
+        right: Right,
+        /// Over which name.
+        name: String,
     },
     /// The body is malformed.
     #[error("the document's body is malformed")]
@@ -194,11 +214,21 @@ impl DocumentSet {
         }
         let bytes = document.to_bytes().len();
         let freed = before.map_or(0, |held| held.bytes);
-        if (before.is_none() && self.held.len() >= DOCUMENTS_MAX) || self.bytes - freed + bytes > SET_BYTES_MAX {
+        let is_policy = digest.id.kind.is_policy();
+        let (places, space) = if is_policy {
+            (DOCUMENTS_MAX - RESERVED, SET_BYTES_MAX - RESERVED_BYTES)
+        } else {
+            (DOCUMENTS_MAX, SET_BYTES_MAX)
+        };
+        if (before.is_none() && self.held.len() >= places) || self.bytes - freed + bytes > space {
             return Err(Refused::Full);
         }
+        self.bytes = self.bytes - freed + bytes;
         self.held.insert(digest.id, Held { document, signer, bytes });
-        self.derive();
+        // Nothing that is believed follows from policy.
+        if !is_policy {
+            self.derive();
+        }
         Ok(Offered::Stored)
     }
 
@@ -212,6 +242,24 @@ impl DocumentSet {
             }
             DocumentKind::Revocation => {
                 RevocationBody::from_bytes(&content.body).map_err(Refused::Body)?;
+                None
+            }
+            DocumentKind::Intention => {
+                let body = IntentionBody::from_bytes(&content.body).map_err(Refused::Body)?;
+                let ends = intention_ends(&content.id.name);
+                let said = body.0.map(|intention| intention.name());
+                if ends.is_none() || said.is_some_and(|said| said != content.id.name.as_str()) {
+                    return Err(Refused::Name { id: content.id.clone(), wanted: "source:destination".to_owned() });
+                }
+                None
+            }
+            DocumentKind::Config => {
+                let body = ConfigBody::from_bytes(&content.body).map_err(Refused::Body)?;
+                let said = body.0.map(|text| check_entry(&text)).transpose().map_err(Refused::Body)?;
+                let is_named = |(kind, name): (String, String)| format!("{kind}:{name}") == content.id.name.as_str();
+                if entry_ends(&content.id.name).is_none() || !said.is_none_or(is_named) {
+                    return Err(Refused::Name { id: content.id.clone(), wanted: "kind:name".to_owned() });
+                }
                 None
             }
         };
@@ -232,7 +280,7 @@ impl DocumentSet {
         };
         let (certificate, at) = (document.certificate(), content.not_after);
         let checked = verify_document(certificate, document.signed_bytes(), document.signature(), &bundle, at);
-        let (signer, key) = checked.map_err(Refused::Signature)?;
+        let Signed { signer, may, key } = checked.map_err(Refused::Signature)?;
         if key != content.signer {
             return Err(Refused::OtherSigner);
         }
@@ -243,10 +291,20 @@ impl DocumentSet {
         if content.not_before < begins || content.not_after < content.not_before {
             return Err(Refused::Span);
         }
-        match (&signer, content.id.kind) {
-            (DocumentSigner::Root, _) | (DocumentSigner::Operator(_), DocumentKind::Revocation) => Ok(signer),
-            (DocumentSigner::Operator(_), DocumentKind::Bundle) => Err(Refused::NotAllowed { id: content.id.clone() }),
+        let DocumentSigner::Operator(operator) = &signer else { return Ok(signer) };
+        let name = content.id.name.as_str();
+        let named = name.split_once(':').map_or(name, |(_, named)| named);
+        let (right, name) = match content.id.kind {
+            DocumentKind::Bundle => return Err(Refused::NotAllowed { id: content.id.clone() }),
+            DocumentKind::Revocation => (Right::Revocations, name),
+            DocumentKind::Intention => (Right::Intentions, named),
+            DocumentKind::Config => (Right::Config, named),
+        };
+        if may.allows(right, name) {
+            return Ok(signer);
         }
+        let (operator, name) = (operator.clone(), name.to_owned());
+        Err(Refused::OutsideScope { operator, may, right, name })
     }
 
     /// Forgets what has ended; returns what that was.
@@ -391,14 +449,16 @@ impl DocumentSet {
         self.held.get(&digest.id).is_none_or(|held| digest.replaces(&held.document.digest()))
     }
 
-    /// What is held here and is news to a set with `theirs`, in order of id, at most `bytes_max` of it.
+    /// What is held here and is news to a set with `theirs`, in order of id, at most `bytes_max` of it: newer versions, and
+    /// the other content of a version that was signed twice, which loses there and is reported.
     pub fn newer_than(&self, theirs: &[DocumentDigest], bytes_max: usize) -> Vec<Vec<u8>> {
         let theirs: BTreeMap<&DocumentId, &DocumentDigest> = theirs.iter().map(|digest| (&digest.id, digest)).collect();
         let mut newer = Vec::new();
         let mut bytes = 0;
         for held in self.held.values() {
             let ours = held.document.digest();
-            if theirs.get(&ours.id).is_some_and(|theirs| !ours.replaces(theirs)) {
+            let is_fork = |theirs: &DocumentDigest| ours.version == theirs.version && ours.hash != theirs.hash;
+            if theirs.get(&ours.id).is_some_and(|theirs| !ours.replaces(theirs) && !is_fork(theirs)) {
                 continue;
             }
             bytes += held.bytes;

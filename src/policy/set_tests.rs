@@ -3,14 +3,16 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::super::document::Content;
+use super::super::{Draft, DraftError};
 use super::*;
+use crate::authz::{Action, Intention};
 use crate::pki::{CaDir, DocumentKey, Signatory};
 
 const NOW: UnixSeconds = UnixSeconds(1_800_000_000);
 const DAY: Duration = Duration::from_secs(86_400);
 
 struct Mesh {
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
     root: DocumentKey,
     operator: DocumentKey,
 }
@@ -20,7 +22,7 @@ fn mesh() -> Mesh {
     let path = dir.path().join("ca");
     CaDir::init(&path, &"td".parse().unwrap(), NOW).unwrap();
     let [root, operator] = [Signatory::Root, Signatory::Operator].map(|who| DocumentKey::load(&path, who).unwrap());
-    Mesh { _dir: dir, root, operator }
+    Mesh { dir, root, operator }
 }
 
 impl Mesh {
@@ -133,6 +135,111 @@ fn an_operator_leads_to_no_new_root() {
     let bundle = Content { id, body: body.to_bytes().unwrap(), ..content("a", 1, vec![]) };
     let refused = mesh.set().offer(Document::sign(bundle, &mesh.operator).unwrap(), NOW).unwrap_err();
     assert!(matches!(refused, Refused::Signature(_)), "{refused}");
+}
+
+/// Certifies an operator in the mesh's own CA.
+fn operator(mesh: &Mesh, name: &str, may: &str) -> DocumentKey {
+    let dir = mesh.dir.path();
+    let out = dir.join(format!("{name}.operator"));
+    let ca = CaDir::open(&dir.join("ca"));
+    ca.create_operator(&name.parse().unwrap(), &may.parse().unwrap(), DAY * 365, &out, NOW).unwrap();
+    DocumentKey::load_operator(&out).unwrap()
+}
+
+fn intention(source: &str, destination: &str, action: Action) -> Draft {
+    Draft::intention(Intention::plain(source.parse().unwrap(), destination.parse().unwrap(), action)).unwrap()
+}
+
+#[test]
+fn an_operator_outside_its_scope_is_refused_and_the_root_is_not() {
+    let mesh = mesh();
+    let mut set = mesh.set();
+    let ci = operator(&mesh, "ci", "intentions:web*,config:web");
+    let entry = |name: &str| Draft::entry(format!("{{\"Kind\":\"service-defaults\",\"Name\":\"{name}\"}}")).unwrap();
+    for (draft, is_allowed) in [
+        (intention("a", "web-1", Action::Allow), true),
+        (intention("*", "web", Action::Deny), true),
+        (Draft::no_intention(&"a".parse().unwrap(), &"web-1".parse().unwrap()).unwrap(), true),
+        (intention("web", "db", Action::Allow), false),
+        (intention("a", "*", Action::Allow), false),
+        (Draft::no_intention(&"a".parse().unwrap(), &"db".parse().unwrap()).unwrap(), false),
+        (entry("web"), true),
+        (entry("web-1"), false),
+    ] {
+        let id = draft.id().clone();
+        let drafted = draft.clone().sign(1, None, &ci, NOW);
+        assert_eq!(drafted.is_ok(), is_allowed, "{id}");
+        // Who goes round the draft is refused by every set.
+        let by_root = draft.sign(1, None, &mesh.root, NOW).unwrap();
+        let forged = Document::sign(Content { not_after: NOW.plus(DAY), ..by_root.content().clone() }, &ci).unwrap();
+        match set.offer(forged, NOW) {
+            Ok(_) => assert!(is_allowed, "{id}"),
+            Err(Refused::OutsideScope { .. }) => assert!(!is_allowed, "{id}"),
+            Err(other) => panic!("{id}: {other}"),
+        }
+    }
+    let by_root = intention("web", "db", Action::Allow).sign(1, None, &mesh.root, NOW).unwrap();
+    assert_eq!(set.offer(by_root, NOW).unwrap(), Offered::Stored);
+    let revocation = revoke(&ci, "a", 1, 7);
+    assert!(matches!(set.offer(revocation, NOW), Err(Refused::OutsideScope { .. })));
+}
+
+#[test]
+fn policy_whose_name_and_body_differ_is_refused() {
+    let mesh = mesh();
+    let mut set = mesh.set();
+    let good = intention("web", "db", Action::Allow).sign(1, None, &mesh.operator, NOW).unwrap();
+    for name in ["web:mail", "web", "web:", "a b"] {
+        let Ok(name) = name.parse() else { continue };
+        let id = DocumentId { kind: DocumentKind::Intention, name };
+        let forged = Document::sign(Content { id, ..good.content().clone() }, &mesh.operator).unwrap();
+        assert!(matches!(set.offer(forged, NOW), Err(Refused::Name { .. })));
+    }
+    let body = ConfigBody(Some("{\"Kind\":\"nonsense\",\"Name\":\"web\"}".to_owned())).to_bytes().unwrap();
+    let id = DocumentId { kind: DocumentKind::Config, name: "nonsense:web".parse().unwrap() };
+    let entry = Document::sign(Content { id, body, ..good.content().clone() }, &mesh.operator).unwrap();
+    assert!(matches!(set.offer(entry, NOW), Err(Refused::Body(_))));
+}
+
+#[test]
+fn what_is_deleted_does_not_come_back_and_a_revoked_operator_said_nothing() {
+    let mesh = mesh();
+    let (mut set, mut late) = (mesh.set(), mesh.set());
+    let alice = operator(&mesh, "alice", "intentions");
+    let written = intention("web", "db", Action::Allow).sign(1, None, &alice, NOW).unwrap();
+    let ends = written.content().not_after;
+    let deletion = Draft::no_intention(&"web".parse().unwrap(), &"db".parse().unwrap()).unwrap();
+    let short = operator(&mesh, "short", "intentions");
+    assert!(matches!(deletion.clone().sign(2, Some(ends.plus(DAY)), &short, NOW), Err(DraftError::EndsEarly { .. })));
+    let deleted = deletion.sign(2, Some(ends), &alice, NOW).unwrap();
+    set.offer(deleted, NOW).unwrap();
+    assert_eq!(set.offer(written.clone(), NOW).unwrap(), Offered::Older);
+    late.offer(written.clone(), NOW).unwrap();
+    let ban = content("alice", 1, vec![Revoked::Key(alice.spki().unwrap())]);
+    let ban = Document::sign(ban, &mesh.root).unwrap();
+    for set in [&mut set, &mut late] {
+        set.offer(ban.clone(), NOW).unwrap();
+        assert_eq!(set.len(), 1, "only the ban is left");
+        assert!(matches!(set.offer(written.clone(), NOW), Err(Refused::Signature(VerifyError::Revoked { .. }))));
+    }
+}
+
+#[test]
+fn policy_leaves_room_for_revocations() {
+    let mesh = mesh();
+    let mut set = mesh.set();
+    let text =
+        |at: usize| format!("{{\"Kind\":\"service-defaults\",\"Name\":\"s{at}\",\"Pad\":\"{}\"}}", "x".repeat(32_000));
+    let mut refused = None;
+    for at in 0..400 {
+        let entry = Draft::entry(text(at)).unwrap().sign(1, None, &mesh.operator, NOW).unwrap();
+        if set.offer(entry, NOW).is_err() {
+            refused = Some(at);
+            break;
+        }
+    }
+    assert!(refused.is_some_and(|at| at > 150), "{refused:?}");
+    assert_eq!(set.offer(revoke(&mesh.operator, "a", 1, 7), NOW).unwrap(), Offered::Stored);
 }
 
 #[test]
@@ -312,4 +419,22 @@ fn an_old_root_that_is_taken_back_is_believed_no_more() {
     set.offer(end, NOW).unwrap();
     assert_eq!(set.bundle().roots, [keys[1].certificate().clone()]);
     assert_eq!(set.issuer_certificates().len(), 1);
+}
+
+#[test]
+fn scenario_13_a_comparison_brings_the_losing_content_of_a_fork_to_be_reported() {
+    let mesh = mesh();
+    let (one, two) = (revoke(&mesh.operator, "a", 5, 1), revoke(&mesh.root, "a", 5, 2));
+    let (mut left, mut right) = (mesh.set(), mesh.set());
+    left.offer(one, NOW).unwrap();
+    right.offer(two, NOW).unwrap();
+    // Each side gives what it has, whoever wins.
+    let (from_left, from_right) = (left.newer_than(&right.digests(), 0), right.newer_than(&left.digests(), 0));
+    for (set, given) in [(&mut left, from_right), (&mut right, from_left)] {
+        let [bytes] = given.as_slice() else { panic!("one document: {}", given.len()) };
+        set.offer(Document::from_bytes(bytes).unwrap(), NOW).unwrap();
+        assert_eq!(set.forks().count(), 1);
+    }
+    assert_eq!(left.set_hash(), right.set_hash());
+    assert!(left.newer_than(&right.digests(), 0).is_empty());
 }

@@ -16,6 +16,8 @@ use tokio::task::JoinSet;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 use tracing::{debug, warn};
 
+use super::authorize::in_time;
+use super::calls::{Admitted, Ticket};
 use super::http;
 use super::metrics::Reporter;
 use super::preamble::{PREAMBLE_BYTES_MAX, Preamble, StreamKind, StreamStatus};
@@ -44,16 +46,6 @@ pub(super) const CODE_TOO_MANY: u32 = 4;
 
 /// Tunnels by peer node.
 type PerPeer = Rc<RefCell<BTreeMap<NodeName, usize>>>;
-
-/// A caller may not call a service.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Denied;
-
-/// Decides whether `peer` may call `service`: every verified service of the trust domain may, while its certificate
-/// lasts.
-pub(crate) fn authorize(peer: &PeerIdentity, _service: &ServiceName) -> Result<(), Denied> {
-    if clock::wall() < peer.not_after { Ok(()) } else { Err(Denied) }
-}
 
 /// Accepts tunnels until the worker closes.
 pub(super) async fn run(worker: &Rc<Worker>) {
@@ -172,17 +164,21 @@ async fn serve(worker: &Rc<Worker>, stream: Stream) {
         Ok(local) => local,
         Err(status) => return refuse(send, recv, status).await,
     };
+    let ticket = worker.calls.enter(Rc::clone(&peer), preamble.service.clone());
     match preamble.kind {
         StreamKind::Http => {
-            http::inbound::serve(Rc::clone(worker), send, recv, rest, local, peer).await;
+            let stream = http::inbound::Stream { send, recv, rest, local, peer };
+            let served = http::inbound::serve(Rc::clone(worker), stream, |head| ticket.admit_request(head));
+            ticket.unless_cut(served).await;
             worker.responded_at.set(Some(clock::now()));
         }
         StreamKind::Tcp => {
             // A connection may last for hours: it does not keep the runner with its room for a request.
+            ticket.admit(Admitted::Stream);
             let call = TcpCall { send, recv, rest, app: local.app_addr, service: preamble.service, peer };
             let serving = Rc::clone(worker);
             worker.spawn(async move {
-                tcp(&serving, call).await;
+                serve_tcp(&serving, call, ticket).await;
                 drop(held);
             });
         }
@@ -197,6 +193,11 @@ struct TcpCall {
     app: SocketAddr,
     service: ServiceName,
     peer: Rc<PeerIdentity>,
+}
+
+/// Carries a TCP connection until it ends, or intentions end it.
+async fn serve_tcp(worker: &Rc<Worker>, call: TcpCall, ticket: Ticket) {
+    ticket.unless_cut(tcp(worker, call)).await;
 }
 
 /// Connects the app and relays.
@@ -245,7 +246,16 @@ fn admit(worker: &Worker, preamble: &Preamble, peer: &PeerIdentity) -> Result<Lo
     let snapshot = worker.snapshot().peek();
     let local = snapshot.local.instances.get(&preamble.instance);
     let local = local.filter(|local| local.service == preamble.service).ok_or(StreamStatus::UnknownInstance)?;
-    authorize(peer, &preamble.service).map_err(|Denied| {
+    // A request is decided over when its head has come.
+    let decided = in_time(peer).and_then(|()| match preamble.kind {
+        StreamKind::Http => Ok(()),
+        StreamKind::Tcp => {
+            let source = peer.id.service();
+            worker.http.policy().stream(&snapshot.policy, Reporter::Destination, source, &preamble.service)
+        }
+    });
+    decided.map_err(|denied| {
+        debug!(peer = %peer.id, service = %preamble.service, rule = %denied.rule, "a caller is denied");
         worker.metrics.refused.with_label_values(&["forbidden"]).inc();
         StreamStatus::Forbidden
     })?;

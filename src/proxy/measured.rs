@@ -4,7 +4,8 @@ use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, Method};
 
 use super::head::{self, HeadWriter, Inbox, Payload};
-use super::{http::outbound, inbound};
+use super::{authorize, http::outbound};
+use crate::authz::{Request, Table};
 use crate::model::ServiceName;
 use crate::pki::PeerIdentity;
 
@@ -31,7 +32,7 @@ pub fn service_of_host(host: &str) -> Option<ServiceName> {
     outbound::service_of_host(host)
 }
 
-/// Tells whether `peer` may call `service`.
-pub fn is_authorized(peer: &PeerIdentity, service: &ServiceName) -> bool {
-    inbound::authorize(peer, service).is_ok()
+/// Tells whether `peer` may send this request to `service`: what the destination asks of each.
+pub fn is_authorized(table: &Table, peer: &PeerIdentity, service: &ServiceName, request: &Request<'_>) -> bool {
+    authorize::in_time(peer).is_ok() && table.of_request(peer.id.service(), service, request, |_, _| {}).is_allowed()
 }

@@ -105,6 +105,16 @@ pub(crate) enum Reporter {
     Destination,
 }
 
+impl Reporter {
+    /// Returns the label.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Source => "source",
+            Self::Destination => "destination",
+        }
+    }
+}
+
 /// The handles of one pair of services, at one end.
 #[derive(Debug)]
 pub(crate) struct Edge {

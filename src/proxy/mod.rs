@@ -6,16 +6,19 @@
 //! ```
 //!
 //! Invariants: workers share nothing but the snapshot and atomic metric handles; a panic in one connection ends that
-//! connection; a stream of a peer is served only after its certificate was verified and [`inbound::authorize`] agrees; losing
+//! connection; a stream of a peer is served only after its certificate was verified and the intentions allow it; losing
 //! gossip changes nothing here, the last snapshot is served.
 //! Not here: who is in the mesh (`gossip`), what is registered (`registry`), which instance is best (`routing`).
 
+mod authorize;
+mod calls;
 mod dead;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
 pub(crate) mod head;
 pub(crate) mod http;
 mod inbound;
+mod inspect;
 mod listener;
 #[doc(hidden)]
 pub mod measured;
@@ -47,6 +50,7 @@ use crate::metrics::Metrics;
 use crate::pki::Identity;
 use crate::transport::{BindError, Credentials, Lane, LiveConnections, MeshPort, NodeCredentials};
 
+pub use inspect::{Inspector, Question, WorkerView};
 pub use open::{OpenTunnel, OpenTunnels};
 pub(crate) use preamble::StreamKind;
 pub(crate) use tunnel::Lease;
@@ -179,10 +183,19 @@ fn start(params: StartParams, metrics: &Metrics) -> Result<ProxyHandle, ProxyErr
     let drain = params.stop.child_token();
     let draining = TaskTracker::new();
     let workers = u8::try_from(params.sockets.len()).unwrap_or(u8::MAX);
-    let mut handle =
-        ProxyHandle { threads: Vec::new(), drain, died: Arc::clone(&died), listeners, open: OpenTunnels::default() };
+    let mut handle = ProxyHandle {
+        threads: Vec::new(),
+        drain,
+        died: Arc::clone(&died),
+        listeners,
+        open: OpenTunnels::default(),
+        inspector: Inspector::default(),
+    };
     for (index, port) in (0..workers).zip(params.sockets) {
+        let (questions_sender, questions) = inspect::queue();
+        handle.inspector.0.push(questions_sender);
         let setup = Setup {
+            questions,
             port,
             lane: Lane::Worker { index, workers },
             index: usize::from(index),
@@ -223,6 +236,7 @@ pub struct ProxyHandle {
     died: Arc<watch::Sender<Died>>,
     listeners: Arc<watch::Sender<Listeners>>,
     open: OpenTunnels,
+    inspector: Inspector,
 }
 
 /// Tells when a worker dies. Cheap to clone.
@@ -247,6 +261,11 @@ impl ProxyHandle {
     /// Returns the list of open tunnels; it stays current.
     pub fn tunnels(&self) -> OpenTunnels {
         self.open.clone()
+    }
+
+    /// Returns what asks the workers what they would do.
+    pub fn inspector(&self) -> Inspector {
+        self.inspector.clone()
     }
 
     /// Returns how the local ports fare, and wakes at each change.

@@ -23,7 +23,17 @@ const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
 pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream, caller: Caller) {
     let edge = worker.edges.edge(Reporter::Source, caller.source.service(), &caller.destination);
     let mut counted = edge.open();
+    let decided = {
+        let (table, source) = (&worker.snapshot().peek().policy, caller.source.service());
+        worker.http.policy().stream(table, Reporter::Source, source, &caller.destination)
+    };
     let tcp = Tcp::new(stream);
+    if let Err(denied) = decided {
+        debug!(rule = %denied.rule, service = %caller.destination, "a caller is denied");
+        // Dropped unclean: the app gets an RST.
+        drop(tcp);
+        return counted.ends("RBAC");
+    }
     match connect(&worker, &caller).await {
         Ok((send, recv, _lease)) => {
             let ending = relay::relay(tcp, send, recv, &*edge, relay::IDLE_TIMEOUT).await;

@@ -136,6 +136,23 @@ impl Tunnels {
         slots.iter().filter(|(_, slot)| is_open(slot)).map(|(key, _)| key.clone()).collect()
     }
 
+    /// Returns the open tunnels of `source` to `nodes`.
+    pub(crate) fn open(&self, source: Option<&ServiceName>, nodes: &[&NodeName]) -> Vec<OpenTunnel> {
+        let slots = self.slots.borrow();
+        let of = slots.iter().filter(|(key, _)| key.source.as_ref() == source && nodes.contains(&&key.node));
+        let open = of.filter_map(|(key, slot)| match slot.dialled.get() {
+            Some(Ok(tunnel)) if tunnel.connection.close_reason().is_none() => Some(OpenTunnel {
+                source: key.source.clone(),
+                peer: tunnel.peer.id.clone(),
+                addr: key.addr,
+                scope: tunnel.peer.scope.clone(),
+                not_after: tunnel.not_after.min(tunnel.peer.not_after),
+            }),
+            _ => None,
+        });
+        open.collect()
+    }
+
     /// Closes the tunnel of `key` with all its streams.
     pub(crate) fn close(&self, key: &TunnelKey, code: quinn::VarInt, reason: &str) {
         let slot = self.slots.borrow_mut().remove(key);

@@ -14,13 +14,14 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::FutureExt as _;
 use tokio::runtime::LocalOptions;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 use tracing::{debug, error, info, warn};
 
+use super::calls::Calls;
 use super::http::HttpState;
 use super::http::metrics::HttpMetrics;
 use super::inbound::Stream;
@@ -29,11 +30,11 @@ use super::open::OpenTunnels;
 use super::preamble::{Preamble, StreamKind};
 use super::runners::Runners;
 use super::tunnel::{Lease, Tunnel, TunnelKey, Tunnels};
-use super::{Died, Listeners, ProxyError, dead, inbound, listener};
+use super::{Died, Listeners, ProxyError, authorize, dead, inbound, inspect, listener};
 use crate::catalogue::{Instance, ServiceEntry, SnapshotReader};
 use crate::clock;
 use crate::model::{HealthStatus, NodeName, ServiceName};
-use crate::routing::{Balancer, ConnectBackoff, Tried};
+use crate::routing::{Balancer, ConnectBackoff, NoInstance, Tried};
 use crate::transport::{Credentials, Lane, LiveConnections, MeshPort, WorkerEndpoint};
 
 /// Connections that one worker holds from local apps, and streams from peers: 5 KB each when idle.
@@ -146,6 +147,7 @@ pub(super) struct Setup {
     /// Holds one token per worker that still drains.
     pub(super) draining: TaskTracker,
     pub(super) listeners: Arc<watch::Sender<Listeners>>,
+    pub(super) questions: mpsc::Receiver<inspect::Asked>,
     pub(super) died: Arc<watch::Sender<Died>>,
 }
 
@@ -169,6 +171,8 @@ pub(crate) struct Worker {
     pub(super) responded_at: Cell<Option<Instant>>,
     /// Tasks that serve peers' streams.
     pub(super) runners: Runners<Stream>,
+    /// Streams of peers that are served.
+    pub(super) calls: Rc<Calls>,
     snapshot: SnapshotReader,
     tunnels: Tunnels,
     balancer: RefCell<Balancer>,
@@ -216,9 +220,9 @@ fn thread(setup: Setup, ready: &Ready) {
     runtime.block_on(async {
         let drain_timeout = setup.drain_timeout;
         match Worker::new(setup) {
-            Ok(worker) => {
+            Ok((worker, questions)) => {
                 let _starter_is_gone = ready.send(Ok(()));
-                Rc::new(worker).run(drain_timeout).await;
+                Rc::new(worker).run(questions, drain_timeout).await;
             }
             Err(source) => drop(ready.send(Err(ProxyError::Endpoint { worker, source }))),
         }
@@ -226,9 +230,9 @@ fn thread(setup: Setup, ready: &Ready) {
 }
 
 impl Worker {
-    fn new(setup: Setup) -> Result<Self, crate::transport::BindError> {
+    fn new(setup: Setup) -> Result<(Self, mpsc::Receiver<inspect::Asked>), crate::transport::BindError> {
         let endpoint = WorkerEndpoint::new(setup.port, setup.lane, &setup.reset_key, setup.credentials, setup.live)?;
-        Ok(Self {
+        let worker = Self {
             index: setup.index,
             endpoint,
             shared_http: setup.shared_http,
@@ -240,6 +244,7 @@ impl Worker {
             streams: Rc::default(),
             responded_at: Cell::new(None),
             runners: Runners::default(),
+            calls: Rc::default(),
             snapshot: setup.snapshot,
             tunnels: Tunnels::new(setup.metrics.clone(), setup.open),
             metrics: setup.metrics,
@@ -250,14 +255,15 @@ impl Worker {
             draining: setup.draining,
             drain: setup.drain,
             closed: CancellationToken::new(),
-        })
+        };
+        Ok((worker, setup.questions))
     }
 
     /// Serves until the drain of all workers is over. The loops run here: a panic of one is the worker's end.
     ///
     /// A socket that leaves the mesh port's group moves another into its place, and datagrams go to the wrong worker:
     /// so none closes while another has something open.
-    async fn run(self: Rc<Self>, drain_timeout: Duration) {
+    async fn run(self: Rc<Self>, questions: mpsc::Receiver<inspect::Asked>, drain_timeout: Duration) {
         let sweep = async {
             loop {
                 tokio::time::sleep(SWEEP).await;
@@ -284,7 +290,7 @@ impl Worker {
         };
         tokio::select! {
             () = drained => {}
-            () = async { tokio::join!(listener::run(&self), inbound::run(&self), sweep, self.forget_vanished(), dead::run(&self)); } => {}
+            () = async { tokio::join!(listener::run(&self), inbound::run(&self), sweep, self.forget_vanished(), dead::run(&self), authorize::run(&self), inspect::run(&self, questions)); } => {}
         }
         self.closed.cancel();
         self.tunnels.clear();
@@ -338,6 +344,16 @@ impl Worker {
     /// Notes that the app of `instance` is connected.
     pub(crate) fn connected(&self, instance: &Instance) {
         self.backoff.borrow_mut().succeeded(instance);
+    }
+
+    /// Tells whom the next call to `service` goes to.
+    pub(super) fn next(&self, service: &ServiceEntry, now: Instant) -> Result<Arc<Instance>, NoInstance> {
+        self.balancer.borrow().peek(service, &self.backoff.borrow(), now)
+    }
+
+    /// Tells whether `instance` could not be connected lately.
+    pub(super) fn is_avoided(&self, instance: &Instance, now: Instant) -> bool {
+        self.backoff.borrow().is_avoided(instance, now)
     }
 
     /// Drops the turns of services that are gone, as the catalogue changes.

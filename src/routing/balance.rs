@@ -85,7 +85,7 @@ impl Tried {
 }
 
 /// An instance that takes traffic.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Slot {
     /// Its place in the service's list.
     at: usize,
@@ -94,7 +94,7 @@ struct Slot {
 }
 
 /// The turn of one service.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Turn {
     modify_index: u64,
     slots: Vec<Slot>,
@@ -214,6 +214,21 @@ impl Balancer {
             best = Some(best.map_or(found, |best| better(best, found)));
         }
         best.map(|(_, instance)| Arc::clone(instance)).ok_or_else(|| why_none(service))
+    }
+
+    /// Tells whom [`Balancer::pick`] would pick next, without moving on.
+    ///
+    /// # Errors
+    /// As [`Balancer::pick`].
+    pub fn peek(
+        &self,
+        service: &ServiceEntry,
+        backoff: &ConnectBackoff,
+        now: Instant,
+    ) -> Result<Arc<Instance>, NoInstance> {
+        let turn = self.turns.get(&service.name).map(|turn| (service.name.clone(), turn.clone()));
+        let mut copy = Self { turns: turn.into_iter().collect(), start: self.start };
+        copy.pick(service, &Tried::new(), backoff, now)
     }
 
     /// Drops the turns of services that `snapshot` does not have.

@@ -6,6 +6,8 @@ use std::sync::Arc;
 use bytes::{Bytes, BytesMut};
 use criterion::Criterion;
 use http::{HeaderMap, HeaderName, HeaderValue, Method};
+use serde_json::{Value, json};
+use weft::authz::{self, Action, Guard, Origin, Request, Table};
 use weft::catalogue::{Builder, Snapshot};
 use weft::clock::{self, UnixSeconds};
 use weft::model::{MemberStatus, ServiceName};
@@ -90,17 +92,48 @@ pub(crate) fn hosts(c: &mut Criterion) {
     }
 }
 
-/// Decides whether a caller may call a service.
-pub(crate) fn authorize(c: &mut Criterion) {
-    let peer = PeerIdentity {
-        id: "spiffe://bench.weft/svc/api/node/node-1".parse().expect("a valid id"),
-        node: name("node-1"),
-        scope: "api,web-*".parse().expect("a valid scope"),
-        not_after: UnixSeconds(u64::MAX),
-    };
-    let service: ServiceName = "web".parse().expect("a valid name");
-    assert!(measured::is_authorized(&peer, &service));
-    c.bench_function("authorize", |bencher| {
-        bencher.iter(|| measured::is_authorized(black_box(&peer), black_box(&service)));
+/// `count` intentions, half of them with permissions, and one about every service.
+fn intentions(count: usize) -> Table {
+    let guards = (0..count).map(|at| {
+        let ends = json!({"SourceName": format!("caller-{}", at % 40), "DestinationName": format!("web-{}", at / 40)});
+        let says = match at % 2 {
+            0 => json!({"Action": "allow"}),
+            _ => json!({"Permissions": [
+                {"Action": "deny", "HTTP": {"PathPrefix": "/admin"}},
+                {"Action": "allow", "HTTP": {"PathRegex": "/v[0-9]+/.*", "Methods": ["GET", "PUT"]}},
+                {"Action": "allow", "HTTP": {"PathPrefix": "/", "Header": [{"Name": "x-team", "Exact": "shop"}]}},
+            ]}),
+        };
+        let (Value::Object(mut fields), Value::Object(says)) = (ends, says) else { unreachable!() };
+        fields.extend(says);
+        let intention = authz::from_json(&Value::Object(fields), None).expect("an intention");
+        Arc::new(Guard::compile(intention, Origin::default()).expect("it compiles"))
     });
+    Table::new(Action::Deny, guards, Vec::new())
+}
+
+/// Decides whether a caller's request may pass: by an action, by the third of three permissions, and by nothing.
+pub(crate) fn authorize(c: &mut Criterion) {
+    let table = intentions(1_000);
+    let headers: HeaderMap = HEADERS
+        .map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value)))
+        .into_iter()
+        .collect();
+    let request = Request { method: "GET", path: "/cart?item=42", headers: &headers };
+    for (kind, caller, wanted) in
+        [("action", "caller-4", true), ("permissions", "caller-5", true), ("none", "api", false)]
+    {
+        let peer = PeerIdentity {
+            id: format!("spiffe://bench.weft/svc/{caller}/node/node-1").parse().expect("a valid id"),
+            node: name("node-1"),
+            scope: "*".parse().expect("a valid scope"),
+            not_after: UnixSeconds(u64::MAX),
+        };
+        let service: ServiceName = "web-7".parse().expect("a valid name");
+        assert_eq!(measured::is_authorized(&table, &peer, &service, &request), wanted, "{kind}");
+        c.bench_function(&format!("authorize/1000_intentions_{kind}"), |bencher| {
+            bencher
+                .iter(|| measured::is_authorized(&table, black_box(&peer), black_box(&service), black_box(&request)));
+        });
+    }
 }

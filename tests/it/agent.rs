@@ -144,6 +144,21 @@ impl Agent {
         agent
     }
 
+    /// Starts an agent whose API asks for a token, and waits until it answers.
+    #[track_caller]
+    pub(crate) fn start_with_token(spec: &Spec<'_>, token: &str) -> Self {
+        let agent = Self::spawn(spec, TempDir::new().unwrap());
+        until(&format!("{} answers", agent.name), || {
+            let shown = [("x-consul-token", token)];
+            match agent.call(agent.api, "GET", "/v1/agent/self", &shown, "") {
+                Ok(answer) if answer.status == 200 => Ok(()),
+                Ok(answer) => Err(format!("{} {}", answer.status, answer.body)),
+                Err(why) => Err(format!("{why}; log:\n{}", agent.log())),
+            }
+        });
+        agent
+    }
+
     /// Starts an agent and waits for nothing.
     #[track_caller]
     pub(crate) fn spawn(spec: &Spec<'_>, dir: TempDir) -> Self {
@@ -157,6 +172,10 @@ impl Agent {
             words.extend(owned(&["-data-dir", path(&dir.path().join("data"))]));
         }
         words.extend([format!("-bind={}", spec.bind), format!("-client={}", spec.client)]);
+        // Tests that are not about policy let everybody call.
+        if !spec.args.iter().any(|arg| arg.starts_with("-default-intention-policy")) {
+            words.push("-default-intention-policy=allow".to_owned());
+        }
         words.extend(spec.args.iter().cloned());
         let log = File::options().create(true).append(true).open(dir.path().join("log")).unwrap();
         let mut command = Command::new(&words[0]);

@@ -15,11 +15,12 @@ fn rules() -> BTreeMap<&'static str, &'static [&'static str]> {
         ("metrics", &[]),
         ("telemetry", &[]),
         ("pki", FOUNDATION),
-        ("policy", &["clock", "model", "pki", "wire"]),
+        ("authz", &["model"]),
+        ("policy", &["authz", "clock", "model", "pki", "wire"]),
         ("membership", FOUNDATION),
         ("replica", FOUNDATION),
         ("routing", &["model", "catalogue", "clock"]),
-        ("catalogue", &["model", "replica"]),
+        ("catalogue", &["authz", "model", "replica"]),
         ("store", &["model", "wire", "clock", "registry"]),
         ("join", &["clock", "model", "pki", "policy", "wire", "transport"]),
         ("transport", &["clock", "metrics", "model", "pki", "supervise"]),
@@ -27,6 +28,7 @@ fn rules() -> BTreeMap<&'static str, &'static [&'static str]> {
         (
             "gossip",
             &[
+                "authz",
                 "catalogue",
                 "clock",
                 "membership",
@@ -45,10 +47,11 @@ fn rules() -> BTreeMap<&'static str, &'static [&'static str]> {
         ),
         // No input or output: the simulator runs it.
         ("gossip/engine", &["clock", "membership", "model", "replica", "store", "wire"]),
-        ("proxy", &["catalogue", "clock", "metrics", "model", "pki", "routing", "telemetry", "transport"]),
+        ("proxy", &["authz", "catalogue", "clock", "metrics", "model", "pki", "routing", "telemetry", "transport"]),
         (
             "api",
             &[
+                "authz",
                 "catalogue",
                 "clock",
                 "gossip",
@@ -63,7 +66,7 @@ fn rules() -> BTreeMap<&'static str, &'static [&'static str]> {
         ),
         ("workload", &["clock", "metrics", "model", "pki", "registry", "supervise", "telemetry"]),
         // Of workload: the form of its own block.
-        ("config", &["model", "registry", "telemetry", "workload"]),
+        ("config", &["authz", "model", "registry", "telemetry", "workload"]),
     ])
 }
 
@@ -120,7 +123,7 @@ fn pure_cores_read_no_clock_and_name_no_task_socket_or_source_of_randomness() {
     const FORBIDDEN: [&str; 6] = ["clock::now", "clock::wall", "rand::random", "rand::rng()", "std::net::Udp", "quinn"];
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut problems = Vec::new();
-    for core in ["membership", "replica", "gossip/engine", "policy"] {
+    for core in ["membership", "replica", "gossip/engine", "policy", "authz"] {
         for file in rust_files(&root.join(core)) {
             let source = fs::read_to_string(&file).unwrap();
             let code = source.lines().enumerate().take_while(|(_, line)| line.trim() != "#[cfg(test)]");

@@ -28,6 +28,7 @@ mod netns_bad_input;
 mod netns_cluster;
 mod netns_faults;
 mod netns_identity;
+mod netns_policy;
 mod netns_threats;
 #[path = "../sim/mod.rs"]
 mod sim;

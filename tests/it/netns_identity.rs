@@ -18,13 +18,13 @@ const CALLER: &str = r#"{"Name":"caller","Port":1,"Connect":{"SidecarService":{"
     {"DestinationName":"raw","LocalBindPort":9292}]}}}}"#;
 
 /// Runs `weft` on `host` to its end.
-fn weft_on(host: &Host, args: &[&str]) -> Output {
+pub(crate) fn weft_on(host: &Host, args: &[&str]) -> Output {
     host.run(|| Command::new(WEFT).args(args).env_remove("WEFT_HTTP_ADDR").output().expect("the binary starts"))
 }
 
 /// Runs `weft` on `host`, which must succeed; returns what it printed.
 #[track_caller]
-fn weft_on_ok(host: &Host, args: &[&str]) -> String {
+pub(crate) fn weft_on_ok(host: &Host, args: &[&str]) -> String {
     let out = weft_on(host, args);
     assert!(out.status.success(), "weft {args:?}: {}", String::from_utf8_lossy(&out.stderr));
     String::from_utf8_lossy(&out.stdout).into_owned()
@@ -35,7 +35,7 @@ fn loopback(port: u16) -> SocketAddr {
 }
 
 /// A stream through the mesh that carries a byte back and forth until it breaks.
-struct Stream {
+pub(crate) struct Stream {
     thread: std::thread::JoinHandle<Instant>,
     echoed: Arc<AtomicU64>,
 }
@@ -43,7 +43,7 @@ struct Stream {
 impl Stream {
     /// Opens it from `agent`'s host and waits for the app's greeting.
     #[track_caller]
-    fn open(agent: &Agent) -> Self {
+    pub(crate) fn open(agent: &Agent) -> Self {
         let addr: SocketAddr = RAW_UPSTREAM.parse().unwrap();
         let mut stream = until("a stream to raw greets", || {
             let stream = agent.inside(|| TcpStream::connect(addr)).map_err(|e| e.to_string())?;
@@ -70,13 +70,13 @@ impl Stream {
         stream
     }
 
-    fn is_open(&self) -> bool {
+    pub(crate) fn is_open(&self) -> bool {
         !self.thread.is_finished()
     }
 
     /// Waits for its end and returns when that was.
     #[track_caller]
-    fn cut(self) -> Instant {
+    pub(crate) fn cut(self) -> Instant {
         until("the stream is cut", || if self.is_open() { Err("it lives".to_owned()) } else { Ok(()) });
         self.thread.join().unwrap()
     }

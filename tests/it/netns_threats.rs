@@ -116,7 +116,9 @@ impl Insider {
             stop: stop.clone(),
         };
         let set = DocumentSet::new(&identity.bundle());
-        let documents = DocumentsParams { set, store: Arc::new(Nowhere), on_trust: Arc::new(|_, _| {}) };
+        let default_policy = weft::authz::Action::Allow;
+        let documents =
+            DocumentsParams { set, store: Arc::new(Nowhere), on_trust: Arc::new(|_, _| {}), default_policy };
         let tasks = Tasks::new(stop.clone());
         let _gossip = Gossip::start(params, documents, &Metrics::new(), &tasks).unwrap();
         loop {

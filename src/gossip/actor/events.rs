@@ -110,6 +110,7 @@ impl Actor {
                 intermediate: facts(intermediate)?,
                 issuer: facts(issuer)?,
                 root: root_key_of(&CertificateDer::from(issuer.as_slice()), &bundle),
+                lease_ends: state.not_after,
             }),
             _ => None,
         };

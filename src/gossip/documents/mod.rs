@@ -25,6 +25,7 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 
+use crate::authz::{Action, Intention};
 use crate::clock::UnixSeconds;
 use crate::metrics::Metrics;
 use crate::pki::TrustBundle;
@@ -33,7 +34,7 @@ use crate::policy::{DocumentDigest, DocumentError, DocumentSet, Offered, Refused
 #[cfg(any(test, fuzzing))]
 pub(crate) use self::carry::fuzz as fuzz_documents;
 pub(super) use self::carry::serve;
-pub(super) use self::task::{Around, Task};
+pub(super) use self::task::{Around, Task, views};
 
 /// How many members a node passes a document on to that it learned from another: with three, a mesh of 1,000 is through
 /// after seven hops but for some 5 %, whom the origin's own pushes and the comparisons reach.
@@ -82,6 +83,8 @@ pub type OnTrust = Arc<dyn Fn(&DocumentSet, &TrustBundle) + Send + Sync>;
 pub struct DocumentsParams {
     /// What is held at the start.
     pub set: DocumentSet,
+    /// What is decided of calls that no intention is about.
+    pub default_policy: Action,
     /// Where it is kept.
     pub store: Arc<dyn DocumentStore>,
     /// Called at once when something else is to be believed: closes connections. Must not block.
@@ -143,6 +146,21 @@ pub struct DocumentView {
     pub reason: String,
     /// Two contents of this version were signed.
     pub is_forked: bool,
+    /// What it says, where that is policy.
+    pub body: DocumentBody,
+    /// The document as it travels.
+    pub bytes: Vec<u8>,
+}
+
+/// What a document of policy says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DocumentBody {
+    /// It is no policy.
+    Trust,
+    /// An intention; none: it is deleted.
+    Intention(Option<Intention>),
+    /// A config entry; none: it is deleted.
+    Config(Option<serde_json::Value>),
 }
 
 /// How far the members' clocks are from this one's.
@@ -160,7 +178,7 @@ pub struct ClockSkew {
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct DocumentsView {
     /// In order of kind and name.
-    pub documents: Vec<DocumentView>,
+    pub documents: Vec<Arc<DocumentView>>,
     /// Equal on two nodes that hold the same.
     pub set_hash: u64,
     /// None: nobody was asked yet.

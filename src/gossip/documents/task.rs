@@ -1,6 +1,6 @@
 //! The task: `select -> apply`.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,10 +16,11 @@ use tracing::{debug, error, info, warn};
 
 use super::carry::{self, Asked, Compare, Compared, Given, Took};
 use super::{
-    CLOCKS_MAX, COMPARES_MAX, CONFIRM_TIME_MAX, ClockSkew, DocumentMetrics, DocumentStore, DocumentView,
+    CLOCKS_MAX, COMPARES_MAX, CONFIRM_TIME_MAX, ClockSkew, DocumentBody, DocumentMetrics, DocumentStore, DocumentView,
     DocumentsHandle, DocumentsParams, DocumentsView, FORWARDS, GIVEN_BYTES_MAX, JOIN_COMPARES, LINKS_MAX,
     ORIGIN_PUSHES_MAX, OfferError, OnTrust, Order, PUSH_TIME_MAX, PUSHES_MAX, PUSHES_WAITING_MAX, Spread,
 };
+use crate::authz::{Intention, Rule};
 use crate::clock;
 use crate::gossip::exchange::ExchangeError;
 use crate::gossip::{Command, MemberView, Members};
@@ -27,7 +28,8 @@ use crate::metrics::Metrics;
 use crate::model::{MemberStatus, NodeName};
 use crate::pki::{DocumentSigner, Identity, Revoked};
 use crate::policy::{
-    Document, DocumentDigest, DocumentId, DocumentKind, DocumentSet, Fork, Held, Offered, RevocationBody, RootLink,
+    ConfigBody, Document, DocumentDigest, DocumentId, DocumentKind, DocumentSet, Fork, Held, IntentionBody, Offered,
+    RevocationBody, RootLink,
 };
 use crate::transport::ControlTransport;
 
@@ -124,6 +126,8 @@ pub(in crate::gossip) struct Task {
     clocks: VecDeque<(NodeName, i64)>,
     is_skew_told: bool,
     forks_told: BTreeSet<Fork>,
+    /// What is shown, by document: what did not change is not read again.
+    shown: BTreeMap<DocumentId, Arc<DocumentView>>,
     is_own_end_told: bool,
     is_gossip_untold: bool,
     stop: CancellationToken,
@@ -166,6 +170,7 @@ impl Task {
             clocks: VecDeque::new(),
             is_skew_told: false,
             forks_told: BTreeSet::new(),
+            shown: BTreeMap::new(),
             is_own_end_told: false,
             is_gossip_untold: false,
             stop: around.stop,
@@ -284,6 +289,7 @@ impl Task {
 
     /// Takes a document from anybody; enforces, keeps and passes on what is news.
     fn offer(&mut self, bytes: &[u8], origin: Origin<'_>) -> Result<(DocumentDigest, Offered), OfferError> {
+        let forks = self.set.forks().count();
         let taken = self.take(bytes);
         let result = match &taken {
             Ok((_, Offered::Stored)) => "stored",
@@ -295,10 +301,21 @@ impl Task {
         match &taken {
             Ok((digest, Offered::Stored)) => {
                 info!(document = %digest.id, version = digest.version, "took a document");
-                self.trust_changed();
+                // Nothing that is believed follows from policy.
+                if digest.id.kind.is_policy() {
+                    self.show();
+                } else {
+                    self.trust_changed();
+                }
                 if let Origin::Peer(from) = origin {
                     self.forward(digest, from);
                     self.keep(digest);
+                }
+            }
+            // The other content of a version that is held: who has heard of the fork tells those who hold the same.
+            Ok((digest, Offered::Older)) if self.set.forks().count() > forks => {
+                if let Origin::Peer(from) = origin {
+                    self.forward_bytes(digest, &Arc::new(bytes.to_vec()), from);
                 }
             }
             Ok(_) => {}
@@ -362,10 +379,14 @@ impl Task {
     fn forward(&mut self, digest: &DocumentDigest, from: &NodeName) {
         let Some(held) = self.set.get(&digest.id) else { return };
         let bytes = Arc::new(held.document.to_bytes());
+        self.forward_bytes(digest, &bytes, from);
+    }
+
+    fn forward_bytes(&mut self, digest: &DocumentDigest, bytes: &Arc<Vec<u8>>, from: &NodeName) {
         let others: Vec<MemberView> = self.alive().into_iter().filter(|member| member.name != *from).collect();
         let chosen: Vec<MemberView> = others.sample(&mut self.rng, FORWARDS).cloned().collect();
         for to in chosen {
-            self.push(Push { to, digest: digest.clone(), bytes: Arc::clone(&bytes) });
+            self.push(Push { to, digest: digest.clone(), bytes: Arc::clone(bytes) });
         }
     }
 
@@ -549,12 +570,16 @@ impl Task {
         self.metrics.held.set(i64::try_from(self.set.len()).unwrap_or(i64::MAX));
         self.metrics.forks.set(i64::try_from(self.set.forks().count()).unwrap_or(i64::MAX));
         let forked: BTreeSet<(&DocumentId, u64)> = self.set.forks().map(|fork| (&fork.id, fork.version)).collect();
-        let documents = self.set.iter().map(|held| {
-            let is_forked = forked.contains(&(&held.document.content().id, held.document.content().version));
-            view(held, is_forked)
-        });
+        let mut shown = std::mem::take(&mut self.shown);
+        for held in self.set.iter() {
+            let digest = held.document.digest();
+            let is_forked = forked.contains(&(&digest.id, digest.version));
+            let is_same = |view: &Arc<DocumentView>| view.digest == digest && view.is_forked == is_forked;
+            let known = shown.remove(&digest.id).filter(is_same);
+            self.shown.insert(digest.id, known.unwrap_or_else(|| Arc::new(view(held, is_forked))));
+        }
         let view = DocumentsView {
-            documents: documents.collect(),
+            documents: self.shown.values().cloned().collect(),
             set_hash: self.set.set_hash(),
             skew: skew_of(self.clocks.iter().map(|(_, ahead_ms)| *ahead_ms)),
             links: self.set.link_documents(LINKS_MAX),
@@ -608,8 +633,24 @@ fn revoked_nodes(held: &Held) -> Vec<NodeName> {
     body.map_or_else(|_| Vec::new(), |body| body.entries.into_iter().filter_map(node).collect())
 }
 
+/// Shows what is held at the start.
+pub(in crate::gossip) fn views(set: &DocumentSet) -> Vec<Arc<DocumentView>> {
+    set.iter().map(|held| Arc::new(view(held, false))).collect()
+}
+
 fn view(held: &Held, is_forked: bool) -> DocumentView {
     let content = held.document.content();
+    // The bodies were checked when the document was taken.
+    let body = match content.id.kind {
+        DocumentKind::Bundle | DocumentKind::Revocation => DocumentBody::Trust,
+        DocumentKind::Intention => {
+            DocumentBody::Intention(IntentionBody::from_bytes(&content.body).ok().and_then(|body| body.0))
+        }
+        DocumentKind::Config => {
+            let text = ConfigBody::from_bytes(&content.body).ok().and_then(|body| body.0);
+            DocumentBody::Config(text.and_then(|text| serde_json::from_str(&text).ok()))
+        }
+    };
     let (says, reason) = match content.id.kind {
         DocumentKind::Revocation => RevocationBody::from_bytes(&content.body).map_or_else(
             |_| (Vec::new(), String::new()),
@@ -620,6 +661,11 @@ fn view(held: &Held, is_forked: bool) -> DocumentView {
                 RootLink::from_bytes(&content.body).ok().and_then(|link| crate::pki::spki(&link.certificate()).ok());
             (root.map(|key| format!("root {key}")).into_iter().collect(), String::new())
         }
+        DocumentKind::Intention | DocumentKind::Config => match &body {
+            DocumentBody::Intention(Some(intention)) => (vec![describe_intention(intention)], String::new()),
+            DocumentBody::Config(Some(_)) => (vec![content.id.name.as_str().replacen(':', " ", 1)], String::new()),
+            _ => (vec!["deleted".to_owned()], String::new()),
+        },
     };
     DocumentView {
         digest: held.document.digest(),
@@ -633,7 +679,18 @@ fn view(held: &Held, is_forked: bool) -> DocumentView {
         says,
         reason,
         is_forked,
+        body,
+        bytes: held.document.to_bytes(),
     }
+}
+
+fn describe_intention(intention: &Intention) -> String {
+    let what = match &intention.rule {
+        Rule::Action(action) => action.to_string(),
+        Rule::Permissions(list) => format!("{} permissions", list.len()),
+    };
+    let dry = if intention.mode == crate::authz::Mode::Audit { " (audit)" } else { "" };
+    format!("{} -> {}: {what}{dry}", intention.source, intention.destination)
 }
 
 fn describe(entry: &Revoked) -> String {

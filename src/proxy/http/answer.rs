@@ -13,6 +13,8 @@ pub(crate) const REASON: HeaderName = HeaderName::from_static("x-weft-reason");
 const GRPC_UNAVAILABLE: &str = "14";
 /// gRPC's DEADLINE_EXCEEDED.
 const GRPC_DEADLINE: &str = "4";
+/// gRPC's PERMISSION_DENIED.
+const GRPC_DENIED: &str = "7";
 /// gRPC's INTERNAL: the request itself was refused.
 const GRPC_INTERNAL: &str = "13";
 
@@ -81,12 +83,18 @@ impl Refusal {
         Self { status: StatusCode::BAD_GATEWAY, flag: Flag::Reset, reason: Reason::Reset, text }
     }
 
+    /// No intention allows the request: 403.
+    pub(crate) fn denied(text: String) -> Self {
+        Self { status: StatusCode::FORBIDDEN, flag: Flag::Denied, reason: Reason::Forbidden, text }
+    }
+
     /// Renders the answer; gRPC callers get a trailers-only response with a gRPC status.
     pub(crate) fn into_response(self, grpc: bool) -> Response<TunnelBody> {
         let reason = HeaderValue::from_static(self.reason.as_str());
         if grpc {
             let code = match self.flag {
                 Flag::Refused => GRPC_INTERNAL,
+                Flag::Denied => GRPC_DENIED,
                 Flag::Timeout => GRPC_DEADLINE,
                 _ => GRPC_UNAVAILABLE,
             };

@@ -380,12 +380,7 @@ impl<D: Dial> Attempt<'_, D> {
             0 => Ok(()),
             1 => Err(Failed::Unreached(unreachable(destination, "its application refuses connections"))),
             2 => Err(Failed::Unreached(unreachable(destination, "its node does not have the instance"))),
-            3 => Err(Failed::Final(Refusal {
-                status: StatusCode::FORBIDDEN,
-                flag: Flag::Refused,
-                reason: Reason::Forbidden,
-                text: format!("service `{destination}` does not admit this caller"),
-            })),
+            3 => Err(Failed::Final(Refusal::denied(format!("service `{destination}` does not admit this caller")))),
             4 => Err(Failed::Unreached(unreachable(destination, "its node is shutting down"))),
             _ => Err(Failed::Final(self.broke(&HeadError::Malformed("status byte")))),
         }

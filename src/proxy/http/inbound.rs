@@ -18,14 +18,16 @@ use super::answer::{REASON, Reason, Refusal};
 use super::body::{self, BodyError, First, TunnelBody, TunnelSend};
 use super::headers;
 use super::io::AppIo;
-use super::metrics::{Exchange, Flag, Reporter};
+use super::metrics::{Exchange, Flag};
 use super::pool::{ConnectError, Http1, Pool};
 use super::upgrade::{self, Raw};
 use super::{Dial, HttpState};
 use crate::catalogue::LocalInstance;
 use crate::model::Protocol;
 use crate::pki::PeerIdentity;
+use crate::proxy::authorize::{in_time, request_of};
 use crate::proxy::head::{self, HeadError, HeadWriter, Inbox, Payload, RequestHead};
+use crate::proxy::metrics::Reporter;
 use crate::proxy::worker::within;
 
 /// Status bytes that begin every answer (the tunnel code writes the others).
@@ -58,33 +60,34 @@ enum CallError {
     App(hyper::Error),
 }
 
-/// Serves one request; `rest` is what was read beyond the stream's preamble.
+/// A stream that carries one request.
+pub(crate) struct Stream {
+    pub(crate) send: SendStream,
+    pub(crate) recv: RecvStream,
+    /// What was read beyond the preamble.
+    pub(crate) rest: BytesMut,
+    /// Where it goes.
+    pub(crate) local: LocalInstance,
+    /// Who sends it.
+    pub(crate) peer: Rc<PeerIdentity>,
+}
+
+/// Serves one request; `on_admitted` gets the head of one that may pass.
 ///
 /// # Cancel safety
 /// Dropping the future resets the stream and closes the app's connection.
-pub(crate) async fn serve<D: Dial>(
-    worker: Rc<D>,
-    send: SendStream,
-    recv: RecvStream,
-    rest: BytesMut,
-    local: LocalInstance,
-    peer: Rc<PeerIdentity>,
-) {
-    let stream = recv.id();
-    if let Err(error) = exchange(&worker, TunnelSend::new(send), recv, rest, &local, &peer).await {
-        debug!(%stream, service = %local.service, error = %error, "request aborted");
+pub(crate) async fn serve<D: Dial>(worker: Rc<D>, stream: Stream, on_admitted: impl FnOnce(Bytes)) {
+    let id = stream.recv.id();
+    let service = stream.local.service.clone();
+    if let Err(error) = exchange(&worker, stream, on_admitted).await {
+        debug!(stream = %id, %service, error = %error, "request aborted");
     }
 }
 
-async fn exchange<D: Dial>(
-    worker: &Rc<D>,
-    mut send: TunnelSend,
-    mut recv: RecvStream,
-    rest: BytesMut,
-    local: &LocalInstance,
-    peer: &Rc<PeerIdentity>,
-) -> Result<(), ServeError> {
+async fn exchange<D: Dial>(worker: &Rc<D>, stream: Stream, on_admitted: impl FnOnce(Bytes)) -> Result<(), ServeError> {
     let state = worker.http();
+    let Stream { send, mut recv, rest, local, peer } = stream;
+    let (mut send, local, peer) = (TunnelSend::new(send), &local, &peer);
     let mut inbox = Inbox::default();
     inbox.push(rest.freeze());
     let read = read_head(&mut recv, &mut inbox);
@@ -94,6 +97,18 @@ async fn exchange<D: Dial>(
         Exchange::new(state.edge(Reporter::Destination, peer.id.service(), Some(&local.service)), crate::clock::now());
 
     let is_grpc = headers::is_grpc(&head.headers);
+    // No wait between the decision and its note: a change of intentions meets either.
+    let decided = in_time(peer).and_then(|()| {
+        let (table, ends) = (&worker.snapshot().peek().policy, (peer.id.service(), &local.service));
+        state.policy().request(table, Reporter::Destination, ends, &request_of(&head))
+    });
+    if let Err(denied) = decided {
+        let refusal = Refusal::denied(denied.text(peer.id.service(), &local.service));
+        exchange.finish(refusal.flag);
+        exchange.status(refusal.status);
+        return refuse(state, &mut send, refusal, is_grpc).await;
+    }
+    on_admitted(block.clone());
     let is_upgrade = head.payload == Payload::Upgrade;
     let (request_body, raw) = match head.payload {
         Payload::Frames => (TunnelBody::stream(recv, inbox, &head.headers, None), None),

@@ -13,6 +13,8 @@ use tokio::time::Instant;
 
 use crate::metrics::Metrics;
 use crate::model::ServiceName;
+use crate::proxy::authorize::PolicySeries;
+use crate::proxy::metrics::Reporter;
 
 /// Bounds of the duration buckets, in seconds: 0.1 ms to 60 s, about three per decade.
 const BUCKETS: [f64; 18] = [
@@ -32,6 +34,8 @@ const UNKNOWN_LABEL: &str = "_unknown";
 pub(crate) struct HttpMetrics {
     requests: IntCounterVec,
     duration: HistogramVec,
+    /// What is counted of decisions, over streams as well.
+    pub(crate) policy: PolicySeries,
 }
 
 impl HttpMetrics {
@@ -47,17 +51,8 @@ impl HttpMetrics {
         );
         let requests = metrics.add(IntCounterVec::new(requests, &LABELS)?)?;
         let duration = metrics.add(HistogramVec::new(duration.buckets(BUCKETS.to_vec()), &LABELS)?)?;
-        Ok(Self { requests, duration })
+        Ok(Self { requests, duration, policy: PolicySeries::register(metrics)? })
     }
-}
-
-/// Which end reports.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) enum Reporter {
-    /// The caller's agent.
-    Source,
-    /// The app's agent.
-    Destination,
 }
 
 /// Why weft answered itself or a response did not end well (Envoy's letters).
@@ -67,6 +62,8 @@ pub(crate) enum Flag {
     None,
     /// The request itself was refused.
     Refused,
+    /// No intention allows it.
+    Denied,
     /// No route: the service is unknown.
     NoRoute,
     /// No healthy instance.
@@ -87,6 +84,7 @@ impl Flag {
         match self {
             Self::None => "-",
             Self::Refused => "DPE",
+            Self::Denied => "RBAC",
             Self::NoRoute => "NR",
             Self::NoHealthy => "UH",
             Self::ConnectFailure => "UF",

@@ -31,8 +31,10 @@ use std::rc::{Rc, Weak};
 use std::time::Duration;
 
 use self::activity::Watchman;
-use self::metrics::{Edge, EdgeCache, HttpMetrics, Reporter};
+use self::metrics::{Edge, EdgeCache, HttpMetrics};
 use self::pool::Pool;
+use super::authorize::PolicyMetrics;
+use super::metrics::Reporter;
 use super::{Caller, OpenError, Opened, StreamKind, Tried, Worker};
 use crate::catalogue::{Instance, SnapshotReader};
 use crate::model::ServiceName;
@@ -141,6 +143,7 @@ impl Default for Limits {
 pub(crate) struct HttpState {
     limits: Limits,
     edges: EdgeCache,
+    policy: PolicyMetrics,
     pool: Rc<Pool>,
     pub(crate) watchman: Rc<Watchman>,
     scratch: RefCell<BytesMut>,
@@ -158,6 +161,7 @@ impl HttpState {
     pub(crate) fn with_limits(metrics: HttpMetrics, limits: Limits) -> Self {
         Self {
             limits,
+            policy: metrics.policy.of_worker(),
             edges: EdgeCache::new(metrics),
             pool: Rc::default(),
             watchman: Rc::default(),
@@ -169,6 +173,11 @@ impl HttpState {
     /// Begins the drain: every caller's connection ends after its current requests (`Connection: close`, GOAWAY).
     pub(crate) fn drain(&self) {
         self.watchman.drain();
+    }
+
+    /// Asks intentions and counts what they say.
+    pub(crate) fn policy(&self) -> &PolicyMetrics {
+        &self.policy
     }
 
     fn edge(&self, reporter: Reporter, source: Option<&ServiceName>, destination: Option<&ServiceName>) -> Rc<Edge> {

@@ -41,11 +41,13 @@ use super::answer::{Reason, Refusal};
 use super::attempt::attempts;
 use super::body::{TunnelBody, TunnelSend};
 use super::headers;
-use super::metrics::{Edge, Exchange, Flag, Reporter};
+use super::metrics::{Edge, Exchange, Flag};
 use super::pool::WorkerExec;
 use super::upgrade::{self, Raw};
+use crate::authz::Request as Asked;
 use crate::model::ServiceName;
 use crate::proxy::head::{HEAD_BYTES_MAX, Inbox, Payload, ResponseHead};
+use crate::proxy::metrics::Reporter;
 use crate::proxy::{Caller, Lease, Route, Source};
 
 /// Concurrent requests of one HTTP/2 caller.
@@ -242,6 +244,9 @@ async fn request_of<D: Dial>(connection: &Connection<D>, mut request: Request<In
         }
     };
     let mut exchange = Exchange::new(Rc::clone(&target.edge), started);
+    if let Err(refusal) = admit(&*connection.worker, &target.caller, &request) {
+        return refuse_request(exchange, refusal, (version, grpc));
+    }
     let payload = match (request.body().is_end_stream(), headers::upgrade(request.headers())) {
         (true, Some(_)) => Payload::Upgrade,
         (true, None) => Payload::Empty,
@@ -265,6 +270,14 @@ async fn request_of<D: Dial>(connection: &Connection<D>, mut request: Request<In
             respond(&connection.worker, answer, exchange, upgraded, busy)
         }
     }
+}
+
+/// Asks the intentions before anything is dialled: the destination would refuse as well, later.
+fn admit<D: Dial>(worker: &D, caller: &Caller, request: &Request<Incoming>) -> Result<(), Refusal> {
+    let ends = (caller.source.service(), &caller.destination);
+    let asked = Asked { method: request.method().as_str(), path: request.uri().path(), headers: request.headers() };
+    let decided = worker.http().policy().request(&worker.snapshot().peek().policy, Reporter::Source, ends, &asked);
+    decided.map_err(|denied| Refusal::denied(denied.text(ends.0, ends.1)))
 }
 
 /// Refuses a request; one that breaks HTTP's rules ends its HTTP/1.1 connection, for what follows it is in doubt.

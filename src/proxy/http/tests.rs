@@ -21,7 +21,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, oneshot};
 
 use super::*;
-use crate::catalogue::{Instance, LocalInstance, LocalView, NodeEntry, Publisher, ServiceEntry, Snapshot};
+use crate::catalogue::{Instance, LocalInstance, NodeEntry, Publisher, ServiceEntry, Snapshot};
 use crate::clock::UnixSeconds;
 use crate::metrics::Metrics;
 use crate::model::{
@@ -94,12 +94,8 @@ impl Loopback {
             modify_index: 1,
         };
         let publisher = Publisher::new(Arc::new(Snapshot {
-            index: 1,
-            local_node: "n1".parse().unwrap(),
-            nodes: BTreeMap::new(),
             services: BTreeMap::from([("web".parse().unwrap(), Arc::new(entry))]),
-            gone_services: BTreeMap::new(),
-            local: Arc::new(LocalView::default()),
+            ..Snapshot::empty("n1".parse().unwrap())
         }));
         let reader = publisher.reader();
         Rc::new(Self { http, metrics, publisher, reader, tunnels: RefCell::default(), next: Cell::new(0), instance })
@@ -135,7 +131,8 @@ impl Loopback {
                 tokio::task::spawn_local(async move {
                     let mut preamble = [0; 2];
                     if recv.read_exact(&mut preamble).await.is_ok() {
-                        inbound::serve(worker, send, recv, BytesMut::new(), local, peer).await;
+                        let stream = inbound::Stream { send, recv, rest: BytesMut::new(), local, peer };
+                        inbound::serve(worker, stream, |_| {}).await;
                     }
                 });
             }

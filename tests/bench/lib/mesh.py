@@ -167,7 +167,7 @@ class Mesh:
         open(conf + "/agent.hcl", "w").write(hcl)
         how = ["-issuer", self.dir + "/ca/issuer-1"] if host == "b" else ["-join", IPS["b"], "-token", self.token]
         cmd = [self.weft, "agent", "-node", node, "-data-dir", f"{self.dir}/{node}", "-bind", ip, "-http-port", api,
-               "-workers", workers or self.workers, "-config-dir", conf, "-log-level", "warn", *how, *flags]
+               "-workers", workers or self.workers, "-default-intention-policy", "allow", "-config-dir", conf, "-log-level", "warn", *how, *flags]
         return Agent(self, node, host, ip, api, self.start(host, cmd, node))
 
     def until(self, what, done, secs=60):

@@ -22,7 +22,7 @@ services = [
   { name = "bulk", port = $BK_BULK },
 ]
 X
-  exec "$bin" agent -node b -data-dir "$W/data" -bind "$IPB" -workers "$WORKERS" -config-dir "$W/conf" -issuer "$shared/ca/issuer-1"
+  exec "$bin" agent -node b -data-dir "$W/data" -bind "$IPB" -workers "$WORKERS" -default-intention-policy allow -config-dir "$W/conf" -issuer "$shared/ca/issuer-1"
   ;;
 a)
   for _ in $(seq 100); do [ -s "$shared/token" ] && break; read -r -t 0.1 <> <(:) || true; done
@@ -40,6 +40,6 @@ service {
   }
 }
 X
-  exec "$bin" agent -node a -data-dir "$W/data" -bind "$IPA" -workers "$WORKERS" -config-dir "$W/conf" -join "$IPB" -token "$(cat "$shared/token")"
+  exec "$bin" agent -node a -data-dir "$W/data" -bind "$IPA" -workers "$WORKERS" -default-intention-policy allow -config-dir "$W/conf" -join "$IPB" -token "$(cat "$shared/token")"
   ;;
 esac

@@ -1,0 +1,414 @@
+//! The verbs about policy: `ca operator`, `intention`, `config`, `export`, `import`.
+//!
+//! Policy is signed here, with the operator's file of `-operator` or `WEFT_OPERATOR`, and brought to any one agent. Without
+//! one the agent is asked to sign, which it does if it has `policy_authority` set.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use serde_json::{Map, Value, json};
+use weft::authz::{self, Party};
+use weft::clock::{self, UnixSeconds};
+use weft::config::{parse_duration, read_document};
+use weft::model::{NodeName, OperatorScope};
+use weft::pki::{CaDir, DocumentKey, Revoked, Utc};
+use weft::policy::{Document, DocumentId, Draft};
+
+use crate::cli::{
+    CheckArgs, ClientArgs, ConfigDeleteArgs, ConfigListArgs, ConfigReadArgs, ConfigWriteArgs, CreateArgs, EndsArgs,
+    ExportArgs, Format, ImportArgs, ListArgs, MatchArgs, OperatorArgs, OperatorCreateArgs, OperatorRevokeArgs,
+    SignerArgs,
+};
+use crate::client::{Client, segment};
+use crate::failure::Failure;
+use crate::revoke::{self, bring, bring_or_write, documents};
+use crate::table;
+
+/// `weft ca operator create`
+pub(crate) fn create_operator(args: &OperatorCreateArgs) -> Result<(), Failure> {
+    let name: NodeName = args.name.parse().context("cannot use -name")?;
+    let may: OperatorScope = args.may.parse().context("cannot use -may")?;
+    let life = parse_duration(&args.ttl).map_err(Failure::text)?;
+    let made = CaDir::open(&args.ca).create_operator(&name, &may, life, &args.out, clock::wall());
+    let ends = made.map_err(|err| {
+        Failure::from(err).hint("-ca names a directory that `weft ca init` made, with its root.key; -out a new file")
+    })?;
+    println!("Made operator {name}, who may sign {may} until {}.", Utc(ends));
+    println!("{} holds its key: keep it where the operator works, and use it with", args.out.display());
+    println!("  export WEFT_OPERATOR={}", args.out.display());
+    Ok(())
+}
+
+/// `weft ca operator list`
+pub(crate) fn list_operators(args: &OperatorArgs) -> Result<(), Failure> {
+    let now = clock::wall();
+    let known = documents(&args.client).unwrap_or_default();
+    let rows: Vec<[String; 5]> = CaDir::open(&args.ca)
+        .operators()?
+        .into_iter()
+        .map(|operator| {
+            let key = operator.facts.key.to_string();
+            let is_revoked = known.iter().any(|one| revoke::says(one).contains(&format!("key {key}")));
+            let state = match () {
+                () if is_revoked => "revoked",
+                () if now > operator.facts.not_after => "ended",
+                () => "good",
+            };
+            let ends = Utc(operator.facts.not_after).to_string();
+            [operator.name.to_string(), state.to_owned(), operator.may.to_string(), ends, key]
+        })
+        .collect();
+    print!("{}", table::render(["Operator", "State", "May sign", "Ends", "Key"], &rows));
+    Ok(())
+}
+
+/// `weft ca operator revoke`
+pub(crate) fn revoke_operator(args: &OperatorRevokeArgs) -> Result<(), Failure> {
+    let operators = CaDir::open(&args.ca).operators()?;
+    let found = operators.into_iter().find(|operator| operator.name.as_str() == args.name);
+    let unknown = || {
+        Failure::text(format!("{} has no operator `{}`", args.ca.display(), args.name))
+            .hint(format!("weft ca operator list -ca {} names them", args.ca.display()))
+    };
+    let facts = found.ok_or_else(unknown)?.facts;
+    let entries = vec![Revoked::Key(facts.key)];
+    let ends = facts.not_after.plus(std::time::Duration::from_hours(24));
+    let name = format!("key.{}", facts.key);
+    revoke::publish_by_root(&args.ca, &name, entries, ends, &args.sign, &format!("Revoked operator {}", args.name))?;
+    println!("Everything that it signed is void on every node: write anew what shall stay.");
+    Ok(())
+}
+
+/// `weft intention create`
+pub(crate) fn create_intention(args: &CreateArgs) -> Result<(), Failure> {
+    let mut fields = Map::new();
+    if let Some(path) = &args.file {
+        fields.extend(read_document(path).map_err(|problems| weft::config::ConfigError { problems })?.root);
+    }
+    for (key, text) in [("SourceName", &args.source), ("DestinationName", &args.destination)] {
+        if let Some(text) = text {
+            fields.retain(|own, _| !own.replace('_', "").eq_ignore_ascii_case(key));
+            fields.insert(key.to_owned(), json!(text));
+        }
+    }
+    let action = if args.deny { Some("deny") } else { args.allow.then_some("allow") };
+    let has_rule = |fields: &Map<String, Value>| {
+        fields.keys().any(|key| ["action", "permissions"].contains(&key.to_ascii_lowercase().as_str()))
+    };
+    if let Some(action) = action.or((!has_rule(&fields)).then_some("allow")) {
+        fields.insert("Action".to_owned(), json!(action));
+    }
+    if args.audit {
+        fields.insert("Audit".to_owned(), json!(true));
+    }
+    if let Some(text) = &args.description {
+        fields.insert("Description".to_owned(), json!(text));
+    }
+    if !args.meta.is_empty() {
+        let pair = |pair: &String| {
+            let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+            (key.to_owned(), json!(value))
+        };
+        fields.insert("Meta".to_owned(), Value::Object(args.meta.iter().map(pair).collect()));
+    }
+    let intention = authz::from_json(&Value::Object(fields), None).context("cannot use the intention")?;
+    let shape = authz::to_json(&intention, 0);
+    let (source, destination) = (intention.source.clone(), intention.destination.clone());
+    let draft = Draft::intention(intention)?;
+    if !args.replace
+        && args.signer.out.is_none()
+        && held(draft.id(), &args.signer.client)?.is_some_and(|held| held.says)
+    {
+        return Err(Failure::text(format!("there is an intention {source} -> {destination} already"))
+            .hint("give -replace to write a new version of it"));
+    }
+    let path = exact(&source, &destination);
+    write(draft, &args.signer, &format!("Wrote intention {source} -> {destination}"), |client| {
+        client.put(&path, Some(&shape))
+    })
+}
+
+/// `weft intention delete`
+pub(crate) fn delete_intention(args: &EndsArgs) -> Result<(), Failure> {
+    let (source, destination) = ends(&args.source, &args.destination)?;
+    let draft = Draft::no_intention(&source, &destination)?;
+    let is_there = args.signer.out.is_some() || held(draft.id(), &args.signer.client)?.is_some_and(|held| held.says);
+    if !is_there {
+        return Err(Failure::text(format!("there is no intention {source} -> {destination}"))
+            .hint("`weft intention list` shows all"));
+    }
+    let path = exact(&source, &destination);
+    write(draft, &args.signer, &format!("Deleted intention {source} -> {destination}"), |client| client.delete(&path))
+}
+
+/// `weft intention get`
+pub(crate) fn get_intention(args: &EndsArgs) -> Result<(), Failure> {
+    let (source, destination) = ends(&args.source, &args.destination)?;
+    println!("{:#}", Client::new(&args.signer.client)?.get(&exact(&source, &destination))?);
+    Ok(())
+}
+
+/// `weft intention list`
+pub(crate) fn list_intentions(args: &ListArgs) -> Result<(), Failure> {
+    show_intentions(&Client::new(&args.client)?.get("/v1/connect/intentions")?, args.output.format);
+    Ok(())
+}
+
+/// `weft intention match`
+pub(crate) fn match_intentions(args: &MatchArgs) -> Result<(), Failure> {
+    let by = if args.source { "source" } else { "destination" };
+    let path = format!("/v1/connect/intentions/match?by={by}&name={}", segment(&args.name));
+    let answer = Client::new(&args.client)?.get(&path)?;
+    show_intentions(answer.get(&args.name).unwrap_or(&Value::Null), args.output.format);
+    Ok(())
+}
+
+fn show_intentions(list: &Value, format: Format) {
+    if format == Format::Json {
+        return println!("{list:#}");
+    }
+    let text = |one: &Value, key: &str| one.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
+    let row = |one: &Value| {
+        let permissions =
+            one.get("Permissions").and_then(Value::as_array).map(|list| format!("{} permissions", list.len()));
+        let audit = if one.get("Audit").and_then(Value::as_bool) == Some(true) { " (audit)" } else { "" };
+        let says = permissions.unwrap_or_else(|| text(one, "Action")) + audit;
+        let number = |key: &str| one.get(key).map(ToString::to_string).unwrap_or_default();
+        [
+            text(one, "SourceName"),
+            text(one, "DestinationName"),
+            says,
+            number("Precedence"),
+            number("ModifyIndex"),
+            text(one, "Description"),
+        ]
+    };
+    let rows: Vec<[String; 6]> = list.as_array().into_iter().flatten().map(row).collect();
+    print!("{}", table::render(["Source", "Destination", "Action", "Precedence", "Version", "Description"], &rows));
+}
+
+/// `weft intention check`: 0 allowed, 2 denied, 1 failed.
+pub(crate) fn check_intention(args: &CheckArgs) -> ExitCode {
+    let asked = || -> Result<bool, Failure> {
+        let path = format!("/v1/connect/intentions/check?{}", args.query());
+        let answer = Client::new(&args.client)?.get(&path)?;
+        let rule = answer.get("Rule").and_then(Value::as_str).unwrap_or_default();
+        let is_allowed = answer.get("Allowed").and_then(Value::as_bool).unwrap_or(false);
+        println!("{} (by {rule})", if is_allowed { "Allowed" } else { "Denied" });
+        Ok(is_allowed)
+    };
+    match asked() {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(2),
+        Err(failure) => {
+            eprintln!("{failure}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// `weft config write`
+pub(crate) fn write_config(args: &ConfigWriteArgs) -> Result<(), Failure> {
+    let root = read_document(&args.file).map_err(|problems| weft::config::ConfigError { problems })?.root;
+    let entry = Value::Object(root);
+    let draft = Draft::entry(entry.to_string())?;
+    let done = format!("Wrote {}", draft.id());
+    let cas = args.cas.map_or_else(String::new, |version| format!("?cas={version}"));
+    if let (Some(version), None) = (args.cas, &args.signer.out) {
+        let shown = held(draft.id(), &args.signer.client)?.filter(|held| held.says).map_or(0, |held| held.version);
+        if shown != version {
+            return Err(Failure::text(format!("{} has version {shown}, not {version}", draft.id()))
+                .hint("read it again and decide anew"));
+        }
+    }
+    write(draft, &args.signer, &done, |client| client.put(&format!("/v1/config{cas}"), Some(&entry)))
+}
+
+/// `weft config delete`
+pub(crate) fn delete_config(args: &ConfigDeleteArgs) -> Result<(), Failure> {
+    let draft = Draft::no_entry(&args.kind, &args.name)?;
+    let done = format!("Deleted {}", draft.id());
+    let path = format!("/v1/config/{}/{}", segment(&args.kind), segment(&args.name));
+    write(draft, &args.signer, &done, |client| client.delete(&path))
+}
+
+/// `weft config read`
+pub(crate) fn read_config(args: &ConfigReadArgs) -> Result<(), Failure> {
+    let path = format!("/v1/config/{}/{}", segment(&args.kind), segment(&args.name));
+    println!("{:#}", Client::new(&args.client)?.get(&path)?);
+    Ok(())
+}
+
+/// `weft config list`: names and versions, and whether two contents of a version were signed.
+pub(crate) fn list_config(args: &ConfigListArgs) -> Result<(), Failure> {
+    let field = |one: &Value, key: &str| one.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
+    let mut held = documents(&args.client)?;
+    held.retain(|one| ["config", "intention"].contains(&field(one, "Kind").as_str()));
+    let wanted = |one: &Value| {
+        let own = if field(one, "Kind") == "config" { field(one, "Name") } else { "service-intentions:".to_owned() };
+        args.kind.as_ref().is_none_or(|kind| own.split(':').next() == Some(kind))
+    };
+    held.retain(wanted);
+    if args.output.format == Format::Json {
+        println!("{:#}", Value::from(held));
+        return Ok(());
+    }
+    let row = |one: &Value| {
+        let fork = if one.get("Fork").and_then(Value::as_bool) == Some(true) { " FORK" } else { "" };
+        let version = one.get("Version").map(ToString::to_string).unwrap_or_default() + fork;
+        [
+            field(one, "Kind"),
+            field(one, "Name"),
+            version,
+            field(one, "Signer"),
+            field(one, "NotAfter"),
+            revoke::says(one).join(", "),
+        ]
+    };
+    let rows: Vec<[String; 6]> = held.iter().map(row).collect();
+    print!("{}", table::render(["Kind", "Name", "Version", "Signed by", "Until", "What"], &rows));
+    for one in held.iter().filter(|one| one.get("Fork").and_then(Value::as_bool) == Some(true)) {
+        eprintln!(
+            "warning: two contents of {} were signed as one version; every node holds the same one of them. Write it anew, \
+             and ask whether an operator's key is in two hands",
+            field(one, "Name")
+        );
+    }
+    Ok(())
+}
+
+/// `weft export`
+pub(crate) fn export(args: &ExportArgs) -> Result<(), Failure> {
+    let text = format!("{:#}\n", Client::new(&args.client)?.get("/v1/mesh/export")?);
+    match &args.out {
+        Some(path) => std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?,
+        None => print!("{text}"),
+    }
+    Ok(())
+}
+
+/// `weft import`: brings every document as it was signed, or signs policy anew.
+pub(crate) fn import(args: &ImportArgs) -> Result<(), Failure> {
+    let text = std::fs::read_to_string(&args.file).with_context(|| format!("cannot read {}", args.file.display()))?;
+    let backup: Value = serde_json::from_str(&text)
+        .with_context(|| format!("{} is no backup; `weft export` makes one", args.file.display()))?;
+    let list = backup.get("Documents").and_then(Value::as_array);
+    let list = list.ok_or_else(|| Failure::text(format!("{} holds no Documents", args.file.display())))?;
+    let (mut done, mut failed) = (0, 0);
+    for one in list {
+        let name = ["Kind", "Name"].map(|key| one.get(key).and_then(Value::as_str).unwrap_or_default()).join("/");
+        let result = if args.sign { sign_anew(one, args) } else { bring_again(one, &args.signer.client) };
+        match result {
+            Ok(outcome) => {
+                done += 1;
+                println!("{name}: {outcome}");
+            }
+            Err(failure) => {
+                failed += 1;
+                eprintln!("{name}: {failure}");
+            }
+        }
+    }
+    println!("{done} documents brought, {failed} refused.");
+    if failed == 0 { Ok(()) } else { Err(Failure::text(format!("{failed} documents were refused"))) }
+}
+
+fn bring_again(one: &Value, client: &ClientArgs) -> Result<String, Failure> {
+    let text = one.get("Document").and_then(Value::as_str).unwrap_or_default();
+    Document::from_bytes(&STANDARD.decode(text).context("the document is no base64")?)?;
+    let answer = Client::new(client)?.put_for("/v1/mesh/document", &json!({"Document": text}))?;
+    Ok(answer.get("Outcome").and_then(Value::as_str).unwrap_or("brought").to_owned())
+}
+
+fn sign_anew(one: &Value, args: &ImportArgs) -> Result<String, Failure> {
+    let body = one.get("Body").unwrap_or(&Value::Null);
+    let draft = match (one.get("Kind").and_then(Value::as_str), body) {
+        (Some("intention"), Value::Object(_)) => Draft::intention(authz::from_json(body, None)?)?,
+        (Some("config"), Value::Object(_)) => Draft::entry(body.to_string())?,
+        _ => return Ok("left out: neither an intention nor a config entry".to_owned()),
+    };
+    let key = key(&args.signer)?.ok_or_else(no_operator)?;
+    let held = held(draft.id(), &args.signer.client)?;
+    let document = draft.sign(
+        held.as_ref().map_or(0, |held| held.version) + 1,
+        held.map(|held| held.ends),
+        &key,
+        clock::wall(),
+    )?;
+    let version = document.content().version;
+    let text = STANDARD.encode(document.to_bytes());
+    Client::new(&args.signer.client)?.put_for("/v1/mesh/document", &json!({"Document": text}))?;
+    Ok(format!("signed as version {version}"))
+}
+
+fn no_operator() -> Failure {
+    Failure::text("signing needs an operator's file")
+        .hint("set WEFT_OPERATOR or give -operator FILE, as `weft ca operator create` made it")
+}
+
+/// What the agent holds of a document.
+struct Held {
+    version: u64,
+    ends: UnixSeconds,
+    /// Whether it is not deleted.
+    says: bool,
+}
+
+fn held(id: &DocumentId, client: &ClientArgs) -> Result<Option<Held>, Failure> {
+    let is_same = |one: &&Value| {
+        let field = |key: &str| one.get(key).and_then(Value::as_str).unwrap_or_default();
+        field("Kind") == id.kind.to_string() && field("Name") == id.name.as_str()
+    };
+    let all = documents(client)?;
+    let number = |one: &Value, key: &str| one.get(key).and_then(Value::as_u64).unwrap_or(0);
+    Ok(all.iter().find(is_same).map(|one| Held {
+        version: number(one, "Version"),
+        ends: UnixSeconds(number(one, "NotAfterUnix")),
+        says: revoke::says(one) != ["deleted"],
+    }))
+}
+
+/// Signs with the operator's file, or asks the agent to.
+fn write(
+    draft: Draft,
+    signer: &SignerArgs,
+    done: &str,
+    by_agent: impl FnOnce(&Client) -> Result<(), Failure>,
+) -> Result<(), Failure> {
+    let Some(key) = key(signer)? else {
+        if signer.out.is_some() {
+            return Err(no_operator());
+        }
+        by_agent(&Client::new(&signer.client)?)?;
+        println!("{done}; the agent signed it.");
+        return Ok(());
+    };
+    let held = if signer.out.is_some() { None } else { held(draft.id(), &signer.client)? };
+    let next = held.as_ref().map_or(0, |held| held.version) + 1;
+    let version = signer.document_version.unwrap_or(next);
+    let document = draft.sign(version, held.map(|held| held.ends), &key, clock::wall())?;
+    match &signer.out {
+        Some(path) => bring_or_write(&document, Some(path), &signer.client, done),
+        None => bring(&document, &signer.client, done),
+    }
+}
+
+fn key(signer: &SignerArgs) -> Result<Option<DocumentKey>, Failure> {
+    let load = |path: &Path| {
+        DocumentKey::load_operator(path)
+            .map_err(|err| Failure::from(err).hint("`weft ca operator create -out FILE` makes an operator's file"))
+    };
+    signer.operator.as_deref().filter(|path| !path.as_os_str().is_empty()).map(load).transpose()
+}
+
+fn ends(source: &str, destination: &str) -> Result<(Party, Party), Failure> {
+    Ok((source.parse().context("cannot use the source")?, destination.parse().context("cannot use the destination")?))
+}
+
+fn exact(source: &Party, destination: &Party) -> String {
+    let (source, destination) = (segment(source.as_str()), segment(destination.as_str()));
+    format!("/v1/connect/intentions/exact?source={source}&destination={destination}")
+}

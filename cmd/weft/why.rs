@@ -1,0 +1,133 @@
+//! `weft why`: everything that decides over a call, in words.
+
+use serde_json::Value;
+
+use crate::cli::{CheckArgs, Format, WhyArgs};
+use crate::client::Client;
+use crate::failure::Failure;
+use crate::table;
+
+/// `weft why SRC DST`
+pub(crate) fn why(args: &WhyArgs) -> Result<(), Failure> {
+    let WhyArgs { question, output } = args;
+    let path = format!("/v1/mesh/why?{}", CheckArgs::query(question));
+    let answer = Client::new(&question.client)?.get(&path)?;
+    match output.format {
+        Format::Json => println!("{answer:#}"),
+        Format::Pretty => print!("{}", pretty(&answer)),
+    }
+    Ok(())
+}
+
+fn text(value: &Value, key: &str) -> String {
+    match value.get(key) {
+        None | Some(Value::Null) => String::new(),
+        Some(Value::String(text)) => text.clone(),
+        Some(other) => other.to_string(),
+    }
+}
+
+fn list(value: &Value, key: &str) -> Vec<Value> {
+    value.get(key).and_then(Value::as_array).cloned().unwrap_or_default()
+}
+
+fn part<'v>(value: &'v Value, key: &str) -> &'v Value {
+    value.get(key).unwrap_or(&Value::Null)
+}
+
+fn pretty(answer: &Value) -> String {
+    let mut lines =
+        vec![format!("{} -> {}: {}", text(answer, "Source"), text(answer, "Destination"), text(answer, "Verdict"))];
+    if let Some(request) = answer.get("Request").filter(|request| request.is_object()) {
+        lines.push(format!("  request: {} {}", text(request, "Method"), text(request, "Path")));
+    }
+    policy(part(answer, "Policy"), &mut lines);
+    instances(answer, &mut lines);
+    let own = part(answer, "SourceCertificate");
+    lines.push(if own.is_object() {
+        format!(
+            "\ncaller: {}, until {} (its node's until {})",
+            text(own, "ID"),
+            text(own, "Ends"),
+            text(own, "NodeEnds")
+        )
+    } else {
+        format!(
+            "\ncaller: {} is not registered on {}: ask on its own node for its certificate and tunnels",
+            text(answer, "Source"),
+            text(answer, "AskedNode")
+        )
+    });
+    let data = part(answer, "Data");
+    let isolated = if data.get("Isolated") == Some(&Value::Bool(true)) {
+        "; THIS NODE IS ISOLATED: this is what it last knew"
+    } else {
+        ""
+    };
+    lines.push(format!(
+        "data of {}: oldest records signed {} s ago, {} intentions, documents {}{isolated}",
+        text(answer, "AskedNode"),
+        text(data, "OldestRecordsSeconds"),
+        text(data, "Intentions"),
+        text(data, "DocumentsHash")
+    ));
+    let change = list(answer, "ToChange");
+    if !change.is_empty() {
+        lines.push("\nTo let it pass:".to_owned());
+        lines.extend(change.iter().filter_map(Value::as_str).map(|one| format!("  - {one}")));
+    }
+    lines.join("\n") + "\n"
+}
+
+fn policy(policy: &Value, lines: &mut Vec<String>) {
+    lines.push("\nIntentions, the most exact first:".to_owned());
+    for one in list(policy, "Considered") {
+        let decides = if one.get("Decides") == Some(&Value::Bool(true)) { "decides" } else { "" };
+        let audit = if one.get("Audit") == Some(&Value::Bool(true)) { " (audit)" } else { "" };
+        let says = text(&one, "Says") + audit;
+        let line = format!(
+            "  {:<24} {says:<22} precedence {}  version {} by {}  {decides}",
+            text(&one, "Name"),
+            text(&one, "Precedence"),
+            text(&one, "Version"),
+            text(&one, "Signer")
+        );
+        lines.push(line.trim_end().to_owned());
+    }
+    let decides = if text(policy, "Rule") == "default" { "  decides" } else { "" };
+    lines.push(format!("  default                  {}{decides}", text(policy, "Default")));
+    for one in list(policy, "Quarantined") {
+        let (name, version, reason) = (text(&one, "Name"), text(&one, "Version"), text(&one, "Reason"));
+        lines.push(format!("  quarantined: {name} version {version}: {reason}"));
+    }
+}
+
+fn instances(answer: &Value, lines: &mut Vec<String>) {
+    let protocol = text(answer, "Protocol");
+    let protocol = if protocol.is_empty() { String::new() } else { format!(" (protocol {protocol})") };
+    lines.push(format!("\nInstances of {}{protocol}:", text(answer, "Destination")));
+    let row = |one: &Value| {
+        let why = match list(one, "NextOfWorkers").len() {
+            0 => text(one, "Why"),
+            next => format!("{}, next of {next} workers here", text(one, "Why")),
+        };
+        let age = one.get("RecordsAgeSeconds").and_then(Value::as_u64);
+        let age = age.map_or_else(String::new, |age| format!("{age}s"));
+        let [node, id, address, status] = ["Node", "ID", "Address", "Status"].map(|key| text(one, key));
+        [node, id, address, status, age, text(part(one, "Certificate"), "Ends"), why]
+    };
+    let rows: Vec<[String; 7]> = list(answer, "Instances").iter().map(row).collect();
+    let header = ["Node", "Instance", "Address", "Status", "Records", "Certificate ends", "Why"];
+    lines.extend(table::render(header, &rows).lines().map(|row| format!("  {row}")));
+    for one in list(answer, "Workers") {
+        let worker = text(&one, "Worker");
+        for tunnel in list(&one, "Tunnels") {
+            let (peer, ends) = (text(&tunnel, "Peer"), text(&tunnel, "Ends"));
+            lines.push(format!("  worker {worker} has a tunnel to {peer}, whose certificate ends {ends}"));
+        }
+        let none = text(&one, "WhyNone");
+        if !none.is_empty() {
+            lines.push(format!("  worker {worker} picks nobody: {none}"));
+        }
+    }
+}

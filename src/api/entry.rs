@@ -1,0 +1,95 @@
+//! `/v1/config…` in Consul's shapes: config entries, kept as signed documents. What they say is checked for form alone.
+
+use http::StatusCode;
+use serde_json::{Value, json};
+
+use super::call::{Call, Refusal, Reply};
+use super::query::refuse_tenancy;
+use super::write::{Expect, write};
+use crate::gossip::{DocumentBody, DocumentsView};
+use crate::policy::{Draft, ENTRY_KINDS, entry_ends};
+
+/// The entries that are held, of one kind or of all, in order of kind and name.
+fn held(view: &DocumentsView, wanted: impl Fn(&str, &str) -> bool) -> Vec<Value> {
+    let mut found = Vec::new();
+    for view in &view.documents {
+        let DocumentBody::Config(Some(entry)) = &view.body else { continue };
+        let Some((kind, name)) = entry_ends(&view.digest.id.name) else { continue };
+        if !wanted(kind, name) {
+            continue;
+        }
+        let mut shape = entry.clone();
+        if let Value::Object(fields) = &mut shape {
+            fields.retain(|key, _| {
+                !["kind", "name", "createindex", "modifyindex"].contains(&key.to_ascii_lowercase().as_str())
+            });
+            let version = json!(view.digest.version);
+            let own = [
+                ("Kind", json!(kind)),
+                ("Name", json!(name)),
+                ("CreateIndex", version.clone()),
+                ("ModifyIndex", version),
+            ];
+            fields.extend(own.map(|(key, value)| (key.to_owned(), value)));
+        }
+        found.push(shape);
+    }
+    found
+}
+
+/// `PUT /v1/config`: the body is the entry.
+pub(super) async fn put(call: Call) -> Result<Reply, Refusal> {
+    refuse_tenancy(&call)?;
+    let value: Value =
+        serde_json::from_slice(&call.body).map_err(|error| Refusal::bad(format!("Request decode failed: {error}")))?;
+    let draft = Draft::entry(value.to_string())?;
+    Reply::json(&call, &write(&call.shared, draft, expect(&call)?).await?)
+}
+
+/// `GET /v1/config/:kind` and `/v1/config/:kind/:name`
+pub(super) async fn read(call: Call) -> Result<Reply, Refusal> {
+    refuse_tenancy(&call)?;
+    let view = call.shared.membership.documents();
+    let index = call.shared.snapshot.load().index;
+    let (kind, name) = path(&call)?;
+    let found = held(&view, |of, own| of == kind && name.is_none_or(|name| name == own));
+    match (name, found.first()) {
+        (None, _) => Reply::at_index(&call, &found, index),
+        (Some(_), Some(entry)) => Reply::at_index(&call, entry, index),
+        (Some(name), None) => {
+            Err(Refusal::new(StatusCode::NOT_FOUND, format!("Config entry not found for {kind:?} / {name:?}")))
+        }
+    }
+}
+
+/// `DELETE /v1/config/:kind/:name`
+pub(super) async fn delete(call: Call) -> Result<Reply, Refusal> {
+    refuse_tenancy(&call)?;
+    let (kind, name) = path(&call)?;
+    let name = name.ok_or_else(|| Refusal::bad("Missing config entry name"))?;
+    let view = call.shared.membership.documents();
+    let is_there = !held(&view, |of, own| of == kind && own == name).is_empty();
+    let is_done = !is_there || write(&call.shared, Draft::no_entry(kind, name)?, expect(&call)?).await?;
+    if call.query.has("cas") { Reply::json(&call, &is_done) } else { Reply::json(&call, &json!({})) }
+}
+
+fn expect(call: &Call) -> Result<Expect, Refusal> {
+    match call.query.given("cas") {
+        None => Ok(Expect::Any),
+        Some(text) => text.parse().map(Expect::Version).map_err(|_| Refusal::bad("Invalid cas: a version is a number")),
+    }
+}
+
+fn path(call: &Call) -> Result<(&str, Option<&str>), Refusal> {
+    let (kind, name) = match call.argument.trim_end_matches('/').split_once('/') {
+        Some((kind, name)) => (kind, Some(name)),
+        None => (call.argument.trim_end_matches('/'), None),
+    };
+    if ENTRY_KINDS.contains(&kind) {
+        return Ok((kind, name));
+    }
+    if kind == "service-intentions" {
+        return Err(Refusal::bad("intentions are no config entries here: use /v1/connect/intentions"));
+    }
+    Err(Refusal::bad(format!("invalid config entry kind: {kind}; there are {}", ENTRY_KINDS.join(", "))))
+}

@@ -1,0 +1,266 @@
+//! `/v1/mesh/why`: everything that decides over a call, and what would have to change.
+//!
+//! Any node answers. The intentions and the catalogue are the same everywhere; what only the caller's agent knows (whom
+//! its workers would pick, whom they leave out, their tunnels) is this agent's own, and the answer says so.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use futures_util::future::BoxFuture;
+use serde_json::{Value, json};
+
+use super::call::{Call, Refusal, Reply};
+use super::intention::{Asked, ends, service};
+use super::mesh::rfc3339;
+use super::query::refuse_tenancy;
+use crate::authz::{Guard, Mode, Rule, Table};
+use crate::catalogue::{Instance, Snapshot};
+use crate::clock::{self, UnixSeconds};
+use crate::gossip::NodeCertificates;
+use crate::model::{HealthStatus, InstanceId, MemberStatus, NodeName, ServiceName};
+
+/// How long a node's records are good for (`replica::Params::lease`).
+const LEASE: std::time::Duration = std::time::Duration::from_hours(1);
+
+/// One data-plane worker's view of a call.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct WorkerView {
+    /// Which worker.
+    pub worker: usize,
+    /// Whom its next call goes to.
+    pub next: Option<(NodeName, InstanceId)>,
+    /// Why it goes to nobody.
+    pub why_none: String,
+    /// Instances that it could not connect lately.
+    pub backing_off: Vec<(NodeName, InstanceId)>,
+    /// Its tunnels for such calls: node, who answered there, and when that certificate ends.
+    pub tunnels: Vec<(NodeName, String, UnixSeconds)>,
+}
+
+/// Asks the data plane's workers what they would do with a call.
+pub type Inspect = Arc<dyn Fn(Option<ServiceName>, ServiceName) -> BoxFuture<'static, Vec<WorkerView>> + Send + Sync>;
+
+/// `GET /v1/mesh/why?source=&destination=[&method=&path=&header=name:value]`
+pub(super) async fn why(call: Call) -> Result<Reply, Refusal> {
+    refuse_tenancy(&call)?;
+    let (source, destination) = ends(&call)?;
+    let asked = Asked::parse(&call)?;
+    let Some(destination) = service(&destination).cloned() else {
+        return Err(Refusal::bad("Invalid destination: a call goes to one service, not to `*`"));
+    };
+    let source = service(&source);
+    let shared = &call.shared;
+    let snapshot = shared.snapshot.load();
+    let certificates = shared.membership.certificates().await?;
+    let workers = (shared.inspect)(source.cloned(), destination.clone()).await;
+
+    let decision = asked.decide(&snapshot.policy, source, &destination);
+    let entry = snapshot.services.get(&destination);
+    let instances: Vec<&Arc<Instance>> = entry.iter().flat_map(|entry| &entry.instances).collect();
+    let mut change = Vec::new();
+    if !decision.is_allowed() {
+        change.push(policy_remedy(&snapshot.policy, decision.by.map(|guard| &**guard), source, &destination, &asked));
+    }
+    change.extend(catalogue_remedy(&snapshot, &destination));
+    let source_name = source.map_or("*", ServiceName::as_str);
+    let local = source.is_some_and(|source| {
+        shared.registry.state().services.values().any(|local| local.definition.record.name == *source)
+    });
+    let verdict = match (decision.is_allowed(), workers.iter().any(|worker| worker.next.is_some())) {
+        (false, _) => format!("denied by {}", rule_text(decision.by.map(|guard| &**guard), &snapshot.policy)),
+        (true, false) => "allowed, but there is no instance to send it to".to_owned(),
+        (true, true) => format!("allowed by {}", rule_text(decision.by.map(|guard| &**guard), &snapshot.policy)),
+    };
+    let answer = json!({
+        "Source": source_name,
+        "Destination": destination,
+        "Request": asked.is_request().then(|| json!({"Method": asked.method, "Path": asked.path})),
+        "AskedNode": shared.node.name,
+        "SourceIsHere": local,
+        "Allowed": decision.is_allowed(),
+        "Verdict": verdict,
+        "Policy": policy(&snapshot.policy, source, &destination, decision.rule()),
+        "Protocol": entry.map(|entry| entry.protocol.as_str()),
+        "Instances": instances.iter().map(|one| instance(one, &workers, &certificates)).collect::<Vec<Value>>(),
+        "Workers": workers.iter().map(worker).collect::<Vec<Value>>(),
+        "SourceCertificate": source.filter(|_| local).and_then(|source| source_certificate(&call, source)),
+        "Data": data(&call, &snapshot, &certificates),
+        "ToChange": change,
+    });
+    Reply::json(&call, &answer)
+}
+
+fn rule_text(by: Option<&Guard>, table: &Table) -> String {
+    match by {
+        Some(guard) => format!("intention {} (precedence {})", guard.name(), guard.intention().precedence()),
+        None => format!("the default ({}), for no intention is about it", table.default_action()),
+    }
+}
+
+/// Every intention about the call, and which one decides.
+fn policy(table: &Table, source: Option<&ServiceName>, destination: &ServiceName, rule: &str) -> Value {
+    let shape = |guard: &Arc<Guard>| {
+        let intention = guard.intention();
+        let says = match &intention.rule {
+            Rule::Action(action) => action.to_string(),
+            Rule::Permissions(list) => format!("{} permissions, else {}", list.len(), table.default_action()),
+        };
+        json!({
+            "Name": &**guard.name(),
+            "Precedence": intention.precedence(),
+            "Says": says,
+            "Audit": intention.mode == Mode::Audit,
+            "Version": guard.origin().version,
+            "Signer": guard.origin().signer,
+            "Decides": **guard.name() == *rule,
+            "Description": intention.description,
+        })
+    };
+    let considered: Vec<Value> = table.matching(source, destination).map(shape).collect();
+    let quarantined: Vec<Value> = table
+        .quarantined()
+        .iter()
+        .filter(|one| considered.iter().any(|shown| shown.get("Name").and_then(Value::as_str) == Some(&one.name)))
+        .map(|one| json!({"Name": one.name, "Version": one.version, "Reason": one.reason, "InForce": one.in_force}))
+        .collect();
+    json!({"Rule": rule, "Default": table.default_action().as_str(), "Considered": considered, "Quarantined": quarantined})
+}
+
+fn policy_remedy(
+    table: &Table,
+    by: Option<&Guard>,
+    source: Option<&ServiceName>,
+    destination: &ServiceName,
+    asked: &Asked,
+) -> String {
+    let source_name = source.map_or("*", ServiceName::as_str);
+    let create = format!("weft intention create -allow {source_name} {destination}");
+    let Some(guard) = by else { return format!("no intention is about it and the default is deny: {create}") };
+    if let Some(one) = table.quarantined().iter().find(|one| one.name == **guard.name()) {
+        return format!(
+            "version {} of intention {} is quarantined ({}): write it anew",
+            one.version, one.name, one.reason
+        );
+    }
+    match &guard.intention().rule {
+        Rule::Permissions(_) if !asked.is_request() => {
+            format!("intention {} has permissions, which deny plain streams: ask with -method and -path", guard.name())
+        }
+        Rule::Permissions(_) => {
+            format!("a permission of intention {} that allows the request, before any that denies it", guard.name())
+        }
+        Rule::Action(_) if guard.intention().precedence() < 9 => {
+            format!("a more exact intention than {}: {create}", guard.name())
+        }
+        Rule::Action(_) => format!("intention {} itself: {create} -replace", guard.name()),
+    }
+}
+
+fn catalogue_remedy(snapshot: &Snapshot, destination: &ServiceName) -> Vec<String> {
+    let Some(entry) = snapshot.services.get(destination) else {
+        return vec![format!(
+            "no service `{destination}` is registered: register it on a node whose certificate covers it"
+        )];
+    };
+    if entry.instances.iter().any(|one| one.status != HealthStatus::Critical) {
+        return Vec::new();
+    }
+    let why = |one: &Arc<Instance>| {
+        let (node, id) = (&one.node.info.name, &one.record.id);
+        if one.node.status != MemberStatus::Alive {
+            return format!("node {node} of {id} is {}: start its agent", one.node.status.as_str());
+        }
+        let failing: Vec<&str> = one
+            .checks
+            .iter()
+            .chain(&one.node.checks)
+            .filter(|check| check.status == HealthStatus::Critical)
+            .map(|check| check.id.as_str())
+            .collect();
+        format!("{id} on {node} is critical: its check {} must pass", failing.join(", "))
+    };
+    entry.instances.iter().map(why).collect()
+}
+
+fn instance(one: &Instance, workers: &[WorkerView], certificates: &[NodeCertificates]) -> Value {
+    let key = (one.node.info.name.clone(), one.record.id.clone());
+    let of = |wanted: fn(&WorkerView, &(NodeName, InstanceId)) -> bool| {
+        workers.iter().filter(|view| wanted(view, &key)).map(|view| view.worker).collect::<Vec<usize>>()
+    };
+    let next = of(|view, key| view.next.as_ref() == Some(key));
+    let backing_off = of(|view, key| view.backing_off.contains(key));
+    let checks = one
+        .checks
+        .iter()
+        .chain(&one.node.checks)
+        .map(|check| json!({"CheckID": check.id, "Status": check.status.as_str()}));
+    let why = match one.status {
+        HealthStatus::Critical if one.node.status != MemberStatus::Alive => "out: its node is not alive",
+        HealthStatus::Critical => "out: a check is critical",
+        _ if !workers.is_empty() && backing_off.len() == workers.len() => "last: it could not be connected lately",
+        HealthStatus::Warning => "takes calls, by its weight while it warns",
+        HealthStatus::Passing => "takes calls",
+    };
+    let certificate = certificates.iter().find(|shown| shown.node == one.node.info.name);
+    json!({
+        "Node": one.node.info.name,
+        "ID": one.record.id,
+        "Address": one.node.info.mesh_addr.to_string(),
+        "NodeStatus": one.node.status.as_str(),
+        "Status": one.status.as_str(),
+        "Checks": checks.collect::<Vec<Value>>(),
+        "Weight": one.record.weights.passing,
+        "Why": why,
+        "NextOfWorkers": next,
+        "BackingOffOnWorkers": backing_off,
+        "Certificate": certificate.map(|shown| json!({
+            "Serial": shown.intermediate.serial,
+            "Ends": rfc3339(shown.intermediate.not_after),
+            "IssuerEnds": rfc3339(shown.issuer.not_after),
+            "Root": shown.root.map(|root| root.to_string()),
+        })),
+        "RecordsAgeSeconds": certificate.map(age),
+    })
+}
+
+/// How long ago a node signed its records.
+fn age(shown: &NodeCertificates) -> u64 {
+    let left = shown.lease_ends.since(clock::wall());
+    LEASE.saturating_sub(left).as_secs()
+}
+
+fn worker(view: &WorkerView) -> Value {
+    let tunnels =
+        view.tunnels.iter().map(|(node, peer, ends)| json!({"Node": node, "Peer": peer, "Ends": rfc3339(*ends)}));
+    json!({
+        "Worker": view.worker,
+        "Next": view.next.as_ref().map(|(node, id)| json!({"Node": node, "ID": id})),
+        "WhyNone": view.why_none,
+        "Tunnels": tunnels.collect::<Vec<Value>>(),
+    })
+}
+
+fn source_certificate(call: &Call, source: &ServiceName) -> Option<Value> {
+    let (svid, _) = call.shared.authority.svid(source).ok()?;
+    let own = (call.shared.certificates)();
+    Some(
+        json!({"ID": svid.id.to_string(), "Ends": rfc3339(svid.not_after), "NodeEnds": rfc3339(own.intermediate_ends)}),
+    )
+}
+
+fn data(call: &Call, snapshot: &Snapshot, certificates: &[NodeCertificates]) -> Value {
+    let (members, documents) = (call.shared.membership.members(), call.shared.membership.documents());
+    let mut by_status: BTreeMap<&str, usize> = BTreeMap::new();
+    for member in &members.members {
+        *by_status.entry(member.status.as_str()).or_default() += 1;
+    }
+    json!({
+        "SnapshotIndex": snapshot.index,
+        "PolicyIndex": snapshot.policy_index,
+        "Intentions": snapshot.policy.guards().len(),
+        "DocumentsHash": format!("{:016x}", documents.set_hash),
+        "Members": by_status,
+        "Isolated": members.isolated,
+        "OldestRecordsSeconds": certificates.iter().map(age).max(),
+    })
+}

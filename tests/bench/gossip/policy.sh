@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# From an operator's order to its enforcement on every agent, N real agents in one network namespace (needs root, python3).
+#
+#   tests/bench/gossip/policy.sh [--changes 20] [N ...]     default: 3 20 100
+#
+# WEFT names the binary (default target/release/weft). The agents have addresses 127.0.x.y of the namespace's own loopback
+# device; nothing outside is touched.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+export WEFT=${WEFT:-$here/../../../target/release/weft}
+[ -x "$WEFT" ] || { echo "no binary at $WEFT: cargo build --release --bin weft" >&2; exit 1; }
+netns=weft-policy-bench-$$
+ip netns add "$netns"
+trap 'ip netns del "$netns"' EXIT
+ip -n "$netns" link set lo up
+ip netns exec "$netns" env PYTHONDONTWRITEBYTECODE=1 python3 "$here/policy.py" "$@"
