@@ -45,7 +45,7 @@ fn two_agents_on_one_host_join_and_the_verbs_tell_it() {
     assert_says(&weft_ok(&["members", &at(&n1)]), &["n1", "n2", "alive", &format!("{}:8301", loopback_ip(2))]);
     assert_says(&weft_ok(&["catalog", "services", &at(&n1)]), &["web"]);
     assert_says(&weft_ok(&["catalog", "nodes", &at(&n1)]), &["n1", "n2"]);
-    assert_says(&weft_ok(&["info", &at(&n1)]), &["loop.test", "n1", "Intentions = none yet"]);
+    assert_says(&weft_ok(&["info", &at(&n1)]), &["loop.test", "n1", "Intentions = 0"]);
     assert_says(&weft_ok(&["version"]), &[env!("CARGO_PKG_VERSION")]);
     let json: serde_json::Value = serde_json::from_str(&weft_ok(&["members", "-format=json", &at(&n1)])).unwrap();
     assert_eq!(json.as_array().unwrap().len(), 2);
