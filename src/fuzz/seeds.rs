@@ -20,7 +20,7 @@ use crate::pki::{
     CaDir, DocumentKey, Issuer, JoinKey, NodeAuthority, Revoked, Rotation, Signatory, SpkiHash, TokenClaims,
     create_token,
 };
-use crate::policy::{Content, Document, DocumentId, DocumentKind, RevocationBody, RootLink, link_name};
+use crate::policy::{Content, Document, DocumentId, DocumentKind, HeldDigest, RevocationBody, RootLink, link_name};
 use crate::replica::{Digest, HeadSigner, Params, Replica};
 use crate::wire;
 
@@ -284,7 +284,8 @@ fn gossip(to: &Writer, authority: &NodeAuthority, documents: &[Document; 3]) {
     exchange("trade", 7, Message::Trade(Trade { deltas: vec![whole], wanted: digests }));
 
     let list: Vec<Vec<u8>> = documents.iter().map(Document::to_bytes).collect();
-    let digests: Vec<_> = documents.iter().map(Document::digest).collect();
+    let digests: Vec<_> =
+        documents.iter().map(|document| HeldDigest { digest: document.digest(), is_forked: false }).collect();
     // The forms of `gossip::documents::carry`, field by field: its types are its own.
     to.put("documents", "push", &[vec![0, 1, 0], length_of(&list[0]), list[0].clone()].concat());
     to.put("documents", "compare", &[vec![0, 1, 1], vec![5], vec![7]].concat());

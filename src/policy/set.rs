@@ -8,6 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use rustls::pki_types::CertificateDer;
+use serde::{Deserialize, Serialize};
 
 use super::bundle::{RootLink, link_name};
 use super::document::{Document, DocumentDigest, DocumentError, DocumentId, DocumentKind};
@@ -31,6 +32,9 @@ const RESERVED: usize = 256;
 const RESERVED_BYTES: usize = 2 * 1024 * 1024;
 /// Most forks that are remembered as reported.
 const FORKS_MAX: usize = 256;
+/// Most bytes of losing contents that are kept, beside those of the set, so that others hear of the forks: past it a fork is
+/// known to those alone who were offered both contents.
+const RIVALS_BYTES_MAX: usize = 2 * 1024 * 1024;
 /// Most roots: at one a year more than a lifetime.
 const ROOTS_MAX: usize = 64;
 
@@ -133,7 +137,25 @@ pub struct Held {
     pub document: Document,
     /// Who signed it.
     pub signer: DocumentSigner,
+    /// Another content of this version, which lost: the proof of a fork.
+    pub rival: Option<Document>,
     bytes: usize,
+}
+
+impl Held {
+    /// What others need to know to compare.
+    pub fn digest(&self) -> HeldDigest {
+        HeldDigest { digest: self.document.digest(), is_forked: self.rival.is_some() }
+    }
+}
+
+/// What a set holds of one document, in short.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HeldDigest {
+    /// The document.
+    pub digest: DocumentDigest,
+    /// The losing content of its version is held as well.
+    pub is_forked: bool,
 }
 
 /// The set. See the module's text.
@@ -191,16 +213,14 @@ impl DocumentSet {
         }
         let digest = document.digest();
         let mut is_fork = false;
-        if let Some(held) = self.held.get(&content.id) {
+        if let Some(held) = self.held.get(&digest.id) {
             let ours = held.document.digest();
             // The whole hash tells the same document: half of it could be met by another.
             if held.document.hash() == document.hash() {
                 return Ok(Offered::Known);
             }
             is_fork = ours.version == digest.version;
-            let is_known_fork =
-                is_fork && self.forks.contains(&Fork { id: digest.id.clone(), version: digest.version });
-            if !digest.replaces(&ours) && (!is_fork || is_known_fork) {
+            if !digest.replaces(&ours) && (!is_fork || held.rival.is_some()) {
                 return Ok(Offered::Older);
             }
         }
@@ -208,10 +228,14 @@ impl DocumentSet {
         if is_fork && self.forks.len() < FORKS_MAX {
             self.forks.insert(Fork { id: digest.id.clone(), version: digest.version });
         }
-        let before = self.held.get(&digest.id);
-        if before.is_some_and(|held| !digest.replaces(&held.document.digest())) {
+        let rivals: usize = self.held.values().filter_map(|held| Some(held.rival.as_ref()?.to_bytes().len())).sum();
+        let is_kept = |rival: &Document| rivals + rival.to_bytes().len() <= RIVALS_BYTES_MAX;
+        if let Some(held) = self.held.get_mut(&digest.id).filter(|held| !digest.replaces(&held.document.digest())) {
+            held.rival = Some(document).filter(is_kept);
             return Ok(Offered::Older);
         }
+        let before = self.held.get(&digest.id);
+        let rival = before.filter(|_| is_fork).map(|held| held.document.clone()).filter(is_kept);
         let bytes = document.to_bytes().len();
         let freed = before.map_or(0, |held| held.bytes);
         let is_policy = digest.id.kind.is_policy();
@@ -224,7 +248,7 @@ impl DocumentSet {
             return Err(Refused::Full);
         }
         self.bytes = self.bytes - freed + bytes;
-        self.held.insert(digest.id, Held { document, signer, bytes });
+        self.held.insert(digest.id, Held { document, signer, rival, bytes });
         // Nothing that is believed follows from policy.
         if !is_policy {
             self.derive();
@@ -316,6 +340,10 @@ impl DocumentSet {
             self.held.retain(|_, held| !has_ended(held));
             self.derive();
         }
+        // Nobody takes it any more, so nobody can be told.
+        for held in self.held.values_mut() {
+            held.rival.take_if(|rival| rival.content().not_after < now);
+        }
         ended
     }
 
@@ -329,6 +357,9 @@ impl DocumentSet {
         self.held
             .retain(|_, held| held.signer == DocumentSigner::Root || !banned.contains(&held.document.content().signer));
         self.revocations = entries(self.held.values()).collect();
+        for held in self.held.values_mut() {
+            held.rival.take_if(|rival| banned.contains(&rival.content().signer));
+        }
         self.bytes = self.held.values().map(|held| held.bytes).sum();
         self.roots = self.walk();
     }
@@ -434,14 +465,19 @@ impl DocumentSet {
         self.forks.iter()
     }
 
-    /// Equal in two sets that hold the same documents: the exclusive or of their hashes' first 8 bytes.
+    /// Equal in two sets that hold the same documents and know of the same forks: the exclusive or of the hashes' first 8
+    /// bytes, each rotated by half where the document is forked.
     pub fn set_hash(&self) -> u64 {
-        self.held.values().fold(0, |hash, held| hash ^ held.document.digest().hash)
+        let one = |held: &Held| {
+            let HeldDigest { digest, is_forked } = held.digest();
+            if is_forked { digest.hash.rotate_left(32) } else { digest.hash }
+        };
+        self.held.values().fold(0, |hash, held| hash ^ one(held))
     }
 
     /// What is held, as digests in order of id; at most [`DOCUMENTS_MAX`].
-    pub fn digests(&self) -> Vec<DocumentDigest> {
-        self.held.values().map(|held| held.document.digest()).collect()
+    pub fn digests(&self) -> Vec<HeldDigest> {
+        self.held.values().map(Held::digest).collect()
     }
 
     /// Tells whether a document with this digest would be news.
@@ -451,21 +487,24 @@ impl DocumentSet {
 
     /// What is held here and is news to a set with `theirs`, in order of id, at most `bytes_max` of it: newer versions, and
     /// the other content of a version that was signed twice, which loses there and is reported.
-    pub fn newer_than(&self, theirs: &[DocumentDigest], bytes_max: usize) -> Vec<Vec<u8>> {
-        let theirs: BTreeMap<&DocumentId, &DocumentDigest> = theirs.iter().map(|digest| (&digest.id, digest)).collect();
+    pub fn newer_than(&self, theirs: &[HeldDigest], bytes_max: usize) -> Vec<Vec<u8>> {
+        let theirs: BTreeMap<&DocumentId, &HeldDigest> =
+            theirs.iter().map(|theirs| (&theirs.digest.id, theirs)).collect();
         let mut newer = Vec::new();
         let mut bytes = 0;
         for held in self.held.values() {
             let ours = held.document.digest();
-            let is_fork = |theirs: &DocumentDigest| ours.version == theirs.version && ours.hash != theirs.hash;
-            if theirs.get(&ours.id).is_some_and(|theirs| !ours.replaces(theirs) && !is_fork(theirs)) {
-                continue;
-            }
-            bytes += held.bytes;
+            let news = match theirs.get(&ours.id) {
+                Some(theirs) if theirs.digest == ours => held.rival.as_ref().filter(|_| !theirs.is_forked),
+                Some(theirs) if theirs.digest.version > ours.version => None,
+                _ => Some(&held.document),
+            };
+            let Some(news) = news.map(Document::to_bytes) else { continue };
+            bytes += news.len();
             if bytes > bytes_max.max(DOCUMENT_BYTES_MAX) {
                 break;
             }
-            newer.push(held.document.to_bytes());
+            newer.push(news);
         }
         newer
     }

@@ -438,3 +438,34 @@ fn scenario_13_a_comparison_brings_the_losing_content_of_a_fork_to_be_reported()
     assert_eq!(left.set_hash(), right.set_hash());
     assert!(left.newer_than(&right.digests(), 0).is_empty());
 }
+
+#[test]
+fn who_learned_of_a_fork_alone_tells_the_others_by_comparison() {
+    let mesh = mesh();
+    let (one, two) = (revoke(&mesh.operator, "a", 5, 1), revoke(&mesh.root, "a", 5, 2));
+    let winner = if one.digest().replaces(&two.digest()) { &one } else { &two };
+    let mut learned = mesh.set();
+    for document in [&one, &two] {
+        learned.offer(document.clone(), NOW).unwrap();
+    }
+    // Who holds the winner, and was offered nothing else; and who holds nothing at all.
+    let mut holder = mesh.set();
+    holder.offer(winner.clone(), NOW).unwrap();
+    for mut set in [holder, mesh.set()] {
+        for _round in 0..2 {
+            assert_ne!(learned.set_hash(), set.set_hash());
+            for bytes in learned.newer_than(&set.digests(), 0) {
+                set.offer(Document::from_bytes(&bytes).unwrap(), NOW).unwrap();
+            }
+            if set.forks().count() == 1 {
+                break;
+            }
+        }
+        assert_eq!((set.forks().count(), set.set_hash()), (1, learned.set_hash()));
+        assert_eq!(set.get(&winner.content().id).unwrap().document.hash(), winner.hash());
+        assert!(set.newer_than(&learned.digests(), 0).is_empty() && learned.newer_than(&set.digests(), 0).is_empty());
+    }
+    // A newer version ends it, and so does the end of the losing content.
+    learned.offer(revoke(&mesh.operator, "a", 6, 3), NOW).unwrap();
+    assert!(learned.digests().iter().all(|held| !held.is_forked));
+}

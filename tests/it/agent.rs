@@ -56,21 +56,38 @@ impl Ca {
     /// Runs `weft token create`.
     #[track_caller]
     pub(crate) fn token(&self, node: &str, serve: &str, ttl: &str) -> String {
-        self.token_made(&[], node, serve, ttl)
+        self.token_under(Vec::new(), node, serve, ttl)
     }
 
-    /// Runs `weft token create` under `wrap` (`faketime -f -2h`).
+    /// Runs `weft token create` at another wall time: see [`at_offset`].
     #[track_caller]
-    pub(crate) fn token_made(&self, wrap: &[&str], node: &str, serve: &str, ttl: &str) -> String {
+    pub(crate) fn token_at(&self, offset: &str, node: &str, serve: &str, ttl: &str) -> String {
+        self.token_under(at_offset(offset), node, serve, ttl)
+    }
+
+    #[track_caller]
+    fn token_under(&self, mut words: Vec<String>, node: &str, serve: &str, ttl: &str) -> String {
         let dir = self.dir();
         let verb = [WEFT, "token", "create", "-ca", path(&dir), "-node", node, "-serve", serve, "-ttl", ttl];
-        let words = [wrap, &verb].concat();
-        let out = Command::new(words[0]).args(&words[1..]).output().unwrap_or_else(|e| panic!("{words:?}: {e}"));
+        words.extend(owned(&verb));
+        let out = Command::new(&words[0]).args(&words[1..]).output().unwrap_or_else(|e| panic!("{words:?}: {e}"));
         assert!(out.status.success(), "{words:?}: {}", String::from_utf8_lossy(&out.stderr));
         let text = String::from_utf8_lossy(&out.stdout).into_owned();
         let token = text.lines().find(|line| line.starts_with("weft1-"));
         token.unwrap_or_else(|| panic!("no token in: {text}")).trim().to_owned()
     }
+}
+
+/// What to put before a command line that is to see wall time moved by `offset` (`+90m`, `-2h`, `+31d`); monotonic clocks go
+/// on as they are. Not `faketime` itself: killed, it leaves a semaphore behind, and refuses to run when its process number
+/// comes round again.
+pub(crate) fn at_offset(offset: &str) -> Vec<String> {
+    let libraries = std::fs::read_dir("/usr/lib").expect("/usr/lib can be listed");
+    let mut candidates = libraries.flatten().map(|entry| entry.path().join("faketime/libfaketime.so.1"));
+    let library = candidates.find(|path| path.exists()).expect("libfaketime is installed (package faketime)");
+    let preload = format!("LD_PRELOAD={}", path(&library));
+    let offset = format!("FAKETIME={offset}");
+    owned(&["env", "FAKETIME_DONT_FAKE_MONOTONIC=1", "FAKETIME_DISABLE_SHM=1", &offset, &preload])
 }
 
 /// Returns a path as text.
@@ -90,7 +107,7 @@ pub(crate) struct Spec<'a> {
     pub(crate) client: IpAddr,
     /// Everything else (`-issuer`, `-join`, `-token` …).
     pub(crate) args: Vec<String>,
-    /// Put before the command line (`faketime -f +1h`).
+    /// Put before the command line: see [`at_offset`].
     pub(crate) wrap: Vec<String>,
 }
 
@@ -180,7 +197,7 @@ impl Agent {
         let log = File::options().create(true).append(true).open(dir.path().join("log")).unwrap();
         let mut command = Command::new(&words[0]);
         command.args(&words[1..]).stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
-        // A wrapper (faketime) runs the agent as its own child: the group ends with it.
+        // A wrapper may run the agent as its own child: the group ends with it.
         command.process_group(0);
         let child = command.spawn().unwrap_or_else(|e| panic!("{words:?}: {e}"));
         let api = SocketAddr::new(spec.client, 8500);

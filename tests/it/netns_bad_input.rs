@@ -2,7 +2,7 @@
 
 use std::net::UdpSocket;
 
-use crate::agent::{Agent, Ca, Spec, path};
+use crate::agent::{Agent, Ca, Spec, at_offset, path};
 use crate::lab::Lab;
 
 /// Starts `spec`, which must end by itself with a failure; returns its log.
@@ -30,7 +30,7 @@ fn a_bad_token_is_refused_with_its_reason() {
     let join = |name: &'static str, token: &str| Spec::on(&lab.host(2), name, &["-join", "10.77.0.1", "-token", token]);
 
     assert_says(&must_fail(&join("n2", "weft1-nonsense")), &["token"]);
-    let expired = ca.token_made(&["faketime", "-f", "-2h"], "n2", "web", "1h");
+    let expired = ca.token_at("-2h", "n2", "web", "1h");
     assert_says(&must_fail(&join("n2", &expired)), &["was valid until", "weft token create"]);
     let other = Ca::init("lab.test").token("n2", "web", "1h");
     assert_says(&must_fail(&join("n2", &other)), &["another CA"]);
@@ -88,7 +88,7 @@ fn a_clock_an_hour_off_is_named_with_both_times() {
     let token = ca.token("n2", "web", "10h");
     for offset in ["+90m", "-90m"] {
         let mut spec = Spec::on(&lab.host(2), "n2", &["-join", "10.77.0.1", "-token", &token]);
-        spec.wrap = ["env", "FAKETIME_DONT_FAKE_MONOTONIC=1", "faketime", "-f", offset].map(str::to_owned).to_vec();
+        spec.wrap = at_offset(offset);
         assert_says(&must_fail(&spec), &["clock"]);
     }
     n1.wait_members(&["n1=1"]);

@@ -14,7 +14,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::agent::{Agent, Ca, Spec, WEFT, path};
+use crate::agent::{Agent, Ca, Spec, WEFT, at_offset, path};
 use crate::app::App;
 use crate::http::request;
 use crate::lab::{Host, Lab};
@@ -474,7 +474,7 @@ fn scenario_15_a_node_whose_clock_went_back_keeps_its_name_and_its_records() {
     fleet.all_pass("before", &["before"]);
     let back = |host: &Host, dir, offset: &str| {
         let mut spec = Spec::on(host, "n2", &[]);
-        spec.wrap = ["env", "FAKETIME_DONT_FAKE_MONOTONIC=1", "faketime", "-f", offset].map(str::to_owned).to_vec();
+        spec.wrap = at_offset(offset);
         Agent::spawn(&spec, dir)
     };
     // An hour: its certificates speak of another hour than the others', so TLS keeps it out, and it says why.

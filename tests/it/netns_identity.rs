@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::agent::{Agent, Ca, Spec, WEFT, path};
+use crate::agent::{Agent, Ca, Spec, WEFT, at_offset, path};
 use crate::app::App;
 use crate::lab::{Host, Lab};
 use crate::wait::until;
@@ -325,8 +325,7 @@ fn scenario_20_a_root_is_replaced_under_load_and_a_node_that_was_off_comes_back(
 
 /// Puts `spec` at another wall time; monotonic clocks go on as they are.
 fn at(offset: &str, mut spec: Spec<'static>) -> Spec<'static> {
-    let words = ["env", "FAKETIME_DONT_FAKE_MONOTONIC=1", "faketime", "-f", offset];
-    spec.wrap = words.map(str::to_owned).to_vec();
+    spec.wrap = at_offset(offset);
     spec
 }
 
@@ -408,7 +407,7 @@ fn scenario_21_everything_expired_recovers_by_itself_with_the_certificates_on_di
     assert!(n2.log().contains("asking an issuer to renew it"), "{}", n2.log());
 
     // A host whose clock is weeks behind is told so, and by how much.
-    let token = ca.token_made(&["faketime", "-f", "+31d"], "n3", "raw", "1h");
+    let token = ca.token_at("+31d", "n3", "raw", "1h");
     let spec = Spec::on(&lab.host(3), "n3", &["-join", "10.77.0.1", "-token", &token]);
     let mut n3 = Agent::spawn(&spec, tempfile::TempDir::new().unwrap());
     let (status, log) = n3.wait_exit();
@@ -422,7 +421,7 @@ fn scenario_21_everything_expired_recovers_by_itself_with_the_certificates_on_di
     let mut n2 = Agent::spawn(&at("+80d", Spec::on(&lab.host(2), "n2", &["-join", "10.77.0.1"])), data2);
     let (status, log) = n2.wait_exit();
     assert!(!status.success() && log.contains("join again"), "{log}");
-    let token = ca.token_made(&["faketime", "-f", "+80d"], "n2", "raw", "1h");
+    let token = ca.token_at("+80d", "n2", "raw", "1h");
     let again = Spec::on(&lab.host(2), "n2", &["-join", "10.77.0.1", "-token", &token]);
     let n2 = Agent::spawn(&at("+80d", again), n2.kill());
     n2.wait_ready();

@@ -31,7 +31,7 @@ use weft::store::StoredPeer;
 use weft::supervise::Tasks;
 use weft::transport::{self, ControlTransport};
 
-use crate::agent::{Agent, Ca, Spec, WEFT, path};
+use crate::agent::{Agent, Ca, Spec, WEFT, at_offset, path};
 use crate::lab::{Host, Lab};
 use crate::wait::until;
 
@@ -422,8 +422,7 @@ fn scenario_15_a_clock_that_is_off_by_seconds_is_measured_from_the_peers_and_rep
     let start = |number: usize, name: &'static str, offset: &str| {
         let mut spec = Spec::on(&lab.host(number), name, &["-join", "10.77.0.1", "-token", &token]);
         if !offset.is_empty() {
-            let words = ["env", "FAKETIME_DONT_FAKE_MONOTONIC=1", "faketime", "-f", offset];
-            spec.wrap = words.map(str::to_owned).to_vec();
+            spec.wrap = at_offset(offset);
         }
         Agent::start(&spec)
     };

@@ -15,7 +15,7 @@ use rand::RngExt as _;
 use rand::seq::IteratorRandom as _;
 use weft::clock::UnixSeconds;
 use weft::pki::{CaDir, DocumentKey, Revoked, Signatory, SpkiHash};
-use weft::policy::{Content, Document, DocumentDigest, DocumentId, DocumentKind, DocumentSet, Offered, RevocationBody};
+use weft::policy::{Content, Document, DocumentId, DocumentKind, DocumentSet, HeldDigest, Offered, RevocationBody};
 
 use super::scenarios::SECOND;
 use super::world::{WALL, World};
@@ -29,7 +29,7 @@ const COMPARE_EVERY: Duration = Duration::from_secs(5);
 enum Carried {
     Push(Vec<u8>),
     Compare(u64),
-    Compared(Vec<DocumentDigest>),
+    Compared(Vec<HeldDigest>),
     Given(Vec<Vec<u8>>),
 }
 
@@ -171,13 +171,11 @@ impl Documents {
             Carried::Compare(_) => {}
             Carried::Compared(theirs) => {
                 let newer = self.sets[to].newer_than(&theirs, usize::MAX);
-                let lacks = theirs.iter().any(|digest| self.sets[to].is_news(digest));
                 if !newer.is_empty() {
                     self.send(world, to, from, Carried::Given(newer));
                 }
-                if lacks {
-                    let ours = self.sets[to].digests();
-                    let given = self.sets[from].newer_than(&ours, usize::MAX);
+                let given = self.sets[from].newer_than(&self.sets[to].digests(), usize::MAX);
+                if !given.is_empty() {
                     self.send(world, from, to, Carried::Given(given));
                 }
             }

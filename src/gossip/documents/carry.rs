@@ -17,7 +17,7 @@ use super::Order;
 use crate::gossip::engine::{Message, Request};
 use crate::gossip::exchange::{ExchangeError, ended};
 use crate::model::NodeName;
-use crate::policy::DocumentDigest;
+use crate::policy::HeldDigest;
 use crate::wire::{self, FRAME_BYTES_MAX};
 
 /// Longest exchange about documents.
@@ -48,7 +48,7 @@ pub(in crate::gossip) enum Took {
 pub(in crate::gossip) struct Compared {
     pub(in crate::gossip) clock_ms: u64,
     /// None: the sets are equal.
-    pub(super) digests: Option<Vec<DocumentDigest>>,
+    pub(super) digests: Option<Vec<HeldDigest>>,
 }
 
 /// Documents for the other side.
@@ -56,7 +56,7 @@ pub(in crate::gossip) struct Compared {
 pub(in crate::gossip) struct Given {
     pub(super) documents: Vec<Vec<u8>>,
     /// The giver's own, so that the other can answer.
-    pub(super) digests: Vec<DocumentDigest>,
+    pub(super) digests: Vec<HeldDigest>,
 }
 
 /// A question for the task.
@@ -67,7 +67,7 @@ pub(in crate::gossip) enum Asked {
     /// What a comparison brought; the answer is what the other side lacks.
     Given(NodeName, Given, oneshot::Sender<Given>),
     /// What this node has that is news to the digests, and its own.
-    Lacking(Vec<DocumentDigest>, oneshot::Sender<Given>),
+    Lacking(Vec<HeldDigest>, oneshot::Sender<Given>),
     Summary(oneshot::Sender<u64>),
 }
 
