@@ -175,6 +175,7 @@ impl Node {
             publication,
             first_index,
             seeds: config.join.clone(),
+            links_max: gossip::LINKS_MAX,
             known_peers: store.peers()?,
             peer_store: Arc::new(glue::PeerFile(store.clone())),
             sync_interval: gossip::SYNC_INTERVAL,
@@ -230,10 +231,7 @@ impl Node {
         };
         node.tell_policy();
         let started = node.start_api(&config, &info, &metrics, &proxy, (store, operator)).await;
-        if started.is_err() {
-            node.drain.cancel();
-        }
-        node.api = started?;
+        node.api = started.inspect_err(|_| node.drain.cancel())?;
         node.proxy = Mutex::new(Some(proxy));
         let (http, scope) = (&node.api, node.identity.authority().scope().to_string());
         info!(node = %node.name, mesh = %info.mesh_addr, ?http, %generation, scope, "agent is up");

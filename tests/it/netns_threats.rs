@@ -109,6 +109,7 @@ impl Insider {
             publication,
             first_index: 1,
             seeds: vec!["10.77.0.1".to_owned()],
+            links_max: gossip::LINKS_MAX,
             known_peers: Vec::new(),
             peer_store: Arc::new(Nowhere),
             sync_interval: gossip::SYNC_INTERVAL,

@@ -26,7 +26,7 @@ use tokio::time::Instant;
 use tracing::info;
 
 use super::{Actor, Done, Incumbent, Message, Step, answer};
-use crate::gossip::targets;
+use crate::gossip::targets::{self, DialError};
 use crate::membership::MeshId;
 use crate::model::NodeName;
 use crate::transport::Rhythm;
@@ -46,6 +46,10 @@ const QUESTIONS_MAX: usize = 64;
 const CHALLENGES_MAX: usize = 8;
 /// How long the holder of a name may take to answer: a handshake on a slow path.
 const CHALLENGE_TIME_MAX: Duration = Duration::from_millis(400);
+/// A holder that answered this node so recently keeps its name unless its host says that the port is closed, though it shakes
+/// no hands in time: its machine may be loaded or stopped for a moment. A member that stays silent for longer is called failed
+/// by the membership within as much, and then its name is free.
+const HOLDER_LIVES_FOR: Duration = Duration::from_secs(3);
 
 /// A newcomer that waits for the answer to its hello.
 #[derive(Debug)]
@@ -53,6 +57,29 @@ pub(super) struct Challenge {
     pub(super) peer: NodeName,
     pub(super) id: MeshId,
     pub(super) reply: oneshot::Sender<Step>,
+}
+
+/// What the address of a name's holder says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Holder {
+    /// It proved its name there.
+    Answers,
+    /// Its host says that nobody has the port.
+    Refuses,
+    /// Nothing in time, or it could not prove its name.
+    Silent,
+}
+
+impl Holder {
+    /// Decides whether the name is free; `heard` is when the holder last answered this node in any way.
+    fn judge(self, heard: Option<Instant>, now: Instant) -> Incumbent {
+        let is_fresh = |at: Instant| now.saturating_duration_since(at) < HOLDER_LIVES_FOR;
+        match self {
+            Self::Answers => Incumbent::Answers,
+            Self::Silent if heard.is_some_and(is_fresh) => Incumbent::Answers,
+            Self::Refuses | Self::Silent => Incumbent::Silent,
+        }
+    }
 }
 
 /// The watches that run, each with its turn among the watchers of that member: as many as the membership watches, two.
@@ -117,7 +144,7 @@ impl Actor {
         }
         // What it acknowledged before is no answer.
         self.tell_signs_of_life(now);
-        self.turn(now, |engine, turn| engine.evidence_refused(&id.name, turn));
+        self.turn(now, |engine, turn| engine.question(&id.name, turn));
         let round_trip = self.links.open(&id.name).map(Connection::rtt).unwrap_or_default();
         let until = now + LIFE_SHOWS_IN + 2 * round_trip;
         self.work.spawn(async move {
@@ -159,28 +186,41 @@ impl Actor {
         }
     }
 
-    /// Answers a hello; where its name lives elsewhere, the holder is asked first.
-    pub(super) fn greeted(&mut self, challenge: Challenge) {
+    /// Answers a hello; where its name lives elsewhere, the holder is asked first: by a handshake, which proves its name, and
+    /// over the connection that it may have, which takes it less.
+    pub(super) fn greeted(&mut self, challenge: Challenge, now: Instant) {
         let incumbent = self.engine.incumbent(&challenge.peer, &challenge.id).cloned();
         let Some(incumbent) = incumbent.filter(|_| self.challenges < CHALLENGES_MAX) else {
-            return self.challenged(challenge, Incumbent::Unasked);
+            return self.welcome(challenge, Incumbent::Unasked);
         };
         self.challenges += 1;
+        self.turn(now, |engine, turn| engine.question(&incumbent.name, turn));
         let transport = self.transport.clone();
         self.work.spawn(async move {
             let dial = targets::dial(&transport, incumbent.addr, Some(incumbent.name));
             let holder = match tokio::time::timeout(CHALLENGE_TIME_MAX, dial).await {
                 Ok(Ok((connection, _))) => {
                     connection.close(0u32.into(), b"asked whether you live");
-                    Incumbent::Answers
+                    Holder::Answers
                 }
-                Ok(Err(_)) | Err(_) => Incumbent::Silent,
+                Ok(Err(DialError::Refused(_))) => Holder::Refuses,
+                Ok(Err(DialError::Failed(_))) | Err(_) => Holder::Silent,
             };
             Done::Challenged(challenge, holder)
         });
     }
 
-    pub(super) fn challenged(&mut self, challenge: Challenge, incumbent: Incumbent) {
+    /// The holder of a name was asked.
+    pub(super) fn challenged(&mut self, challenge: Challenge, holder: Holder, now: Instant) {
+        self.challenges -= 1;
+        self.drain_inputs(now);
+        self.tell_signs_of_life(now);
+        // Whoever holds the name by then: another newcomer may have taken it meanwhile.
+        let heard = self.engine.membership().answered_at(&challenge.peer);
+        self.welcome(challenge, holder.judge(heard, now));
+    }
+
+    fn welcome(&mut self, challenge: Challenge, incumbent: Incumbent) {
         let Challenge { peer, id, reply } = challenge;
         let hello = self.engine.hello(&peer, &id, incumbent);
         answer(reply, Step::Last(Message::Hello(hello)));
@@ -204,6 +244,17 @@ fn rhythm(id: &MeshId, turn: Turns) -> Rhythm {
 mod tests {
     use super::*;
     use crate::model::Generation;
+
+    #[test]
+    fn a_holder_that_was_just_heard_keeps_its_name_until_it_is_silent_for_long_or_its_port_is_closed() {
+        let now = crate::clock::now() + 2 * HOLDER_LIVES_FOR;
+        let (lately, long_ago) = (now - HOLDER_LIVES_FOR / 2, now - HOLDER_LIVES_FOR);
+        assert_eq!(Holder::Silent.judge(Some(lately), now), Incumbent::Answers);
+        assert_eq!(Holder::Silent.judge(Some(long_ago), now), Incumbent::Silent);
+        assert_eq!(Holder::Silent.judge(None, now), Incumbent::Silent);
+        assert_eq!(Holder::Refuses.judge(Some(lately), now), Incumbent::Silent);
+        assert_eq!(Holder::Answers.judge(None, now), Incumbent::Answers);
+    }
 
     #[test]
     fn the_watchers_of_a_member_ask_in_turn_and_members_are_not_asked_in_step() {
