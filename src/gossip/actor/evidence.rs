@@ -46,10 +46,6 @@ const QUESTIONS_MAX: usize = 64;
 const CHALLENGES_MAX: usize = 8;
 /// How long the holder of a name may take to answer: a handshake on a slow path.
 const CHALLENGE_TIME_MAX: Duration = Duration::from_millis(400);
-/// A holder that answered this node so recently keeps its name unless its host says that the port is closed, though it shakes
-/// no hands in time: its machine may be loaded or stopped for a moment. A member that stays silent for longer is called failed
-/// by the membership within as much, and then its name is free.
-const HOLDER_LIVES_FOR: Duration = Duration::from_secs(3);
 
 /// A newcomer that waits for the answer to its hello.
 #[derive(Debug)]
@@ -71,13 +67,12 @@ pub(super) enum Holder {
 }
 
 impl Holder {
-    /// Decides whether the name is free; `heard` is when the holder last answered this node in any way.
-    fn judge(self, heard: Option<Instant>, now: Instant) -> Incumbent {
-        let is_fresh = |at: Instant| now.saturating_duration_since(at) < HOLDER_LIVES_FOR;
+    /// Decides whether the name of a member that counts as alive is free. Silence frees none: the holder's machine, or this
+    /// one, may be loaded or stopped for a moment, and whether it lives is the membership's verdict, a few seconds away.
+    fn judge(self) -> Incumbent {
         match self {
-            Self::Answers => Incumbent::Answers,
-            Self::Silent if heard.is_some_and(is_fresh) => Incumbent::Answers,
-            Self::Refuses | Self::Silent => Incumbent::Silent,
+            Self::Answers | Self::Silent => Incumbent::Answers,
+            Self::Refuses => Incumbent::Silent,
         }
     }
 }
@@ -215,9 +210,7 @@ impl Actor {
         self.challenges -= 1;
         self.drain_inputs(now);
         self.tell_signs_of_life(now);
-        // Whoever holds the name by then: another newcomer may have taken it meanwhile.
-        let heard = self.engine.membership().answered_at(&challenge.peer);
-        self.welcome(challenge, holder.judge(heard, now));
+        self.welcome(challenge, holder.judge());
     }
 
     fn welcome(&mut self, challenge: Challenge, incumbent: Incumbent) {
@@ -244,17 +237,6 @@ fn rhythm(id: &MeshId, turn: Turns) -> Rhythm {
 mod tests {
     use super::*;
     use crate::model::Generation;
-
-    #[test]
-    fn a_holder_that_was_just_heard_keeps_its_name_until_it_is_silent_for_long_or_its_port_is_closed() {
-        let now = crate::clock::now() + 2 * HOLDER_LIVES_FOR;
-        let (lately, long_ago) = (now - HOLDER_LIVES_FOR / 2, now - HOLDER_LIVES_FOR);
-        assert_eq!(Holder::Silent.judge(Some(lately), now), Incumbent::Answers);
-        assert_eq!(Holder::Silent.judge(Some(long_ago), now), Incumbent::Silent);
-        assert_eq!(Holder::Silent.judge(None, now), Incumbent::Silent);
-        assert_eq!(Holder::Refuses.judge(Some(lately), now), Incumbent::Silent);
-        assert_eq!(Holder::Answers.judge(None, now), Incumbent::Answers);
-    }
 
     #[test]
     fn the_watchers_of_a_member_ask_in_turn_and_members_are_not_asked_in_step() {
