@@ -18,7 +18,7 @@ use crate::lab::Lab;
 use crate::netns_identity::{Stream, weft_on, weft_on_ok};
 use crate::wait::until;
 
-const DENY: &str = "-default-intention-policy=deny";
+pub(crate) const DENY: &str = "-default-intention-policy=deny";
 const RAW: &str = r#"{"Name":"raw","Port":7000}"#;
 const WEB: &str = r#"{"Name":"web","Port":7001,"Protocol":"http"}"#;
 const CALLER: &str = r#"{"Name":"caller","Port":1,"Connect":{"SidecarService":{"Proxy":{"Upstreams":[
@@ -27,7 +27,7 @@ const WEB_PORT: &str = "127.0.0.1:9393";
 
 /// Runs `weft ca operator create` and returns the operator's file.
 #[track_caller]
-fn operator(ca: &Ca, name: &str, may: &str) -> PathBuf {
+pub(crate) fn operator(ca: &Ca, name: &str, may: &str) -> PathBuf {
     let (dir, out) = (ca.dir(), ca.dir().join(format!("{name}.operator")));
     weft_ok(&["ca", "operator", "create", "-name", name, "-may", may, "-ca", path(&dir), "-out", path(&out)]);
     out
@@ -91,13 +91,13 @@ impl Cluster {
 }
 
 /// Whether `agent` allows a stream from caller to raw, and by which rule.
-fn verdict(agent: &Agent) -> Result<(bool, String), String> {
+pub(crate) fn verdict(agent: &Agent) -> Result<(bool, String), String> {
     let answer = agent.try_get("/v1/connect/intentions/check?source=caller&destination=raw")?.json();
     Ok((answer["Allowed"].as_bool().unwrap_or(false), answer["Rule"].as_str().unwrap_or("?").to_owned()))
 }
 
 #[track_caller]
-fn wait_verdict(agent: &Agent, want: bool, rule: &str) {
+pub(crate) fn wait_verdict(agent: &Agent, want: bool, rule: &str) {
     until(&format!("{} decides {want} by {rule}", agent.name), || match verdict(agent)? {
         (allowed, by) if allowed == want && by == rule => Ok(()),
         other => Err(format!("{other:?}")),
@@ -105,7 +105,7 @@ fn wait_verdict(agent: &Agent, want: bool, rule: &str) {
 }
 
 /// A metric's value; 0 if the series is not there.
-fn metric(agent: &Agent, series: &str) -> f64 {
+pub(crate) fn metric(agent: &Agent, series: &str) -> f64 {
     let text = agent.try_get("/v1/agent/metrics?format=prometheus").unwrap().body;
     let line = text.lines().find(|line| line.starts_with(series));
     line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).unwrap_or(0.0)
@@ -223,7 +223,7 @@ fn forge(key: &DocumentKey, name: &str, version: u64, body: &IntentionBody) -> D
     Document::sign(content, key).unwrap()
 }
 
-fn offer(agent: &Agent, document: &[u8]) -> crate::http::Answer {
+pub(crate) fn offer(agent: &Agent, document: &[u8]) -> crate::http::Answer {
     agent.put("/v1/mesh/document", &json!({"Document": STANDARD.encode(document)}).to_string())
 }
 
