@@ -187,6 +187,10 @@ fn a_denied_caller_hears_a_clear_answer_and_a_change_cuts_what_is_open() {
         "passing",
         "takes calls",
         "spiffe://lab.test/svc/caller/node/n3",
+        "chain of n2: node until",
+        "<- root until",
+        "breakers: there are none yet",
+        "compared",
         "To let it pass",
     ] {
         assert!(why.contains(part), "no {part:?} in:\n{why}");
@@ -195,6 +199,11 @@ fn a_denied_caller_hears_a_clear_answer_and_a_change_cuts_what_is_open() {
         serde_json::from_str(&weft_on_ok(&lab.host(1), &["why", "caller", "raw", "-format=json"])).unwrap();
     assert_eq!((&why["Allowed"], &why["Policy"]["Rule"]), (&json!(false), &json!("caller:raw")), "{why}");
     assert!(why["ToChange"][0].as_str().unwrap().contains("-replace"), "{why}");
+    // From a node that has neither end: the caller's chain as far as its node publishes it.
+    let chain = &why["SourceInstances"][0]["Certificate"];
+    assert_eq!(why["SourceInstances"][0]["Node"], "n3");
+    assert!(chain["Ends"].is_string() && chain["IssuerEnds"].is_string() && chain["RootEnds"].is_string(), "{why}");
+    assert!(why["Data"]["DocumentsComparedSeconds"].is_u64(), "{why}");
 
     // Dry run: counted, not enforced.
     cluster.sign(&alice, &["intention", "create", "caller", "raw", "-replace"]);
@@ -396,6 +405,8 @@ fn an_agent_with_policy_authority_signs_for_clients_with_the_token_and_a_backup_
     assert_eq!(authorized["Authorized"], false);
     assert!(authorized["Reason"].as_str().unwrap().contains("*:db"), "{authorized}");
 
+    by_id(&call);
+
     let entry = r#"{"Kind":"service-defaults","Name":"web","Protocol":"http"}"#;
     assert_eq!(call("PUT", "/v1/config?cas=0", entry).body, "true");
     assert_eq!(call("PUT", "/v1/config?cas=0", entry).body, "false");
@@ -432,4 +443,96 @@ fn an_agent_with_policy_authority_signs_for_clients_with_the_token_and_a_backup_
     assert!(signed.contains("signed as version 2"), "{signed}");
     let outside = weft(&["config", "write", path(&backup), "-http-addr", &fresh.api.to_string()]);
     assert!(String::from_utf8_lossy(&outside.stderr).contains("Kind"), "{outside:?}");
+}
+
+/// Consul's older endpoints, by id.
+fn by_id(call: &impl Fn(&str, &str, &str) -> crate::http::Answer) {
+    let all = "/v1/connect/intentions";
+    let body = r#"{"SourceName":"cart","DestinationName":"db","SourceType":"consul","Action":"allow"}"#;
+    let created = call("POST", all, body);
+    assert_eq!(created.status, 200, "{}", created.body);
+    let id = created.json()["ID"].as_str().unwrap().to_owned();
+    let one = format!("{all}/{id}");
+    let read = call("GET", &one, "").json();
+    assert_eq!((&read["ID"], &read["SourceName"], &read["ModifyIndex"]), (&json!(id), &json!("cart"), &json!(1)));
+    let listed = call("GET", all, "").json();
+    assert!(listed.as_array().unwrap().iter().any(|one| one["ID"] == id.as_str()), "{listed}");
+    let again = call("POST", all, body);
+    assert!(again.status == 409 && again.body.contains(&id), "{} {}", again.status, again.body);
+    // What a client read it may write back, changed; not as another's.
+    let mut changed = read.clone();
+    changed["Action"] = json!("deny");
+    let put = call("PUT", &one, &changed.to_string());
+    assert_eq!((put.status, put.json()), (200, json!({"ID": id})));
+    assert_eq!(call("GET", &one, "").json()["Action"], "deny");
+    changed["SourceName"] = json!("other");
+    assert_eq!(call("PUT", &one, &changed.to_string()).status, 400);
+    let foreign =
+        r#"{"ID":"7f1b4f0c-0000-5000-8000-000000000000","SourceName":"a","DestinationName":"b","Action":"deny"}"#;
+    assert_eq!(call("POST", all, foreign).status, 400);
+    // Deleted and made again, it has the same id.
+    assert_eq!(call("DELETE", &one, "").body, "true");
+    assert_eq!(call("GET", &one, "").status, 404);
+    assert_eq!(call("DELETE", &one, "").body, "true");
+    assert_eq!(call("PUT", &one, body).status, 404);
+    assert_eq!(call("POST", all, body).json()["ID"], id.as_str());
+    assert_eq!(call("DELETE", &one, "").status, 200);
+}
+
+#[test]
+fn what_ends_soon_is_told_in_log_metrics_and_lists() {
+    let ca = Ca::init("lab.test");
+    let dir = ca.dir();
+    let out = dir.join("short.operator");
+    weft_ok(&[
+        "ca",
+        "operator",
+        "create",
+        "-name",
+        "short",
+        "-may",
+        "intentions",
+        "-ttl",
+        "1h",
+        "-ca",
+        path(&dir),
+        "-out",
+        path(&out),
+    ]);
+    let token = dir.join("admin-token");
+    std::fs::write(&token, "0123456789abcdef-admin").unwrap();
+    let issuer = ca.issuer();
+    let flags = ["-issuer", path(&issuer), DENY, "-policy-authority", path(&out), "-admin-token-file", path(&token)];
+    // Fifty minutes on, ten of the operator's hour are left.
+    let mut spec = Spec::loopback(3, "n1", &flags);
+    spec.wrap = crate::agent::at_offset("+50m");
+    let agent = Agent::start_with_token(&spec, "0123456789abcdef-admin");
+    let (address, secret) = (agent.api.to_string(), "0123456789abcdef-admin");
+    let client = ["-http-addr", address.as_str(), "-token", secret];
+    weft_ok(&[&["intention", "create", "web", "db", "-operator", path(&out)], &client[..]].concat());
+    for verb in ["intention", "config"] {
+        let listed = weft(&[&[verb, "list"], &client[..]].concat());
+        let (shown, warned) = (String::from_utf8_lossy(&listed.stdout), String::from_utf8_lossy(&listed.stderr));
+        assert!(shown.contains("ENDS SOON"), "{shown}");
+        assert!(warned.contains("operator short") && warned.contains("import -sign"), "{warned}");
+    }
+    let metric = |series: &str| {
+        let shown = [("x-consul-token", secret)];
+        let text = agent.call(agent.api, "GET", "/v1/agent/metrics?format=prometheus", &shown, "").unwrap().body;
+        let line = text.lines().find(|line| line.starts_with(series)).map(str::to_owned);
+        line.and_then(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
+    };
+    until("the metrics and the log tell it", || {
+        let (ending, first, own) = (
+            metric("weft_policy_ending "),
+            metric("weft_policy_first_end_days "),
+            metric("weft_policy_authority_end_days "),
+        );
+        let is_near = |days: Option<f64>| days.is_some_and(|days| (0.0..0.0105).contains(&days));
+        let log = agent.log();
+        let told = log.lines().filter(|line| line.contains("policy ends soon") && line.contains("short")).count();
+        let own_told = log.lines().filter(|line| line.contains("policy_authority ends soon")).count();
+        let is_told = ending == Some(1.0) && is_near(first) && is_near(own) && told == 1 && own_told == 1;
+        if is_told { Ok(()) } else { Err(format!("{ending:?} {first:?} {own:?} {told} {own_told}")) }
+    });
 }
