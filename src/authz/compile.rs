@@ -229,6 +229,11 @@ fn regex(text: &str) -> Result<Text, CompileError> {
         // `a)|(?:b` is whole between our brackets and not by itself.
         Ok(regex) if build(text).is_ok() => Ok(Text::Regex(regex)),
         Ok(_) => Err(CompileError::Regex { text: text.to_owned(), reason: "its brackets do not match".to_owned() }),
-        Err(error) => Err(CompileError::Regex { text: text.to_owned(), reason: error.to_string() }),
+        // The library draws the expression over several lines; the last one says what is wrong.
+        Err(error) => {
+            let drawn = error.to_string();
+            let reason = drawn.lines().last().unwrap_or_default().trim_start_matches("error: ").to_owned();
+            Err(CompileError::Regex { text: text.to_owned(), reason })
+        }
     }
 }

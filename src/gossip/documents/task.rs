@@ -29,7 +29,7 @@ use crate::gossip::{Command, MemberView, Members};
 use crate::metrics::Metrics;
 use crate::model::{MemberStatus, NodeName};
 use crate::pki::Identity;
-use crate::policy::{Document, DocumentDigest, DocumentId, DocumentSet, Fork, Offered};
+use crate::policy::{Document, DocumentDigest, DocumentId, DocumentSet, Fork, Offered, Refused};
 use crate::transport::ControlTransport;
 
 /// A skew from here on is worth a warning: certificates begin 60 s in the past, and a minute is soon used up.
@@ -303,6 +303,7 @@ impl Task {
         }
         let taken = self.offer(bytes, Origin::Peer(peer));
         if let Err(error) = &taken
+            && !is_blameless(error)
             && self.patience.refused(peer, now) == After::RanOut
         {
             warn!(%peer, %error, "a member brings one bad document after the other: most are refused unread from here on");
@@ -651,6 +652,12 @@ async fn reach(
     let adopt = Command::Adopt { peer: peer.name, addr: peer.addr, connection: connection.clone() };
     gossip.send(adopt).await.map_err(|_| ExchangeError::Closed)?;
     Ok(connection)
+}
+
+/// Whether an honest peer may bring what is refused so, and refusing it cost no check of signatures: clocks differ, or there
+/// is no room.
+fn is_blameless(error: &OfferError) -> bool {
+    matches!(error, OfferError::Refused(Refused::Early { .. } | Refused::Ended { .. } | Refused::Full))
 }
 
 /// Answers if the other side still waits.
