@@ -74,9 +74,8 @@ fn tell(found: Notice, ends: UnixSeconds) {
     } else {
         warn!(
             %ends,
-            "the certificate of policy_authority ends soon, and all that it signed with it: make a new operator (`weft ca \
-             operator create`), set policy_authority to its file, restart, and sign what it signed anew (`weft export`, \
-             `weft import -sign`)"
+            "the certificate of policy_authority ends soon, and all that it signed with it: certify it again (`weft ca operator \
+             renew`, `adopt`), restart this agent, and sign what it signed anew (`weft export`, `weft import -sign`)"
         );
     }
 }

@@ -29,7 +29,7 @@ use crate::gossip::{Command, MemberView, Members};
 use crate::metrics::Metrics;
 use crate::model::{MemberStatus, NodeName};
 use crate::pki::Identity;
-use crate::policy::{Document, DocumentDigest, DocumentId, DocumentSet, Fork, Offered, Refused};
+use crate::policy::{Document, DocumentDigest, DocumentId, DocumentKind, DocumentSet, Fork, Offered, Refused};
 use crate::transport::ControlTransport;
 
 /// A skew from here on is worth a warning: certificates begin 60 s in the past, and a minute is soon used up.
@@ -248,7 +248,8 @@ impl Task {
                 let documents = self.set.newer_than(&theirs, GIVEN_BYTES_MAX);
                 answer(reply, Given { documents, digests: self.set.digests() });
             }
-            Order::Peer(Asked::Given(peer, given, reply)) => {
+            Order::Peer(Asked::Given(peer, mut given, reply)) => {
+                given.documents.sort_by_key(|bytes| order_of_taking(bytes));
                 for bytes in &given.documents {
                     // A refusal is told by `offer`; the others of the frame may be good.
                     let _told = self.hear(&peer, bytes);
@@ -607,8 +608,8 @@ impl Task {
         for ending in news {
             warn!(
                 operator = %ending.signer, key = %ending.key, ends = %crate::pki::Utc(ending.ends), documents = ending.documents,
-                "policy ends soon, with the certificate of the operator who signed it: make a new operator (`weft ca operator \
-                 create`) and sign it anew (`weft export`, `weft import -sign`)"
+                "policy ends soon, with the certificate of the operator who signed it: certify the operator again (`weft ca operator \
+                 renew`, `adopt`) and sign it anew (`weft export`, `weft import -sign`)"
             );
         }
     }
@@ -658,6 +659,17 @@ async fn reach(
 /// is no room.
 fn is_blameless(error: &OfferError) -> bool {
     matches!(error, OfferError::Refused(Refused::Early { .. } | Refused::Ended { .. } | Refused::Full))
+}
+
+/// Roots first, for others may stand under them; what takes back last, so that nothing is missed which was signed again
+/// in the place of what a revocation ends.
+fn order_of_taking(bytes: &[u8]) -> u8 {
+    match Document::from_bytes(bytes).map(|document| document.content().id.kind) {
+        Ok(DocumentKind::Bundle) => 0,
+        Ok(DocumentKind::Intention | DocumentKind::Config) => 1,
+        Ok(DocumentKind::Revocation) => 2,
+        Err(_) => 3,
+    }
 }
 
 /// Answers if the other side still waits.
