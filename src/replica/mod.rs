@@ -309,10 +309,10 @@ impl Replica {
             return (draft, true);
         };
         let mut draft = Draft::from_state(before);
-        let removed: Vec<&EntryKey> = before.keys().filter(|key| !records.contains_key(key)).collect();
+        let removed: Vec<EntryKey> = before.keys().filter(|key| !records.contains_key(key)).collect();
         let mut is_changed = !removed.is_empty();
         for key in removed {
-            draft.remove(version, key.clone(), self.params.grave_max);
+            draft.remove(version, key, self.params.grave_max);
         }
         for entry in records.into_values().filter(|entry| !before.holds(entry)) {
             draft.set(version, entry);
