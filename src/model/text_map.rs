@@ -1,9 +1,9 @@
 //! A small map from text, made once and read often.
 //!
-//! Every agent holds the records of all others, thousands of them with a pair or two each: one allocation of what is there,
-//! where a tree's first leaf has room for eleven pairs (600 bytes).
+//! Every agent holds the records of all others, thousands of them, most without a pair: eight bytes then, and otherwise what is
+//! there, where a tree's first leaf has room for eleven pairs (600 bytes).
 //!
-//! Invariants: keys ascend, each occurs once; it encodes as a map.
+//! Invariants: keys ascend, each occurs once; what is empty holds no allocation; it encodes as a map.
 //! Not here: changing one (make another), bounds (the frame that carries it).
 
 use std::fmt;
@@ -16,24 +16,37 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 const RESERVED_MAX: usize = 64;
 
 /// Maps texts to `V`, in order of key.
-#[derive(Clone, Default, PartialEq, Eq)]
-pub struct TextMap<V>(Box<[(Box<str>, V)]>);
+#[derive(Clone, PartialEq, Eq)]
+pub struct TextMap<V>(Option<Box<Pairs<V>>>);
+
+type Pairs<V> = Box<[(Box<str>, V)]>;
 
 impl<V> TextMap<V> {
     /// Returns the value under `key`.
     pub fn get(&self, key: &str) -> Option<&V> {
-        let at = self.0.binary_search_by(|(own, _)| own.as_ref().cmp(key)).ok()?;
-        self.0.get(at).map(|(_, value)| value)
+        let pairs = self.pairs();
+        let at = pairs.binary_search_by(|(own, _)| own.as_ref().cmp(key)).ok()?;
+        pairs.get(at).map(|(_, value)| value)
     }
 
     /// Returns the pairs, in order of key.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &V)> {
-        self.0.iter().map(|(key, value)| (key.as_ref(), value))
+        self.pairs().iter().map(|(key, value)| (key.as_ref(), value))
     }
 
     /// Tells whether there is no pair.
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.0.is_none()
+    }
+
+    fn pairs(&self) -> &[(Box<str>, V)] {
+        self.0.as_deref().map_or(&[], AsRef::as_ref)
+    }
+}
+
+impl<V> Default for TextMap<V> {
+    fn default() -> Self {
+        Self(None)
     }
 }
 
@@ -50,7 +63,7 @@ impl<K: Into<Box<str>>, V> FromIterator<(K, V)> for TextMap<V> {
             }
             is_same
         });
-        Self(pairs.into())
+        Self((!pairs.is_empty()).then(|| Box::new(pairs.into())))
     }
 }
 
@@ -68,13 +81,13 @@ impl<V: Serialize> Serialize for TextMap<V> {
 
 impl<'de, V: Deserialize<'de>> Deserialize<'de> for TextMap<V> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_map(Pairs(PhantomData))
+        deserializer.deserialize_map(OfPairs(PhantomData))
     }
 }
 
-struct Pairs<V>(PhantomData<V>);
+struct OfPairs<V>(PhantomData<V>);
 
-impl<'de, V: Deserialize<'de>> Visitor<'de> for Pairs<V> {
+impl<'de, V: Deserialize<'de>> Visitor<'de> for OfPairs<V> {
     type Value = TextMap<V>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

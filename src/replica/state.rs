@@ -151,8 +151,14 @@ impl Draft {
     }
 
     /// Makes it a state under `signed`, which is valid until `not_after`.
-    pub(super) fn finish(mut self, signed: Signed, chain_since: u64, not_after: UnixSeconds) -> NodeState {
-        self.share_ids();
+    pub(super) fn finish(
+        mut self,
+        signed: Signed,
+        chain_since: u64,
+        not_after: UnixSeconds,
+        names: &mut Names,
+    ) -> NodeState {
+        self.share_texts(names);
         let Self { info, services, checks, withheld, mut grave, grave_floor } = self;
         // A key that came back needs no removal.
         grave.retain(|(_, key)| match key {
@@ -178,8 +184,14 @@ impl Draft {
         }
     }
 
-    /// Lets each check name its service by the text that the service itself has.
-    fn share_ids(&mut self) {
+    /// Lets each service be named by the text in `names`, and each check name its service by the text that the service has.
+    fn share_texts(&mut self, names: &mut Names) {
+        for held in self.services.values_mut() {
+            let name = names.share(&held.record.name);
+            if !name.shares_text(&held.record.name) {
+                Arc::make_mut(&mut held.record).name = name;
+            }
+        }
         for held in self.checks.values_mut() {
             let Some(about) = &held.record.service else { continue };
             let Some((id, _)) = self.services.get_key_value(about) else { continue };
@@ -188,6 +200,31 @@ impl Draft {
                 Arc::make_mut(&mut held.record).service = Some(id);
             }
         }
+    }
+}
+
+/// The services' names, one text each however many instances there are.
+#[derive(Debug, Default)]
+pub(super) struct Names {
+    texts: BTreeSet<ServiceName>,
+    /// From this many on those that nothing has any more are taken out.
+    purge_at: usize,
+}
+
+/// Names below which none is taken out.
+const NAMES_PURGE_MIN: usize = 64;
+
+impl Names {
+    fn share(&mut self, name: &ServiceName) -> ServiceName {
+        if let Some(known) = self.texts.get(name) {
+            return known.clone();
+        }
+        if self.texts.len() >= self.purge_at {
+            self.texts.retain(ServiceName::is_shared);
+            self.purge_at = self.texts.len().saturating_mul(2).max(NAMES_PURGE_MIN);
+        }
+        self.texts.insert(name.clone());
+        name.clone()
     }
 }
 

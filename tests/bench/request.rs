@@ -1,7 +1,6 @@
 //! One request through two agents of this process, over loopback with mutual TLS: app, caller's agent, tunnel, server's
 //! agent, app, and back.
 
-use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;

@@ -356,3 +356,19 @@ fn respond<D: Dial>(
     *response.headers_mut() = headers;
     response
 }
+#[cfg(test)]
+mod probe {
+    #[test]
+    fn sizes_probe() {
+        fn of<F, A, B, C>(_: fn(A, B, C) -> F) -> usize {
+            std::mem::size_of::<F>()
+        }
+        println!("http outbound serve {}", of(super::serve::<crate::proxy::Worker>));
+        println!("l4 outbound serve {}", of(crate::proxy::outbound::serve));
+        println!(
+            "watched {} activity {}",
+            std::mem::size_of::<super::Watched>(),
+            std::mem::size_of::<super::Activity>()
+        );
+    }
+}
