@@ -1,5 +1,7 @@
 //! Both sides over a loopback QUIC connection, with real apps and callers.
 
+mod rest;
+
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::convert::Infallible;
