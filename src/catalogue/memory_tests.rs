@@ -41,10 +41,7 @@ fn a_plain_instance_takes_at_most_540_bytes_and_a_change_of_a_node_a_bounded_num
         NODES * INSTANCES_PER_NODE
     );
     let each = usize::try_from(held.bytes_current).unwrap() / (NODES * INSTANCES_PER_NODE);
-    println!(
-        "{each} bytes per instance, in {} allocations",
-        held.count_current as usize / (NODES * INSTANCES_PER_NODE)
-    );
+    println!("{each} bytes per instance");
     assert!(each <= BYTES_PER_INSTANCE_MAX, "{each} bytes per instance");
 
     let mut after = None;

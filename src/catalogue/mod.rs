@@ -10,8 +10,6 @@
 //! Not here: deciding who is alive (`membership`), picking an instance (`routing`).
 
 pub mod builder;
-#[cfg(test)]
-mod memory_tests;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -193,3 +191,6 @@ impl SnapshotReader {
         self.changed.clone()
     }
 }
+
+#[cfg(test)]
+mod memory_tests;
