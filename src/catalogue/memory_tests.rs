@@ -1,5 +1,7 @@
 //! What an instance costs every agent of the mesh.
 
+// The rules for imports end at this line (tests/it/imports.rs).
+#[cfg(test)]
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
