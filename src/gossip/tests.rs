@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use super::*;
 use crate::catalogue::LocalView;
 use crate::clock;
-use crate::model::{Entry, EntryKey, Protocol, ServeScope, ServiceName, ServiceRecord, Weights};
+use crate::model::{Entry, EntryKey, Protocol, ServeScope, ServiceName, ServiceRecord, TextMap, Weights};
 use crate::pki::Plane;
 use crate::policy::DocumentSet;
 use crate::registry::Publication;
@@ -158,17 +158,17 @@ impl Agent {
         let record = ServiceRecord {
             id: name.parse().unwrap(),
             name: name.parse().unwrap(),
-            kind: String::new(),
-            tags: vec![tag],
-            meta: BTreeMap::new(),
-            address: String::new(),
+            kind: Box::default(),
+            tags: [tag.into()].into(),
+            meta: TextMap::default(),
+            address: Box::default(),
             port: 8080,
-            tagged_addresses: BTreeMap::new(),
+            tagged_addresses: TextMap::default(),
             weights: Weights::default(),
             protocol: Protocol::Http,
             enable_tag_override: false,
         };
-        let records = BTreeMap::from([(EntryKey::Service(record.id.clone()), Entry::Service(record))]);
+        let records = BTreeMap::from([(EntryKey::Service(record.id.clone()), Entry::Service(record.into()))]);
         self.publication.send_replace(Arc::new(Publication { records, view: LocalView::default() }));
     }
 }

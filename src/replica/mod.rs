@@ -44,7 +44,7 @@ use self::head::{Base, NodeHead, chain_hash, sha256};
 pub use self::head::{Delta, Digest, HeadSigner, HeadVerifier, VerifiedHead};
 pub use self::outcome::{Applied, ApplyError, PublishError, Report};
 pub use self::state::NodeState;
-use self::state::{Draft, Signed};
+use self::state::{Draft, Names, Signed};
 pub use self::sync::BUCKETS;
 use crate::clock::UnixSeconds;
 use crate::model::{Entry, EntryKey, Generation, NodeName};
@@ -100,6 +100,7 @@ pub struct Replica {
     generation: Generation,
     params: Params,
     nodes: BTreeMap<NodeName, NodeState>,
+    names: Names,
     /// Per bucket: the heads' hashes, combined by exclusive or.
     buckets: [u64; BUCKETS],
     reports: VecDeque<Report>,
@@ -116,6 +117,7 @@ impl Replica {
             generation,
             params,
             nodes: BTreeMap::new(),
+            names: Names::default(),
             buckets: [0; BUCKETS],
             reports: VecDeque::new(),
             reports_lost: 0,
@@ -172,7 +174,7 @@ impl Replica {
         let chain_since = before.filter(|_| has_same_chain).map_or(version, |state| state.chain_since);
         let not_after = head.not_after;
         let signed = Signed { digest: head.digest(), head, signature, chain: Arc::new(chain) };
-        let state = draft.finish(signed, chain_since, not_after);
+        let state = draft.finish(signed, chain_since, not_after, &mut self.names);
         let delta = state.delta_from(&have);
         self.lease = lease;
         self.swap_in(state);
@@ -226,7 +228,8 @@ impl Replica {
         let not_after = delta.head.not_after.min(verified.not_after);
         let head = delta.head.clone();
         let signed = Signed { head, digest: digest.clone(), signature: delta.signature.clone(), chain };
-        self.swap_in(draft.finish(signed, chain_since, not_after));
+        let state = draft.finish(signed, chain_since, not_after, &mut self.names);
+        self.swap_in(state);
         if is_fork {
             self.report_fork(&digest);
         }
@@ -310,10 +313,10 @@ impl Replica {
             return (draft, true);
         };
         let mut draft = Draft::from_state(before);
-        let removed: Vec<&EntryKey> = before.keys().filter(|key| !records.contains_key(key)).collect();
+        let removed: Vec<EntryKey> = before.keys().filter(|key| !records.contains_key(key)).collect();
         let mut is_changed = !removed.is_empty();
         for key in removed {
-            draft.remove(version, key.clone(), self.params.grave_max);
+            draft.remove(version, key, self.params.grave_max);
         }
         for entry in records.into_values().filter(|entry| !before.holds(entry)) {
             draft.set(version, entry);

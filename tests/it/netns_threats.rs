@@ -86,7 +86,7 @@ impl Insider {
             let body = serde_json::json!({"Name": service, "Port": 80});
             let defaults = DefinitionDefaults { bind_ip: "127.0.0.1".parse().unwrap() };
             let record = service_from_json(&body, &defaults).unwrap().record;
-            records.insert(EntryKey::Service(record.id.clone()), Entry::Service(record));
+            records.insert(EntryKey::Service(record.id.clone()), Entry::Service(record.into()));
         }
         let publication = Publication { records, ..Publication::default() };
         let (_publish, publication) = watch::channel(Arc::new(publication));

@@ -7,7 +7,8 @@ use std::time::Duration;
 use weft::gossip::engine::Engine;
 use weft::membership::MeshId;
 use weft::model::{
-    CheckRecord, Entry, EntryKey, Generation, HealthStatus, NodeInfo, NodeName, Protocol, ServiceRecord, Weights,
+    CheckRecord, Entry, EntryKey, Generation, HealthStatus, NodeInfo, NodeName, Protocol, ServiceRecord, TextMap,
+    Weights,
 };
 use weft::store::StoredPeer;
 
@@ -221,23 +222,23 @@ pub(crate) fn service(id: &str, service: &str, tag: &str) -> [Entry; 2] {
     let record = ServiceRecord {
         id: id.parse().unwrap(),
         name: service.parse().unwrap(),
-        kind: String::new(),
-        tags: vec![tag.to_owned()],
-        meta: BTreeMap::new(),
-        address: String::new(),
+        kind: Box::default(),
+        tags: [tag.into()].into(),
+        meta: TextMap::default(),
+        address: Box::default(),
         port: 8080,
-        tagged_addresses: BTreeMap::new(),
+        tagged_addresses: TextMap::default(),
         weights: Weights::default(),
         protocol: Protocol::Http,
         enable_tag_override: false,
     };
     let check = CheckRecord {
         id: format!("check-{id}").parse().unwrap(),
-        name: "http".to_owned(),
+        name: "http".into(),
         status: HealthStatus::Passing,
-        notes: String::new(),
+        notes: Box::default(),
         service: Some(id.parse().unwrap()),
-        kind: "http".to_owned(),
+        kind: "http".into(),
     };
-    [Entry::Service(record), Entry::Check(check)]
+    [Entry::Service(record.into()), Entry::Check(check.into())]
 }
