@@ -105,6 +105,15 @@ pub(crate) fn leave(args: &ClientArgs) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Reloads the agent's files; what it says takes a restart goes to standard error.
+pub(crate) fn reload(args: &ClientArgs) -> Result<(), Failure> {
+    for note in Client::new(args)?.put_text("/v1/agent/reload")?.lines() {
+        eprintln!("warning: {note}");
+    }
+    println!("Configuration reload triggered.");
+    Ok(())
+}
+
 pub(crate) fn force_leave(args: &ForceLeaveArgs) -> Result<(), Failure> {
     let prune = if args.prune { "?prune" } else { "" };
     Client::new(&args.client)?.put(&format!("/v1/agent/force-leave/{}{prune}", segment(&args.node)), None)?;

@@ -58,6 +58,7 @@ pub(super) const ROUTES: &[Route] = &[
     route!(GET "/v1/agent/metrics" agent::metrics),
     route!(PUT "/v1/agent/join/{addr}" agent::join),
     route!(PUT "/v1/agent/leave" agent::leave),
+    route!(PUT "/v1/agent/reload" agent::reload),
     route!(PUT "/v1/agent/force-leave/{node}" agent::force_leave),
     route!(GET "/v1/agent/connect/ca/roots" connect::roots),
     route!(GET "/v1/agent/connect/ca/leaf/{service}" connect::leaf),

@@ -11,13 +11,14 @@
 
 mod glue;
 mod identity;
+mod reload;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
@@ -30,7 +31,7 @@ use crate::metrics::Metrics;
 use crate::model::{Generation, NodeInfo, NodeName};
 use crate::pki::{DocumentKey, Identity};
 use crate::proxy::{ListenerState, OpenTunnel, OpenTunnels, Proxy, ProxyError, ProxyHandle, ProxyHealth, ProxyParams};
-use crate::registry::{Publication, Registry, RegistryHandle, RegistryParams};
+use crate::registry::{Registry, RegistryHandle, RegistryParams};
 use crate::store::{Store, StoreError};
 use crate::supervise::{TaskFailure, Tasks};
 use crate::telemetry::Chain;
@@ -38,6 +39,9 @@ use crate::transport::{self, BindError, BoundSockets, ControlTransport};
 use crate::workload::{WorkloadApi, WorkloadParams};
 
 pub use identity::IdentityError;
+pub use reload::{ConfigSource, ReloadError};
+
+use reload::Reloader;
 
 /// File descriptors that 16,384 connections on each of many workers need; the hard limit caps it.
 const OPEN_FILES_WANTED: u64 = 1 << 20;
@@ -102,6 +106,7 @@ pub struct Node {
     tunnels: OpenTunnels,
     on_terminate: OnTerminate,
     tasks: Tasks,
+    reloader: Arc<Reloader>,
     /// Cancelled when the API was asked to leave, or a task panicked.
     leaving: CancellationToken,
     /// Cancelled by [`Node::shutdown`].
@@ -131,12 +136,26 @@ impl Node {
     pub async fn start(config: Config) -> Result<Self, NodeError> {
         let stop = CancellationToken::new();
         let guard = stop.clone().drop_guard();
-        let node = Box::pin(Self::build(config, stop)).await?;
+        let node = Box::pin(Self::build(config, None, stop)).await?;
         guard.disarm();
         Ok(node)
     }
 
-    async fn build(config: Config, stop: CancellationToken) -> Result<Self, NodeError> {
+    /// Starts an agent as [`Node::start`] does, whose configuration `source` reads again at each reload.
+    ///
+    /// # Errors
+    /// As of [`Node::start`].
+    /// # Cancel safety
+    /// As of [`Node::start`].
+    pub async fn start_reloadable(config: Config, source: ConfigSource) -> Result<Self, NodeError> {
+        let stop = CancellationToken::new();
+        let guard = stop.clone().drop_guard();
+        let node = Box::pin(Self::build(config, Some(source), stop)).await?;
+        guard.disarm();
+        Ok(node)
+    }
+
+    async fn build(config: Config, source: Option<ConfigSource>, stop: CancellationToken) -> Result<Self, NodeError> {
         announce(&config);
         let (leaving, drain) = (CancellationToken::new(), CancellationToken::new());
         let tasks = Tasks::new(leaving.clone());
@@ -155,13 +174,16 @@ impl Node {
         let params = RegistryParams {
             store: store.clone(),
             scope: Arc::new(move || scope_of.authority().scope().clone()),
-            config_services: config.services.clone(),
+            node: config.node_name.clone(),
+            config: reload::definitions(&config),
+            check_settings: config.check_settings.clone(),
             metrics: metrics.clone(),
             tasks: tasks.clone(),
             stop: stop.clone(),
             first_index,
         };
-        let (registry, publication) = start_registry(&config, params).await?;
+        let (registry, publication) = Registry::start(params).await.map_err(part("registry"))?;
+        let reloader = Arc::new(Reloader::new(source, config.clone(), registry.clone()));
         let control = ControlTransport::new(sockets.control, Arc::clone(&identity), reset_key)?;
         control.register(&metrics).map_err(part("transport's metrics"))?;
         let connections = glue::Connections::new(&control, &metrics).map_err(part("identity's metrics"))?;
@@ -184,6 +206,7 @@ impl Node {
         let documents = glue::documents(documents, &store, &connections, &issuer, config.default_policy);
         let (gossip, snapshot) = Gossip::start(params, documents, &metrics, &tasks).map_err(part("gossip"))?;
         let joins = glue::join_server(&issuer, &identity, &gossip, &info, &store);
+        tasks.spawn("aliases", until(stop.clone(), registry.clone().follow_catalogue(snapshot.clone())));
         tasks.spawn("accept", glue::accept(control.clone(), incoming_tx, joins, tasks.clone(), stop.clone()));
         let expiry = identity::expiry_gauge(&metrics, &identity).map_err(part("identity's metrics"))?;
         let renewal = identity::Renewal {
@@ -223,6 +246,7 @@ impl Node {
             tunnels: proxy.tunnels(),
             on_terminate: config.on_terminate,
             tasks,
+            reloader,
             leaving,
             terminated: CancellationToken::new(),
             drain,
@@ -304,6 +328,7 @@ impl Node {
             token_uses: Arc::new(move || glue::token_uses(&store)),
             policy_key,
             inspect: glue::inspect(proxy.inspector()),
+            reload: glue::reload(&self.reloader),
             shutdown: self.leaving.clone(),
             tasks: &self.tasks,
             stop: self.stop.clone(),
@@ -347,6 +372,17 @@ impl Node {
         self.tunnels.list()
     }
 
+    /// Reads the configuration again: services, checks, log level, the CA file of checks. What takes a restart stays as it
+    /// is and is named in what is returned.
+    ///
+    /// # Errors
+    /// [`ReloadError`]; nothing is changed then.
+    /// # Cancel safety
+    /// A cancelled reload may or may not have taken effect.
+    pub async fn reload(&self) -> Result<Vec<String>, ReloadError> {
+        self.reloader.reload().await
+    }
+
     /// Asks the node to stop, as a termination signal does; [`Node::run_until_stopped`] does it.
     pub fn shutdown(&self) {
         self.terminated.cancel();
@@ -388,16 +424,12 @@ impl Node {
     }
 }
 
-/// Starts the registry with the checks of the config files.
-async fn start_registry(
-    config: &Config,
-    params: RegistryParams,
-) -> Result<(RegistryHandle, watch::Receiver<Arc<Publication>>), NodeError> {
-    let (registry, publication) = Registry::start(params).await.map_err(part("registry"))?;
-    for check in &config.checks {
-        registry.register_check(check.clone()).await.map_err(part("checks of the config files"))?;
+/// Runs `task` until it or `stop` ends it.
+async fn until(stop: CancellationToken, task: impl Future<Output = ()>) {
+    tokio::select! {
+        () = stop.cancelled() => {}
+        () = task => {}
     }
-    Ok((registry, publication))
 }
 
 /// Loads the key that signs policy for clients of the API.
