@@ -72,6 +72,11 @@ pub(crate) enum Verb {
         after_help = "What takes a restart is named. A file with a problem changes nothing.\nExample:\n  weft validate /etc/weft.d && weft reload"
     )]
     Reload(ClientArgs),
+    /// Takes the node or a service out of service, or back in; without a flag it shows what is out.
+    #[command(
+        after_help = "Examples:\n  weft maint -enable -reason 'new disk'\n  weft maint -enable -service web-1\n  weft maint -disable"
+    )]
+    Maint(MaintArgs),
     /// Moves a failed member to `left`.
     #[command(after_help = "Example:\n  weft force-leave -prune web-3")]
     ForceLeave(ForceLeaveArgs),
@@ -718,6 +723,24 @@ pub(crate) struct ForceLeaveArgs {
     /// Forgets the member and its records as well.
     #[arg(long)]
     pub(crate) prune: bool,
+    #[command(flatten)]
+    pub(crate) client: ClientArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct MaintArgs {
+    /// Takes it out of service.
+    #[arg(long, conflicts_with = "disable")]
+    pub(crate) enable: bool,
+    /// Takes it back in.
+    #[arg(long)]
+    pub(crate) disable: bool,
+    /// The service's ID. Default: the node as a whole.
+    #[arg(long, value_name = "ID")]
+    pub(crate) service: Option<String>,
+    /// Shown as the check's notes.
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) reason: Option<String>,
     #[command(flatten)]
     pub(crate) client: ClientArgs,
 }

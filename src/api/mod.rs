@@ -24,6 +24,7 @@ mod guard;
 mod health;
 mod index;
 mod intention;
+mod maintain;
 mod mesh;
 mod meter;
 mod query;

@@ -14,6 +14,8 @@
 
 mod checks;
 pub mod definition;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod metrics;
 mod rules;
 mod task;

@@ -282,6 +282,12 @@ async fn probe(definition: &CheckDefinition, tools: &Tools) -> Outcome {
     run.unwrap_or_else(|_| late(&what))
 }
 
+/// Reads a message of the system bus, for the fuzzer.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn decode_bus_message(bytes: Vec<u8>) {
+    let _read_or_refused = os_service::decode(bytes);
+}
+
 /// Says why this host cannot run checks of this kind, if it cannot.
 pub(crate) async fn unavailable(tools: &Tools, probe: &Probe) -> Option<String> {
     let Probe::Periodic { target, .. } = probe else { return None };

@@ -21,6 +21,8 @@ use std::time::Duration;
 use crate::model::{CheckId, HealthStatus, InstanceId, Protocol, ServiceName, ServiceRecord};
 
 pub use self::check::check_from_json;
+#[cfg(any(test, fuzzing))]
+pub(crate) use self::duration::parse as duration_from_text;
 pub use self::service::service_from_json;
 
 /// Output that is kept of a check, in bytes (Consul's default and weft's bound).
