@@ -18,7 +18,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
@@ -31,7 +31,7 @@ use crate::metrics::Metrics;
 use crate::model::{Generation, NodeInfo, NodeName};
 use crate::pki::{DocumentKey, Identity};
 use crate::proxy::{ListenerState, OpenTunnel, OpenTunnels, Proxy, ProxyError, ProxyHandle, ProxyHealth, ProxyParams};
-use crate::registry::{Registry, RegistryHandle, RegistryParams};
+use crate::registry::{Publication, Registry, RegistryHandle, RegistryParams};
 use crate::store::{Store, StoreError};
 use crate::supervise::{TaskFailure, Tasks};
 use crate::telemetry::Chain;
@@ -170,19 +170,9 @@ impl Node {
         let info = node_info(&config, &store, issuer.load().is_some())?;
         let first_index = clock::wall_ms();
 
-        let scope_of = Arc::clone(&identity);
-        let params = RegistryParams {
-            store: store.clone(),
-            scope: Arc::new(move || scope_of.authority().scope().clone()),
-            node: config.node_name.clone(),
-            config: reload::definitions(&config),
-            check_settings: config.check_settings.clone(),
-            metrics: metrics.clone(),
-            tasks: tasks.clone(),
-            stop: stop.clone(),
-            first_index,
-        };
-        let (registry, publication) = Registry::start(params).await.map_err(part("registry"))?;
+        let stopping = (tasks.clone(), stop.clone());
+        let (registry, publication) =
+            start_registry(&config, &store, &identity, &metrics, (stopping, first_index)).await?;
         let reloader = Arc::new(Reloader::new(source, config.clone(), registry.clone()));
         let control = ControlTransport::new(sockets.control, Arc::clone(&identity), reset_key)?;
         control.register(&metrics).map_err(part("transport's metrics"))?;
@@ -422,6 +412,29 @@ impl Node {
         info!(node = %self.name, "agent has stopped");
         outcome
     }
+}
+
+/// Starts the registry with what the config files define.
+async fn start_registry(
+    config: &Config,
+    store: &Store,
+    identity: &Arc<Identity>,
+    metrics: &Metrics,
+    ((tasks, stop), first_index): ((Tasks, CancellationToken), u64),
+) -> Result<(RegistryHandle, watch::Receiver<Arc<Publication>>), NodeError> {
+    let scope_of = Arc::clone(identity);
+    let params = RegistryParams {
+        store: store.clone(),
+        scope: Arc::new(move || scope_of.authority().scope().clone()),
+        node: config.node_name.clone(),
+        config: reload::definitions(config),
+        check_settings: config.check_settings.clone(),
+        metrics: metrics.clone(),
+        tasks,
+        stop,
+        first_index,
+    };
+    Registry::start(params).await.map_err(part("registry"))
 }
 
 /// Runs `task` until it or `stop` ends it.

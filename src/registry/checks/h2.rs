@@ -101,9 +101,8 @@ async fn read_answer(response: http::Response<h2::RecvStream>) -> Result<i32, St
     }
     let trailers = body.trailers().await.map_err(|error| error.to_string())?.unwrap_or_default();
     grpc_status(&trailers).unwrap_or_else(|| Err("the answer ends without grpc-status".to_owned()))?;
-    let message = match bytes.split_at_checked(5) {
-        Some(([0, ..], message)) => message,
-        _ => return Err("the answer is no gRPC message".to_owned()),
+    let Some(([0, ..], message)) = bytes.split_at_checked(5) else {
+        return Err("the answer is no gRPC message".to_owned());
     };
     let answer =
         HealthResponse::decode(message).map_err(|error| format!("the answer is no health message: {error}"))?;

@@ -8,6 +8,7 @@
 //! weighs more than the rest of the checks.
 //! Invariants: a message of the bus is at most [`MESSAGE_BYTES_MAX`]; everything in it is read with its bounds checked.
 
+use std::fmt::Write as _;
 use std::path::Path;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -90,8 +91,12 @@ impl Bus {
         let stream = UnixStream::connect(socket).await;
         let mut stream = stream.map_err(|error| format!("cannot connect to {}: {error}", socket.display()))?;
         let user = nix::unistd::geteuid().to_string();
-        let user: String = user.bytes().map(|digit| format!("{digit:02x}")).collect();
-        let hello = format!("\0AUTH EXTERNAL {user}\r\n");
+        let mut hello = "\0AUTH EXTERNAL ".to_owned();
+        for digit in user.bytes() {
+            // Writing to a String cannot fail.
+            let _written = write!(hello, "{digit:02x}");
+        }
+        hello.push_str("\r\n");
         stream.write_all(hello.as_bytes()).await.map_err(|error| error.to_string())?;
         let mut line = Vec::new();
         while !line.ends_with(b"\r\n") {

@@ -134,7 +134,7 @@ impl Schedule {
         self.queue(lane).running -= 1;
         let Some(job) = self.jobs.get_mut(id).filter(|job| job.epoch == epoch) else { return };
         job.lane = lane.after(took);
-        job.at = job.at + job.interval;
+        job.at += job.interval;
         if job.at <= now {
             job.at = now + job.interval;
         }
@@ -164,8 +164,8 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
     const NET: (Lane, Duration) = (Lane::Net, Duration::from_secs(10));
 
-    fn id(name: impl ToString) -> CheckId {
-        name.to_string().parse().unwrap()
+    fn id(name: &str) -> CheckId {
+        name.parse().unwrap()
     }
 
     #[tokio::test(start_paused = true)]
@@ -201,7 +201,7 @@ mod tests {
         let mut schedule = Schedule::default();
         let slow = Lane::SlowNet.runs_max() + 50;
         for at in 0..slow {
-            schedule.insert(id(format!("hangs-{at}")), 1, NET, 0.0, begin);
+            schedule.insert(id(&format!("hangs-{at}")), 1, NET, 0.0, begin);
         }
         let mut starts = 0;
         while schedule.poll(begin).is_some() {
@@ -210,7 +210,7 @@ mod tests {
         assert_eq!(starts, slow, "they are not known as slow yet");
         let now = begin + SECOND * 10;
         for at in 0..slow {
-            schedule.finished(&id(format!("hangs-{at}")), 1, SECOND * 10, now);
+            schedule.finished(&id(&format!("hangs-{at}")), 1, SECOND * 10, now);
         }
         schedule.insert(id("good"), 1, NET, 0.0, now + SECOND * 10);
         let due = now + SECOND * 10;
@@ -228,17 +228,17 @@ mod tests {
         let mut schedule = Schedule::default();
         let process = (Lane::Process, SECOND);
         for at in 0..Lane::Process.runs_max() {
-            schedule.insert(id(at), 1, process, 0.0, begin);
+            schedule.insert(id(&at.to_string()), 1, process, 0.0, begin);
         }
         while schedule.poll(begin).is_some() {}
-        schedule.insert(id(0), 2, process, 0.0, begin);
-        schedule.remove(&id(1));
+        schedule.insert(id("0"), 2, process, 0.0, begin);
+        schedule.remove(&id("1"));
         assert_eq!(schedule.poll(begin), None);
         // The end of the old run starts the new one, and reschedules nothing of the old one.
-        schedule.finished(&id(0), 1, SECOND, begin);
+        schedule.finished(&id("0"), 1, SECOND, begin);
         let start = schedule.poll(begin).unwrap();
-        assert_eq!((start.id, start.epoch), (id(0), 2));
-        schedule.finished(&id(1), 1, SECOND, begin);
+        assert_eq!((start.id, start.epoch), (id("0"), 2));
+        schedule.finished(&id("1"), 1, SECOND, begin);
         assert_eq!(schedule.poll(begin + SECOND * 60), None);
         assert_eq!(schedule.poll_timeout(), None);
     }
@@ -250,7 +250,7 @@ mod tests {
         let begin = crate::clock::now();
         let mut schedule = Schedule::default();
         for at in 0..10_000 {
-            schedule.insert(id(at), 1, NET, rng.random_range(0.0..1.0), begin);
+            schedule.insert(id(&at.to_string()), 1, NET, rng.random_range(0.0..1.0), begin);
         }
         let mut by_second = [0u32; 60];
         while let Some(at) = schedule.poll_timeout().filter(|at| *at < begin + SECOND * 60) {

@@ -230,39 +230,34 @@ async fn health_server(tls: Option<Arc<rustls::ServerConfig>>) -> (u16, JoinSet<
 }
 
 async fn serve_health(stream: impl tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin) {
-    use prost::Message as _;
     let Ok(mut connection) = ::h2::server::handshake(stream).await else { return };
-    while let Some(Ok((request, mut respond))) = connection.accept().await {
-        assert_eq!(request.uri().path(), "/grpc.health.v1.Health/Check");
-        let mut body = request.into_body();
-        let mut connection = std::pin::pin!(async { while connection.accept().await.is_some() {} });
-        let answered = async {
-            let data = body.data().await.unwrap().unwrap();
-            let asked = h2::HealthRequest::decode(&data[5..]).unwrap();
-            let status = match asked.service.as_str() {
-                "" | "good" => 1,
-                "bad" => 2,
-                _ => 0,
-            };
-            let head = ::http::Response::builder().header("content-type", "application/grpc");
-            let mut trailers = ::http::HeaderMap::new();
-            if status == 0 {
-                let _sent = respond.send_response(head.header("grpc-status", "5").body(()).unwrap(), true);
-                return;
-            }
-            let mut stream = respond.send_response(head.body(()).unwrap(), false).unwrap();
-            stream.send_data(h2::framed(&h2::HealthResponse { status }), false).unwrap();
-            trailers.insert("grpc-status", "0".parse().unwrap());
-            stream.send_trailers(trailers).unwrap();
-        };
-        // The connection moves the bytes, while they are read and after.
-        tokio::select! {
-            () = answered => {}
-            () = &mut connection => {}
+    let Some(Ok((request, respond))) = connection.accept().await else { return };
+    // The connection moves the bytes, while they are read and after.
+    tokio::join!(answer_health(request, respond), async { while connection.accept().await.is_some() {} });
+}
+
+async fn answer_health(
+    request: ::http::Request<::h2::RecvStream>,
+    mut respond: ::h2::server::SendResponse<bytes::Bytes>,
+) {
+    use prost::Message as _;
+    assert_eq!(request.uri().path(), "/grpc.health.v1.Health/Check");
+    let data = request.into_body().data().await.unwrap().unwrap();
+    let asked = h2::HealthRequest::decode(&data[5..]).unwrap();
+    let head = ::http::Response::builder().header("content-type", "application/grpc");
+    let status = match asked.service.as_str() {
+        "" | "good" => 1,
+        "bad" => 2,
+        _ => {
+            respond.send_response(head.header("grpc-status", "5").body(()).unwrap(), true).unwrap();
+            return;
         }
-        connection.await;
-        return;
-    }
+    };
+    let mut stream = respond.send_response(head.body(()).unwrap(), false).unwrap();
+    stream.send_data(h2::framed(&h2::HealthResponse { status }), false).unwrap();
+    let mut trailers = ::http::HeaderMap::new();
+    trailers.insert("grpc-status", "0".parse().unwrap());
+    stream.send_trailers(trailers).unwrap();
 }
 
 #[tokio::test]

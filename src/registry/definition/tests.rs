@@ -125,7 +125,7 @@ fn a_check_by_itself_has_a_name_and_may_have_a_service() {
 #[test]
 fn every_kind_of_check_is_read_in_any_spelling() {
     #[track_caller]
-    fn check(mut value: Value, kind: &str, want: Option<Target>) {
+    fn check(mut value: Value, kind: &str, want: Option<&Target>) {
         value["name"] = json!("c");
         let probe = check_from_json(&value, &DEFAULTS).unwrap().probe;
         assert_eq!(probe.kind(), kind);
@@ -133,30 +133,30 @@ fn every_kind_of_check_is_read_in_any_spelling() {
             Probe::Periodic { target, .. } => Some(target),
             _ => None,
         };
-        assert_eq!(target, want);
+        assert_eq!(target.as_ref(), want);
     }
     let tls = |server_name: &str, skip_verify| TlsOptions { server_name: server_name.to_owned(), skip_verify };
     let (target, none) = ("h:1".to_owned(), tls("", false));
     let value = json!({"tcp": "h:1", "tcp_use_tls": true, "tls_server_name": "n", "interval": "1s"});
-    check(value, "tcp", Some(Target::Tcp { target: target.clone(), tls: Some(tls("n", false)) }));
-    check(json!({"Udp": "h:1", "interval": "1s"}), "udp", Some(Target::Udp { target: target.clone() }));
+    check(value, "tcp", Some(&Target::Tcp { target: target.clone(), tls: Some(tls("n", false)) }));
+    check(json!({"Udp": "h:1", "interval": "1s"}), "udp", Some(&Target::Udp { target: target.clone() }));
     let value = json!({"grpc": "h:1/a.b", "grpc_use_tls": true, "tls_skip_verify": true, "interval": "1s"});
     let want = Target::Grpc { target: target.clone(), service: "a.b".to_owned(), tls: Some(tls("", true)) };
-    check(value, "grpc", Some(want));
+    check(value, "grpc", Some(&want));
     let value = json!({"GRPC": "h:1", "interval": "1s"});
-    check(value, "grpc", Some(Target::Grpc { target: target.clone(), service: String::new(), tls: None }));
-    let want = |tls| Some(Target::H2ping { target: target.clone(), tls });
-    check(json!({"h2ping": "h:1", "interval": "1s"}), "h2ping", want(Some(none)));
-    check(json!({"h2ping": "h:1", "h2ping_use_tls": false, "interval": "1s"}), "h2ping", want(None));
+    check(value, "grpc", Some(&Target::Grpc { target: target.clone(), service: String::new(), tls: None }));
+    let want = |tls| Target::H2ping { target: target.clone(), tls };
+    check(json!({"h2ping": "h:1", "interval": "1s"}), "h2ping", Some(&want(Some(none))));
+    check(json!({"h2ping": "h:1", "h2ping_use_tls": false, "interval": "1s"}), "h2ping", Some(&want(None)));
     for key in ["Args", "args", "ScriptArgs", "script_args"] {
         let args = vec!["a".to_owned(), "b".to_owned()];
-        check(json!({key: ["a", "b"], "interval": "1s"}), "script", Some(Target::Script { args }));
+        check(json!({key: ["a", "b"], "interval": "1s"}), "script", Some(&Target::Script { args }));
     }
     let value = json!({"docker_container_id": "c1", "args": ["a"], "interval": "1s"});
     let want = Target::Docker { container: "c1".to_owned(), shell: "/bin/sh".to_owned(), args: vec!["a".to_owned()] };
-    check(value, "docker", Some(want));
+    check(value, "docker", Some(&want));
     let unit = "a@1.service".to_owned();
-    check(json!({"os_service": "a@1.service", "interval": "1s"}), "os_service", Some(Target::OsService { unit }));
+    check(json!({"os_service": "a@1.service", "interval": "1s"}), "os_service", Some(&Target::OsService { unit }));
     check(json!({"alias_service": "db-1", "alias_node": "n2"}), "alias", None);
     check(json!({"AliasNode": "n2"}), "alias", None);
     check(json!({"ttl": "5s"}), "ttl", None);
