@@ -638,7 +638,9 @@ async fn a_load_balancer_reads_the_status_code() {
             }
         });
         refused(&bench.get("/v1/agent/health/service/name/web?format=text").await, code, status.as_str());
-        assert_eq!(bench.get("/v1/agent/health/service/name/web").await.json()[0]["AggregatedStatus"], status.as_str());
+        let listed = bench.get("/v1/agent/health/service/name/web").await;
+        let body: serde_json::Value = serde_json::from_str(&listed.text).unwrap();
+        assert_eq!((listed.status.as_u16(), &body[0]["AggregatedStatus"]), (code, &json!(status.as_str())));
     }
 }
 
