@@ -94,12 +94,13 @@ fn a_reload_touches_what_changed_and_nothing_else() {
     let rig = Rig::start(60, &[("web.hcl", &web("a")), ("db.hcl", db), ("disk.hcl", disk)], &[]);
     rig.wait_status("service:web", "passing");
     rig.agent.put_ok("/v1/agent/service/register", r#"{"Name":"api","Port":82,"Check":{"TTL":"1h"}}"#);
+    // What the catalogue shows follows what the agent shows.
+    rig.agent.wait_passing("web", &["web"]);
     let index = || rig.agent.get("/v1/health/service/web")[0]["Service"]["ModifyIndex"].clone();
     let before = index();
 
-    // SIGHUP: one service and the node's check go, one comes, web is not touched.
+    // SIGHUP: one service goes, one comes, web is not touched.
     fs::remove_file(rig.files.path().join("db.hcl")).unwrap();
-    fs::remove_file(rig.files.path().join("disk.hcl")).unwrap();
     rig.file("cache.json", r#"{"services": [{"name": "cache", "port": 83}]}"#);
     rig.agent.signal(Signal::SIGHUP);
     until("the files are read", || {
@@ -107,12 +108,14 @@ fn a_reload_touches_what_changed_and_nothing_else() {
         let names: Vec<&String> = services.as_object().unwrap().keys().collect();
         if names == ["api", "cache", "web"] { Ok(()) } else { Err(format!("{names:?}")) }
     });
-    assert_eq!(rig.check("disk"), Value::Null, "a check of a file that is gone is gone");
     assert_eq!(index(), before, "web was not published again");
 
     // A changed check keeps its status at the moment of the change, though its run comes later.
     rig.file("web.hcl", &web("b").replace("1s", "1h"));
+    assert_eq!(rig.check("disk")["Status"], "passing");
+    fs::remove_file(rig.files.path().join("disk.hcl")).unwrap();
     assert_eq!(rig.reload(), (true, String::new()));
+    assert_eq!(rig.check("disk"), Value::Null, "a check of a file that is gone is gone");
     let check = rig.check("service:web");
     assert_eq!((&check["Status"], &check["Notes"]), (&"passing".into(), &"b".into()));
 

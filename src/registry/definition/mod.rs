@@ -15,6 +15,7 @@ mod fields;
 mod service;
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
@@ -248,8 +249,8 @@ pub enum Target {
     },
 }
 
-/// What an HTTP check asks.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+/// What an HTTP check asks. Headers and body print no values: they may hold secrets.
+#[derive(Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct HttpTarget {
     /// `http://…` or `https://…`
     pub url: String,
@@ -263,6 +264,16 @@ pub struct HttpTarget {
     pub disable_redirects: bool,
     /// For https.
     pub tls: TlsOptions,
+}
+
+impl fmt::Debug for HttpTarget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { url, method, headers, body, disable_redirects, tls } = self;
+        let names: Vec<&String> = headers.keys().collect();
+        let mut out = f.debug_struct("HttpTarget");
+        out.field("url", url).field("method", method).field("headers", &names).field("body_bytes", &body.len());
+        out.field("disable_redirects", disable_redirects).field("tls", tls).finish()
+    }
 }
 
 /// How a check's TLS differs from the usual.

@@ -163,6 +163,14 @@ fn every_kind_of_check_is_read_in_any_spelling() {
 }
 
 #[test]
+fn headers_and_body_do_not_print() {
+    let value =
+        json!({"Name": "c", "HTTP": "http://h", "Interval": "1s", "Body": "pass", "Header": {"X-Key": ["word"]}});
+    let shown = format!("{:?}", check_from_json(&value, &DEFAULTS).unwrap());
+    assert!(shown.contains("X-Key") && !shown.contains("word") && !shown.contains("\"pass\""), "{shown}");
+}
+
+#[test]
 fn deep_nesting_is_refused_without_a_panic() {
     let mut value = json!({});
     for _ in 0..120 {
