@@ -336,7 +336,7 @@ impl RegistryHandle {
         Arc::clone(&self.state.borrow())
     }
 
-    /// Returns a receiver that wakes at each change (output included).
+    /// Returns a receiver that wakes at each change of a service or a status; outputs change under it without a word.
     pub fn subscribe(&self) -> watch::Receiver<Arc<LocalState>> {
         self.state.clone()
     }

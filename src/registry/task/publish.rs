@@ -59,7 +59,8 @@ impl Task {
             for (id, check) in &changed {
                 state.checks.insert((*id).clone(), Arc::clone(check));
             }
-            !changed.is_empty()
+            // An output alone is there for who looks, and wakes nobody.
+            dirty.status
         });
         if !dirty.status {
             return;
