@@ -95,6 +95,8 @@ def main():
             time.sleep(args.seconds)
             used = (cpu_s(agent.pid) - before) / (time.monotonic() - at)
             rss = rss_kib(agent.pid)
+            # The agent closed the first connection, which rested.
+            client = http.client.HTTPConnection(IP, 8500, timeout=60)
             client.request("GET", "/v1/agent/metrics?format=prometheus")
             metrics = client.getresponse().read().decode()
         finally:
