@@ -11,6 +11,7 @@ use std::error::Error;
 use std::fmt;
 use std::io::IsTerminal;
 use std::str::FromStr;
+use std::sync::OnceLock;
 
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::util::{SubscriberInitExt, TryInitError};
@@ -90,11 +91,32 @@ pub fn init(filter: &Filter, format: LogFormat) -> Result<(), InitError> {
         .with_env_filter(EnvFilter::new(&filter.0))
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal());
-    match format {
-        LogFormat::Text => builder.finish().try_init(),
-        LogFormat::Json => builder.json().finish().try_init(),
-    }
-    .map_err(InitError)
+    let (swap, begun): (Swap, _) = match format {
+        LogFormat::Text => {
+            let builder = builder.with_filter_reloading();
+            let handle = builder.reload_handle();
+            (Box::new(move |filter| handle.reload(filter).is_ok()), builder.finish().try_init())
+        }
+        LogFormat::Json => {
+            let builder = builder.json().with_filter_reloading();
+            let handle = builder.reload_handle();
+            (Box::new(move |filter| handle.reload(filter).is_ok()), builder.finish().try_init())
+        }
+    };
+    begun.map_err(InitError)?;
+    // There is one subscriber, so this is the first value.
+    let _first = SWAP.set(swap);
+    Ok(())
+}
+
+type Swap = Box<dyn Fn(EnvFilter) -> bool + Send + Sync>;
+
+/// Changes the filter of the process's one subscriber.
+static SWAP: OnceLock<Swap> = OnceLock::new();
+
+/// Logs by `filter` from here on; false where logging was not started by [`init`].
+pub fn set_filter(filter: &Filter) -> bool {
+    SWAP.get().is_some_and(|swap| swap(EnvFilter::new(&filter.0)))
 }
 
 /// Prints an error with its sources, joined by `: `. For log fields: `error = %Chain(&err)`.

@@ -1,9 +1,11 @@
 //! `weft agent`: flags to a config, the control runtime, signals, systemd.
 
+use std::sync::Arc;
+
 use anyhow::Context as _;
 use serde_json::{Value, json};
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 use weft::config::{Config, Host, Inputs, Mode, Setting, load};
 use weft::node::Node;
 use weft::telemetry::{self, Chain};
@@ -18,7 +20,8 @@ const EXIT_SECOND_SIGNAL: i32 = 130;
 
 /// Runs an agent until a signal, `weft leave`, or a failure.
 pub(crate) fn run(args: &AgentArgs) -> Result<(), Failure> {
-    let config = load(&inputs(args), &Host::read())?;
+    let inputs = inputs(args);
+    let config = load(&inputs, &Host::read())?;
     telemetry::init(&config.log_filter, config.log_format)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(CONTROL_THREADS)
@@ -26,17 +29,16 @@ pub(crate) fn run(args: &AgentArgs) -> Result<(), Failure> {
         .enable_all()
         .build()
         .context("cannot start the control runtime")?;
-    runtime.block_on(Box::pin(serve(config)))
+    runtime.block_on(Box::pin(serve(config, inputs)))
 }
 
-async fn serve(config: Config) -> Result<(), Failure> {
+async fn serve(config: Config, inputs: Inputs) -> Result<(), Failure> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
-    // Without this a SIGHUP would end the agent.
     let mut hangup = signal(SignalKind::hangup()).context("cannot listen for SIGHUP")?;
     // A newcomer may wait here for its issuer, for as long as it takes: a signal ends the wait.
     let node = tokio::select! {
-        started = Box::pin(Node::start(config)) => started.context("cannot start the agent")?,
+        started = Box::pin(Node::start_reloadable(config, Arc::new(move || load(&inputs, &Host::read())))) => started.context("cannot start the agent")?,
         () = first_of(&mut terminate, &mut interrupt) => {
             info!("stopped before the agent was up");
             return Ok(());
@@ -49,7 +51,16 @@ async fn serve(config: Config) -> Result<(), Failure> {
         tokio::select! {
             ended = &mut stopped => return Ok(ended?),
             () = first_of(&mut terminate, &mut interrupt) => break,
-            _signal = hangup.recv() => warn!("SIGHUP is ignored: files are read at the start; restart the agent"),
+            _signal = hangup.recv() => {
+                // A reload may wait for the disk: a stop does not wait for it.
+                tokio::select! {
+                    reloaded = node.reload() => if let Err(err) = reloaded {
+                        error!(error = %Chain(&err), "configuration is not reloaded");
+                    },
+                    ended = &mut stopped => return Ok(ended?),
+                    () = first_of(&mut terminate, &mut interrupt) => break,
+                }
+            }
         }
     }
     info!("stopping; a second signal ends the agent at once");
@@ -108,6 +119,11 @@ fn inputs(args: &AgentArgs) -> Inputs {
     settings.extend(ports.into_iter().filter_map(|(flag, key, port)| Some(setting(flag, key, json!(port?)))));
     settings.extend(args.join.iter().map(|addr| setting("-join", "retry_join", json!(addr))));
     settings.extend(args.workers.map(|count| setting("-workers", "workers", json!(count))));
+    let switches = [
+        (args.enable_script_checks, "-enable-script-checks", "enable_script_checks"),
+        (args.enable_local_script_checks, "-enable-local-script-checks", "enable_local_script_checks"),
+    ];
+    settings.extend(switches.into_iter().filter(|(on, ..)| *on).map(|(_, flag, key)| setting(flag, key, json!(true))));
     if args.log_json {
         settings.push(setting("-log-json", "log_json", json!(true)));
     }

@@ -67,6 +67,16 @@ pub(crate) enum Verb {
     /// Makes the agent leave the mesh and stop.
     #[command(after_help = "Example:\n  weft leave -http-addr 127.0.0.2:8500")]
     Leave(ClientArgs),
+    /// Makes the agent read its files again: services, checks, log level, the CA file of checks.
+    #[command(
+        after_help = "What takes a restart is named. A file with a problem changes nothing.\nExample:\n  weft validate /etc/weft.d && weft reload"
+    )]
+    Reload(ClientArgs),
+    /// Takes the node or a service out of service, or back in; without a flag it shows what is out.
+    #[command(
+        after_help = "Examples:\n  weft maint -enable -reason 'new disk'\n  weft maint -enable -service web-1\n  weft maint -disable"
+    )]
+    Maint(MaintArgs),
     /// Moves a failed member to `left`.
     #[command(after_help = "Example:\n  weft force-leave -prune web-3")]
     ForceLeave(ForceLeaveArgs),
@@ -77,7 +87,9 @@ pub(crate) enum Verb {
     #[command(after_help = "Example:\n  weft version")]
     Version(FormatArgs),
     /// Checks config files and directories, and reports every problem.
-    #[command(after_help = "Example:\n  weft validate /etc/weft.d")]
+    #[command(
+        after_help = "Prints every problem with its file and line. Exit codes: 0 valid, 1 not.\nExample:\n  weft validate /etc/weft.d"
+    )]
     Validate(ValidateArgs),
     /// Lists datacenters, nodes or services of the catalogue.
     #[command(subcommand)]
@@ -211,6 +223,12 @@ pub(crate) struct AgentArgs {
     /// Logs one JSON object a line.
     #[arg(long)]
     pub(crate) log_json: bool,
+    /// Lets checks of config files run programs (script, docker).
+    #[arg(long)]
+    pub(crate) enable_local_script_checks: bool,
+    /// Lets every check run programs: whoever may use the API then runs programs as the agent's user.
+    #[arg(long)]
+    pub(crate) enable_script_checks: bool,
 }
 
 #[derive(Debug, Args)]
@@ -732,6 +750,24 @@ pub(crate) struct ForceLeaveArgs {
     /// Forgets the member and its records as well.
     #[arg(long)]
     pub(crate) prune: bool,
+    #[command(flatten)]
+    pub(crate) client: ClientArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct MaintArgs {
+    /// Takes it out of service.
+    #[arg(long, conflicts_with = "disable")]
+    pub(crate) enable: bool,
+    /// Takes it back in.
+    #[arg(long)]
+    pub(crate) disable: bool,
+    /// The service's ID. Default: the node as a whole.
+    #[arg(long, value_name = "ID")]
+    pub(crate) service: Option<String>,
+    /// Shown as the check's notes.
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) reason: Option<String>,
     #[command(flatten)]
     pub(crate) client: ClientArgs,
 }

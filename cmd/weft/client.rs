@@ -50,6 +50,12 @@ impl Client {
         Ok(())
     }
 
+    /// Sends an order that is answered with text.
+    pub(crate) fn put_text(&self, path: &str) -> Result<String, Failure> {
+        let answer = self.exchange(http::Method::PUT, path, Bytes::new())?;
+        Ok(String::from_utf8_lossy(&answer).into_owned())
+    }
+
     /// Sends an order to delete.
     pub(crate) fn delete(&self, path: &str) -> Result<(), Failure> {
         self.exchange(http::Method::DELETE, path, Bytes::new())?;

@@ -87,6 +87,8 @@ fn run(verb: &Verb) -> Result<(), Failure> {
         Verb::Members(args) => verbs::members(args),
         Verb::Join(args) => verbs::join(args),
         Verb::Leave(args) => verbs::leave(args),
+        Verb::Maint(args) => verbs::maint(args),
+        Verb::Reload(args) => verbs::reload(args),
         Verb::ForceLeave(args) => verbs::force_leave(args),
         Verb::Info(args) => verbs::info(args),
         Verb::Version(args) => {

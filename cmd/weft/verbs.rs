@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 use weft::config::{ConfigError, Host, Inputs, load, read_document};
 
-use crate::cli::{ClientArgs, ForceLeaveArgs, Format, FormatArgs, JoinArgs, ListArgs, ValidateArgs};
+use crate::cli::{ClientArgs, ForceLeaveArgs, Format, FormatArgs, JoinArgs, ListArgs, MaintArgs, ValidateArgs};
 use crate::client::{Client, segment};
 use crate::failure::Failure;
 use crate::table;
@@ -102,6 +102,39 @@ pub(crate) fn join(args: &JoinArgs) -> Result<(), Failure> {
 pub(crate) fn leave(args: &ClientArgs) -> Result<(), Failure> {
     Client::new(args)?.put("/v1/agent/leave", None)?;
     println!("The agent has left the mesh.");
+    Ok(())
+}
+
+/// Sets, ends or shows maintenance.
+pub(crate) fn maint(args: &MaintArgs) -> Result<(), Failure> {
+    let client = Client::new(&args.client)?;
+    if !args.enable && !args.disable {
+        let checks = client.get("/v1/agent/checks")?;
+        let ids = ["_node_maintenance", "_service_maintenance:"];
+        let is_on = |check: &&Value| ids.iter().any(|id| text(check, "CheckID").starts_with(id));
+        for check in checks.as_object().into_iter().flat_map(|map| map.values()).filter(is_on) {
+            let (service, notes) = (text(check, "ServiceID"), text(check, "Notes"));
+            let what = if service.is_empty() { "node".to_owned() } else { format!("service {service}") };
+            println!("{what}: {notes}");
+        }
+        return Ok(());
+    }
+    let path = match &args.service {
+        Some(id) => format!("/v1/agent/service/maintenance/{}", segment(id)),
+        None => "/v1/agent/maintenance".to_owned(),
+    };
+    let reason = args.reason.as_deref().map(|reason| format!("&reason={}", segment(reason))).unwrap_or_default();
+    client.put(&format!("{path}?enable={}{reason}", args.enable), None)?;
+    println!("Maintenance is {}.", if args.enable { "on" } else { "off" });
+    Ok(())
+}
+
+/// Reloads the agent's files; what it says takes a restart goes to standard error.
+pub(crate) fn reload(args: &ClientArgs) -> Result<(), Failure> {
+    for note in Client::new(args)?.put_text("/v1/agent/reload")?.lines() {
+        eprintln!("warning: {note}");
+    }
+    println!("Configuration reload triggered.");
     Ok(())
 }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use http::StatusCode;
 use serde_json::{Value, json};
 
-use super::call::{Call, Meta, Refusal, Reply};
+use super::call::{Call, Meta, Refusal, Reply, TEXT};
 use super::query::{self, Blocking};
 use super::seam::{GossipOrder, RegistryOrder};
 use super::{Shared, block, shape, status};
@@ -199,6 +199,15 @@ pub(super) async fn join(call: Call) -> Result<Reply, Refusal> {
 pub(super) async fn leave(call: Call) -> Result<Reply, Refusal> {
     call.shared.leave.cancel();
     Ok(Reply::Empty)
+}
+
+/// `PUT /v1/agent/reload`: the body says what takes a restart; it is empty where all was taken.
+pub(super) async fn reload(call: Call) -> Result<Reply, Refusal> {
+    let notes = (call.shared.reload)().await.map_err(Refusal::bad)?;
+    if notes.is_empty() {
+        return Ok(Reply::Empty);
+    }
+    Ok(Reply::Text { body: notes.join("\n") + "\n", content_type: TEXT })
 }
 
 /// `PUT /v1/agent/force-leave/:node`

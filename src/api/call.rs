@@ -37,6 +37,8 @@ pub(super) enum Reply {
     Json { body: Vec<u8>, meta: Meta },
     /// 200 with text.
     Text { body: String, content_type: &'static str },
+    /// A status that is the answer itself.
+    Judged { status: StatusCode, body: Vec<u8>, content_type: &'static str },
 }
 
 /// The headers that an answer carries.
@@ -72,6 +74,11 @@ impl Reply {
         match self {
             Self::Empty => {}
             Self::Text { body, content_type } => {
+                response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
+                *response.body_mut() = Body::from(body);
+            }
+            Self::Judged { status, body, content_type } => {
+                *response.status_mut() = status;
                 response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
                 *response.body_mut() = Body::from(body);
             }

@@ -154,6 +154,9 @@ impl Bench {
             policy_key: None,
             policy_writes: tokio::sync::Mutex::new(()),
             inspect: Arc::new(|_, _| Box::pin(async { Vec::new() })),
+            reload: Arc::new(|| {
+                Box::pin(async { Ok(vec!["workers changed: it takes a restart of the agent".to_owned()]) })
+            }),
             listeners: Arc::new(|| {
                 let text = str::to_owned;
                 vec![ListenerState { bind: text("127.0.0.1:9191"), destination: text("db"), state: text("listening") }]
@@ -361,7 +364,7 @@ fn local_state() -> LocalState {
     };
     let service = LocalService { definition, create_index: 1002, modify_index: 1003 };
     let local_check = LocalCheck {
-        definition: check.clone(),
+        definition: Arc::new(check.clone()),
         status: HealthStatus::Passing,
         output: "all good".to_owned(),
         service_name: "web".to_owned(),

@@ -612,3 +612,49 @@ fn tokio_test_task(call: impl Future<Output = Answer> + Send + 'static) -> tokio
 async fn is_pending(task: &mut tokio::task::JoinHandle<Answer>) -> bool {
     tokio::time::timeout(Duration::from_millis(1), task).await.is_err()
 }
+
+#[tokio::test]
+async fn maintenance_sets_and_ends_a_check_that_is_set_by_hand() {
+    let bench = Bench::new();
+    refused(&bench.put("/v1/agent/maintenance", "").await, 400, "Missing value for enable");
+    refused(&bench.put("/v1/agent/maintenance?enable=x", "").await, 400, "Invalid value for enable: \"x\"");
+    let unknown = "Unknown service ID \"x\". Ensure that the service ID is passed, not the service name.";
+    refused(&bench.put("/v1/agent/service/maintenance/x?enable=true", "").await, 404, unknown);
+    assert_eq!(bench.put("/v1/agent/maintenance?enable=false", "").await.status, StatusCode::OK);
+    assert!(bench.registry.orders.lock().unwrap().is_empty(), "it was off");
+    let on = bench.put("/v1/agent/service/maintenance/web-1?enable=true&reason=broken+disk", "").await;
+    assert_eq!(on.status, StatusCode::OK);
+    let orders = bench.registry.orders.lock().unwrap();
+    let [RegistryOrder::RegisterCheck(check)] = orders.as_slice() else { panic!("{orders:?}") };
+    assert_eq!((check.id.as_str(), check.notes.as_str()), ("_service_maintenance:web-1", "broken disk"));
+    assert_eq!((&check.probe, check.initial), (&crate::registry::Probe::Static, HealthStatus::Critical));
+}
+
+#[tokio::test]
+async fn a_load_balancer_reads_the_status_code() {
+    let bench = Bench::new();
+    let answer = bench.get("/v1/agent/health/service/id/web-1").await;
+    assert_eq!((answer.status, &answer.json()["AggregatedStatus"]), (StatusCode::OK, &json!("passing")));
+    assert_eq!(answer.json()["Service"]["Service"], "web");
+    assert_eq!(answer.json()["Checks"][0]["CheckID"], "service:web-1");
+    refused(&bench.get("/v1/agent/health/service/id/x").await, 404, "ServiceId x not found");
+    refused(&bench.get("/v1/agent/health/service/name/x").await, 404, "ServiceName x not found");
+    for (status, code) in [(HealthStatus::Warning, 429), (HealthStatus::Critical, 503)] {
+        bench.registry.state.send_modify(|state| {
+            let state = Arc::make_mut(state);
+            for check in state.checks.values_mut() {
+                Arc::make_mut(check).status = status;
+            }
+        });
+        refused(&bench.get("/v1/agent/health/service/name/web?format=text").await, code, status.as_str());
+        let listed = bench.get("/v1/agent/health/service/name/web").await;
+        let body: serde_json::Value = serde_json::from_str(&listed.text).unwrap();
+        assert_eq!((listed.status.as_u16(), &body[0]["AggregatedStatus"]), (code, &json!(status.as_str())));
+    }
+}
+
+#[tokio::test]
+async fn a_reload_says_what_takes_a_restart() {
+    let answer = Bench::new().put("/v1/agent/reload", "").await;
+    refused(&answer, 200, "workers changed: it takes a restart of the agent\n");
+}

@@ -24,6 +24,7 @@ mod guard;
 mod health;
 mod index;
 mod intention;
+mod maintain;
 mod mesh;
 mod meter;
 mod query;
@@ -46,6 +47,7 @@ mod openapi;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
+use futures_util::future::BoxFuture;
 use tokio_util::sync::CancellationToken;
 
 use crate::catalogue::SnapshotReader;
@@ -129,6 +131,9 @@ pub struct TokenUse {
 /// Returns the uses of tokens of this moment, or why they cannot be read. Blocks on the disk.
 pub type TokenUses = Arc<dyn Fn() -> Result<Vec<TokenUse>, String> + Send + Sync>;
 
+/// Reads the agent's configuration again: what the operator should know, or why nothing was changed.
+pub type Reload = Arc<dyn Fn() -> BoxFuture<'static, Result<Vec<String>, String>> + Send + Sync>;
+
 /// What the API needs of the agent.
 pub struct ApiParams<'a> {
     /// Where and for whom it listens.
@@ -153,6 +158,8 @@ pub struct ApiParams<'a> {
     pub policy_key: Option<Arc<DocumentKey>>,
     /// Asks the data plane for `weft why`.
     pub inspect: Inspect,
+    /// Reloads the configuration.
+    pub reload: Reload,
     /// Cancelled by `PUT /v1/agent/leave`: the node then leaves and stops.
     pub shutdown: CancellationToken,
     /// Where its tasks run.
@@ -205,7 +212,7 @@ impl Api {
     pub async fn start(params: ApiParams<'_>) -> Result<Vec<SocketAddr>, ApiError> {
         let ApiParams { config, registry, gossip, snapshot, identity, metrics, node, listeners, token_uses, .. } =
             params;
-        let (policy_key, inspect) = (params.policy_key, params.inspect);
+        let (policy_key, inspect, reload) = (params.policy_key, params.inspect, params.reload);
         let listening = serve::bind(&config).await?;
         let authority: Arc<dyn Authority> = Arc::<Identity>::clone(&identity);
         let certificates: Certificates = Arc::new(move || CertificateFacts::read(&identity));
@@ -222,6 +229,7 @@ impl Api {
             policy_key,
             policy_writes: tokio::sync::Mutex::new(()),
             inspect,
+            reload,
             meter: Meter::new(&metrics).map_err(ApiError::Metrics)?,
             metrics,
             node,
@@ -258,6 +266,7 @@ struct Shared {
     /// Held while a client's policy is signed and spread.
     policy_writes: tokio::sync::Mutex<()>,
     inspect: Inspect,
+    reload: Reload,
     meter: Meter,
     metrics: Metrics,
     node: NodeFacts,

@@ -16,7 +16,8 @@ use super::call::{Call, Handler, Refusal, Reply, TEXT};
 use super::guard::Arrival;
 use super::query::Query;
 use super::{
-    BODY_BYTES_MAX, Shared, agent, catalog, check, connect, documents, entry, health, intention, mesh, status, why,
+    BODY_BYTES_MAX, Shared, agent, catalog, check, connect, documents, entry, health, intention, maintain, mesh,
+    status, why,
 };
 use crate::clock;
 
@@ -45,6 +46,10 @@ pub(super) const ROUTES: &[Route] = &[
     route!(GET "/v1/agent/service/{id}" agent::service),
     route!(PUT "/v1/agent/service/register" agent::register),
     route!(PUT "/v1/agent/service/deregister/{id}" agent::deregister),
+    route!(PUT "/v1/agent/service/maintenance/{id}" maintain::service),
+    route!(PUT "/v1/agent/maintenance" maintain::node),
+    route!(GET "/v1/agent/health/service/id/{id}" maintain::health_by_id),
+    route!(GET "/v1/agent/health/service/name/{name}" maintain::health_by_name),
     route!(GET "/v1/agent/checks" check::list),
     route!(PUT "/v1/agent/check/register" check::register),
     route!(PUT "/v1/agent/check/deregister/{id}" check::deregister),
@@ -58,6 +63,7 @@ pub(super) const ROUTES: &[Route] = &[
     route!(GET "/v1/agent/metrics" agent::metrics),
     route!(PUT "/v1/agent/join/{addr}" agent::join),
     route!(PUT "/v1/agent/leave" agent::leave),
+    route!(PUT "/v1/agent/reload" agent::reload),
     route!(PUT "/v1/agent/force-leave/{node}" agent::force_leave),
     route!(GET "/v1/agent/connect/ca/roots" connect::roots),
     route!(GET "/v1/agent/connect/ca/leaf/{service}" connect::leaf),

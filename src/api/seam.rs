@@ -24,7 +24,7 @@ pub(super) enum RegistryOrder {
 pub(super) trait Registry: Send + Sync {
     /// What is registered on this node.
     fn state(&self) -> Arc<LocalState>;
-    /// Wakes at each change.
+    /// Wakes at each change of a service or a status.
     fn subscribe(&self) -> watch::Receiver<Arc<LocalState>>;
     /// Carries out `order`; done when it is on disk and published.
     fn carry_out(&self, order: RegistryOrder) -> BoxFuture<'_, Result<(), RegistryError>>;

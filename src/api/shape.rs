@@ -249,12 +249,7 @@ impl<'a> Check<'a> {
     /// A check of this agent.
     pub(super) fn local(check: &'a LocalCheck, node: &'a str) -> Self {
         let definition = &check.definition;
-        let kind = match &definition.probe {
-            Probe::Http { .. } => "http",
-            Probe::Tcp { .. } => "tcp",
-            Probe::Ttl { .. } => "ttl",
-            Probe::Static => "",
-        };
+        let kind = if definition.probe == Probe::Static { "" } else { definition.probe.kind() };
         Self {
             node,
             id: definition.id.as_str(),

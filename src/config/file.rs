@@ -3,6 +3,7 @@
 //! HCL attributes must be plain values: there are no variables and no functions to refer to. A block that stands once
 //! is an object, one that is repeated a list; blocks that Consul reads as lists are lists even when alone.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
@@ -12,7 +13,8 @@ use hcl::eval::{Context, Evaluate};
 use hcl::structure::Structure;
 use serde_json::{Map, Value};
 
-use super::problem::Problem;
+use super::locate::line_of;
+use super::problem::{Problem, Source};
 use crate::telemetry::Chain;
 
 /// Largest config file: hundreds of services with their checks fit many times over.
@@ -38,7 +40,7 @@ pub struct Document {
 
 /// The languages of a config file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Language {
+pub(super) enum Language {
     Hcl,
     Json,
 }
@@ -70,17 +72,35 @@ pub fn list_directory(dir: &Path) -> Result<Vec<PathBuf>, Problem> {
 /// Every reason why the file cannot be used.
 pub fn read_document(file: &Path) -> Result<Document, Vec<Problem>> {
     let path: Arc<Path> = Arc::from(file);
-    let fail = |rule: String| vec![Problem::file(&path, rule)];
-    let language = language_of(file).ok_or_else(|| fail("a config file is named *.hcl or *.json".to_owned()))?;
-    let open = std::fs::File::open(file).map_err(|err| fail(format!("cannot be read: {err}")))?;
+    let (language, text) = read_text(&path).map_err(|rule| vec![Problem::file(&path, rule)])?;
+    parse(&path, &text, language)
+}
+
+/// Adds to each problem the line where its key stands, as far as its file can still be read.
+pub(super) fn locate(problems: &mut [Problem]) {
+    let mut texts: BTreeMap<Arc<Path>, Option<(Language, String)>> = BTreeMap::new();
+    for problem in problems {
+        let Source::File(path) = &problem.source else { continue };
+        if problem.line.is_some() || problem.key.is_empty() {
+            continue;
+        }
+        let text = texts.entry(Arc::clone(path)).or_insert_with(|| read_text(path).ok());
+        let line = text.as_ref().and_then(|(language, text)| line_of(text, *language, &problem.key));
+        problem.line = line;
+    }
+}
+
+fn read_text(file: &Path) -> Result<(Language, String), String> {
+    let language = language_of(file).ok_or_else(|| "a config file is named *.hcl or *.json".to_owned())?;
+    let open = std::fs::File::open(file).map_err(|err| format!("cannot be read: {err}"))?;
     let mut bytes = Vec::new();
     let limit = u64::try_from(FILE_BYTES_MAX).unwrap_or(u64::MAX).saturating_add(1);
-    open.take(limit).read_to_end(&mut bytes).map_err(|err| fail(format!("cannot be read: {err}")))?;
+    open.take(limit).read_to_end(&mut bytes).map_err(|err| format!("cannot be read: {err}"))?;
     if bytes.len() > FILE_BYTES_MAX {
-        return Err(fail(format!("is larger than {FILE_BYTES_MAX} bytes")));
+        return Err(format!("is larger than {FILE_BYTES_MAX} bytes"));
     }
-    let text = String::from_utf8(bytes).map_err(|err| fail(format!("is not UTF-8: {err}")))?;
-    parse(&path, &text, language)
+    let text = String::from_utf8(bytes).map_err(|err| format!("is not UTF-8: {err}"))?;
+    Ok((language, text))
 }
 
 /// Parses `text` as the file `path` would be.
@@ -107,12 +127,14 @@ fn parse(path: &Arc<Path>, text: &str, language: Language) -> Result<Document, V
         return Err(fail(reason));
     }
     let root = match language {
-        Language::Json => match serde_json::from_str(text).map_err(|err| fail(format!("is no valid JSON: {err}")))? {
+        Language::Json => match serde_json::from_str(text)
+            .map_err(|err| vec![Problem::file(path, format!("is no valid JSON: {err}")).on_line(err.line().max(1))])?
+        {
             Value::Object(root) => root,
             _ => return Err(fail("must hold one JSON object".to_owned())),
         },
         Language::Hcl => {
-            let body = hcl::parse(text).map_err(|err| fail(format!("is no valid HCL: {}", Chain(&err))))?;
+            let body = hcl::parse(text).map_err(|err| vec![not_hcl(path, &err)])?;
             let mut hcl = HclReader { path, problems: Vec::new() };
             let root = hcl.body(&body, "");
             if !hcl.problems.is_empty() {
@@ -122,6 +144,18 @@ fn parse(path: &Arc<Path>, text: &str, language: Language) -> Result<Document, V
         }
     };
     Ok(Document { path: Arc::clone(path), root })
+}
+
+fn not_hcl(path: &Arc<Path>, err: &hcl::Error) -> Problem {
+    match err {
+        hcl::Error::Parse(err) => {
+            // Not the line itself: it may hold a secret.
+            let (at, message) = (err.location(), err.message());
+            let rule = format!("is no valid HCL: {message}, at column {}", at.column());
+            Problem::file(path, rule).on_line(at.line())
+        }
+        err => Problem::file(path, format!("is no valid HCL: {}", Chain(err))),
+    }
 }
 
 /// Says why the text nests too deeply to be parsed by recursion, if it does. Brackets in texts count too.
@@ -284,7 +318,7 @@ mod tests {
         check("node_name = var.name", "a.hcl: node_name: must be a plain value");
         check("ports { http = env(\"P\") }", "a.hcl: ports.http: must be a plain value");
         check("service \"web\" {}", "a.hcl: service: takes no label");
-        check("a = ", "a.hcl: is no valid HCL");
+        check("a = ", "a.hcl:1: is no valid HCL");
         check("a = 1\na {}\n", "a");
     }
 

@@ -14,6 +14,7 @@
 mod duration;
 mod file;
 mod host;
+mod locate;
 mod problem;
 mod raw;
 mod resolve;
@@ -33,7 +34,7 @@ pub use raw::Setting;
 
 use crate::authz::Action;
 use crate::model::{NodeName, ServeScope, TrustDomain};
-use crate::registry::{CheckDefinition, ServiceDefinition};
+use crate::registry::{CheckDefinition, CheckSettings, ScriptPolicy, ServiceDefinition};
 use crate::telemetry::{Filter, LogFormat};
 use crate::workload::WorkloadConfig;
 
@@ -117,6 +118,10 @@ pub struct Config {
     pub services: Vec<ServiceDefinition>,
     /// Node-level checks from files, ids unique.
     pub checks: Vec<CheckDefinition>,
+    /// Which checks may run programs.
+    pub scripts: ScriptPolicy,
+    /// What checks use of the host.
+    pub check_settings: CheckSettings,
     /// Which events are logged.
     pub log_filter: Filter,
     /// How log lines look.
@@ -241,7 +246,10 @@ pub fn load(inputs: &Inputs, host: &Host) -> Result<Config, ConfigError> {
     for setting in &inputs.settings {
         raw.add_setting(setting);
     }
-    resolve::resolve(raw, inputs.mode, host)
+    resolve::resolve(raw, inputs.mode, host).map_err(|mut error| {
+        file::locate(&mut error.problems);
+        error
+    })
 }
 
 impl Config {

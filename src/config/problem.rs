@@ -23,6 +23,8 @@ pub enum Source {
 pub struct Problem {
     /// Where the setting came from.
     pub source: Source,
+    /// The line in the file, from 1, where it is known.
+    pub line: Option<usize>,
     /// The key, with its path (`ports.mesh`, `services[0]`); empty if the file as a whole is at fault.
     pub key: String,
     /// The value as it would stand in JSON, cut to one line; none if it is missing or secret.
@@ -38,7 +40,13 @@ impl Problem {
             Some((at, _)) => format!("{}…", value.get(..at).unwrap_or_default()),
             None => value,
         });
-        Self { source, key: key.into(), value, rule: rule.into() }
+        Self { source, line: None, key: key.into(), value, rule: rule.into() }
+    }
+
+    /// Adds the line.
+    pub(crate) fn on_line(mut self, line: usize) -> Self {
+        self.line = Some(line);
+        self
     }
 
     /// Notes a key that is missing.
@@ -55,8 +63,15 @@ impl Problem {
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.source {
-            Source::File(path) if self.key.is_empty() => write!(f, "{}", path.display())?,
-            Source::File(path) => write!(f, "{}: {}", path.display(), self.key)?,
+            Source::File(path) => {
+                write!(f, "{}", path.display())?;
+                if let Some(line) = self.line {
+                    write!(f, ":{line}")?;
+                }
+                if !self.key.is_empty() {
+                    write!(f, ": {}", self.key)?;
+                }
+            }
             Source::Flag(flag) => write!(f, "{flag} ({})", self.key)?,
             Source::Unset => write!(f, "{}", self.key)?,
         }

@@ -86,6 +86,11 @@ pub(crate) struct Raw {
     pub(crate) reconnect_timeout: Option<Given<Duration>>,
     pub(crate) workload_socket: Option<Given<String>>,
     pub(crate) workload_group: Option<Given<String>>,
+    pub(crate) enable_script_checks: Option<Given<bool>>,
+    pub(crate) enable_local_script_checks: Option<Given<bool>>,
+    pub(crate) ca_file: Option<Given<String>>,
+    pub(crate) docker_socket: Option<Given<String>>,
+    pub(crate) dbus_socket: Option<Given<String>>,
     pub(crate) services: Vec<Given<Value>>,
     pub(crate) checks: Vec<Given<Value>>,
     pub(crate) warnings: Vec<Warning>,
@@ -129,6 +134,12 @@ impl Raw {
             "admin_token_file" => self.text(source, key, value, |raw| &mut raw.admin_token_file),
             "default_intention_policy" => self.text(source, key, value, |raw| &mut raw.default_intention_policy),
             "policy_authority" => self.text(source, key, value, |raw| &mut raw.policy_authority),
+            "ca_file" => self.text(source, key, value, |raw| &mut raw.ca_file),
+            "docker_socket" => self.text(source, key, value, |raw| &mut raw.docker_socket),
+            "dbus_socket" => self.text(source, key, value, |raw| &mut raw.dbus_socket),
+            "enable_script_checks" => self.switch(source, key, &value, |raw| &mut raw.enable_script_checks),
+            "enable_local_script_checks" => self.switch(source, key, &value, |raw| &mut raw.enable_local_script_checks),
+            "tls" => self.tls(source, value),
             "log_json" => self.switch(source, key, &value, |raw| &mut raw.log_json),
             "leave_on_terminate" => self.switch(source, key, &value, |raw| &mut raw.leave_on_terminate),
             "workers" => self.count(source, key, &value, |raw| &mut raw.workers),
@@ -254,6 +265,28 @@ impl Raw {
                 self.warn(source, &key, "has no effect: weft listens on ports.mesh, ports.http and ports.shared_http");
             }
             _ => self.unknown(source, &key),
+        }
+    }
+
+    /// Consul's `tls` block: of it, `defaults.ca_file` says whom checks believe.
+    fn tls(&mut self, source: &Source, value: Value) {
+        let Value::Object(map) = value else {
+            return self.mistyped(source, "tls", &value, "must be a block");
+        };
+        for (name, value) in map {
+            let key = format!("tls.{name}");
+            let Value::Object(mut inner) = value else {
+                self.mistyped(source, &key, &value, "must be a block");
+                continue;
+            };
+            if name == "defaults"
+                && let Some(value) = inner.remove("ca_file")
+            {
+                self.text(source, "tls.defaults.ca_file", value, |raw| &mut raw.ca_file);
+            }
+            for key in inner.keys().map(|inner| format!("{key}.{inner}")) {
+                self.warn(source, &key, "has no effect: the mesh has certificates of its own (weft ca init)");
+            }
         }
     }
 

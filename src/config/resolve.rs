@@ -7,6 +7,9 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject as _;
+
 use super::raw::{Given, Raw};
 use super::{
     ADMIN_TOKEN_BYTES_MIN, Config, ConfigError, DATACENTER_DEFAULT, DRAIN_TIMEOUT_DEFAULT, DRAIN_TIMEOUT_MAX,
@@ -16,8 +19,8 @@ use super::{
 };
 use crate::authz::Action;
 use crate::model::{NodeName, ServeScope, TrustDomain};
-use crate::registry::definition::{DefinitionDefaults, check_from_json, service_from_json};
-use crate::registry::{CheckDefinition, ServiceDefinition};
+use crate::registry::definition::{DefinitionDefaults, DefinitionError, check_from_json, service_from_json};
+use crate::registry::{CheckDefinition, CheckSettings, ScriptPolicy, ServiceDefinition};
 use crate::telemetry::{Chain, Filter, LogFormat};
 use crate::workload::{SOCKET_PATH_BYTES_MAX, WorkloadConfig};
 
@@ -65,6 +68,8 @@ pub(super) fn dev(node: NodeName, ip: IpAddr) -> Config {
         workload_api: None,
         services: Vec::new(),
         checks: Vec::new(),
+        scripts: ScriptPolicy::Off,
+        check_settings: CheckSettings::default(),
         log_filter: Filter::default(),
         log_format: LogFormat::Text,
         warnings: Vec::new(),
@@ -118,8 +123,10 @@ impl Resolver<'_> {
         let reconnect_timeout = self.reconnect_timeout();
         let workload_api = self.workload_api();
         let log_filter = self.parsed(self.raw.log_level.clone()).unwrap_or_default();
-        let services = self.services(addresses.upstream_ip);
-        let checks = self.checks(addresses.upstream_ip);
+        let scripts = self.scripts();
+        let check_settings = self.check_settings();
+        let services = self.services(addresses.upstream_ip, scripts);
+        let checks = self.checks(addresses.upstream_ip, scripts);
         let leaves = self.raw.leave_on_terminate.as_ref().is_none_or(|given| given.value);
         let json = self.raw.log_json.as_ref().is_some_and(|given| given.value);
         Some(Config {
@@ -145,6 +152,8 @@ impl Resolver<'_> {
             workload_api,
             services,
             checks,
+            scripts,
+            check_settings,
             log_filter,
             log_format: if json { LogFormat::Json } else { LogFormat::Text },
             warnings: std::mem::take(&mut self.raw.warnings),
@@ -512,7 +521,41 @@ impl Resolver<'_> {
         Some(WorkloadConfig { socket, group: group.map(|group| group.value) })
     }
 
-    fn services(&mut self, bind_ip: IpAddr) -> Vec<ServiceDefinition> {
+    fn scripts(&mut self) -> ScriptPolicy {
+        let is_on = |given: &Option<Given<bool>>| given.as_ref().is_some_and(|given| given.value);
+        match (is_on(&self.raw.enable_script_checks), is_on(&self.raw.enable_local_script_checks)) {
+            (true, _) => ScriptPolicy::All,
+            (false, true) => ScriptPolicy::Files,
+            (false, false) => ScriptPolicy::Off,
+        }
+    }
+
+    fn check_settings(&mut self) -> CheckSettings {
+        let mut settings = CheckSettings::default();
+        if let Some(given) = self.raw.ca_file.clone() {
+            let path = PathBuf::from(&given.value);
+            match CertificateDer::pem_file_iter(&path).map(|mut found| found.next()) {
+                Ok(Some(Ok(_))) => {}
+                Ok(Some(Err(error))) => self.refuse(&given, format!("is no file of certificates in PEM: {error}")),
+                Ok(None) => self.refuse(&given, "holds no certificate in PEM"),
+                Err(error) => self.refuse(&given, format!("cannot be read: {error}")),
+            }
+            settings.ca_file = Some(path);
+        }
+        for (given, slot) in [
+            (self.raw.docker_socket.clone(), &mut settings.docker_socket),
+            (self.raw.dbus_socket.clone(), &mut settings.dbus_socket),
+        ] {
+            let Some(given) = given else { continue };
+            *slot = PathBuf::from(given.value.strip_prefix("unix://").unwrap_or(&given.value));
+            if !slot.is_absolute() {
+                self.problems.push(given.problem("must be the absolute path of a unix socket"));
+            }
+        }
+        settings
+    }
+
+    fn services(&mut self, bind_ip: IpAddr, scripts: ScriptPolicy) -> Vec<ServiceDefinition> {
         let defaults = DefinitionDefaults { bind_ip };
         let mut services: Vec<ServiceDefinition> = Vec::new();
         for given in std::mem::take(&mut self.raw.services) {
@@ -522,14 +565,17 @@ impl Resolver<'_> {
                     let rule = "is the ID of another service of this configuration: give one of them an `id`";
                     self.problems.push(Problem::new(given.source, given.key + ".id", Some(id), rule));
                 }
-                Ok(service) => services.push(service),
-                Err(err) => self.refuse(&given, Chain(&err).to_string()),
+                Ok(service) => {
+                    self.may_run(&given, &service.checks, scripts);
+                    services.push(service);
+                }
+                Err(err) => self.problems.push(definition_problem(given, &err)),
             }
         }
         services
     }
 
-    fn checks(&mut self, bind_ip: IpAddr) -> Vec<CheckDefinition> {
+    fn checks(&mut self, bind_ip: IpAddr, scripts: ScriptPolicy) -> Vec<CheckDefinition> {
         let defaults = DefinitionDefaults { bind_ip };
         let mut checks: Vec<CheckDefinition> = Vec::new();
         for given in std::mem::take(&mut self.raw.checks) {
@@ -539,12 +585,38 @@ impl Resolver<'_> {
                     let rule = "is the ID of another check of this configuration: give one of them an `id`";
                     self.problems.push(Problem::new(given.source, given.key + ".id", Some(id), rule));
                 }
-                Ok(check) => checks.push(check),
-                Err(err) => self.refuse(&given, Chain(&err).to_string()),
+                Ok(check) => {
+                    self.may_run(&given, std::slice::from_ref(&check), scripts);
+                    checks.push(check);
+                }
+                Err(err) => self.problems.push(definition_problem(given, &err)),
             }
         }
         checks
     }
+
+    /// Notes checks that run programs where that is not allowed.
+    fn may_run(&mut self, given: &Given<serde_json::Value>, checks: &[CheckDefinition], scripts: ScriptPolicy) {
+        if scripts != ScriptPolicy::Off {
+            return;
+        }
+        for check in checks.iter().filter(|check| check.probe.runs_a_program()) {
+            let rule = format!(
+                "has a check that runs a program ({}): set enable_local_script_checks = true to allow those of the agent's files",
+                check.id
+            );
+            self.problems.push(Problem::new(given.source.clone(), given.key.clone(), None, rule));
+        }
+    }
+}
+
+/// Notes what is wrong with a service or check, at the field that is at fault.
+fn definition_problem(given: Given<serde_json::Value>, error: &DefinitionError) -> Problem {
+    let key = match error.path() {
+        Some(path) => format!("{}.{path}", given.key),
+        None => given.key.clone(),
+    };
+    Problem::new(given.source, key, None, Chain(error).to_string())
 }
 
 /// Tells whether `text` is a name, an address, or either with a port. Names are not looked up.

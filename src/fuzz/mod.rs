@@ -42,7 +42,7 @@ pub struct Target {
 }
 
 /// Every target.
-pub const TARGETS: [Target; 14] = [
+pub const TARGETS: [Target; 15] = [
     Target { name: "extension", run: crate::pki::fuzz::extension },
     Target { name: "chain", run: crate::pki::fuzz::chain },
     Target { name: "token", run: crate::pki::fuzz::token },
@@ -57,6 +57,7 @@ pub const TARGETS: [Target; 14] = [
     Target { name: "delta", run: gossip::delta },
     Target { name: "preamble", run: crate::proxy::fuzz::preamble },
     Target { name: "head", run: crate::proxy::fuzz::head },
+    Target { name: "definition", run: crate::registry::fuzz::definition },
 ];
 
 /// Whether the bytes were taken is for the tests of the corpus alone.

@@ -9,7 +9,8 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
-use crate::api::{Inspect, TokenUse};
+use super::reload::Reloader;
+use crate::api::{Inspect, Reload, TokenUse};
 use crate::authz::Action;
 use crate::clock::{self, UnixSeconds};
 use crate::gossip::{DocumentStore, DocumentsHandle, DocumentsParams, GossipHandle, PeerStore};
@@ -194,6 +195,15 @@ pub(super) fn inspect(inspector: Inspector) -> Inspect {
     Arc::new(move |source, destination| {
         let (inspector, question) = (inspector.clone(), Question { source, destination });
         Box::pin(async move { inspector.ask(&question).await.into_iter().map(shape).collect() })
+    })
+}
+
+/// Lets the API reload the configuration.
+pub(super) fn reload(reloader: &Arc<Reloader>) -> Reload {
+    let reloader = Arc::clone(reloader);
+    Arc::new(move || {
+        let reloader = Arc::clone(&reloader);
+        Box::pin(async move { reloader.reload().await.map_err(|error| error.to_string()) })
     })
 }
 

@@ -12,6 +12,7 @@
 mod authority;
 mod glue;
 mod identity;
+mod reload;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -39,6 +40,9 @@ use crate::transport::{self, BindError, BoundSockets, ControlTransport};
 use crate::workload::{WorkloadApi, WorkloadParams};
 
 pub use identity::IdentityError;
+pub use reload::{ConfigSource, ReloadError};
+
+use reload::Reloader;
 
 /// File descriptors that 16,384 connections on each of many workers need; the hard limit caps it.
 const OPEN_FILES_WANTED: u64 = 1 << 20;
@@ -103,6 +107,7 @@ pub struct Node {
     tunnels: OpenTunnels,
     on_terminate: OnTerminate,
     tasks: Tasks,
+    reloader: Arc<Reloader>,
     /// Cancelled when the API was asked to leave, or a task panicked.
     leaving: CancellationToken,
     /// Cancelled by [`Node::shutdown`].
@@ -132,12 +137,26 @@ impl Node {
     pub async fn start(config: Config) -> Result<Self, NodeError> {
         let stop = CancellationToken::new();
         let guard = stop.clone().drop_guard();
-        let node = Box::pin(Self::build(config, stop)).await?;
+        let node = Box::pin(Self::build(config, None, stop)).await?;
         guard.disarm();
         Ok(node)
     }
 
-    async fn build(config: Config, stop: CancellationToken) -> Result<Self, NodeError> {
+    /// Starts an agent as [`Node::start`] does, whose configuration `source` reads again at each reload.
+    ///
+    /// # Errors
+    /// As of [`Node::start`].
+    /// # Cancel safety
+    /// As of [`Node::start`].
+    pub async fn start_reloadable(config: Config, source: ConfigSource) -> Result<Self, NodeError> {
+        let stop = CancellationToken::new();
+        let guard = stop.clone().drop_guard();
+        let node = Box::pin(Self::build(config, Some(source), stop)).await?;
+        guard.disarm();
+        Ok(node)
+    }
+
+    async fn build(config: Config, source: Option<ConfigSource>, stop: CancellationToken) -> Result<Self, NodeError> {
         announce(&config);
         let (leaving, drain) = (CancellationToken::new(), CancellationToken::new());
         let tasks = Tasks::new(leaving.clone());
@@ -152,17 +171,10 @@ impl Node {
         let info = node_info(&config, &store, issuer.load().is_some())?;
         let first_index = clock::wall_ms();
 
-        let scope_of = Arc::clone(&identity);
-        let params = RegistryParams {
-            store: store.clone(),
-            scope: Arc::new(move || scope_of.authority().scope().clone()),
-            config_services: config.services.clone(),
-            metrics: metrics.clone(),
-            tasks: tasks.clone(),
-            stop: stop.clone(),
-            first_index,
-        };
-        let (registry, publication) = start_registry(&config, params).await?;
+        let stopping = (tasks.clone(), stop.clone());
+        let (registry, publication) =
+            start_registry(&config, &store, &identity, &metrics, (stopping, first_index)).await?;
+        let reloader = Arc::new(Reloader::new(source, config.clone(), registry.clone()));
         let control = ControlTransport::new(sockets.control, Arc::clone(&identity), reset_key)?;
         control.register(&metrics).map_err(part("transport's metrics"))?;
         let connections = glue::Connections::new(&control, &metrics).map_err(part("identity's metrics"))?;
@@ -186,6 +198,7 @@ impl Node {
         let documents = glue::documents(documents, &store, &connections, &issuer, config.default_policy);
         let (gossip, snapshot) = Gossip::start(params, documents, &metrics, &tasks).map_err(part("gossip"))?;
         let joins = glue::join_server(&issuer, &identity, &gossip, &info, &store);
+        tasks.spawn("aliases", until(stop.clone(), registry.clone().follow_catalogue(snapshot.clone())));
         tasks.spawn("accept", glue::accept(control.clone(), incoming_tx, joins, tasks.clone(), stop.clone()));
         let expiry = identity::expiry_gauge(&metrics, &identity).map_err(part("identity's metrics"))?;
         let renewal = identity::Renewal {
@@ -225,6 +238,7 @@ impl Node {
             tunnels: proxy.tunnels(),
             on_terminate: config.on_terminate,
             tasks,
+            reloader,
             leaving,
             terminated: CancellationToken::new(),
             drain,
@@ -307,6 +321,7 @@ impl Node {
             token_uses: Arc::new(move || glue::token_uses(&store)),
             policy_key,
             inspect: glue::inspect(proxy.inspector()),
+            reload: glue::reload(&self.reloader),
             shutdown: self.leaving.clone(),
             tasks: &self.tasks,
             stop: self.stop.clone(),
@@ -350,6 +365,17 @@ impl Node {
         self.tunnels.list()
     }
 
+    /// Reads the configuration again: services, checks, log level, the CA file of checks. What takes a restart stays as it
+    /// is and is named in what is returned.
+    ///
+    /// # Errors
+    /// [`ReloadError`]; nothing is changed then.
+    /// # Cancel safety
+    /// A cancelled reload may or may not have taken effect.
+    pub async fn reload(&self) -> Result<Vec<String>, ReloadError> {
+        self.reloader.reload().await
+    }
+
     /// Asks the node to stop, as a termination signal does; [`Node::run_until_stopped`] does it.
     pub fn shutdown(&self) {
         self.terminated.cancel();
@@ -391,16 +417,35 @@ impl Node {
     }
 }
 
-/// Starts the registry with the checks of the config files.
+/// Starts the registry with what the config files define.
 async fn start_registry(
     config: &Config,
-    params: RegistryParams,
+    store: &Store,
+    identity: &Arc<Identity>,
+    metrics: &Metrics,
+    ((tasks, stop), first_index): ((Tasks, CancellationToken), u64),
 ) -> Result<(RegistryHandle, watch::Receiver<Arc<Publication>>), NodeError> {
-    let (registry, publication) = Registry::start(params).await.map_err(part("registry"))?;
-    for check in &config.checks {
-        registry.register_check(check.clone()).await.map_err(part("checks of the config files"))?;
+    let scope_of = Arc::clone(identity);
+    let params = RegistryParams {
+        store: store.clone(),
+        scope: Arc::new(move || scope_of.authority().scope().clone()),
+        node: config.node_name.clone(),
+        config: reload::definitions(config),
+        check_settings: config.check_settings.clone(),
+        metrics: metrics.clone(),
+        tasks,
+        stop,
+        first_index,
+    };
+    Registry::start(params).await.map_err(part("registry"))
+}
+
+/// Runs `task` until it or `stop` ends it.
+async fn until(stop: CancellationToken, task: impl Future<Output = ()>) {
+    tokio::select! {
+        () = stop.cancelled() => {}
+        () = task => {}
     }
-    Ok((registry, publication))
 }
 
 /// Logs what the node starts with.

@@ -14,24 +14,28 @@
 
 mod checks;
 pub mod definition;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod metrics;
 mod rules;
 mod task;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::catalogue::LocalView;
+use crate::catalogue::{LocalView, SnapshotReader};
 use crate::metrics::Metrics;
-use crate::model::{CheckId, Entry, EntryKey, HealthStatus, InstanceId, ServeScope};
+use crate::model::{CheckId, Entry, EntryKey, HealthStatus, InstanceId, NodeName, ServeScope};
 use crate::store::Store;
 use crate::supervise::Tasks;
 
-pub use self::definition::{CheckDefinition, Probe, ServiceDefinition, UpstreamDefinition};
+pub use self::checks::CheckSettings;
+use self::checks::alias::{self, AliasTarget};
+pub use self::definition::{CheckDefinition, Probe, ServiceDefinition, Target, UpstreamDefinition};
 pub use self::rules::RECORDS_BYTES_MAX;
 use self::task::{Command, Order};
 
@@ -53,7 +57,7 @@ pub struct LocalService {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LocalCheck {
     /// As registered.
-    pub definition: CheckDefinition,
+    pub definition: Arc<CheckDefinition>,
     /// Thresholds applied.
     pub status: HealthStatus,
     /// The last output, cut to `output_bytes_max`.
@@ -127,14 +131,43 @@ pub enum RegistryError {
 /// Tells which services this node may serve, as its certificate says at the moment.
 pub type ScopeSource = Arc<dyn Fn() -> ServeScope + Send + Sync>;
 
+/// Which checks may run programs of this host (`script`) or of its containers (`docker`).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum ScriptPolicy {
+    /// None.
+    #[default]
+    Off,
+    /// Those of config files (`enable_local_script_checks`).
+    Files,
+    /// All (`enable_script_checks`): whoever may register a check runs programs as the agent's user.
+    All,
+}
+
+/// What the node's files define; replaced as a whole at a reload.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ConfigDefinitions {
+    /// Services, ids unique.
+    pub services: Vec<ServiceDefinition>,
+    /// Checks that stand alone, ids unique.
+    pub checks: Vec<CheckDefinition>,
+    /// Which checks may run programs.
+    pub scripts: ScriptPolicy,
+    /// What checks use of the host; none: as before.
+    pub settings: Option<CheckSettings>,
+}
+
 /// What the registry needs.
 pub struct RegistryParams {
     /// Where registrations are kept.
     pub store: Store,
     /// What this node may serve: `identity.authority().scope()`.
     pub scope: ScopeSource,
-    /// Services from the node's files: not stored, replaced at a reload.
-    pub config_services: Vec<ServiceDefinition>,
+    /// This node's name.
+    pub node: NodeName,
+    /// Services and checks from the node's files: not stored, replaced at a reload.
+    pub config: ConfigDefinitions,
+    /// What checks use of the host.
+    pub check_settings: CheckSettings,
     /// Where the counters go.
     pub metrics: Metrics,
     /// Owns the registry's task.
@@ -147,9 +180,9 @@ pub struct RegistryParams {
 
 impl fmt::Debug for RegistryParams {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { store, config_services, first_index, .. } = self;
+        let Self { store, config, first_index, .. } = self;
         let mut out = f.debug_struct("RegistryParams");
-        out.field("store", store).field("config_services", config_services).field("first_index", first_index);
+        out.field("store", store).field("config", config).field("first_index", first_index);
         out.finish_non_exhaustive()
     }
 }
@@ -163,6 +196,9 @@ pub enum RegistryStartError {
     /// A service of a config file is refused.
     #[error("a service of the config files is refused")]
     Config(#[source] RegistryError),
+    /// What checks use of the host cannot be used.
+    #[error("cannot prepare the checks: {0}")]
+    Checks(String),
     /// A metric's name is taken.
     #[error("cannot add the registry's metrics")]
     Metrics(#[source] prometheus::Error),
@@ -189,9 +225,9 @@ impl Registry {
         let tasks = params.tasks.clone();
         let stop = params.stop.clone();
         let task = task::Task::load(params, receiver).await?;
-        let (state, publication) = task.subscribe();
+        let (state, publication, aliases) = task.subscribe();
         tasks.spawn("registry", task.run(stop));
-        Ok((RegistryHandle { state, commands }, publication))
+        Ok((RegistryHandle { state, aliases, commands }, publication))
     }
 }
 
@@ -199,6 +235,8 @@ impl Registry {
 #[derive(Debug, Clone)]
 pub struct RegistryHandle {
     state: watch::Receiver<Arc<LocalState>>,
+    /// What alias checks follow on other nodes.
+    aliases: watch::Receiver<Arc<BTreeSet<AliasTarget>>>,
     commands: mpsc::Sender<Command>,
 }
 
@@ -252,12 +290,45 @@ impl RegistryHandle {
         self.order(Order::UpdateTtl { id, status, output }).await
     }
 
-    /// Replaces the services that came from config files (reload); all of them, or none if one is refused.
+    /// Replaces what came from config files (reload); all of it, or nothing if a part is refused.
+    ///
+    /// What is unchanged is not touched: its checks run on. The status of a check that changed stays.
     ///
     /// # Errors
-    /// [`RegistryError`]; nothing is changed then.
-    pub async fn replace_config(&self, services: Vec<ServiceDefinition>) -> Result<(), RegistryError> {
-        self.order(Order::ReplaceConfig { services }).await
+    /// [`RegistryError`]; nothing is changed then, unless it is `Store` or `Closed`.
+    pub async fn replace_config(&self, config: ConfigDefinitions) -> Result<(), RegistryError> {
+        self.order(Order::ReplaceConfig(Box::new(config))).await
+    }
+
+    /// Lets the alias checks that stand for something on another node follow the catalogue; ends with the registry.
+    ///
+    /// # Cancel safety
+    /// Cancel safe.
+    pub async fn follow_catalogue(self, snapshot: SnapshotReader) {
+        let (mut targets, mut snapshots) = (self.aliases.clone(), snapshot.subscribe());
+        let mut told = BTreeMap::new();
+        loop {
+            let wanted = Arc::clone(&targets.borrow_and_update());
+            let snapshot = Arc::clone(&snapshots.borrow_and_update());
+            let found: BTreeMap<_, _> =
+                wanted.iter().map(|target| (target.clone(), alias::remote(&snapshot, target))).collect();
+            if found != told {
+                told.clone_from(&found);
+                if self.order(Order::NoteRemote { statuses: found }).await.is_err() {
+                    return;
+                }
+            }
+            // A snapshot comes with every change of the mesh: where nothing is followed nothing is looked at.
+            let changed =
+                async { if told.is_empty() { std::future::pending().await } else { snapshots.changed().await } };
+            let woken = tokio::select! {
+                woken = targets.changed() => woken,
+                woken = changed => woken,
+            };
+            if woken.is_err() {
+                return;
+            }
+        }
     }
 
     /// Returns what is registered.
@@ -265,7 +336,7 @@ impl RegistryHandle {
         Arc::clone(&self.state.borrow())
     }
 
-    /// Returns a receiver that wakes at each change (output included).
+    /// Returns a receiver that wakes at each change of a service or a status; outputs change under it without a word.
     pub fn subscribe(&self) -> watch::Receiver<Arc<LocalState>> {
         self.state.clone()
     }

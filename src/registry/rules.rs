@@ -2,16 +2,82 @@
 
 use std::collections::BTreeMap;
 
-use super::{CheckDefinition, RegistryError, ServiceDefinition, UpstreamDefinition};
-use crate::model::{CheckId, CheckRecord, Entry, HealthStatus, ServeScope};
+use super::task::Origin;
+use super::{CheckDefinition, Probe, RegistryError, ScriptPolicy, ServiceDefinition, UpstreamDefinition};
+use crate::model::{CheckId, CheckRecord, Entry, HealthStatus, InstanceId, ServeScope};
 use crate::wire;
 
 /// Most bytes that a node's services and checks take on the wire: the node's state is bounded to 64 KiB, and its own
 /// facts need the rest.
 pub const RECORDS_BYTES_MAX: usize = 60 * 1024;
 
+/// The id of a service's checks told as one begins so.
+const SUM_PREFIX: &str = "checks:";
+/// The id of the node's own checks told as one.
+const SUM_OF_NODE: &str = "checks";
+
 /// Most bytes of one definition on disk: its request bodies and headers are not in the records.
 const DEFINITION_BYTES_MAX: usize = 64 * 1024;
+
+/// How checks are told to other nodes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Spread {
+    /// Each check by itself.
+    Each,
+    /// All checks of a service, or of the node, as one: with each by itself the node's records would be too large.
+    Summed,
+}
+
+/// Returns the checks of each service, and of the node, as one record: the worst of them. What is set by hand stays by
+/// itself.
+pub(super) fn summed_records<'a>(
+    checks: impl Iterator<Item = (&'a CheckDefinition, HealthStatus)>,
+) -> Vec<CheckRecord> {
+    let mut records = Vec::new();
+    let mut sums: BTreeMap<Option<&InstanceId>, (usize, HealthStatus)> = BTreeMap::new();
+    for (definition, status) in checks {
+        if definition.probe == Probe::Static {
+            records.push(check_record(definition, status));
+            continue;
+        }
+        let (count, worst) = sums.entry(definition.service.as_ref()).or_insert((0, status));
+        *count += 1;
+        *worst = (*worst).max(status);
+    }
+    let sum = |(service, (count, status)): (Option<&InstanceId>, (usize, HealthStatus))| {
+        let id = match service {
+            Some(service) => format!("{SUM_PREFIX}{service}"),
+            None => SUM_OF_NODE.to_owned(),
+        };
+        Some(CheckRecord {
+            id: id.parse().ok()?,
+            name: format!("{count} checks").into(),
+            status,
+            notes: "".into(),
+            service: service.cloned(),
+            kind: "summary".into(),
+        })
+    };
+    records.extend(sums.into_iter().filter_map(sum));
+    records
+}
+
+/// Refuses checks that run programs where the agent's configuration does not allow them.
+pub(super) fn may_run(checks: &[CheckDefinition], policy: ScriptPolicy, origin: Origin) -> Result<(), RegistryError> {
+    let allowed = match origin {
+        Origin::Api => policy == ScriptPolicy::All,
+        Origin::Config => policy != ScriptPolicy::Off,
+    };
+    match checks.iter().find(|check| check.probe.runs_a_program()) {
+        Some(check) if !allowed => {
+            let (id, kind) = (check.id.as_str(), check.probe.kind());
+            Err(RegistryError::Invalid(format!(
+                "Invalid check: {id:?} is a {kind} check, and checks that run programs are disabled on this agent: set enable_script_checks = true in its configuration, or enable_local_script_checks = true for those of its files alone"
+            )))
+        }
+        _ => Ok(()),
+    }
+}
 
 /// Returns a check as other nodes see it.
 pub(super) fn check_record(definition: &CheckDefinition, status: HealthStatus) -> CheckRecord {
@@ -34,8 +100,11 @@ pub(super) fn in_scope(service: &ServiceDefinition, scope: &ServeScope) -> Resul
     Err(RegistryError::OutOfScope { service: name.to_owned(), scope: scope.to_string() })
 }
 
-/// Holds all services and the checks that stand alone against each other.
-pub(super) fn hold_together(services: &[&ServiceDefinition], alone: &[&CheckDefinition]) -> Result<(), RegistryError> {
+/// Holds all services and the checks that stand alone against each other; tells how the checks fit into the records.
+pub(super) fn hold_together(
+    services: &[&ServiceDefinition],
+    alone: &[&CheckDefinition],
+) -> Result<Spread, RegistryError> {
     check_ids_are_unique(services, alone)?;
     upstreams_do_not_collide(services)?;
     sizes_are_bounded(services, alone)
@@ -89,11 +158,9 @@ fn upstreams_do_not_collide(services: &[&ServiceDefinition]) -> Result<(), Regis
     Ok(())
 }
 
-fn sizes_are_bounded(services: &[&ServiceDefinition], alone: &[&CheckDefinition]) -> Result<(), RegistryError> {
+fn sizes_are_bounded(services: &[&ServiceDefinition], alone: &[&CheckDefinition]) -> Result<Spread, RegistryError> {
     let bytes_of = |entry: &Entry| wire::encode(&(entry.key(), entry)).map_or(usize::MAX, |bytes| bytes.len());
-    let check_bytes =
-        |check: &CheckDefinition| bytes_of(&Entry::Check(check_record(check, HealthStatus::Critical).into()));
-    let mut total = alone.iter().fold(0, |sum: usize, check| sum.saturating_add(check_bytes(check)));
+    let sum = |sizes: &mut dyn Iterator<Item = usize>| sizes.fold(0_usize, usize::saturating_add);
     for service in services {
         let bytes = wire::encode(service).map_or(usize::MAX, |bytes| bytes.len());
         if bytes > DEFINITION_BYTES_MAX {
@@ -102,8 +169,6 @@ fn sizes_are_bounded(services: &[&ServiceDefinition], alone: &[&CheckDefinition]
                 "Invalid service: {id:?} has a definition of {bytes} bytes; at most {DEFINITION_BYTES_MAX} are kept"
             )));
         }
-        total = total.saturating_add(bytes_of(&Entry::Service(service.record.clone().into())));
-        total = service.checks.iter().fold(total, |sum, check| sum.saturating_add(check_bytes(check)));
     }
     for check in alone {
         let bytes = wire::encode(check).map_or(usize::MAX, |bytes| bytes.len());
@@ -114,10 +179,20 @@ fn sizes_are_bounded(services: &[&ServiceDefinition], alone: &[&CheckDefinition]
             )));
         }
     }
+    let own = sum(&mut services.iter().map(|service| bytes_of(&Entry::Service(service.record.clone().into()))));
+    // A status takes as many bytes whatever it is, so that no result changes how checks are told.
+    let checks = || services.iter().flat_map(|service| &service.checks).chain(alone.iter().copied());
+    let status = HealthStatus::Critical;
+    let each = sum(&mut checks().map(|check| bytes_of(&Entry::Check(check_record(check, status).into()))));
+    if own.saturating_add(each) <= RECORDS_BYTES_MAX {
+        return Ok(Spread::Each);
+    }
+    let summed = summed_records(checks().map(|check| (check, status)));
+    let total = own.saturating_add(sum(&mut summed.into_iter().map(|record| bytes_of(&Entry::Check(record.into())))));
     if total > RECORDS_BYTES_MAX {
         return Err(RegistryError::Invalid(format!(
             "this node's services and checks would take {total} bytes; at most {RECORDS_BYTES_MAX} are spread through the mesh: deregister some, or shorten tags, meta and notes"
         )));
     }
-    Ok(())
+    Ok(Spread::Summed)
 }

@@ -14,14 +14,16 @@ struct Rig {
 }
 
 impl Rig {
-    async fn try_start(store: &Store, scope: &str, config: Vec<ServiceDefinition>) -> Result<Self, RegistryStartError> {
+    async fn try_start(store: &Store, scope: &str, config: ConfigDefinitions) -> Result<Self, RegistryStartError> {
         let stop = CancellationToken::new();
         let tasks = Tasks::new(stop.clone());
         let scope: ServeScope = scope.parse().unwrap();
         let params = RegistryParams {
             store: store.clone(),
             scope: Arc::new(move || scope.clone()),
-            config_services: config,
+            node: "n1".parse().unwrap(),
+            config,
+            check_settings: CheckSettings::default(),
             metrics: Metrics::new(),
             tasks: tasks.clone(),
             stop: stop.clone(),
@@ -32,7 +34,7 @@ impl Rig {
     }
 
     async fn start(store: &Store) -> Self {
-        Self::try_start(store, "*", Vec::new()).await.unwrap()
+        Self::try_start(store, "*", ConfigDefinitions::default()).await.unwrap()
     }
 
     async fn stop(self) {
@@ -59,6 +61,10 @@ impl Rig {
 
 fn with_ttl(name: &str) -> ServiceDefinition {
     service(&json!({"Name": name, "Port": 80, "Check": {"TTL": "15s"}}))
+}
+
+fn files(services: Vec<ServiceDefinition>) -> ConfigDefinitions {
+    ConfigDefinitions { services, ..ConfigDefinitions::default() }
 }
 
 fn id(name: &str) -> InstanceId {
@@ -112,7 +118,7 @@ async fn a_service_that_stays_critical_is_deregistered() {
 #[tokio::test]
 async fn a_service_outside_the_scope_is_refused_and_not_kept() {
     let store = Store::in_memory().unwrap();
-    let rig = Rig::try_start(&store, "web,api-*", Vec::new()).await.unwrap();
+    let rig = Rig::try_start(&store, "web,api-*", ConfigDefinitions::default()).await.unwrap();
     let error = rig.handle.register_service(named("db"), false).await.unwrap_err();
     assert_eq!(error, RegistryError::OutOfScope { service: "db".into(), scope: "web,api-*".into() });
     assert!(store.services().unwrap().is_empty() && rig.handle.state().services.is_empty());
@@ -120,10 +126,10 @@ async fn a_service_outside_the_scope_is_refused_and_not_kept() {
     rig.stop().await;
 
     // The certificate became narrower: what is stored stays stored, and is not published.
-    let rig = Rig::try_start(&store, "web", Vec::new()).await.unwrap();
+    let rig = Rig::try_start(&store, "web", ConfigDefinitions::default()).await.unwrap();
     assert!(rig.publication.borrow().records.is_empty());
     assert_eq!(store.services().unwrap().len(), 1);
-    let refused = Rig::try_start(&store, "web", vec![named("db")]).await;
+    let refused = Rig::try_start(&store, "web", files(vec![named("db")])).await;
     assert!(matches!(refused, Err(RegistryStartError::Config(RegistryError::OutOfScope { .. }))));
 }
 
@@ -222,12 +228,12 @@ async fn unknown_ids_are_named() {
 #[tokio::test]
 async fn a_reload_replaces_the_files_services_and_only_those() {
     let store = Store::in_memory().unwrap();
-    let rig = Rig::try_start(&store, "*", vec![named("file-1"), with_ttl("file-2")]).await.unwrap();
+    let rig = Rig::try_start(&store, "*", files(vec![named("file-1"), with_ttl("file-2")])).await.unwrap();
     rig.handle.register_service(named("api"), false).await.unwrap();
     rig.pass("service:file-2").await;
     assert!(matches!(rig.handle.register_service(named("file-1"), false).await, Err(RegistryError::Invalid(_))));
-    assert!(matches!(rig.handle.replace_config(vec![named("api")]).await, Err(RegistryError::Invalid(_))));
-    rig.handle.replace_config(vec![with_ttl("file-2"), named("file-3")]).await.unwrap();
+    assert!(matches!(rig.handle.replace_config(files(vec![named("api")])).await, Err(RegistryError::Invalid(_))));
+    rig.handle.replace_config(files(vec![with_ttl("file-2"), named("file-3")])).await.unwrap();
     let names: Vec<_> = rig.handle.state().services.keys().map(ToString::to_string).collect();
     assert_eq!(names, ["api", "file-2", "file-3"]);
     assert_eq!(rig.status("service:file-2"), HealthStatus::Passing);
@@ -246,5 +252,210 @@ async fn a_tcp_check_runs_by_itself_and_stops_with_its_service() {
     assert!(metrics_text(&rig).contains("Success"));
     rig.handle.deregister_service(id("web")).await.unwrap();
     assert!(rig.publication.borrow().records.is_empty());
+    rig.stop().await;
+}
+
+fn alias(id: &str, of: &str, node: Option<&str>) -> CheckDefinition {
+    let mut check = ttl_check(id, None, 10);
+    check.probe = Probe::Alias { node: node.map(str::to_owned), service: Some(of.parse().unwrap()) };
+    check
+}
+
+#[tokio::test]
+async fn an_alias_follows_its_service_at_once() {
+    let rig = Rig::start(&Store::in_memory().unwrap()).await;
+    rig.handle.register_check(alias("follows", "web", None)).await.unwrap();
+    rig.handle.register_check(alias("own-name", "web", Some("n1"))).await.unwrap();
+    assert!(rig.handle.state().checks["follows"].output.contains("there is no service with the ID \"web\""));
+    rig.handle.register_service(with_ttl("web"), false).await.unwrap();
+    rig.pass("service:web").await;
+    // An order is answered when what follows from it is published.
+    assert_eq!((rig.status("follows"), rig.status("own-name")), (HealthStatus::Passing, HealthStatus::Passing));
+    let check = || "service:web".parse().unwrap();
+    rig.handle.update_ttl(check(), HealthStatus::Warning, String::new()).await.unwrap();
+    assert_eq!(rig.status("follows"), HealthStatus::Warning);
+    assert_eq!(rig.publication.borrow().records.len(), 4);
+    rig.handle.deregister_service(id("web")).await.unwrap();
+    assert_eq!(rig.status("follows"), HealthStatus::Critical);
+    rig.stop().await;
+}
+
+#[tokio::test]
+async fn an_alias_of_another_node_follows_the_catalogue() {
+    use crate::catalogue::{Instance, NodeEntry, Publisher, ServiceEntry, Snapshot};
+    use crate::model::{CheckRecord, MemberStatus, NodeInfo};
+    let rig = Rig::start(&Store::in_memory().unwrap()).await;
+    let info = NodeInfo {
+        id: "a-uuid".to_owned(),
+        name: "n2".parse().unwrap(),
+        mesh_addr: "10.0.0.2:8301".parse().unwrap(),
+        datacenter: "dc1".to_owned(),
+        meta: BTreeMap::new(),
+        build: String::new(),
+        issuer: false,
+    };
+    let snapshot = |status: HealthStatus, member: MemberStatus| {
+        let node = Arc::new(NodeEntry {
+            info: info.clone().into(),
+            status: member,
+            generation: crate::model::Generation::default(),
+            checks: Vec::new(),
+            create_index: 1,
+            modify_index: 1,
+        });
+        let check = CheckRecord {
+            id: "service:db".parse().unwrap(),
+            name: "".into(),
+            status,
+            notes: "".into(),
+            service: Some(id("db")),
+            kind: "tcp".into(),
+        };
+        let record = named("db").record;
+        let (name, protocol) = (record.name.clone(), record.protocol);
+        let (create_index, modify_index) = (1, 1);
+        let instance = Instance {
+            node: Arc::clone(&node),
+            record: record.into(),
+            checks: [check.into()].into(),
+            status,
+            create_index,
+            modify_index,
+        };
+        let service = ServiceEntry { name: name.clone(), protocol, instances: vec![Arc::new(instance)], modify_index };
+        Arc::new(Snapshot {
+            nodes: BTreeMap::from([(info.name.clone(), node)]),
+            services: BTreeMap::from([(name, Arc::new(service))]),
+            ..Snapshot::empty("n1".parse().unwrap())
+        })
+    };
+    let publisher = Publisher::new(snapshot(HealthStatus::Passing, MemberStatus::Alive));
+    rig.tasks.spawn("aliases", rig.handle.clone().follow_catalogue(publisher.reader()));
+    rig.handle.register_check(alias("by-name", "db", Some("n2"))).await.unwrap();
+    rig.handle.register_check(alias("by-id", "db", Some("a-uuid"))).await.unwrap();
+    let both = |want| move |state: &LocalState| ["by-name", "by-id"].iter().all(|id| state.checks[*id].status == want);
+    rig.wait_for(both(HealthStatus::Passing)).await;
+    publisher.publish(snapshot(HealthStatus::Critical, MemberStatus::Alive));
+    rig.wait_for(both(HealthStatus::Critical)).await;
+    publisher.publish(snapshot(HealthStatus::Warning, MemberStatus::Alive));
+    rig.wait_for(both(HealthStatus::Warning)).await;
+    publisher.publish(snapshot(HealthStatus::Passing, MemberStatus::Failed));
+    rig.wait_for(both(HealthStatus::Critical)).await;
+    rig.stop().await;
+}
+
+#[tokio::test]
+async fn a_reload_removes_the_files_checks_and_keeps_those_of_the_api() {
+    let store = Store::in_memory().unwrap();
+    let config = |checks: Vec<CheckDefinition>| ConfigDefinitions { checks, ..files(vec![named("web")]) };
+    let of_files = vec![ttl_check("disk", None, 60), ttl_check("web-up", Some("web"), 60)];
+    let rig = Rig::try_start(&store, "*", config(of_files.clone())).await.unwrap();
+    rig.handle.register_check(ttl_check("api", None, 60)).await.unwrap();
+    for check in ["disk", "web-up"] {
+        rig.pass(check).await;
+    }
+    let error = rig.handle.register_check(ttl_check("disk", None, 5)).await.unwrap_err();
+    assert!(error.to_string().contains("comes from a config file"), "{error}");
+    let error = rig.handle.replace_config(config(vec![ttl_check("x", Some("nope"), 9)])).await.unwrap_err();
+    assert!(error.to_string().contains("about service \"nope\", which is not here"), "{error}");
+    assert_eq!(rig.handle.state().checks.len(), 3, "what is refused changes nothing");
+    let mut changed = of_files[1].clone();
+    changed.notes = "other".to_owned();
+    rig.handle.replace_config(config(vec![changed])).await.unwrap();
+    let ids: Vec<_> = rig.handle.state().checks.keys().map(ToString::to_string).collect();
+    assert_eq!(ids, ["api", "web-up"]);
+    assert_eq!(rig.status("web-up"), HealthStatus::Passing);
+    rig.stop().await;
+    // Nothing of the files is on disk.
+    assert_eq!(store.checks().unwrap().len(), 1);
+    assert!(store.services().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn an_unchanged_check_runs_on_over_a_reload() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let target = listener.local_addr().unwrap().to_string();
+    let web = service(&json!({"Name": "web", "Port": 80, "Check": {"TCP": target, "Interval": "1s"}}));
+    let rig = Rig::try_start(&Store::in_memory().unwrap(), "*", files(vec![web.clone()])).await.unwrap();
+    rig.wait_for(|state| state.checks["service:web"].status == HealthStatus::Passing).await;
+    let before = Arc::clone(&rig.handle.state().checks["service:web"]);
+    rig.handle.replace_config(files(vec![named("other"), web])).await.unwrap();
+    // The very same value: it was not made anew.
+    assert!(Arc::ptr_eq(&before, &rig.handle.state().checks["service:web"]));
+    rig.stop().await;
+}
+
+#[tokio::test]
+async fn programs_run_only_where_the_configuration_allows_them() {
+    let script = || service(&json!({"Name": "web", "Port": 80, "Check": {"Args": ["true"], "Interval": "1s"}}));
+    let store = Store::in_memory().unwrap();
+    let rig = Rig::start(&store).await;
+    let error = rig.handle.register_service(script(), false).await.unwrap_err().to_string();
+    assert!(error.starts_with("Invalid check: \"service:web\" is a script check"), "{error}");
+    assert!(rig.handle.replace_config(files(vec![script()])).await.is_err());
+    let local = ConfigDefinitions { scripts: ScriptPolicy::Files, ..files(vec![script()]) };
+    rig.handle.replace_config(local).await.unwrap();
+    rig.wait_for(|state| state.checks["service:web"].status == HealthStatus::Passing).await;
+    let mut other = script();
+    other.record.id = id("other");
+    other.checks[0].id = "other".parse().unwrap();
+    other.checks[0].service = Some(id("other"));
+    assert!(rig.handle.register_service(other.clone(), false).await.is_err());
+    let all = ConfigDefinitions { scripts: ScriptPolicy::All, ..files(vec![script()]) };
+    rig.handle.replace_config(all).await.unwrap();
+    rig.handle.register_service(other, false).await.unwrap();
+    rig.stop().await;
+    // A restart without the right leaves it on disk and does not run it.
+    let rig = Rig::start(&store).await;
+    assert!(rig.handle.state().services.is_empty());
+    assert_eq!(store.services().unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn a_kind_that_the_host_lacks_is_refused_by_the_api_alone() {
+    let docker = json!({"DockerContainerID": "x", "Args": ["y"], "Interval": "1s"});
+    let definition = service(&json!({"Name": "web", "Port": 80, "Check": docker}));
+    let settings = CheckSettings { docker_socket: "/nonexistent/docker.sock".into(), ..CheckSettings::default() };
+    let config = ConfigDefinitions { scripts: ScriptPolicy::All, settings: Some(settings), ..files(Vec::new()) };
+    let rig = Rig::start(&Store::in_memory().unwrap()).await;
+    rig.handle.replace_config(config.clone()).await.unwrap();
+    let error = rig.handle.register_service(definition.clone(), false).await.unwrap_err().to_string();
+    assert!(error.starts_with("Invalid check: docker checks need the Docker Engine"), "{error}");
+    // The engine may start after the agent.
+    rig.handle.replace_config(ConfigDefinitions { services: vec![definition], ..config }).await.unwrap();
+    assert_eq!(rig.handle.state().checks.len(), 1);
+    rig.stop().await;
+}
+
+#[tokio::test]
+async fn checks_that_do_not_fit_into_the_nodes_records_are_told_as_one() {
+    let checks: Vec<_> =
+        (0..1500).map(|at| json!({"CheckID": format!("web:{at}"), "TTL": "1h", "Status": "passing"})).collect();
+    let web = |checks: &[serde_json::Value], id: &str| {
+        let mut value = json!({"ID": id, "Name": "web", "Port": 80, "Checks": checks});
+        for check in value["Checks"].as_array_mut().unwrap() {
+            check["CheckID"] = json!(format!("{id}{}", check["CheckID"].as_str().unwrap()));
+        }
+        service(&value)
+    };
+    let rig = Rig::start(&Store::in_memory().unwrap()).await;
+    for part in checks.chunks(500).enumerate() {
+        rig.handle.register_service(web(part.1, &format!("web-{}", part.0)), false).await.unwrap();
+    }
+    let records = rig.publication.borrow().records.clone();
+    assert_eq!((rig.handle.state().checks.len(), records.len()), (1500, 6));
+    let sum = |rig: &Rig| match &rig.publication.borrow().records[&EntryKey::Check("checks:web-1".parse().unwrap())] {
+        Entry::Check(record) => (record.name.clone(), record.status),
+        _ => panic!("a check"),
+    };
+    assert_eq!(sum(&rig), ("500 checks".into(), HealthStatus::Passing));
+    let one: CheckId = "web-1web:700".parse().unwrap();
+    rig.handle.update_ttl(one.clone(), HealthStatus::Warning, String::new()).await.unwrap();
+    assert_eq!(sum(&rig).1, HealthStatus::Warning);
+    rig.handle.update_ttl(one, HealthStatus::Passing, String::new()).await.unwrap();
+    assert_eq!(sum(&rig).1, HealthStatus::Passing);
+    rig.handle.deregister_service(id("web-0")).await.unwrap();
+    rig.handle.deregister_service(id("web-2")).await.unwrap();
+    assert_eq!(rig.publication.borrow().records.len(), 501, "each by itself where there is room");
     rig.stop().await;
 }

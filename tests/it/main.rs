@@ -18,6 +18,7 @@
 
 mod agent;
 mod app;
+mod checks;
 mod docs;
 mod http;
 mod imports;

@@ -1,6 +1,4 @@
-//! The HTTP check: one request over plain TCP, redirects followed.
-
-use std::collections::BTreeMap;
+//! The HTTP check: one request over TCP, with TLS for https; redirects followed.
 
 use bytes::Bytes;
 use futures_util::future::{Either, select};
@@ -8,67 +6,52 @@ use http::header::{AUTHORIZATION, COOKIE, HOST, LOCATION, PROXY_AUTHORIZATION, U
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri};
 use http_body_util::{BodyExt as _, Full};
 use hyper_util::rt::TokioIo;
-use tokio::net::TcpStream;
 
+use super::net::Tools;
 use super::state::Outcome;
 use crate::model::HealthStatus;
-use crate::registry::definition::OUTPUT_BYTES_MAX;
+use crate::registry::definition::{HttpTarget, OUTPUT_BYTES_MAX, TlsOptions};
 
 /// Most redirects that one run follows (Go's default, so Consul's).
 const REDIRECTS_MAX: usize = 10;
 /// Largest response head, in bytes.
 const HEAD_BYTES_MAX: usize = 64 * 1024;
 
-/// What is asked.
-pub(super) struct Request<'a> {
-    pub(super) url: &'a str,
-    pub(super) method: &'a str,
-    pub(super) headers: &'a BTreeMap<String, Vec<String>>,
-    pub(super) body: &'a str,
-    pub(super) redirects: Redirects,
-}
-
-/// Whether redirects are followed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Redirects {
-    Follow,
-    Ignore,
-}
-
 /// Runs the check once; the caller bounds the time.
-pub(super) async fn run(request: &Request<'_>) -> Outcome {
-    match follow(request).await {
+pub(super) async fn run(tools: &Tools, target: &HttpTarget) -> Outcome {
+    match follow(tools, target).await {
         Ok((status, body)) => {
             let health = match status {
                 status if status.is_success() => HealthStatus::Passing,
                 StatusCode::TOO_MANY_REQUESTS => HealthStatus::Warning,
                 _ => HealthStatus::Critical,
             };
-            let output = format!("HTTP {} {}: {status} Output: {body}", request.method, request.url);
+            let output = format!("HTTP {} {}: {status} Output: {body}", target.method, target.url);
             Outcome { status: health, output }
         }
         Err(problem) => {
-            let output = format!("HTTP {} {}: {problem}", request.method, request.url);
+            let output = format!("HTTP {} {}: {problem}", target.method, target.url);
             Outcome { status: HealthStatus::Critical, output }
         }
     }
 }
 
-async fn follow(request: &Request<'_>) -> Result<(StatusCode, String), String> {
-    let mut uri: Uri = request.url.parse().map_err(|error| format!("no URL: {error}"))?;
-    let mut method = Method::from_bytes(request.method.as_bytes()).map_err(|error| error.to_string())?;
-    let mut body = Bytes::copy_from_slice(request.body.as_bytes());
+async fn follow(tools: &Tools, target: &HttpTarget) -> Result<(StatusCode, String), String> {
+    let mut uri: Uri = target.url.parse().map_err(|error| format!("no URL: {error}"))?;
+    let mut method = Method::from_bytes(target.method.as_bytes()).map_err(|error| error.to_string())?;
+    let mut body = Bytes::copy_from_slice(target.body.as_bytes());
     let mut headers = HeaderMap::new();
-    for (name, values) in request.headers {
+    for (name, values) in &target.headers {
         for value in values {
             let name = HeaderName::try_from(name.as_str()).map_err(|error| error.to_string())?;
             headers.append(name, HeaderValue::try_from(value.as_str()).map_err(|error| error.to_string())?);
         }
     }
     for _ in 0..=REDIRECTS_MAX {
-        let (status, location, text) = exchange(&uri, &method, &headers, body.clone()).await?;
+        let request = Request { uri: &uri, method: &method, headers: &headers, body: body.clone(), tls: &target.tls };
+        let (status, location, text) = exchange(tools, request).await?;
         let is_redirect = matches!(status.as_u16(), 301 | 302 | 303 | 307 | 308);
-        let (true, Some(location), Redirects::Follow) = (is_redirect, location, request.redirects) else {
+        let (true, Some(location), false) = (is_redirect, location, target.disable_redirects) else {
             return Ok((status, text));
         };
         let next = resolve(&uri, &location).ok_or_else(|| format!("{status} to {location:?}, which is no http URL"))?;
@@ -89,36 +72,44 @@ async fn follow(request: &Request<'_>) -> Result<(StatusCode, String), String> {
 
 /// Resolves the `Location` of a redirect against the URL that was asked (RFC 3986 §5.2, without dot segments).
 fn resolve(base: &Uri, location: &str) -> Option<Uri> {
-    let authority = base.authority()?;
+    let (authority, scheme) = (base.authority()?, base.scheme_str()?);
     let location = location.split('#').next().unwrap_or_default();
     let path = base.path();
     let text = if location.starts_with("//") {
-        format!("http:{location}")
+        format!("{scheme}:{location}")
     } else if location.starts_with('/') {
-        format!("http://{authority}{location}")
+        format!("{scheme}://{authority}{location}")
     } else if location.starts_with('?') {
-        format!("http://{authority}{path}{location}")
+        format!("{scheme}://{authority}{path}{location}")
     } else if location.split(['/', '?']).next().is_some_and(|start| start.contains(':')) {
         location.to_owned()
     } else {
         let (dir, _) = path.rsplit_once('/').unwrap_or_default();
-        format!("http://{authority}{dir}/{location}")
+        format!("{scheme}://{authority}{dir}/{location}")
     };
     let uri: Uri = text.parse().ok()?;
-    (uri.scheme_str() == Some("http") && uri.host().is_some_and(|host| !host.is_empty())).then_some(uri)
+    (matches!(uri.scheme_str(), Some("http" | "https")) && uri.host().is_some_and(|host| !host.is_empty()))
+        .then_some(uri)
+}
+
+/// One exchange.
+struct Request<'a> {
+    uri: &'a Uri,
+    method: &'a Method,
+    headers: &'a HeaderMap,
+    body: Bytes,
+    tls: &'a TlsOptions,
 }
 
 /// Sends one request and reads at most `OUTPUT_BYTES_MAX` bytes of the answer.
-async fn exchange(
-    uri: &Uri,
-    method: &Method,
-    headers: &HeaderMap,
-    body: Bytes,
-) -> Result<(StatusCode, Option<String>, String), String> {
+async fn exchange(tools: &Tools, request: Request<'_>) -> Result<(StatusCode, Option<String>, String), String> {
+    let Request { uri, method, headers, body, tls } = request;
     let authority = uri.authority().ok_or("no host in the URL")?;
     let host = authority.host().trim_start_matches('[').trim_end_matches(']');
-    let port = authority.port_u16().unwrap_or(80);
-    let stream = TcpStream::connect((host, port)).await.map_err(|error| format!("cannot connect: {error}"))?;
+    let is_tls = uri.scheme_str() == Some("https");
+    let port = authority.port_u16().unwrap_or(if is_tls { 443 } else { 80 });
+    let stream = tools.open(host, port, is_tls.then_some(tls), Some("http/1.1")).await;
+    let stream = stream.map_err(|error| format!("cannot connect: {error}"))?;
     let mut builder = hyper::client::conn::http1::Builder::new();
     builder.max_buf_size(HEAD_BYTES_MAX);
     let handshake = builder.handshake::<_, Full<Bytes>>(TokioIo::new(stream));
@@ -175,7 +166,8 @@ mod tests {
         check("?y", Some("http://h:81/a/b?y"));
         check("//other/c", Some("http://other/c"));
         check("http://other/", Some("http://other/"));
-        check("https://other/", None);
+        check("https://other/", Some("https://other/"));
+        check("ftp://other/", None);
         check("ftp:x", None);
     }
 }

@@ -1,35 +1,48 @@
-//! Checks: what a result means (`state`), and the tasks that run them.
+//! Checks: when they run (`schedule`), what they do (a file for each kind), what a result means (`state`).
 //!
 //! ```text
-//!   Runners::start(check) -> task: wait, take a permit, probe, report -> Report -> registry's task -> CheckState
+//!   registry's task --orders--> Runner task: Schedule (pure) -> a task for each run: a kind's `run`, with its timeout
+//!         ^                                                          |
+//!         +------------ Report (id, epoch, outcome) <----------------+
 //! ```
 //!
-//! Invariants: a check never runs twice at once; at most [`RUNS_AT_ONCE_MAX`] checks run at once on the node; a
-//! stopped check reports nothing that counts, because its epoch is over.
-//! Not here: what happens to a status (`task`).
+//! Invariants: a check never runs twice at once; each lane of the schedule bounds how many run; a check that was replaced
+//! or removed reports nothing that counts, because its epoch is over, and its run is cut off.
+//! Not here: what happens to a status (`task`), checks that wait to be told (TTL) or that follow others (`alias`).
 
+pub(crate) mod alias;
+mod docker;
+mod h2;
 mod http;
+mod net;
+mod os_service;
+mod schedule;
+mod script;
 mod state;
 
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::net::TcpStream;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::net::UnixStream;
+use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, JoinError, JoinSet};
-use tokio::time::{MissedTickBehavior, interval_at, timeout};
+use tokio::time::{Instant, sleep_until, timeout};
 
+pub use self::net::CheckSettings;
+pub(crate) use self::net::Tools;
+use self::net::critical;
+use self::schedule::{Lane, Schedule, Start};
 pub(crate) use self::state::{Change, CheckState, Outcome};
 use super::metrics::RegistryMetrics;
-use super::{CheckDefinition, Probe};
+use super::{CheckDefinition, Probe, Target};
 use crate::clock;
-use crate::model::{CheckId, HealthStatus};
+use crate::model::CheckId;
 
-/// Most checks that run at once on a node: each holds a socket, and a host's apps are few.
-pub(crate) const RUNS_AT_ONCE_MAX: usize = 64;
-
-/// Results that wait for the registry's task: one for each check that can run, twice.
-const REPORTS_MAX: usize = 2 * RUNS_AT_ONCE_MAX;
+/// Results that wait for the registry's task: as many as sockets' checks run; beyond that a run waits to tell.
+const REPORTS_MAX: usize = 1024;
+/// Batches of orders that wait for the runner, which only moves them into its tables.
+const ORDERS_MAX: usize = 16;
 
 /// The result of one run.
 #[derive(Debug)]
@@ -40,56 +53,70 @@ pub(crate) struct Report {
     pub(crate) outcome: Outcome,
 }
 
-/// A check that runs; it stops when this is dropped.
+/// What the registry tells the runner.
 #[derive(Debug)]
-pub(crate) struct Running {
-    pub(crate) epoch: u64,
-    task: AbortHandle,
+enum Order {
+    Start { definition: Arc<CheckDefinition>, epoch: u64 },
+    Stop { id: CheckId },
 }
 
-impl Drop for Running {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
-}
-
-/// The tasks of all checks that run by themselves.
+/// The checks that run by themselves, as the registry's task sees them.
 pub(crate) struct Runners {
-    tasks: JoinSet<()>,
-    permits: Arc<Semaphore>,
-    reports: mpsc::Sender<Report>,
-    metrics: RegistryMetrics,
+    /// The runner: joined at the end.
+    task: JoinSet<()>,
+    orders: Option<mpsc::Sender<Vec<Order>>>,
+    pending: Vec<Order>,
     epoch: u64,
 }
 
 impl Runners {
-    pub(crate) fn new(metrics: RegistryMetrics) -> (Self, mpsc::Receiver<Report>) {
+    /// Starts the runner.
+    pub(crate) fn new(metrics: RegistryMetrics, tools: Arc<Tools>) -> (Self, mpsc::Receiver<Report>) {
         let (reports, receiver) = mpsc::channel(REPORTS_MAX);
-        let permits = Arc::new(Semaphore::new(RUNS_AT_ONCE_MAX));
-        (Self { tasks: JoinSet::new(), permits, reports, metrics, epoch: 0 }, receiver)
-    }
-
-    /// Starts a check that runs by itself; none for one that waits to be told.
-    pub(crate) fn start(&mut self, definition: &CheckDefinition) -> Option<Running> {
-        let (Probe::Http { interval, .. } | Probe::Tcp { interval, .. }) = definition.probe else { return None };
-        self.epoch += 1;
+        let (orders, incoming) = mpsc::channel(ORDERS_MAX);
+        let mut task = JoinSet::new();
         let runner = Runner {
-            definition: definition.clone(),
-            epoch: self.epoch,
-            interval,
-            permits: Arc::clone(&self.permits),
-            reports: self.reports.clone(),
-            metrics: self.metrics.clone(),
+            schedule: Schedule::default(),
+            jobs: BTreeMap::new(),
+            runs: JoinSet::new(),
+            running: HashMap::new(),
+            reports,
+            metrics,
+            tools,
         };
-        Some(Running { epoch: self.epoch, task: self.tasks.spawn(runner.run()) })
+        task.spawn(runner.run(incoming));
+        (Self { task, orders: Some(orders), pending: Vec::new(), epoch: 0 }, receiver)
     }
 
-    /// Waits for the end of a task; pending while there is none.
+    /// Starts a check that runs by itself and returns its epoch; none for one that does not. Takes effect at [`flush`].
+    ///
+    /// [`flush`]: Self::flush
+    pub(crate) fn start(&mut self, definition: &Arc<CheckDefinition>) -> Option<u64> {
+        let Probe::Periodic { .. } = definition.probe else { return None };
+        self.epoch += 1;
+        self.pending.push(Order::Start { definition: Arc::clone(definition), epoch: self.epoch });
+        Some(self.epoch)
+    }
+
+    /// Stops a check and cuts off its run. Takes effect at [`flush`](Self::flush).
+    pub(crate) fn stop(&mut self, id: &CheckId) {
+        self.pending.push(Order::Stop { id: id.clone() });
+    }
+
+    /// Hands over what was started and stopped.
+    pub(crate) async fn flush(&mut self) {
+        if let (false, Some(orders)) = (self.pending.is_empty(), &self.orders) {
+            // A runner that is gone panicked: `ended` tells.
+            let _gone = orders.send(std::mem::take(&mut self.pending)).await;
+        }
+    }
+
+    /// Waits for the runner's end; it ends early only by a panic.
     ///
     /// # Cancel safety
     /// Cancel safe.
     pub(crate) async fn ended(&mut self) -> Result<(), JoinError> {
-        match self.tasks.join_next().await {
+        match self.task.join_next().await {
             Some(ended) => ended,
             None => std::future::pending().await,
         }
@@ -97,62 +124,181 @@ impl Runners {
 
     /// Stops all checks and waits until none runs.
     pub(crate) async fn shutdown(&mut self) {
-        self.tasks.shutdown().await;
+        self.orders = None;
+        while self.task.join_next().await.is_some() {}
     }
 }
 
-/// One check's task.
-struct Runner {
-    definition: CheckDefinition,
+/// A check that runs by itself.
+struct Job {
+    definition: Arc<CheckDefinition>,
     epoch: u64,
-    interval: Duration,
-    permits: Arc<Semaphore>,
+    run: Option<AbortHandle>,
+}
+
+/// The task that starts every run.
+struct Runner {
+    schedule: Schedule,
+    jobs: BTreeMap<CheckId, Job>,
+    runs: JoinSet<Duration>,
+    /// Which check a run is of.
+    running: HashMap<tokio::task::Id, (CheckId, u64, Instant)>,
     reports: mpsc::Sender<Report>,
     metrics: RegistryMetrics,
+    tools: Arc<Tools>,
 }
 
 impl Runner {
-    async fn run(self) {
-        // Spread over the interval, so that the checks of a restarted agent do not all fire at once.
-        let first = self.interval.mul_f64(rand::random_range(0.0..1.0));
-        let mut ticks = interval_at(clock::now() + first, self.interval);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    async fn run(mut self, mut orders: mpsc::Receiver<Vec<Order>>) {
         loop {
-            ticks.tick().await;
-            let Ok(permit) = self.permits.acquire().await else { return };
-            let begin = clock::now();
-            let outcome = Box::pin(probe(&self.definition.probe)).await;
-            drop(permit);
-            self.metrics.count_run(self.definition.probe.kind(), outcome.status, clock::now() - begin);
-            let report = Report { id: self.definition.id.clone(), epoch: self.epoch, outcome };
-            if self.reports.send(report).await.is_err() {
-                return;
+            while let Some(start) = self.schedule.poll(clock::now()) {
+                self.launch(&start);
+            }
+            let due = self.schedule.poll_timeout();
+            let timer = async {
+                match due {
+                    Some(at) => sleep_until(at).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                batch = orders.recv() => match batch {
+                    Some(batch) => batch.into_iter().for_each(|order| self.take(order)),
+                    None => break,
+                },
+                Some(ended) = self.runs.join_next_with_id() => self.note_end(ended),
+                () = timer => {}
             }
         }
+        self.runs.shutdown().await;
+    }
+
+    fn take(&mut self, order: Order) {
+        match order {
+            Order::Start { definition, epoch } => {
+                let Probe::Periodic { target, interval, .. } = &definition.probe else { return };
+                let lane = if target.runs_a_program() { Lane::Process } else { Lane::Net };
+                let (id, pace) = (definition.id.clone(), (lane, *interval));
+                self.stop(&id);
+                // Spread over the interval, so that the checks of a restarted agent do not all fire at once.
+                self.schedule.insert(id.clone(), epoch, pace, rand::random_range(0.0..1.0), clock::now());
+                self.jobs.insert(id, Job { definition, epoch, run: None });
+            }
+            Order::Stop { id } => self.stop(&id),
+        }
+    }
+
+    fn stop(&mut self, id: &CheckId) {
+        self.schedule.remove(id);
+        if let Some(run) = self.jobs.remove(id).and_then(|job| job.run) {
+            run.abort();
+        }
+    }
+
+    fn launch(&mut self, start: &Start) {
+        let now = clock::now();
+        let Some(job) = self.jobs.get_mut(&start.id).filter(|job| job.epoch == start.epoch) else {
+            self.schedule.finished(&start.id, start.epoch, Duration::ZERO, now);
+            return;
+        };
+        self.metrics.note_start(start.late);
+        let run = once(
+            Arc::clone(&job.definition),
+            job.epoch,
+            Arc::clone(&self.tools),
+            self.reports.clone(),
+            self.metrics.clone(),
+        );
+        let run = self.runs.spawn(run);
+        self.running.insert(run.id(), (start.id.clone(), start.epoch, now));
+        job.run = Some(run);
+    }
+
+    fn note_end(&mut self, ended: Result<(tokio::task::Id, Duration), JoinError>) {
+        let now = clock::now();
+        let (task, took) = match ended {
+            Ok((task, took)) => (task, Some(took)),
+            Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+            Err(error) => (error.id(), None),
+        };
+        let Some((id, epoch, begun)) = self.running.remove(&task) else { return };
+        if let Some(job) = self.jobs.get_mut(&id).filter(|job| job.epoch == epoch) {
+            job.run = None;
+        }
+        self.schedule.finished(&id, epoch, took.unwrap_or_else(|| now - begun), now);
     }
 }
 
-async fn probe(probe: &Probe) -> Outcome {
-    match probe {
-        Probe::Http { url, method, headers, body, disable_redirects, timeout: limit, .. } => {
-            let redirects = if *disable_redirects { http::Redirects::Ignore } else { http::Redirects::Follow };
-            let request = http::Request { url, method, headers, body, redirects };
-            let late = || format!("HTTP {method} {url}: no answer within {limit:?}");
-            timeout(*limit, http::run(&request)).await.unwrap_or_else(|_| critical(late()))
-        }
-        Probe::Tcp { target, timeout: limit, .. } => match timeout(*limit, TcpStream::connect(target)).await {
-            Ok(Ok(_stream)) => {
-                Outcome { status: HealthStatus::Passing, output: format!("TCP connect {target}: Success") }
-            }
-            Ok(Err(error)) => critical(format!("TCP connect {target}: {error}")),
-            Err(_) => critical(format!("TCP connect {target}: no answer within {limit:?}")),
-        },
-        Probe::Ttl { .. } | Probe::Static => critical("this check does not run by itself".to_owned()),
-    }
+/// Runs a check once and tells what it found; returns how long it took.
+async fn once(
+    definition: Arc<CheckDefinition>,
+    epoch: u64,
+    tools: Arc<Tools>,
+    reports: mpsc::Sender<Report>,
+    metrics: RegistryMetrics,
+) -> Duration {
+    let begin = clock::now();
+    let outcome = Box::pin(probe(&definition, &tools)).await;
+    let took = clock::now() - begin;
+    metrics.count_run(definition.probe.kind(), outcome.status, took);
+    // Where nobody listens the agent is stopping.
+    let _unheard = reports.send(Report { id: definition.id.clone(), epoch, outcome }).await;
+    took
 }
 
-fn critical(output: String) -> Outcome {
-    Outcome { status: HealthStatus::Critical, output }
+async fn probe(definition: &CheckDefinition, tools: &Tools) -> Outcome {
+    let Probe::Periodic { target, timeout: limit, .. } = &definition.probe else {
+        return critical("this check does not run by itself".to_owned());
+    };
+    let late = |what: &str| critical(format!("{what}: no answer within {limit:?}"));
+    let (what, run) = match target {
+        Target::Http(target) => {
+            let what = format!("HTTP {} {}", target.method, target.url);
+            (what, timeout(*limit, http::run(tools, target)).await)
+        }
+        Target::Tcp { target, tls } => {
+            (format!("TCP connect {target}"), timeout(*limit, tools.tcp(target, tls.as_ref())).await)
+        }
+        Target::Udp { target } => (format!("UDP connect {target}"), timeout(*limit, tools.udp(target, *limit)).await),
+        Target::Grpc { target, service, tls } => {
+            (format!("gRPC check {target}"), timeout(*limit, h2::grpc(tools, target, service, tls.as_ref())).await)
+        }
+        Target::H2ping { target, tls } => {
+            (format!("HTTP2 ping {target}"), timeout(*limit, h2::ping(tools, target, tls.as_ref())).await)
+        }
+        // It keeps what was put out until the timeout.
+        Target::Script { args } => return script::run(definition, args, *limit).await,
+        Target::OsService { unit } => {
+            let settings = tools.settings();
+            (format!("OS service {unit}"), timeout(*limit, os_service::run(&settings.dbus_socket, unit)).await)
+        }
+        Target::Docker { container, shell, args } => {
+            let settings = tools.settings();
+            let command: Vec<&str> = std::iter::once(shell.as_str()).chain(args.iter().map(String::as_str)).collect();
+            let run = docker::run(&settings.docker_socket, container, &command, definition.output_bytes_max);
+            (format!("Docker container {container}"), timeout(*limit, run).await)
+        }
+    };
+    run.unwrap_or_else(|_| late(&what))
+}
+
+/// Reads a message of the system bus, for the fuzzer.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn decode_bus_message(bytes: Vec<u8>) {
+    let _read_or_refused = os_service::decode(bytes);
+}
+
+/// Says why this host cannot run checks of this kind, if it cannot.
+pub(crate) async fn unavailable(tools: &Tools, probe: &Probe) -> Option<String> {
+    let Probe::Periodic { target, .. } = probe else { return None };
+    let settings = tools.settings();
+    let (what, socket) = match target {
+        Target::OsService { .. } => ("os_service checks ask systemd over D-Bus", &settings.dbus_socket),
+        Target::Docker { .. } => ("docker checks need the Docker Engine", &settings.docker_socket),
+        _ => return None,
+    };
+    let error = UnixStream::connect(socket).await.err()?;
+    Some(format!("{what}, which is not available on this host: cannot connect to {}: {error}", socket.display()))
 }
 
 #[cfg(test)]

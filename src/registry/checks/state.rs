@@ -43,13 +43,19 @@ pub(crate) struct CheckState {
 }
 
 impl CheckState {
-    /// Starts with the status that was `kept` from before, else with the definition's.
-    pub(crate) fn new(definition: &CheckDefinition, kept: Option<HealthStatus>, now: Instant) -> Self {
+    /// Starts with the status that was `kept` from before, else with the definition's, and with the last output.
+    pub(crate) fn new(
+        definition: &CheckDefinition,
+        kept: Option<HealthStatus>,
+        mut output: String,
+        now: Instant,
+    ) -> Self {
         let ttl = match definition.probe {
             Probe::Ttl { ttl } => Some(ttl),
             _ => None,
         };
         let status = kept.unwrap_or(definition.initial);
+        cut(&mut output, definition.output_bytes_max);
         Self {
             success_before_passing: definition.success_before_passing,
             failures_before_warning: definition.failures_before_warning,
@@ -59,7 +65,7 @@ impl CheckState {
             // A check of the node has no service to deregister.
             deregister_after: definition.service.as_ref().and(definition.deregister_critical_after),
             status,
-            output: String::new(),
+            output,
             successes: 0,
             failures: 0,
             expires: ttl.map(|ttl| now + ttl),
@@ -183,7 +189,7 @@ mod tests {
                 definition.failures_before_critical,
             ] = thresholds;
             let now = crate::clock::now();
-            let mut state = CheckState::new(&definition, None, now);
+            let mut state = CheckState::new(&definition, None, String::new(), now);
             let mut got = Vec::new();
             for status in results {
                 state.record(outcome(*status, ""), now);
@@ -203,7 +209,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_ttl_that_runs_out_is_critical_and_keeps_the_last_word() {
         let start = crate::clock::now();
-        let mut state = CheckState::new(&testing::ttl_check("c", None, 10), None, start);
+        let mut state = CheckState::new(&testing::ttl_check("c", None, 10), None, String::new(), start);
         assert_eq!(state.refresh(outcome(Passing, "fine"), start), Change::Status);
         assert_eq!(state.refresh(outcome(Passing, "fine"), start), Change::None);
         assert_eq!(state.refresh(outcome(Passing, "good"), start), Change::Output);
@@ -219,7 +225,7 @@ mod tests {
         let mut definition = testing::ttl_check("c", None, 10);
         definition.output_bytes_max = 5;
         let now = crate::clock::now();
-        let mut state = CheckState::new(&definition, None, now);
+        let mut state = CheckState::new(&definition, None, String::new(), now);
         state.refresh(outcome(Passing, "ääää"), now);
         assert_eq!(state.output(), "ää");
     }
@@ -230,7 +236,7 @@ mod tests {
         let minute = Duration::from_mins(1);
         let mut definition = testing::ttl_check("c", Some("web"), 3600);
         definition.deregister_critical_after = Some(minute);
-        let mut state = CheckState::new(&definition, None, start);
+        let mut state = CheckState::new(&definition, None, String::new(), start);
         assert!(!state.deregister_due(start + minute / 2) && state.deregister_due(start + minute));
         state.refresh(outcome(Passing, ""), start + minute / 2);
         assert!(!state.deregister_due(start + minute * 9));

@@ -8,10 +8,21 @@ use tracing::warn;
 
 use super::fields::{Field, Fields};
 use super::{
-    CheckDefinition, DEREGISTER_AFTER_MIN, DefinitionDefaults, DefinitionError, INTERVAL_MIN, OUTPUT_BYTES_MAX, Probe,
-    TIMEOUT_DEFAULT,
+    CheckDefinition, DEREGISTER_AFTER_MIN, DefinitionDefaults, DefinitionError, HttpTarget, INTERVAL_MIN,
+    OUTPUT_BYTES_MAX, Probe, TIMEOUT_DEFAULT, Target, TlsOptions,
 };
 use crate::model::{CheckId, HealthStatus, InstanceId};
+
+/// What is run in a container where `Shell` is left out.
+const SHELL_DEFAULT: &str = "/bin/sh";
+/// Longest name or id of a container, in bytes: Docker's ids have 64.
+const CONTAINER_BYTES_MAX: usize = 128;
+/// Longest name of a systemd unit, in bytes (its own bound).
+const UNIT_BYTES_MAX: usize = 255;
+/// Longest `AliasNode`, in bytes: more than any node's name or id has.
+const NODE_BYTES_MAX: usize = 255;
+/// What makes a check, for the text that asks for it.
+const KINDS: &str = "HTTP, TCP, UDP, GRPC, H2PING, TTL, Args, DockerContainerID, OSService, AliasService and AliasNode";
 
 /// Decodes the body of a check's registration.
 ///
@@ -82,16 +93,10 @@ struct Raw {
     name: String,
     notes: String,
     status: HealthStatus,
-    http: String,
-    method: String,
-    headers: BTreeMap<String, Vec<String>>,
-    body: String,
-    disable_redirects: bool,
-    tcp: String,
+    kinds: Kinds,
     ttl: Option<Duration>,
     interval: Option<Duration>,
     timeout: Option<Duration>,
-    other_kind: Option<&'static str>,
     success_before_passing: u32,
     failures_before_warning: Option<u32>,
     failures_before_critical: u32,
@@ -99,32 +104,35 @@ struct Raw {
     deregister_after: Option<Duration>,
 }
 
-/// Kinds of Consul's that this version has no runner for, by folded field name.
-const OTHER_KINDS: [(&[&str], &str); 7] = [
-    (&["args", "scriptargs", "script"], "a script check (Args)"),
-    (&["udp"], "a UDP check"),
-    (&["grpc"], "a gRPC check"),
-    (&["h2ping"], "an HTTP/2 ping check (H2PING)"),
-    (&["osservice"], "an OS service check"),
-    (&["aliasservice", "aliasnode"], "an alias check"),
-    (&["dockercontainerid"], "a Docker check"),
-];
+/// What says which kind a check is, and the settings of single kinds.
+#[derive(Default)]
+struct Kinds {
+    http: String,
+    method: String,
+    headers: BTreeMap<String, Vec<String>>,
+    body: String,
+    disable_redirects: bool,
+    tcp: String,
+    tcp_use_tls: bool,
+    udp: String,
+    grpc: String,
+    grpc_use_tls: bool,
+    h2ping: String,
+    h2ping_use_tls: bool,
+    tls: TlsOptions,
+    args: Vec<String>,
+    docker: String,
+    shell: String,
+    os_service: String,
+    alias_service: String,
+    alias_node: String,
+}
 
 fn decode(field: &Field<'_>) -> Result<Raw, DefinitionError> {
     let mut fields = Fields::of(field)?;
-    let mut other_kind = None;
-    for (names, what) in OTHER_KINDS {
-        for name in names {
-            if fields.take(&[name])?.is_some_and(|field| !field.is_empty()) {
-                other_kind = Some(what);
-            }
-        }
-    }
-    // Settings of kinds that are refused by their own field, or of https: without those they mean nothing.
-    for name in ["grpcusetls", "h2pingusetls", "tlsskipverify", "tlsservername", "shell"] {
-        fields.take(&[name])?;
-    }
-    fields.refuse(&["tcpusetls"], "a TCP check over TLS")?;
+    // Consul took a line for a shell here once; weft runs no shell.
+    fields.refuse(&["script"], "a shell's line (give Args, a list)")?;
+    fields.refuse(&["exposedport"], "an exposed port")?;
     refuse_tenancy(&mut fields)?;
     let status = match fields.text(&["status"])?.as_str() {
         "passing" => HealthStatus::Passing,
@@ -139,16 +147,10 @@ fn decode(field: &Field<'_>) -> Result<Raw, DefinitionError> {
         name: fields.text(&["name"])?,
         notes: fields.text(&["notes"])?,
         status,
-        http: fields.text(&["http"])?,
-        method: fields.text(&["method"])?,
-        headers: headers(&mut fields)?,
-        body: fields.text(&["body"])?,
-        disable_redirects: fields.flag(&["disableredirects"])?,
-        tcp: fields.text(&["tcp"])?,
+        kinds: Kinds::take(&mut fields)?,
         ttl: fields.duration(&["ttl"])?,
         interval: fields.duration(&["interval"])?,
         timeout: fields.duration(&["timeout"])?,
-        other_kind,
         success_before_passing: fields.number(&["successbeforepassing"])?.unwrap_or(0),
         failures_before_warning: fields.number(&["failuresbeforewarning"])?.filter(|number| *number > 0),
         failures_before_critical: fields.number(&["failuresbeforecritical"])?.unwrap_or(0),
@@ -157,6 +159,113 @@ fn decode(field: &Field<'_>) -> Result<Raw, DefinitionError> {
     };
     fields.finish()?;
     Ok(raw)
+}
+
+impl Kinds {
+    fn take(fields: &mut Fields<'_>) -> Result<Self, DefinitionError> {
+        Ok(Self {
+            http: fields.text(&["http"])?,
+            method: fields.text(&["method"])?,
+            headers: headers(fields)?,
+            body: fields.text(&["body"])?,
+            disable_redirects: fields.flag(&["disableredirects"])?,
+            tcp: fields.text(&["tcp"])?,
+            tcp_use_tls: fields.flag(&["tcpusetls"])?,
+            udp: fields.text(&["udp"])?,
+            grpc: fields.text(&["grpc"])?,
+            grpc_use_tls: fields.flag(&["grpcusetls"])?,
+            h2ping: fields.text(&["h2ping"])?,
+            h2ping_use_tls: fields.flag_or(&["h2pingusetls"], true)?,
+            tls: TlsOptions {
+                server_name: fields.text(&["tlsservername"])?,
+                skip_verify: fields.flag(&["tlsskipverify"])?,
+            },
+            args: fields.texts(&["args", "scriptargs"])?,
+            docker: fields.text(&["dockercontainerid"])?,
+            shell: fields.text(&["shell"])?,
+            os_service: fields.text(&["osservice"])?,
+            alias_service: fields.text(&["aliasservice"])?,
+            alias_node: fields.text(&["aliasnode"])?,
+        })
+    }
+
+    /// The fields that say what is done: exactly one of them makes a check.
+    fn given(&self) -> Vec<&'static str> {
+        let is_script = !self.args.is_empty() && self.docker.is_empty();
+        let is_alias = !self.alias_service.is_empty() || !self.alias_node.is_empty();
+        let kinds = [
+            (!self.http.is_empty(), "HTTP"),
+            (!self.tcp.is_empty(), "TCP"),
+            (!self.udp.is_empty(), "UDP"),
+            (!self.grpc.is_empty(), "GRPC"),
+            (!self.h2ping.is_empty(), "H2PING"),
+            (is_script, "Args"),
+            (!self.docker.is_empty(), "DockerContainerID"),
+            (!self.os_service.is_empty(), "OSService"),
+            (is_alias, "AliasService"),
+        ];
+        kinds.into_iter().filter(|(given, _)| *given).map(|(_, name)| name).collect()
+    }
+
+    /// What is done at each run.
+    fn target(self, kind: &str) -> Result<Target, String> {
+        let tls = |wanted: bool, tls: TlsOptions| wanted.then_some(tls);
+        match kind {
+            "HTTP" => self.http_target(),
+            "TCP" => {
+                Ok(Target::Tcp { target: host_port("TCP", &self.tcp)?, tls: tls(self.tcp_use_tls, server(self.tls)?) })
+            }
+            "UDP" => Ok(Target::Udp { target: host_port("UDP", &self.udp)? }),
+            "GRPC" => {
+                let (target, service) = self.grpc.split_once('/').unwrap_or((&self.grpc, ""));
+                let (target, service) = (host_port("GRPC", target)?, service.to_owned());
+                Ok(Target::Grpc { target, service, tls: tls(self.grpc_use_tls, server(self.tls)?) })
+            }
+            "H2PING" => {
+                let target = host_port("H2PING", &self.h2ping)?;
+                Ok(Target::H2ping { target, tls: tls(self.h2ping_use_tls, server(self.tls)?) })
+            }
+            "Args" => Ok(Target::Script { args: command(self.args)? }),
+            "DockerContainerID" => {
+                let is_id = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+                if self.docker.len() > CONTAINER_BYTES_MAX || !self.docker.chars().all(is_id) {
+                    return Err(format!(
+                        "DockerContainerID must be 1 to {CONTAINER_BYTES_MAX} letters, digits, `-`, `_` and `.`"
+                    ));
+                }
+                let shell = if self.shell.is_empty() { SHELL_DEFAULT.to_owned() } else { self.shell };
+                Ok(Target::Docker { container: self.docker, shell, args: command(self.args)? })
+            }
+            _ => {
+                let is_unit = |c: char| c.is_ascii_alphanumeric() || matches!(c, ':' | '-' | '_' | '.' | '\\' | '@');
+                if self.os_service.len() > UNIT_BYTES_MAX || !self.os_service.chars().all(is_unit) {
+                    return Err("OSService must be the name of a systemd unit, such as nginx.service".to_owned());
+                }
+                Ok(Target::OsService { unit: self.os_service })
+            }
+        }
+    }
+
+    fn http_target(self) -> Result<Target, String> {
+        let url = self.http;
+        let uri: http::Uri = url.parse().map_err(|error| format!("HTTP {url:?} is no URL: {error}"))?;
+        if !matches!(uri.scheme_str(), Some("http" | "https")) {
+            return Err(format!("HTTP {url:?} must begin with http:// or https://"));
+        }
+        if uri.host().is_none_or(str::is_empty) {
+            return Err(format!("HTTP {url:?} names no host"));
+        }
+        let method = if self.method.is_empty() { "GET".to_owned() } else { self.method.to_ascii_uppercase() };
+        http::Method::from_bytes(method.as_bytes()).map_err(|_| format!("Method {method:?} is no HTTP method"))?;
+        Ok(Target::Http(HttpTarget {
+            url,
+            method,
+            headers: self.headers,
+            body: self.body,
+            disable_redirects: self.disable_redirects,
+            tls: server(self.tls)?,
+        }))
+    }
 }
 
 /// Namespaces, partitions and ACL tokens do not exist here: only their defaults pass.
@@ -191,7 +300,7 @@ fn headers(fields: &mut Fields<'_>) -> Result<BTreeMap<String, Vec<String>>, Def
 
 impl Raw {
     /// Holds the fields against each other.
-    fn finish(self, nth: Option<usize>) -> Result<(Parsed, Option<String>), DefinitionError> {
+    fn finish(mut self, nth: Option<usize>) -> Result<(Parsed, Option<String>), DefinitionError> {
         let path = self.path.clone();
         let invalid = |problem: String| {
             DefinitionError::Check(match nth {
@@ -225,57 +334,39 @@ impl Raw {
         Ok((parsed, Some(self.service).filter(|service| !service.is_empty())))
     }
 
-    fn probe(&self) -> Result<Probe, String> {
-        if let Some(what) = self.other_kind {
-            return Err(format!("{what} is not supported by this version of weft"));
-        }
-        match (self.http.is_empty(), self.tcp.is_empty(), self.ttl) {
-            (true, true, Some(ttl)) => match self.interval {
-                None => Ok(Probe::Ttl { ttl }),
-                Some(_) => Err("Interval and TTL exclude each other".to_owned()),
-            },
-            (false, true, None) => self.http_probe(),
-            (true, false, None) => {
-                target(&self.tcp)?;
-                Ok(Probe::Tcp { target: self.tcp.clone(), interval: self.interval("a TCP")?, timeout: self.timeout() })
+    fn probe(&mut self) -> Result<Probe, String> {
+        let kinds = self.kinds.given();
+        let is_alias = kinds.contains(&"AliasService");
+        match (kinds.as_slice(), self.ttl, self.interval) {
+            ([_, _, ..], _, _) => Err(format!("{} exclude each other", kinds.join(" and "))),
+            (["AliasService"], Some(_), _) | (["AliasService"], _, Some(_)) => {
+                Err("an alias check takes neither Interval nor TTL: it follows what it stands for".to_owned())
             }
-            (true, true, None) => Err("it has none of HTTP, TCP and TTL".to_owned()),
-            (_, _, Some(_)) if self.interval.is_some() => Err("Interval and TTL exclude each other".to_owned()),
-            _ => Err("HTTP, TCP and TTL exclude each other".to_owned()),
+            (_, Some(_), Some(_)) => Err("Interval and TTL exclude each other".to_owned()),
+            ([kind], Some(_), _) => Err(format!("{kind} and TTL exclude each other")),
+            ([], Some(ttl), None) => Ok(Probe::Ttl { ttl }),
+            ([], None, _) => Err(format!("it says not what to do: give one of {KINDS}")),
+            ([_], None, _) if is_alias => self.alias(),
+            ([kind], None, None) => Err(format!("a check of kind {kind} needs an Interval, such as \"10s\"")),
+            ([kind], None, Some(interval)) => {
+                let kinds = std::mem::take(&mut self.kinds);
+                Ok(Probe::Periodic {
+                    target: kinds.target(kind)?,
+                    interval: at_least(interval, INTERVAL_MIN, "Interval"),
+                    timeout: self.timeout.unwrap_or(TIMEOUT_DEFAULT),
+                })
+            }
         }
     }
 
-    fn http_probe(&self) -> Result<Probe, String> {
-        let url = &self.http;
-        let uri: http::Uri = url.parse().map_err(|error| format!("HTTP {url:?} is no URL: {error}"))?;
-        match uri.scheme_str() {
-            Some("http") => {}
-            Some("https") => return Err("an https:// check is not supported by this version of weft".to_owned()),
-            _ => return Err(format!("HTTP {url:?} must begin with http://")),
+    fn alias(&self) -> Result<Probe, String> {
+        let (node, service) = (&self.kinds.alias_node, &self.kinds.alias_service);
+        if node.len() > NODE_BYTES_MAX {
+            return Err(format!("AliasNode must have at most {NODE_BYTES_MAX} bytes"));
         }
-        if uri.host().is_none_or(str::is_empty) {
-            return Err(format!("HTTP {url:?} names no host"));
-        }
-        let method = if self.method.is_empty() { "GET".to_owned() } else { self.method.to_ascii_uppercase() };
-        http::Method::from_bytes(method.as_bytes()).map_err(|_| format!("Method {method:?} is no HTTP method"))?;
-        Ok(Probe::Http {
-            url: url.clone(),
-            method,
-            headers: self.headers.clone(),
-            body: self.body.clone(),
-            disable_redirects: self.disable_redirects,
-            interval: self.interval("an HTTP")?,
-            timeout: self.timeout(),
-        })
-    }
-
-    fn interval(&self, what: &str) -> Result<Duration, String> {
-        let interval = self.interval.ok_or_else(|| format!("{what} check needs an Interval, such as \"10s\""))?;
-        Ok(at_least(interval, INTERVAL_MIN, "Interval"))
-    }
-
-    fn timeout(&self) -> Duration {
-        self.timeout.unwrap_or(TIMEOUT_DEFAULT)
+        let service = Some(service).filter(|service| !service.is_empty());
+        let service = service.map(|id| id.parse::<InstanceId>().map_err(|error| format!("AliasService: {error}")));
+        Ok(Probe::Alias { node: Some(node.clone()).filter(|node| !node.is_empty()), service: service.transpose()? })
     }
 }
 
@@ -287,12 +378,30 @@ fn at_least(found: Duration, least: Duration, field: &'static str) -> Duration {
     found.max(least)
 }
 
-/// Tells what is wrong with a `host:port`.
-fn target(text: &str) -> Result<(), String> {
-    let (host, port) = text.rsplit_once(':').ok_or_else(|| format!("TCP {text:?} must read host:port"))?;
+/// Takes a `host:port`.
+fn host_port(field: &str, text: &str) -> Result<String, String> {
+    let (host, port) = text.rsplit_once(':').ok_or_else(|| format!("{field} {text:?} must read host:port"))?;
     let is_port = port.parse::<u16>().is_ok_and(|port| port > 0);
     if host.is_empty() || !is_port {
-        return Err(format!("TCP {text:?} must read host:port, with a port from 1 to 65535"));
+        return Err(format!("{field} {text:?} must read host:port, with a port from 1 to 65535"));
     }
-    Ok(())
+    Ok(text.to_owned())
+}
+
+/// Takes the TLS options, whose name must be one that a certificate can have.
+fn server(tls: TlsOptions) -> Result<TlsOptions, String> {
+    if !tls.server_name.is_empty() && rustls::pki_types::ServerName::try_from(tls.server_name.as_str()).is_err() {
+        return Err(format!("TLSServerName {:?} is neither a DNS name nor an IP address", tls.server_name));
+    }
+    Ok(tls)
+}
+
+/// Takes a command line that the system can start.
+fn command(args: Vec<String>) -> Result<Vec<String>, String> {
+    match args.first() {
+        None => Err("Args must name a program".to_owned()),
+        Some(program) if program.is_empty() => Err("Args begins with an empty text: it must name a program".to_owned()),
+        Some(_) if args.iter().any(|arg| arg.contains('\0')) => Err("Args must not hold a zero byte".to_owned()),
+        Some(_) => Ok(args),
+    }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 const NANOS_MAX: f64 = 9.223_372_036_854_775e18;
 
 /// Parses a duration; negative ones are refused.
-pub(super) fn parse(text: &str) -> Result<Duration, String> {
+pub(crate) fn parse(text: &str) -> Result<Duration, String> {
     let bad = || format!("`{text}` is no duration; write it like 10s, 500ms or 1h30m");
     let unsigned = text.strip_prefix('+').unwrap_or(text);
     if unsigned == "0" {

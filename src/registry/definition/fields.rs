@@ -160,8 +160,13 @@ impl<'a> Fields<'a> {
     }
 
     pub(super) fn flag(&mut self, names: &[&str]) -> Result<bool, DefinitionError> {
+        self.flag_or(names, false)
+    }
+
+    /// A flag that is not simply off where it is left out.
+    pub(super) fn flag_or(&mut self, names: &[&str], default: bool) -> Result<bool, DefinitionError> {
         let flag = |field: Field<'_>| field.value.as_bool().ok_or_else(|| field.wants("true or false"));
-        self.take(names)?.map_or(Ok(false), flag)
+        self.take(names)?.map_or(Ok(default), flag)
     }
 
     pub(super) fn number(&mut self, names: &[&str]) -> Result<Option<u32>, DefinitionError> {

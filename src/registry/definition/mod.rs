@@ -15,12 +15,15 @@ mod fields;
 mod service;
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use crate::model::{CheckId, HealthStatus, InstanceId, Protocol, ServiceName, ServiceRecord};
 
 pub use self::check::check_from_json;
+#[cfg(any(test, fuzzing))]
+pub(crate) use self::duration::parse as duration_from_text;
 pub use self::service::service_from_json;
 
 /// Output that is kept of a check, in bytes (Consul's default and weft's bound).
@@ -92,6 +95,21 @@ pub enum DefinitionError {
     },
 }
 
+impl DefinitionError {
+    /// Returns the field that is at fault, as a path from the definition, where it is known.
+    pub fn path(&self) -> Option<&str> {
+        match self {
+            Self::UnknownField { path }
+            | Self::Decode { path, .. }
+            | Self::Invalid { path, .. }
+            | Self::Unsupported { path, .. } => Some(path),
+            // A check of several says first where it stands.
+            Self::Check(text) => text.split_once(": ").map(|(path, _)| path).filter(|path| !path.contains(' ')),
+            _ => None,
+        }
+    }
+}
+
 /// A service as its owner registered it: by the API or a file.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct ServiceDefinition {
@@ -152,30 +170,13 @@ pub struct CheckDefinition {
 /// What a check does.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum Probe {
-    /// Requests a URL: 2xx passes, 429 warns, all else is critical.
-    Http {
-        /// `http://…`
-        url: String,
-        /// Default GET.
-        method: String,
-        /// Extra headers.
-        headers: BTreeMap<String, Vec<String>>,
-        /// Request body.
-        body: String,
-        /// Whether redirects stay unfollowed.
-        disable_redirects: bool,
+    /// Looks again and again.
+    Periodic {
+        /// At what, and how.
+        target: Target,
         /// How often; at least 1 s.
         interval: Duration,
-        /// Default 10 s.
-        timeout: Duration,
-    },
-    /// Connects.
-    Tcp {
-        /// `host:port`
-        target: String,
-        /// How often; at least 1 s.
-        interval: Duration,
-        /// Default 10 s.
+        /// How long a look may take; default 10 s.
         timeout: Duration,
     },
     /// Waits for the app to say that it lives.
@@ -183,19 +184,137 @@ pub enum Probe {
         /// Critical after so long without a word.
         ttl: Duration,
     },
+    /// Follows the worst check of another service or of a node.
+    Alias {
+        /// The node, by name or id; none: this one.
+        node: Option<String>,
+        /// The service; none: the node as a whole.
+        service: Option<InstanceId>,
+    },
     /// Set by hand (maintenance).
     Static,
 }
 
+/// What a periodic check looks at.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub enum Target {
+    /// Requests a URL: 2xx passes, 429 warns, all else is critical.
+    Http(HttpTarget),
+    /// Connects, and shakes hands where TLS is wanted.
+    Tcp {
+        /// `host:port`
+        target: String,
+        /// With TLS.
+        tls: Option<TlsOptions>,
+    },
+    /// Sends an empty datagram: a refusal is critical, an answer or silence passes.
+    Udp {
+        /// `host:port`
+        target: String,
+    },
+    /// Asks by grpc.health.v1: SERVING passes.
+    Grpc {
+        /// `host:port`
+        target: String,
+        /// The service asked about; empty: the server as a whole.
+        service: String,
+        /// With TLS.
+        tls: Option<TlsOptions>,
+    },
+    /// Sends an HTTP/2 PING.
+    H2ping {
+        /// `host:port`
+        target: String,
+        /// With TLS; the default.
+        tls: Option<TlsOptions>,
+    },
+    /// Runs a program of this host: 0 passes, 1 warns, all else is critical.
+    Script {
+        /// The program and its arguments; no shell.
+        args: Vec<String>,
+    },
+    /// Asks systemd about a unit.
+    OsService {
+        /// `nginx.service`
+        unit: String,
+    },
+    /// Runs a program in a container; judged like a script.
+    Docker {
+        /// Name or id.
+        container: String,
+        /// Put before `args`; default `/bin/sh`.
+        shell: String,
+        /// Its arguments.
+        args: Vec<String>,
+    },
+}
+
+/// What an HTTP check asks. Headers and body print no values: they may hold secrets.
+#[derive(Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct HttpTarget {
+    /// `http://…` or `https://…`
+    pub url: String,
+    /// Default GET.
+    pub method: String,
+    /// Extra headers.
+    pub headers: BTreeMap<String, Vec<String>>,
+    /// Request body.
+    pub body: String,
+    /// Whether redirects stay unfollowed.
+    pub disable_redirects: bool,
+    /// For https.
+    pub tls: TlsOptions,
+}
+
+impl fmt::Debug for HttpTarget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { url, method, headers, body, disable_redirects, tls } = self;
+        let names: Vec<&String> = headers.keys().collect();
+        let mut out = f.debug_struct("HttpTarget");
+        out.field("url", url).field("method", method).field("headers", &names).field("body_bytes", &body.len());
+        out.field("disable_redirects", disable_redirects).field("tls", tls).finish()
+    }
+}
+
+/// How a check's TLS differs from the usual.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct TlsOptions {
+    /// The name asked for and verified; empty: the host of the target.
+    pub server_name: String,
+    /// Whether the certificate is not verified.
+    pub skip_verify: bool,
+}
+
+impl Target {
+    /// Whether a program of the operator's choice is run: off unless the agent's configuration allows it.
+    pub fn runs_a_program(&self) -> bool {
+        matches!(self, Self::Script { .. } | Self::Docker { .. })
+    }
+}
+
 impl Probe {
-    /// Returns the kind as Consul names it: `http`, `tcp`, `ttl`, `maintenance`.
+    /// Returns the kind as Consul names it: `http`, `tcp`, `ttl`, `maintenance` ….
     pub fn kind(&self) -> &'static str {
         match self {
-            Self::Http { .. } => "http",
-            Self::Tcp { .. } => "tcp",
+            Self::Periodic { target, .. } => match target {
+                Target::Http(_) => "http",
+                Target::Tcp { .. } => "tcp",
+                Target::Udp { .. } => "udp",
+                Target::Grpc { .. } => "grpc",
+                Target::H2ping { .. } => "h2ping",
+                Target::Script { .. } => "script",
+                Target::OsService { .. } => "os_service",
+                Target::Docker { .. } => "docker",
+            },
             Self::Ttl { .. } => "ttl",
+            Self::Alias { .. } => "alias",
             Self::Static => "maintenance",
         }
+    }
+
+    /// Whether it runs a program of the operator's choice.
+    pub fn runs_a_program(&self) -> bool {
+        matches!(self, Self::Periodic { target, .. } if target.runs_a_program())
     }
 }
 

@@ -169,7 +169,8 @@ fn weights(fields: &mut Fields<'_>) -> Result<Weights, DefinitionError> {
 }
 
 fn check_fields<'a>(fields: &mut Fields<'a>) -> Result<Vec<Field<'a>>, DefinitionError> {
-    let mut all: Vec<Field<'a>> = fields.take(&["check"])?.into_iter().collect();
+    // Two blocks of a file make a list of them.
+    let mut all = fields.take(&["check"])?.map_or(Ok(Vec::new()), |field| field.elements())?;
     if let Some(field) = fields.take(&["checks"])? {
         all.extend(field.elements()?);
     }

@@ -39,7 +39,7 @@ fn a_full_registration_is_read_field_by_field() {
     assert_eq!(ids, ["service:web-1:1", "service:web-1:2"]);
     assert_eq!(service.checks[0].initial, HealthStatus::Passing);
     assert_eq!(service.checks[0].name, "Service 'web' check");
-    let Probe::Http { timeout, .. } = &service.checks[1].probe else { panic!("an HTTP check") };
+    let Probe::Periodic { timeout, target: Target::Http(_), .. } = &service.checks[1].probe else { panic!("HTTP") };
     assert_eq!(*timeout, Duration::from_secs(5));
     assert_eq!(service.checks[1].deregister_critical_after, Some(DEREGISTER_AFTER_MIN));
 }
@@ -83,21 +83,31 @@ fn bad_checks_say_what_is_wrong() {
     fn check(check: &Value, want: &str) {
         refused(&json!({"Name": "a", "Check": check}), want);
     }
-    check(&json!({"HTTP": "http://x/"}), "Invalid check: an HTTP check needs an Interval");
-    check(&json!({"HTTP": "https://x/", "Interval": "1s"}), "is not supported by this version of weft");
+    check(&json!({"HTTP": "http://x/"}), "Invalid check: a check of kind HTTP needs an Interval");
     check(&json!({"HTTP": "/x", "Interval": "1s"}), "must begin with http://");
     check(&json!({"TCP": "x", "Interval": "1s"}), "host:port");
     check(&json!({"TTL": "1s", "Interval": "1s"}), "Invalid check: Interval and TTL exclude each other");
     check(&json!({"TTL": "1s", "Status": "good"}), "Status for checks must 'passing', 'warning', 'critical'");
     check(&json!({"TTL": "1 second"}), "`Check.TTL` is wrong: `1 second` is no duration");
     check(&json!({"TTL": -5}), "no duration in nanoseconds");
-    check(&json!({"Notes": "x"}), "none of HTTP, TCP and TTL");
+    check(&json!({"Notes": "x"}), "it says not what to do: give one of HTTP, TCP, UDP");
     check(&json!({"TTL": "1s", "FailuresBeforeWarning": 3, "FailuresBeforeCritical": 2}), "FailuresBeforeWarning (3)");
     check(&json!({"HTTP": "http://x", "Interval": "1s", "Header": {"a b": ["c"]}}), "no valid name");
-    for other in ["UDP", "GRPC", "H2PING", "OSService", "AliasService", "DockerContainerID"] {
-        check(&json!({other: "x", "Interval": "1s"}), "is not supported by this version of weft");
-    }
-    check(&json!({"Args": ["true"], "Interval": "1s"}), "Invalid check: a script check");
+    check(
+        &json!({"HTTP": "http://x", "TCP": "x:1", "Interval": "1s"}),
+        "Invalid check: HTTP and TCP exclude each other",
+    );
+    check(&json!({"Args": ["true"], "TTL": "1s"}), "Args and TTL exclude each other");
+    check(&json!({"AliasService": "x", "Interval": "1s"}), "an alias check takes neither Interval nor TTL");
+    check(&json!({"Script": "true", "Interval": "1s"}), "give Args, a list");
+    check(&json!({"Args": [""], "Interval": "1s"}), "must name a program");
+    check(&json!({"GRPC": "x/svc", "Interval": "1s"}), "GRPC \"x\" must read host:port");
+    check(&json!({"UDP": "x:0", "Interval": "1s"}), "a port from 1 to 65535");
+    check(&json!({"TCP": "x:1", "TCPUseTLS": true, "TLSServerName": "a b", "Interval": "1s"}), "TLSServerName \"a b\"");
+    check(&json!({"OSService": "a b", "Interval": "1s"}), "systemd unit");
+    check(&json!({"DockerContainerID": "../x", "Args": ["x"], "Interval": "1s"}), "DockerContainerID must be");
+    check(&json!({"DockerContainerID": "x", "Interval": "1s"}), "Args must name a program");
+    check(&json!({"AliasNode": "n", "AliasServic": "x"}), "unknown field `Check.AliasServic`");
     let twice = json!({"Name": "a", "Checks": [{"TTL": "1s", "CheckID": "x"}, {"TTL": "2s", "CheckID": "x"}]});
     refused(&twice, "two checks have the id \"x\"");
 }
@@ -110,6 +120,54 @@ fn a_check_by_itself_has_a_name_and_may_have_a_service() {
     let refused = |value| check_from_json(&value, &DEFAULTS).unwrap_err();
     assert_eq!(refused(json!({"TTL": "30s"})), DefinitionError::MissingCheckName);
     assert!(refused(json!({"Name": "a b", "TTL": "1s"})).to_string().contains("check ID"));
+}
+
+#[test]
+fn every_kind_of_check_is_read_in_any_spelling() {
+    #[track_caller]
+    fn check(mut value: Value, kind: &str, want: Option<&Target>) {
+        value["name"] = json!("c");
+        let probe = check_from_json(&value, &DEFAULTS).unwrap().probe;
+        assert_eq!(probe.kind(), kind);
+        let target = match probe {
+            Probe::Periodic { target, .. } => Some(target),
+            _ => None,
+        };
+        assert_eq!(target.as_ref(), want);
+    }
+    let tls = |server_name: &str, skip_verify| TlsOptions { server_name: server_name.to_owned(), skip_verify };
+    let (target, none) = ("h:1".to_owned(), tls("", false));
+    let value = json!({"tcp": "h:1", "tcp_use_tls": true, "tls_server_name": "n", "interval": "1s"});
+    check(value, "tcp", Some(&Target::Tcp { target: target.clone(), tls: Some(tls("n", false)) }));
+    check(json!({"Udp": "h:1", "interval": "1s"}), "udp", Some(&Target::Udp { target: target.clone() }));
+    let value = json!({"grpc": "h:1/a.b", "grpc_use_tls": true, "tls_skip_verify": true, "interval": "1s"});
+    let want = Target::Grpc { target: target.clone(), service: "a.b".to_owned(), tls: Some(tls("", true)) };
+    check(value, "grpc", Some(&want));
+    let value = json!({"GRPC": "h:1", "interval": "1s"});
+    check(value, "grpc", Some(&Target::Grpc { target: target.clone(), service: String::new(), tls: None }));
+    let want = |tls| Target::H2ping { target: target.clone(), tls };
+    check(json!({"h2ping": "h:1", "interval": "1s"}), "h2ping", Some(&want(Some(none))));
+    check(json!({"h2ping": "h:1", "h2ping_use_tls": false, "interval": "1s"}), "h2ping", Some(&want(None)));
+    for key in ["Args", "args", "ScriptArgs", "script_args"] {
+        let args = vec!["a".to_owned(), "b".to_owned()];
+        check(json!({key: ["a", "b"], "interval": "1s"}), "script", Some(&Target::Script { args }));
+    }
+    let value = json!({"docker_container_id": "c1", "args": ["a"], "interval": "1s"});
+    let want = Target::Docker { container: "c1".to_owned(), shell: "/bin/sh".to_owned(), args: vec!["a".to_owned()] };
+    check(value, "docker", Some(&want));
+    let unit = "a@1.service".to_owned();
+    check(json!({"os_service": "a@1.service", "interval": "1s"}), "os_service", Some(&Target::OsService { unit }));
+    check(json!({"alias_service": "db-1", "alias_node": "n2"}), "alias", None);
+    check(json!({"AliasNode": "n2"}), "alias", None);
+    check(json!({"ttl": "5s"}), "ttl", None);
+}
+
+#[test]
+fn headers_and_body_do_not_print() {
+    let value =
+        json!({"Name": "c", "HTTP": "http://h", "Interval": "1s", "Body": "pass", "Header": {"X-Key": ["word"]}});
+    let shown = format!("{:?}", check_from_json(&value, &DEFAULTS).unwrap());
+    assert!(shown.contains("X-Key") && !shown.contains("word") && !shown.contains("\"pass\""), "{shown}");
 }
 
 #[test]
@@ -157,6 +215,14 @@ fn any_value() -> impl Strategy<Value = Value> {
         "Passing",
         "Header",
         "Status",
+        "Args",
+        "GRPC",
+        "UDP",
+        "H2PING",
+        "AliasService",
+        "DockerContainerID",
+        "OSService",
+        "TLSServerName",
         "x",
     ]);
     leaf.prop_recursive(5, 60, 6, move |inner| {

@@ -1,9 +1,11 @@
 //! The task that owns the registry.
 //!
 //! An order goes: rules (pure) -> disk -> memory -> published -> answered. A result of a check goes: state machine ->
-//! published; its status reaches the disk with the others of the same second.
+//! published; its status reaches the disk with the others of the same second. What is published changes in place, check
+//! by check: ten thousand checks make a thousand results a second.
 
 mod orders;
+mod publish;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
@@ -17,22 +19,24 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use super::checks::{Change, CheckState, Report, Runners, Running};
+use super::checks::alias::AliasTarget;
+use super::checks::{Change, CheckState, Outcome, Report, Runners, Tools, unavailable};
 use super::metrics::RegistryMetrics;
-use super::rules;
+use super::rules::{self, Spread};
 use super::{
-    CheckDefinition, LocalCheck, LocalService, LocalState, Probe, Publication, RegistryError, RegistryParams,
-    RegistryStartError, ScopeSource, ServiceDefinition,
+    CheckDefinition, ConfigDefinitions, LocalCheck, LocalService, LocalState, Probe, Publication, RegistryError,
+    RegistryParams, RegistryStartError, ScopeSource, ScriptPolicy, ServiceDefinition,
 };
-use crate::catalogue::{LocalInstance, LocalView, UpstreamListener};
 use crate::clock;
-use crate::model::{CheckId, Entry, EntryKey, HealthStatus, InstanceId};
+use crate::model::{CheckId, HealthStatus, InstanceId, NodeName};
 use crate::store::{Store, StoreError};
 
 /// Longest output of a check in a log line, in characters.
 const LOGGED_CHARS_MAX: usize = 160;
 /// How long statuses gather before one commit writes them: an fsync per second at most, however many checks flap.
 const FLUSH_AFTER: Duration = Duration::from_secs(1);
+/// Results that are taken before they are published together.
+const REPORTS_AT_ONCE_MAX: usize = 256;
 /// How long to wait after a write that failed in the background.
 const RETRY_AFTER: Duration = Duration::from_secs(30);
 
@@ -44,7 +48,8 @@ pub(super) enum Order {
     RegisterCheck { definition: Box<CheckDefinition> },
     DeregisterCheck { id: CheckId },
     UpdateTtl { id: CheckId, status: HealthStatus, output: String },
-    ReplaceConfig { services: Vec<ServiceDefinition> },
+    ReplaceConfig(Box<ConfigDefinitions>),
+    NoteRemote { statuses: BTreeMap<AliasTarget, Outcome> },
 }
 
 /// An order and where its answer goes.
@@ -54,9 +59,9 @@ pub(super) struct Command {
     pub(super) answer: oneshot::Sender<Result<(), RegistryError>>,
 }
 
-/// Who registered a service.
+/// Who registered a service or a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Origin {
+pub(super) enum Origin {
     Api,
     Config,
 }
@@ -68,32 +73,54 @@ struct HeldService {
 
 struct HeldCheck {
     shown: Arc<LocalCheck>,
-    /// Registered by itself: it is in the store by itself.
-    alone: bool,
+    /// Registered by itself, by whom; none: it is part of its service's definition.
+    alone: Option<Origin>,
     state: CheckState,
-    running: Option<Running>,
+    /// Of the run whose reports count.
+    epoch: Option<u64>,
+    /// Its place in `Task::deadlines`.
+    deadline: Option<Instant>,
 }
 
 enum Event {
     Stop,
     Command(Command),
-    Report(Report),
+    /// In `Task::batch`.
+    Reports,
     Ended(Result<(), JoinError>),
     Timeout,
 }
 
+/// Readers of what is published, and of the aliases that follow other nodes.
+pub(super) type Readers =
+    (watch::Receiver<Arc<LocalState>>, watch::Receiver<Arc<Publication>>, watch::Receiver<Arc<BTreeSet<AliasTarget>>>);
+
 /// Owns what is registered.
 pub(super) struct Task {
     store: Store,
+    node: NodeName,
     scope: ScopeSource,
+    scripts: ScriptPolicy,
     services: BTreeMap<InstanceId, HeldService>,
     checks: BTreeMap<CheckId, HeldCheck>,
     /// Statuses of before the restart, until their checks are there.
     kept: BTreeMap<CheckId, HealthStatus>,
+    /// When checks have something to do by themselves.
+    deadlines: BTreeSet<(Instant, CheckId)>,
+    /// What changed since the last publication.
+    dirty: publish::Dirty,
+    /// How checks are told to others.
+    spread: Spread,
+    /// What aliases of other nodes say.
+    remote: BTreeMap<AliasTarget, Outcome>,
+    wanted: watch::Sender<Arc<BTreeSet<AliasTarget>>>,
+    /// Results taken from `reports`.
+    batch: Vec<Report>,
     /// Checks whose status is not on disk yet.
     unwritten: BTreeSet<CheckId>,
     write_at: Option<Instant>,
     index: u64,
+    tools: Arc<Tools>,
     runners: Runners,
     reports: mpsc::Receiver<Report>,
     commands: mpsc::Receiver<Command>,
@@ -112,16 +139,28 @@ impl Task {
         let loaded =
             blocking(params.store.clone(), |store| Ok((store.services()?, store.checks()?, store.check_statuses()?)));
         let (services, checks, statuses) = loaded.await.map_err(RegistryStartError::Store)?;
-        let (runners, reports) = Runners::new(metrics.clone());
+        let settings = params.check_settings.clone();
+        let tools = blocking_call(move || Tools::new(settings)).await.map_err(RegistryStartError::Checks)?;
+        let tools = Arc::new(tools);
+        let (runners, reports) = Runners::new(metrics.clone(), Arc::clone(&tools));
         let mut task = Self {
             store: params.store,
+            node: params.node,
             scope: params.scope,
+            scripts: params.config.scripts,
             services: BTreeMap::new(),
             checks: BTreeMap::new(),
             kept: statuses.into_iter().collect(),
+            deadlines: BTreeSet::new(),
+            dirty: publish::Dirty::default(),
+            spread: Spread::Each,
+            remote: BTreeMap::new(),
+            wanted: watch::Sender::new(Arc::default()),
+            batch: Vec::new(),
             unwritten: BTreeSet::new(),
             write_at: None,
             index: params.first_index,
+            tools,
             runners,
             reports,
             commands,
@@ -130,15 +169,21 @@ impl Task {
             metrics,
         };
         let now = clock::now();
-        task.config_is_right(&params.config_services).map_err(RegistryStartError::Config)?;
-        for service in params.config_services {
+        task.config_is_right(&params.config.services, &[], params.config.scripts)
+            .map_err(RegistryStartError::Config)?;
+        for service in params.config.services {
+            task.warn_unavailable(&service.checks).await;
             task.set_service(service, Origin::Config, now);
         }
         for service in services {
             task.load_service(service, now);
         }
+        for check in params.config.checks {
+            task.warn_unavailable(std::slice::from_ref(&check)).await;
+            task.load_check(check, Origin::Config, now);
+        }
         for check in checks {
-            task.load_check(check, now);
+            task.load_check(check, Origin::Api, now);
         }
         task.kept.clear();
         task.publish();
@@ -146,13 +191,14 @@ impl Task {
     }
 
     /// Returns readers of what is published.
-    pub(super) fn subscribe(&self) -> (watch::Receiver<Arc<LocalState>>, watch::Receiver<Arc<Publication>>) {
-        (self.state.subscribe(), self.publication.subscribe())
+    pub(super) fn subscribe(&self) -> Readers {
+        (self.state.subscribe(), self.publication.subscribe(), self.wanted.subscribe())
     }
 
     /// Runs until `stop`; the last statuses are on disk when it ends.
     pub(super) async fn run(mut self, stop: CancellationToken) {
         loop {
+            self.runners.flush().await;
             match self.next_event(&stop).await {
                 Event::Stop => break,
                 Event::Command(Command { order, answer }) => {
@@ -161,7 +207,12 @@ impl Task {
                     // A caller that went away wants no answer.
                     let _unwanted = answer.send(result);
                 }
-                Event::Report(report) => self.take_report(report),
+                Event::Reports => {
+                    for report in std::mem::take(&mut self.batch) {
+                        self.take_report(report);
+                    }
+                    self.publish();
+                }
                 Event::Ended(Err(error)) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
                 Event::Ended(_) => {}
                 Event::Timeout => self.handle_timeout().await,
@@ -175,7 +226,7 @@ impl Task {
     ///
     /// Cancel safe: every branch is.
     async fn next_event(&mut self, stop: &CancellationToken) -> Event {
-        let due = self.checks.values().filter_map(|check| check.state.poll_timeout()).chain(self.write_at).min();
+        let due = self.deadlines.first().map(|(at, _)| *at).into_iter().chain(self.write_at).min();
         let timer = async {
             match due {
                 Some(at) => tokio::time::sleep_until(at).await,
@@ -187,13 +238,18 @@ impl Task {
             () = stop.cancelled() => Event::Stop,
             Some(command) = self.commands.recv() => Event::Command(command),
             () = timer => Event::Timeout,
-            Some(report) = self.reports.recv() => Event::Report(report),
+            1.. = self.reports.recv_many(&mut self.batch, REPORTS_AT_ONCE_MAX) => Event::Reports,
             ended = self.runners.ended() => Event::Ended(ended),
         }
     }
 
-    /// Holds the services of config files against each other and against those of the API.
-    fn config_is_right(&self, config: &[ServiceDefinition]) -> Result<(), RegistryError> {
+    /// Holds what config files define against each other and against what the API registered.
+    fn config_is_right(
+        &self,
+        config: &[ServiceDefinition],
+        checks: &[CheckDefinition],
+        scripts: ScriptPolicy,
+    ) -> Result<(), RegistryError> {
         let scope = (self.scope)();
         let mut seen = BTreeSet::new();
         for service in config {
@@ -207,19 +263,37 @@ impl Task {
                     "service ID {id:?} is registered by the API: deregister it first, or change the file's ID"
                 )));
             }
+            rules::may_run(&service.checks, scripts, Origin::Config)?;
         }
+        rules::may_run(checks, scripts, Origin::Config)?;
         let of_api = self.services.values().filter(|held| held.origin == Origin::Api);
         let services: Vec<_> = of_api.map(|held| &held.shown.definition).chain(config).collect();
-        let stays = |check: &&CheckDefinition| {
-            check.service.as_ref().is_none_or(|id| services.iter().any(|service| service.record.id == *id))
-        };
-        rules::hold_together(&services, &self.alone().filter(stays).collect::<Vec<_>>())
+        let has = |id: &InstanceId| services.iter().any(|service| service.record.id == *id);
+        for check in checks {
+            let id = check.id.as_str();
+            if let Some(service) = check.service.as_ref().filter(|service| !has(service)) {
+                let service = service.as_str();
+                return Err(RegistryError::Invalid(format!(
+                    "check {id:?} is about service {service:?}, which is not here"
+                )));
+            }
+            if self.checks.get(id).is_some_and(|held| held.alone == Some(Origin::Api)) {
+                return Err(RegistryError::Invalid(format!(
+                    "check ID {id:?} is registered by the API: deregister it first, or change the file's ID"
+                )));
+            }
+        }
+        let stays = |check: &&CheckDefinition| check.service.as_ref().is_none_or(has);
+        let alone: Vec<_> = self.alone(Some(Origin::Api)).filter(stays).chain(checks).collect();
+        rules::hold_together(&services, &alone).map(drop)
     }
 
     fn load_service(&mut self, service: ServiceDefinition, now: Instant) {
         let id = &service.record.id;
         let services: Vec<_> = self.definitions().chain([&service]).collect();
-        let mut fits = rules::in_scope(&service, &(self.scope)()).and_then(|()| rules::hold_together(&services, &[]));
+        let mut fits = rules::in_scope(&service, &(self.scope)())
+            .and_then(|()| rules::may_run(&service.checks, self.scripts, Origin::Api))
+            .and_then(|()| rules::hold_together(&services, &[]).map(drop));
         if self.services.contains_key(id) {
             fits = Err(RegistryError::Invalid("a config file has a service with its ID".to_owned()));
         }
@@ -229,14 +303,26 @@ impl Task {
         }
     }
 
-    fn load_check(&mut self, check: CheckDefinition, now: Instant) {
+    /// Takes a check of a config file or of the disk at the start.
+    fn load_check(&mut self, check: CheckDefinition, origin: Origin, now: Instant) {
         let is_held = check.service.as_ref().is_none_or(|id| self.services.contains_key(id));
         let services: Vec<_> = self.definitions().collect();
-        let alone: Vec<_> = self.alone().chain([&check]).collect();
-        match rules::hold_together(&services, &alone) {
-            Ok(()) if is_held => self.set_check(check, true, now),
-            Ok(()) => warn!(check = %check.id, "stored check is left out, for its service is; it stays on disk"),
-            Err(error) => warn!(check = %check.id, %error, "stored check is left out; it stays on disk"),
+        let alone: Vec<_> = self.alone(None).chain([&check]).collect();
+        let fits = rules::may_run(std::slice::from_ref(&check), self.scripts, origin)
+            .and_then(|()| rules::hold_together(&services, &alone));
+        match fits {
+            Ok(_) if is_held => self.set_check(check, Some(origin), now),
+            Ok(_) => warn!(check = %check.id, "check is left out, for its service is not here"),
+            Err(error) => warn!(check = %check.id, %error, "check is left out"),
+        }
+    }
+
+    /// Tells of checks that this host cannot run; what they need may come up later.
+    async fn warn_unavailable(&self, checks: &[CheckDefinition]) {
+        for check in checks {
+            if let Some(why) = unavailable(&self.tools, &check.probe).await {
+                warn!(check = %check.id, why, "check cannot run for the time being");
+            }
         }
     }
 
@@ -244,8 +330,10 @@ impl Task {
         self.services.values().map(|held| &held.shown.definition)
     }
 
-    fn alone(&self) -> impl Iterator<Item = &CheckDefinition> {
-        self.checks.values().filter(|check| check.alone).map(|check| &check.shown.definition)
+    /// Checks that stand alone, of one origin or of all.
+    fn alone(&self, origin: Option<Origin>) -> impl Iterator<Item = &CheckDefinition> {
+        let is_it = move |check: &&HeldCheck| check.alone.is_some_and(|of| origin.is_none_or(|wanted| wanted == of));
+        self.checks.values().filter(is_it).map(|check| &*check.shown.definition)
     }
 
     /// Puts a service in place, with its checks; checks that its definition had and has not are dropped.
@@ -267,53 +355,79 @@ impl Task {
             }
         };
         self.services.insert(id.clone(), HeldService { shown, origin });
+        self.dirty.structure = true;
         for check in definition.checks {
-            self.set_check(check, false, now);
+            self.set_check(check, None, now);
         }
         // Checks that stand alone show the service's name and tags.
-        let ids: Vec<_> = self.checks.keys().cloned().collect();
+        let of_this = |check: &&HeldCheck| check.shown.definition.service.as_ref() == Some(&id);
+        let ids: Vec<_> = self.checks.values().filter(of_this).map(|check| check.shown.definition.id.clone()).collect();
         for check in ids {
             self.show_check(&check);
         }
     }
 
     /// Puts a check in place. The status of one with the same id stays; one that did not change runs on.
-    fn set_check(&mut self, definition: CheckDefinition, alone: bool, now: Instant) {
+    fn set_check(&mut self, definition: CheckDefinition, alone: Option<Origin>, now: Instant) {
         let id = definition.id.clone();
         if let Some(held) = self.checks.get_mut(&id)
-            && held.shown.definition == definition
+            && *held.shown.definition == definition
         {
             held.alone = alone;
             return;
         }
-        let before = self.checks.remove(&id).map(|held| held.state.status());
+        let held = self.checks.remove(&id);
+        if let Some(at) = held.as_ref().and_then(|held| held.deadline) {
+            self.deadlines.remove(&(at, id.clone()));
+        }
+        let (before, output) = held.map(|held| (held.state.status(), held.state.output().to_owned())).unzip();
         // What is set by hand says itself what it is.
         let kept = before.or_else(|| self.kept.get(&id).copied()).filter(|_| definition.probe != Probe::Static);
-        let state = CheckState::new(&definition, kept, now);
-        let running = self.runners.start(&definition);
+        let definition = Arc::new(definition);
+        let state = CheckState::new(&definition, kept, output.unwrap_or_default(), now);
+        self.runners.stop(&id);
+        let epoch = self.runners.start(&definition);
         let shown = Arc::new(LocalCheck {
             definition,
             status: state.status(),
-            output: String::new(),
+            output: state.output().to_owned(),
             service_name: String::new(),
             service_tags: Box::default(),
         });
-        self.checks.insert(id.clone(), HeldCheck { shown, alone, state, running });
+        self.checks.insert(id.clone(), HeldCheck { shown, alone, state, epoch, deadline: None });
+        self.dirty.structure = true;
         self.note_change(&id, Change::Status);
     }
 
     fn drop_check(&mut self, id: &CheckId) {
-        self.checks.remove(id);
+        if let Some(at) = self.checks.remove(id).and_then(|held| held.deadline) {
+            self.deadlines.remove(&(at, id.clone()));
+        }
+        self.runners.stop(id);
         self.unwritten.remove(id);
+        self.dirty.structure = true;
     }
 
     fn note_change(&mut self, id: &CheckId, change: Change) {
+        self.rearm(id);
         if change == Change::Status {
             self.unwritten.insert(id.clone());
             self.write_at.get_or_insert(clock::now() + FLUSH_AFTER);
         }
         if change != Change::None {
+            self.dirty.note(id, change);
             self.show_check(id);
+        }
+    }
+
+    /// Puts a check's next deadline where the timer finds it.
+    fn rearm(&mut self, id: &CheckId) {
+        let Some(held) = self.checks.get_mut(id) else { return };
+        let (old, new) = (held.deadline, held.state.poll_timeout());
+        held.deadline = new;
+        if old != new {
+            old.map(|at| self.deadlines.remove(&(at, id.clone())));
+            new.map(|at| self.deadlines.insert((at, id.clone())));
         }
     }
 
@@ -322,7 +436,7 @@ impl Task {
         let service = held.shown.definition.service.as_ref().and_then(|id| self.services.get(id));
         let record = service.map(|service| &service.shown.definition.record);
         let shown = LocalCheck {
-            definition: held.shown.definition.clone(),
+            definition: Arc::clone(&held.shown.definition),
             status: held.state.status(),
             output: held.state.output().to_owned(),
             service_name: record.map(|record| record.name.to_string()).unwrap_or_default(),
@@ -335,7 +449,7 @@ impl Task {
 
     fn take_report(&mut self, report: Report) {
         let Some(check) = self.checks.get_mut(&report.id) else { return };
-        if check.running.as_ref().is_none_or(|running| running.epoch != report.epoch) {
+        if check.epoch != Some(report.epoch) {
             return;
         }
         let before = check.state.status();
@@ -347,27 +461,25 @@ impl Task {
             info!(check = %report.id, %before, %status, output, "check changed");
         }
         self.note_change(&report.id, change);
-        self.publish();
     }
 
     /// Expires TTLs, deregisters what was critical for too long, writes statuses.
     async fn handle_timeout(&mut self) {
         let now = clock::now();
-        let mut changed = Vec::new();
         let mut due = BTreeSet::new();
-        for (id, check) in &mut self.checks {
+        while let Some((at, id)) = self.deadlines.first().cloned().filter(|(at, _)| *at <= now) {
+            self.deadlines.remove(&(at, id.clone()));
+            let Some(check) = self.checks.get_mut(&id) else { continue };
+            check.deadline = None;
             let change = check.state.handle_timeout(now);
-            if change != Change::None {
-                changed.push((id.clone(), change));
-            }
             if check.state.deregister_due(now) {
                 due.extend(check.shown.definition.service.clone());
                 // Counted anew, so that a disk that fails is not asked again at once.
                 check.state.postpone_deregistration(now);
             }
-        }
-        for (id, change) in changed {
-            info!(check = %id, "TTL of check expired");
+            if change == Change::Status {
+                info!(check = %id, "TTL of check expired");
+            }
             self.note_change(&id, change);
         }
         for id in due {
@@ -404,65 +516,19 @@ impl Task {
     ) -> Result<(), RegistryError> {
         blocking(self.store.clone(), change).await.map_err(|error| RegistryError::Store(chain(&error)))
     }
-
-    /// Shows what is registered to the readers, each only what changed for it.
-    fn publish(&self) {
-        let state = LocalState {
-            services: self.services.iter().map(|(id, held)| (id.clone(), Arc::clone(&held.shown))).collect(),
-            checks: self.checks.iter().map(|(id, held)| (id.clone(), Arc::clone(&held.shown))).collect(),
-        };
-        let publication = publication(&state);
-        self.metrics.show(state.services.len(), state.checks.values().map(|check| check.status));
-        replace_if_changed(&self.state, state);
-        replace_if_changed(&self.publication, publication);
-    }
 }
 
-fn replace_if_changed<T: PartialEq>(sender: &watch::Sender<Arc<T>>, value: T) {
-    sender.send_if_modified(|held| {
-        let changed = **held != value;
-        if changed {
-            *held = Arc::new(value);
-        }
-        changed
-    });
-}
-
-/// Derives what other nodes and the data plane get.
-fn publication(state: &LocalState) -> Publication {
-    let mut records = BTreeMap::new();
-    let mut view = LocalView::default();
-    let mut upstreams = BTreeSet::new();
-    for (id, service) in &state.services {
-        let definition = &service.definition;
-        let record = &definition.record;
-        records.insert(EntryKey::Service(id.clone()), Entry::Service(record.clone().into()));
-        upstreams.extend(definition.upstreams.iter().map(|upstream| UpstreamListener {
-            bind: upstream.bind,
-            source: record.name.clone(),
-            destination: upstream.destination.clone(),
-            protocol: upstream.protocol,
-        }));
-        // A service without a port only calls; there is nothing to relay to.
-        if definition.app_addr.port() > 0 {
-            let (service, protocol) = (record.name.clone(), record.protocol);
-            view.instances.insert(id.clone(), LocalInstance { service, app_addr: definition.app_addr, protocol });
-        }
-    }
-    for (id, check) in &state.checks {
-        let record = rules::check_record(&check.definition, check.status);
-        records.insert(EntryKey::Check(id.clone()), Entry::Check(record.into()));
-    }
-    view.upstreams = upstreams.into_iter().collect();
-    Publication { records, view }
-}
-
-/// Runs `call` where blocking is allowed.
+/// Asks the store, where blocking is allowed.
 async fn blocking<T: Send + 'static>(
     store: Store,
     call: impl FnOnce(&Store) -> Result<T, StoreError> + Send + 'static,
 ) -> Result<T, StoreError> {
-    match tokio::task::spawn_blocking(move || call(&store)).await {
+    blocking_call(move || call(&store)).await
+}
+
+/// Runs `call` where blocking is allowed.
+async fn blocking_call<T: Send + 'static>(call: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(call).await {
         Ok(result) => result,
         Err(error) => match error.try_into_panic() {
             Ok(panic) => std::panic::resume_unwind(panic),

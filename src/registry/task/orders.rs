@@ -2,11 +2,11 @@
 
 use tracing::info;
 
-use super::{HeldCheck, Order, Origin, Task};
+use super::{HeldCheck, Order, Origin, Task, blocking_call, unavailable};
 use crate::clock;
 use crate::model::{CheckId, HealthStatus, InstanceId};
 use crate::registry::checks::Outcome;
-use crate::registry::{CheckDefinition, Probe, RegistryError, ServiceDefinition, rules};
+use crate::registry::{CheckDefinition, ConfigDefinitions, Probe, RegistryError, ServiceDefinition, rules};
 
 impl Task {
     pub(super) async fn execute(&mut self, order: Order) -> Result<(), RegistryError> {
@@ -18,7 +18,12 @@ impl Task {
             Order::RegisterCheck { definition } => self.register_check(*definition).await,
             Order::DeregisterCheck { id } => self.deregister_check(&id).await,
             Order::UpdateTtl { id, status, output } => self.update_ttl(&id, status, output),
-            Order::ReplaceConfig { services } => self.replace_config(services).await,
+            Order::ReplaceConfig(config) => self.replace_config(*config).await,
+            Order::NoteRemote { statuses } => {
+                self.remote = statuses;
+                self.dirty.note_remote();
+                Ok(())
+            }
         }
     }
 
@@ -28,6 +33,7 @@ impl Task {
         replace_existing_checks: bool,
     ) -> Result<(), RegistryError> {
         rules::in_scope(&definition, &(self.scope)())?;
+        self.can_run(&definition.checks).await?;
         let id = definition.record.id.clone();
         let held = self.services.get(&id);
         if held.is_some_and(|held| held.origin == Origin::Config) {
@@ -45,7 +51,7 @@ impl Task {
         } else {
             definition.checks.extend(left);
         }
-        for (check_id, check) in self.checks.iter().filter(|(_, check)| check.alone) {
+        for (check_id, check) in self.checks.iter().filter(|(_, check)| check.alone == Some(Origin::Api)) {
             let of_this = check.shown.definition.service.as_ref() == Some(&id);
             // Maintenance is set and ended by hand alone.
             let by_hand = check.shown.definition.probe == Probe::Static;
@@ -56,7 +62,7 @@ impl Task {
         }
         let others = self.definitions().filter(|service| service.record.id != id);
         let services: Vec<_> = others.chain([&definition]).collect();
-        let alone: Vec<_> = self.alone().filter(|check| !dropped.contains(&check.id)).collect();
+        let alone: Vec<_> = self.alone(None).filter(|check| !dropped.contains(&check.id)).collect();
         rules::hold_together(&services, &alone)?;
 
         let (stored, gone) = (definition.clone(), dropped.clone());
@@ -84,6 +90,7 @@ impl Task {
             self.drop_check(check);
         }
         self.services.remove(id);
+        self.dirty.structure = true;
         info!(service = %id, "deregistered service");
         Ok(())
     }
@@ -94,9 +101,16 @@ impl Task {
         {
             return Err(RegistryError::UnknownService { id: service.to_string() });
         }
+        self.can_run(std::slice::from_ref(&definition)).await?;
         let held = self.checks.get(&definition.id);
+        if held.is_some_and(|held| held.alone == Some(Origin::Config)) {
+            return Err(RegistryError::Invalid(format!(
+                "check ID {:?} comes from a config file: change the file and reload, or register under another ID",
+                definition.id.as_str()
+            )));
+        }
         if let Some(held) = held
-            && !held.alone
+            && held.alone.is_none()
             && held.shown.definition.service == definition.service
             && let Some(service) = definition.service.as_ref().and_then(|id| self.services.get(id))
         {
@@ -107,7 +121,7 @@ impl Task {
             return self.change_service(changed, origin, None).await;
         }
         let services: Vec<_> = self.definitions().collect();
-        let others = self.alone().filter(|check| check.id != definition.id);
+        let others = self.alone(None).filter(|check| check.id != definition.id);
         let alone: Vec<_> = others.chain([&definition]).collect();
         rules::hold_together(&services, &alone)?;
         if let Some(held) = held
@@ -120,7 +134,7 @@ impl Task {
         }
         let stored = definition.clone();
         self.on_disk(move |store| store.put_check(&stored)).await?;
-        self.set_check(definition, true, clock::now());
+        self.set_check(definition, Some(Origin::Api), clock::now());
         Ok(())
     }
 
@@ -128,7 +142,7 @@ impl Task {
         let Some(held) = self.checks.get(id) else {
             return Err(RegistryError::UnknownCheck { id: id.to_string() });
         };
-        let service = held.shown.definition.service.as_ref().filter(|_| !held.alone);
+        let service = held.shown.definition.service.as_ref().filter(|_| held.alone.is_none());
         if let Some(service) = service.and_then(|id| self.services.get(id)) {
             let origin = service.origin;
             let mut changed = service.shown.definition.clone();
@@ -150,7 +164,7 @@ impl Task {
     ) -> Result<(), RegistryError> {
         let others = self.definitions().filter(|service| service.record.id != definition.record.id);
         let services: Vec<_> = others.chain([&definition]).collect();
-        rules::hold_together(&services, &self.alone().collect::<Vec<_>>())?;
+        rules::hold_together(&services, &self.alone(None).collect::<Vec<_>>())?;
         let (stored, gone) = (definition.clone(), Vec::from_iter(dropped));
         match origin {
             Origin::Api => self.on_disk(move |store| store.replace_service(&stored, &gone)).await?,
@@ -172,17 +186,46 @@ impl Task {
         Ok(())
     }
 
-    async fn replace_config(&mut self, services: Vec<ServiceDefinition>) -> Result<(), RegistryError> {
-        self.config_is_right(&services)?;
+    /// Refuses checks that this agent does not or cannot run.
+    async fn can_run(&self, checks: &[CheckDefinition]) -> Result<(), RegistryError> {
+        rules::may_run(checks, self.scripts, Origin::Api)?;
+        for check in checks {
+            if let Some(why) = unavailable(&self.tools, &check.probe).await {
+                return Err(RegistryError::Invalid(format!("Invalid check: {why}")));
+            }
+        }
+        Ok(())
+    }
+
+    async fn replace_config(&mut self, config: ConfigDefinitions) -> Result<(), RegistryError> {
+        let ConfigDefinitions { services, checks, scripts, settings } = config;
+        self.config_is_right(&services, &checks, scripts)?;
+        if let Some(settings) = settings {
+            let tools = std::sync::Arc::clone(&self.tools);
+            blocking_call(move || tools.reload(settings)).await.map_err(RegistryError::Invalid)?;
+        }
+        self.scripts = scripts;
         let is_new = |id: &InstanceId| services.iter().any(|service| service.record.id == *id);
         let from_config = self.services.iter().filter(|(_, held)| held.origin == Origin::Config);
         let gone: Vec<InstanceId> = from_config.map(|(id, _)| id.clone()).filter(|id| !is_new(id)).collect();
         for id in gone {
             self.deregister_service(&id).await?;
         }
+        let is_new = |id: &CheckId| checks.iter().any(|check| check.id == *id);
+        let from_config = self.checks.iter().filter(|(_, held)| held.alone == Some(Origin::Config));
+        let gone: Vec<CheckId> = from_config.map(|(id, _)| id.clone()).filter(|id| !is_new(id)).collect();
+        for id in gone {
+            info!(check = %id, "check is in no config file any more");
+            self.deregister_check(&id).await?;
+        }
         let now = clock::now();
         for service in services {
+            self.warn_unavailable(&service.checks).await;
             self.set_service(service, Origin::Config, now);
+        }
+        for check in checks {
+            self.warn_unavailable(std::slice::from_ref(&check)).await;
+            self.set_check(check, Some(Origin::Config), now);
         }
         Ok(())
     }

@@ -1,0 +1,134 @@
+//! Reading the configuration again while the agent runs.
+//!
+//! ```text
+//!   SIGHUP, PUT /v1/agent/reload -> source() -> Config -> registry (services, checks, CA file) -> log level -> warnings
+//! ```
+//!
+//! Invariants: reloads run one after the other; a configuration with a problem changes nothing; what takes a restart is
+//! named and not half applied.
+
+use std::sync::Arc;
+
+use tracing::{info, warn};
+
+use crate::config::{Config, ConfigError};
+use crate::registry::{ConfigDefinitions, RegistryError, RegistryHandle};
+use crate::telemetry;
+
+/// Reads the configuration anew; blocks on the disk.
+pub type ConfigSource = Arc<dyn Fn() -> Result<Config, ConfigError> + Send + Sync>;
+
+/// Why a reload changed nothing.
+#[derive(Debug, thiserror::Error)]
+pub enum ReloadError {
+    /// The agent was started without files or flags to read again.
+    #[error("this agent was started from a program, not from files: there is nothing to read again")]
+    NoSource,
+    /// The files cannot be used.
+    #[error("nothing was reloaded: {0}")]
+    Config(ConfigError),
+    /// What they define does not fit.
+    #[error("nothing was reloaded: {0}")]
+    Registry(RegistryError),
+}
+
+/// Reloads one agent.
+pub(super) struct Reloader {
+    source: Option<ConfigSource>,
+    /// What is in force.
+    current: tokio::sync::Mutex<Config>,
+    registry: RegistryHandle,
+}
+
+impl Reloader {
+    pub(super) fn new(source: Option<ConfigSource>, config: Config, registry: RegistryHandle) -> Self {
+        Self { source, current: tokio::sync::Mutex::new(config), registry }
+    }
+
+    /// Reads the configuration and takes what can be taken; returns what the operator should know.
+    ///
+    /// # Errors
+    /// [`ReloadError`].
+    /// # Cancel safety
+    /// A cancelled reload may or may not have taken effect.
+    pub(super) async fn reload(&self) -> Result<Vec<String>, ReloadError> {
+        let source = self.source.clone().ok_or(ReloadError::NoSource)?;
+        let mut current = self.current.lock().await;
+        let read = tokio::task::spawn_blocking(move || source()).await;
+        let new = match read {
+            Ok(read) => read.map_err(ReloadError::Config)?,
+            Err(error) => match error.try_into_panic() {
+                Ok(panic) => std::panic::resume_unwind(panic),
+                // The runtime is going down.
+                Err(_cancelled) => std::future::pending().await,
+            },
+        };
+        self.registry.replace_config(definitions(&new)).await.map_err(ReloadError::Registry)?;
+        telemetry::set_filter(&new.log_filter);
+        let mut notes: Vec<String> = new.warnings.iter().map(ToString::to_string).collect();
+        let changed = restart_keys(&current, &new);
+        notes.extend(changed.iter().map(|key| format!("{key} changed: it takes a restart of the agent")));
+        for note in &notes {
+            warn!(note, "configuration was reloaded but for this");
+        }
+        // What takes a restart is compared with what runs, so it is named again at the next reload.
+        let Config { services, checks, scripts, check_settings, log_filter, warnings, .. } = new;
+        info!(services = services.len(), checks = checks.len(), log_level = %log_filter, "configuration is reloaded");
+        *current = Config { services, checks, scripts, check_settings, log_filter, warnings, ..current.clone() };
+        Ok(notes)
+    }
+}
+
+/// What the files define, for the registry.
+pub(super) fn definitions(config: &Config) -> ConfigDefinitions {
+    ConfigDefinitions {
+        services: config.services.clone(),
+        checks: config.checks.clone(),
+        scripts: config.scripts,
+        settings: Some(config.check_settings.clone()),
+    }
+}
+
+/// Names the settings that differ and are read at the start alone.
+fn restart_keys(old: &Config, new: &Config) -> Vec<&'static str> {
+    let differs = [
+        ("node_name", old.node_name != new.node_name),
+        ("datacenter", old.datacenter != new.datacenter),
+        ("data_dir", old.storage != new.storage),
+        ("bind_addr or ports.mesh", old.mesh_bind != new.mesh_bind),
+        ("advertise_addr", old.mesh_advertise.ip() != new.mesh_advertise.ip()),
+        ("client_addr or ports.http", old.http_addr != new.http_addr),
+        ("ports.shared_http", old.shared_http_addr != new.shared_http_addr),
+        ("retry_join", old.join != new.join),
+        ("issuer, token or serve", old.identity != new.identity),
+        ("trust_domain", old.trust_domain != new.trust_domain),
+        ("node_meta", old.node_meta != new.node_meta),
+        ("workers", old.workers != new.workers),
+        ("admin_token", old.admin_token != new.admin_token),
+        ("default_intention_policy", old.default_policy != new.default_policy),
+        ("policy_authority", old.policy_authority != new.policy_authority),
+        ("leave_on_terminate", old.on_terminate != new.on_terminate),
+        ("drain_timeout", old.drain_timeout != new.drain_timeout),
+        ("reconnect_timeout", old.reconnect_timeout != new.reconnect_timeout),
+        ("workload_api", old.workload_api != new.workload_api),
+        ("log_json", old.log_format != new.log_format),
+    ];
+    differs.into_iter().filter(|(_, differs)| *differs).map(|(key, _)| key).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_takes_a_restart_is_named_and_what_does_not_is_not() {
+        let old = Config::dev("a".parse().unwrap(), [127, 0, 0, 1].into());
+        let mut new = old.clone();
+        new.log_filter = "debug".parse().unwrap();
+        new.scripts = crate::registry::ScriptPolicy::All;
+        assert!(restart_keys(&old, &new).is_empty());
+        new.datacenter = "dc2".to_owned();
+        new.http_addr.set_port(1);
+        assert_eq!(restart_keys(&old, &new), ["datacenter", "client_addr or ports.http"]);
+    }
+}
