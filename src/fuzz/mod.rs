@@ -42,7 +42,7 @@ pub struct Target {
 }
 
 /// Every target.
-pub const TARGETS: [Target; 11] = [
+pub const TARGETS: [Target; 12] = [
     Target { name: "extension", run: crate::pki::fuzz::extension },
     Target { name: "chain", run: crate::pki::fuzz::chain },
     Target { name: "token", run: crate::pki::fuzz::token },
@@ -54,6 +54,7 @@ pub const TARGETS: [Target; 11] = [
     Target { name: "delta", run: gossip::delta },
     Target { name: "preamble", run: crate::proxy::fuzz::preamble },
     Target { name: "head", run: crate::proxy::fuzz::head },
+    Target { name: "dns", run: crate::dns::fuzz::message },
 ];
 
 /// Runs the target of this name on `bytes`.
