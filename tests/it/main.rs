@@ -18,6 +18,7 @@
 
 mod agent;
 mod app;
+mod dns;
 mod docs;
 mod http;
 mod imports;
