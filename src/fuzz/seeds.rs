@@ -157,7 +157,7 @@ fn dns(to: &Writer) {
         }
         message.to_vec().unwrap()
     };
-    let mut put = |name: &str, kind: u8, bytes: Vec<u8>| to.put("dns", name, &[vec![kind], bytes].concat());
+    let put = |name: &str, kind: u8, bytes: Vec<u8>| to.put("dns", name, &[vec![kind], bytes].concat());
     put("a", 0, query("v1.WEB.service.dc1.weft.", RecordType::A, None));
     put("srv", 1, query("_web._tcp.service.consul.", RecordType::SRV, Some(1232)));
     put("many", 0, query("many.service.weft.", RecordType::SRV, Some(4096)));

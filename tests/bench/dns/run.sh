@@ -66,4 +66,4 @@ inside taskset -c 0 dnsperf -v -s 127.0.0.1 -p 8600 -d "$dir/mix" -l "$seconds" 
 import sys
 times = sorted(float(line.split()[-1]) * 1000 for line in sys.stdin if line.startswith("> "))
 at = lambda part: times[min(len(times) - 1, int(len(times) * part))]
-print(f"{\"mix\":34} {len(times):12} {at(.5):14.3f} {at(.99):10.3f} {at(.999):10.3f}")'
+print("%-34s %12d %14.3f %10.3f %10.3f" % ("mix", len(times), at(.5), at(.99), at(.999)))'
