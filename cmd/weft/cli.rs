@@ -310,6 +310,33 @@ pub(crate) enum OperatorVerb {
     /// Takes an operator back: all that it signed is void on every node. Needs the root key.
     #[command(after_help = "Example:\n  weft ca operator revoke alice -ca ./ca -reason 'laptop stolen'")]
     Revoke(OperatorRevokeArgs),
+    /// Certifies an operator's key again, with the rights that it has. Needs the root key; the operator adopts what it makes.
+    #[command(after_help = "Example:\n  weft ca operator renew alice -ca ./ca -ttl 8760h")]
+    Renew(OperatorRenewArgs),
+    /// Puts a renewed certificate into an operator's file, after `weft ca operator renew` or `weft ca rotate`.
+    #[command(after_help = "Example:\n  weft ca operator adopt ca/operators/alice.crt -operator alice.operator")]
+    Adopt(OperatorAdoptArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct OperatorRenewArgs {
+    /// Its name.
+    pub(crate) name: String,
+    /// Directory of `weft ca init`.
+    #[arg(long)]
+    pub(crate) ca: PathBuf,
+    /// How long it is certified from now on.
+    #[arg(long, default_value = "8760h")]
+    pub(crate) ttl: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct OperatorAdoptArgs {
+    /// PEM file of the new certificate.
+    pub(crate) certificate: PathBuf,
+    /// The operator's file.
+    #[arg(long, value_name = "FILE", env = "WEFT_OPERATOR")]
+    pub(crate) operator: PathBuf,
 }
 
 #[derive(Debug, Args)]

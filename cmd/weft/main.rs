@@ -68,6 +68,8 @@ fn run(verb: &Verb) -> Result<(), Failure> {
         Verb::Ca(CaVerb::Operator(OperatorVerb::Create(args))) => policy::create_operator(args),
         Verb::Ca(CaVerb::Operator(OperatorVerb::List(args))) => policy::list_operators(args),
         Verb::Ca(CaVerb::Operator(OperatorVerb::Revoke(args))) => policy::revoke_operator(args),
+        Verb::Ca(CaVerb::Operator(OperatorVerb::Renew(args))) => policy::renew_operator(args),
+        Verb::Ca(CaVerb::Operator(OperatorVerb::Adopt(args))) => policy::adopt_certificate(args),
         Verb::Intention(verb) => intention(verb),
         Verb::Config(ConfigVerb::Write(args)) => policy::write_config(args),
         Verb::Config(ConfigVerb::Read(args)) => policy::read_config(args),

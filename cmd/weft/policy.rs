@@ -19,8 +19,8 @@ use weft::policy::{Document, DocumentId, Draft};
 
 use crate::cli::{
     CheckArgs, ClientArgs, ConfigDeleteArgs, ConfigListArgs, ConfigReadArgs, ConfigWriteArgs, CreateArgs, EndsArgs,
-    ExportArgs, Format, ImportArgs, ListArgs, MatchArgs, OperatorArgs, OperatorCreateArgs, OperatorRevokeArgs,
-    SignerArgs,
+    ExportArgs, Format, ImportArgs, ListArgs, MatchArgs, OperatorAdoptArgs, OperatorArgs, OperatorCreateArgs,
+    OperatorRenewArgs, OperatorRevokeArgs, SignerArgs,
 };
 use crate::client::{Client, segment};
 use crate::failure::Failure;
@@ -79,6 +79,36 @@ pub(crate) fn revoke_operator(args: &OperatorRevokeArgs) -> Result<(), Failure> 
     let name = format!("key.{}", facts.key);
     revoke::publish_by_root(&args.ca, &name, entries, ends, &args.sign, &format!("Revoked operator {}", args.name))?;
     println!("Everything that it signed is void on every node: write anew what shall stay.");
+    Ok(())
+}
+
+/// `weft ca operator renew`
+pub(crate) fn renew_operator(args: &OperatorRenewArgs) -> Result<(), Failure> {
+    let name: NodeName = args.name.parse().context("cannot use the operator's name")?;
+    let life = parse_duration(&args.ttl).map_err(Failure::text)?;
+    let renewed = CaDir::open(&args.ca).renew_operator(&name, life, clock::wall());
+    let (file, ends) = renewed.map_err(|err| {
+        Failure::from(err).hint(format!("weft ca operator list -ca {} names them", args.ca.display()))
+    })?;
+    println!("Certified operator {name} again, until {}.", Utc(ends));
+    println!("Where its file is: weft ca operator adopt {} -operator FILE", file.display());
+    Ok(())
+}
+
+/// `weft ca operator adopt`
+pub(crate) fn adopt_certificate(args: &OperatorAdoptArgs) -> Result<(), Failure> {
+    let path = &args.certificate;
+    let pem = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let entry = weft::pki::adopt_certificate(&args.operator, &pem).map_err(|err| {
+        Failure::from(err).hint(format!("{} must certify the key in {}", path.display(), args.operator.display()))
+    })?;
+    let ends = Utc(entry.facts.not_after);
+    println!(
+        "{} is certified until {ends}: operator {}, who may sign {}.",
+        args.operator.display(),
+        entry.name,
+        entry.may
+    );
     Ok(())
 }
 

@@ -2,15 +2,19 @@
 
 use std::path::Path;
 
+use anyhow::Context as _;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use serde_json::Value;
 use weft::clock;
 use weft::model::TrustDomain;
 use weft::pki::{CaDir, DocumentKey, OwnRoot, Revoked, Signatory, SpkiHash, Utc, spki, validity};
-use weft::policy::{Content, Document, DocumentId, DocumentKind, RevocationBody, RootLink, link_name};
+use weft::policy::{Content, Document, DocumentId, DocumentKind, DocumentSet, RevocationBody, RootLink, link_name};
 
-use crate::cli::SignArgs;
+use crate::cli::{ClientArgs, SignArgs};
+use crate::client::Client;
 use crate::failure::Failure;
-use crate::revoke::{bring_or_write, certificates, next_version};
+use crate::revoke::{bring, bring_or_write, certificates, next_version};
 
 /// `weft ca rotate`
 pub(crate) fn rotate(ca: &Path, own: Option<OwnRoot<'_>>, sign: &SignArgs) -> Result<(), Failure> {
@@ -42,6 +46,13 @@ pub(crate) fn rotate(ca: &Path, own: Option<OwnRoot<'_>>, sign: &SignArgs) -> Re
     println!(
         "Issuers got their new certificates with the document; every node renews under the new root within a minute."
     );
+    let others = dir.operators()?.into_iter().map(|operator| operator.name).filter(|name| name.as_str() != "operator");
+    for name in others {
+        println!(
+            "Operator {name} is certified again: send {}/operators/{name}.crt, for `weft ca operator adopt`.",
+            ca.display()
+        );
+    }
     println!(
         "Nodes that are off learn the new root when they come back. When all have renewed: weft ca rotate -finish"
     );
@@ -69,6 +80,12 @@ pub(crate) fn finish(ca: &Path, force: bool, sign: &SignArgs) -> Result<(), Fail
             );
         }
     }
+    if sign.out.is_none() {
+        sign_again(&root, &sign.client)?;
+    } else {
+        println!("What the old root and its operators signed ends with this document: sign it again first, with");
+        println!("`weft export` and `weft import -sign`, or run this verb where an agent can be reached.");
+    }
     let key = spki(&old)?;
     let id = DocumentId { kind: DocumentKind::Revocation, name: format!("key.{key}").parse()? };
     let body = RevocationBody { entries: vec![Revoked::Key(key)], reason: sign.reason.clone() };
@@ -83,6 +100,32 @@ pub(crate) fn finish(ca: &Path, force: bool, sign: &SignArgs) -> Result<(), Fail
         body: body.to_bytes()?,
     };
     bring_or_write(&Document::sign(content, &root)?, sign.out.as_deref(), &sign.client, "Took the old root back")
+}
+
+/// Signs again, with the new root, every document that nobody would believe without the old one.
+fn sign_again(root: &DocumentKey, client: &ClientArgs) -> Result<(), Failure> {
+    let export = Client::new(client)?.get("/v1/mesh/export")?;
+    let list = export.get("Documents").and_then(Value::as_array).cloned().unwrap_or_default();
+    let (now, bundle) = (clock::wall(), root.bundle()?);
+    for one in list {
+        let text = one.get("Document").and_then(Value::as_str).unwrap_or_default();
+        let document = Document::from_bytes(&STANDARD.decode(text).context("the agent shows a document badly")?)?;
+        let content = document.content();
+        let stands = DocumentSet::new(&bundle).offer(document.clone(), now).is_ok();
+        if stands || content.id.kind == DocumentKind::Bundle {
+            continue;
+        }
+        let (begins, ends) = root.validity()?;
+        let again = Content {
+            version: content.version + 1,
+            not_before: now.max(begins),
+            not_after: content.not_after.min(ends),
+            ..content.clone()
+        };
+        let signer = one.get("Signer").and_then(Value::as_str).unwrap_or_default();
+        bring(&Document::sign(again, root)?, client, &format!("Signed again what {signer} had signed"))?;
+    }
+    Ok(())
 }
 
 /// Replaced by the key's own when the document is signed.

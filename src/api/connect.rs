@@ -4,8 +4,6 @@
 //! an upstream port. So it is served where registrations are, to loopback or with the admin token.
 //! Roots and leaf block as other reads do (`?index=&wait=`): until the roots change, until the leaf is renewed.
 
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
 use http::StatusCode;
 use serde_json::{Value, json};
 
@@ -16,9 +14,6 @@ use super::query::Blocking;
 use crate::clock;
 use crate::model::{ServiceName, SpiffeId};
 use crate::pki::{self, PkiError};
-
-/// Characters of base64 per line of PEM (RFC 7468 §2).
-const PEM_LINE: usize = 64;
 
 /// `GET /v1/agent/connect/ca/roots` and `/v1/connect/ca/roots`
 pub(super) async fn roots(call: Call) -> Result<Reply, Refusal> {
@@ -36,7 +31,7 @@ pub(super) async fn roots(call: Call) -> Result<Reply, Refusal> {
             "ExternalTrustDomain": bundle.trust_domain.as_str(),
             "NotBefore": rfc3339(facts.not_before),
             "NotAfter": rfc3339(facts.not_after),
-            "RootCert": pem("CERTIFICATE", root),
+            "RootCert": pki::pem("CERTIFICATE", root),
             "IntermediateCerts": Value::Null,
             "Active": at == 0,
             "PrivateKeyType": "ec",
@@ -63,8 +58,8 @@ pub(super) async fn leaf(call: Call) -> Result<Reply, Refusal> {
     let facts = pki::facts_of(leaf)?;
     let answer = json!({
         "SerialNumber": facts.serial,
-        "CertPEM": svid.chain.iter().map(|der| pem("CERTIFICATE", der)).collect::<String>(),
-        "PrivateKeyPEM": pem("PRIVATE KEY", svid.key.secret_der()),
+        "CertPEM": svid.chain.iter().map(|der| pki::pem("CERTIFICATE", der)).collect::<String>(),
+        "PrivateKeyPEM": pki::pem("PRIVATE KEY", svid.key.secret_der()),
         "Service": service,
         "ServiceURI": svid.id.to_string(),
         "ValidAfter": rfc3339(svid.not_before),
@@ -114,19 +109,6 @@ fn decide(call: &Call, uri: &str, target: &ServiceName) -> (bool, String) {
     (decision.is_allowed(), format!("{source} -> {target}: {} by {by}", decision.action))
 }
 
-fn pem(label: &str, der: &[u8]) -> String {
-    let text = STANDARD.encode(der);
-    let mut pem = format!("-----BEGIN {label}-----\n");
-    let mut rest = text.as_str();
-    while !rest.is_empty() {
-        let (line, left) = rest.split_at(rest.len().min(PEM_LINE));
-        pem.push_str(line);
-        pem.push('\n');
-        rest = left;
-    }
-    pem + "-----END " + label + "-----\n"
-}
-
 impl From<PkiError> for Refusal {
     fn from(error: PkiError) -> Self {
         match &error {
@@ -154,23 +136,5 @@ impl super::seam::Authority for pki::Identity {
 
     fn subscribe(&self) -> tokio::sync::watch::Receiver<()> {
         Self::subscribe(self)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn pem_has_lines_of_64_characters_and_both_ends() {
-        let text = pem("X", &[0; 49]);
-        let lines: Vec<&str> = text.lines().collect();
-        assert_eq!(lines.len(), 4);
-        assert_eq!(
-            (lines[0], lines[1].len(), lines[2].len(), lines[3]),
-            ("-----BEGIN X-----", 64, 4, "-----END X-----")
-        );
-        let root = rustls::pki_types::CertificateDer::from(vec![1]);
-        assert!(pem("CERTIFICATE", &root).contains("AQ=="));
     }
 }

@@ -210,6 +210,26 @@ pub fn verify_document(
     Ok(Signed { signer, may, key: verify::spki_of(certificate)? })
 }
 
+/// The hash of the key of that root of `bundle` which an operator's certificate stands under.
+///
+/// # Errors
+/// [`VerifyError`] of the last root if it stands under none.
+pub fn root_of(
+    certificate: &CertificateDer<'_>,
+    bundle: &TrustBundle,
+    at: UnixSeconds,
+) -> Result<SpkiHash, VerifyError> {
+    let mut refused = VerifyError::Path { reason: "no root".to_owned() };
+    for root in &bundle.roots {
+        let alone = TrustBundle { roots: vec![root.clone()], ..bundle.clone() };
+        match verify::check_operator(certificate, &alone, at) {
+            Ok(_) => return verify::spki_of(root),
+            Err(error) => refused = error,
+        }
+    }
+    Err(refused)
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::ephemeral;

@@ -24,6 +24,7 @@ mod issuer;
 pub(crate) mod join;
 mod operators;
 mod own_root;
+mod pem;
 mod revocation;
 mod rotate;
 mod tls;
@@ -40,13 +41,16 @@ pub use authority::NodeAuthority;
 pub use ca::{CaDir, CaError, EphemeralCa, IssuerEntry, TokenRecord, ephemeral};
 pub(crate) use certificate::BACKDATE;
 pub use certificate::root_digest;
-pub use document::{DocumentKey, DocumentSigner, Signatory, Signed, spki, validity, verify_document, verify_link};
+pub use document::{
+    DocumentKey, DocumentSigner, Signatory, Signed, root_of, spki, validity, verify_document, verify_link,
+};
 pub use facts::{CertificateFacts, facts_of};
 pub use identity::{Identity, SERVICE_SVIDS_MAX};
 pub use issuer::{Issuer, IssuerCell};
 pub use join::JoinKey;
-pub use operators::OperatorEntry;
+pub use operators::{OperatorEntry, adopt_certificate};
 pub use own_root::{Checked, OwnRoot, Request, RootProblem};
+pub use pem::pem;
 pub use revocation::{Presented, Revocations, Revoked, SpkiHash, SpkiHashError};
 pub use rotate::Rotation;
 pub(crate) use tls::JoinVerifier;

@@ -19,6 +19,7 @@ use super::PkiError;
 use super::ca::{self, CaDir, CaError};
 use super::certificate::{ISSUER_LIFE, Validity, generate_key, issuer_params, operator_params, root_params};
 use super::document::DocumentKey;
+use super::operators::SigningRoot;
 use super::own_root::{self, NextRoot, OwnRoot};
 use crate::clock::UnixSeconds;
 use crate::model::OperatorScope;
@@ -37,6 +38,9 @@ pub struct Rotation {
     /// The issuers' new certificates.
     pub issuers: Vec<CertificateDer<'static>>,
 }
+
+/// Of the files of further operators among those of the next root.
+const OPERATOR_PREFIX: &str = "operator.";
 
 fn write_error(path: &Path) -> impl FnOnce(std::io::Error) -> CaError {
     let path = path.to_owned();
@@ -106,12 +110,16 @@ impl CaDir {
                 .map_err(made)?
                 .pem(),
         ));
+        let signing = SigningRoot { domain, key: root.key, certificate: root.certificate, pem: root.pem };
+        for (name, pem) in self.operators_under(&signing, now)? {
+            files.push((format!("{OPERATOR_PREFIX}{name}.crt"), [pem, signing.pem.clone()].concat()));
+        }
         Ok(ca::build(next, |partial| {
             match &root.key_path {
                 Some(path) => own_root::link(path, &partial.join("root.key"))?,
-                None => ca::write(&partial.join("root.key"), &root.key.serialize_pem(), 0o600)?,
+                None => ca::write(&partial.join("root.key"), &signing.key.serialize_pem(), 0o600)?,
             }
-            ca::write(&partial.join("root.crt"), &root.pem, 0o644)?;
+            ca::write(&partial.join("root.crt"), &signing.pem, 0o644)?;
             files.iter().try_for_each(|(name, pem)| ca::write(&partial.join(name), pem, 0o644))
         })?)
     }
@@ -144,6 +152,12 @@ impl CaDir {
         }
         if next.join("operator.crt").exists() {
             rename(&next.join("operator.crt"), &dir.join("operator/operator.crt"))?;
+        }
+        for operator in self.operators()? {
+            let fresh = next.join(format!("{OPERATOR_PREFIX}{}.crt", operator.name));
+            if fresh.exists() {
+                rename(&fresh, &self.recorded(&operator.name))?;
+            }
         }
         // The old root is moved as a whole: its directory appears only once it is complete.
         ca::build(&kept, |partial| {

@@ -265,6 +265,11 @@ pub(super) fn public_key_of(der: &CertificateDer<'_>) -> Result<Vec<u8>, VerifyE
     Ok(parse(NODE, der)?.public_key().subject_public_key.data.to_vec())
 }
 
+/// Returns a certificate's SubjectPublicKeyInfo in DER, unchecked.
+pub(super) fn spki_der_of(der: &CertificateDer<'_>) -> Result<Vec<u8>, VerifyError> {
+    Ok(parse(NODE, der)?.public_key().raw.to_vec())
+}
+
 fn check_time(role: &'static str, certificate: &X509Certificate<'_>, now: UnixSeconds) -> Result<(), VerifyError> {
     let (from, until) = (seconds(certificate.validity().not_before), seconds(certificate.validity().not_after));
     if now < from {

@@ -2,8 +2,12 @@
 //!
 //! The set is a join: for each id the greatest version wins, among equal ones the smaller hash, so that nodes which were
 //! offered the same documents hold the same, in whatever order. Two things take documents away: their own end, and a
-//! document of the root that revokes the operator who signed them. Only the root can do the latter: two operators that
-//! revoke each other would else chase each other round the mesh.
+//! document of a root that takes back the key that signed them: an operator's, or an older root's with everything that
+//! stands under it. Only a root can do the latter: two operators that revoke each other would else chase each other round
+//! the mesh; and only a newer root can take an older one back: a thief of the old key would else do so first.
+//!
+//! Links between roots stay, whoever takes their signer back: they lead those on who were off. But who knows that a root
+//! was taken back follows no link of its any more that leads to a root unheard of.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -139,6 +143,8 @@ pub struct Held {
     pub signer: DocumentSigner,
     /// Another content of this version, which lost: the proof of a fork.
     pub rival: Option<Document>,
+    /// The key of the root that its signer's certificate stands under: a root's own, if it signed.
+    root: SpkiHash,
     bytes: usize,
 }
 
@@ -169,9 +175,16 @@ pub struct DocumentSet {
     forks: BTreeSet<Fork>,
     /// Every root that a walk from the base reaches, the newest first.
     roots: Vec<CertificateDer<'static>>,
-    /// Keys that the root took back: what operators among them signed is void.
+    /// Keys that the roots took back: what they, or anybody certified by them, signed is void.
     banned: BTreeSet<SpkiHash>,
     revocations: Revocations,
+}
+
+/// What a good signature says.
+struct Verified {
+    signer: DocumentSigner,
+    /// See [`Held`].
+    root: SpkiHash,
 }
 
 /// How a walk goes over one link.
@@ -224,7 +237,7 @@ impl DocumentSet {
                 return Ok(Offered::Older);
             }
         }
-        let signer = self.verify(&document)?;
+        let Verified { signer, root } = self.verify(&document)?;
         if is_fork && self.forks.len() < FORKS_MAX {
             self.forks.insert(Fork { id: digest.id.clone(), version: digest.version });
         }
@@ -248,7 +261,7 @@ impl DocumentSet {
             return Err(Refused::Full);
         }
         self.bytes = self.bytes - freed + bytes;
-        self.held.insert(digest.id, Held { document, signer, rival, bytes });
+        self.held.insert(digest.id, Held { document, signer, rival, root, bytes });
         // Nothing that is believed follows from policy.
         if !is_policy {
             self.derive();
@@ -257,7 +270,7 @@ impl DocumentSet {
     }
 
     /// Checks everything that does not depend on what is held, but for roots and banned keys.
-    fn verify(&self, document: &Document) -> Result<DocumentSigner, Refused> {
+    fn verify(&self, document: &Document) -> Result<Verified, Refused> {
         let content = document.content();
         let link = match content.id.kind {
             DocumentKind::Bundle => {
@@ -315,7 +328,18 @@ impl DocumentSet {
         if content.not_before < begins || content.not_after < content.not_before {
             return Err(Refused::Span);
         }
-        let DocumentSigner::Operator(operator) = &signer else { return Ok(signer) };
+        let DocumentSigner::Operator(operator) = &signer else {
+            let is_harmless = link.is_some_and(|(new, _)| self.leads_to_known(&content.id, &new));
+            return if self.banned.contains(&key) && !is_harmless {
+                Err(Refused::Signature(VerifyError::Revoked { role: "root", key }))
+            } else {
+                Ok(Verified { signer, root: key })
+            };
+        };
+        let root = pki::root_of(certificate, &bundle, at).map_err(Refused::Signature)?;
+        if self.banned.contains(&root) {
+            return Err(Refused::Signature(VerifyError::Revoked { role: "root", key: root }));
+        }
         let name = content.id.name.as_str();
         let named = name.split_once(':').map_or(name, |(_, named)| named);
         let (right, name) = match content.id.kind {
@@ -325,7 +349,7 @@ impl DocumentSet {
             DocumentKind::Config => (Right::Config, named),
         };
         if may.allows(right, name) {
-            return Ok(signer);
+            return Ok(Verified { signer, root });
         }
         let (operator, name) = (operator.clone(), name.to_owned());
         Err(Refused::OutsideScope { operator, may, right, name })
@@ -347,21 +371,46 @@ impl DocumentSet {
         ended
     }
 
+    /// Tells whether a link of a root that was taken back tells nothing but the way from it to a root that is believed.
+    fn leads_to_known(&self, id: &DocumentId, new: &CertificateDer<'static>) -> bool {
+        let is_good = pki::spki(new).is_ok_and(|key| !self.banned.contains(&key));
+        is_good && self.roots.contains(new) && !self.held.contains_key(id)
+    }
+
     /// Works out anew what follows from the documents.
     fn derive(&mut self) {
-        let by_root = |held: &&Held| held.signer == DocumentSigner::Root;
-        self.banned = entries(self.held.values().filter(by_root))
-            .filter_map(|entry| if let Revoked::Key(key) = entry { Some(key) } else { None })
-            .collect();
+        self.roots = self.walk();
+        self.banned = self.bans();
         let banned = &self.banned;
-        self.held
-            .retain(|_, held| held.signer == DocumentSigner::Root || !banned.contains(&held.document.content().signer));
+        let is_void = |held: &Held| banned.contains(&held.root) || banned.contains(&held.document.content().signer);
+        self.held.retain(|id, held| id.kind == DocumentKind::Bundle || !is_void(held));
         self.revocations = entries(self.held.values()).collect();
         for held in self.held.values_mut() {
             held.rival.take_if(|rival| banned.contains(&rival.content().signer));
         }
         self.bytes = self.held.values().map(|held| held.bytes).sum();
-        self.roots = self.walk();
+    }
+
+    /// The keys that the roots took back: each root's word counts against everybody but itself and the newer ones, unless a
+    /// newer one took it back.
+    fn bans(&self) -> BTreeSet<SpkiHash> {
+        let mut banned = BTreeSet::new();
+        let mut untouchable = BTreeSet::new();
+        for root in self.roots.iter().filter_map(|root| pki::spki(root).ok()) {
+            untouchable.insert(root);
+            if banned.contains(&root) {
+                continue;
+            }
+            let own = |held: &&Held| held.signer == DocumentSigner::Root && held.root == root;
+            for entry in entries(self.held.values().filter(own)) {
+                if let Revoked::Key(key) = entry
+                    && !untouchable.contains(&key)
+                {
+                    banned.insert(key);
+                }
+            }
+        }
+        banned
     }
 
     /// Follows the links from the base, both ways, and puts the roots in order, the newest first.
@@ -431,11 +480,8 @@ impl DocumentSet {
     /// What a verifier is to believe: the roots that are not taken back, and all revocations.
     pub fn bundle(&self) -> TrustBundle {
         let is_good = |root: &&CertificateDer<'static>| pki::spki(root).is_ok_and(|key| !self.banned.contains(&key));
-        let mut roots: Vec<_> = self.roots.iter().filter(is_good).cloned().collect();
-        if roots.is_empty() {
-            // A mesh whose only root was taken back would be no mesh: rotate first, then take back.
-            roots.clone_from(&self.roots);
-        }
+        // Never empty: nobody takes the newest back.
+        let roots: Vec<_> = self.roots.iter().filter(is_good).cloned().collect();
         let (trust_domain, revoked) = (self.trust_domain.clone(), self.revocations.clone());
         TrustBundle { trust_domain, roots, revoked }
     }

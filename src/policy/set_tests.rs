@@ -353,16 +353,23 @@ fn rotated(times: usize) -> (tempfile::TempDir, Vec<Document>, Vec<DocumentKey>)
     let mut keys = vec![DocumentKey::load(&path, Signatory::Root).unwrap()];
     let mut links = Vec::new();
     for _ in 0..times {
-        let rotation = ca.prepare_rotation(None, NOW).unwrap();
-        let issuers = rotation.issuers.iter().map(|der| der.to_vec()).collect();
-        let link = RootLink { root: rotation.root.to_vec(), proof: rotation.proof.clone(), issuers };
-        let id = DocumentId { kind: DocumentKind::Bundle, name: link_name(rotation.number) };
-        let content = Content { id, body: link.to_bytes().unwrap(), not_before: NOW, ..content("a", 1, vec![]) };
-        links.push(Document::sign(content, &rotation.old).unwrap());
-        ca.commit_rotation().unwrap();
-        keys.push(DocumentKey::load(&path, Signatory::Root).unwrap());
+        let (link, root) = rotate(&ca);
+        links.push(link);
+        keys.push(root);
     }
     (dir, links, keys)
+}
+
+/// Puts a new root in the place of the one in use; returns the link and the new root's key.
+fn rotate(ca: &CaDir) -> (Document, DocumentKey) {
+    let rotation = ca.prepare_rotation(None, NOW).unwrap();
+    let issuers = rotation.issuers.iter().map(|der| der.to_vec()).collect();
+    let link = RootLink { root: rotation.root.to_vec(), proof: rotation.proof.clone(), issuers };
+    let id = DocumentId { kind: DocumentKind::Bundle, name: link_name(rotation.number) };
+    let content = Content { id, body: link.to_bytes().unwrap(), not_before: NOW, ..content("a", 1, vec![]) };
+    let link = Document::sign(content, &rotation.old).unwrap();
+    ca.commit_rotation().unwrap();
+    (link, DocumentKey::load(ca.path(), Signatory::Root).unwrap())
 }
 
 #[test]
@@ -419,6 +426,64 @@ fn an_old_root_that_is_taken_back_is_believed_no_more() {
     set.offer(end, NOW).unwrap();
     assert_eq!(set.bundle().roots, [keys[1].certificate().clone()]);
     assert_eq!(set.issuer_certificates().len(), 1);
+}
+
+/// A mesh whose root 2 followed root 1, in sets that know root 1 alone, root 2 alone, and both.
+#[test]
+fn an_old_root_that_is_taken_back_takes_along_all_that_stands_under_it_in_any_order() {
+    let mesh = mesh();
+    let (operator, old) = (&mesh.operator, &mesh.root);
+    let ca = CaDir::open(&mesh.dir.path().join("ca"));
+    let (link, new) = rotate(&ca);
+    let spki = |key: &DocumentKey| key.spki().unwrap();
+    let by_operator = revoke(operator, "by-operator", 1, 1);
+    let by_old = revoke(old, "by-old", 1, 2);
+    let by_new = revoke(&new, "by-new", 1, 3);
+    let finish = Document::sign(content("finish", 1, vec![Revoked::Key(spki(old))]), &new).unwrap();
+    // The thief of the old key was first, and takes the new one back.
+    let theft = Document::sign(content("theft", 1, vec![Revoked::Key(spki(&new))]), old).unwrap();
+    let all = [link, by_operator, by_old, by_new, finish, theft];
+    let mut hashes = BTreeSet::new();
+    for base in [old, &new] {
+        for shift in 0..all.len() {
+            let mut set = DocumentSet::new(&base.bundle().unwrap());
+            // Twice: what came before what it stands on is offered again, as comparisons do.
+            for document in all.iter().cycle().skip(shift).take(2 * all.len()) {
+                let _refused = set.offer(document.clone(), NOW);
+            }
+            assert_eq!(set.bundle().roots, [new.certificate().clone()]);
+            let held = [1, 2, 3].map(|byte| set.revocations().has_key(&key(byte)));
+            assert_eq!((held, set.len()), ([false, false, true], 3), "the link, and what the new root signed");
+            hashes.insert(set.set_hash());
+            // And nothing new of the old one's.
+            let late = [revoke(operator, "late", 1, 4), revoke(old, "late", 1, 4)];
+            for document in late {
+                assert!(matches!(set.offer(document, NOW), Err(Refused::Signature(VerifyError::Revoked { .. }))));
+            }
+        }
+    }
+    assert_eq!(hashes.len(), 1, "the same set everywhere");
+}
+
+#[test]
+fn a_root_that_was_taken_back_leads_to_no_root_unheard_of() {
+    let (_dir, links, keys) = rotated(1);
+    let [old, new] = &keys[..] else { panic!("two roots") };
+    let mut set = DocumentSet::new(&new.bundle().unwrap());
+    let finish = Document::sign(content("finish", 1, vec![Revoked::Key(old.spki().unwrap())]), new).unwrap();
+    set.offer(links[0].clone(), NOW).unwrap();
+    set.offer(finish, NOW).unwrap();
+    // With the old key: a third root, under a new number and in the place of the link that is known.
+    let thief = mesh();
+    for (number, version) in [(3, 1), (2, 1), (2, 2)] {
+        let proof = thief.root.sign_link(old.certificate()).unwrap();
+        let body = RootLink { root: thief.root.certificate().to_vec(), proof, issuers: Vec::new() };
+        let id = DocumentId { kind: DocumentKind::Bundle, name: link_name(number) };
+        let forged = Content { body: body.to_bytes().unwrap(), version, id, ..links[0].content().clone() };
+        let refused = set.offer(Document::sign(forged, old).unwrap(), NOW).unwrap_err();
+        assert!(matches!(refused, Refused::Signature(VerifyError::Revoked { .. })), "{number}.{version}: {refused}");
+        assert_eq!(set.bundle().roots, [new.certificate().clone()]);
+    }
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::agent::{Agent, Ca, Spec, WEFT, at_offset, path};
+use crate::agent::{Agent, Ca, Spec, WEFT, at_offset, path, weft_ok};
 use crate::app::App;
 use crate::lab::{Host, Lab};
 use crate::wait::until;
@@ -262,6 +262,10 @@ fn scenario_20_a_root_is_replaced_under_load_and_a_node_that_was_off_comes_back(
     n1.wait_members(&["n1=1", "n2=1", "n3=1", "n4=1"]);
     let off = n4.kill();
     n1.wait_members(&["n1=1", "n2=1", "n3=1", "n4=4"]);
+    let (alice, ca_dir) = (ca.dir().join("alice.operator"), ca.dir());
+    let create = ["ca", "operator", "create", "-name", "alice", "-may", "intentions", "-ca", path(&ca_dir)];
+    weft_ok(&[&create[..], &["-out", path(&alice)]].concat());
+    weft_on_ok(&lab.host(1), &["intention", "create", "web", "raw", "-operator", path(&alice)]);
 
     // Load: one long stream, and a new connection after the other.
     let long = Stream::open(&n3);
@@ -317,9 +321,25 @@ fn scenario_20_a_root_is_replaced_under_load_and_a_node_that_was_off_comes_back(
         let roots: Vec<_> = shown.as_array().unwrap().iter().map(|shown| shown["Root"].clone()).collect();
         if roots.len() == 4 && roots.iter().all(|root| *root == roots[0]) { Ok(()) } else { Err(format!("{shown}")) }
     });
-    weft_on_ok(&lab.host(1), &["ca", "rotate", "-ca", path(&dir), "-finish"]);
+    let finished = weft_on_ok(&lab.host(1), &["ca", "rotate", "-ca", path(&dir), "-finish"]);
+    assert!(finished.contains("Signed again what alice had signed"), "{finished}");
     n3.wait_members(&["n1=1", "n2=1", "n3=1", "n4=1"]);
     n3.wait_passing("raw", &["raw"]);
+    // What was in force is in force everywhere, under the new root alone; the operator goes on once it has adopted.
+    for number in 1..=4 {
+        until("the intention stands, signed by the root", || {
+            let shown = weft_on(&lab.host(number), &["config", "list"]);
+            let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
+            if shown.contains("web:raw  2        root") { Ok(()) } else { Err(shown) }
+        });
+    }
+    let change = ["intention", "create", "-replace", "-deny", "web", "raw", "-operator", path(&alice)];
+    let refused = weft_on(&lab.host(4), &change);
+    let refused = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(refused.contains("revoked"), "the certificate under the old root: {refused}");
+    let renewed = dir.join("operators/alice.crt");
+    weft_ok(&["ca", "operator", "adopt", path(&renewed), "-operator", path(&alice)]);
+    weft_on_ok(&lab.host(4), &change);
     drop((long, n2));
 }
 

@@ -241,7 +241,8 @@ impl Task {
                 let documents = self.set.newer_than(&theirs, GIVEN_BYTES_MAX);
                 answer(reply, Given { documents, digests: self.set.digests() });
             }
-            Order::Peer(Asked::Given(peer, given, reply)) => {
+            Order::Peer(Asked::Given(peer, mut given, reply)) => {
+                given.documents.sort_by_key(|bytes| order_of_taking(bytes));
                 for bytes in &given.documents {
                     // A refusal is told by `offer`; the others of the frame may be good.
                     let _told = self.offer(bytes, Origin::Peer(&peer));
@@ -604,6 +605,17 @@ async fn reach(
     let adopt = Command::Adopt { peer: peer.name, addr: peer.addr, connection: connection.clone() };
     gossip.send(adopt).await.map_err(|_| ExchangeError::Closed)?;
     Ok(connection)
+}
+
+/// Roots first, for others may stand under them; what takes back last, so that nothing is missed which was signed again
+/// in the place of what a revocation ends.
+fn order_of_taking(bytes: &[u8]) -> u8 {
+    match Document::from_bytes(bytes).map(|document| document.content().id.kind) {
+        Ok(DocumentKind::Bundle) => 0,
+        Ok(DocumentKind::Intention | DocumentKind::Config) => 1,
+        Ok(DocumentKind::Revocation) => 2,
+        Err(_) => 3,
+    }
 }
 
 /// Answers if the other side still waits.

@@ -49,7 +49,7 @@ class Mesh:
     def spawn(self, at):
         base = f"{self.dir}/{at}"
         os.makedirs(base, exist_ok=True)
-        argv = [WEFT, "agent", "-node", f"n{at}", "-data-dir", f"{base}/data", "-bind", address(at), "-client", address(at), "-workers", "1"]
+        argv = [WEFT, "agent", "-node", f"n{at}", "-data-dir", f"{base}/data", "-bind", address(at), "-client", address(at), "-workers", "1", "-default-intention-policy=allow"]
         argv += ["-issuer", f"{self.dir}/ca/issuer-1"] if at == 0 else ["-join", address(0), "-token", self.token]
         log = open(f"{base}/log", "ab")
         self.procs[at] = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
