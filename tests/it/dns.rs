@@ -175,6 +175,7 @@ fn dig_and_kdig_see_every_row_and_the_question_after_a_change_sees_it() {
     joined.args.retain(|arg| !arg.starts_with("weft1-") && arg != "-token");
     let n2 = Agent::spawn(&joined, data);
     n2.wait_ready();
+    n2.put_ok("/v1/agent/check/pass/service:w1", "");
     n1.wait_passing("web", &["w1", "w2"]);
     assert_eq!(short(loopback_ip(141), 8600, "web.virtual.weft"), own, "after a restart");
 
