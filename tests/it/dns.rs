@@ -113,7 +113,10 @@ fn dig_and_kdig_see_every_row_and_the_question_after_a_change_sees_it() {
         "/v1/agent/service/register",
         r#"{"ID":"w1","Name":"web","Tags":["v1"],"Port":80,"Check":{"TTL":"1h","Status":"passing"}}"#,
     );
-    n2.put_ok("/v1/agent/service/register", r#"{"ID":"w2","Name":"web","Address":"192.0.2.10","Port":81}"#);
+    n2.put_ok(
+        "/v1/agent/service/register",
+        r#"{"ID":"w2","Name":"web","Address":"192.0.2.10","Port":81,"Check":{"TTL":"1h","Status":"passing"}}"#,
+    );
     n1.wait_passing("web", &["w1", "w2"]);
 
     let get = |words: &str| short(at, 8600, words);
@@ -161,10 +164,10 @@ fn dig_and_kdig_see_every_row_and_the_question_after_a_change_sees_it() {
     n2.put_ok("/v1/agent/check/fail/service:w1", "");
     n1.wait_passing("web", &["w2"]);
     assert_eq!(get("web.service.weft"), ["192.0.2.10"]);
-    n2.put_ok("/v1/agent/service/maintenance/w2?enable=true&reason=x", "");
+    n2.put_ok("/v1/agent/check/fail/service:w2", "");
     n1.wait_passing("web", &[]);
     assert_eq!(status(at, "web.service.weft"), "NXDOMAIN");
-    n2.put_ok("/v1/agent/service/maintenance/w2?enable=false", "");
+    n2.put_ok("/v1/agent/check/pass/service:w2", "");
     n2.put_ok("/v1/agent/check/pass/service:w1", "");
     n1.wait_passing("web", &["w1", "w2"]);
     assert_eq!(get("web.service.weft").len(), 2);
@@ -176,6 +179,7 @@ fn dig_and_kdig_see_every_row_and_the_question_after_a_change_sees_it() {
     let n2 = Agent::spawn(&joined, data);
     n2.wait_ready();
     n2.put_ok("/v1/agent/check/pass/service:w1", "");
+    n2.put_ok("/v1/agent/check/pass/service:w2", "");
     n1.wait_passing("web", &["w1", "w2"]);
     assert_eq!(short(loopback_ip(141), 8600, "web.virtual.weft"), own, "after a restart");
 
