@@ -26,6 +26,7 @@ pub(crate) struct Fixture {
     /// Believes the root of the corpus.
     pub(crate) bundle: TrustBundle,
     /// `[leaf, node intermediate, issuer]` of a node and of a service.
+    #[cfg_attr(not(test), expect(dead_code, reason = "tests of the oracles read it"))]
     pub(crate) chains: Vec<Vec<CertificateDer<'static>>>,
     /// Whom they prove.
     pub(crate) peers: Vec<(PeerIdentity, Presented)>,
