@@ -3,6 +3,7 @@
 //! Policy is signed here, with the operator's file of `-operator` or `WEFT_OPERATOR`, and brought to any one agent. Without
 //! one the agent is asked to sign, which it does if it has `policy_authority` set.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -183,7 +184,8 @@ pub(crate) fn get_intention(args: &EndsArgs) -> Result<(), Failure> {
 
 /// `weft intention list`
 pub(crate) fn list_intentions(args: &ListArgs) -> Result<(), Failure> {
-    show_intentions(&Client::new(&args.client)?.get("/v1/connect/intentions")?, args.output.format);
+    let list = Client::new(&args.client)?.get("/v1/connect/intentions")?;
+    show_intentions(&list, args.output.format, &args.client);
     Ok(())
 }
 
@@ -192,14 +194,17 @@ pub(crate) fn match_intentions(args: &MatchArgs) -> Result<(), Failure> {
     let by = if args.source { "source" } else { "destination" };
     let path = format!("/v1/connect/intentions/match?by={by}&name={}", segment(&args.name));
     let answer = Client::new(&args.client)?.get(&path)?;
-    show_intentions(answer.get(&args.name).unwrap_or(&Value::Null), args.output.format);
+    show_intentions(answer.get(&args.name).unwrap_or(&Value::Null), args.output.format, &args.client);
     Ok(())
 }
 
-fn show_intentions(list: &Value, format: Format) {
+fn show_intentions(list: &Value, format: Format, client: &ClientArgs) {
     if format == Format::Json {
         return println!("{list:#}");
     }
+    // Consul's shape has no end; the documents do.
+    let mut held = documents(client).unwrap_or_default();
+    held.retain(|one| field(one, "Kind") == "intention");
     let text = |one: &Value, key: &str| one.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
     let row = |one: &Value| {
         let permissions =
@@ -213,11 +218,45 @@ fn show_intentions(list: &Value, format: Format) {
             says,
             number("Precedence"),
             number("ModifyIndex"),
+            until(&held, &format!("{}:{}", text(one, "SourceName"), text(one, "DestinationName"))),
             text(one, "Description"),
         ]
     };
-    let rows: Vec<[String; 6]> = list.as_array().into_iter().flatten().map(row).collect();
-    print!("{}", table::render(["Source", "Destination", "Action", "Precedence", "Version", "Description"], &rows));
+    let rows: Vec<[String; 7]> = list.as_array().into_iter().flatten().map(row).collect();
+    let header = ["Source", "Destination", "Action", "Precedence", "Version", "Until", "Description"];
+    print!("{}", table::render(header, &rows));
+    warn_of_ends(&held);
+}
+
+fn field(one: &Value, key: &str) -> String {
+    one.get(key).and_then(Value::as_str).unwrap_or_default().to_owned()
+}
+
+fn ends_soon(one: &Value) -> bool {
+    one.get("EndsSoon").and_then(Value::as_bool) == Some(true)
+}
+
+/// When a document ends, marked if that is soon.
+fn until(held: &[Value], name: &str) -> String {
+    let found = held.iter().find(|one| field(one, "Name") == name);
+    let mark = if found.is_some_and(ends_soon) { " ENDS SOON" } else { "" };
+    found.map(|one| field(one, "NotAfter")).unwrap_or_default() + mark
+}
+
+/// Says once for each operator whose documents end soon what to do about it.
+fn warn_of_ends(held: &[Value]) {
+    let mut operators: BTreeMap<(String, String), (usize, String)> = BTreeMap::new();
+    for one in held.iter().filter(|one| ends_soon(one)) {
+        let ends = field(one, "NotAfter");
+        let known = operators.entry((field(one, "Signer"), field(one, "SignerKey"))).or_insert((0, ends.clone()));
+        *known = (known.0 + 1, known.1.clone().min(ends));
+    }
+    for ((operator, _), (count, ends)) in operators {
+        eprintln!(
+            "warning: {count} of these end with the certificate of operator {operator}, the first at {ends}: certify it again \
+             (`weft ca operator renew {operator}`, `weft ca operator adopt`), then `weft export -out FILE` and `weft import -sign FILE`"
+        );
+    }
 }
 
 /// `weft intention check`: 0 allowed, 2 denied, 1 failed.
@@ -274,7 +313,6 @@ pub(crate) fn read_config(args: &ConfigReadArgs) -> Result<(), Failure> {
 
 /// `weft config list`: names and versions, and whether two contents of a version were signed.
 pub(crate) fn list_config(args: &ConfigListArgs) -> Result<(), Failure> {
-    let field = |one: &Value, key: &str| one.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
     let mut held = documents(&args.client)?;
     held.retain(|one| ["config", "intention"].contains(&field(one, "Kind").as_str()));
     let wanted = |one: &Value| {
@@ -294,12 +332,13 @@ pub(crate) fn list_config(args: &ConfigListArgs) -> Result<(), Failure> {
             field(one, "Name"),
             version,
             field(one, "Signer"),
-            field(one, "NotAfter"),
+            until(std::slice::from_ref(one), &field(one, "Name")),
             revoke::says(one).join(", "),
         ]
     };
     let rows: Vec<[String; 6]> = held.iter().map(row).collect();
     print!("{}", table::render(["Kind", "Name", "Version", "Signed by", "Until", "What"], &rows));
+    warn_of_ends(&held);
     for one in held.iter().filter(|one| one.get("Fork").and_then(Value::as_bool) == Some(true)) {
         eprintln!(
             "warning: two contents of {} were signed as one version; every node holds the same one of them. Write it anew, \

@@ -43,29 +43,19 @@ fn pretty(answer: &Value) -> String {
     }
     policy(part(answer, "Policy"), &mut lines);
     instances(answer, &mut lines);
-    let own = part(answer, "SourceCertificate");
-    lines.push(if own.is_object() {
-        format!(
-            "\ncaller: {}, until {} (its node's until {})",
-            text(own, "ID"),
-            text(own, "Ends"),
-            text(own, "NodeEnds")
-        )
-    } else {
-        format!(
-            "\ncaller: {} is not registered on {}: ask on its own node for its certificate and tunnels",
-            text(answer, "Source"),
-            text(answer, "AskedNode")
-        )
-    });
+    caller(answer, &mut lines);
     let data = part(answer, "Data");
     let isolated = if data.get("Isolated") == Some(&Value::Bool(true)) {
         "; THIS NODE IS ISOLATED: this is what it last knew"
     } else {
         ""
     };
+    let compared = match text(data, "DocumentsComparedSeconds") {
+        seconds if seconds.is_empty() => "with nobody yet".to_owned(),
+        seconds => format!("{seconds} s ago"),
+    };
     lines.push(format!(
-        "data of {}: oldest records signed {} s ago, {} intentions, documents {}{isolated}",
+        "data of {}: oldest records signed {} s ago, {} intentions, documents {} compared {compared}{isolated}",
         text(answer, "AskedNode"),
         text(data, "OldestRecordsSeconds"),
         text(data, "Intentions"),
@@ -77,6 +67,36 @@ fn pretty(answer: &Value) -> String {
         lines.extend(change.iter().filter_map(Value::as_str).map(|one| format!("  - {one}")));
     }
     lines.join("\n") + "\n"
+}
+
+/// The chain of a node: its own certificate, its issuer's, the root.
+fn chain(certificate: &Value) -> String {
+    let [node, issuer, root] = ["Ends", "IssuerEnds", "RootEnds"].map(|key| text(certificate, key));
+    let root = if root.is_empty() { "no root that is believed here".to_owned() } else { format!("root until {root}") };
+    format!("node until {node} <- issuer until {issuer} <- {root}")
+}
+
+fn caller(answer: &Value, lines: &mut Vec<String>) {
+    let source = text(answer, "Source");
+    lines.push(String::new());
+    let own = part(answer, "SourceCertificate");
+    if own.is_object() {
+        lines.push(format!("caller: {} until {}", text(own, "ID"), text(own, "Ends")));
+    } else {
+        let node = text(answer, "AskedNode");
+        lines.push(format!(
+            "caller: {source} is not registered on {node}; only its own node knows the end of its certificate (renewed \
+             hourly), its tunnels and whom it picks next: what is said of those is {node}'s own"
+        ));
+    }
+    let instances = list(answer, "SourceInstances");
+    for one in &instances {
+        let (id, node) = (text(one, "ID"), text(one, "Node"));
+        lines.push(format!("  {id} on {node} ({}): {}", text(one, "NodeStatus"), chain(part(one, "Certificate"))));
+    }
+    if instances.is_empty() && source != "*" {
+        lines.push(format!("  no node of the mesh has a service {source}"));
+    }
 }
 
 fn policy(policy: &Value, lines: &mut Vec<String>) {
@@ -119,6 +139,15 @@ fn instances(answer: &Value, lines: &mut Vec<String>) {
     let rows: Vec<[String; 7]> = list(answer, "Instances").iter().map(row).collect();
     let header = ["Node", "Instance", "Address", "Status", "Records", "Certificate ends", "Why"];
     lines.extend(table::render(header, &rows).lines().map(|row| format!("  {row}")));
+    let mut shown: Vec<String> = Vec::new();
+    for one in list(answer, "Instances") {
+        let line = format!("  chain of {}: {}", text(&one, "Node"), chain(part(&one, "Certificate")));
+        if part(&one, "Certificate").is_object() && !shown.contains(&line) {
+            shown.push(line);
+        }
+    }
+    lines.extend(shown);
+    lines.push("  breakers: there are none yet; what cannot be connected is left out for a while".to_owned());
     for one in list(answer, "Workers") {
         let worker = text(&one, "Worker");
         for tunnel in list(&one, "Tunnels") {

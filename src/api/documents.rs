@@ -14,9 +14,10 @@ use super::call::{Call, Refusal, Reply};
 use super::mesh::rfc3339;
 use super::write::in_effect;
 use crate::authz;
+use crate::clock;
 use crate::gossip::{DocumentBody, DocumentView, NodeCertificates, OfferError};
 use crate::pki::CertificateFacts;
-use crate::policy::{DocumentDigest, DocumentKind, Offered, Refused};
+use crate::policy::{DocumentDigest, DocumentKind, Notice, Offered, Refused};
 
 /// `PUT /v1/mesh/document`: the body is `{"Document": "<base64>"}`.
 pub(super) async fn offer(call: Call) -> Result<Reply, Refusal> {
@@ -93,6 +94,7 @@ fn document(view: &DocumentView) -> Value {
         "NotBefore": rfc3339(view.not_before),
         "NotAfter": rfc3339(view.not_after),
         "NotAfterUnix": view.not_after.0,
+        "EndsSoon": view.says_policy() && view.notice(clock::wall()) != Notice::Far,
         "Says": view.says,
         "Reason": view.reason,
         "Fork": view.is_forked,

@@ -1,10 +1,12 @@
 //! `/v1/config…` in Consul's shapes: config entries, kept as signed documents. What they say is checked for form alone.
+//! Entries of the kind `service-intentions` are intentions (`service_intentions`).
 
 use http::StatusCode;
 use serde_json::{Value, json};
 
 use super::call::{Call, Refusal, Reply};
 use super::query::refuse_tenancy;
+use super::service_intentions;
 use super::write::{Expect, write};
 use crate::gossip::{DocumentBody, DocumentsView};
 use crate::policy::{Draft, ENTRY_KINDS, entry_ends};
@@ -42,8 +44,12 @@ pub(super) async fn put(call: Call) -> Result<Reply, Refusal> {
     refuse_tenancy(&call)?;
     let value: Value =
         serde_json::from_slice(&call.body).map_err(|error| Refusal::bad(format!("Request decode failed: {error}")))?;
+    let expect = expect(&call)?;
+    if is_intentions(&value) {
+        return Reply::json(&call, &service_intentions::put(&call, &value, expect).await?);
+    }
     let draft = Draft::entry(value.to_string())?;
-    Reply::json(&call, &write(&call.shared, draft, expect(&call)?).await?)
+    Reply::json(&call, &write(&call.shared, draft, expect).await?)
 }
 
 /// `GET /v1/config/:kind` and `/v1/config/:kind/:name`
@@ -52,7 +58,11 @@ pub(super) async fn read(call: Call) -> Result<Reply, Refusal> {
     let view = call.shared.membership.documents();
     let index = call.shared.snapshot.load().index;
     let (kind, name) = path(&call)?;
-    let found = held(&view, |of, own| of == kind && name.is_none_or(|name| name == own));
+    let found = if kind == service_intentions::KIND {
+        service_intentions::held(&view, name)
+    } else {
+        held(&view, |of, own| of == kind && name.is_none_or(|name| name == own))
+    };
     match (name, found.first()) {
         (None, _) => Reply::at_index(&call, &found, index),
         (Some(_), Some(entry)) => Reply::at_index(&call, entry, index),
@@ -67,10 +77,20 @@ pub(super) async fn delete(call: Call) -> Result<Reply, Refusal> {
     refuse_tenancy(&call)?;
     let (kind, name) = path(&call)?;
     let name = name.ok_or_else(|| Refusal::bad("Missing config entry name"))?;
-    let view = call.shared.membership.documents();
-    let is_there = !held(&view, |of, own| of == kind && own == name).is_empty();
-    let is_done = !is_there || write(&call.shared, Draft::no_entry(kind, name)?, expect(&call)?).await?;
+    let expect = expect(&call)?;
+    let is_done = if kind == service_intentions::KIND {
+        service_intentions::delete(&call, name, expect).await?
+    } else {
+        let view = call.shared.membership.documents();
+        let is_there = !held(&view, |of, own| of == kind && own == name).is_empty();
+        !is_there || write(&call.shared, Draft::no_entry(kind, name)?, expect).await?
+    };
     if call.query.has("cas") { Reply::json(&call, &is_done) } else { Reply::json(&call, &json!({})) }
+}
+
+fn is_intentions(entry: &Value) -> bool {
+    let kind = entry.as_object().into_iter().flatten().find(|(key, _)| key.eq_ignore_ascii_case("kind"));
+    kind.is_some_and(|(_, kind)| kind == service_intentions::KIND)
 }
 
 fn expect(call: &Call) -> Result<Expect, Refusal> {
@@ -85,11 +105,8 @@ fn path(call: &Call) -> Result<(&str, Option<&str>), Refusal> {
         Some((kind, name)) => (kind, Some(name)),
         None => (call.argument.trim_end_matches('/'), None),
     };
-    if ENTRY_KINDS.contains(&kind) {
+    if ENTRY_KINDS.contains(&kind) || kind == service_intentions::KIND {
         return Ok((kind, name));
-    }
-    if kind == "service-intentions" {
-        return Err(Refusal::bad("intentions are no config entries here: use /v1/connect/intentions"));
     }
     Err(Refusal::bad(format!("invalid config entry kind: {kind}; there are {}", ENTRY_KINDS.join(", "))))
 }

@@ -381,6 +381,15 @@ async fn policy_is_read_by_everybody_and_written_only_where_an_operator_s_key_is
     assert_eq!(answer.status, StatusCode::FORBIDDEN);
     assert!(answer.text.contains("WEFT_OPERATOR") && answer.text.contains("policy_authority"), "{}", answer.text);
     assert_eq!(bench.put(exact, r#"{"Action":"allow","Colour":1}"#).await.status, StatusCode::BAD_REQUEST);
+    let by_id = "/v1/connect/intentions/7f1b4f0c-0000-5000-8000-000000000000";
+    refused(&bench.get(by_id).await, 404, "Unknown intention ID: 7f1b4f0c-0000-5000-8000-000000000000");
+    refused(
+        &bench.put(by_id, r#"{"Action":"allow"}"#).await,
+        404,
+        "Unknown intention ID: 7f1b4f0c-0000-5000-8000-000000000000",
+    );
+    assert_eq!(bench.get("/v1/connect/intentions/web").await.status, StatusCode::BAD_REQUEST);
+    assert_eq!(bench.get("/v1/connect/intentions?filter=x").await.status, StatusCode::BAD_REQUEST);
     let check = bench.get("/v1/connect/intentions/check?source=web&destination=db").await.json();
     assert_eq!(check, json!({"Allowed": true, "Rule": "default"}));
     assert_eq!(bench.get("/v1/connect/intentions/match?by=all&name=db").await.status, StatusCode::BAD_REQUEST);

@@ -1,4 +1,7 @@
 //! `/v1/connect/intentions…` in Consul's shapes. Underneath are signed documents; both indexes are a document's version.
+//!
+//! The older endpoints go by id. Here that is a UUID of source and destination (`Intention::id`): the same on every node,
+//! before and after a deletion, so that it leads to one intention without a register of ids.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -43,6 +46,11 @@ async fn changed(call: &Call) -> Result<u64, Refusal> {
 
 /// `GET /v1/connect/intentions`
 pub(super) async fn list(call: Call) -> Result<Reply, Refusal> {
+    if call.query.given("filter").is_some() {
+        return Err(Refusal::bad(
+            "Invalid query parameter: \"filter\" is not supported by this version of weft; /match finds by name",
+        ));
+    }
     let index = changed(&call).await?;
     let view = call.shared.membership.documents();
     Reply::at_index(&call, &shapes(&held(&view, |_| true)), index)
@@ -63,12 +71,80 @@ pub(super) async fn read(call: Call) -> Result<Reply, Refusal> {
 /// `PUT /v1/connect/intentions/exact?source=&destination=`
 pub(super) async fn put(call: Call) -> Result<Reply, Refusal> {
     refuse_tenancy(&call)?;
-    let ends = ends(&call)?;
-    let body: Value =
-        serde_json::from_slice(&call.body).map_err(|error| Refusal::bad(format!("Request decode failed: {error}")))?;
-    let intention = authz::from_json(&body, Some(ends))?;
+    let intention = body(&call, Some(ends(&call)?))?;
     write(&call.shared, Draft::intention(intention)?, Expect::Any).await?;
     Reply::json(&call, &true)
+}
+
+/// `POST /v1/connect/intentions`: writes an intention that must be new; answers with its id.
+pub(super) async fn create(call: Call) -> Result<Reply, Refusal> {
+    refuse_tenancy(&call)?;
+    let intention = body(&call, None)?;
+    let (id, name) = (intention.id(), intention.name());
+    if !write(&call.shared, Draft::intention(intention)?, Expect::Version(0)).await? {
+        return Err(Refusal::new(
+            StatusCode::CONFLICT,
+            format!("Duplicate intention found: {name} has ID {id}; write it by PUT /v1/connect/intentions/{id}"),
+        ));
+    }
+    Reply::json(&call, &json!({"ID": id.to_string()}))
+}
+
+/// `GET /v1/connect/intentions/:id`
+pub(super) async fn read_by_id(call: Call) -> Result<Reply, Refusal> {
+    let id = id(&call)?;
+    let index = changed(&call).await?;
+    let view = call.shared.membership.documents();
+    let (intention, version) = by_id(&view, id)?;
+    Reply::at_index(&call, &authz::to_json(intention, version), index)
+}
+
+/// `PUT /v1/connect/intentions/:id`: writes what is there anew; source and destination stay, for the id is theirs.
+pub(super) async fn put_by_id(call: Call) -> Result<Reply, Refusal> {
+    refuse_tenancy(&call)?;
+    let id = id(&call)?;
+    let ends = {
+        let view = call.shared.membership.documents();
+        let (held, _) = by_id(&view, id)?;
+        (held.source.clone(), held.destination.clone())
+    };
+    let intention = body(&call, Some(ends))?;
+    write(&call.shared, Draft::intention(intention)?, Expect::Any).await?;
+    Reply::json(&call, &json!({"ID": id.to_string()}))
+}
+
+/// `DELETE /v1/connect/intentions/:id`; true as well where there is none.
+pub(super) async fn delete_by_id(call: Call) -> Result<Reply, Refusal> {
+    refuse_tenancy(&call)?;
+    let id = id(&call)?;
+    let view = call.shared.membership.documents();
+    if let Ok((held, _)) = by_id(&view, id) {
+        write(&call.shared, Draft::no_intention(&held.source, &held.destination)?, Expect::Any).await?;
+    }
+    Reply::json(&call, &true)
+}
+
+fn by_id(view: &DocumentsView, id: uuid::Uuid) -> Result<(&Intention, u64), Refusal> {
+    let found = held(view, |one| one.id() == id).first().copied();
+    found.ok_or_else(|| Refusal::new(StatusCode::NOT_FOUND, format!("Unknown intention ID: {id}")))
+}
+
+fn id(call: &Call) -> Result<uuid::Uuid, Refusal> {
+    let text = call.argument.as_str();
+    text.parse().map_err(|_| Refusal::bad(format!("Invalid intention ID {text:?}: it is a UUID, as the list shows it")))
+}
+
+/// Reads the intention of a body, whose `ID`, if it has one, must be its own.
+fn body(call: &Call, asked: Option<(Party, Party)>) -> Result<Intention, Refusal> {
+    let body: Value =
+        serde_json::from_slice(&call.body).map_err(|error| Refusal::bad(format!("Request decode failed: {error}")))?;
+    let intention = authz::from_json(&body, asked)?;
+    let given = body.get("ID").and_then(Value::as_str).unwrap_or_default();
+    let id = intention.id().to_string();
+    if given.is_empty() || given.eq_ignore_ascii_case(&id) {
+        return Ok(intention);
+    }
+    Err(Refusal::bad(format!("Invalid intention ID {given:?}: that of {} is {id}; leave it out", intention.name())))
 }
 
 /// `DELETE /v1/connect/intentions/exact?source=&destination=`

@@ -30,6 +30,7 @@ mod query;
 mod routes;
 mod seam;
 mod serve;
+mod service_intentions;
 mod shape;
 mod status;
 mod why;

@@ -18,9 +18,7 @@ use crate::catalogue::{Instance, Snapshot};
 use crate::clock::{self, UnixSeconds};
 use crate::gossip::NodeCertificates;
 use crate::model::{HealthStatus, InstanceId, MemberStatus, NodeName, ServiceName};
-
-/// How long a node's records are good for (`replica::Params::lease`).
-const LEASE: std::time::Duration = std::time::Duration::from_hours(1);
+use crate::pki;
 
 /// One data-plane worker's view of a call.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -81,9 +79,10 @@ pub(super) async fn why(call: Call) -> Result<Reply, Refusal> {
         "Verdict": verdict,
         "Policy": policy(&snapshot.policy, source, &destination, decision.rule()),
         "Protocol": entry.map(|entry| entry.protocol.as_str()),
-        "Instances": instances.iter().map(|one| instance(one, &workers, &certificates)).collect::<Vec<Value>>(),
+        "Instances": instances.iter().map(|one| instance(&call, one, &workers, &certificates)).collect::<Vec<Value>>(),
         "Workers": workers.iter().map(worker).collect::<Vec<Value>>(),
         "SourceCertificate": source.filter(|_| local).and_then(|source| source_certificate(&call, source)),
+        "SourceInstances": source.map(|source| sources(&call, &snapshot, source, &certificates)),
         "Data": data(&call, &snapshot, &certificates),
         "ToChange": change,
     });
@@ -170,19 +169,49 @@ fn catalogue_remedy(snapshot: &Snapshot, destination: &ServiceName) -> Vec<Strin
         if one.node.status != MemberStatus::Alive {
             return format!("node {node} of {id} is {}: start its agent", one.node.status.as_str());
         }
-        let failing: Vec<&str> = one
-            .checks
-            .iter()
-            .chain(&one.node.checks)
-            .filter(|check| check.status == HealthStatus::Critical)
-            .map(|check| check.id.as_str())
-            .collect();
-        format!("{id} on {node} is critical: its check {} must pass", failing.join(", "))
+        format!("{id} on {node} is critical: its check {} must pass", failing(one).join(", "))
     };
     entry.instances.iter().map(why).collect()
 }
 
-fn instance(one: &Instance, workers: &[WorkerView], certificates: &[NodeCertificates]) -> Value {
+/// The checks for which an instance is out.
+fn failing(one: &Instance) -> Vec<&str> {
+    let all = one.checks.iter().chain(&one.node.checks);
+    all.filter(|check| check.status == HealthStatus::Critical).map(|check| check.id.as_str()).collect()
+}
+
+/// The chain of a node's certificates below the service's own, which the node renews by itself every hour.
+fn chain(call: &Call, shown: &NodeCertificates) -> Value {
+    let bundle = call.shared.authority.bundle().0;
+    let root = bundle.roots.iter().find(|root| pki::spki(root).ok() == shown.root);
+    let root_ends = root.and_then(|root| pki::validity(root).ok()).map(|(_, ends)| rfc3339(ends));
+    json!({
+        "Serial": shown.intermediate.serial,
+        "Ends": rfc3339(shown.intermediate.not_after),
+        "IssuerEnds": rfc3339(shown.issuer.not_after),
+        "Root": shown.root.map(|root| root.to_string()),
+        "RootEnds": root_ends,
+    })
+}
+
+/// Where the caller is registered: any node knows its instances and their nodes' certificates.
+fn sources(call: &Call, snapshot: &Snapshot, source: &ServiceName, certificates: &[NodeCertificates]) -> Vec<Value> {
+    let instances = snapshot.services.get(source).map(|entry| entry.instances.as_slice()).unwrap_or_default();
+    let shape = |one: &Arc<Instance>| {
+        let node = &one.node.info.name;
+        let certificate = certificates.iter().find(|shown| shown.node == *node);
+        json!({
+            "Node": node,
+            "ID": one.record.id,
+            "NodeStatus": one.node.status.as_str(),
+            "Certificate": certificate.map(|shown| chain(call, shown)),
+            "RecordsAgeSeconds": certificate.map(age),
+        })
+    };
+    instances.iter().map(shape).collect()
+}
+
+fn instance(call: &Call, one: &Instance, workers: &[WorkerView], certificates: &[NodeCertificates]) -> Value {
     let key = (one.node.info.name.clone(), one.record.id.clone());
     let of = |wanted: fn(&WorkerView, &(NodeName, InstanceId)) -> bool| {
         workers.iter().filter(|view| wanted(view, &key)).map(|view| view.worker).collect::<Vec<usize>>()
@@ -195,11 +224,15 @@ fn instance(one: &Instance, workers: &[WorkerView], certificates: &[NodeCertific
         .chain(&one.node.checks)
         .map(|check| json!({"CheckID": check.id, "Status": check.status.as_str()}));
     let why = match one.status {
-        HealthStatus::Critical if one.node.status != MemberStatus::Alive => "out: its node is not alive",
-        HealthStatus::Critical => "out: a check is critical",
-        _ if !workers.is_empty() && backing_off.len() == workers.len() => "last: it could not be connected lately",
-        HealthStatus::Warning => "takes calls, by its weight while it warns",
-        HealthStatus::Passing => "takes calls",
+        HealthStatus::Critical if one.node.status != MemberStatus::Alive => {
+            format!("out: its node is {}", one.node.status.as_str())
+        }
+        HealthStatus::Critical => format!("out: critical by {}", failing(one).join(", ")),
+        _ if !workers.is_empty() && backing_off.len() == workers.len() => {
+            "last: it could not be connected lately".to_owned()
+        }
+        HealthStatus::Warning => "takes calls, by its weight while it warns".to_owned(),
+        HealthStatus::Passing => "takes calls".to_owned(),
     };
     let certificate = certificates.iter().find(|shown| shown.node == one.node.info.name);
     json!({
@@ -213,20 +246,17 @@ fn instance(one: &Instance, workers: &[WorkerView], certificates: &[NodeCertific
         "Why": why,
         "NextOfWorkers": next,
         "BackingOffOnWorkers": backing_off,
-        "Certificate": certificate.map(|shown| json!({
-            "Serial": shown.intermediate.serial,
-            "Ends": rfc3339(shown.intermediate.not_after),
-            "IssuerEnds": rfc3339(shown.issuer.not_after),
-            "Root": shown.root.map(|root| root.to_string()),
-        })),
+        // Nothing opens one yet: what cannot be connected is left out for a while, per worker.
+        "Breaker": "none",
+        "Certificate": certificate.map(|shown| chain(call, shown)),
         "RecordsAgeSeconds": certificate.map(age),
     })
 }
 
-/// How long ago a node signed its records.
+/// How long ago a node signed its records, if it counts the members as this one does (leases grow with the mesh).
 fn age(shown: &NodeCertificates) -> u64 {
     let left = shown.lease_ends.since(clock::wall());
-    LEASE.saturating_sub(left).as_secs()
+    shown.lease.saturating_sub(left).as_secs()
 }
 
 fn worker(view: &WorkerView) -> Value {
@@ -243,9 +273,11 @@ fn worker(view: &WorkerView) -> Value {
 fn source_certificate(call: &Call, source: &ServiceName) -> Option<Value> {
     let (svid, _) = call.shared.authority.svid(source).ok()?;
     let own = (call.shared.certificates)();
-    Some(
-        json!({"ID": svid.id.to_string(), "Ends": rfc3339(svid.not_after), "NodeEnds": rfc3339(own.intermediate_ends)}),
-    )
+    Some(json!({
+        "ID": svid.id.to_string(),
+        "Ends": rfc3339(svid.not_after),
+        "NodeEnds": rfc3339(own.intermediate_ends),
+    }))
 }
 
 fn data(call: &Call, snapshot: &Snapshot, certificates: &[NodeCertificates]) -> Value {
@@ -261,6 +293,7 @@ fn data(call: &Call, snapshot: &Snapshot, certificates: &[NodeCertificates]) -> 
         "DocumentsHash": format!("{:016x}", documents.set_hash),
         "Members": by_status,
         "Isolated": members.isolated,
+        "DocumentsComparedSeconds": documents.compared_at.map(|at| clock::wall().since(at).as_secs()),
         "OldestRecordsSeconds": certificates.iter().map(age).max(),
     })
 }

@@ -10,8 +10,12 @@ use super::intention::{Action, HeaderRule, HeaderTest, Intention, Mode, PathRule
 use super::path::{self, Seen};
 use super::table::Request;
 
-/// Largest compiled regular expression, in bytes: thousands of characters of path rules fit.
-const REGEX_BYTES_MAX: usize = 256 * 1024;
+/// Largest compiled regular expression, in bytes, and as much again for its cache in each worker: hundreds of alternatives
+/// of path rules fit. With at most 32 expressions in an intention that is 2 MiB, and 2 MiB per worker.
+const REGEX_BYTES_MAX: usize = 64 * 1024;
+/// Longest path or header value that an expression is tried on, in bytes; a request with a longer one is denied. Matching is
+/// linear in it, at worst with the expression's size as the factor.
+const REGEX_INPUT_BYTES_MAX: usize = 4096;
 
 /// Why an intention cannot be made ready.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -132,6 +136,9 @@ impl Guard {
             let found = permissions.iter().find(|permission| permission.matches(path, request));
             found.map_or(default, |permission| permission.action)
         };
+        if permissions.iter().any(|permission| permission.is_overlong(request)) {
+            return Action::Deny;
+        }
         match path::look(request.path) {
             Seen::Plain(path) => decide(path),
             Seen::Both(raw, normal) if decide(raw) == Action::Allow => decide(&normal),
@@ -143,8 +150,24 @@ impl Guard {
 impl Ready {
     fn matches(&self, path: &str, request: &Request<'_>) -> bool {
         self.path.as_ref().is_none_or(|rule| rule.matches(path.as_bytes()))
-            && (self.methods.is_empty() || self.methods.iter().any(|method| method == request.method))
+            && (self.methods.is_empty() || self.methods.iter().any(|method| self.is_method(method, request.method)))
             && self.headers.iter().all(|header| header.matches(request.headers) != header.is_inverted)
+    }
+}
+
+impl Ready {
+    /// Methods are case-sensitive (RFC 9110 §9.1); apps may not know, so a denial holds for all writings.
+    fn is_method(&self, wanted: &str, found: &str) -> bool {
+        wanted == found || (self.action == Action::Deny && wanted.eq_ignore_ascii_case(found))
+    }
+
+    /// Whether a regular expression would be tried on more than is good.
+    fn is_overlong(&self, request: &Request<'_>) -> bool {
+        let is_regex = |text: &Text| matches!(text, Text::Regex(_));
+        (request.path.len() > REGEX_INPUT_BYTES_MAX && self.path.as_ref().is_some_and(is_regex))
+            || self.headers.iter().filter(|header| header.test.as_ref().is_some_and(is_regex)).any(|header| {
+                request.headers.get_all(&header.name).iter().any(|value| value.len() > REGEX_INPUT_BYTES_MAX)
+            })
     }
 }
 
@@ -206,6 +229,11 @@ fn regex(text: &str) -> Result<Text, CompileError> {
         // `a)|(?:b` is whole between our brackets and not by itself.
         Ok(regex) if build(text).is_ok() => Ok(Text::Regex(regex)),
         Ok(_) => Err(CompileError::Regex { text: text.to_owned(), reason: "its brackets do not match".to_owned() }),
-        Err(error) => Err(CompileError::Regex { text: text.to_owned(), reason: error.to_string() }),
+        // The library draws the expression over several lines; the last one says what is wrong.
+        Err(error) => {
+            let drawn = error.to_string();
+            let reason = drawn.lines().last().unwrap_or_default().trim_start_matches("error: ").to_owned();
+            Err(CompileError::Regex { text: text.to_owned(), reason })
+        }
     }
 }

@@ -16,6 +16,14 @@ const PERMISSIONS_MAX: usize = 64;
 const METHODS_MAX: usize = 16;
 /// Most headers of one permission.
 const HEADERS_MAX: usize = 16;
+/// Most regular expressions of one intention, of its paths and headers together: each may take some 100 KiB once compiled.
+const REGEXES_MAX: usize = 32;
+/// Headers of which the destination sees none, or not what the caller sent: they end at the first hop (RFC 9110 §7.6.1), or
+/// are weft's own. A permission over them would never match, and deny or allow something else than its author meant.
+const HEADERS_UNSEEN: [&str; 7] =
+    ["host", "connection", "keep-alive", "te", "transfer-encoding", "upgrade", "x-forwarded-client-cert"];
+/// Beginnings of such headers.
+const HEADERS_UNSEEN_PREFIXES: [&str; 2] = ["proxy-", "x-weft-"];
 /// Longest path, header value or regex, in bytes.
 const TEXT_BYTES_MAX: usize = 1024;
 /// Longest description, in bytes: Consul's bound.
@@ -205,6 +213,14 @@ pub enum IntentionError {
         /// What it must be like.
         rule: &'static str,
     },
+    /// It has too many regular expressions.
+    #[error(
+        "an intention has at most {REGEXES_MAX} regular expressions; this one has {found}: join some by `|`, or use prefixes"
+    )]
+    Regexes {
+        /// How many.
+        found: usize,
+    },
     /// A text is too long.
     #[error("{what} is over its bound of {bytes_max} bytes")]
     TooLong {
@@ -237,6 +253,11 @@ impl Intention {
         format!("{}:{}", self.source, self.destination)
     }
 
+    /// Its id for Consul's older endpoints: a UUID of version 5 over its name, the same on every node and for every version.
+    pub fn id(&self) -> uuid::Uuid {
+        uuid::Uuid::new_v5(&uuid::Uuid::NAMESPACE_OID, self.name().as_bytes())
+    }
+
     /// Holds it against the bounds; regular expressions are not looked into.
     ///
     /// # Errors
@@ -256,6 +277,10 @@ impl Intention {
         }
         for (at, permission) in permissions.iter().enumerate() {
             permission.check().map_err(|rule| IntentionError::Permission { number: at + 1, rule })?;
+        }
+        let regexes = permissions.iter().map(Permission::regexes).sum();
+        if regexes > REGEXES_MAX {
+            return Err(IntentionError::Regexes { found: regexes });
         }
         let bytes: usize = permissions.iter().flat_map(Permission::texts).map(str::len).sum();
         if bytes > INTENTION_BYTES_MAX { too_long("the intention", INTENTION_BYTES_MAX) } else { Ok(()) }
@@ -284,7 +309,38 @@ impl Permission {
             let is_allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-_.".contains(&b);
             !rule.name.is_empty() && rule.name.bytes().all(is_allowed)
         };
-        if self.headers.iter().all(is_name) { Ok(()) } else { Err("a header's name is in lower case, as x-team") }
+        if !self.headers.iter().all(is_name) {
+            return Err("a header's name is in lower case, as x-team");
+        }
+        let is_unseen = |rule: &HeaderRule| {
+            HEADERS_UNSEEN.contains(&rule.name.as_str())
+                || HEADERS_UNSEEN_PREFIXES.iter().any(|prefix| rule.name.starts_with(prefix))
+        };
+        if self.headers.iter().any(is_unseen) {
+            return Err(
+                "the destination does not see this header (host, connection, te, upgrade, x-forwarded-client-cert, \
+                        proxy-*, x-weft-* and the like): test another",
+            );
+        }
+        // An empty text tests nothing, or only empty values: its author forgot something.
+        let is_empty = |rule: &HeaderRule| match &rule.test {
+            HeaderTest::Present => false,
+            HeaderTest::Exact(text)
+            | HeaderTest::Prefix(text)
+            | HeaderTest::Suffix(text)
+            | HeaderTest::Contains(text)
+            | HeaderTest::Regex(text) => text.is_empty(),
+        };
+        let is_regexless = matches!(&self.path, Some(PathRule::Regex(text)) if text.is_empty());
+        if is_regexless || self.headers.iter().any(is_empty) {
+            return Err("a regex or a header's value is not empty");
+        }
+        Ok(())
+    }
+
+    fn regexes(&self) -> usize {
+        let in_headers = self.headers.iter().filter(|header| matches!(header.test, HeaderTest::Regex(_)));
+        usize::from(matches!(self.path, Some(PathRule::Regex(_)))) + in_headers.count()
     }
 
     fn texts(&self) -> impl Iterator<Item = &str> {

@@ -11,7 +11,8 @@
 //! it would have decided is told, and the next one counts.
 //!
 //! Invariants: a decision reads nothing but the table and the request, takes no lock and allocates nothing (a path that
-//! is not in its normal form excepted); what has permissions denies a stream of bytes, whose requests nobody sees.
+//! is not in its normal form excepted), and tries expressions on 4 KiB at most; what nobody can tell for certain (a path that
+//! apps read in two ways, a text that is too long to be tried) is denied; what has permissions denies a stream of bytes, whose requests nobody sees.
 //! A pure core. Not here: signatures (`policy`), off which thread a table is made (`gossip`), what a denial looks like
 //! (`proxy`).
 

@@ -1,7 +1,9 @@
 //! The normal form of a request's path, by which it is authorized.
 //!
 //! An app may take `/a/../b`, `/a//b` or `/%61` for another path than the permission's author did. So a path that is not
-//! in its normal form must be allowed both as it stands and normalized; one that stays ambiguous is refused.
+//! in its normal form must be allowed both as it stands and normalized. Two steps of the normal form can be taken one
+//! without the other, and where one of them is `..` that leads elsewhere (`/a//../b` is `/b` or `/a/b`): that is refused,
+//! like all that stays ambiguous. Upper and lower case differ, as does a slash at the end.
 
 use std::borrow::Cow;
 
@@ -19,11 +21,19 @@ pub(super) enum Seen<'p> {
 /// Cuts the query off and looks at the rest.
 pub(super) fn look(target: &str) -> Seen<'_> {
     let path = target.split(['?', '#']).next().unwrap_or_default();
+    if !path.starts_with('/') {
+        // `OPTIONS *` is about the server; nothing else begins otherwise.
+        return if path == "*" { Seen::Plain(path) } else { Seen::Ambiguous };
+    }
     let is_plain = !path.contains(['%', '\\', ';']) && !path.contains("//") && !path.contains("/.");
     if is_plain {
         return Seen::Plain(path);
     }
     let Some(decoded) = decode(path) else { return Seen::Ambiguous };
+    let goes_up = decoded.split('/').any(|segment| segment.split(';').next() == Some(".."));
+    if goes_up && (path.contains(['%', ';']) || path.contains("//")) {
+        return Seen::Ambiguous;
+    }
     let normal = resolve(&decoded);
     if normal == path { Seen::Plain(path) } else { Seen::Both(path, normal) }
 }
@@ -90,10 +100,12 @@ mod tests {
         check("/a//b/", &both("/a//b/", "/a/b/"));
         check("/a/./b/.", &both("/a/./b/.", "/a/b/"));
         check("/%61dmin", &both("/%61dmin", "/admin"));
-        check("/%2e%2e/b", &both("/%2e%2e/b", "/b"));
+        check("/%2e/b", &both("/%2e/b", "/b"));
         check("/a;x=1/b", &both("/a;x=1/b", "/a/b"));
         check("/.well-known/x", &Seen::Plain("/.well-known/x"));
-        for ambiguous in ["/a%2fb", "/a%5Cb", "/a\\b", "/%2561", "/%00", "/%", "/%g1", "/%ff"] {
+        let ambiguous = ["/a%2fb", "/a%5Cb", "/a\\b", "/%2561", "/%00", "/%", "/%g1", "/%ff", "", "a", "a;/b"];
+        let up = ["/%2e%2e/b", "/a//../b", "/a/..;/b", "/a;/../b", "/a/;x/../b", "/%61/../b"];
+        for ambiguous in ambiguous.into_iter().chain(up) {
             check(ambiguous, &Seen::Ambiguous);
         }
     }

@@ -66,9 +66,8 @@ pub enum ShapeError {
 
 /// Writes an intention; `version` stands for both indexes.
 pub fn to_json(intention: &Intention, version: u64) -> Value {
-    let id = uuid::Uuid::new_v5(&uuid::Uuid::NAMESPACE_OID, intention.name().as_bytes());
     let mut shape = json!({
-        "ID": id.to_string(),
+        "ID": intention.id().to_string(),
         "Description": intention.description,
         "SourceNS": "default",
         "SourceName": intention.source.as_str(),
@@ -368,6 +367,12 @@ mod tests {
         check(&permitted(json!({"PathExact": "a"})), "begins with `/`");
         check(&permitted(json!({"Methods": ["get"]})), "upper case");
         check(&permitted(json!({"Header": [{"Name": "x"}]})), "Present");
+        for unseen in ["Host", "te", "x-weft-hops", "Proxy-Authorization"] {
+            check(&permitted(json!({"Header": [{"Name": unseen, "Present": true}]})), "does not see this header");
+        }
+        let many: Vec<Value> =
+            (0..33).map(|at| json!({"Action": "deny", "HTTP": {"PathRegex": format!("/{at}")}})).collect();
+        check(&with(json!({"Action": "", "Permissions": many})), "at most 32 regular expressions");
     }
 
     #[test]

@@ -32,7 +32,7 @@ pub(crate) struct Fixture {
     pub(crate) peers: Vec<(PeerIdentity, Presented)>,
     /// What the token says.
     pub(crate) claims: TokenClaims,
-    /// By an operator, by the root, and from root to root.
+    /// By an operator, by the root, from root to root, and an operator's intention and config entry.
     pub(crate) documents: Vec<Document>,
     /// The node's first state, and the next.
     pub(crate) digests: [Digest; 2],
@@ -51,9 +51,14 @@ pub(crate) fn fixture() -> &'static Fixture {
         let peers = chains.iter().map(|chain| verify_presented(chain, &bundle, NOW).unwrap()).collect();
         let token: Token = std::str::from_utf8(corpus!("token/good")).unwrap().parse().unwrap();
         let claims = token.verify(&bundle, NOW).unwrap();
-        let documents = [corpus!("document/operator").as_slice(), corpus!("document/root"), corpus!("document/link")]
-            .map(|bytes| Document::from_bytes(bytes).unwrap())
-            .into();
+        let documents = [
+            corpus!("document/operator").as_slice(),
+            corpus!("document/root"),
+            corpus!("document/link"),
+            corpus!("document/intention"),
+            corpus!("document/entry"),
+        ];
+        let documents = documents.map(|bytes| Document::from_bytes(bytes).unwrap()).into();
         let digest = |bytes: &[u8]| wire::decode::<Delta>(bytes, FRAME_BYTES_MAX).unwrap().digest();
         Fixture {
             bundle,

@@ -42,13 +42,16 @@ pub struct Target {
 }
 
 /// Every target.
-pub const TARGETS: [Target; 12] = [
+pub const TARGETS: [Target; 15] = [
     Target { name: "extension", run: crate::pki::fuzz::extension },
     Target { name: "chain", run: crate::pki::fuzz::chain },
     Target { name: "token", run: crate::pki::fuzz::token },
     Target { name: "join", run: crate::pki::fuzz::join },
+    Target { name: "operator", run: |bytes| said(crate::pki::fuzz::operator(bytes)) },
     Target { name: "document", run: documents::document },
-    Target { name: "documents", run: crate::gossip::fuzz_documents },
+    Target { name: "documents", run: |bytes| said(crate::gossip::fuzz_documents(bytes)) },
+    Target { name: "intention", run: |bytes| said(documents::intention(bytes)) },
+    Target { name: "entry", run: |bytes| said(documents::entry(bytes)) },
     Target { name: "packet", run: crate::membership::fuzz::packet },
     Target { name: "exchange", run: gossip::exchange },
     Target { name: "delta", run: gossip::delta },
@@ -56,6 +59,9 @@ pub const TARGETS: [Target; 12] = [
     Target { name: "head", run: crate::proxy::fuzz::head },
     Target { name: "dns", run: crate::dns::fuzz::message },
 ];
+
+/// Whether the bytes were taken is for the tests of the corpus alone.
+fn said(_is_taken: bool) {}
 
 /// Runs the target of this name on `bytes`.
 ///

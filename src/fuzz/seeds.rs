@@ -12,8 +12,10 @@ use std::time::Duration;
 use hickory_proto::op::{Edns, Message as Dns, MessageType, OpCode, Query};
 use hickory_proto::rr::{Name, RData, Record, RecordType};
 use rustls::pki_types::CertificateDer;
+use serde_json::json;
 
 use super::{NONCE, NOW};
+use crate::authz::{PathRule, Rule};
 use crate::gossip::engine::{Held, HelloReply, Message, Request as Ask, SyncReply, Trade};
 use crate::membership::{Core, Leave, LifeClaim, MemberEntry, MeshId, Output, Profile, Standing, Statement};
 use crate::model::{Entry, EntryKey, Generation, NodeInfo, Protocol, ServiceRecord, Weights};
@@ -22,7 +24,10 @@ use crate::pki::{
     CaDir, DocumentKey, Issuer, JoinKey, NodeAuthority, Revoked, Rotation, Signatory, SpkiHash, TokenClaims,
     create_token,
 };
-use crate::policy::{Content, Document, DocumentId, DocumentKind, HeldDigest, RevocationBody, RootLink, link_name};
+use crate::policy::{
+    ConfigBody, Content, Document, DocumentId, DocumentKind, HeldDigest, IntentionBody, RevocationBody, RootLink,
+    link_name,
+};
 use crate::replica::{Digest, HeadSigner, Params, Replica};
 use crate::wire;
 
@@ -198,10 +203,16 @@ fn certificates(to: &Writer, issuer: &Issuer, authority: &NodeAuthority, operato
         let length = u8::try_from(text.len()).unwrap();
         to.put("extension", name, &[vec![0x0c, length], text.as_bytes().to_vec()].concat());
     }
+    for (name, text) in [("all", "*"), ("narrow", "intentions:web*,config:web*"), ("rights", "tokens,revocations")] {
+        let length = u8::try_from(text.len()).unwrap();
+        to.put("operator", name, &[vec![0x0c, length], text.as_bytes().to_vec()].concat());
+    }
+    to.put("operator", "bad-long-length", &[vec![0x0c, 0x81, 1], b"*".to_vec()].concat());
+    to.put("operator", "bad-right", &[vec![0x0c, 4], b"root".to_vec()].concat());
     to.put("extension", "long-length", &[vec![0x0c, 0x81, 3], b"a *".to_vec()].concat());
 }
 
-fn documents(to: &Writer, root: &DocumentKey, operator: &DocumentKey, rotation: &Rotation) -> [Document; 3] {
+fn documents(to: &Writer, root: &DocumentKey, operator: &DocumentKey, rotation: &Rotation) -> [Document; 5] {
     let content = |kind, name: &str, body: Vec<u8>| Content {
         trust_domain: "set-by-sign".parse().unwrap(),
         id: DocumentId { kind, name: name.parse().unwrap() },
@@ -220,10 +231,13 @@ fn documents(to: &Writer, root: &DocumentKey, operator: &DocumentKey, rotation: 
     ];
     let link = RootLink { root: rotation.root.to_vec(), proof: rotation.proof.clone(), issuers: Vec::new() };
     let name = link_name(2);
+    let bodies = bodies(to);
     let made = [
         ("operator", content(DocumentKind::Revocation, "node.web-2", revoked(entries.clone())), operator),
         ("root", content(DocumentKind::Revocation, "all", revoked(entries)), root),
         ("link", content(DocumentKind::Bundle, name.as_str(), link.to_bytes().unwrap()), root),
+        ("intention", content(DocumentKind::Intention, "web:db", bodies[0].clone()), operator),
+        ("entry", content(DocumentKind::Config, "service-defaults:web", bodies[1].clone()), operator),
     ];
     made.map(|(name, content, key)| {
         let document = Document::sign(content, key).unwrap();
@@ -234,7 +248,48 @@ fn documents(to: &Writer, root: &DocumentKey, operator: &DocumentKey, rotation: 
     })
 }
 
-fn joins(to: &Writer, issuer: &Issuer, authority: &NodeAuthority, token: &str, documents: &[Document; 3]) {
+/// Bodies of intentions and config entries; returns one of each.
+fn bodies(to: &Writer) -> [Vec<u8>; 2] {
+    let intention = |value: serde_json::Value| {
+        IntentionBody(Some(crate::authz::from_json(&value, None).unwrap())).to_bytes().unwrap()
+    };
+    let plain =
+        intention(json!({"SourceName": "web", "DestinationName": "db", "Action": "allow", "Meta": {"team": "shop"}}));
+    let permissions = intention(json!({"SourceName": "*", "DestinationName": "db", "Permissions": [
+        {"Action": "deny", "HTTP": {"PathPrefix": "/admin", "Methods": ["DELETE", "PUT"]}},
+        {"Action": "allow", "HTTP": {"PathRegex": "/v[0-9]+/.*", "Header": [
+            {"Name": "x-team", "Exact": "shop"}, {"Name": "x-a", "Suffix": "b", "Invert": true},
+            {"Name": "x-c", "Regex": "(d|e)*"}, {"Name": "x-f", "Present": true}]}}]}));
+    let audited =
+        json!({"SourceName": "web", "DestinationName": "*", "Action": "deny", "Audit": true, "Description": "dry"});
+    to.put("intention", "plain", &plain);
+    to.put("intention", "permissions", &permissions);
+    to.put("intention", "audited", &intention(audited));
+    to.put("intention", "deleted", &IntentionBody(None).to_bytes().unwrap());
+    to.put("intention", "bad-trailing", &[plain.clone(), vec![0]].concat());
+    to.put("intention", "bad-cut-off", &permissions[..permissions.len() - 9]);
+    let mut empty = crate::authz::from_json(
+        &json!({"SourceName": "a", "DestinationName": "b", "Permissions": [
+        {"Action": "deny", "HTTP": {"PathRegex": "x"}}]}),
+        None,
+    )
+    .unwrap();
+    if let Rule::Permissions(list) = &mut empty.rule {
+        list[0].path = Some(PathRule::Regex(String::new()));
+    }
+    // It would deny nothing, and in JSON everything.
+    to.put("intention", "bad-empty-regex", &IntentionBody(Some(empty)).to_bytes().unwrap());
+    let entry = |value: &str| ConfigBody(Some(value.to_owned())).to_bytes().unwrap();
+    let defaults = entry(r#"{"Kind":"service-defaults","Name":"web","Protocol":"http","Limits":[1,2.5,null,true]}"#);
+    to.put("entry", "defaults", &defaults);
+    to.put("entry", "mesh", &entry(r#"{"kind":"mesh"}"#));
+    to.put("entry", "deleted", &ConfigBody(None).to_bytes().unwrap());
+    to.put("entry", "bad-kind", &entry(r#"{"Kind":"nonsense","Name":"web"}"#));
+    to.put("entry", "bad-json", &entry(r#"{"Kind":"mesh","#));
+    [plain, defaults]
+}
+
+fn joins(to: &Writer, issuer: &Issuer, authority: &NodeAuthority, token: &str, documents: &[Document; 5]) {
     let certificate = issuer.certificate().to_vec();
     let links = vec![documents[2].to_bytes()];
     to.say("join", "hello", 0, &Hello { clock: NOW, knows: vec![[1; 32], [2; 32]] });
@@ -283,7 +338,7 @@ fn records() -> BTreeMap<EntryKey, Entry> {
     [info, service].into_iter().map(|entry| (entry.key(), entry)).collect()
 }
 
-fn gossip(to: &Writer, authority: &NodeAuthority, documents: &[Document; 3]) {
+fn gossip(to: &Writer, authority: &NodeAuthority, documents: &[Document; 5]) {
     let node = authority.node().clone();
     let generation = Generation { number: 2, nonce: 9 };
     let mut replica = Replica::new(node.clone(), generation, Params::default());

@@ -21,6 +21,12 @@ const FILES_MAX: usize = 300;
 /// Mutations of each target on every test run: some seconds of all; a real search is cargo-fuzz's.
 const MUTATIONS: u32 = 5_000;
 
+/// Reads bytes; whether they are what it reads.
+type Reader = fn(&[u8]) -> bool;
+
+/// The documents of the fixture under the twins of their signatures.
+const TWINS: [&str; 5] = ["operator-twin", "root-twin", "link-twin", "intention-twin", "entry-twin"];
+
 fn corpus(target: &str) -> Vec<(PathBuf, Vec<u8>)> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/corpus").join(target);
     let files = fs::read_dir(&dir).unwrap_or_else(|error| panic!("{}: {error}", dir.display()));
@@ -54,6 +60,32 @@ fn every_target_bears_its_corpus() {
         }
     }
     assert!(files <= FILES_MAX, "{files} files");
+}
+
+/// A corpus whose seeds are all refused at the first byte tests little: those that should be taken are.
+#[test]
+fn the_seeds_that_are_good_are_taken() {
+    let readers: [(&str, Reader); 4] = [
+        ("operator", crate::pki::fuzz::operator),
+        ("documents", crate::gossip::fuzz_documents),
+        ("intention", documents::intention),
+        ("entry", documents::entry),
+    ];
+    for (target, is_taken) in readers {
+        let mut taken = 0;
+        for (path, bytes) in corpus(target) {
+            let name = path.file_name().unwrap().to_str().unwrap();
+            let should = !name.starts_with("bad-") && !name.starts_with("regression-");
+            assert!(is_taken(&bytes) == should || name.starts_with("regression-"), "{}", path.display());
+            taken += u32::from(should);
+        }
+        assert!(taken > 0, "{target}");
+    }
+    let fixture = fixture();
+    for document in &fixture.documents {
+        let mut set = DocumentSet::new(&fixture.bundle);
+        assert_eq!(set.offer(document.clone(), NOW).unwrap(), Offered::Stored, "{}", document.content().id);
+    }
 }
 
 #[test]
@@ -148,7 +180,7 @@ fn a_certificate_under_the_twin_of_its_signature_is_revoked_with_it() {
 #[test]
 fn a_document_under_the_twin_of_its_signature_makes_no_second_version_and_no_fork() {
     let fixture = fixture();
-    for (document, name) in fixture.documents.iter().zip(["operator-twin", "root-twin", "link-twin"]) {
+    for (document, name) in fixture.documents.iter().zip(TWINS) {
         let bytes = corpus("document").into_iter().find(|(path, _)| path.ends_with(name)).unwrap().1;
         let other = crate::policy::Document::from_bytes(&bytes).unwrap();
         assert_eq!(other.signature(), twin(document.signature()));

@@ -104,8 +104,10 @@ pub struct NodeCertificates {
     pub issuer: CertificateFacts,
     /// The root's that certifies the issuer, if it is believed here.
     pub root: Option<SpkiHash>,
-    /// When its records end, unless it signs them anew: an hour after it last did.
+    /// When its records end, unless it signs them anew.
     pub lease_ends: UnixSeconds,
+    /// How long records are good for in a mesh of this size, by this node's count of it.
+    pub lease: Duration,
 }
 
 /// Why an order to gossip failed.

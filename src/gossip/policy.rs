@@ -213,6 +213,7 @@ mod tests {
             digest: DocumentDigest { id, version, hash: version },
             signer: "alice".to_owned(),
             signer_key: String::new(),
+            signer_begins: UnixSeconds(0),
             not_before: UnixSeconds(0),
             not_after: UnixSeconds(0),
             says: Vec::new(),

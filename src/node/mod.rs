@@ -9,6 +9,7 @@
 //! task that panics stops the node.
 //! Not here: what the parts do.
 
+mod authority;
 mod glue;
 mod identity;
 
@@ -24,7 +25,7 @@ use tracing::{error, info, warn};
 use crate::api::{AdminToken, Api, ApiConfig, ApiParams, ListenerState as ApiListener, NodeFacts};
 use crate::catalogue::SnapshotReader;
 use crate::clock;
-use crate::config::{Config, OnTerminate, PolicyAuthority, Secret, Storage};
+use crate::config::{Config, OnTerminate, Secret, Storage};
 use crate::dns::{Dns, DnsParams};
 use crate::gossip::{self, Gossip, GossipHandle, GossipParams};
 use crate::metrics::Metrics;
@@ -270,7 +271,11 @@ impl Node {
         (store, operator): (Store, Option<Arc<DocumentKey>>),
     ) -> Result<Vec<SocketAddr>, NodeError> {
         self.start_workload_api(config, metrics)?;
-        let policy_key = policy_key(config, operator, &self.identity)?;
+        let policy_key = authority::load(config, operator, &self.identity)?;
+        let gauge = authority::gauge(metrics).map_err(part("metrics"))?;
+        if let Some(key) = &policy_key {
+            self.tasks.spawn("authority", authority::watch(Arc::clone(key), gauge, self.stop.clone()));
+        }
         let states = proxy.listeners();
         let snapshot = self.snapshot.clone();
         let listeners = move || {
@@ -411,29 +416,6 @@ async fn start_registry(
         registry.register_check(check.clone()).await.map_err(part("checks of the config files"))?;
     }
     Ok((registry, publication))
-}
-
-/// Loads the key that signs policy for clients of the API.
-fn policy_key(
-    config: &Config,
-    dev: Option<Arc<DocumentKey>>,
-    identity: &Identity,
-) -> Result<Option<Arc<DocumentKey>>, NodeError> {
-    let path = match &config.policy_authority {
-        PolicyAuthority::None => return Ok(None),
-        PolicyAuthority::Dev => return Ok(dev),
-        PolicyAuthority::File(path) => path,
-    };
-    let key = DocumentKey::load_operator(path).map_err(part("policy authority"))?;
-    let (ours, theirs) =
-        (&identity.bundle().trust_domain, key.bundle().map_err(part("policy authority"))?.trust_domain);
-    if *ours != theirs {
-        let text = format!("{} is an operator of trust domain `{theirs}`, this mesh is `{ours}`", path.display());
-        return Err(NodeError::Part { part: "policy authority", source: text.into() });
-    }
-    let (signer, may) = key.may(clock::wall()).map_err(part("policy authority"))?;
-    info!(?signer, %may, "this agent signs policy for clients of its API that show the admin token");
-    Ok(Some(Arc::new(key)))
 }
 
 /// Logs what the node starts with.

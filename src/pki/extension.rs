@@ -83,13 +83,17 @@ pub(super) fn encode_operator(may: &OperatorScope) -> Result<CustomExtension, Pk
 /// Reads what an operator's certificate allows; none if the extension is missing, malformed or there twice.
 pub(super) fn read_operator(certificate: &X509Certificate<'_>) -> Option<OperatorScope> {
     let oid = Oid::from(&OPERATOR_OID).ok()?;
-    let extension = certificate.tbs_certificate.get_extension_unique(&oid).ok()??;
-    let (rest, text) = Utf8String::from_der(extension.value).ok()?;
+    parse_operator(certificate.tbs_certificate.get_extension_unique(&oid).ok()??.value)
+}
+
+/// Reads the operator's extension's value; none if it is malformed.
+pub(super) fn parse_operator(value: &[u8]) -> Option<OperatorScope> {
+    let (rest, text) = Utf8String::from_der(value).ok()?;
     let text = text.as_ref();
     let may: OperatorScope =
         if rest.is_empty() && text.len() <= SCOPE_BYTES_MAX { text.parse().ok()? } else { return None };
     // One extension, one text, as above.
-    (encode_operator(&may).ok()?.content() == extension.value).then_some(may)
+    (encode_operator(&may).ok()?.content() == value).then_some(may)
 }
 
 /// The operator's extension as a line of OpenSSL's configuration.

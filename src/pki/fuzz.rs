@@ -11,6 +11,7 @@ use super::join::{Answer, Hello, JOIN_FRAME_BYTES_MAX, Request, Role, Welcome, r
 use super::revocation::{Revocations, Revoked};
 use super::{EphemeralCa, Token, TokenError, TrustBundle, ephemeral, verify};
 use crate::fuzz::{NONCE, NOW, fixture, stable};
+use crate::model::Right;
 use crate::policy;
 use crate::wire::{self, FRAME_BYTES_MAX};
 
@@ -20,6 +21,21 @@ pub(crate) fn extension(bytes: &[u8]) {
     let again = extension::encode(&node, &scope).expect("what was read fits a certificate");
     assert_eq!(extension::parse(again.content()), Some(NodeExtension::Present(node, scope)));
     assert_eq!(again.content(), bytes, "an extension that has two encodings");
+}
+
+/// The value of an operator's extension; what is read gives the same rights when it is written again.
+pub(crate) fn operator(bytes: &[u8]) -> bool {
+    let Some(may) = extension::parse_operator(bytes) else { return false };
+    let again = extension::encode_operator(&may).expect("what was read fits a certificate");
+    assert_eq!(again.content(), bytes, "an extension that has two encodings");
+    let text = may.to_string();
+    let named = |right: &str| text.split(',').any(|one| one == "*" || one.split(':').next() == Some(right));
+    for (right, word) in
+        [(Right::Intentions, "intentions"), (Right::Config, "config"), (Right::Revocations, "revocations")]
+    {
+        assert!(!may.allows(right, "web") || named(word), "`{text}` gives {word}");
+    }
+    true
 }
 
 fn revoking(entry: Revoked) -> TrustBundle {

@@ -16,6 +16,7 @@
 mod bundle;
 mod document;
 mod draft;
+mod ends;
 #[cfg(test)]
 mod golden;
 mod revocation;
@@ -27,6 +28,7 @@ pub use document::{
     Content, DOCUMENT_BYTES_MAX, Document, DocumentDigest, DocumentError, DocumentId, DocumentKind, DocumentName,
 };
 pub use draft::{Draft, DraftError};
+pub use ends::{Notice, notice};
 pub use revocation::{ENTRIES_MAX, REASON_BYTES_MAX, RevocationBody};
 pub use set::{DOCUMENTS_MAX, DocumentSet, Fork, Held, HeldDigest, Offered, Refused, SET_BYTES_MAX, walk};
 pub use written::{ConfigBody, ENTRY_BYTES_MAX, ENTRY_KINDS, IntentionBody, check_entry, entry_ends, intention_ends};

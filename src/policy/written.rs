@@ -111,7 +111,9 @@ pub fn check_entry(text: &str) -> Result<(String, String), DocumentError> {
         "mesh".clone_into(&mut name);
     }
     if kind == "service-intentions" {
-        return Err(bad("intentions are no config entries here: use `weft intention create`, one per source"));
+        return Err(bad(
+            "intentions are no config entries here: use `weft intention create`, one per source, or PUT /v1/config of an agent with policy_authority",
+        ));
     }
     if !ENTRY_KINDS.contains(&kind.as_str()) {
         return Err(DocumentError::Entry(format!("Kind {kind:?} is none of {}", ENTRY_KINDS.join(", "))));

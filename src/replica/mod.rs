@@ -322,7 +322,7 @@ impl Replica {
     }
 
     /// Returns how long the own head is valid, by how many nodes are known.
-    fn next_lease(&self) -> Duration {
+    pub fn next_lease(&self) -> Duration {
         let hundreds = self.nodes.len().div_ceil(self.params.lease_nodes.max(1)).max(1);
         let lease = self.params.lease.saturating_mul(u32::try_from(hundreds).unwrap_or(u32::MAX));
         lease.min(self.params.lease_max.max(self.params.lease))

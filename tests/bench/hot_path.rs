@@ -92,9 +92,9 @@ pub(crate) fn hosts(c: &mut Criterion) {
     }
 }
 
-/// `count` intentions, half of them with permissions, and one about every service.
-fn intentions(count: usize) -> Table {
-    let guards = (0..count).map(|at| {
+/// `count` intentions, half of them with permissions, and one about every service; and `more`.
+fn intentions(count: usize, more: &[Value]) -> Table {
+    let usual = (0..count).map(|at| {
         let ends = json!({"SourceName": format!("caller-{}", at % 40), "DestinationName": format!("web-{}", at / 40)});
         let says = match at % 2 {
             0 => json!({"Action": "allow"}),
@@ -106,23 +106,71 @@ fn intentions(count: usize) -> Table {
         };
         let (Value::Object(mut fields), Value::Object(says)) = (ends, says) else { unreachable!() };
         fields.extend(says);
-        let intention = authz::from_json(&Value::Object(fields), None).expect("an intention");
+        Value::Object(fields)
+    });
+    let guards = usual.chain(more.iter().cloned()).map(|value| {
+        let intention = authz::from_json(&value, None).expect("an intention");
         Arc::new(Guard::compile(intention, Origin::default()).expect("it compiles"))
     });
     Table::new(Action::Deny, guards, Vec::new())
 }
 
-/// Decides whether a caller's request may pass: by an action, by the third of three permissions, and by nothing.
+/// Intentions that make a decision long: look-ups that miss or only audit, and 64 permissions of which none or the last matches.
+fn long_ways(table: &mut Vec<Value>) {
+    let permissions = |last: &str| -> Value {
+        let header = |at: usize| json!([{"Name": "user-agent", "Regex": format!(".*Chrome/{at}[0-9]+.*")}]);
+        let one = |at: usize| match at {
+            0..16 => json!({"Action": "deny", "HTTP": {"PathRegex": format!("/v[0-9]+/({at}|x{at})/.*")}}),
+            16..32 => json!({"Action": "deny", "HTTP": {"PathPrefix": "/c", "Header": header(at)}}),
+            32..63 => json!({"Action": "deny", "HTTP": {"PathPrefix": format!("/cart/{at}"), "Methods": ["PUT"]}}),
+            _ => json!({"Action": "allow", "HTTP": {"PathPrefix": last}}),
+        };
+        (0..64).map(one).collect()
+    };
+    table.extend([
+        json!({"SourceName": "*", "DestinationName": "*", "Action": "allow"}),
+        json!({"SourceName": "audited", "DestinationName": "web-7", "Action": "deny", "Audit": true}),
+        json!({"SourceName": "*", "DestinationName": "web-7", "Action": "deny", "Audit": true}),
+        json!({"SourceName": "audited", "DestinationName": "*", "Action": "deny", "Audit": true}),
+        json!({"SourceName": "regex", "DestinationName": "web-7", "Permissions": [
+            {"Action": "allow", "HTTP": {"PathRegex": "/(cart|shop|v[0-9]+)(/.*)?", "Methods": ["GET"]}}]}),
+        json!({"SourceName": "last-of-64", "DestinationName": "web-7", "Permissions": permissions("/")}),
+        json!({"SourceName": "none-of-64", "DestinationName": "web-7", "Permissions": permissions("/nowhere")}),
+    ]);
+    // Many wildcards on both sides: none is about the call.
+    table.extend(
+        (0..200).map(|at| json!({"SourceName": "*", "DestinationName": format!("other-{at}"), "Action": "deny"})),
+    );
+    table.extend(
+        (0..200).map(|at| json!({"SourceName": format!("other-{at}"), "DestinationName": "*", "Action": "deny"})),
+    );
+}
+
+/// Decides whether a caller's request may pass: by an action, by the third of three permissions, by nothing, and the long ways.
+/// A path that is not in its normal form is decided over twice.
 pub(crate) fn authorize(c: &mut Criterion) {
-    let table = intentions(1_000);
     let headers: HeaderMap = HEADERS
         .map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value)))
         .into_iter()
         .collect();
-    let request = Request { method: "GET", path: "/cart?item=42", headers: &headers };
-    for (kind, caller, wanted) in
-        [("action", "caller-4", true), ("permissions", "caller-5", true), ("none", "api", false)]
-    {
+    let mut long = Vec::new();
+    long_ways(&mut long);
+    let (short, long) = (intentions(1_000, &[]), intentions(1_000 - long.len(), &long));
+    assert_eq!((short.guards().len(), long.guards().len()), (1_000, 1_000));
+    let plain = "/cart?item=42";
+    for (kind, table, caller, path, wanted) in [
+        ("action", &short, "caller-4", plain, true),
+        ("permissions", &short, "caller-5", plain, true),
+        ("none", &short, "api", plain, false),
+        ("permissions_not_normal", &short, "caller-5", "/shop/../cart?item=42", true),
+        ("any_to_any_after_misses", &long, "api", plain, true),
+        ("any_to_any_after_three_audits", &long, "audited", plain, true),
+        ("regex", &long, "regex", plain, true),
+        ("regex_no_match", &long, "regex", "/elsewhere/of/some/length?item=42", false),
+        ("last_of_64_permissions_32_regexes", &long, "last-of-64", plain, true),
+        ("none_of_64_permissions_32_regexes", &long, "none-of-64", plain, false),
+    ] {
+        let request = Request { method: "GET", path, headers: &headers };
         let peer = PeerIdentity {
             id: format!("spiffe://bench.weft/svc/{caller}/node/node-1").parse().expect("a valid id"),
             node: name("node-1"),
@@ -130,10 +178,9 @@ pub(crate) fn authorize(c: &mut Criterion) {
             not_after: UnixSeconds(u64::MAX),
         };
         let service: ServiceName = "web-7".parse().expect("a valid name");
-        assert_eq!(measured::is_authorized(&table, &peer, &service, &request), wanted, "{kind}");
+        assert_eq!(measured::is_authorized(table, &peer, &service, &request), wanted, "{kind}");
         c.bench_function(&format!("authorize/1000_intentions_{kind}"), |bencher| {
-            bencher
-                .iter(|| measured::is_authorized(&table, black_box(&peer), black_box(&service), black_box(&request)));
+            bencher.iter(|| measured::is_authorized(table, black_box(&peer), black_box(&service), black_box(&request)));
         });
     }
 }

@@ -27,6 +27,7 @@ mod lab;
 mod loopback;
 mod netns_bad_input;
 mod netns_cluster;
+mod netns_documents;
 mod netns_faults;
 mod netns_identity;
 mod netns_policy;

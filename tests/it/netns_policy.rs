@@ -18,7 +18,7 @@ use crate::lab::Lab;
 use crate::netns_identity::{Stream, weft_on, weft_on_ok};
 use crate::wait::until;
 
-const DENY: &str = "-default-intention-policy=deny";
+pub(crate) const DENY: &str = "-default-intention-policy=deny";
 const RAW: &str = r#"{"Name":"raw","Port":7000}"#;
 const WEB: &str = r#"{"Name":"web","Port":7001,"Protocol":"http"}"#;
 const CALLER: &str = r#"{"Name":"caller","Port":1,"Connect":{"SidecarService":{"Proxy":{"Upstreams":[
@@ -27,7 +27,7 @@ const WEB_PORT: &str = "127.0.0.1:9393";
 
 /// Runs `weft ca operator create` and returns the operator's file.
 #[track_caller]
-fn operator(ca: &Ca, name: &str, may: &str) -> PathBuf {
+pub(crate) fn operator(ca: &Ca, name: &str, may: &str) -> PathBuf {
     let (dir, out) = (ca.dir(), ca.dir().join(format!("{name}.operator")));
     weft_ok(&["ca", "operator", "create", "-name", name, "-may", may, "-ca", path(&dir), "-out", path(&out)]);
     out
@@ -91,13 +91,13 @@ impl Cluster {
 }
 
 /// Whether `agent` allows a stream from caller to raw, and by which rule.
-fn verdict(agent: &Agent) -> Result<(bool, String), String> {
+pub(crate) fn verdict(agent: &Agent) -> Result<(bool, String), String> {
     let answer = agent.try_get("/v1/connect/intentions/check?source=caller&destination=raw")?.json();
     Ok((answer["Allowed"].as_bool().unwrap_or(false), answer["Rule"].as_str().unwrap_or("?").to_owned()))
 }
 
 #[track_caller]
-fn wait_verdict(agent: &Agent, want: bool, rule: &str) {
+pub(crate) fn wait_verdict(agent: &Agent, want: bool, rule: &str) {
     until(&format!("{} decides {want} by {rule}", agent.name), || match verdict(agent)? {
         (allowed, by) if allowed == want && by == rule => Ok(()),
         other => Err(format!("{other:?}")),
@@ -105,7 +105,7 @@ fn wait_verdict(agent: &Agent, want: bool, rule: &str) {
 }
 
 /// A metric's value; 0 if the series is not there.
-fn metric(agent: &Agent, series: &str) -> f64 {
+pub(crate) fn metric(agent: &Agent, series: &str) -> f64 {
     let text = agent.try_get("/v1/agent/metrics?format=prometheus").unwrap().body;
     let line = text.lines().find(|line| line.starts_with(series));
     line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).unwrap_or(0.0)
@@ -187,6 +187,10 @@ fn a_denied_caller_hears_a_clear_answer_and_a_change_cuts_what_is_open() {
         "passing",
         "takes calls",
         "spiffe://lab.test/svc/caller/node/n3",
+        "chain of n2: node until",
+        "<- root until",
+        "breakers: there are none yet",
+        "compared",
         "To let it pass",
     ] {
         assert!(why.contains(part), "no {part:?} in:\n{why}");
@@ -195,6 +199,11 @@ fn a_denied_caller_hears_a_clear_answer_and_a_change_cuts_what_is_open() {
         serde_json::from_str(&weft_on_ok(&lab.host(1), &["why", "caller", "raw", "-format=json"])).unwrap();
     assert_eq!((&why["Allowed"], &why["Policy"]["Rule"]), (&json!(false), &json!("caller:raw")), "{why}");
     assert!(why["ToChange"][0].as_str().unwrap().contains("-replace"), "{why}");
+    // From a node that has neither end: the caller's chain as far as its node publishes it.
+    let chain = &why["SourceInstances"][0]["Certificate"];
+    assert_eq!(why["SourceInstances"][0]["Node"], "n3");
+    assert!(chain["Ends"].is_string() && chain["IssuerEnds"].is_string() && chain["RootEnds"].is_string(), "{why}");
+    assert!(why["Data"]["DocumentsComparedSeconds"].is_u64(), "{why}");
 
     // Dry run: counted, not enforced.
     cluster.sign(&alice, &["intention", "create", "caller", "raw", "-replace"]);
@@ -223,7 +232,7 @@ fn forge(key: &DocumentKey, name: &str, version: u64, body: &IntentionBody) -> D
     Document::sign(content, key).unwrap()
 }
 
-fn offer(agent: &Agent, document: &[u8]) -> crate::http::Answer {
+pub(crate) fn offer(agent: &Agent, document: &[u8]) -> crate::http::Answer {
     agent.put("/v1/mesh/document", &json!({"Document": STANDARD.encode(document)}).to_string())
 }
 
@@ -345,9 +354,11 @@ fn scenario_13_two_operators_on_two_sides_of_a_partition_end_with_one_winner_and
             agents.iter().map(|agent| agent.get("/v1/mesh/documents")["SetHash"].clone()).collect();
         if hashes.iter().all(|hash| *hash == hashes[0]) { Ok(()) } else { Err(format!("{hashes:?}")) }
     });
-    let winner = verdict(n1).unwrap();
+    // By the documents: the tables follow them a moment later.
+    let says = n1.get("/v1/mesh/documents")["Documents"][0]["Says"][0].as_str().unwrap().to_owned();
+    let is_allowed = says.ends_with("allow");
     for (agent, number) in agents.into_iter().zip(1..) {
-        wait_verdict(agent, winner.0, "caller:raw");
+        wait_verdict(agent, is_allowed, "caller:raw");
         until("the fork is shown", || {
             let out = weft_on(&lab.host(number), &["config", "list"]);
             let (shown, warned) = (String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
@@ -396,6 +407,9 @@ fn an_agent_with_policy_authority_signs_for_clients_with_the_token_and_a_backup_
     assert_eq!(authorized["Authorized"], false);
     assert!(authorized["Reason"].as_str().unwrap().contains("*:db"), "{authorized}");
 
+    by_id(&call);
+    by_entry(&call);
+
     let entry = r#"{"Kind":"service-defaults","Name":"web","Protocol":"http"}"#;
     assert_eq!(call("PUT", "/v1/config?cas=0", entry).body, "true");
     assert_eq!(call("PUT", "/v1/config?cas=0", entry).body, "false");
@@ -432,4 +446,123 @@ fn an_agent_with_policy_authority_signs_for_clients_with_the_token_and_a_backup_
     assert!(signed.contains("signed as version 2"), "{signed}");
     let outside = weft(&["config", "write", path(&backup), "-http-addr", &fresh.api.to_string()]);
     assert!(String::from_utf8_lossy(&outside.stderr).contains("Kind"), "{outside:?}");
+}
+
+/// Consul's older endpoints, by id.
+fn by_id(call: &impl Fn(&str, &str, &str) -> crate::http::Answer) {
+    let all = "/v1/connect/intentions";
+    let body = r#"{"SourceName":"cart","DestinationName":"db","SourceType":"consul","Action":"allow"}"#;
+    let created = call("POST", all, body);
+    assert_eq!(created.status, 200, "{}", created.body);
+    let id = created.json()["ID"].as_str().unwrap().to_owned();
+    let one = format!("{all}/{id}");
+    let read = call("GET", &one, "").json();
+    assert_eq!((&read["ID"], &read["SourceName"], &read["ModifyIndex"]), (&json!(id), &json!("cart"), &json!(1)));
+    let listed = call("GET", all, "").json();
+    assert!(listed.as_array().unwrap().iter().any(|one| one["ID"] == id.as_str()), "{listed}");
+    let again = call("POST", all, body);
+    assert!(again.status == 409 && again.body.contains(&id), "{} {}", again.status, again.body);
+    // What a client read it may write back, changed; not as another's.
+    let mut changed = read.clone();
+    changed["Action"] = json!("deny");
+    let put = call("PUT", &one, &changed.to_string());
+    assert_eq!((put.status, put.json()), (200, json!({"ID": id})));
+    assert_eq!(call("GET", &one, "").json()["Action"], "deny");
+    changed["SourceName"] = json!("other");
+    assert_eq!(call("PUT", &one, &changed.to_string()).status, 400);
+    let foreign =
+        r#"{"ID":"7f1b4f0c-0000-5000-8000-000000000000","SourceName":"a","DestinationName":"b","Action":"deny"}"#;
+    assert_eq!(call("POST", all, foreign).status, 400);
+    // Deleted and made again, it has the same id.
+    assert_eq!(call("DELETE", &one, "").body, "true");
+    assert_eq!(call("GET", &one, "").status, 404);
+    assert_eq!(call("DELETE", &one, "").body, "true");
+    assert_eq!(call("PUT", &one, body).status, 404);
+    assert_eq!(call("POST", all, body).json()["ID"], id.as_str());
+    assert_eq!(call("DELETE", &one, "").status, 200);
+}
+
+/// All intentions about a service as one config entry.
+fn by_entry(call: &impl Fn(&str, &str, &str) -> crate::http::Answer) {
+    let one = "/v1/config/service-intentions/shop";
+    let entry = json!({"Kind": "service-intentions", "Name": "shop", "Sources": [
+        {"Name": "web", "Action": "allow"},
+        {"Name": "cart", "Permissions": [{"Action": "allow", "HTTP": {"PathPrefix": "/a"}}]}]});
+    assert_eq!(call("PUT", "/v1/config?cas=1", &entry.to_string()).body, "false");
+    assert_eq!(call("PUT", "/v1/config?cas=0", &entry.to_string()).body, "true");
+    let read = call("GET", one, "").json();
+    assert_eq!((read["Sources"].as_array().unwrap().len(), &read["ModifyIndex"]), (2, &json!(2)), "{read}");
+    let check = |source: &str| {
+        call("GET", &format!("/v1/connect/intentions/check?source={source}&destination=shop"), "").json()["Allowed"]
+            .clone()
+    };
+    assert_eq!((check("web"), check("cart")), (json!(true), json!(false)));
+    // One source changed, one taken out, one new.
+    let changed = json!({"Kind": "service-intentions", "Name": "shop", "Sources": [
+        {"Name": "web", "Action": "deny"}, {"Name": "*", "Action": "allow"}]});
+    assert_eq!(call("PUT", "/v1/config?cas=2", &changed.to_string()).body, "true");
+    assert_eq!((check("web"), check("cart")), (json!(false), json!(true)));
+    let listed = call("GET", "/v1/config/service-intentions", "").json();
+    assert!(listed.as_array().unwrap().iter().any(|one| one["Name"] == "shop"), "{listed}");
+    assert_eq!(call("DELETE", one, "").status, 200);
+    assert_eq!(call("GET", one, "").status, 404);
+    assert_eq!(call("GET", "/v1/connect/intentions/exact?source=web&destination=shop", "").status, 404);
+}
+
+#[test]
+fn what_ends_soon_is_told_in_log_metrics_and_lists() {
+    let ca = Ca::init("lab.test");
+    let dir = ca.dir();
+    let out = dir.join("short.operator");
+    weft_ok(&[
+        "ca",
+        "operator",
+        "create",
+        "-name",
+        "short",
+        "-may",
+        "intentions",
+        "-ttl",
+        "1h",
+        "-ca",
+        path(&dir),
+        "-out",
+        path(&out),
+    ]);
+    let token = dir.join("admin-token");
+    std::fs::write(&token, "0123456789abcdef-admin").unwrap();
+    let issuer = ca.issuer();
+    let flags = ["-issuer", path(&issuer), DENY, "-policy-authority", path(&out), "-admin-token-file", path(&token)];
+    // Fifty minutes on, ten of the operator's hour are left.
+    let mut spec = Spec::loopback(3, "n1", &flags);
+    spec.wrap = crate::agent::at_offset("+50m");
+    let agent = Agent::start_with_token(&spec, "0123456789abcdef-admin");
+    let (address, secret) = (agent.api.to_string(), "0123456789abcdef-admin");
+    let client = ["-http-addr", address.as_str(), "-token", secret];
+    weft_ok(&[&["intention", "create", "web", "db", "-operator", path(&out)], &client[..]].concat());
+    for verb in ["intention", "config"] {
+        let listed = weft(&[&[verb, "list"], &client[..]].concat());
+        let (shown, warned) = (String::from_utf8_lossy(&listed.stdout), String::from_utf8_lossy(&listed.stderr));
+        assert!(shown.contains("ENDS SOON"), "{shown}");
+        assert!(warned.contains("operator short") && warned.contains("import -sign"), "{warned}");
+    }
+    let metric = |series: &str| {
+        let shown = [("x-consul-token", secret)];
+        let text = agent.call(agent.api, "GET", "/v1/agent/metrics?format=prometheus", &shown, "").unwrap().body;
+        let line = text.lines().find(|line| line.starts_with(series)).map(str::to_owned);
+        line.and_then(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
+    };
+    until("the metrics and the log tell it", || {
+        let (ending, first, own) = (
+            metric("weft_policy_ending "),
+            metric("weft_policy_first_end_days "),
+            metric("weft_policy_authority_end_days "),
+        );
+        let is_near = |days: Option<f64>| days.is_some_and(|days| (0.0..0.0105).contains(&days));
+        let log = agent.log();
+        let told = log.lines().filter(|line| line.contains("policy ends soon") && line.contains("short")).count();
+        let own_told = log.lines().filter(|line| line.contains("policy_authority ends soon")).count();
+        let is_told = ending == Some(1.0) && is_near(first) && is_near(own) && told == 1 && own_told == 1;
+        if is_told { Ok(()) } else { Err(format!("{ending:?} {first:?} {own:?} {told} {own_told}")) }
+    });
 }

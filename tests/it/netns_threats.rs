@@ -36,7 +36,7 @@ use crate::lab::{Host, Lab};
 use crate::wait::until;
 
 /// Makes the identity of `name` with an issuer's key, as a join would.
-fn identity(issuer: &Path, name: &str, scope: &str) -> Arc<Identity> {
+pub(crate) fn identity(issuer: &Path, name: &str, scope: &str) -> Arc<Identity> {
     let (issuer, now) = (Issuer::load(issuer).unwrap(), clock::wall());
     let authority = issuer.self_certify(&name.parse().unwrap(), &scope.parse().unwrap(), now).unwrap();
     Identity::new(authority, now).unwrap()
@@ -176,7 +176,7 @@ fn scenario_22_what_an_insider_publishes_outside_its_scope_is_shown_by_nobody() 
 }
 
 /// Keeps tickets and counts them.
-struct Tickets {
+pub(crate) struct Tickets {
     kept: ClientSessionMemoryCache,
     seen: AtomicUsize,
 }
@@ -268,7 +268,7 @@ impl ResolvesClientCert for Shown {
 }
 
 /// A gossip client of its own making, that resumes sessions if it can.
-fn client(chain: &Svid, key: &Svid) -> (Arc<Tickets>, quinn::ClientConfig) {
+pub(crate) fn client(chain: &Svid, key: &Svid) -> (Arc<Tickets>, quinn::ClientConfig) {
     let provider = default_provider();
     let key = provider.key_provider.load_private_key(key.key.clone_key()).unwrap();
     let shown = Arc::new(Shown(Arc::new(CertifiedKey::new(chain.chain.clone(), key))));
@@ -286,7 +286,7 @@ fn client(chain: &Svid, key: &Svid) -> (Arc<Tickets>, quinn::ClientConfig) {
 }
 
 /// Connects to 10.77.0.1; the server's word on the certificate comes after the handshake.
-async fn connect(config: &quinn::ClientConfig) -> Result<(quinn::Endpoint, quinn::Connection), String> {
+pub(crate) async fn connect(config: &quinn::ClientConfig) -> Result<(quinn::Endpoint, quinn::Connection), String> {
     let endpoint = quinn::Endpoint::client(SocketAddr::from(([0, 0, 0, 0], 0))).unwrap();
     let addr = SocketAddr::from(([10, 77, 0, 1], 8301));
     let connection = endpoint.connect_with(config.clone(), addr, "weft").unwrap().await.map_err(|e| e.to_string())?;

@@ -103,6 +103,7 @@ impl Actor {
     /// The certificates under which nodes publish.
     pub(super) fn certificates(&self) -> Vec<NodeCertificates> {
         let bundle = self.identity.bundle();
+        let lease = self.engine.replica().next_lease();
         let facts = |der: &Vec<u8>| facts_of(&CertificateDer::from(der.as_slice())).ok();
         let of = |(node, state): (&NodeName, &NodeState)| match state.chain() {
             [intermediate, issuer, ..] => Some(NodeCertificates {
@@ -111,6 +112,7 @@ impl Actor {
                 issuer: facts(issuer)?,
                 root: root_key_of(&CertificateDer::from(issuer.as_slice()), &bundle),
                 lease_ends: state.not_after,
+                lease,
             }),
             _ => None,
         };

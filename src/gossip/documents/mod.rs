@@ -12,11 +12,17 @@
 //! that it also reaches those whom the first node does not; and each comparison with a random member (about every 5 s,
 //! three at once after a join) heals what was missed.
 //!
+//! A peer whose documents are refused again and again is not listened to for a while (`patience`); policy that ends soon is
+//! told (`ends`).
+//!
 //! Invariants: a document is enforced before it is passed on; what a peer sends is checked before it is kept; pushes,
 //! frames and exchanges are bounded; a set that was evened out has the same hash on both sides.
 //! Not here: what a good document is (`policy`), what a verifier believes (`pki`).
 
 mod carry;
+mod ends;
+mod patience;
+mod shown;
 mod task;
 
 use std::fmt;
@@ -29,12 +35,13 @@ use crate::authz::{Action, Intention};
 use crate::clock::UnixSeconds;
 use crate::metrics::Metrics;
 use crate::pki::TrustBundle;
-use crate::policy::{DocumentDigest, DocumentError, DocumentSet, Offered, Refused};
+use crate::policy::{DocumentDigest, DocumentError, DocumentSet, Notice, Offered, Refused, notice};
 
 #[cfg(any(test, fuzzing))]
 pub(crate) use self::carry::fuzz as fuzz_documents;
 pub(super) use self::carry::serve;
-pub(super) use self::task::{Around, Task, views};
+pub(super) use self::shown::views;
+pub(super) use self::task::{Around, Task};
 
 /// How many members a node passes a document on to that it learned from another: with three, a mesh of 1,000 is through
 /// after seven hops but for some 5 %, whom the origin's own pushes and the comparisons reach.
@@ -136,6 +143,8 @@ pub struct DocumentView {
     pub signer: String,
     /// Hash of the signer's key.
     pub signer_key: String,
+    /// Beginning of the signer's certificate.
+    pub signer_begins: UnixSeconds,
     /// Beginning.
     pub not_before: UnixSeconds,
     /// End.
@@ -150,6 +159,18 @@ pub struct DocumentView {
     pub body: DocumentBody,
     /// The document as it travels.
     pub bytes: Vec<u8>,
+}
+
+impl DocumentView {
+    /// Whether it is policy that says something: no deletion.
+    pub fn says_policy(&self) -> bool {
+        matches!(self.body, DocumentBody::Intention(Some(_)) | DocumentBody::Config(Some(_)))
+    }
+
+    /// How near its end is, by the life of its signer's certificate.
+    pub fn notice(&self, now: UnixSeconds) -> Notice {
+        notice(self.signer_begins, self.not_after, now)
+    }
 }
 
 /// What a document of policy says.
@@ -183,6 +204,8 @@ pub struct DocumentsView {
     pub set_hash: u64,
     /// None: nobody was asked yet.
     pub skew: Option<ClockSkew>,
+    /// When a comparison with another member last ended; none: there was none yet.
+    pub compared_at: Option<UnixSeconds>,
     /// The documents that lead from root to root, the latest [`LINKS_MAX`], in order of the walk.
     pub links: Vec<Vec<u8>>,
 }
@@ -234,6 +257,8 @@ struct DocumentMetrics {
     offered: prometheus::IntCounterVec,
     pushes: prometheus::IntCounterVec,
     skew: prometheus::Gauge,
+    first_end: prometheus::Gauge,
+    ending: prometheus::IntGauge,
 }
 
 impl DocumentMetrics {
@@ -249,6 +274,14 @@ impl DocumentMetrics {
             )?)?,
             offered: metrics.add(IntCounterVec::new(offered, &["result"])?)?,
             pushes: metrics.add(IntCounterVec::new(pushes, &["result"])?)?,
+            first_end: metrics.add(Gauge::new(
+                "weft_policy_first_end_days",
+                "Days until the first intention or config entry ends; +Inf where there is none.",
+            )?)?,
+            ending: metrics.add(IntGauge::new(
+                "weft_policy_ending",
+                "Intentions and config entries that end soon, with their operator's certificate.",
+            )?)?,
             skew: metrics
                 .add(Gauge::new("weft_clock_skew_seconds", "Median of other members' clocks less this one's.")?)?,
         })

@@ -15,22 +15,21 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
 use super::carry::{self, Asked, Compare, Compared, Given, Took};
+use super::ends::Ends;
+use super::patience::{After, Patience};
+use super::shown::{revoked_nodes, view};
 use super::{
-    CLOCKS_MAX, COMPARES_MAX, CONFIRM_TIME_MAX, ClockSkew, DocumentBody, DocumentMetrics, DocumentStore, DocumentView,
+    CLOCKS_MAX, COMPARES_MAX, CONFIRM_TIME_MAX, ClockSkew, DocumentMetrics, DocumentStore, DocumentView,
     DocumentsHandle, DocumentsParams, DocumentsView, FORWARDS, GIVEN_BYTES_MAX, JOIN_COMPARES, LINKS_MAX,
     ORIGIN_PUSHES_MAX, OfferError, OnTrust, Order, PUSH_TIME_MAX, PUSHES_MAX, PUSHES_WAITING_MAX, Spread,
 };
-use crate::authz::{Intention, Rule};
-use crate::clock;
+use crate::clock::{self, UnixSeconds};
 use crate::gossip::exchange::ExchangeError;
 use crate::gossip::{Command, MemberView, Members};
 use crate::metrics::Metrics;
 use crate::model::{MemberStatus, NodeName};
-use crate::pki::{DocumentSigner, Identity, Revoked};
-use crate::policy::{
-    ConfigBody, Document, DocumentDigest, DocumentId, DocumentKind, DocumentSet, Fork, Held, IntentionBody, Offered,
-    RevocationBody, RootLink,
-};
+use crate::pki::Identity;
+use crate::policy::{Document, DocumentDigest, DocumentId, DocumentKind, DocumentSet, Fork, Offered, Refused};
 use crate::transport::ControlTransport;
 
 /// A skew from here on is worth a warning: certificates begin 60 s in the past, and a minute is soon used up.
@@ -128,6 +127,9 @@ pub(in crate::gossip) struct Task {
     forks_told: BTreeSet<Fork>,
     /// What is shown, by document: what did not change is not read again.
     shown: BTreeMap<DocumentId, Arc<DocumentView>>,
+    patience: Patience,
+    ends: Ends,
+    compared_at: Option<UnixSeconds>,
     is_own_end_told: bool,
     is_gossip_untold: bool,
     stop: CancellationToken,
@@ -171,11 +173,15 @@ impl Task {
             is_skew_told: false,
             forks_told: BTreeSet::new(),
             shown: BTreeMap::new(),
+            patience: Patience::default(),
+            ends: Ends::default(),
+            compared_at: None,
             is_own_end_told: false,
             is_gossip_untold: false,
             stop: around.stop,
         };
         task.show();
+        task.tell_ends();
         Ok((task, handle))
     }
 
@@ -225,10 +231,11 @@ impl Task {
         match order {
             Order::Offer(bytes, reply) => self.offered_by_operator(&bytes, reply),
             Order::Peer(Asked::Pushed(peer, bytes, reply)) => {
-                let took = match self.offer(&bytes, Origin::Peer(&peer)) {
-                    Ok((_, Offered::Stored | Offered::Known)) => Took::Held,
-                    Ok((_, Offered::Older)) => Took::Older,
-                    Err(error) => Took::Refused(error.to_string()),
+                let took = match self.hear(&peer, &bytes) {
+                    None => Took::Refused("too many documents of this node were refused lately".to_owned()),
+                    Some(Ok((_, Offered::Stored | Offered::Known))) => Took::Held,
+                    Some(Ok((_, Offered::Older))) => Took::Older,
+                    Some(Err(error)) => Took::Refused(error.to_string()),
                 };
                 answer(reply, took);
             }
@@ -245,7 +252,7 @@ impl Task {
                 given.documents.sort_by_key(|bytes| order_of_taking(bytes));
                 for bytes in &given.documents {
                     // A refusal is told by `offer`; the others of the frame may be good.
-                    let _told = self.offer(bytes, Origin::Peer(&peer));
+                    let _told = self.hear(&peer, bytes);
                 }
                 let documents = self.set.newer_than(&given.digests, GIVEN_BYTES_MAX);
                 answer(reply, Given { documents, digests: Vec::new() });
@@ -286,6 +293,23 @@ impl Task {
         // The order is answered once the document is on disk as well; it spreads meanwhile.
         self.confirmations.push(waiting);
         self.keep(&digest);
+    }
+
+    /// Takes a document from a peer; none: too many of its documents were refused lately, this one is not looked at.
+    fn hear(&mut self, peer: &NodeName, bytes: &[u8]) -> Option<Result<(DocumentDigest, Offered), OfferError>> {
+        let now = clock::now();
+        if self.patience.is_out(peer, now) {
+            self.metrics.offered.with_label_values(&["ignored"]).inc();
+            return None;
+        }
+        let taken = self.offer(bytes, Origin::Peer(peer));
+        if let Err(error) = &taken
+            && !is_blameless(error)
+            && self.patience.refused(peer, now) == After::RanOut
+        {
+            warn!(%peer, %error, "a member brings one bad document after the other: most are refused unread from here on");
+        }
+        Some(taken)
     }
 
     /// Takes a document from anybody; enforces, keeps and passes on what is news.
@@ -436,6 +460,7 @@ impl Task {
                 self.compares.remove(&peer);
                 match result {
                     Ok(compare) => {
+                        self.compared_at = Some(clock::wall());
                         self.found(compare.was_equal);
                         self.clock_seen(peer, compare.ahead_ms);
                     }
@@ -499,7 +524,12 @@ impl Task {
         self.next_compare = now + pause.mul_f64(self.rng.random_range(0.75..1.25));
         let ended = self.set.expire(clock::wall());
         for digest in &ended {
-            info!(document = %digest.id, "document ended");
+            let had_effect = self.shown.get(&digest.id).is_some_and(|view| view.says_policy());
+            if had_effect {
+                warn!(document = %digest.id, "policy ended with its operator's certificate and counts no longer: write it anew");
+            } else {
+                info!(document = %digest.id, "document ended");
+            }
             self.keep(digest);
         }
         if !ended.is_empty() {
@@ -508,6 +538,7 @@ impl Task {
         if self.is_gossip_untold {
             self.tell_gossip();
         }
+        self.tell_ends();
         if let Some(peer) = self.partner() {
             self.compare(peer);
         }
@@ -567,6 +598,22 @@ impl Task {
         }
     }
 
+    /// Tells and counts the policy that ends soon.
+    fn tell_ends(&mut self) {
+        let (now, view) = (clock::wall(), Arc::clone(&self.view.borrow()));
+        let (first, endings, news) = self.ends.look(&view.documents, now);
+        self.metrics.first_end.set(first.map_or(f64::INFINITY, |first| days_until(first, now)));
+        let count: usize = endings.iter().map(|ending| ending.documents).sum();
+        self.metrics.ending.set(i64::try_from(count).unwrap_or(i64::MAX));
+        for ending in news {
+            warn!(
+                operator = %ending.signer, key = %ending.key, ends = %crate::pki::Utc(ending.ends), documents = ending.documents,
+                "policy ends soon, with the certificate of the operator who signed it: certify the operator again (`weft ca operator \
+                 renew`, `adopt`) and sign it anew (`weft export`, `weft import -sign`)"
+            );
+        }
+    }
+
     fn show(&mut self) {
         self.metrics.held.set(i64::try_from(self.set.len()).unwrap_or(i64::MAX));
         self.metrics.forks.set(i64::try_from(self.set.forks().count()).unwrap_or(i64::MAX));
@@ -583,6 +630,7 @@ impl Task {
             documents: self.shown.values().cloned().collect(),
             set_hash: self.set.set_hash(),
             skew: skew_of(self.clocks.iter().map(|(_, ahead_ms)| *ahead_ms)),
+            compared_at: self.compared_at,
             links: self.set.link_documents(LINKS_MAX),
         };
         self.view.send_replace(Arc::new(view));
@@ -607,6 +655,12 @@ async fn reach(
     Ok(connection)
 }
 
+/// Whether an honest peer may bring what is refused so, and refusing it cost no check of signatures: clocks differ, or there
+/// is no room.
+fn is_blameless(error: &OfferError) -> bool {
+    matches!(error, OfferError::Refused(Refused::Early { .. } | Refused::Ended { .. } | Refused::Full))
+}
+
 /// Roots first, for others may stand under them; what takes back last, so that nothing is missed which was signed again
 /// in the place of what a revocation ends.
 fn order_of_taking(bytes: &[u8]) -> u8 {
@@ -623,6 +677,11 @@ fn answer<T>(reply: oneshot::Sender<T>, value: T) {
     let _unwanted = reply.send(value);
 }
 
+#[expect(clippy::cast_precision_loss, reason = "seconds until a certificate ends are far below 2^52")]
+fn days_until(end: UnixSeconds, now: UnixSeconds) -> f64 {
+    end.since(now).as_secs() as f64 / 86_400.0
+}
+
 #[expect(clippy::cast_precision_loss, reason = "milliseconds between two clocks are far below 2^52")]
 fn skew_of(offsets_ms: impl Iterator<Item = i64>) -> Option<ClockSkew> {
     let mut sorted: Vec<i64> = offsets_ms.collect();
@@ -636,82 +695,6 @@ fn skew_of(offsets_ms: impl Iterator<Item = i64>) -> Option<ClockSkew> {
         max_seconds: max_ms as f64 / 1000.0,
         peers: sorted.len(),
     })
-}
-
-/// The nodes that a document takes back.
-fn revoked_nodes(held: &Held) -> Vec<NodeName> {
-    let body = RevocationBody::from_bytes(&held.document.content().body);
-    let node = |entry: Revoked| if let Revoked::Node { node, .. } = entry { Some(node) } else { None };
-    body.map_or_else(|_| Vec::new(), |body| body.entries.into_iter().filter_map(node).collect())
-}
-
-/// Shows what is held at the start.
-pub(in crate::gossip) fn views(set: &DocumentSet) -> Vec<Arc<DocumentView>> {
-    set.iter().map(|held| Arc::new(view(held, false))).collect()
-}
-
-fn view(held: &Held, is_forked: bool) -> DocumentView {
-    let content = held.document.content();
-    // The bodies were checked when the document was taken.
-    let body = match content.id.kind {
-        DocumentKind::Bundle | DocumentKind::Revocation => DocumentBody::Trust,
-        DocumentKind::Intention => {
-            DocumentBody::Intention(IntentionBody::from_bytes(&content.body).ok().and_then(|body| body.0))
-        }
-        DocumentKind::Config => {
-            let text = ConfigBody::from_bytes(&content.body).ok().and_then(|body| body.0);
-            DocumentBody::Config(text.and_then(|text| serde_json::from_str(&text).ok()))
-        }
-    };
-    let (says, reason) = match content.id.kind {
-        DocumentKind::Revocation => RevocationBody::from_bytes(&content.body).map_or_else(
-            |_| (Vec::new(), String::new()),
-            |body| (body.entries.iter().map(describe).collect(), body.reason),
-        ),
-        DocumentKind::Bundle => {
-            let root =
-                RootLink::from_bytes(&content.body).ok().and_then(|link| crate::pki::spki(&link.certificate()).ok());
-            (root.map(|key| format!("root {key}")).into_iter().collect(), String::new())
-        }
-        DocumentKind::Intention | DocumentKind::Config => match &body {
-            DocumentBody::Intention(Some(intention)) => (vec![describe_intention(intention)], String::new()),
-            DocumentBody::Config(Some(_)) => (vec![content.id.name.as_str().replacen(':', " ", 1)], String::new()),
-            _ => (vec!["deleted".to_owned()], String::new()),
-        },
-    };
-    DocumentView {
-        digest: held.document.digest(),
-        signer: match &held.signer {
-            DocumentSigner::Root => "root".to_owned(),
-            DocumentSigner::Operator(name) => name.to_string(),
-        },
-        signer_key: content.signer.to_string(),
-        not_before: content.not_before,
-        not_after: content.not_after,
-        says,
-        reason,
-        is_forked,
-        body,
-        bytes: held.document.to_bytes(),
-    }
-}
-
-fn describe_intention(intention: &Intention) -> String {
-    let what = match &intention.rule {
-        Rule::Action(action) => action.to_string(),
-        Rule::Permissions(list) => format!("{} permissions", list.len()),
-    };
-    let dry = if intention.mode == crate::authz::Mode::Audit { " (audit)" } else { "" };
-    format!("{} -> {}: {what}{dry}", intention.source, intention.destination)
-}
-
-fn describe(entry: &Revoked) -> String {
-    match entry {
-        Revoked::Key(key) => format!("key {key}"),
-        Revoked::Node { node, until } => format!("node {node}, certified until {}", crate::pki::Utc(*until)),
-        Revoked::Token(id) => format!("token {}", uuid::Uuid::from_bytes(*id)),
-        Revoked::Issuer { key, from } => format!("issuer {key}, retired from {}", crate::pki::Utc(*from)),
-    }
 }
 
 #[cfg(test)]
