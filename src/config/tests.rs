@@ -217,7 +217,10 @@ fn the_keys_of_dns_become_its_configuration() {
     assert_eq!(plain, DnsConfig::on(vec!["127.0.0.2:8600".parse().unwrap()]));
     let off = load_text("a.hcl", "data_dir = \"/d\"\nports {\n dns = -1\n}\n").unwrap();
     assert_eq!(off.dns, None);
+}
 
+#[test]
+fn what_is_wrong_with_the_keys_of_dns_is_named() {
     #[track_caller]
     fn check(value: Value, want: &str) {
         let text = load_json(Mode::Durable, value).unwrap_err().to_string();
