@@ -23,6 +23,10 @@ use sim::stats::{self, Times, show};
 use sim::world::{Settings, World};
 use sim::{figures, scenarios, script, svg};
 
+/// As the agent's: a simulation is mostly small packets made and dropped.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// What is simulated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Scenario {

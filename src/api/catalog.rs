@@ -9,7 +9,7 @@ use super::call::{Call, Refusal, Reply};
 use super::query::{self, Query, ReadOptions};
 use super::{Shared, block, index, shape};
 use crate::catalogue::{Instance, NodeEntry, Snapshot};
-use crate::model::{MemberStatus, NodeName, ServiceRecord};
+use crate::model::{MemberStatus, NodeName, ServiceRecord, TextMap};
 use crate::registry::LocalState;
 
 /// `GET /v1/catalog/datacenters`: the agent's own first, then by name.
@@ -44,7 +44,7 @@ pub(super) async fn services(call: Call) -> Result<Reply, Refusal> {
     let mut tags: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
     for instance in published.chain(&synthetic).filter(|instance| is_shown(&instance.node, &options)) {
         let of_service = tags.entry(instance.record.name.as_str()).or_default();
-        of_service.extend(instance.record.tags.iter().map(String::as_str));
+        of_service.extend(instance.record.tags.iter().map(AsRef::as_ref));
     }
     Reply::at_index(&call, &tags, index)
 }
@@ -111,15 +111,15 @@ fn sidecars(shared: &Shared, snapshot: &Snapshot, local: &LocalState) -> Vec<Arc
         let proxy = ServiceRecord {
             id: shape::sidecar_id(record.id.as_str()).parse().ok()?,
             name: name.parse().ok()?,
-            kind: shape::CONNECT_PROXY.to_owned(),
+            kind: shape::CONNECT_PROXY.into(),
             port: shared.node.mesh_addr.port(),
-            tagged_addresses: BTreeMap::new(),
+            tagged_addresses: TextMap::default(),
             ..record.clone()
         };
         Some(Arc::new(Instance {
             node: Arc::clone(node),
-            record: proxy,
-            checks: Vec::new(),
+            record: Arc::new(proxy),
+            checks: Box::default(),
             status: owner.status,
             create_index: owner.create_index,
             modify_index: owner.modify_index,

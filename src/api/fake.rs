@@ -22,7 +22,9 @@ use crate::catalogue::{Instance, NodeEntry, Publisher, ServiceEntry, Snapshot};
 use crate::clock::{self, UnixSeconds};
 use crate::gossip::{DocumentsView, GossipError, MemberView, Members, NodeCertificates, OfferError, Spread};
 use crate::metrics::Metrics;
-use crate::model::{CheckRecord, Generation, HealthStatus, MemberStatus, NodeInfo, Protocol, ServiceRecord, Weights};
+use crate::model::{
+    CheckRecord, Generation, HealthStatus, MemberStatus, NodeInfo, Protocol, ServiceRecord, TextMap, Weights,
+};
 use crate::pki::{Identity, ephemeral};
 use crate::policy::{Document, Offered};
 use crate::registry::{
@@ -269,7 +271,7 @@ fn members() -> Members {
 
 pub(super) fn node_entry(number: u8, status: MemberStatus) -> Arc<NodeEntry> {
     Arc::new(NodeEntry {
-        info: info(number),
+        info: info(number).into(),
         status,
         generation: Generation { number: 1, nonce: 1 },
         checks: Vec::new(),
@@ -282,12 +284,12 @@ fn record() -> ServiceRecord {
     ServiceRecord {
         id: "web-1".parse().unwrap(),
         name: "web".parse().unwrap(),
-        kind: String::new(),
-        tags: vec!["v1".to_owned(), "Blue".to_owned()],
-        meta: BTreeMap::new(),
-        address: String::new(),
+        kind: Box::default(),
+        tags: ["v1".into(), "Blue".into()].into(),
+        meta: TextMap::default(),
+        address: Box::default(),
         port: 8080,
-        tagged_addresses: BTreeMap::new(),
+        tagged_addresses: TextMap::default(),
         weights: Weights::default(),
         protocol: Protocol::Http,
         enable_tag_override: false,
@@ -302,14 +304,15 @@ pub(super) fn service(name: &str, nodes: &[Arc<NodeEntry>], status: HealthStatus
         record.id = format!("{name}-1").parse().unwrap();
         let check = CheckRecord {
             id: format!("service:{name}-1").parse().unwrap(),
-            name: "Service check".to_owned(),
+            name: "Service check".into(),
             status,
-            notes: String::new(),
+            notes: Box::default(),
             service: Some(record.id.clone()),
-            kind: "ttl".to_owned(),
+            kind: "ttl".into(),
         };
         let node = Arc::clone(node);
-        Arc::new(Instance { node, record, checks: vec![check], status, create_index: 1002, modify_index })
+        let (record, checks) = (Arc::new(record), [Arc::new(check)].into());
+        Arc::new(Instance { node, record, checks, status, create_index: 1002, modify_index })
     };
     let instances = nodes.iter().map(instance).collect();
     ServiceEntry { name: name.parse().unwrap(), protocol: Protocol::Http, instances, modify_index }

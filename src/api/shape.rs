@@ -28,12 +28,13 @@ fn weights(weights: Weights) -> Value {
 
 fn tagged_addresses(record: &ServiceRecord) -> Value {
     let pairs = record.tagged_addresses.iter();
-    pairs.map(|(tag, (address, port))| (tag.clone(), json!({"Address": address, "Port": port}))).collect()
+    pairs.map(|(tag, (address, port))| (tag.to_owned(), json!({"Address": address, "Port": port}))).collect()
 }
 
 /// The `Proxy` part of `record`: filled for a synthetic proxy of this agent, whose registrations are `local`.
 fn proxy(record: &ServiceRecord, local: Option<&LocalState>) -> Value {
-    let services = local.filter(|_| record.kind == CONNECT_PROXY).into_iter().flat_map(|local| local.services.values());
+    let services =
+        local.filter(|_| *record.kind == *CONNECT_PROXY).into_iter().flat_map(|local| local.services.values());
     let mut owner = services.filter(|service| sidecar_id(service.definition.record.id.as_str()) == record.id.as_str());
     let plain = || json!({"Mode": "", "MeshGateway": {}, "Expose": {}});
     owner.next().map_or_else(plain, |service| proxy_of(&service.definition))
@@ -184,7 +185,7 @@ pub(super) struct Check<'a> {
     #[serde(rename = "ServiceID")]
     service_id: &'a str,
     service_name: &'a str,
-    service_tags: &'a [String],
+    service_tags: &'a [Box<str>],
     r#type: &'a str,
     exposed_port: u16,
     definition: BTreeMap<String, Value>,
@@ -236,7 +237,7 @@ impl<'a> Check<'a> {
             output,
             service_id: instance.map_or("", |instance| instance.record.id.as_str()),
             service_name: instance.map_or("", |instance| instance.record.name.as_str()),
-            service_tags: instance.map_or(&[], |instance| instance.record.tags.as_slice()),
+            service_tags: instance.map_or(&[], |instance| &instance.record.tags),
             r#type: &check.kind,
             exposed_port: 0,
             definition: BTreeMap::new(),

@@ -10,7 +10,7 @@
 //! its `modify_index`; indexes never fall; what changes between two snapshots carries the later one's index.
 //! Not here: when to build (`node` paces it), who is alive (`membership`), which records are accepted (`replica`).
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::{Instance, LocalView, NodeEntry, ServiceEntry, Snapshot};
@@ -22,6 +22,8 @@ use crate::replica::NodeState;
 /// oldest is forgotten, and a blocking query on it waits like one on a name that never was.
 pub const GONE_SERVICES_MAX: usize = 4096;
 
+type Edits = BTreeMap<(NodeName, InstanceId), Option<Arc<Instance>>>;
+
 /// Builds snapshots from nodes and their status. One owner, the one that publishes.
 #[derive(Debug)]
 pub struct Builder {
@@ -29,14 +31,15 @@ pub struct Builder {
     /// The index of the snapshot that is being prepared.
     index: u64,
     nodes: BTreeMap<NodeName, Arc<NodeEntry>>,
-    by_node: BTreeMap<NodeName, BTreeMap<InstanceId, Arc<Instance>>>,
-    by_service: BTreeMap<ServiceName, BTreeMap<(NodeName, InstanceId), Arc<Instance>>>,
+    /// By node; each node's by id.
+    by_node: BTreeMap<NodeName, Box<[Arc<Instance>]>>,
     services: BTreeMap<ServiceName, Arc<ServiceEntry>>,
     gone_services: BTreeMap<ServiceName, u64>,
     view: Arc<LocalView>,
     policy: Arc<Table>,
     policy_index: u64,
-    touched: BTreeSet<ServiceName>,
+    /// What became of a service's instances since the last snapshot; none: gone.
+    touched: BTreeMap<ServiceName, Edits>,
     is_changed: bool,
 }
 
@@ -48,13 +51,12 @@ impl Builder {
             index: first_index.max(1),
             nodes: BTreeMap::new(),
             by_node: BTreeMap::new(),
-            by_service: BTreeMap::new(),
             services: BTreeMap::new(),
             gone_services: BTreeMap::new(),
             view: Arc::default(),
             policy: Arc::new(Table::empty(Action::Allow)),
             policy_index: first_index.max(1),
-            touched: BTreeSet::new(),
+            touched: BTreeMap::new(),
             is_changed: false,
         }
     }
@@ -91,8 +93,8 @@ impl Builder {
         if !std::mem::take(&mut self.is_changed) {
             return None;
         }
-        for name in std::mem::take(&mut self.touched) {
-            self.rebuild_service(name);
+        for (name, edits) in std::mem::take(&mut self.touched) {
+            self.rebuild_service(name, edits);
         }
         let index = self.index;
         self.index = self.index.saturating_add(1);
@@ -115,7 +117,7 @@ impl Builder {
         state: &'a NodeState,
         status: MemberStatus,
     ) -> Option<(Arc<NodeEntry>, &'a NodeState)> {
-        let info = state.info.as_deref()?;
+        let info = state.info.as_ref()?;
         let is_shown = |entry: &&Arc<NodeEntry>| {
             entry.info == *info
                 && entry.status == status
@@ -127,7 +129,7 @@ impl Builder {
             return Some((Arc::clone(entry), state));
         }
         let entry = NodeEntry {
-            info: info.clone(),
+            info: Arc::clone(info),
             status,
             generation: state.generation,
             checks: node_checks(state).cloned().collect(),
@@ -148,40 +150,40 @@ impl Builder {
     /// Replaces the node's instances, keeping those that did not change.
     fn set_instances(&mut self, node: &Arc<NodeEntry>, state: &NodeState) {
         let name = &node.info.name;
-        let mut before = self.by_node.remove(name).unwrap_or_default();
+        let before = self.by_node.remove(name).unwrap_or_default();
         let mut checks = instance_checks(state);
-        let mut after = BTreeMap::new();
-        for (id, record) in &state.services {
-            let checks = checks.remove(id).unwrap_or_default();
-            let shown = before.remove(id);
+        let mut after: Vec<Arc<Instance>> = Vec::with_capacity(before.len());
+        for record in state.services() {
+            let checks = checks.remove(&record.id).unwrap_or_default();
+            let shown = by_id(&before, &record.id);
             let is_same = |instance: &&Arc<Instance>| {
                 Arc::ptr_eq(&instance.node, node)
                     && instance.record == *record
                     && instance.checks.iter().eq(checks.iter().copied())
             };
-            if let Some(instance) = shown.as_ref().filter(is_same) {
-                after.insert(id.clone(), Arc::clone(instance));
+            if let Some(instance) = shown.filter(is_same) {
+                after.push(Arc::clone(instance));
                 continue;
             }
-            if let Some(instance) = shown.as_deref().filter(|instance| instance.record.name != record.name) {
+            if let Some(instance) = shown.filter(|instance| instance.record.name != record.name) {
                 self.take_out(name, instance);
             }
             let instance = Arc::new(Instance {
                 node: Arc::clone(node),
-                record: record.clone(),
+                record: Arc::clone(record),
                 status: status_of(node, &checks),
                 checks: checks.into_iter().cloned().collect(),
                 create_index: shown.map_or(self.index, |instance| instance.create_index),
                 modify_index: self.index,
             });
             self.put_in(name, &instance);
-            after.insert(id.clone(), instance);
+            after.push(instance);
         }
-        for instance in before.values() {
+        for instance in before.iter().filter(|instance| by_id(&after, &instance.record.id).is_none()) {
             self.take_out(name, instance);
         }
         if !after.is_empty() {
-            self.by_node.insert(name.clone(), after);
+            self.by_node.insert(name.clone(), after.into());
         }
     }
 
@@ -189,37 +191,28 @@ impl Builder {
         if self.nodes.remove(name).is_some() {
             self.is_changed = true;
         }
-        for instance in self.by_node.remove(name).unwrap_or_default().values() {
-            self.take_out(name, instance);
+        for instance in self.by_node.remove(name).unwrap_or_default() {
+            self.take_out(name, &instance);
         }
     }
 
     fn put_in(&mut self, node: &NodeName, instance: &Arc<Instance>) {
-        let service = instance.record.name.clone();
-        let key = (node.clone(), instance.record.id.clone());
-        self.by_service.entry(service.clone()).or_default().insert(key, Arc::clone(instance));
-        self.touch(service);
+        self.touch(node, instance, Some(Arc::clone(instance)));
     }
 
     fn take_out(&mut self, node: &NodeName, instance: &Instance) {
-        let service = &instance.record.name;
-        if let Some(instances) = self.by_service.get_mut(service) {
-            instances.remove(&(node.clone(), instance.record.id.clone()));
-            if instances.is_empty() {
-                self.by_service.remove(service);
-            }
-        }
-        self.touch(service.clone());
+        self.touch(node, instance, None);
     }
 
-    fn touch(&mut self, service: ServiceName) {
-        self.touched.insert(service);
+    fn touch(&mut self, node: &NodeName, instance: &Instance, after: Option<Arc<Instance>>) {
+        let edits = self.touched.entry(instance.record.name.clone()).or_default();
+        edits.insert((node.clone(), instance.record.id.clone()), after);
         self.is_changed = true;
     }
 
-    fn rebuild_service(&mut self, name: ServiceName) {
-        let instances: Vec<Arc<Instance>> =
-            self.by_service.get(&name).map(|instances| instances.values().cloned().collect()).unwrap_or_default();
+    fn rebuild_service(&mut self, name: ServiceName, edits: Edits) {
+        let shown = self.services.get(&name).map(|entry| entry.instances.as_slice()).unwrap_or_default();
+        let instances = edited(shown, edits);
         let Some(first) = instances.first() else {
             // A service that came and went between two snapshots was never shown.
             if self.services.remove(&name).is_some() {
@@ -244,15 +237,40 @@ impl Builder {
     }
 }
 
+/// Merges `edits` into `shown`; both are in order of (node, id), and so is the result.
+fn edited(shown: &[Arc<Instance>], edits: Edits) -> Vec<Arc<Instance>> {
+    let mut instances = Vec::with_capacity(shown.len() + edits.len());
+    let mut edits = edits.into_iter().peekable();
+    for instance in shown {
+        let at = (&instance.node.info.name, &instance.record.id);
+        while let Some((_, before)) = edits.next_if(|((node, id), _)| (node, id) < at) {
+            instances.extend(before);
+        }
+        match edits.next_if(|((node, id), _)| (node, id) == at) {
+            Some((_, edit)) => instances.extend(edit),
+            None => instances.push(Arc::clone(instance)),
+        }
+    }
+    instances.extend(edits.filter_map(|(_, edit)| edit));
+    instances.shrink_to_fit();
+    instances
+}
+
+/// Finds an instance in a list in order of id.
+fn by_id<'a>(instances: &'a [Arc<Instance>], id: &InstanceId) -> Option<&'a Arc<Instance>> {
+    let at = instances.binary_search_by(|instance| instance.record.id.cmp(id)).ok()?;
+    instances.get(at)
+}
+
 /// Returns the checks that are about the whole node, in order of id.
-fn node_checks(state: &NodeState) -> impl Iterator<Item = &CheckRecord> {
-    state.checks.values().filter(|check| check.service.is_none())
+fn node_checks(state: &NodeState) -> impl Iterator<Item = &Arc<CheckRecord>> {
+    state.checks().filter(|check| check.service.is_none())
 }
 
 /// Returns the checks that are about an instance, in order of id.
-fn instance_checks(state: &NodeState) -> BTreeMap<&InstanceId, Vec<&CheckRecord>> {
-    let mut checks: BTreeMap<&InstanceId, Vec<&CheckRecord>> = BTreeMap::new();
-    for check in state.checks.values() {
+fn instance_checks(state: &NodeState) -> BTreeMap<&InstanceId, Vec<&Arc<CheckRecord>>> {
+    let mut checks: BTreeMap<&InstanceId, Vec<&Arc<CheckRecord>>> = BTreeMap::new();
+    for check in state.checks() {
         if let Some(service) = &check.service {
             checks.entry(service).or_default().push(check);
         }
@@ -262,7 +280,7 @@ fn instance_checks(state: &NodeState) -> BTreeMap<&InstanceId, Vec<&CheckRecord>
 
 /// Returns the worst of the instance's checks, its node's checks and the membership: whoever does not stay alive gets no
 /// new traffic.
-fn status_of(node: &NodeEntry, checks: &[&CheckRecord]) -> HealthStatus {
+fn status_of(node: &NodeEntry, checks: &[&Arc<CheckRecord>]) -> HealthStatus {
     if node.status != MemberStatus::Alive {
         return HealthStatus::Critical;
     }
@@ -273,7 +291,7 @@ fn status_of(node: &NodeEntry, checks: &[&CheckRecord]) -> HealthStatus {
 mod tests {
     use super::*;
     use crate::clock::UnixSeconds;
-    use crate::model::{CheckId, Entry, EntryKey, Generation, NodeInfo, Protocol, ServiceRecord, Weights};
+    use crate::model::{CheckId, Entry, EntryKey, Generation, NodeInfo, Protocol, ServiceRecord, TextMap, Weights};
     use crate::replica::{HeadSigner, Params, Replica};
 
     const ALIVE: MemberStatus = MemberStatus::Alive;
@@ -426,7 +444,7 @@ mod tests {
         }
 
         fn publish(&mut self, entries: impl IntoIterator<Item = Entry>) {
-            let info = Entry::Node(NodeInfo {
+            let info = Entry::Node(Arc::new(NodeInfo {
                 id: String::new(),
                 name: self.name.clone(),
                 mesh_addr: "10.0.0.1:8301".parse().unwrap(),
@@ -434,7 +452,7 @@ mod tests {
                 meta: BTreeMap::new(),
                 build: String::new(),
                 issuer: false,
-            });
+            }));
             let records: BTreeMap<EntryKey, Entry> =
                 entries.into_iter().chain([info]).map(|entry| (entry.key(), entry)).collect();
             self.replica.publish(records, &Unsigned, UnixSeconds(0)).unwrap();
@@ -450,31 +468,31 @@ mod tests {
     }
 
     fn service(id: &str, service: &str) -> Entry {
-        Entry::Service(ServiceRecord {
+        Entry::Service(Arc::new(ServiceRecord {
             id: id.parse().unwrap(),
             name: service.parse().unwrap(),
-            kind: String::new(),
-            tags: Vec::new(),
-            meta: BTreeMap::new(),
-            address: String::new(),
+            kind: Box::default(),
+            tags: Box::default(),
+            meta: TextMap::default(),
+            address: Box::default(),
             port: 80,
-            tagged_addresses: BTreeMap::new(),
+            tagged_addresses: TextMap::default(),
             weights: Weights::default(),
             protocol: Protocol::Tcp,
             enable_tag_override: false,
-        })
+        }))
     }
 
     fn check(id: &str, about: Option<&str>, status: HealthStatus) -> Entry {
         let id: CheckId = id.parse().unwrap();
         let service = about.map(|about| about.parse().unwrap());
-        Entry::Check(CheckRecord {
+        Entry::Check(Arc::new(CheckRecord {
             id,
-            name: String::new(),
+            name: Box::default(),
             status,
-            notes: String::new(),
+            notes: Box::default(),
             service,
-            kind: String::new(),
-        })
+            kind: Box::default(),
+        }))
     }
 }

@@ -68,13 +68,13 @@ impl Snapshot {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NodeEntry {
     /// Its published facts.
-    pub info: NodeInfo,
+    pub info: Arc<NodeInfo>,
     /// What the membership says; anything but `Alive` makes its instances critical (`serfHealth`).
     pub status: MemberStatus,
     /// Which life of it.
     pub generation: Generation,
     /// Its node-level checks, by id.
-    pub checks: Vec<CheckRecord>,
+    pub checks: Vec<Arc<CheckRecord>>,
     /// Index at which the node appeared.
     pub create_index: u64,
     /// Index of its last change.
@@ -99,10 +99,10 @@ pub struct ServiceEntry {
 pub struct Instance {
     /// Where it runs.
     pub node: Arc<NodeEntry>,
-    /// What its node published.
-    pub record: ServiceRecord,
-    /// Its own checks, by id.
-    pub checks: Vec<CheckRecord>,
+    /// What its node published; shared with the replica.
+    pub record: Arc<ServiceRecord>,
+    /// Its own checks, by id; shared with the replica.
+    pub checks: Box<[Arc<CheckRecord>]>,
     /// The worst of its checks, its node's checks and the membership.
     pub status: HealthStatus,
     /// Index at which it appeared.
@@ -193,3 +193,6 @@ impl SnapshotReader {
         self.changed.clone()
     }
 }
+
+#[cfg(test)]
+mod memory_tests;

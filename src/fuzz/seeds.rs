@@ -18,7 +18,7 @@ use super::{NONCE, NOW};
 use crate::authz::{PathRule, Rule};
 use crate::gossip::engine::{Held, HelloReply, Message, Request as Ask, SyncReply, Trade};
 use crate::membership::{Core, Leave, LifeClaim, MemberEntry, MeshId, Output, Profile, Standing, Statement};
-use crate::model::{Entry, EntryKey, Generation, NodeInfo, Protocol, ServiceRecord, Weights};
+use crate::model::{Entry, EntryKey, Generation, NodeInfo, Protocol, ServiceRecord, TextMap, Weights};
 use crate::pki::join::{Answer, Denied, Hello, Request, Role, Welcome, Why, renewal_message};
 use crate::pki::{
     CaDir, DocumentKey, Issuer, JoinKey, NodeAuthority, Revoked, Rotation, Signatory, SpkiHash, TokenClaims,
@@ -313,7 +313,7 @@ fn joins(to: &Writer, issuer: &Issuer, authority: &NodeAuthority, token: &str, d
 }
 
 fn records() -> BTreeMap<EntryKey, Entry> {
-    let info = Entry::Node(NodeInfo {
+    let info = NodeInfo {
         id: "6e2e5bd4-0f3e-4f0c-9a43-1b1a4b8f0a11".to_owned(),
         name: "web-1".parse().unwrap(),
         mesh_addr: "10.0.0.2:8301".parse().unwrap(),
@@ -321,21 +321,21 @@ fn records() -> BTreeMap<EntryKey, Entry> {
         meta: BTreeMap::from([("zone".to_owned(), "a".to_owned())]),
         build: "0.1.0".to_owned(),
         issuer: false,
-    });
-    let service = Entry::Service(ServiceRecord {
+    };
+    let service = ServiceRecord {
         id: "web-1".parse().unwrap(),
         name: "web".parse().unwrap(),
-        kind: String::new(),
-        tags: vec!["v1".to_owned()],
-        meta: BTreeMap::new(),
-        address: "10.0.0.2".to_owned(),
+        kind: Box::default(),
+        tags: ["v1".into()].into(),
+        meta: TextMap::default(),
+        address: "10.0.0.2".into(),
         port: 80,
-        tagged_addresses: BTreeMap::new(),
+        tagged_addresses: TextMap::default(),
         weights: Weights::default(),
         protocol: Protocol::Http,
         enable_tag_override: false,
-    });
-    [info, service].into_iter().map(|entry| (entry.key(), entry)).collect()
+    };
+    [Entry::Node(info.into()), Entry::Service(service.into())].into_iter().map(|entry| (entry.key(), entry)).collect()
 }
 
 fn gossip(to: &Writer, authority: &NodeAuthority, documents: &[Document; 5]) {

@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
-use self::evidence::{Challenge, Watches};
+use self::evidence::{Challenge, Holder, Watches};
 use super::documents;
 use super::engine::{
     self, Ending, Engine, Exchange, Incumbent, JoinCause, Message, Output, Request, Stage, Step, Turn,
@@ -84,8 +84,8 @@ enum Done {
         id: MeshId,
         since: Instant,
     },
-    /// Whether the holder of a name that a newcomer claims from elsewhere answers.
-    Challenged(Challenge, Incumbent),
+    /// What the holder of a name that a newcomer claims from elsewhere said.
+    Challenged(Challenge, Holder),
 }
 
 #[derive(Debug)]
@@ -181,7 +181,7 @@ impl Actor {
             builder: Builder::new(name.clone(), params.first_index),
             publisher: Publisher::new(Arc::new(empty_snapshot(name, params.first_index))),
             members,
-            links: Links::default(),
+            links: Links::new(params.links_max),
             refusals: params.transport.refusals(),
             refused_until: None,
             transport: params.transport,
@@ -498,10 +498,7 @@ impl Actor {
             Done::PortRefused(id) => self.port_refused(&id, now),
             Done::PortAsked(id, is_refused) => self.port_asked(&id, is_refused, now),
             Done::PortDoubted { id, since } => self.port_doubted(&id, since, now),
-            Done::Challenged(challenge, incumbent) => {
-                self.challenges = self.challenges.saturating_sub(1);
-                self.challenged(challenge, incumbent);
-            }
+            Done::Challenged(challenge, holder) => self.challenged(challenge, holder, now),
         }
     }
 
@@ -515,7 +512,7 @@ impl Actor {
             }
             Input::Unreadable(reason) => self.metrics.refused.with_label_values(&[reason]).inc(),
             Input::Heard { peer, message: Message::Request(Request::Hello(id)), reply, .. } => {
-                self.greeted(Challenge { peer, id, reply });
+                self.greeted(Challenge { peer, id, reply }, now);
             }
             Input::Heard { peer, stage, message, reply } => {
                 let step = self.turn(now, |engine, turn| engine.handle_message(&peer, stage, message, turn));

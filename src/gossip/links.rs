@@ -16,8 +16,8 @@ use super::pulse::Pulse;
 use crate::membership::MeshId;
 use crate::model::NodeName;
 
-/// Most peers with a connection: 9 MB of connection state; the least recently used goes first.
-pub(super) const LINKS_MAX: usize = 256;
+/// Most peers with a connection, unless told otherwise: 9 MB of connection state; the least recently used goes first.
+pub const LINKS_MAX: usize = 256;
 /// Most connections of one peer that are read: two agents may dial each other at once.
 const CONNECTIONS_PER_PEER_MAX: usize = 2;
 /// Most packets that wait for one handshake: what SWIM sends to one member in about a second.
@@ -53,22 +53,28 @@ struct Link {
     used: u64,
 }
 
-/// All links. Bounded by [`LINKS_MAX`].
-#[derive(Debug, Default)]
+/// All links, a bounded number.
+#[derive(Debug)]
 pub(super) struct Links {
-    links: BTreeMap<NodeName, Link>,
+    peers: BTreeMap<NodeName, Link>,
+    most: usize,
     uses: u64,
 }
 
 impl Links {
+    /// Makes room for links to `most` peers, one at least.
+    pub(super) fn new(most: usize) -> Self {
+        Self { peers: BTreeMap::new(), most: most.max(1), uses: 0 }
+    }
+
     /// Returns the connection in use to `peer`.
     pub(super) fn open(&self, peer: &NodeName) -> Option<&Connection> {
-        self.links.get(peer)?.open.iter().rev().find(|connection| connection.close_reason().is_none())
+        self.peers.get(peer)?.open.iter().rev().find(|connection| connection.close_reason().is_none())
     }
 
     /// Returns how many peers have an open connection.
     pub(super) fn count(&self) -> usize {
-        self.links.values().filter(|link| !link.open.is_empty()).count()
+        self.peers.values().filter(|link| !link.open.is_empty()).count()
     }
 
     /// Sends or queues `packet`.
@@ -130,7 +136,7 @@ impl Links {
 
     /// Notes that a packet of `peer`'s came.
     pub(super) fn heard(&mut self, peer: &NodeName) {
-        if let Some(link) = self.links.get_mut(peer) {
+        if let Some(link) = self.peers.get_mut(peer) {
             link.pulse.heard();
         }
     }
@@ -138,7 +144,7 @@ impl Links {
     /// Returns the peers that have acknowledged something since the last call, while an answer of theirs is awaited, and
     /// since when at the earliest.
     pub(super) fn signs_of_life(&mut self, now: Instant) -> Vec<(NodeName, Instant)> {
-        let waiting = self.links.iter_mut().filter(|(_, link)| link.pulse.is_waiting());
+        let waiting = self.peers.iter_mut().filter(|(_, link)| link.pulse.is_waiting());
         let answered = waiting.filter_map(|(name, link)| {
             let came_at = link.pulse.look(received(&link.open), now)?;
             Some((name.clone(), came_at))
@@ -148,7 +154,7 @@ impl Links {
 
     /// Notes that a dial failed; returns how many packets are lost with it.
     pub(super) fn dial_failed(&mut self, peer: &NodeName, now: Instant) -> usize {
-        let Some(link) = self.links.get_mut(peer) else { return 0 };
+        let Some(link) = self.peers.get_mut(peer) else { return 0 };
         link.is_dialling = false;
         link.not_before = Some(now + DIAL_PAUSE);
         let lost = link.waiting.len();
@@ -158,36 +164,36 @@ impl Links {
 
     /// Forgets a connection that ended.
     pub(super) fn ended(&mut self, peer: &NodeName, stable_id: usize) {
-        if let Some(link) = self.links.get_mut(peer) {
+        if let Some(link) = self.peers.get_mut(peer) {
             link.open.retain(|connection| connection.stable_id() != stable_id);
             if link.open.is_empty() && !link.is_dialling {
-                self.links.remove(peer);
+                self.peers.remove(peer);
             }
         }
     }
 
     /// Closes everything to `peer`.
     pub(super) fn close(&mut self, peer: &NodeName, reason: &str) {
-        if let Some(mut link) = self.links.remove(peer) {
+        if let Some(mut link) = self.peers.remove(peer) {
             close_all(&mut link, reason);
         }
     }
 
     /// Closes everything.
     pub(super) fn close_every(&mut self, reason: &str) {
-        self.links.values_mut().for_each(|link| close_all(link, reason));
-        self.links.clear();
+        self.peers.values_mut().for_each(|link| close_all(link, reason));
+        self.peers.clear();
     }
 
     fn touch(&mut self, peer: &NodeName) -> &mut Link {
-        if self.links.len() >= LINKS_MAX && !self.links.contains_key(peer) {
-            let oldest = self.links.iter().min_by_key(|(_, link)| link.used).map(|(name, _)| name.clone());
+        if self.peers.len() >= self.most && !self.peers.contains_key(peer) {
+            let oldest = self.peers.iter().min_by_key(|(_, link)| link.used).map(|(name, _)| name.clone());
             if let Some(name) = oldest {
                 self.close(&name, "idle");
             }
         }
         self.uses += 1;
-        let link = self.links.entry(peer.clone()).or_default();
+        let link = self.peers.entry(peer.clone()).or_default();
         link.used = self.uses;
         link
     }
@@ -215,7 +221,7 @@ mod tests {
     #[test]
     fn one_dial_runs_per_peer_and_a_failed_one_pauses() {
         let now = crate::clock::now();
-        let mut links = Links::default();
+        let mut links = Links::new(LINKS_MAX);
         assert!(matches!(links.send(&id("a"), Bytes::from_static(b"1"), now), Sent::Dial(_)));
         for _ in 0..40 {
             assert!(matches!(links.send(&id("a"), Bytes::from_static(b"2"), now), Sent::Queued));
@@ -228,12 +234,12 @@ mod tests {
     #[test]
     fn the_least_recently_used_link_makes_room() {
         let now = crate::clock::now();
-        let mut links = Links::default();
+        let mut links = Links::new(LINKS_MAX);
         for number in 0..LINKS_MAX + 10 {
             links.send(&id(&format!("n{number}")), Bytes::new(), now);
             links.send(&id("n0"), Bytes::new(), now);
         }
-        assert_eq!(links.links.len(), LINKS_MAX);
-        assert!(links.links.contains_key("n0") && !links.links.contains_key("n1"));
+        assert_eq!(links.peers.len(), LINKS_MAX);
+        assert!(links.peers.contains_key("n0") && !links.peers.contains_key("n1"));
     }
 }

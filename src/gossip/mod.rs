@@ -46,6 +46,7 @@ pub use self::documents::{
     ClockSkew, DocumentBody, DocumentStore, DocumentView, DocumentsHandle, DocumentsParams, DocumentsView, OfferError,
     OnTrust, Spread,
 };
+pub use self::links::LINKS_MAX;
 use crate::catalogue::SnapshotReader;
 use crate::clock::UnixSeconds;
 use crate::metrics::Metrics;
@@ -159,6 +160,8 @@ pub struct GossipParams {
     pub first_index: u64,
     /// Where to join, as the operator wrote it (`-join`).
     pub seeds: Vec<String>,
+    /// Most peers to hold connections to, [`LINKS_MAX`] unless a test wants fewer; the least recently used goes first.
+    pub links_max: usize,
     /// Peers known from the last run.
     pub known_peers: Vec<StoredPeer>,
     /// Keeps peers for the next.

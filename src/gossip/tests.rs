@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use super::*;
 use crate::catalogue::LocalView;
 use crate::clock;
-use crate::model::{Entry, EntryKey, Protocol, ServeScope, ServiceName, ServiceRecord, Weights};
+use crate::model::{Entry, EntryKey, Protocol, ServeScope, ServiceName, ServiceRecord, TextMap, Weights};
 use crate::pki::Plane;
 use crate::policy::DocumentSet;
 use crate::registry::Publication;
@@ -44,6 +44,8 @@ struct Agent {
     transport: ControlTransport,
     metrics: Metrics,
     stop: CancellationToken,
+    /// Once cancelled it shakes no more hands; connections that are open go on.
+    deaf: CancellationToken,
     tasks: Tasks,
 }
 
@@ -52,6 +54,10 @@ fn start(ca: &crate::pki::EphemeralCa, name: &str, generation: u64, seeds: Vec<S
 }
 
 fn start_by(issuer: &crate::pki::Issuer, name: &str, generation: u64, seeds: Vec<String>) -> Agent {
+    start_with(issuer, name, generation, seeds, LINKS_MAX)
+}
+
+fn start_with(issuer: &crate::pki::Issuer, name: &str, generation: u64, seeds: Vec<String>, links_max: usize) -> Agent {
     let node: NodeName = name.parse().unwrap();
     let scope: ServeScope = "*".parse().unwrap();
     let authority = issuer.self_certify(&node, &scope, clock::wall()).unwrap();
@@ -64,8 +70,10 @@ fn start_by(issuer: &crate::pki::Issuer, name: &str, generation: u64, seeds: Vec
     let tasks = Tasks::new(stop.clone());
     let (accepted, incoming) = mpsc::channel(INCOMING_MAX);
     let accepting = transport.clone();
+    let deaf = CancellationToken::new();
+    let until = deaf.clone();
     tasks.spawn("accept", async move {
-        while let Some(next) = accepting.accept().await {
+        while let Some(Some(next)) = until.run_until_cancelled(accepting.accept()).await {
             if next.plane == Plane::Gossip && accepted.send(next).await.is_err() {
                 break;
             }
@@ -90,6 +98,7 @@ fn start_by(issuer: &crate::pki::Issuer, name: &str, generation: u64, seeds: Vec
         publication: publications,
         first_index: 1,
         seeds,
+        links_max,
         known_peers: Vec::new(),
         peer_store: Arc::new(Kept::default()),
         sync_interval: Duration::from_secs(1),
@@ -104,7 +113,7 @@ fn start_by(issuer: &crate::pki::Issuer, name: &str, generation: u64, seeds: Vec
     };
     let metrics = Metrics::new();
     let (handle, reader) = Gossip::start(params, documents, &metrics, &tasks).unwrap();
-    Agent { handle, reader, publication, addr, transport, metrics, stop, tasks }
+    Agent { handle, reader, publication, addr, transport, metrics, stop, deaf, tasks }
 }
 
 impl Agent {
@@ -126,9 +135,16 @@ impl Agent {
                 list.collect::<Vec<_>>()
             };
             let wait = members.wait_for(|members| shown(members) == want);
-            let is_seen = tokio::time::timeout(Duration::from_secs(15), wait).await.is_ok();
+            let is_seen = tokio::time::timeout(Duration::from_secs(30), wait).await.is_ok();
             assert!(is_seen, "wanted {want:?}, seen {:?}", shown(&members.borrow()));
         }
+    }
+
+    /// The sum over the series of a metric whose line begins with `start`.
+    fn metric(&self, start: &str) -> usize {
+        let text = self.metrics.render().unwrap();
+        let of = |line: &str| line.strip_prefix(start)?.rsplit(' ').next()?.parse::<usize>().ok();
+        text.lines().filter_map(of).sum()
     }
 
     async fn has_service(&self, name: &str) {
@@ -142,17 +158,17 @@ impl Agent {
         let record = ServiceRecord {
             id: name.parse().unwrap(),
             name: name.parse().unwrap(),
-            kind: String::new(),
-            tags: vec![tag],
-            meta: BTreeMap::new(),
-            address: String::new(),
+            kind: Box::default(),
+            tags: [tag.into()].into(),
+            meta: TextMap::default(),
+            address: Box::default(),
             port: 8080,
-            tagged_addresses: BTreeMap::new(),
+            tagged_addresses: TextMap::default(),
             weights: Weights::default(),
             protocol: Protocol::Http,
             enable_tag_override: false,
         };
-        let records = BTreeMap::from([(EntryKey::Service(record.id.clone()), Entry::Service(record))]);
+        let records = BTreeMap::from([(EntryKey::Service(record.id.clone()), Entry::Service(record.into()))]);
         self.publication.send_replace(Arc::new(Publication { records, view: LocalView::default() }));
     }
 }
@@ -277,6 +293,66 @@ async fn a_document_reaches_everybody_at_once_and_a_late_joiner_by_comparison() 
     let learned = view.wait_for(|view| view.set_hash == hash);
     tokio::time::timeout(Duration::from_secs(60), learned).await.expect("the joiner learns the document").unwrap();
     for agent in agents.into_iter().chain([late]) {
+        agent.kill().await;
+    }
+}
+
+#[tokio::test]
+async fn a_holder_that_shakes_no_hands_keeps_its_name_while_it_answers_and_a_closed_port_frees_it() {
+    let ca = crate::pki::ephemeral(&"test.example".parse().unwrap(), clock::wall()).unwrap();
+    let a = start(&ca, "a", 1, Vec::new());
+    let b = start(&ca, "b", 1, vec![a.addr.to_string()]);
+    let both = [("a", Alive), ("b", Alive)];
+    tokio::join!(a.sees(&both), b.sees(&both));
+    // As on a machine under load: no handshake comes to an end.
+    b.deaf.cancel();
+    let twin = start(&ca, "b", 2, Vec::new());
+    for _ in 0..3 {
+        let refused = twin.handle.join(vec![a.addr.to_string()]).await.unwrap_err().to_string();
+        assert!(refused.contains(&b.addr.to_string()) && refused.contains(&twin.addr.to_string()), "{refused}");
+    }
+    a.sees(&both).await;
+    b.kill().await;
+    let deadline = clock::now() + Duration::from_secs(15);
+    while let Err(error) = twin.handle.join(vec![a.addr.to_string()]).await {
+        assert!(clock::now() < deadline, "the name of a dead holder is free: {error}");
+    }
+    a.sees(&both).await;
+    tokio::join!(a.kill(), twin.kill());
+}
+
+#[tokio::test]
+async fn agents_with_fewer_links_than_peers_close_the_least_recently_used_and_stay_together() {
+    const AGENTS: usize = 6;
+    const LINKS: usize = 4;
+    const PAIRS: usize = AGENTS * (AGENTS - 1) / 2;
+    let ca = crate::pki::ephemeral(&"test.example".parse().unwrap(), clock::wall()).unwrap();
+    let names: Vec<String> = (0..AGENTS).map(|number| format!("n{number}")).collect();
+    let all: Vec<(&str, MemberStatus)> = names.iter().map(|name| (name.as_str(), Alive)).collect();
+    let mut agents = vec![start_with(ca.issuer(), "n0", 1, Vec::new(), LINKS)];
+    let seed = agents[0].addr.to_string();
+    for name in &names[1..] {
+        agents.push(start_with(ca.issuer(), name, 1, vec![seed.clone()], LINKS));
+        let so_far = &all[..agents.len()];
+        futures_util::future::join_all(agents.iter().map(|agent| agent.sees(so_far))).await;
+    }
+    // More than every pair needs: connections have made room, and were dialled again.
+    let deadline = clock::now() + Duration::from_secs(60);
+    loop {
+        let links = agents.iter().map(|agent| agent.metric("weft_gossip_connections"));
+        let most = links.max().unwrap();
+        assert!(most <= LINKS, "{most} links where {LINKS} are allowed");
+        let dials: usize = agents.iter().map(|agent| agent.metric("weft_gossip_dials_total")).sum();
+        if dials > PAIRS {
+            break;
+        }
+        assert!(clock::now() < deadline, "{dials} dials");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    agents[1].publish("web", "small".to_owned());
+    futures_util::future::join_all(agents.iter().map(|agent| agent.has_service("web"))).await;
+    futures_util::future::join_all(agents.iter().map(|agent| agent.sees(&all))).await;
+    for agent in agents {
         agent.kill().await;
     }
 }

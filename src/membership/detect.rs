@@ -131,9 +131,9 @@ impl Core {
         self.judge(now);
     }
 
-    /// Asks `name` whether it lives, for a reason from outside: its host is said to refuse the port. That may be a lie, and
-    /// a live one answers.
-    pub fn evidence_refused(&mut self, name: &NodeName, now: Instant) {
+    /// Asks `name` whether it lives, for a reason from outside: its host is said to refuse the port, or somebody claims its
+    /// name. Either may be a lie, and a live one answers.
+    pub fn question(&mut self, name: &NodeName, now: Instant) {
         self.check(name, now);
     }
 

@@ -25,10 +25,10 @@ const COPIES_MIN: u32 = 10;
 const RECALL_STRETCH_MAX: u32 = 120;
 /// To how many members at a time news goes.
 pub(super) const FANOUT: usize = 3;
-/// A probe of a member without a warm connection costs a handshake, 8 kB in all. So that this stays below 150 B/s, a node
+/// A probe of a member without a warm connection costs a handshake, 8 kB in all. So that this stays below 75 B/s, a node
 /// whose probes all do (the share of strangers to its links grows with the mesh) probes once in this time; its watchers
 /// find a crash in a mesh of any size.
-const COLD_PROBE_PERIOD: Duration = Duration::from_mins(1);
+const COLD_PROBE_PERIOD: Duration = Duration::from_mins(2);
 /// A gone member is called by one in so many of the living per period at least: the whole mesh calls it often enough.
 const CALLERS_SHARE: usize = 8;
 

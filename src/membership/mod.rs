@@ -67,7 +67,7 @@ use health::LocalHealth;
 pub use id::{Life, MeshId};
 use news::News;
 use packet::WireCodec;
-pub use packet::{BROADCAST_BYTES_MAX, Broadcast, MemberEntry, PACKET_BYTES_MAX, Standing};
+pub use packet::{BROADCAST_BYTES_MAX, Broadcast, MemberEntry, PACKET_BYTES_MAX, Standing, class_of};
 pub use profile::{Detector, Profile};
 use ring::{ALL_NEIGHBOURS_MAX, Ring};
 pub use roster::Tracked;

@@ -56,6 +56,8 @@ struct Item {
 pub(super) struct News {
     items: BTreeMap<u64, Item>,
     by_subject: BTreeMap<Subject, u64>,
+    /// The bytes of every item: most of what comes in a storm is what goes out.
+    bytes: BTreeSet<Bytes>,
     /// How often each was sent, and which: the first goes first.
     order: BTreeSet<(u32, u64)>,
     number: u64,
@@ -89,7 +91,13 @@ impl News {
     pub(super) fn clear(&mut self) {
         self.items.clear();
         self.by_subject.clear();
+        self.bytes.clear();
         self.order.clear();
+    }
+
+    /// Whether `item`, as it stands in a packet, is on its way from here.
+    pub(super) fn holds(&self, item: &[u8]) -> bool {
+        self.bytes.contains(item)
     }
 
     /// Takes `broadcast` in; false if something newer about its subject waits already, or it is too large.
@@ -116,7 +124,9 @@ impl News {
         self.number += 1;
         self.order.insert((0, self.number));
         self.by_subject.insert(subject.clone(), self.number);
-        self.items.insert(self.number, Item { subject, rank, bytes: Bytes::from(bytes), sent: 0 });
+        let bytes = Bytes::from(bytes);
+        self.bytes.insert(bytes.clone());
+        self.items.insert(self.number, Item { subject, rank, bytes, sent: 0 });
         true
     }
 
@@ -134,6 +144,7 @@ impl News {
     fn remove(&mut self, number: u64) {
         if let Some(item) = self.items.remove(&number) {
             self.by_subject.remove(&item.subject);
+            self.bytes.remove(&item.bytes);
             self.order.remove(&(item.sent, number));
         }
     }
@@ -198,6 +209,9 @@ mod tests {
         assert!(news.add(&records("x", 5)) && news.add(&records("y", 1)) && news.add(&records("x", 6)));
         assert_eq!(news.len(), 2);
         assert!(!news.add(&records("x", 5)) && news.add(&records("x", 6)), "an equal one begins anew");
+        let in_packet = |broadcast: &Broadcast| wire::encode(broadcast).unwrap();
+        assert!(news.holds(&in_packet(&records("x", 6))) && !news.holds(&in_packet(&records("x", 5))));
+        assert_eq!(news.bytes.len(), news.len());
         let leave = Leave { node: name("x"), life: Life::default(), prune: false, by: name("x"), signature: vec![] };
         assert!(news.add(&Broadcast::Said(Statement::Leave(leave))), "records do not silence a goodbye");
         assert_eq!(news.len(), 3);

@@ -242,6 +242,7 @@ pub enum Broadcast {
         /// The replica's hash of that version.
         hash: u64,
         /// The encoded delta.
+        #[serde(with = "wire::bytes")]
         payload: Vec<u8>,
     },
     /// The sender holds a node's records of this version: whoever lacks them pulls.
@@ -313,6 +314,32 @@ pub(super) fn kind_of(packet: &[u8]) -> Kind {
     wire::decode_prefix::<WireHeader>(packet).map_or(Kind::Other, |(header, _)| Kind::from(&header.message))
 }
 
+/// Names what a packet of this node's is for, and tells how many of its bytes are broadcasts that ride on it: for whoever
+/// wants to know what a mesh sends.
+pub fn class_of(packet: &[u8]) -> (&'static str, usize) {
+    let Ok((envelope, used)) = wire::decode_prefix::<Envelope>(packet) else { return ("unreadable", 0) };
+    let swim = packet.get(used..).unwrap_or_default();
+    let class = match envelope.call.map(|call| call.call) {
+        Some(Call::Check(_)) => "check",
+        Some(Call::Answer(_)) => "answer",
+        Some(Call::CheckFor { .. } | Call::Reached(_) | Call::Missed(_)) => "help",
+        Some(Call::Gone) => "gone",
+        Some(Call::News) => "news",
+        None => {
+            let Ok((header, used)) = wire::decode_prefix::<WireHeader>(swim) else { return ("unreadable", 0) };
+            let class = match header.message {
+                WireMessage::Ping(_) => "probe",
+                WireMessage::Ack(_) => "probe's answer",
+                WireMessage::Announce => "announce",
+                WireMessage::Feed => "feed",
+                _ => "other",
+            };
+            return (class, swim.len().saturating_sub(used + 2));
+        }
+    };
+    (class, swim.len())
+}
+
 /// Puts `packet` of foca into `envelope`.
 pub(super) fn wrap(envelope: &Envelope, packet: &[u8]) -> Result<Vec<u8>, WireError> {
     let mut bytes = wire::encode(envelope)?;
@@ -336,13 +363,13 @@ pub(super) fn append_bytes(packet: &mut Vec<u8>, bytes: &[u8]) -> bool {
     true
 }
 
-/// Reads the whole packet; total, and bounded by the packet's own length.
-pub(super) fn inspect(packet: &[u8]) -> Result<Inspected, CodecError> {
+/// Reads the whole packet; total, and bounded by the packet's own length. Broadcasts that `is_known` are left out.
+pub(super) fn inspect(packet: &[u8], is_known: impl Fn(&[u8]) -> bool) -> Result<Inspected, CodecError> {
     let (envelope, used) = wire::decode_prefix::<Envelope>(packet).map_err(CodecError::Wire)?;
     let (_, swim) = packet.split_at_checked(used).ok_or(CodecError::Full)?;
     let Envelope { set_hash, suspected, call } = envelope;
     if let Some(CallPacket { src, src_incarnation, dst, call }) = call {
-        let (body, broadcasts) = (Body::Call(call), take_broadcasts(swim)?);
+        let (body, broadcasts) = (Body::Call(call), take_broadcasts(swim, is_known)?);
         return Ok(Inspected { src, src_incarnation, dst, set_hash, suspected, body, broadcasts });
     }
     let (header, used) = wire::decode_prefix::<WireHeader>(swim).map_err(CodecError::Wire)?;
@@ -352,18 +379,20 @@ pub(super) fn inspect(packet: &[u8]) -> Result<Inspected, CodecError> {
         let _counts_nothing = rest.get_u16();
         packet.put_u16(0);
     }
-    let broadcasts = take_broadcasts(rest)?;
+    let broadcasts = take_broadcasts(rest, is_known)?;
     let body = Body::Swim { packet, kind: Kind::from(&header.message) };
     let WireHeader { src, src_incarnation, dst, .. } = header;
     Ok(Inspected { src, src_incarnation, dst: dst.life, set_hash, suspected, body, broadcasts })
 }
 
-fn take_broadcasts(mut rest: &[u8]) -> Result<Vec<Broadcast>, CodecError> {
+fn take_broadcasts(mut rest: &[u8], is_known: impl Fn(&[u8]) -> bool) -> Result<Vec<Broadcast>, CodecError> {
     let mut broadcasts = Vec::new();
     while rest.len() >= 2 {
         let length = usize::from(rest.get_u16());
         let (item, after) = rest.split_at_checked(length).ok_or(CodecError::Full)?;
-        broadcasts.push(wire::decode(item, BROADCAST_BYTES_MAX).map_err(CodecError::Wire)?);
+        if !is_known(item) {
+            broadcasts.push(wire::decode(item, BROADCAST_BYTES_MAX).map_err(CodecError::Wire)?);
+        }
         rest = after;
     }
     if rest.is_empty() { Ok(broadcasts) } else { Err(CodecError::Wire(WireError::Trailing { bytes: rest.len() })) }
@@ -421,7 +450,7 @@ mod tests {
         let mut bytes = wrap(&envelope, &swim).unwrap();
         assert!(append(&mut bytes, &item));
 
-        let seen = inspect(&bytes).unwrap();
+        let seen = inspect(&bytes, |_| false).unwrap();
         assert_eq!((seen.set_hash, seen.suspected, &seen.src), (Some(7), Some(2), &header.src));
         assert_eq!(seen.broadcasts, [item]);
         let Body::Swim { packet, kind: Kind::Other } = seen.body else { panic!("{:?}", seen.body) };
@@ -432,19 +461,19 @@ mod tests {
     fn a_call_carries_broadcasts_and_nothing_else() {
         let call = CallPacket { src: id("a", 1), src_incarnation: 3, dst: Life::default(), call: Call::Check(5) };
         let mut bytes = wire::encode(&Envelope { call: Some(call), ..Envelope::default() }).unwrap();
-        assert_eq!(inspect(&bytes).unwrap().body, Body::Call(Call::Check(5)));
+        assert_eq!(inspect(&bytes, |_| false).unwrap().body, Body::Call(Call::Check(5)));
         let item =
             Broadcast::IHave { node: "y".parse().unwrap(), generation: Generation::default(), version: 3, hash: 1 };
         assert!(append(&mut bytes, &item));
-        assert_eq!(inspect(&bytes).unwrap().broadcasts, [item]);
+        assert_eq!(inspect(&bytes, |_| false).unwrap().broadcasts, [item]);
         bytes.push(0);
-        assert!(inspect(&bytes).is_err());
+        assert!(inspect(&bytes, |_| false).is_err());
     }
 
     proptest! {
         #[test]
         fn garbage_is_refused_without_a_panic(bytes in proptest::collection::vec(any::<u8>(), 0..1200)) {
-            let _unused = inspect(&bytes);
+            let _unused = inspect(&bytes, |_| false);
         }
 
         #[test]
@@ -458,7 +487,7 @@ mod tests {
             append(&mut bytes, &Broadcast::IHave { node, generation, version: 3, hash: 1 });
             if let Some(byte) = bytes.get_mut(at) { *byte = value; }
             bytes.truncate(length);
-            let _unused = inspect(&bytes);
+            let _unused = inspect(&bytes, |_| false);
         }
     }
 }

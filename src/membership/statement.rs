@@ -26,6 +26,7 @@ pub struct LifeClaim {
     /// SWIM's incarnation of this life.
     pub incarnation: u16,
     /// By the member's key.
+    #[serde(with = "wire::bytes")]
     pub signature: Vec<u8>,
 }
 
@@ -41,6 +42,7 @@ pub struct Leave {
     /// Who says so: the signer. Another than `node` is heard about failed members alone.
     pub by: NodeName,
     /// By the key of `by`.
+    #[serde(with = "wire::bytes")]
     pub signature: Vec<u8>,
 }
 
@@ -67,6 +69,7 @@ pub struct Accusation {
     /// Who says so: the signer.
     pub accuser: NodeName,
     /// By the accuser's key.
+    #[serde(with = "wire::bytes")]
     pub signature: Vec<u8>,
 }
 

@@ -15,6 +15,7 @@ pub mod name;
 pub mod record;
 pub mod scope;
 pub mod spiffe;
+pub mod text_map;
 
 pub use grant::{GrantError, OperatorScope, Right};
 pub use name::{CheckId, InstanceId, NameError, NodeName, ServiceName, TrustDomain};
@@ -23,3 +24,4 @@ pub use record::{
 };
 pub use scope::{NamePattern, ServeScope};
 pub use spiffe::{SpiffeError, SpiffeId};
+pub use text_map::TextMap;

@@ -4,10 +4,12 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use super::name::{CheckId, InstanceId, NodeName, ServiceName};
+use super::text_map::TextMap;
 
 /// Which life of a node: grows by one at each start, kept on disk before the node joins; the boot nonce, random per
 /// start, decides between two lives with the same number (a disk restored from a copy).
@@ -104,7 +106,7 @@ impl Default for Weights {
     }
 }
 
-/// A service instance as other nodes see it.
+/// A service instance as other nodes see it: every agent holds those of the whole mesh, so its texts have no room to grow.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ServiceRecord {
     /// Unique on its node.
@@ -112,17 +114,17 @@ pub struct ServiceRecord {
     /// The service's name.
     pub name: ServiceName,
     /// Consul's kind: empty for a plain service, `connect-proxy` for a synthetic sidecar.
-    pub kind: String,
+    pub kind: Box<str>,
     /// In the order given.
-    pub tags: Vec<String>,
+    pub tags: Box<[Box<str>]>,
     /// Free key-value pairs.
-    pub meta: BTreeMap<String, String>,
+    pub meta: TextMap<Box<str>>,
     /// Where it is reached without the mesh; empty: the node's address.
-    pub address: String,
+    pub address: Box<str>,
     /// Its port without the mesh.
     pub port: u16,
     /// `lan`, `wan` … -> address and port.
-    pub tagged_addresses: BTreeMap<String, (String, u16)>,
+    pub tagged_addresses: TextMap<(Box<str>, u16)>,
     /// Its share of the traffic.
     pub weights: Weights,
     /// How its traffic is parsed.
@@ -184,15 +186,15 @@ pub struct CheckRecord {
     /// Unique on its node.
     pub id: CheckId,
     /// For people.
-    pub name: String,
+    pub name: Box<str>,
     /// The last result, thresholds applied.
     pub status: HealthStatus,
     /// For people.
-    pub notes: String,
+    pub notes: Box<str>,
     /// The instance that it is about; none: the whole node.
     pub service: Option<InstanceId>,
     /// `http`, `tcp`, `ttl`.
-    pub kind: String,
+    pub kind: Box<str>,
 }
 
 /// Names one record of a node.
@@ -206,15 +208,15 @@ pub enum EntryKey {
     Check(CheckId),
 }
 
-/// One record of a node.
+/// One record of a node; shared by all that hold it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Entry {
     /// The node's own facts.
-    Node(NodeInfo),
+    Node(Arc<NodeInfo>),
     /// An instance.
-    Service(ServiceRecord),
+    Service(Arc<ServiceRecord>),
     /// A check.
-    Check(CheckRecord),
+    Check(Arc<CheckRecord>),
 }
 
 impl Entry {

@@ -178,6 +178,7 @@ impl Node {
             publication,
             first_index,
             seeds: config.join.clone(),
+            links_max: gossip::LINKS_MAX,
             known_peers: store.peers()?,
             peer_store: Arc::new(glue::PeerFile(store.clone())),
             sync_interval: gossip::SYNC_INTERVAL,

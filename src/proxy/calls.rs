@@ -10,7 +10,7 @@
 
 use std::cell::RefCell;
 use std::future::poll_fn;
-use std::pin::pin;
+use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 
@@ -111,8 +111,7 @@ impl Ticket {
     }
 
     /// Runs `future` until it is done or the stream is cut: then it is dropped, which resets the stream.
-    pub(super) async fn unless_cut<F: Future<Output = ()>>(&self, future: F) {
-        let mut future = pin!(future);
+    pub(super) async fn unless_cut<F: Future<Output = ()>>(&self, mut future: Pin<&mut F>) {
         poll_fn(|context| {
             if self.is_cut(context) {
                 return Poll::Ready(());
@@ -137,6 +136,7 @@ impl Drop for Ticket {
 #[cfg(test)]
 mod tests {
     use std::cell::Cell;
+    use std::pin::pin;
 
     use super::*;
     use crate::clock::UnixSeconds;
@@ -166,12 +166,12 @@ mod tests {
             assert_eq!(calls.cut(|call| !is_web(call)), 0, "nothing is cut twice");
         };
         let served = async {
-            web.unless_cut(std::future::pending()).await;
+            web.unless_cut(pin!(std::future::pending())).await;
             ended.set(ended.get() + 1);
         };
         tokio::join!(served, cutting);
         assert_eq!(ended.get(), 1);
-        api.unless_cut(async {}).await;
+        api.unless_cut(pin!(async {})).await;
         drop((web, api, undecided));
         let again = calls.enter(peer("web"), db);
         assert_eq!((calls.0.borrow().calls.len(), calls.0.borrow().free.len()), (3, 2));

@@ -7,6 +7,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -168,7 +169,7 @@ async fn serve(worker: &Rc<Worker>, stream: Stream) {
     match preamble.kind {
         StreamKind::Http => {
             let stream = http::inbound::Stream { send, recv, rest, local, peer };
-            let served = http::inbound::serve(Rc::clone(worker), stream, |head| ticket.admit_request(head));
+            let served = pin!(http::inbound::serve(Rc::clone(worker), stream, |head| ticket.admit_request(head)));
             ticket.unless_cut(served).await;
             worker.responded_at.set(Some(clock::now()));
         }
@@ -197,7 +198,7 @@ struct TcpCall {
 
 /// Carries a TCP connection until it ends, or intentions end it.
 async fn serve_tcp(worker: &Rc<Worker>, call: TcpCall, ticket: Ticket) {
-    ticket.unless_cut(tcp(worker, call)).await;
+    ticket.unless_cut(pin!(tcp(worker, call))).await;
 }
 
 /// Connects the app and relays.

@@ -34,7 +34,8 @@ pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream, caller: Caller)
         drop(tcp);
         return counted.ends("RBAC");
     }
-    match connect(&worker, &caller).await {
+    // In a box: the connection lasts longer, and has no room for what led to it.
+    match Box::pin(connect(&worker, &caller)).await {
         Ok((send, recv, _lease)) => {
             let ending = relay::relay(tcp, send, recv, &*edge, relay::IDLE_TIMEOUT).await;
             counted.ends(ending.flag());

@@ -296,11 +296,7 @@ async fn down(shared: &Shared<'_>, mut recv: RecvStream, count: &impl Count) -> 
 /// Writes every byte of `chunks` to the app and empties them.
 async fn write_all(shared: &Shared<'_>, chunks: &mut [Bytes]) -> io::Result<()> {
     while chunks.iter().any(|chunk| !chunk.is_empty()) {
-        let mut slices = [io::IoSlice::new(&[]); CHUNKS];
-        for (slice, chunk) in slices.iter_mut().zip(chunks.iter().filter(|chunk| !chunk.is_empty())) {
-            *slice = io::IoSlice::new(chunk);
-        }
-        match shared.tcp.try_write_vectored(&slices) {
+        match try_write(shared.tcp, chunks) {
             Ok(mut bytes) => {
                 for chunk in chunks.iter_mut() {
                     let part = bytes.min(chunk.len());
@@ -319,6 +315,15 @@ async fn write_all(shared: &Shared<'_>, chunks: &mut [Bytes]) -> io::Result<()> 
     // An empty slice of a buffer still holds the buffer.
     chunks.fill(Bytes::new());
     Ok(())
+}
+
+/// Writes what the socket takes of `chunks` at once. Not in the caller: the vector would live in every idle connection.
+fn try_write(tcp: &TcpStream, chunks: &[Bytes]) -> io::Result<usize> {
+    let mut slices = [io::IoSlice::new(&[]); CHUNKS];
+    for (slice, chunk) in slices.iter_mut().zip(chunks.iter().filter(|chunk| !chunk.is_empty())) {
+        *slice = io::IoSlice::new(chunk);
+    }
+    tcp.try_write_vectored(&slices)
 }
 
 /// Notes that the TCP connection is gone.

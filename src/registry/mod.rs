@@ -61,7 +61,7 @@ pub struct LocalCheck {
     /// The name of the service that it is about; empty: the node.
     pub service_name: String,
     /// Its service's tags.
-    pub service_tags: Vec<String>,
+    pub service_tags: Box<[Box<str>]>,
 }
 
 /// All that is registered on this node; what `/v1/agent/services` and `/checks` show.

@@ -17,11 +17,11 @@ const DEFINITION_BYTES_MAX: usize = 64 * 1024;
 pub(super) fn check_record(definition: &CheckDefinition, status: HealthStatus) -> CheckRecord {
     CheckRecord {
         id: definition.id.clone(),
-        name: definition.name.clone(),
+        name: definition.name.as_str().into(),
         status,
-        notes: definition.notes.clone(),
+        notes: definition.notes.as_str().into(),
         service: definition.service.clone(),
-        kind: definition.probe.kind().to_owned(),
+        kind: definition.probe.kind().into(),
     }
 }
 
@@ -91,7 +91,8 @@ fn upstreams_do_not_collide(services: &[&ServiceDefinition]) -> Result<(), Regis
 
 fn sizes_are_bounded(services: &[&ServiceDefinition], alone: &[&CheckDefinition]) -> Result<(), RegistryError> {
     let bytes_of = |entry: &Entry| wire::encode(&(entry.key(), entry)).map_or(usize::MAX, |bytes| bytes.len());
-    let check_bytes = |check: &CheckDefinition| bytes_of(&Entry::Check(check_record(check, HealthStatus::Critical)));
+    let check_bytes =
+        |check: &CheckDefinition| bytes_of(&Entry::Check(check_record(check, HealthStatus::Critical).into()));
     let mut total = alone.iter().fold(0, |sum: usize, check| sum.saturating_add(check_bytes(check)));
     for service in services {
         let bytes = wire::encode(service).map_or(usize::MAX, |bytes| bytes.len());
@@ -101,7 +102,7 @@ fn sizes_are_bounded(services: &[&ServiceDefinition], alone: &[&CheckDefinition]
                 "Invalid service: {id:?} has a definition of {bytes} bytes; at most {DEFINITION_BYTES_MAX} are kept"
             )));
         }
-        total = total.saturating_add(bytes_of(&Entry::Service(service.record.clone())));
+        total = total.saturating_add(bytes_of(&Entry::Service(service.record.clone().into())));
         total = service.checks.iter().fold(total, |sum, check| sum.saturating_add(check_bytes(check)));
     }
     for check in alone {

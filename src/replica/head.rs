@@ -150,6 +150,7 @@ pub(super) struct Change {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Delta {
     pub(super) head: NodeHead,
+    #[serde(with = "wire::bytes")]
     pub(super) signature: Vec<u8>,
     /// Only where the receiver may lack it: certificates make up most of a small delta.
     pub(super) chain: Option<Vec<Vec<u8>>>,

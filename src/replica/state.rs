@@ -1,9 +1,8 @@
 //! The state of one node as one replica holds it.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::cmp::Ordering;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
-
-use serde::Serialize;
 
 use super::head::{Base, Change, Delta, Digest, NodeHead};
 use crate::clock::UnixSeconds;
@@ -24,14 +23,13 @@ pub struct NodeState {
     pub not_after: UnixSeconds,
     /// The node's facts; none until it published them.
     pub info: Option<Arc<NodeInfo>>,
-    /// Its instances within its scope.
-    pub services: BTreeMap<InstanceId, ServiceRecord>,
-    /// Its checks, without those of instances outside its scope.
-    pub checks: BTreeMap<CheckId, CheckRecord>,
-    /// Published and signed, but outside the node's scope: kept only so that hashes agree.
-    withheld: BTreeMap<EntryKey, Entry>,
-    /// Every key with the version that changed it last.
-    changed: BTreeMap<EntryKey, u64>,
+    /// The version that changed the facts last.
+    info_version: u64,
+    /// By id.
+    services: Box<[Held<ServiceRecord>]>,
+    /// By id.
+    checks: Box<[Held<CheckRecord>]>,
+    withheld: Withheld,
     /// Removed keys with the version that removed them (or a later one), oldest first.
     grave: VecDeque<(u64, EntryKey)>,
     /// Deltas from a version below this one cannot be made: removals since then are forgotten.
@@ -43,6 +41,26 @@ pub struct NodeState {
     pub(super) fork_reported: bool,
 }
 
+/// A record, shared with the catalogue, and the version that changed it last.
+#[derive(Debug)]
+struct Held<T> {
+    version: u64,
+    record: Arc<T>,
+}
+
+impl<T> Clone for Held<T> {
+    fn clone(&self) -> Self {
+        Self { version: self.version, record: Arc::clone(&self.record) }
+    }
+}
+
+/// What is published and signed, but outside the node's scope: held only so that hashes agree.
+#[derive(Debug, Clone, Default)]
+struct Withheld {
+    services: BTreeSet<InstanceId>,
+    checks: BTreeSet<CheckId>,
+}
+
 /// A head with what proves it.
 #[derive(Debug)]
 pub(super) struct Signed {
@@ -52,32 +70,13 @@ pub(super) struct Signed {
     pub(super) chain: Arc<Vec<Vec<u8>>>,
 }
 
-/// Encodes exactly as [`Entry`] does.
-#[derive(Serialize)]
-enum EntryRef<'a> {
-    Node(&'a NodeInfo),
-    Service(&'a ServiceRecord),
-    Check(&'a CheckRecord),
-}
-
-impl EntryRef<'_> {
-    fn to_entry(&self) -> Entry {
-        match *self {
-            Self::Node(info) => Entry::Node(info.clone()),
-            Self::Service(service) => Entry::Service(service.clone()),
-            Self::Check(check) => Entry::Check(check.clone()),
-        }
-    }
-}
-
 /// The entries of a state while it is built aside.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Default)]
 pub(super) struct Draft {
-    info: Option<Arc<NodeInfo>>,
-    services: BTreeMap<InstanceId, ServiceRecord>,
-    checks: BTreeMap<CheckId, CheckRecord>,
-    withheld: BTreeMap<EntryKey, Entry>,
-    changed: BTreeMap<EntryKey, u64>,
+    info: Option<Held<NodeInfo>>,
+    services: BTreeMap<InstanceId, Held<ServiceRecord>>,
+    checks: BTreeMap<CheckId, Held<CheckRecord>>,
+    withheld: Withheld,
     grave: VecDeque<(u64, EntryKey)>,
     grave_floor: u64,
 }
@@ -90,36 +89,28 @@ impl Draft {
 
     /// Starts from `state`, scope not applied.
     pub(super) fn from_state(state: &NodeState) -> Self {
-        let mut draft = Self {
-            info: state.info.clone(),
-            services: state.services.clone(),
-            checks: state.checks.clone(),
-            withheld: BTreeMap::new(),
-            changed: state.changed.clone(),
+        let info = state.info.clone().map(|record| Held { version: state.info_version, record });
+        Self {
+            info,
+            services: state.services.iter().map(|held| (held.record.id.clone(), held.clone())).collect(),
+            checks: state.checks.iter().map(|held| (held.record.id.clone(), held.clone())).collect(),
+            withheld: Withheld::default(),
             grave: state.grave.clone(),
             grave_floor: state.grave_floor,
-        };
-        state.withheld.values().cloned().for_each(|entry| draft.put(entry));
-        draft
-    }
-
-    fn put(&mut self, entry: Entry) {
-        match entry {
-            Entry::Node(info) => self.info = Some(Arc::new(info)),
-            Entry::Service(service) => drop(self.services.insert(service.id.clone(), service)),
-            Entry::Check(check) => drop(self.checks.insert(check.id.clone(), check)),
         }
     }
 
     /// Sets an entry as changed by `version`.
     pub(super) fn set(&mut self, version: u64, entry: Entry) {
-        self.changed.insert(entry.key(), version);
-        self.put(entry);
+        match entry {
+            Entry::Node(record) => self.info = Some(Held { version, record }),
+            Entry::Service(record) => drop(self.services.insert(record.id.clone(), Held { version, record })),
+            Entry::Check(record) => drop(self.checks.insert(record.id.clone(), Held { version, record })),
+        }
     }
 
     /// Removes `key` and remembers that `version` did so, among the last `grave_max` removals.
     pub(super) fn remove(&mut self, version: u64, key: EntryKey, grave_max: usize) {
-        self.changed.remove(&key);
         match &key {
             EntryKey::Node => self.info = None,
             EntryKey::Service(id) => drop(self.services.remove(id)),
@@ -135,66 +126,117 @@ impl Draft {
 
     /// Encodes every entry with the version that changed it, in order of key: what the state hash covers.
     pub(super) fn encode(&self) -> Result<Vec<u8>, WireError> {
-        let entries: Vec<(u64, EntryRef<'_>)> = self
-            .changed
-            .iter()
-            .filter_map(|(key, version)| Some((*version, find(key, self.info.as_ref(), &self.services, &self.checks)?)))
-            .collect();
+        let entries: Vec<(u64, Entry)> =
+            entries(self.info.clone(), self.services.values(), self.checks.values()).collect();
         wire::encode(&entries)
     }
 
     /// Puts aside the services outside `scope` and their checks; returns the services' names.
     pub(super) fn withhold(&mut self, scope: &ServeScope) -> Vec<ServiceName> {
-        let refused: BTreeMap<InstanceId, ServiceRecord> =
-            self.services.extract_if(.., |_, service| !scope.covers(service.name.as_str())).collect();
+        let is_refused = |held: &&Held<ServiceRecord>| !scope.covers(held.record.name.as_str());
+        let refused: Vec<&Held<ServiceRecord>> = self.services.values().filter(is_refused).collect();
         if refused.is_empty() {
             return Vec::new();
         }
+        let services: BTreeSet<InstanceId> = refused.iter().map(|held| held.record.id.clone()).collect();
         let is_about_refused =
-            |check: &CheckRecord| check.service.as_ref().is_some_and(|service| refused.contains_key(service));
-        let checks: Vec<_> = self.checks.extract_if(.., |_, check| is_about_refused(check)).collect();
-        self.withheld.extend(checks.into_iter().map(|(id, check)| (EntryKey::Check(id), Entry::Check(check))));
-        let mut names: Vec<ServiceName> = refused.values().map(|service| service.name.clone()).collect();
+            |check: &CheckRecord| check.service.as_ref().is_some_and(|service| services.contains(service));
+        let about = self.checks.values().filter(|held| is_about_refused(&held.record));
+        let checks = about.map(|held| held.record.id.clone()).collect();
+        let mut names: Vec<ServiceName> = refused.iter().map(|held| held.record.name.clone()).collect();
         names.sort();
         names.dedup();
-        let services = refused.into_iter().map(|(id, service)| (EntryKey::Service(id), Entry::Service(service)));
-        self.withheld.extend(services);
+        self.withheld = Withheld { services, checks };
         names
     }
 
     /// Makes it a state under `signed`, which is valid until `not_after`.
-    pub(super) fn finish(mut self, signed: Signed, chain_since: u64, not_after: UnixSeconds) -> NodeState {
+    pub(super) fn finish(
+        mut self,
+        signed: Signed,
+        chain_since: u64,
+        not_after: UnixSeconds,
+        names: &mut Names,
+    ) -> NodeState {
+        self.share_texts(names);
+        let Self { info, services, checks, withheld, mut grave, grave_floor } = self;
         // A key that came back needs no removal.
-        self.grave.retain(|(_, key)| !self.changed.contains_key(key));
+        grave.retain(|(_, key)| match key {
+            EntryKey::Node => info.is_none(),
+            EntryKey::Service(id) => !services.contains_key(id),
+            EntryKey::Check(id) => !checks.contains_key(id),
+        });
+        let (info_version, info) = info.map_or((0, None), |held| (held.version, Some(held.record)));
         NodeState {
             generation: signed.head.generation,
             version: signed.head.version,
             not_after,
-            info: self.info,
-            services: self.services,
-            checks: self.checks,
-            withheld: self.withheld,
-            changed: self.changed,
-            grave: self.grave,
-            grave_floor: self.grave_floor,
+            info,
+            info_version,
+            services: services.into_values().collect(),
+            checks: checks.into_values().collect(),
+            withheld,
+            grave,
+            grave_floor,
             signed: Arc::new(signed),
             chain_since,
             fork_reported: false,
         }
     }
+
+    /// Lets each service be named by the text in `names`, and each check name its service by the text that the service has.
+    fn share_texts(&mut self, names: &mut Names) {
+        for held in self.services.values_mut() {
+            let name = names.share(&held.record.name);
+            if !name.shares_text(&held.record.name) {
+                Arc::make_mut(&mut held.record).name = name;
+            }
+        }
+        for held in self.checks.values_mut() {
+            let Some(about) = &held.record.service else { continue };
+            let Some((id, _)) = self.services.get_key_value(about) else { continue };
+            if !id.shares_text(about) {
+                let id = id.clone();
+                Arc::make_mut(&mut held.record).service = Some(id);
+            }
+        }
+    }
 }
 
-fn find<'a>(
-    key: &EntryKey,
-    info: Option<&'a Arc<NodeInfo>>,
-    services: &'a BTreeMap<InstanceId, ServiceRecord>,
-    checks: &'a BTreeMap<CheckId, CheckRecord>,
-) -> Option<EntryRef<'a>> {
-    match key {
-        EntryKey::Node => info.map(|info| EntryRef::Node(info)),
-        EntryKey::Service(id) => services.get(id).map(EntryRef::Service),
-        EntryKey::Check(id) => checks.get(id).map(EntryRef::Check),
+/// The services' names, one text each however many instances there are.
+#[derive(Debug, Default)]
+pub(super) struct Names {
+    texts: BTreeSet<ServiceName>,
+    /// From this many on those that nothing has any more are taken out.
+    purge_at: usize,
+}
+
+/// Names below which none is taken out.
+const NAMES_PURGE_MIN: usize = 64;
+
+impl Names {
+    fn share(&mut self, name: &ServiceName) -> ServiceName {
+        if let Some(known) = self.texts.get(name) {
+            return known.clone();
+        }
+        if self.texts.len() >= self.purge_at {
+            self.texts.retain(ServiceName::is_shared);
+            self.purge_at = self.texts.len().saturating_mul(2).max(NAMES_PURGE_MIN);
+        }
+        self.texts.insert(name.clone());
+        name.clone()
     }
+}
+
+/// Returns entries with the version that changed each, in order of key.
+fn entries<'a>(
+    info: Option<Held<NodeInfo>>,
+    services: impl Iterator<Item = &'a Held<ServiceRecord>>,
+    checks: impl Iterator<Item = &'a Held<CheckRecord>>,
+) -> impl Iterator<Item = (u64, Entry)> {
+    let info = info.into_iter().map(|held| (held.version, Entry::Node(held.record)));
+    let services = services.map(|held| (held.version, Entry::Service(Arc::clone(&held.record))));
+    info.chain(services).chain(checks.map(|held| (held.version, Entry::Check(Arc::clone(&held.record)))))
 }
 
 impl NodeState {
@@ -213,28 +255,40 @@ impl NodeState {
         &self.signed.digest
     }
 
+    /// Returns its instances within its scope, by id.
+    pub fn services(&self) -> impl Iterator<Item = &Arc<ServiceRecord>> {
+        let records = self.services.iter().map(|held| &held.record);
+        records.filter(|record| !self.withheld.services.contains(&record.id))
+    }
+
+    /// Returns its checks by id, without those of instances outside its scope.
+    pub fn checks(&self) -> impl Iterator<Item = &Arc<CheckRecord>> {
+        let records = self.checks.iter().map(|held| &held.record);
+        records.filter(|record| !self.withheld.checks.contains(&record.id))
+    }
+
     /// Returns the keys of what the node published outside its scope.
-    pub fn withheld(&self) -> impl Iterator<Item = &EntryKey> {
-        self.withheld.keys()
+    pub fn withheld(&self) -> impl Iterator<Item = EntryKey> {
+        let services = self.withheld.services.iter().cloned().map(EntryKey::Service);
+        services.chain(self.withheld.checks.iter().cloned().map(EntryKey::Check))
     }
 
     /// Returns every key that the node published, whether shown or withheld.
-    pub(super) fn keys(&self) -> impl Iterator<Item = &EntryKey> {
-        self.changed.keys()
+    pub(super) fn keys(&self) -> impl Iterator<Item = EntryKey> {
+        self.entries().map(|(_, entry)| entry.key())
     }
 
-    /// Returns the entry under `key` as it was published.
-    pub(super) fn entry(&self, key: &EntryKey) -> Option<Entry> {
-        let shown = find(key, self.info.as_ref(), &self.services, &self.checks).map(|entry| entry.to_entry());
-        shown.or_else(|| self.withheld.get(key).cloned())
+    fn entries(&self) -> impl Iterator<Item = (u64, Entry)> {
+        let info = self.info.clone().map(|record| Held { version: self.info_version, record });
+        entries(info, self.services.iter(), self.checks.iter())
     }
 
-    /// Tells whether `entry` stands under its key, without a copy.
+    /// Tells whether `entry` stands under its key.
     pub(super) fn holds(&self, entry: &Entry) -> bool {
         match entry {
-            Entry::Node(info) => self.info.as_deref() == Some(info),
-            Entry::Service(service) => self.services.get(&service.id) == Some(service),
-            Entry::Check(check) => self.checks.get(&check.id) == Some(check),
+            Entry::Node(info) => self.info.as_ref() == Some(info),
+            Entry::Service(service) => find(&self.services, |record| record.id.cmp(&service.id)) == Some(service),
+            Entry::Check(check) => find(&self.checks, |record| record.id.cmp(&check.id)) == Some(check),
         }
     }
 
@@ -254,10 +308,8 @@ impl NodeState {
             && have.version < digest.version
             && have.version >= self.grave_floor;
         let (base, after) = if is_partial { (Base::Version(have.version), have.version) } else { (Base::Nothing, 0) };
-        let changes = self.changed.iter().filter(|(_, version)| **version > after).filter_map(|(key, version)| {
-            let entry = self.entry(key)?;
-            Some(Change { version: *version, entry })
-        });
+        let changed = self.entries().filter(|(version, _)| *version > after);
+        let changes = changed.map(|(version, entry)| Change { version, entry });
         let removed = self.grave.iter().filter(|(version, _)| is_partial && *version > after);
         let has_chain = is_partial && self.chain_since <= after;
         Some(Delta {
@@ -269,4 +321,10 @@ impl NodeState {
             removed: removed.map(|(_, key)| key.clone()).collect(),
         })
     }
+}
+
+/// Finds a record in a list in order of id.
+fn find<T>(held: &[Held<T>], order: impl Fn(&T) -> Ordering) -> Option<&Arc<T>> {
+    let at = held.binary_search_by(|held| order(&held.record)).ok()?;
+    held.get(at).map(|held| &held.record)
 }

@@ -5,9 +5,7 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 
 use super::*;
-use crate::model::{
-    CheckId, CheckRecord, HealthStatus, InstanceId, NodeInfo, Protocol, ServeScope, ServiceRecord, Weights,
-};
+use crate::model::{CheckRecord, HealthStatus, NodeInfo, Protocol, ServeScope, ServiceRecord, TextMap, Weights};
 use crate::wire;
 
 const NOW: UnixSeconds = UnixSeconds(1_700_000_000);
@@ -67,7 +65,7 @@ fn replica(node: &str) -> Replica {
 }
 
 fn facts(node: &str) -> Entry {
-    Entry::Node(NodeInfo {
+    Entry::Node(Arc::new(NodeInfo {
         id: "id".to_owned(),
         name: name(node),
         mesh_addr: "10.0.0.1:8301".parse().unwrap(),
@@ -75,34 +73,34 @@ fn facts(node: &str) -> Entry {
         meta: BTreeMap::new(),
         build: "0.1.0".to_owned(),
         issuer: false,
-    })
+    }))
 }
 
 fn service(id: &str, service: &str, port: u16) -> Entry {
-    Entry::Service(ServiceRecord {
+    Entry::Service(Arc::new(ServiceRecord {
         id: id.parse().unwrap(),
         name: service.parse().unwrap(),
-        kind: String::new(),
-        tags: vec!["v1".to_owned()],
-        meta: BTreeMap::new(),
-        address: String::new(),
+        kind: Box::default(),
+        tags: ["v1".into()].into(),
+        meta: TextMap::default(),
+        address: Box::default(),
         port,
-        tagged_addresses: BTreeMap::new(),
+        tagged_addresses: TextMap::default(),
         weights: Weights::default(),
         protocol: Protocol::Http,
         enable_tag_override: false,
-    })
+    }))
 }
 
 fn check(id: &str, about: Option<&str>) -> Entry {
-    Entry::Check(CheckRecord {
+    Entry::Check(Arc::new(CheckRecord {
         id: id.parse().unwrap(),
-        name: "check".to_owned(),
+        name: "check".into(),
         status: HealthStatus::Passing,
-        notes: String::new(),
+        notes: Box::default(),
         service: about.map(|about| about.parse().unwrap()),
-        kind: "ttl".to_owned(),
-    })
+        kind: "ttl".into(),
+    }))
 }
 
 fn records(entries: impl IntoIterator<Item = Entry>) -> BTreeMap<EntryKey, Entry> {
@@ -121,7 +119,8 @@ fn apply(replica: &mut Replica, delta: &Delta) -> Result<Applied, ApplyError> {
 /// Everything that a reader can see.
 fn view(replica: &Replica) -> String {
     let shown = |(name, state): (&NodeName, &NodeState)| {
-        let NodeState { generation, version, info, services, checks, .. } = state;
+        let NodeState { generation, version, info, .. } = state;
+        let (services, checks): (Vec<_>, Vec<_>) = (state.services().collect(), state.checks().collect());
         format!("{name} {generation:?} {version} {info:?} {services:?} {checks:?}\n")
     };
     replica.nodes().map(shown).collect()
@@ -168,7 +167,7 @@ fn a_published_state_is_the_same_on_the_other_side() {
     assert_eq!(apply(&mut b, &first), Ok(Applied::Stale));
     assert_eq!(view(&a), view(&b));
     assert_eq!(a.set_hash(), b.set_hash());
-    assert_eq!(b.state(&name("a")).unwrap().services.len(), 1);
+    assert_eq!(b.state(&name("a")).unwrap().services().count(), 1);
 }
 
 #[test]
@@ -263,7 +262,7 @@ fn a_new_life_replaces_the_old_one_and_an_old_life_never_comes_back() {
     apply(&mut b, &stale).unwrap();
     assert_eq!(apply(&mut b, &fresh), Ok(Applied::Updated));
     assert_eq!(apply(&mut b, &stale), Ok(Applied::Stale));
-    assert!(b.state(&name("a")).unwrap().services.is_empty());
+    assert!(b.state(&name("a")).unwrap().services().next().is_none());
     // Its own name: an older life is nothing, a newer one is an alarm; neither is applied.
     assert_eq!(apply(&mut new, &stale), Ok(Applied::Stale));
     let before = view(&old);
@@ -309,8 +308,8 @@ fn services_outside_the_scope_are_not_shown_and_hashes_agree_all_the_same() {
     let delta = a.publish(records(entries.clone()), &signer, NOW).unwrap().unwrap();
     assert_eq!(apply(&mut b, &delta), Ok(Applied::Updated));
     let state = b.state(&name("a")).unwrap();
-    assert_eq!(state.services.keys().map(InstanceId::as_str).collect::<Vec<_>>(), ["w"]);
-    assert_eq!(state.checks.keys().map(CheckId::as_str).collect::<Vec<_>>(), ["cw"]);
+    assert_eq!(state.services().map(|record| record.id.as_str()).collect::<Vec<_>>(), ["w"]);
+    assert_eq!(state.checks().map(|record| record.id.as_str()).collect::<Vec<_>>(), ["cw"]);
     assert_eq!(state.withheld().count(), 2);
     let services = vec!["payments".parse().unwrap()];
     assert_eq!(b.take_reports(), [Report::OutOfScope { node: name("a"), version: 1, services }]);
@@ -320,7 +319,7 @@ fn services_outside_the_scope_are_not_shown_and_hashes_agree_all_the_same() {
     let wider = a.publish(records(entries), &FakeSigner::new("a", "*"), NOW).unwrap().unwrap();
     assert!(wider.changes.is_empty());
     assert_eq!(apply(&mut c, &wider), Ok(Applied::Updated));
-    assert_eq!(c.state(&name("a")).unwrap().services.len(), 2);
+    assert_eq!(c.state(&name("a")).unwrap().services().count(), 2);
     assert_eq!(c.state(&name("a")).unwrap().withheld().count(), 0);
 }
 

@@ -397,7 +397,7 @@ mod tests {
         let mut gone = Arc::unwrap_or_clone(instance("b", CRITICAL, 1));
         Arc::make_mut(&mut gone.node).status = MemberStatus::Failed;
         let mut silent = Arc::unwrap_or_clone(instance("c", WARNING, 1));
-        silent.record.weights.warning = 0;
+        Arc::make_mut(&mut silent.record).weights.warning = 0;
         let error = pick(&service(2, [instance("a", CRITICAL, 1), gone.into(), silent.into()]));
         assert_eq!(
             error,

@@ -23,7 +23,7 @@ mod test_support {
     use std::sync::Arc;
 
     use crate::catalogue::{Instance, NodeEntry, ServiceEntry};
-    use crate::model::{Generation, HealthStatus, MemberStatus, NodeInfo, Protocol, ServiceRecord, Weights};
+    use crate::model::{Generation, HealthStatus, MemberStatus, NodeInfo, Protocol, ServiceRecord, TextMap, Weights};
 
     pub(super) fn now() -> tokio::time::Instant {
         use std::sync::LazyLock;
@@ -44,7 +44,7 @@ mod test_support {
             issuer: false,
         };
         let entry = NodeEntry {
-            info,
+            info: info.into(),
             status: MemberStatus::Alive,
             generation: Generation::default(),
             checks: Vec::new(),
@@ -54,18 +54,19 @@ mod test_support {
         let record = ServiceRecord {
             id: "w".parse().unwrap(),
             name: "web".parse().unwrap(),
-            kind: String::new(),
-            tags: Vec::new(),
-            meta: BTreeMap::new(),
-            address: String::new(),
+            kind: Box::default(),
+            tags: Box::default(),
+            meta: TextMap::default(),
+            address: Box::default(),
             port: 80,
-            tagged_addresses: BTreeMap::new(),
+            tagged_addresses: TextMap::default(),
             weights: Weights { passing: weight, warning: 1 },
             protocol: Protocol::Http,
             enable_tag_override: false,
         };
         let node = Arc::new(entry);
-        Arc::new(Instance { node, record, checks: Vec::new(), status, create_index: 1, modify_index: 1 })
+        let record = Arc::new(record);
+        Arc::new(Instance { node, record, checks: Box::default(), status, create_index: 1, modify_index: 1 })
     }
 
     /// The service `web` at `modify_index`.

@@ -35,7 +35,7 @@ impl Caller {
     /// The services whose certificates are the caller's, in order of name.
     pub(super) fn services(&self, state: &LocalState) -> BTreeSet<ServiceName> {
         let records = state.services.values().map(|service| &service.definition.record);
-        let own = records.filter(|record| self.is_named(record.meta.get(META_USER).map(String::as_str)));
+        let own = records.filter(|record| self.is_named(record.meta.get(META_USER).map(AsRef::as_ref)));
         own.map(|record| record.name.clone()).collect()
     }
 }

@@ -7,11 +7,14 @@ mod request;
 
 use std::collections::BTreeMap;
 use std::hint::black_box;
+use std::sync::Arc;
 use std::time::Duration;
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use weft::clock::UnixSeconds;
-use weft::model::{Entry, EntryKey, Generation, NodeInfo, NodeName, Protocol, ServeScope, ServiceRecord, Weights};
+use weft::model::{
+    Entry, EntryKey, Generation, NodeInfo, NodeName, Protocol, ServeScope, ServiceRecord, TextMap, Weights,
+};
 use weft::replica::{Delta, Digest, HeadSigner, HeadVerifier, Params, Replica, VerifiedHead};
 use weft::wire;
 
@@ -45,23 +48,23 @@ fn name(text: &str) -> NodeName {
 }
 
 fn service(at: usize, port: u16) -> Entry {
-    Entry::Service(ServiceRecord {
+    Entry::Service(Arc::new(ServiceRecord {
         id: format!("web-{at}").parse().expect("a valid id"),
         name: format!("service-{at}").parse().expect("a valid name"),
-        kind: String::new(),
-        tags: vec!["v1".to_owned(), "blue".to_owned()],
-        meta: BTreeMap::from([("team".to_owned(), "shop".to_owned())]),
-        address: "10.0.0.1".to_owned(),
+        kind: Box::default(),
+        tags: ["v1".into(), "blue".into()].into(),
+        meta: [("team", "shop".into())].into_iter().collect(),
+        address: "10.0.0.1".into(),
         port,
-        tagged_addresses: BTreeMap::new(),
+        tagged_addresses: TextMap::default(),
         weights: Weights::default(),
         protocol: Protocol::Http,
         enable_tag_override: false,
-    })
+    }))
 }
 
 fn records(node: &str, services: impl Iterator<Item = Entry>) -> BTreeMap<EntryKey, Entry> {
-    let info = Entry::Node(NodeInfo {
+    let info = Entry::Node(Arc::new(NodeInfo {
         id: "6e2e5bd4-0f3e-4f0c-9a43-1b1a4b8f0a11".to_owned(),
         name: name(node),
         mesh_addr: "10.0.0.1:8301".parse().expect("a valid address"),
@@ -69,7 +72,7 @@ fn records(node: &str, services: impl Iterator<Item = Entry>) -> BTreeMap<EntryK
         meta: BTreeMap::new(),
         build: "0.1.0".to_owned(),
         issuer: false,
-    });
+    }));
     services.chain([info]).map(|entry| (entry.key(), entry)).collect()
 }
 

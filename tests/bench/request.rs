@@ -1,7 +1,6 @@
 //! One request through two agents of this process, over loopback with mutual TLS: app, caller's agent, tunnel, server's
 //! agent, app, and back.
 
-use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
@@ -10,7 +9,7 @@ use criterion::Criterion;
 use tokio::runtime::Runtime;
 use weft::clock;
 use weft::config::{Config, IdentitySource, Secret};
-use weft::model::{NodeName, Protocol, ServiceRecord, Weights};
+use weft::model::{NodeName, Protocol, ServiceRecord, TextMap, Weights};
 use weft::node::Node;
 use weft::pki::{self, CaDir, TokenClaims};
 use weft::registry::{ServiceDefinition, UpstreamDefinition};
@@ -63,12 +62,12 @@ fn service(name: &str, app_addr: SocketAddr, upstreams: Vec<UpstreamDefinition>)
         record: ServiceRecord {
             id: name.parse().expect("a valid id"),
             name: name.parse().expect("a valid name"),
-            kind: String::new(),
-            tags: Vec::new(),
-            meta: BTreeMap::new(),
-            address: String::new(),
+            kind: Box::default(),
+            tags: Box::default(),
+            meta: TextMap::default(),
+            address: Box::default(),
             port: app_addr.port(),
-            tagged_addresses: BTreeMap::new(),
+            tagged_addresses: TextMap::default(),
             weights: Weights::default(),
             protocol: Protocol::Http,
             enable_tag_override: false,

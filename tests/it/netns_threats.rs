@@ -86,7 +86,7 @@ impl Insider {
             let body = serde_json::json!({"Name": service, "Port": 80});
             let defaults = DefinitionDefaults { bind_ip: "127.0.0.1".parse().unwrap() };
             let record = service_from_json(&body, &defaults).unwrap().record;
-            records.insert(EntryKey::Service(record.id.clone()), Entry::Service(record));
+            records.insert(EntryKey::Service(record.id.clone()), Entry::Service(record.into()));
         }
         let publication = Publication { records, ..Publication::default() };
         let (_publish, publication) = watch::channel(Arc::new(publication));
@@ -109,6 +109,7 @@ impl Insider {
             publication,
             first_index: 1,
             seeds: vec!["10.77.0.1".to_owned()],
+            links_max: gossip::LINKS_MAX,
             known_peers: Vec::new(),
             peer_store: Arc::new(Nowhere),
             sync_interval: gossip::SYNC_INTERVAL,

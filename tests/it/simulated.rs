@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use weft::catalogue::Builder;
 use weft::gossip::engine::Engine;
-use weft::model::{EntryKey, InstanceId, MemberStatus};
+use weft::model::{EntryKey, MemberStatus};
 
 use crate::sim::documents::Documents;
 use crate::sim::figures;
@@ -343,8 +343,8 @@ fn scenario_16_poison_from_an_insider_is_quarantined_and_the_last_good_word_stan
         for host in (0..8).filter(|host| *host != 5) {
             let engine = world.engine(host);
             let state = engine.replica().state(&host::name(5)).expect("the last good state stands");
-            assert!(state.services.keys().any(|id| id.as_str() == "good"), "n{host}");
-            assert!(state.services.values().map(|record| record.tags[0].len()).sum::<usize>() < 64 * 1024);
+            assert!(state.services().any(|record| record.id.as_str() == "good"), "n{host}");
+            assert!(state.services().map(|record| record.tags[0].len()).sum::<usize>() < 64 * 1024);
             assert!(world.refusals.contains(&(host, host::name(5))), "n{host} says why");
             assert_eq!(documents.sets[host].iter().next().unwrap().document.content().version, 1);
             assert!(documents.sets[host].revocations().has_key(&weft::pki::SpkiHash([1; 32])));
@@ -359,7 +359,7 @@ fn scenario_16_poison_from_an_insider_is_quarantined_and_the_last_good_word_stan
         let is_known = |world: &World| {
             (0..8).filter(|host| *host != 5).all(|host| {
                 let state = world.engine(host).replica().state(&host::name(5)).unwrap();
-                let names: Vec<&str> = state.services.keys().map(InstanceId::as_str).collect();
+                let names: Vec<&str> = state.services().map(|record| record.id.as_str()).collect();
                 names == ["good"] && state.withheld().count() > 0
             })
         };
@@ -387,7 +387,7 @@ fn scenario_17_an_insider_that_speaks_in_anothers_name_changes_nothing() {
                     || engine.membership().member(&host::name(2)).unwrap().id == *world.hosts[2].id().unwrap()
             );
             let state = engine.replica().state(&host::name(2)).unwrap();
-            assert!(!state.services.keys().any(|id| id.as_str() == "stolen"));
+            assert!(!state.services().any(|record| record.id.as_str() == "stolen"));
             assert_eq!(Engine::sizes(engine).nodes, 8);
             world.assert_bounds(observer);
         }

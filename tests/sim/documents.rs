@@ -22,6 +22,7 @@ use super::world::{WALL, World};
 
 /// As `gossip::documents`.
 const FORWARDS: usize = 3;
+/// As there after a difference; what is equal is compared every 30 s there.
 const COMPARE_EVERY: Duration = Duration::from_secs(5);
 
 /// What is on its way between two hosts.

@@ -7,7 +7,8 @@ use std::time::Duration;
 use weft::gossip::engine::Engine;
 use weft::membership::MeshId;
 use weft::model::{
-    CheckRecord, Entry, EntryKey, Generation, HealthStatus, NodeInfo, NodeName, Protocol, ServiceRecord, Weights,
+    CheckRecord, Entry, EntryKey, Generation, HealthStatus, NodeInfo, NodeName, Protocol, ServiceRecord, TextMap,
+    Weights,
 };
 use weft::store::StoredPeer;
 
@@ -40,22 +41,23 @@ pub(crate) struct Traffic {
 }
 
 /// A UDP datagram with a QUIC short header carries this beside its frames: IPv4 20, UDP 8, QUIC 1+8+2, tag 16.
-const DATAGRAM_OVERHEAD: u64 = 55;
+pub(crate) const DATAGRAM_OVERHEAD: u64 = 55;
 /// Type and length of a DATAGRAM frame; type, id, length of a STREAM frame.
-const FRAME_OVERHEAD: u64 = 3;
+pub(crate) const FRAME_OVERHEAD: u64 = 3;
 /// An ACK frame, alone in its datagram.
-const ACK_BYTES: u64 = DATAGRAM_OVERHEAD + 5;
+pub(crate) const ACK_BYTES: u64 = DATAGRAM_OVERHEAD + 5;
 /// QUIC acknowledges the second packet at once, a single one after so long unless something else goes that way before
 /// (RFC 9000 §13.2.1; quinn's default).
 const ACK_DELAY: Duration = Duration::from_millis(25);
 /// One side's half of a handshake, with a chain of three certificates: initial flights are padded to 1,200 bytes.
-const HANDSHAKE_BYTES: u64 = 4200;
-/// Two watched ports asked every 300 ms, 2 bytes each under UDP and IPv4 (`gossip::actor::evidence`). No host of the
+pub(crate) const HANDSHAKE_BYTES: u64 = 4200;
+/// Two watched ports asked every 500 ms, 2 bytes each under UDP and IPv4 (`gossip::actor::evidence`). No host of the
 /// simulation has ports; the traffic is counted all the same.
-const PORT_BYTES_PER_SECOND: f64 = 200.0;
+pub(crate) const PORT_BYTES_PER_SECOND: f64 = 4.0 * 30.0;
 
-/// Comparing signed documents every 5 s (`gossip::documents`): a question and an answer on a stream.
-const DOCUMENTS_BYTES_PER_SECOND: f64 = 90.0;
+/// Comparing signed documents every 30 s while they are equal (`gossip::documents`): a question and an answer on a stream
+/// and their acknowledgements, 450 bytes.
+pub(crate) const DOCUMENTS_BYTES_PER_SECOND: f64 = 450.0 / 30.0;
 
 impl Traffic {
     /// Estimates what this host sent in `time`, in bytes on the wire, ports asked and documents compared included.
@@ -220,23 +222,23 @@ pub(crate) fn service(id: &str, service: &str, tag: &str) -> [Entry; 2] {
     let record = ServiceRecord {
         id: id.parse().unwrap(),
         name: service.parse().unwrap(),
-        kind: String::new(),
-        tags: vec![tag.to_owned()],
-        meta: BTreeMap::new(),
-        address: String::new(),
+        kind: Box::default(),
+        tags: [tag.into()].into(),
+        meta: TextMap::default(),
+        address: Box::default(),
         port: 8080,
-        tagged_addresses: BTreeMap::new(),
+        tagged_addresses: TextMap::default(),
         weights: Weights::default(),
         protocol: Protocol::Http,
         enable_tag_override: false,
     };
     let check = CheckRecord {
         id: format!("check-{id}").parse().unwrap(),
-        name: "http".to_owned(),
+        name: "http".into(),
         status: HealthStatus::Passing,
-        notes: String::new(),
+        notes: Box::default(),
         service: Some(id.parse().unwrap()),
-        kind: "http".to_owned(),
+        kind: "http".into(),
     };
-    [Entry::Service(record), Entry::Check(check)]
+    [Entry::Service(record.into()), Entry::Check(check.into())]
 }

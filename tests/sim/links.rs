@@ -96,6 +96,11 @@ impl World {
         let traffic = &mut self.hosts[from].traffic;
         traffic.packets += 1;
         traffic.packet_bytes += packet.len() as u64;
+        if self.classes.is_some() {
+            let (class, news) = weft::membership::class_of(&packet);
+            self.classify(class, 1, (packet.len() - news) as u64);
+            self.classify("news that rides along", 0, news as u64);
+        }
         for delay in self.net.carry(from, to, &mut self.rng) {
             let packet = packet.clone();
             self.after(delay, Event::Packet { from, to, connection, packet });

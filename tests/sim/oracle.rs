@@ -1,6 +1,7 @@
 //! What must hold, said plainly: who runs, who is seen by whom, who holds what.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use weft::membership::MeshId;
@@ -106,16 +107,9 @@ impl World {
                 continue;
             }
             let state = state.unwrap_or_else(|| panic!("{at} has no records of {}", host.name));
-            let mut held: BTreeMap<EntryKey, Entry> = BTreeMap::new();
-            held.extend(
-                state
-                    .services
-                    .iter()
-                    .map(|(id, record)| (EntryKey::Service(id.clone()), Entry::Service(record.clone()))),
-            );
-            held.extend(
-                state.checks.iter().map(|(id, record)| (EntryKey::Check(id.clone()), Entry::Check(record.clone()))),
-            );
+            let services = state.services().map(|record| Entry::Service(Arc::clone(record)));
+            let checks = state.checks().map(|record| Entry::Check(Arc::clone(record)));
+            let held: BTreeMap<EntryKey, Entry> = services.chain(checks).map(|entry| (entry.key(), entry)).collect();
             assert_eq!(held, host.records, "{at} holds what is registered on {}", host.name);
             assert_eq!(state.info.as_deref(), Some(&host.info()), "{at} holds the facts of {}", host.name);
         }

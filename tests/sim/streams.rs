@@ -56,6 +56,16 @@ pub(crate) struct Joining {
     outcome: JoinOutcome,
 }
 
+/// Names what a message on a stream is for.
+fn class_of(message: &Message) -> &'static str {
+    match message {
+        Message::Request(Request::Hello(_)) | Message::Hello(_) => "stream: hello",
+        Message::Request(Request::Pull(_)) | Message::Deltas(_) => "stream: pull",
+        Message::End => "stream: end",
+        _ => "stream: comparison",
+    }
+}
+
 fn index(side: Side) -> usize {
     match side {
         Side::Beginner => 0,
@@ -116,6 +126,7 @@ impl World {
         traffic.stream_packets += packets;
         // Every second one is acknowledged with nothing else, a single one as well: nothing answers the last.
         self.hosts[to_host].traffic.acks += packets.div_ceil(2);
+        self.classify(class_of(message), packets, bytes.len() as u64 + 4);
         let time = self.net.stream_time(from_host, to_host, bytes.len(), &mut self.rng);
         self.after(time, Event::Frame { talk: number, stream, to, bytes });
     }

@@ -1,7 +1,7 @@
 //! The event loop: virtual time, hosts, what an engine wants carried out, faults by hand.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeSet, BinaryHeap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -124,6 +124,8 @@ pub(crate) struct World {
     pub(crate) joinings: HashMap<u64, Joining>,
     pub(crate) talk_number: u64,
     pub(crate) exchanges_begun: u64,
+    /// Where somebody wants to know: UDP datagrams and bytes of ours by what they were for.
+    pub(crate) classes: Option<BTreeMap<&'static str, [u64; 2]>>,
     pub(crate) dropped: u64,
     /// Events that were carried out.
     pub(crate) steps: u64,
@@ -172,6 +174,7 @@ impl World {
             joinings: HashMap::new(),
             talk_number: 0,
             exchanges_begun: 0,
+            classes: None,
             dropped: 0,
             steps: 0,
             seen: Vec::new(),
@@ -251,6 +254,14 @@ impl World {
     pub(crate) fn after(&mut self, delay: Duration, event: Event) {
         self.number += 1;
         self.queue.push(Reverse(Scheduled { at: self.now + delay, number: self.number, event }));
+    }
+
+    /// Counts what is sent by what it is for.
+    pub(crate) fn classify(&mut self, class: &'static str, datagrams: u64, bytes: u64) {
+        if let Some(classes) = &mut self.classes {
+            let sum = classes.entry(class).or_default();
+            *sum = [sum[0] + datagrams, sum[1] + bytes];
+        }
     }
 
     /// Runs for `time`.

@@ -26,7 +26,7 @@ use tokio::time::Instant;
 use tracing::info;
 
 use super::{Actor, Done, Incumbent, Message, Step, answer};
-use crate::gossip::targets;
+use crate::gossip::targets::{self, DialError};
 use crate::membership::MeshId;
 use crate::model::NodeName;
 use crate::transport::Rhythm;
@@ -53,6 +53,28 @@ pub(super) struct Challenge {
     pub(super) peer: NodeName,
     pub(super) id: MeshId,
     pub(super) reply: oneshot::Sender<Step>,
+}
+
+/// What the address of a name's holder says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Holder {
+    /// It proved its name there.
+    Answers,
+    /// Its host says that nobody has the port.
+    Refuses,
+    /// Nothing in time, or it could not prove its name.
+    Silent,
+}
+
+impl Holder {
+    /// Decides whether the name of a member that counts as alive is free. Silence frees none: the holder's machine, or this
+    /// one, may be loaded or stopped for a moment, and whether it lives is the membership's verdict, a few seconds away.
+    fn judge(self) -> Incumbent {
+        match self {
+            Self::Answers | Self::Silent => Incumbent::Answers,
+            Self::Refuses => Incumbent::Silent,
+        }
+    }
 }
 
 /// The watches that run, each with its turn among the watchers of that member: as many as the membership watches, two.
@@ -117,7 +139,7 @@ impl Actor {
         }
         // What it acknowledged before is no answer.
         self.tell_signs_of_life(now);
-        self.turn(now, |engine, turn| engine.evidence_refused(&id.name, turn));
+        self.turn(now, |engine, turn| engine.question(&id.name, turn));
         let round_trip = self.links.open(&id.name).map(Connection::rtt).unwrap_or_default();
         let until = now + LIFE_SHOWS_IN + 2 * round_trip;
         self.work.spawn(async move {
@@ -159,28 +181,39 @@ impl Actor {
         }
     }
 
-    /// Answers a hello; where its name lives elsewhere, the holder is asked first.
-    pub(super) fn greeted(&mut self, challenge: Challenge) {
+    /// Answers a hello; where its name lives elsewhere, the holder is asked first: by a handshake, which proves its name, and
+    /// over the connection that it may have, which takes it less.
+    pub(super) fn greeted(&mut self, challenge: Challenge, now: Instant) {
         let incumbent = self.engine.incumbent(&challenge.peer, &challenge.id).cloned();
         let Some(incumbent) = incumbent.filter(|_| self.challenges < CHALLENGES_MAX) else {
-            return self.challenged(challenge, Incumbent::Unasked);
+            return self.welcome(challenge, Incumbent::Unasked);
         };
         self.challenges += 1;
+        self.turn(now, |engine, turn| engine.question(&incumbent.name, turn));
         let transport = self.transport.clone();
         self.work.spawn(async move {
             let dial = targets::dial(&transport, incumbent.addr, Some(incumbent.name));
             let holder = match tokio::time::timeout(CHALLENGE_TIME_MAX, dial).await {
                 Ok(Ok((connection, _))) => {
                     connection.close(0u32.into(), b"asked whether you live");
-                    Incumbent::Answers
+                    Holder::Answers
                 }
-                Ok(Err(_)) | Err(_) => Incumbent::Silent,
+                Ok(Err(DialError::Refused(_))) => Holder::Refuses,
+                Ok(Err(DialError::Failed(_))) | Err(_) => Holder::Silent,
             };
             Done::Challenged(challenge, holder)
         });
     }
 
-    pub(super) fn challenged(&mut self, challenge: Challenge, incumbent: Incumbent) {
+    /// The holder of a name was asked.
+    pub(super) fn challenged(&mut self, challenge: Challenge, holder: Holder, now: Instant) {
+        self.challenges -= 1;
+        self.drain_inputs(now);
+        self.tell_signs_of_life(now);
+        self.welcome(challenge, holder.judge());
+    }
+
+    fn welcome(&mut self, challenge: Challenge, incumbent: Incumbent) {
         let Challenge { peer, id, reply } = challenge;
         let hello = self.engine.hello(&peer, &id, incumbent);
         answer(reply, Step::Last(Message::Hello(hello)));

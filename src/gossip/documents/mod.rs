@@ -10,7 +10,7 @@
 //! are open where there are any; SWIM's packets and syncs of records do not stand before it. The node that an operator
 //! tells pushes to everybody and says how many confirmed; whoever learns a document passes it to [`FORWARDS`] others, so
 //! that it also reaches those whom the first node does not; and each comparison with a random member (about every 5 s,
-//! three at once after a join) heals what was missed.
+//! every 30 s while nothing differs, three at once after a join) heals what was missed.
 //!
 //! A peer whose documents are refused again and again is not listened to for a while (`patience`); policy that ends soon is
 //! told (`ends`).

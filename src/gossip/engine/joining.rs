@@ -58,9 +58,9 @@ pub enum Attempt {
 pub enum Incumbent {
     /// Nobody was asked.
     Unasked,
-    /// It answered at its address.
+    /// It answered at its address, or nothing says that it is gone.
     Answers,
-    /// It did not answer there.
+    /// Its host says that nobody has its port.
     Silent,
 }
 

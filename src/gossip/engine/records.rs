@@ -1,5 +1,7 @@
 //! Records: publishing the own, merging others', pulling what is missing.
 
+use std::sync::Arc;
+
 use super::message::{Exchange, Message, Request, Stage, Step};
 use super::{Engine, Event, PULLS_MAX, REFUSALS_MAX, Turn};
 use crate::membership::{BROADCAST_BYTES_MAX, Broadcast, MeshId};
@@ -11,7 +13,7 @@ impl Engine {
     /// Publishes the own records if they changed or their lease needs it, and spreads them.
     pub(super) fn publish(&mut self, turn: &Turn<'_>) {
         let mut records = self.records.clone();
-        records.insert(EntryKey::Node, Entry::Node(self.node.clone()));
+        records.insert(EntryKey::Node, Entry::Node(Arc::new(self.node.clone())));
         match self.replica.publish(records, turn.signer, turn.wall) {
             Ok(Some(delta)) => {
                 self.tell(Event::Published(Ok(())));

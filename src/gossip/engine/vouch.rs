@@ -49,9 +49,9 @@ impl Engine {
         self.settle(turn);
     }
 
-    /// Asks `peer` whether it lives: its host is said to refuse the port, by somebody who may lie.
-    pub fn evidence_refused(&mut self, peer: &NodeName, turn: &Turn<'_>) {
-        self.core.evidence_refused(peer, turn.now);
+    /// Asks `peer` whether it lives: its host is said to refuse the port, or its name is claimed, by somebody who may lie.
+    pub fn question(&mut self, peer: &NodeName, turn: &Turn<'_>) {
+        self.core.question(peer, turn.now);
         self.settle(turn);
     }
 

@@ -131,15 +131,15 @@ impl Mesh {
     }
 
     /// Kills a node whose host refuses the port. Only who asks the port hears of it, as in the agent: its watchers do,
-    /// every 300 ms. The others are answered if the host still answers (`is_generous`): hosts send few refusals.
+    /// every 500 ms, in turn (`gossip::actor::evidence`). The others are answered if the host still answers (`is_generous`): hosts send few refusals.
     fn kill_refused(&mut self, number: usize, is_generous: bool) {
         self.kill(number);
         let watches = |core: &Core| core.watched().iter().any(|id| id.name == name(number));
         let watchers: Vec<NodeName> =
             self.nodes.iter().filter(|(_, core)| watches(core)).map(|(at, _)| at.clone()).collect();
-        for watcher in watchers {
-            let turn = Duration::from_millis(self.rng.random_range(0..300));
-            self.refuse(&watcher, &name(number), turn);
+        let first = self.rng.random_range(0..500);
+        for (watcher, turn) in watchers.into_iter().zip(0..) {
+            self.refuse(&watcher, &name(number), Duration::from_millis((first + turn * 250) % 500));
         }
         if is_generous {
             self.refuses.insert(name(number));

@@ -17,7 +17,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::convert::Infallible;
-use std::pin::{Pin, pin};
+use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -116,7 +116,8 @@ pub(crate) async fn serve<D: Dial>(worker: Rc<D>, stream: TcpStream, route: Rout
             .initial_stream_window_size(H2_STREAM_WINDOW)
             .initial_connection_window_size(H2_CONNECTION_WINDOW)
             .max_header_list_size(u32::try_from(HEAD_BYTES_MAX).unwrap_or(u32::MAX));
-        let mut served = pin!(builder.serve_connection(io, service));
+        // The larger of the two by far: in a box, so that a connection of the other kind has no room for it.
+        let mut served = Box::pin(builder.serve_connection(io, service));
         match activity.unless_ended(served.as_mut()).await {
             Ok(ended) => ended,
             Err(_end) => {
@@ -130,18 +131,21 @@ pub(crate) async fn serve<D: Dial>(worker: Rc<D>, stream: TcpStream, route: Rout
         builder.max_buf_size(HEAD_BYTES_MAX).max_header_size(HEAD_BYTES_MAX).header_read_timeout(None);
         let (mut io, mut service) = (io, service);
         loop {
-            let mut served = builder.serve_connection(io, service).with_upgrades();
-            match activity.unless_ended(Pin::new(&mut served)).await {
+            // In a box, so that a connection that rests has no room for it.
+            let mut served = Box::new(builder.serve_connection(io, service).with_upgrades());
+            match activity.unless_ended(Pin::new(&mut *served)).await {
                 Ok(ended) => break ended,
                 Err(End::Slow) => return debug!("caller's request head did not arrive in time"),
                 Err(End::Quiet) => {
-                    Pin::new(&mut served).graceful_shutdown();
+                    Pin::new(&mut *served).graceful_shutdown();
                     break served.await;
                 }
                 Err(End::Idle) => {
                     let Some(parts) = served.into_parts() else { return };
-                    // A connection that rests is between two requests, so nothing was read ahead.
-                    if !parts.read_buf.is_empty() || !activity.rest(parts.io.stream()).await {
+                    // A connection that rests is between two requests, so nothing was read ahead. Empty, it keeps 8 KiB alive.
+                    let has_read_ahead = !parts.read_buf.is_empty();
+                    drop(parts.read_buf);
+                    if has_read_ahead || !activity.rest(parts.io.stream()).await {
                         return;
                     }
                     (io, service) = (parts.io, parts.service);

@@ -1,5 +1,7 @@
 //! Both sides over a loopback QUIC connection, with real apps and callers.
 
+mod rest;
+
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -25,7 +27,7 @@ use crate::catalogue::{Instance, LocalInstance, NodeEntry, Publisher, ServiceEnt
 use crate::clock::UnixSeconds;
 use crate::metrics::Metrics;
 use crate::model::{
-    Generation, HealthStatus, MemberStatus, NodeInfo, Protocol, ServeScope, ServiceRecord, SpiffeId, Weights,
+    Generation, HealthStatus, MemberStatus, NodeInfo, Protocol, ServeScope, ServiceRecord, SpiffeId, TextMap, Weights,
 };
 use crate::proxy::head::HEADERS_MAX;
 use crate::proxy::{Route, Source};
@@ -168,7 +170,7 @@ fn instance() -> Arc<Instance> {
         issuer: false,
     };
     let node = Arc::new(NodeEntry {
-        info,
+        info: info.into(),
         status: MemberStatus::Alive,
         generation: Generation::default(),
         checks: vec![],
@@ -178,17 +180,18 @@ fn instance() -> Arc<Instance> {
     let record = ServiceRecord {
         id: "web-1".parse().unwrap(),
         name: "web".parse().unwrap(),
-        kind: String::new(),
-        tags: vec![],
-        meta: BTreeMap::new(),
-        address: String::new(),
+        kind: Box::default(),
+        tags: Box::default(),
+        meta: TextMap::default(),
+        address: Box::default(),
         port: 80,
-        tagged_addresses: BTreeMap::new(),
+        tagged_addresses: TextMap::default(),
         weights: Weights::default(),
         protocol: Protocol::Http,
         enable_tag_override: false,
     };
-    Arc::new(Instance { node, record, checks: vec![], status: HealthStatus::Passing, create_index: 1, modify_index: 1 })
+    let (record, status) = (Arc::new(record), HealthStatus::Passing);
+    Arc::new(Instance { node, record, checks: Box::default(), status, create_index: 1, modify_index: 1 })
 }
 
 type AppBody = UnsyncBoxBody<Bytes, std::io::Error>;

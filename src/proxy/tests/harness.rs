@@ -17,7 +17,8 @@ use crate::catalogue::{
 use crate::clock::{self, UnixSeconds};
 use crate::metrics::Metrics;
 use crate::model::{
-    Generation, HealthStatus, MemberStatus, NodeInfo, NodeName, Protocol, ServiceName, ServiceRecord, SpiffeId, Weights,
+    Generation, HealthStatus, MemberStatus, NodeInfo, NodeName, Protocol, ServiceName, ServiceRecord, SpiffeId,
+    TextMap, Weights,
 };
 use crate::pki::{PeerIdentity, Plane, Presented};
 use crate::transport::{ClientTls, Credentials, bind, client_config};
@@ -191,7 +192,7 @@ fn instance(node: &str, mesh_addr: SocketAddr, id: &str) -> Arc<Instance> {
         issuer: false,
     };
     let entry = NodeEntry {
-        info,
+        info: info.into(),
         status: MemberStatus::Alive,
         generation: Generation { number: 1, nonce: 1 },
         checks: Vec::new(),
@@ -201,18 +202,18 @@ fn instance(node: &str, mesh_addr: SocketAddr, id: &str) -> Arc<Instance> {
     let record = ServiceRecord {
         id: id.parse().unwrap(),
         name: name("web"),
-        kind: String::new(),
-        tags: Vec::new(),
-        meta: BTreeMap::new(),
-        address: String::new(),
+        kind: Box::default(),
+        tags: Box::default(),
+        meta: TextMap::default(),
+        address: Box::default(),
         port: 80,
-        tagged_addresses: BTreeMap::new(),
+        tagged_addresses: TextMap::default(),
         weights: Weights::default(),
         protocol: Protocol::Tcp,
         enable_tag_override: false,
     };
-    let status = HealthStatus::Passing;
-    Arc::new(Instance { node: Arc::new(entry), record, checks: vec![], status, create_index: 1, modify_index: 1 })
+    let (node, record, status) = (Arc::new(entry), Arc::new(record), HealthStatus::Passing);
+    Arc::new(Instance { node, record, checks: Box::default(), status, create_index: 1, modify_index: 1 })
 }
 
 fn name(text: &str) -> ServiceName {

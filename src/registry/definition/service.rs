@@ -83,12 +83,15 @@ pub fn service_from_json(value: &Value, defaults: &DefinitionDefaults) -> Result
         record: ServiceRecord {
             id,
             name,
-            kind,
-            tags,
-            meta,
-            address,
+            kind: kind.into(),
+            tags: tags.into_iter().map(Into::into).collect(),
+            meta: meta.into_iter().map(|(key, value)| (key, value.into())).collect(),
+            address: address.into(),
             port,
-            tagged_addresses,
+            tagged_addresses: tagged_addresses
+                .into_iter()
+                .map(|(tag, (address, port))| (tag, (address.into(), port)))
+                .collect(),
             weights,
             protocol,
             enable_tag_override,

@@ -296,7 +296,7 @@ impl Task {
             status: state.status(),
             output: String::new(),
             service_name: String::new(),
-            service_tags: Vec::new(),
+            service_tags: Box::default(),
         });
         self.checks.insert(id.clone(), HeldCheck { shown, alone, state, running });
         self.note_change(&id, Change::Status);
@@ -436,7 +436,7 @@ fn publication(state: &LocalState) -> Publication {
     for (id, service) in &state.services {
         let definition = &service.definition;
         let record = &definition.record;
-        records.insert(EntryKey::Service(id.clone()), Entry::Service(record.clone()));
+        records.insert(EntryKey::Service(id.clone()), Entry::Service(record.clone().into()));
         upstreams.extend(definition.upstreams.iter().map(|upstream| UpstreamListener {
             bind: upstream.bind,
             source: record.name.clone(),
@@ -451,7 +451,7 @@ fn publication(state: &LocalState) -> Publication {
     }
     for (id, check) in &state.checks {
         let record = rules::check_record(&check.definition, check.status);
-        records.insert(EntryKey::Check(id.clone()), Entry::Check(record));
+        records.insert(EntryKey::Check(id.clone()), Entry::Check(record.into()));
     }
     view.upstreams = upstreams.into_iter().collect();
     Publication { records, view }

@@ -68,6 +68,11 @@ async def ends(mesh, kind, number):
     return seconds
 
 
+def ends_each(count, args):
+    """How often each kind of end is measured: each takes one agent away, and two must be left to see it."""
+    return max(1, min(args.repeats, (count - 2) // 3))
+
+
 async def paused(mesh):
     """One agent is stopped for 10 s."""
     at = mesh.victim()
@@ -98,7 +103,7 @@ async def measure_weft(lab, count, args):
             result["register_to_all_s"] = spread([(await mesh.register(mesh.victim(), f"event-{k}"))["all"] for k in range(args.repeats)])
         for kind in ("kill", "silent", "leave"):
             if wanted(kind):
-                result[f"{kind}_to_all_s"] = spread([await ends(mesh, kind, k) for k in range(args.repeats)])
+                result[f"{kind}_to_all_s"] = spread([await ends(mesh, kind, k) for k in range(ends_each(count, args))])
         if wanted("stop"):
             result["sigstop"] = await paused(mesh)
         return result
@@ -121,11 +126,11 @@ async def measure_serf(lab, count, args):
         if wanted("register"):
             result["register_to_all_s"] = spread([await mesh.event(k) for k in range(args.repeats)])
         if wanted("kill"):
-            result["kill_to_all_s"] = spread([await mesh.ends(victim(), "Failed", signal.SIGKILL) for _ in range(args.repeats)])
+            result["kill_to_all_s"] = spread([await mesh.ends(victim(), "Failed", signal.SIGKILL) for _ in range(ends_each(count, args))])
         if wanted("silent"):
-            result["silent_to_all_s"] = spread([await mesh.ends(victim(), "Failed", signal.SIGKILL, cut=True) for _ in range(args.repeats)])
+            result["silent_to_all_s"] = spread([await mesh.ends(victim(), "Failed", signal.SIGKILL, cut=True) for _ in range(ends_each(count, args))])
         if wanted("leave"):
-            result["leave_to_all_s"] = spread([await mesh.ends(victim(), "Leave", signal.SIGINT) for _ in range(args.repeats)])
+            result["leave_to_all_s"] = spread([await mesh.ends(victim(), "Leave", signal.SIGINT) for _ in range(ends_each(count, args))])
         if wanted("stop"):
             result["sigstop"] = await mesh.pause(victim())
         return result
