@@ -428,7 +428,7 @@ enum Place {
 }
 
 fn place(instance: &Instance, reached: Reached) -> Place {
-    let address = instance.record.address.as_str();
+    let address = &*instance.record.address;
     if reached == Reached::ByMesh || address.is_empty() {
         return Place::Node(instance.node.info.mesh_addr.ip());
     }

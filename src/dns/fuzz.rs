@@ -2,7 +2,6 @@
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a target fails by panicking")]
 
-use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 
 use hickory_proto::op::ResponseCode;
@@ -17,7 +16,7 @@ use super::message::{
 use super::zone::Zone;
 use crate::catalogue::{Instance, NodeEntry, ServiceEntry, Snapshot};
 use crate::model::{
-    Generation, HealthStatus, MemberStatus, NodeInfo, NodeName, Protocol, ServiceName, ServiceRecord, Weights,
+    Generation, HealthStatus, MemberStatus, NodeInfo, NodeName, Protocol, ServiceName, ServiceRecord, TextMap, Weights,
 };
 
 /// A message: the first byte says who reads it.
@@ -80,7 +79,7 @@ fn found(bytes: &[u8]) {
 pub(super) fn mesh() -> Snapshot {
     let node = |name: &str, ip: &str, datacenter: &str, meta: &[(&str, &str)]| {
         Arc::new(NodeEntry {
-            info: NodeInfo {
+            info: Arc::new(NodeInfo {
                 id: String::new(),
                 name: name.parse().unwrap(),
                 mesh_addr: format!("{ip}:8301").parse().unwrap(),
@@ -88,7 +87,7 @@ pub(super) fn mesh() -> Snapshot {
                 meta: meta.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect(),
                 build: String::new(),
                 issuer: false,
-            },
+            }),
             status: MemberStatus::Alive,
             generation: Generation::default(),
             checks: Vec::new(),
@@ -131,20 +130,20 @@ fn add(
     let name: ServiceName = service.parse().unwrap();
     let instance = Arc::new(Instance {
         node: Arc::clone(node),
-        record: ServiceRecord {
+        record: Arc::new(ServiceRecord {
             id: format!("{service}-{port}").parse().unwrap(),
             name: name.clone(),
-            kind: String::new(),
-            tags: tags.iter().map(|tag| (*tag).to_owned()).collect(),
-            meta: BTreeMap::new(),
-            address: address.to_owned(),
+            kind: Box::default(),
+            tags: tags.iter().map(|tag| Box::from(*tag)).collect(),
+            meta: TextMap::default(),
+            address: address.into(),
             port,
-            tagged_addresses: BTreeMap::new(),
+            tagged_addresses: TextMap::default(),
             weights: Weights { passing: 10, warning: 2 },
             protocol: Protocol::Tcp,
             enable_tag_override: false,
-        },
-        checks: Vec::new(),
+        }),
+        checks: Box::default(),
         status,
         create_index: 1,
         modify_index: 1,
