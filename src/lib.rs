@@ -5,6 +5,7 @@ pub mod authz;
 pub mod catalogue;
 pub mod clock;
 pub mod config;
+pub mod dns;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzz;

@@ -105,6 +105,8 @@ fn inputs(args: &AgentArgs) -> Inputs {
         ("-policy-authority", "policy_authority", &args.policy_authority),
         ("-drain-timeout", "drain_timeout", &args.drain_timeout),
         ("-log-level", "log_level", &args.log_level),
+        ("-domain", "domain", &args.domain),
+        ("-alt-domain", "alt_domain", &args.alt_domain),
         ("-workload-socket", "workload_api.socket", &args.workload_socket),
         ("-workload-group", "workload_api.group", &args.workload_group),
     ];
@@ -118,6 +120,8 @@ fn inputs(args: &AgentArgs) -> Inputs {
     settings.extend(texts.into_iter().filter_map(|(flag, key, text)| Some(setting(flag, key, json!(text.as_ref()?)))));
     settings.extend(ports.into_iter().filter_map(|(flag, key, port)| Some(setting(flag, key, json!(port?)))));
     settings.extend(args.join.iter().map(|addr| setting("-join", "retry_join", json!(addr))));
+    settings.extend(args.dns_port.map(|port| setting("-dns-port", "ports.dns", json!(port))));
+    settings.extend(args.recursor.iter().map(|addr| setting("-recursor", "recursors", json!(addr))));
     settings.extend(args.workers.map(|count| setting("-workers", "workers", json!(count))));
     let switches = [
         (args.enable_script_checks, "-enable-script-checks", "enable_script_checks"),

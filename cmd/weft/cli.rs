@@ -166,7 +166,7 @@ pub(crate) struct AgentArgs {
     /// Address that other nodes reach, if it is not -bind.
     #[arg(long, value_name = "IP")]
     pub(crate) advertise: Option<String>,
-    /// Address of the HTTP API. Default 127.0.0.1; others need an admin token.
+    /// Address of the HTTP API and of DNS. Default 127.0.0.1; others need an admin token.
     #[arg(long, value_name = "IP")]
     pub(crate) client: Option<String>,
     /// Mesh port (UDP). Default 8301.
@@ -178,6 +178,18 @@ pub(crate) struct AgentArgs {
     /// Shared HTTP port that routes by Host (TCP); 0 is off. Default 0, with -dev 8480.
     #[arg(long, value_name = "PORT")]
     pub(crate) shared_http_port: Option<u16>,
+    /// DNS port (UDP and TCP); -1 is off. Default 8600.
+    #[arg(long, value_name = "PORT", allow_negative_numbers = true)]
+    pub(crate) dns_port: Option<i64>,
+    /// Domain of the names that DNS answers. Default weft.
+    #[arg(long, value_name = "DOMAIN")]
+    pub(crate) domain: Option<String>,
+    /// Second domain with the same names; '' for none. Default consul.
+    #[arg(long, value_name = "DOMAIN")]
+    pub(crate) alt_domain: Option<String>,
+    /// Resolver that DNS asks for all other names: IP or IP:PORT; repeatable, asked in order. Default: they are refused.
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) recursor: Vec<String>,
     /// Seed to join through: a name, an address or host:port; repeatable, retried until one answers.
     #[arg(long, value_name = "ADDR")]
     pub(crate) join: Vec<String>,

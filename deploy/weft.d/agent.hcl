@@ -11,6 +11,10 @@ bind_addr = "10.0.0.1"
 # The HTTP API; other addresses than loopback need admin_token_file.
 client_addr = "127.0.0.1"
 
+# DNS, by UDP and TCP on client_addr (api/dns.md); -1 turns it off. Names of others go to the recursors.
+#   ports { dns = 8600 }
+#   recursors = ["192.0.2.53"]
+
 # The first node of a mesh holds an issuer that `weft ca init` made:
 #   issuer = "/etc/weft.d/issuer-1"
 # Every further one joins with a token of `weft token create`, needed at its first start only:

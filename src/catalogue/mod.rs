@@ -10,6 +10,7 @@
 //! Not here: deciding who is alive (`membership`), picking an instance (`routing`).
 
 pub mod builder;
+pub mod virtual_ip;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -19,6 +20,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
 pub use self::builder::Builder;
+pub use self::virtual_ip::VirtualIps;
 use crate::authz::{Action, Table};
 use crate::model::{
     CheckRecord, Generation, HealthStatus, InstanceId, MemberStatus, NodeInfo, NodeName, Protocol, ServiceName,

@@ -11,6 +11,7 @@
 //! Not here: the environment (the command line reads it), definitions of services (`registry::definition`), starting
 //! anything (`node`).
 
+mod dns;
 mod duration;
 mod file;
 mod host;
@@ -33,6 +34,7 @@ pub use problem::{ConfigError, Problem, Source, Warning};
 pub use raw::Setting;
 
 use crate::authz::Action;
+use crate::dns::DnsConfig;
 use crate::model::{NodeName, ServeScope, TrustDomain};
 use crate::registry::{CheckDefinition, CheckSettings, ScriptPolicy, ServiceDefinition};
 use crate::telemetry::{Filter, LogFormat};
@@ -42,6 +44,10 @@ use crate::workload::WorkloadConfig;
 pub const MESH_PORT_DEFAULT: u16 = 8301;
 /// The HTTP API's port: Consul's, so that its clients find it.
 pub const HTTP_PORT_DEFAULT: u16 = 8500;
+/// The port of DNS: Consul's, so that what forwards to it stays as it is.
+pub const DNS_PORT_DEFAULT: u16 = 8600;
+/// Longest wait for one recursor: whoever asks has given up by then.
+pub const RECURSOR_TIMEOUT_MAX: Duration = Duration::from_secs(10);
 /// The shared HTTP port where it is on: beside the API's, and rarely taken.
 pub const SHARED_HTTP_PORT_DEFAULT: u16 = 8480;
 /// Consul's default datacenter.
@@ -88,6 +94,8 @@ pub struct Config {
     pub http_addr: SocketAddr,
     /// Where the shared HTTP port listens; none: it is off.
     pub shared_http_addr: Option<SocketAddr>,
+    /// How names are answered by DNS; none: it is off.
+    pub dns: Option<DnsConfig>,
     /// Where upstream ports are bound that name no address: always loopback.
     pub upstream_ip: IpAddr,
     /// Seeds: names, addresses, `host:port`. Retried until one answers.

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde_json::{Map, Value};
 
+use super::dns::RawDns;
 use super::duration::parse_duration;
 use super::problem::{Problem, Source, Warning};
 
@@ -24,7 +25,7 @@ const CONSUL_ONLY: [&str; 10] = [
     "connect",
 ];
 /// Ports of Consul's that weft has not.
-const CONSUL_ONLY_PORTS: [&str; 7] = ["dns", "https", "grpc", "grpc_tls", "serf_lan", "serf_wan", "server"];
+const CONSUL_ONLY_PORTS: [&str; 6] = ["https", "grpc", "grpc_tls", "serf_lan", "serf_wan", "server"];
 /// Keys whose values are never shown.
 const SECRET: [&str; 2] = ["token", "admin_token"];
 
@@ -91,6 +92,7 @@ pub(crate) struct Raw {
     pub(crate) ca_file: Option<Given<String>>,
     pub(crate) docker_socket: Option<Given<String>>,
     pub(crate) dbus_socket: Option<Given<String>>,
+    pub(crate) dns: RawDns,
     pub(crate) services: Vec<Given<Value>>,
     pub(crate) checks: Vec<Given<Value>>,
     pub(crate) warnings: Vec<Warning>,
@@ -149,6 +151,7 @@ impl Raw {
             "node_meta" => self.node_meta(source, value),
             "ports" => self.ports(source, value),
             "workload_api" => self.workload(source, value),
+            "domain" | "alt_domain" | "recursors" | "addresses" | "dns_config" => self.add_dns(source, key, value),
             "service" | "services" => self.definitions(source, key, value, |raw| &mut raw.services),
             "check" | "checks" => self.definitions(source, key, value, |raw| &mut raw.checks),
             _ if CONSUL_ONLY.contains(&key) || key.starts_with("raft_") || key.starts_with("encrypt_") => {
@@ -158,21 +161,27 @@ impl Raw {
         }
     }
 
-    fn warn(&mut self, source: &Source, key: &str, text: &str) {
+    pub(super) fn warn(&mut self, source: &Source, key: &str, text: &str) {
         self.warnings.push(Warning { source: source.clone(), key: key.to_owned(), text: text.to_owned() });
     }
 
-    fn unknown(&mut self, source: &Source, key: &str) {
+    pub(super) fn unknown(&mut self, source: &Source, key: &str) {
         let rule = "is not known: check its spelling, or take it out";
         self.problems.push(Problem::new(source.clone(), key, None, rule));
     }
 
-    fn mistyped(&mut self, source: &Source, key: &str, value: &Value, rule: &str) {
+    pub(super) fn mistyped(&mut self, source: &Source, key: &str, value: &Value, rule: &str) {
         let shown = (!SECRET.contains(&key)).then(|| value.to_string());
         self.problems.push(Problem::new(source.clone(), key, shown, rule));
     }
 
-    fn text(&mut self, source: &Source, key: &str, value: Value, slot: fn(&mut Self) -> &mut Option<Given<String>>) {
+    pub(super) fn text(
+        &mut self,
+        source: &Source,
+        key: &str,
+        value: Value,
+        slot: fn(&mut Self) -> &mut Option<Given<String>>,
+    ) {
         match value {
             Value::String(value) => {
                 *slot(self) = Some(Given { value, source: source.clone(), key: key.to_owned() });
@@ -181,21 +190,33 @@ impl Raw {
         }
     }
 
-    fn switch(&mut self, source: &Source, key: &str, value: &Value, slot: fn(&mut Self) -> &mut Option<Given<bool>>) {
+    pub(super) fn switch(
+        &mut self,
+        source: &Source,
+        key: &str,
+        value: &Value,
+        slot: fn(&mut Self) -> &mut Option<Given<bool>>,
+    ) {
         match value.as_bool() {
             Some(value) => *slot(self) = Some(Given { value, source: source.clone(), key: key.to_owned() }),
             None => self.mistyped(source, key, value, "must be true or false"),
         }
     }
 
-    fn count(&mut self, source: &Source, key: &str, value: &Value, slot: fn(&mut Self) -> &mut Option<Given<u64>>) {
+    pub(super) fn count(
+        &mut self,
+        source: &Source,
+        key: &str,
+        value: &Value,
+        slot: fn(&mut Self) -> &mut Option<Given<u64>>,
+    ) {
         match value.as_u64() {
             Some(value) => *slot(self) = Some(Given { value, source: source.clone(), key: key.to_owned() }),
             None => self.mistyped(source, key, value, "must be a whole number, 0 or more"),
         }
     }
 
-    fn duration(
+    pub(super) fn duration(
         &mut self,
         source: &Source,
         key: &str,
@@ -261,8 +282,13 @@ impl Raw {
             "mesh" => self.count(source, &key, value, |raw| &mut raw.mesh_port),
             "http" => self.count(source, &key, value, |raw| &mut raw.http_port),
             "shared_http" => self.count(source, &key, value, |raw| &mut raw.shared_http_port),
+            "dns" => self.add_dns_port(source, &key, value),
             _ if CONSUL_ONLY_PORTS.contains(&name) => {
-                self.warn(source, &key, "has no effect: weft listens on ports.mesh, ports.http and ports.shared_http");
+                self.warn(
+                    source,
+                    &key,
+                    "has no effect: weft listens on ports.mesh, ports.http, ports.shared_http and ports.dns",
+                );
             }
             _ => self.unknown(source, &key),
         }

@@ -10,14 +10,17 @@ use std::str::FromStr;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
 
+use super::dns;
 use super::raw::{Given, Raw};
 use super::{
-    ADMIN_TOKEN_BYTES_MIN, Config, ConfigError, DATACENTER_DEFAULT, DRAIN_TIMEOUT_DEFAULT, DRAIN_TIMEOUT_MAX,
-    HTTP_PORT_DEFAULT, Host, IdentitySource, JOIN_MAX, MESH_PORT_DEFAULT, Mode, NODE_META_KEY_BYTES_MAX, NODE_META_MAX,
-    NODE_META_VALUE_BYTES_MAX, OnTerminate, PolicyAuthority, Problem, RECONNECT_TIMEOUT_DEFAULT, RECONNECT_TIMEOUT_MAX,
-    RECONNECT_TIMEOUT_MIN, SHARED_HTTP_PORT_DEFAULT, Secret, Storage, TRUST_DOMAIN_DEV, WORKERS_MAX,
+    ADMIN_TOKEN_BYTES_MIN, Config, ConfigError, DATACENTER_DEFAULT, DNS_PORT_DEFAULT, DRAIN_TIMEOUT_DEFAULT,
+    DRAIN_TIMEOUT_MAX, HTTP_PORT_DEFAULT, Host, IdentitySource, JOIN_MAX, MESH_PORT_DEFAULT, Mode,
+    NODE_META_KEY_BYTES_MAX, NODE_META_MAX, NODE_META_VALUE_BYTES_MAX, OnTerminate, PolicyAuthority, Problem,
+    RECONNECT_TIMEOUT_DEFAULT, RECONNECT_TIMEOUT_MAX, RECONNECT_TIMEOUT_MIN, SHARED_HTTP_PORT_DEFAULT, Secret, Storage,
+    TRUST_DOMAIN_DEV, WORKERS_MAX,
 };
 use crate::authz::Action;
+use crate::dns::DnsConfig;
 use crate::model::{NodeName, ServeScope, TrustDomain};
 use crate::registry::definition::{DefinitionDefaults, DefinitionError, check_from_json, service_from_json};
 use crate::registry::{CheckDefinition, CheckSettings, ScriptPolicy, ServiceDefinition};
@@ -53,6 +56,7 @@ pub(super) fn dev(node: NodeName, ip: IpAddr) -> Config {
         mesh_advertise: SocketAddr::new(ip, MESH_PORT_DEFAULT),
         http_addr: SocketAddr::new(ip, HTTP_PORT_DEFAULT),
         shared_http_addr: Some(SocketAddr::new(ip, SHARED_HTTP_PORT_DEFAULT)),
+        dns: Some(DnsConfig::on(vec![SocketAddr::new(ip, DNS_PORT_DEFAULT)])),
         upstream_ip: ip,
         join: Vec::new(),
         identity: IdentitySource::Dev { trust_domain: dev_trust_domain(), serve: everything() },
@@ -122,6 +126,7 @@ impl Resolver<'_> {
         let drain_timeout = self.drain_timeout();
         let reconnect_timeout = self.reconnect_timeout();
         let workload_api = self.workload_api();
+        let dns = dns::resolve(std::mem::take(&mut self.raw.dns), addresses.http.ip(), &mut self.problems);
         let log_filter = self.parsed(self.raw.log_level.clone()).unwrap_or_default();
         let scripts = self.scripts();
         let check_settings = self.check_settings();
@@ -137,6 +142,7 @@ impl Resolver<'_> {
             mesh_advertise: addresses.mesh_advertise,
             http_addr: addresses.http,
             shared_http_addr: addresses.shared_http,
+            dns,
             upstream_ip: addresses.upstream_ip,
             join,
             identity,

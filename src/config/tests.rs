@@ -181,6 +181,71 @@ fn without_settings_an_agent_takes_its_host_s_name_and_only_address() {
 }
 
 #[test]
+fn the_keys_of_dns_become_its_configuration() {
+    let hcl = r#"
+        data_dir = "/d"
+        client_addr = "127.0.0.3"
+        domain = "Mesh.Example."
+        alt_domain = ""
+        recursors = ["192.0.2.53", "[2001:db8::53]:5353", "192.0.2.53"]
+        addresses { dns = "127.0.0.4  ::1" }
+        ports { dns = 53 }
+        dns_config {
+          node_ttl = "10s"
+          service_ttl = { "*" = "1s", "Web" = "1m" }
+          udp_answer_limit = 5
+          a_record_limit = 2
+          enable_truncate = true
+          only_passing = true
+          recursor_timeout = "500ms"
+          soa { min_ttl = 7 }
+          allow_stale = true
+        }
+    "#;
+    let config = load_text("a.hcl", hcl).unwrap();
+    let dns = config.dns.unwrap();
+    assert_eq!(dns.listen, ["127.0.0.4:53".parse().unwrap(), "[::1]:53".parse().unwrap()]);
+    assert_eq!((dns.domain.as_str(), dns.alt_domain), ("mesh.example", None));
+    assert_eq!(dns.recursors, ["192.0.2.53:53".parse().unwrap(), "[2001:db8::53]:5353".parse().unwrap()]);
+    assert_eq!((dns.node_ttl_s, dns.service_ttl.of("web"), dns.service_ttl.of("db")), (10, 60, 1));
+    assert_eq!((dns.udp_answer_limit, dns.a_record_limit, dns.soa.minimum_s), (5, 2, 7));
+    assert!(dns.enable_truncate && dns.only_passing);
+    assert_eq!(dns.recursor_timeout, Duration::from_millis(500));
+    assert!(config.warnings.iter().any(|warning| warning.key == "dns_config.allow_stale"));
+
+    let plain = load_json(Mode::Durable, json!({"client_addr": "127.0.0.2"})).unwrap().dns.unwrap();
+    assert_eq!(plain, DnsConfig::on(vec!["127.0.0.2:8600".parse().unwrap()]));
+    let off = load_text("a.hcl", "data_dir = \"/d\"\nports {\n dns = -1\n}\n").unwrap();
+    assert_eq!(off.dns, None);
+}
+
+#[test]
+fn what_is_wrong_with_the_keys_of_dns_is_named() {
+    #[track_caller]
+    fn check(value: Value, want: &str) {
+        let text = load_json(Mode::Durable, value).unwrap_err().to_string();
+        assert!(text.contains(want), "missing {want:?} in:\n{text}");
+    }
+    check(json!({"ports": {"dns": 0}}), "ports.dns = 0: must be a port, 1 to 65535, or -1");
+    check(json!({"ports": {"dns": "x"}}), "ports.dns = \"x\": must be a port");
+    check(json!({"domain": "a..b"}), "domain = a..b: must be a domain");
+    check(json!({"recursors": ["dns.example"]}), "recursors[0] = dns.example: must be an IP address");
+    check(json!({"recursors": "127.0.0.1:8600"}), "recursors[0] = 127.0.0.1:8600: is this agent itself");
+    check(json!({"recursors": ["0.0.0.0"]}), "must be an address that can be asked");
+    check(json!({"addresses": {"dns": "localhost"}}), "addresses.dns = localhost: must be IP addresses");
+    check(json!({"addresses": {"serf": "127.0.0.1"}}), "addresses.serf: is not known");
+    check(json!({"dns_config": {"ttl": 1}}), "dns_config.ttl: is not known");
+    check(
+        json!({"dns_config": {"recursor_timeout": "1m"}}),
+        "dns_config.recursor_timeout = 60s: must be above 0 and at most 10s",
+    );
+    check(
+        json!({"dns_config": {"service_ttl": {"web": "x"}}}),
+        "dns_config.service_ttl.web = \"x\": `x` is no duration",
+    );
+}
+
+#[test]
 fn a_host_that_leaves_doubts_is_told_which_flags_to_pass() {
     let host = Host { name: None, addresses: vec![[10, 0, 0, 1].into(), [10, 0, 0, 2].into()], cores: 1 };
     let text = load(&Inputs::default(), &host).unwrap_err().to_string();

@@ -42,7 +42,7 @@ pub struct Target {
 }
 
 /// Every target.
-pub const TARGETS: [Target; 15] = [
+pub const TARGETS: [Target; 16] = [
     Target { name: "extension", run: crate::pki::fuzz::extension },
     Target { name: "chain", run: crate::pki::fuzz::chain },
     Target { name: "token", run: crate::pki::fuzz::token },
@@ -58,6 +58,7 @@ pub const TARGETS: [Target; 15] = [
     Target { name: "preamble", run: crate::proxy::fuzz::preamble },
     Target { name: "head", run: crate::proxy::fuzz::head },
     Target { name: "definition", run: crate::registry::fuzz::definition },
+    Target { name: "dns", run: crate::dns::fuzz::message },
 ];
 
 /// Whether the bytes were taken is for the tests of the corpus alone.

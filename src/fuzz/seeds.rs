@@ -9,6 +9,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use hickory_proto::op::{Edns, Message as Dns, MessageType, OpCode, Query};
+use hickory_proto::rr::{Name, RData, Record, RecordType};
 use rustls::pki_types::CertificateDer;
 use serde_json::json;
 
@@ -138,6 +140,49 @@ fn the_corpus_is_written_anew() {
     gossip(&to, &authority, &documents);
     packets(&to);
     streams(&to);
+    dns(&to);
+}
+
+/// These hold no keys, so they can be written alone.
+#[test]
+#[ignore = "writes tests/fuzz/corpus/dns anew"]
+fn the_corpus_of_dns_is_written_anew() {
+    dns(&Writer(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/corpus")));
+}
+
+fn dns(to: &Writer) {
+    let query = |name: &str, kind: RecordType, edns: Option<u16>| {
+        let mut message = Dns::new(0x1234, MessageType::Query, OpCode::Query);
+        message.add_query(Query::query(name.parse().unwrap(), kind));
+        if let Some(bytes) = edns {
+            let mut edns = Edns::new();
+            edns.set_max_payload(bytes);
+            edns.set_dnssec_ok(true);
+            message.set_edns(edns);
+        }
+        message.to_vec().unwrap()
+    };
+    let put = |name: &str, kind: u8, bytes: Vec<u8>| to.put("dns", name, &[vec![kind], bytes].concat());
+    put("a", 0, query("v1.WEB.service.dc1.weft.", RecordType::A, None));
+    put("srv", 1, query("_web._tcp.service.consul.", RecordType::SRV, Some(1232)));
+    put("many", 0, query("many.service.weft.", RecordType::SRV, Some(4096)));
+    put("many-tcp", 2, query("many.service.weft.", RecordType::ANY, None));
+    put("node", 1, query("n1.node.weft.", RecordType::TXT, Some(512)));
+    put("address", 0, query("c000020a.addr.dc1.weft.", RecordType::A, None));
+    put("virtual", 0, query("web.virtual.weft.", RecordType::A, None));
+    put("apex", 2, query("weft.", RecordType::NS, Some(65_535)));
+    put("pointer", 0, query("1.0.0.10.in-addr.arpa.", RecordType::PTR, None));
+    put("foreign", 1, query("www.example.org.", RecordType::AAAA, Some(1232)));
+    put("transfer", 2, query("weft.", RecordType::AXFR, None));
+    let owner: Name = "www.example.org.".parse().unwrap();
+    let mut found = Dns::new(7, MessageType::Response, OpCode::Query);
+    found.add_query(Query::query(owner.clone(), RecordType::A));
+    for last in 0..4 {
+        let data = RData::A(std::net::Ipv4Addr::new(192, 0, 2, last).into());
+        found.add_answer(Record::from_rdata(owner.clone(), 60, data));
+    }
+    found.set_edns(Edns::new());
+    put("found", 3, found.to_vec().unwrap());
 }
 
 fn certificates(to: &Writer, issuer: &Issuer, authority: &NodeAuthority, operator: &CertificateDer<'_>) {

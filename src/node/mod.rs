@@ -1,8 +1,8 @@
 //! The composition root: builds one agent from a [`Config`], starts its parts in order, stops them in order.
 //!
 //! ```text
-//!   store -> mesh port -> identity (stored | issuer | token) -> generation -> registry -> gossip -> proxy -> api -> ready
-//!   stop:  leave -> drain the proxy -> api, gossip, registry -> close QUIC -> join the tasks
+//!   store -> mesh port -> identity (stored | issuer | token) -> generation -> registry -> gossip -> proxy -> dns -> api -> ready
+//!   stop:  leave -> drain the proxy -> api, dns, gossip, registry -> close QUIC -> join the tasks
 //! ```
 //!
 //! Invariants: nothing is announced before the generation is on disk; a failed start leaves no task running; the first
@@ -27,6 +27,7 @@ use crate::api::{AdminToken, Api, ApiConfig, ApiParams, ListenerState as ApiList
 use crate::catalogue::SnapshotReader;
 use crate::clock;
 use crate::config::{Config, OnTerminate, Secret, Storage};
+use crate::dns::{Dns, DnsParams};
 use crate::gossip::{self, Gossip, GossipHandle, GossipParams};
 use crate::metrics::Metrics;
 use crate::model::{Generation, NodeInfo, NodeName};
@@ -96,6 +97,7 @@ fn part<E: Into<Box<dyn std::error::Error + Send + Sync>>>(part: &'static str) -
 pub struct Node {
     name: NodeName,
     api: Vec<SocketAddr>,
+    dns: Vec<SocketAddr>,
     gossip: GossipHandle,
     registry: RegistryHandle,
     snapshot: SnapshotReader,
@@ -228,6 +230,7 @@ impl Node {
         let mut node = Self {
             name: config.node_name.clone(),
             api: Vec::new(),
+            dns: Vec::new(),
             gossip,
             registry,
             snapshot,
@@ -245,6 +248,7 @@ impl Node {
             stop,
         };
         node.tell_policy();
+        node.dns = node.start_dns(&config, &metrics).inspect_err(|_| node.drain.cancel())?;
         let started = node.start_api(&config, &info, &metrics, &proxy, (store, operator)).await;
         node.api = started.inspect_err(|_| node.drain.cancel())?;
         node.proxy = Mutex::new(Some(proxy));
@@ -259,6 +263,13 @@ impl Node {
         let (tasks, stop) = (&self.tasks, self.stop.clone());
         WorkloadApi::start(WorkloadParams { config, registry, identity, metrics, tasks, stop })
             .map_err(part("SPIFFE Workload API"))
+    }
+
+    fn start_dns(&self, config: &Config, metrics: &Metrics) -> Result<Vec<SocketAddr>, NodeError> {
+        let datacenter = config.datacenter.clone();
+        let Some(config) = config.dns.clone() else { return Ok(Vec::new()) };
+        let (snapshot, tasks, stop) = (self.snapshot.clone(), &self.tasks, self.stop.clone());
+        Dns::start(DnsParams { config, datacenter, snapshot, metrics, tasks, stop }).map_err(part("DNS"))
     }
 
     fn tell_policy(&self) {
@@ -338,6 +349,11 @@ impl Node {
     /// Where its HTTP API listens.
     pub fn api(&self) -> &[SocketAddr] {
         &self.api
+    }
+
+    /// Where its DNS listens; nowhere if it is off.
+    pub fn dns(&self) -> &[SocketAddr] {
+        &self.dns
     }
 
     /// Talks to its membership.

@@ -85,6 +85,7 @@ fn config(node: &str, ip: Ipv4Addr, service: ServiceDefinition) -> Config {
     let name: NodeName = node.parse().expect("a valid name");
     let mut config = Config::dev(name, ip.into());
     config.shared_http_addr = None;
+    config.dns = None;
     config.services = vec![service];
     config
 }

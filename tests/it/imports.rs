@@ -64,9 +64,10 @@ fn rules() -> BTreeMap<&'static str, &'static [&'static str]> {
                 "telemetry",
             ],
         ),
+        ("dns", &["catalogue", "clock", "metrics", "model", "supervise"]),
         ("workload", &["clock", "metrics", "model", "pki", "registry", "supervise", "telemetry"]),
-        // Of workload: the form of its own block.
-        ("config", &["authz", "model", "registry", "telemetry", "workload"]),
+        // Of dns and workload: the form of their own blocks.
+        ("config", &["authz", "dns", "model", "registry", "telemetry", "workload"]),
     ])
 }
 

@@ -19,6 +19,7 @@
 mod agent;
 mod app;
 mod checks;
+mod dns;
 mod docs;
 mod http;
 mod imports;

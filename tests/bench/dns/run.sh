@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# DNS of one agent that has one core: queries a second, and latency at a steady rate.
+#
+#   tests/bench/dns/run.sh [seconds per run, default 10]
+#
+# Needs root, two cores, iproute2, curl, python3 and dnsperf (Debian). The agent is pinned to core 1 and dnsperf to core 0, both in a
+# network namespace of their own; nothing outside is touched. WEFT names the binary (default target/release/weft), RATE the
+# steady rate (default 20000/s). Per core: queries by the seconds of processor time that the agent took for them.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+weft=${WEFT:-$here/../../../target/release/weft}
+seconds=${1:-10}
+rate=${RATE:-20000}
+[ -x "$weft" ] || { echo "no binary at $weft: cargo build --release --bin weft" >&2; exit 1; }
+command -v dnsperf >/dev/null || { echo "dnsperf is not installed (Debian: dnsperf)" >&2; exit 1; }
+netns=weft-dns-bench-$$
+dir=$(mktemp -d)
+agent=
+cleanup() {
+  [ -z "$agent" ] || { kill "$agent" && wait "$agent"; } 2>/dev/null || true
+  ip netns del "$netns"
+  rm -rf "$dir"
+}
+ip netns add "$netns"
+trap cleanup EXIT
+ip -n "$netns" link set lo up
+inside() { ip netns exec "$netns" "$@"; }
+
+ip netns exec "$netns" taskset -c 1 "$weft" agent -dev -node n1 -log-level warn >"$dir/log" 2>&1 &
+agent=$!
+for _ in $(seq 100); do
+  inside curl -sf http://127.0.0.1:8500/v1/agent/self >/dev/null && break
+  sleep 0.1
+done
+# 100 services with three instances each, on addresses of their own.
+for service in $(seq 100); do
+  for instance in 1 2 3; do
+    printf 'url = "http://127.0.0.1:8500/v1/agent/service/register"\nrequest = "PUT"\nsilent\noutput = "/dev/null"\ndata = "{\\"ID\\":\\"s%s-%s\\",\\"Name\\":\\"s%s\\",\\"Tags\\":[\\"v%s\\"],\\"Address\\":\\"10.9.%s.%s\\",\\"Port\\":80}"\nnext\n' \
+      "$service" "$instance" "$service" "$instance" "$service" "$instance"
+  done
+done | sed '$d' >"$dir/register"
+inside curl --config "$dir/register"
+sleep 1
+for service in $(seq 100); do
+  echo "s$service.service.consul A" >>"$dir/a"
+  echo "_s$service._tcp.service.weft SRV" >>"$dir/srv"
+  echo "none$service.service.weft A" >>"$dir/none"
+done
+paste -d '\n' "$dir/a" "$dir/a" "$dir/a" "$dir/srv" "$dir/none" >"$dir/mix"
+
+cpu_ticks() { awk '{ print $14 + $15 }' "/proc/$agent/stat"; }
+hertz=$(getconf CLK_TCK)
+printf '%-34s %12s %14s %10s\n' "as fast as it goes" "queries/s" "per core" "lost"
+for kind in a srv none mix; do
+  before=$(cpu_ticks)
+  inside taskset -c 0 dnsperf -s 127.0.0.1 -p 8600 -d "$dir/$kind" -l "$seconds" -c 8 -q 200 -T 1 >"$dir/out" 2>/dev/null
+  after=$(cpu_ticks)
+  awk -v name="$kind" -v ticks="$((after - before))" -v hertz="$hertz" '
+    /Queries completed/ { done = $3 } /Queries lost/ { lost = $3 } /Queries per second/ { qps = $4 }
+    END { printf "%-34s %12.0f %14.0f %10d\n", name, qps, done * hertz / ticks, lost }' "$dir/out"
+done
+printf '%-34s %12s %14s %10s %10s\n' "at $rate/s" "queries" "p50 ms" "p99 ms" "p99.9 ms"
+# -v prints the latency of each query.
+inside taskset -c 0 dnsperf -v -s 127.0.0.1 -p 8600 -d "$dir/mix" -l "$seconds" -c 8 -Q "$rate" -T 1 2>/dev/null |
+  python3 -c '
+import sys
+times = sorted(float(line.split()[-1]) * 1000 for line in sys.stdin if line.startswith("> "))
+at = lambda part: times[min(len(times) - 1, int(len(times) * part))]
+print("%-34s %12d %14.3f %10.3f %10.3f" % ("mix", len(times), at(.5), at(.99), at(.999)))'
