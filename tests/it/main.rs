@@ -19,6 +19,8 @@
 mod agent;
 mod app;
 mod checks;
+mod cli;
+mod clients;
 mod dns;
 mod docs;
 mod http;
@@ -33,6 +35,7 @@ mod netns_faults;
 mod netns_identity;
 mod netns_policy;
 mod netns_threats;
+mod schema;
 #[path = "../sim/mod.rs"]
 mod sim;
 mod simulated;
