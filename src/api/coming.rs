@@ -34,7 +34,11 @@ fn every_endpoint_of_consul_s_is_on_the_page_once_as_it_is_served() {
     for route in ROUTES.iter().filter(|route| route.path != "/" && !route.path.starts_with("/v1/mesh/")) {
         let marks = marks(route.path);
         let is_right = matches!(marks.as_slice(), ["same" | "differs"]);
-        assert!(is_right, "{} is served; api/README.md must say `same` or `differs` once, and says {marks:?}", route.path);
+        assert!(
+            is_right,
+            "{} is served; api/README.md must say `same` or `differs` once, and says {marks:?}",
+            route.path
+        );
     }
     for (prefix, _, text) in REFUSED {
         let path = prefix.trim_end_matches('/');

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs the clients that tests/it/clients.rs runs, each from its registry: install.sh [DIR], by default target/clients.
-# Programs of Debian (HAProxy, nginx, Prometheus) are looked for on the PATH: .ci/run installs them.
+# Programs of Debian (HAProxy, nginx, VictoriaMetrics) are looked for on the PATH: .ci/run installs them.
 set -euo pipefail
 cd "$(dirname "$0")"
 dir="${1:-${CARGO_TARGET_DIR:-../../target}/clients}"

@@ -77,8 +77,11 @@ async function main() {
 
   await second.agent.check.fail({ id: "service:web-2", note: "disk full" });
   await web.wait(["web-1"]);
-  const state = await first.health.state("critical");
+  const state = await second.health.state("critical");
   assert.deepStrictEqual(state.map((one) => [one.CheckID, one.Output]), [["service:web-2", "disk full"]]);
+  // Outputs stay on the agent that runs the check.
+  const remote = await first.health.state("critical");
+  assert.deepStrictEqual(remote.map((one) => [one.CheckID, one.Output]), [["service:web-2", ""]]);
   await second.agent.check.pass("service:web-2");
   await web.wait(["web-1", "web-2"]);
   await first.agent.maintenance({ enable: true, reason: "new disk" });

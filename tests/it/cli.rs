@@ -92,7 +92,8 @@ fn lists_are_aligned_narrowed_and_the_same_in_json() {
     assert!(!weft_ok(&["catalog", "nodes", "-node-meta=rack=b2", &at]).contains("n1"));
     assert_eq!(weft_ok(&["catalog", "services", "-node-meta=rack=a1", &at]), "Service  Tags\nweb      v1\n");
     assert_eq!(weft_ok(&["catalog", "datacenters", &at]), "dc1\n");
-    let json: serde_json::Value = serde_json::from_str(&weft_ok(&["catalog", "services", "-format=json", &at])).unwrap();
+    let json: serde_json::Value =
+        serde_json::from_str(&weft_ok(&["catalog", "services", "-format=json", &at])).unwrap();
     assert_eq!(json, serde_json::json!({"web": ["v1"]}));
     assert_says(&weft_ok(&["info", &at]), &["n1"]);
     weft_ok(&["maint", "-enable", "-service=web-1", "-reason=disk", &at]);
@@ -110,7 +111,8 @@ fn a_ca_s_lists_are_tables_or_json() {
     for words in [&["ca", "issuer", "list"][..], &["ca", "operator", "list"], &["token", "list"]] {
         let words = [words, &["-ca", path(&dir), &nobody]].concat();
         let table = weft_ok(&words);
-        let json: serde_json::Value = serde_json::from_str(&weft_ok(&[&words[..], &["-format=json"]].concat())).unwrap();
+        let json: serde_json::Value =
+            serde_json::from_str(&weft_ok(&[&words[..], &["-format=json"]].concat())).unwrap();
         assert_eq!(json.as_array().unwrap().len(), table.lines().count() - 1, "{table}\n{json}");
         let states = json.as_array().unwrap().iter().all(|row| row["State"] == "good");
         assert!(states, "{json}");
@@ -173,7 +175,8 @@ fn top_and_debug_show_a_real_agent() {
 
 #[test]
 fn event_rtt_and_monitor_speak_consul_s_endpoints() {
-    let (out, seen) = against(&[r#"{"ID":"e-1","Name":"deploy"}"#], &["event", "-name=deploy", "-service=web", "v 1.4"]);
+    let (out, seen) =
+        against(&[r#"{"ID":"e-1","Name":"deploy"}"#], &["event", "-name=deploy", "-service=web", "v 1.4"]);
     assert_eq!(out, "Event ID: e-1\n");
     assert!(seen[0].starts_with("PUT /v1/event/fire/deploy?service=web HTTP/1.1\r\n"), "{}", seen[0]);
     assert!(seen[0].ends_with("\r\n\r\nv 1.4"), "{}", seen[0]);
@@ -218,7 +221,10 @@ fn address_and_token_come_from_flags_then_weft_s_then_consul_s_variables() {
     let seen = ask(&|c| _ = c.env("CONSUL_HTTP_ADDR", &at).env("CONSUL_HTTP_TOKEN", "t-consul"));
     assert_says(&seen, &["x-consul-token: t-consul\r\n"]);
     let seen = ask(&|c| {
-        c.env("WEFT_HTTP_ADDR", nobody).env("WEFT_HTTP_TOKEN", "t-env").arg(format!("-http-addr={at}")).arg("-token=t-flag");
+        c.env("WEFT_HTTP_ADDR", nobody)
+            .env("WEFT_HTTP_TOKEN", "t-env")
+            .arg(format!("-http-addr={at}"))
+            .arg("-token=t-flag");
     });
     assert_says(&seen, &["x-consul-token: t-flag\r\n"]);
 }
@@ -252,7 +258,11 @@ fn completions_complete_and_manual_pages_are_there() {
          COMP_WORDS=(weft catalog n); COMP_CWORD=2; _weft weft n catalog; echo \"${{COMPREPLY[*]}}\"\n\
          COMP_WORDS=(weft watch --pass); COMP_CWORD=2; _weft weft --pass watch; echo \"${{COMPREPLY[*]}}\"\n"
     );
-    let out = Command::new("bash").args(["-c", &script]).output().unwrap();
+    // Longer than an argument may be.
+    let dir = TempDir::new().unwrap();
+    let file = dir.path().join("script");
+    fs::write(&file, script).unwrap();
+    let out = Command::new("bash").arg(&file).output().unwrap();
     assert_eq!(String::from_utf8_lossy(&out.stdout), "catalog\nnodes\n--passingonly\n", "{}", stderr(&out));
     assert_says(&weft_ok(&["completion", "zsh"]), &["#compdef weft", "force-leave"]);
     assert_says(&weft_ok(&["completion", "fish"]), &["complete -c weft", "force-leave"]);
@@ -260,7 +270,9 @@ fn completions_complete_and_manual_pages_are_there() {
     let dir = TempDir::new().unwrap();
     let man = dir.path().join("man1");
     weft_ok(&["man", path(&man)]);
-    for page in ["weft.1", "weft-agent.1", "weft-catalog-nodes.1", "weft-intention-check.1", "weft-ca-operator-create.1"] {
+    for page in
+        ["weft.1", "weft-agent.1", "weft-catalog-nodes.1", "weft-intention-check.1", "weft-ca-operator-create.1"]
+    {
         let text = fs::read_to_string(man.join(page)).unwrap_or_else(|e| panic!("{page}: {e}"));
         assert_says(&text, &[".TH", ".SH SYNOPSIS"]);
     }
@@ -305,8 +317,7 @@ fn a_mass_change_of_checks_is_a_few_lines_and_a_count() {
     let file = dir.path().join("checks.json");
     fs::write(&file, format!(r#"{{"checks": [{}]}}"#, checks.join(","))).unwrap();
     let issuer = ca.issuer();
-    let agent =
-        Agent::start(&Spec::loopback(224, "n1", &["-issuer", path(&issuer), "-config-file", path(&file)]));
+    let agent = Agent::start(&Spec::loopback(224, "n1", &["-issuer", path(&issuer), "-config-file", path(&file)]));
     until("all are critical", || {
         let list = agent.get("/v1/agent/checks");
         let critical = list.as_object().unwrap().values().filter(|check| check["Status"] == "critical").count();

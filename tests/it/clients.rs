@@ -1,5 +1,5 @@
 //! Consul's clients, unmodified, against real agents: PyPI `py-consul`, npm `consul` with its `watch`, crates.io `rs-consul`, the
-//! Consul discovery of Prometheus, HAProxy's `server-template … resolvers`, nginx's `resolver`. `tests/clients/install.sh`
+//! discovery of VictoriaMetrics (`consul_sd_configs`, as Prometheus has it), HAProxy's `server-template … resolvers`, nginx's `resolver`. `tests/clients/install.sh`
 //! installs the first three beside the build, Debian has the others. Where one is missing its test says so, and fails if
 //! `WEFT_REQUIRE_CLIENTS=1` (as .ci/run sets it). unbound and dnsmasq are in `dns`.
 
@@ -301,9 +301,9 @@ fn nginx_asks_for_the_name_again_and_follows() {
     follow(pair, front);
 }
 
-/// The instances that Prometheus scrapes with success, by their `service_id`.
-fn scraped(prometheus: SocketAddr) -> Result<Vec<String>, String> {
-    let targets = request(prometheus, "GET", "/api/v1/targets?state=active", &[], "")?;
+/// The instances that VictoriaMetrics scrapes with success, by their `service_id`.
+fn scraped(scraper: SocketAddr) -> Result<Vec<String>, String> {
+    let targets = request(scraper, "GET", "/api/v1/targets?state=active", &[], "")?;
     let targets: Value = serde_json::from_str(&targets.body).map_err(|e| e.to_string())?;
     let active = targets["data"]["activeTargets"].as_array().cloned().unwrap_or_default();
     let up = active.iter().filter(|target| target["health"] == "up");
@@ -314,12 +314,12 @@ fn scraped(prometheus: SocketAddr) -> Result<Vec<String>, String> {
 }
 
 #[test]
-fn prometheus_scrapes_what_it_discovers_and_follows() {
-    let Some([prometheus]) = found("prometheus", [program("prometheus")]) else { return };
+fn victoria_metrics_scrapes_what_it_discovers_and_follows() {
+    let Some([scraper]) = found("victoria-metrics", [program("victoria-metrics")]) else { return };
     let pair = Pair::start(214);
     let at = SocketAddr::new(loopback_ip(216), 9090);
     let dir = TempDir::new().unwrap();
-    let file = dir.path().join("prometheus.yml");
+    let file = dir.path().join("scrape.yml");
     // The agents' own metrics are the targets.
     let scrape = format!(
         r#"
@@ -332,7 +332,6 @@ scrape_configs:
       - server: {api}
         services: [weft]
         tags: [metrics]
-        refresh_interval: 1s
     relabel_configs:
       - {{ source_labels: [__meta_consul_health], regex: passing, action: keep }}
       - {{ source_labels: [__meta_consul_service_id], target_label: service_id }}
@@ -341,12 +340,12 @@ scrape_configs:
         api = pair.first.api
     );
     fs::write(&file, scrape).unwrap();
-    let data = format!("--storage.tsdb.path={}", dir.path().join("data").display());
-    let _prometheus = Running::start(
-        Command::new(prometheus)
-            .args([&format!("--config.file={}", path(&file)), &data, &format!("--web.listen-address={at}")])
-            .current_dir(dir.path()),
-    );
+    let _scraper = Running::start(Command::new(scraper).args([
+        format!("-promscrape.config={}", path(&file)),
+        "-promscrape.consulSDCheckInterval=1s".to_owned(),
+        format!("-storageDataPath={}", dir.path().join("data").display()),
+        format!("-httpListenAddr={at}"),
+    ]));
     let register = |agent: &Agent, id: &str| {
         let body = format!(
             r#"{{"ID":"{id}","Name":"weft","Port":8500,"Tags":["metrics"],"Meta":{{"team":"mesh"}},"Check":{{"TTL":"1h","Status":"passing"}}}}"#
@@ -354,7 +353,7 @@ scrape_configs:
         agent.put_ok("/v1/agent/service/register", &body);
     };
     let wait = |want: &[&str]| {
-        until(&format!("Prometheus scrapes {want:?}"), || {
+        until(&format!("VictoriaMetrics scrapes {want:?}"), || {
             let seen = scraped(at)?;
             if seen == want { Ok(()) } else { Err(format!("{seen:?}")) }
         });
