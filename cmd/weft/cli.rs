@@ -170,13 +170,23 @@ pub(crate) struct FormatArgs {
 /// Flags of every verb that talks to an agent.
 #[derive(Debug, Args)]
 pub(crate) struct ClientArgs {
-    /// The agent's HTTP API: host:port, http://host:port or unix:///PATH. Default 127.0.0.1:8500.
+    /// The agent's HTTP API: host:port, https://host:port or unix:///PATH. Default 127.0.0.1:8500.
     #[arg(long, env = "WEFT_HTTP_ADDR", value_name = "ADDR")]
     pub(crate) http_addr: Option<String>,
     /// The agent's admin token, where it asks for one.
     #[arg(long, env = "WEFT_HTTP_TOKEN", hide_env_values = true)]
     pub(crate) token: Option<String>,
+    /// PEM file of the CA that an https agent's certificate must lead to. Default: the host's CAs.
+    #[arg(long, env = "WEFT_CACERT", value_name = "FILE")]
+    pub(crate) ca_file: Option<String>,
+    /// Name that an https agent's certificate must have: a DNS name, or spiffe://DOMAIN/node/NAME for a node's own. Default: the host.
+    #[arg(long, env = "WEFT_TLS_SERVER_NAME", value_name = "NAME")]
+    pub(crate) tls_server_name: Option<String>,
     // Consul's variables, read by clap as flags that nobody types.
+    #[arg(long, env = "CONSUL_CACERT", hide = true)]
+    pub(crate) consul_cacert: Option<String>,
+    #[arg(long, env = "CONSUL_TLS_SERVER_NAME", hide = true)]
+    pub(crate) consul_tls_server_name: Option<String>,
     #[arg(long, env = "CONSUL_HTTP_ADDR", hide = true)]
     pub(crate) consul_http_addr: Option<String>,
     #[arg(long, env = "CONSUL_HTTP_TOKEN", hide = true, hide_env_values = true)]

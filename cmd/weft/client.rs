@@ -1,4 +1,4 @@
-//! The client of an agent's HTTP API: one request, one connection, over TCP or a unix socket.
+//! The client of an agent's HTTP API: one request, one connection, over TCP, TLS or a unix socket.
 
 use std::fmt;
 use std::fmt::Write as _;
@@ -15,9 +15,12 @@ use tokio::net::{TcpStream, UnixStream};
 
 use crate::cli::ClientArgs;
 use crate::failure::Failure;
+use crate::tls;
 
 /// Where an agent listens unless told otherwise.
 const ADDR_DEFAULT: &str = "127.0.0.1:8500";
+/// Consul's port of HTTPS.
+const HTTPS_PORT: u16 = 8501;
 /// Largest answer: the catalogue of a very large mesh.
 const RESPONSE_BYTES_MAX: usize = 64 * 1024 * 1024;
 /// Longest exchange: joining tries several addresses, each with its own timeout.
@@ -30,6 +33,8 @@ const BLOCKING_MARGIN: Duration = Duration::from_secs(30);
 enum Address {
     /// `host:port`
     Tcp(String),
+    /// `host:port`, over TLS.
+    Tls(String),
     /// A unix socket.
     Unix(PathBuf),
 }
@@ -38,6 +43,7 @@ impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Tcp(addr) => f.write_str(addr),
+            Self::Tls(addr) => write!(f, "https://{addr}"),
             Self::Unix(path) => write!(f, "unix://{}", path.display()),
         }
     }
@@ -48,6 +54,10 @@ impl fmt::Display for Address {
 pub(crate) struct Client {
     addr: Address,
     token: Option<String>,
+    /// PEM file of the CA certificates that a TLS agent's must lead to.
+    roots: Option<PathBuf>,
+    /// The name that a TLS agent's certificate must have.
+    server_name: Option<String>,
 }
 
 /// One request.
@@ -70,7 +80,12 @@ impl Client {
         let filled = |text: &Option<String>| text.clone().filter(|text| !text.is_empty());
         let addr = filled(&args.http_addr).or_else(|| filled(&args.consul_http_addr));
         let token = filled(&args.token).or_else(|| filled(&args.consul_http_token));
-        Ok(Self { addr: parse_addr(addr.as_deref().unwrap_or(ADDR_DEFAULT))?, token })
+        Ok(Self {
+            addr: parse_addr(addr.as_deref().unwrap_or(ADDR_DEFAULT))?,
+            token,
+            roots: filled(&args.ca_file).or_else(|| filled(&args.consul_cacert)).map(PathBuf::from),
+            server_name: filled(&args.tls_server_name).or_else(|| filled(&args.consul_tls_server_name)),
+        })
     }
 
     /// Fetches JSON.
@@ -90,7 +105,7 @@ impl Client {
         let joint = if path.contains('?') { '&' } else { '?' };
         let path = format!("{path}{joint}index={index}&wait={}s", wait.as_secs());
         let timeout = Some(wait + wait / 16 + BLOCKING_MARGIN);
-        let answer = self.run(Ask { method: http::Method::GET, path: &path, body: Bytes::new(), timeout })?;
+        let answer = self.run(&Ask { method: http::Method::GET, path: &path, body: Bytes::new(), timeout })?;
         let index = answer.index.ok_or_else(|| Failure::text(format!("{path} of {} cannot be watched", self.addr)))?;
         Ok((self.json(&path, &answer.body)?, index))
     }
@@ -158,11 +173,11 @@ impl Client {
     }
 
     fn exchange(&self, method: http::Method, path: &str, body: Bytes) -> Result<Bytes, Failure> {
-        Ok(self.run(Ask { method, path, body, timeout: Some(EXCHANGE_TIMEOUT) })?.body)
+        Ok(self.run(&Ask { method, path, body, timeout: Some(EXCHANGE_TIMEOUT) })?.body)
     }
 
-    fn run(&self, ask: Ask<'_>) -> Result<Answer, Failure> {
-        let asked = self.converse(&ask, async |response: http::Response<hyper::body::Incoming>| {
+    fn run(&self, ask: &Ask<'_>) -> Result<Answer, Failure> {
+        let asked = self.converse(ask, async |response: http::Response<hyper::body::Incoming>| {
             let index = response.headers().get("x-consul-index").and_then(|value| value.to_str().ok()?.parse().ok());
             let body = Limited::new(response.into_body(), RESPONSE_BYTES_MAX).collect().await;
             let body = body.map_err(anyhow::Error::from_boxed).with_context(|| broke_off(&self.addr))?;
@@ -191,6 +206,17 @@ impl Client {
         match &self.addr {
             Address::Tcp(addr) => {
                 let stream = TcpStream::connect(addr.as_str()).await.map_err(no_agent)?;
+                self.converse_over(stream, addr, ask, read).await
+            }
+            Address::Tls(addr) => {
+                let stream = TcpStream::connect(addr.as_str()).await.map_err(no_agent)?;
+                let host = host_of(addr);
+                let shaken = tls::shake(stream, host, self.roots.as_deref(), self.server_name.as_deref()).await;
+                let stream = shaken.map_err(|err| {
+                    Failure::from(err.context(format!("the agent at {} is not believed", self.addr))).hint(
+                        "give its CA with -ca-file; a node's own certificate is checked by -tls-server-name=spiffe://DOMAIN/node/NAME",
+                    )
+                })?;
                 self.converse_over(stream, addr, ask, read).await
             }
             Address::Unix(path) => {
@@ -258,33 +284,41 @@ fn refusal(status: http::StatusCode, body: &[u8]) -> Failure {
     }
 }
 
-/// Takes `host:port`, `host`, `http://host:port` or `unix:///path`.
-fn parse_addr(text: &str) -> Result<Address, Failure> {
+/// Takes `host:port`, `host`, `http://host:port`, `https://host:port` or `unix:///path`.
+fn parse_addr(given: &str) -> Result<Address, Failure> {
     let refuse = |why: &str| {
-        Failure::text(format!("cannot use the agent address `{text}`: {why}"))
+        Failure::text(format!("cannot use the agent address `{given}`: {why}"))
             .hint("give -http-addr as host:port or unix:///path")
     };
-    if let Some(path) = text.strip_prefix("unix://") {
+    if let Some(path) = given.strip_prefix("unix://") {
         return if path.starts_with('/') {
             Ok(Address::Unix(PathBuf::from(path)))
         } else {
             Err(refuse("the socket's path must begin with /"))
         };
     }
-    if text.starts_with("https://") {
-        return Err(refuse("the command line speaks plain HTTP; use the agent's loopback address or its unix socket"));
-    }
-    let addr = text.strip_prefix("http://").unwrap_or(text).trim_end_matches('/');
+    let (rest, port) = match given.strip_prefix("https://") {
+        Some(rest) => (rest, HTTPS_PORT),
+        None => (given.strip_prefix("http://").unwrap_or(given), weft::config::HTTP_PORT_DEFAULT),
+    };
+    let addr = rest.trim_end_matches('/');
     let addr = match addr.parse::<std::net::IpAddr>() {
-        Ok(ip) => std::net::SocketAddr::new(ip, weft::config::HTTP_PORT_DEFAULT).to_string(),
+        Ok(ip) => std::net::SocketAddr::new(ip, port).to_string(),
         Err(_) if addr.contains(':') => addr.to_owned(),
-        Err(_) => format!("{addr}:{}", weft::config::HTTP_PORT_DEFAULT),
+        Err(_) => format!("{addr}:{port}"),
     };
     let authority = addr.parse::<http::uri::Authority>().map_err(|_| refuse("it is no host and port"))?;
     match authority.port_u16() {
+        Some(_) if !authority.host().is_empty() && port == HTTPS_PORT => Ok(Address::Tls(addr)),
         Some(_) if !authority.host().is_empty() => Ok(Address::Tcp(addr)),
         _ => Err(refuse("it is no host and port")),
     }
+}
+
+/// Cuts the port off, and the brackets of an IPv6 address.
+fn host_of(addr: &str) -> &str {
+    let host = addr.rsplit_once(':').map_or(addr, |(host, _)| host);
+    host.trim_start_matches('[').trim_end_matches(']')
 }
 
 /// Escapes one segment of a path (RFC 3986 §2.3).
@@ -317,11 +351,17 @@ mod tests {
         check("::1", Some("[::1]:8500"));
         check("[::1]:9", Some("[::1]:9"));
         check("h", Some("h:8500"));
-        check("https://h:1", None);
+        check("https://h:1", Some("https://h:1"));
+        check("https://10.0.0.1/", Some("https://10.0.0.1:8501"));
         check("unix:///run/weft.sock", Some("unix:///run/weft.sock"));
         check("unix://run/weft.sock", None);
         check("h:x", None);
         check("", None);
+    }
+
+    #[test]
+    fn the_host_of_an_address_has_neither_port_nor_brackets() {
+        assert_eq!(["h.test:1", "10.0.0.1:8501", "[::1]:8501"].map(host_of), ["h.test", "10.0.0.1", "::1"]);
     }
 
     #[test]
@@ -334,7 +374,7 @@ mod tests {
     fn an_agent_that_does_not_run_is_named_with_the_next_step() {
         // A listener that is dropped leaves a port that nobody answers on.
         let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        let client = Client { addr: Address::Tcp(free.to_string()), token: None };
+        let client = Client { addr: Address::Tcp(free.to_string()), token: None, roots: None, server_name: None };
         let text = client.get("/v1/agent/self").unwrap_err().to_string();
         assert!(text.contains(&format!("no agent answers at {free}")) && text.contains("weft agent -dev"), "{text}");
     }

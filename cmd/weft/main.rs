@@ -17,6 +17,7 @@ mod revoke;
 mod rotate;
 mod shell;
 mod table;
+mod tls;
 mod top;
 mod verbs;
 mod watch;

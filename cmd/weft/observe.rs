@@ -58,12 +58,11 @@ fn monitor_path(level: &str, json: bool) -> String {
 /// `weft rtt`
 pub(crate) fn rtt(args: &RttArgs) -> Result<(), Failure> {
     let client = Client::new(&args.client)?;
-    let other = match &args.other {
-        Some(other) => other.clone(),
-        None => {
-            let own = client.get("/v1/agent/self")?;
-            own.pointer("/Config/NodeName").and_then(Value::as_str).unwrap_or_default().to_owned()
-        }
+    let other_name = if let Some(other) = &args.other {
+        other.clone()
+    } else {
+        let own = client.get("/v1/agent/self")?;
+        own.pointer("/Config/NodeName").and_then(Value::as_str).unwrap_or_default().to_owned()
     };
     let nodes = client.get("/v1/coordinate/nodes")?;
     let find = |name: &str| {
@@ -74,8 +73,7 @@ pub(crate) fn rtt(args: &RttArgs) -> Result<(), Failure> {
                 .hint("`weft members` names the nodes; a coordinate takes some seconds after a node joined")
         })
     };
-    let (node, other_name) = (find(&args.node)?, other);
-    let millis = node.seconds_to(&find(&other_name)?) * 1e3;
+    let millis = find(&args.node)?.seconds_to(&find(&other_name)?) * 1e3;
     println!("Estimated {} <-> {other_name} rtt: {millis:.3} ms", args.node);
     Ok(())
 }

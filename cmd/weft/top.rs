@@ -67,7 +67,11 @@ fn row(pair: &Pair, now: &Counters, before: Option<&Counters>, seconds: f64) -> 
         .buckets
         .iter()
         .map(|(bound, count)| {
-            let earlier = before.buckets.iter().find(|(other, _)| other == bound).map_or(0.0, |(_, count)| *count);
+            let earlier = before
+                .buckets
+                .iter()
+                .find(|(other, _)| other.total_cmp(bound).is_eq())
+                .map_or(0.0, |(_, count)| *count);
             (*bound, since(*count, earlier))
         })
         .collect();
@@ -133,8 +137,11 @@ fn read(text: &str) -> BTreeMap<Pair, Counters> {
     pairs
 }
 
+/// Names and values of labels.
+type Labels<'a> = Vec<(&'a str, &'a str)>;
+
 /// Cuts `name{key="value",…} number`; names of services hold no quotes.
-fn sample(line: &str) -> Option<(&str, Vec<(&str, &str)>, f64)> {
+fn sample(line: &str) -> Option<(&str, Labels<'_>, f64)> {
     let (name, rest) = line.split_once('{')?;
     let (labels, value) = rest.rsplit_once("} ")?;
     let pairs = labels.split("\",").filter_map(|pair| pair.trim_end_matches('"').split_once("=\""));

@@ -43,7 +43,11 @@ fn every_endpoint_of_consul_s_is_on_the_page_once_as_it_is_served() {
     for (prefix, _, text) in REFUSED {
         let path = prefix.trim_end_matches('/');
         let marks = marks(path);
-        assert_eq!(marks, ["refused"], "{path} is refused ({text}); api/README.md must say so once");
+        let is_right = matches!(marks.as_slice(), ["refused" | "not yet"]);
+        assert!(
+            is_right,
+            "{path} is refused ({text}); api/README.md must say `refused` or `not yet` once, and says {marks:?}"
+        );
     }
 }
 
@@ -58,7 +62,7 @@ fn the_page_names_nothing_that_the_agent_does_not_do() {
             let is_right = match mark {
                 "same" | "differs" => served,
                 "refused" => refused && !served,
-                "not yet" => !served && !refused,
+                "not yet" => !served,
                 other => panic!("{pattern}: unknown mark {other:?}"),
             };
             assert!(is_right, "{pattern} is marked {mark:?}; served: {served}, refused: {refused}");

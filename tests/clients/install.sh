@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Installs the clients that tests/it/clients.rs runs, each from its registry: install.sh [DIR], by default target/clients.
-# Programs of Debian (HAProxy, nginx, VictoriaMetrics) are looked for on the PATH: .ci/run installs them.
+# Installs the clients that tests/it/clients.rs and schema.rs run, each from its registry: install.sh [DIR], by default beside the
+# build, in target/clients. Programs of Debian (HAProxy, nginx, VictoriaMetrics, node) are looked for on the PATH: .ci/run installs them.
 set -euo pipefail
-cd "$(dirname "$0")"
-dir="${1:-${CARGO_TARGET_DIR:-../../target}/clients}"
+here="$(cd "$(dirname "$0")" && pwd)"
+dir="${1:-${CARGO_TARGET_DIR:-$here/../../target}/clients}"
 mkdir -p "$dir"
 dir="$(cd "$dir" && pwd)"
 
@@ -20,4 +20,4 @@ if [ ! -d "$dir/npm/node_modules/consul" ]; then
 fi
 
 # A crate of its own: what rs-consul needs is no dependency of weft's.
-CARGO_TARGET_DIR="$dir/rs" cargo build --quiet --locked --manifest-path rs_consul/Cargo.toml
+CARGO_TARGET_DIR="$dir/rs" cargo build --quiet --locked --manifest-path "$here/rs_consul/Cargo.toml"

@@ -21,6 +21,7 @@ mod app;
 mod checks;
 mod cli;
 mod clients;
+mod crowd;
 mod dns;
 mod docs;
 mod http;
