@@ -322,7 +322,7 @@ fn victoria_metrics_scrapes_what_it_discovers_and_follows() {
     let file = dir.path().join("scrape.yml");
     // The agents' own metrics are the targets.
     let scrape = format!(
-        r#"
+        r"
 global: {{ scrape_interval: 1s, scrape_timeout: 1s }}
 scrape_configs:
   - job_name: weft
@@ -336,7 +336,7 @@ scrape_configs:
       - {{ source_labels: [__meta_consul_health], regex: passing, action: keep }}
       - {{ source_labels: [__meta_consul_service_id], target_label: service_id }}
       - {{ source_labels: [__meta_consul_service_metadata_team], regex: mesh, action: keep }}
-"#,
+",
         api = pair.first.api
     );
     fs::write(&file, scrape).unwrap();
