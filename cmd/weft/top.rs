@@ -177,7 +177,9 @@ weft_proxy_panics_total 0
     fn an_agent_that_began_anew_counts_from_nothing() {
         let now = read(FIRST);
         let mut before = now.clone();
-        before.values_mut().for_each(|counters| counters.ended += 1e6);
+        for counters in before.values_mut() {
+            counters.ended += 1e6;
+        }
         let pair = now.keys().find(|pair| pair.1 == "web").unwrap();
         assert_eq!(row(pair, &now[pair], before.get(pair), 1.0)[3], "12.0");
     }
