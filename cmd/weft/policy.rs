@@ -62,7 +62,7 @@ pub(crate) fn list_operators(args: &OperatorArgs) -> Result<(), Failure> {
             [operator.name.to_string(), state.to_owned(), operator.may.to_string(), ends, key]
         })
         .collect();
-    print!("{}", table::render(["Operator", "State", "May sign", "Ends", "Key"], &rows));
+    table::show(args.output.format, ["Operator", "State", "May sign", "Ends", "Key"], &rows);
     Ok(())
 }
 

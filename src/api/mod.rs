@@ -18,6 +18,7 @@ mod call;
 mod catalog;
 mod check;
 mod connect;
+mod definition;
 mod documents;
 mod entry;
 mod guard;
@@ -37,6 +38,8 @@ mod status;
 mod why;
 mod write;
 
+#[cfg(test)]
+mod coming;
 #[cfg(test)]
 mod fake;
 #[cfg(test)]

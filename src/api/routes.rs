@@ -104,7 +104,7 @@ pub(super) const ROUTES: &[Route] = &[
 ];
 
 /// Groups of Consul's that weft refuses on purpose: prefix, status, text.
-const REFUSED: &[(&str, StatusCode, &str)] = &[
+pub(super) const REFUSED: &[(&str, StatusCode, &str)] = &[
     ("/v1/acl/", StatusCode::UNAUTHORIZED, "ACL support disabled"),
     (
         "/v1/session/",

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::definition::of as definition_of;
 use crate::catalogue::{Instance, NodeEntry};
 use crate::model::{CheckRecord, HealthStatus, MemberStatus, ServiceRecord, Weights};
 use crate::registry::{LocalCheck, LocalState, Probe, ServiceDefinition};
@@ -262,7 +263,7 @@ impl<'a> Check<'a> {
             service_tags: &check.service_tags,
             r#type: kind,
             exposed_port: 0,
-            definition: BTreeMap::new(),
+            definition: definition_of(definition),
             create_index: 0,
             modify_index: 0,
         }

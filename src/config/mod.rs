@@ -240,6 +240,27 @@ pub struct Inputs {
 /// # Errors
 /// Every problem that was found.
 pub fn load(inputs: &Inputs, host: &Host) -> Result<Config, ConfigError> {
+    resolve::resolve(read(inputs), inputs.mode, host).map_err(located)
+}
+
+/// What [`validate`] found in files without a fault.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Validated {
+    /// Settings without effect.
+    pub warnings: Vec<Warning>,
+    /// What an agent still needs, from flags or other files: empty if the inputs are a whole configuration.
+    pub missing: Vec<Problem>,
+}
+
+/// Checks `inputs` as [`load`] does; what they leave out is no fault, so that parts (a file of services) can be checked.
+///
+/// # Errors
+/// Every problem of what the inputs do say.
+pub fn validate(inputs: &Inputs, host: &Host) -> Result<Validated, ConfigError> {
+    resolve::validate(read(inputs), inputs.mode, host).map_err(located)
+}
+
+fn read(inputs: &Inputs) -> raw::Raw {
     let mut raw = raw::Raw::default();
     for path in &inputs.paths {
         let files = if path.is_dir() { list_directory(path) } else { Ok(vec![path.clone()]) };
@@ -254,10 +275,13 @@ pub fn load(inputs: &Inputs, host: &Host) -> Result<Config, ConfigError> {
     for setting in &inputs.settings {
         raw.add_setting(setting);
     }
-    resolve::resolve(raw, inputs.mode, host).map_err(|mut error| {
-        file::locate(&mut error.problems);
-        error
-    })
+    raw
+}
+
+/// Adds the lines of the files to the problems.
+fn located(mut error: ConfigError) -> ConfigError {
+    file::locate(&mut error.problems);
+    error
 }
 
 impl Config {

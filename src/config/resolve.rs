@@ -16,8 +16,8 @@ use super::{
     ADMIN_TOKEN_BYTES_MIN, Config, ConfigError, DATACENTER_DEFAULT, DNS_PORT_DEFAULT, DRAIN_TIMEOUT_DEFAULT,
     DRAIN_TIMEOUT_MAX, HTTP_PORT_DEFAULT, Host, IdentitySource, JOIN_MAX, MESH_PORT_DEFAULT, Mode,
     NODE_META_KEY_BYTES_MAX, NODE_META_MAX, NODE_META_VALUE_BYTES_MAX, OnTerminate, PolicyAuthority, Problem,
-    RECONNECT_TIMEOUT_DEFAULT, RECONNECT_TIMEOUT_MAX, RECONNECT_TIMEOUT_MIN, SHARED_HTTP_PORT_DEFAULT, Secret, Storage,
-    TRUST_DOMAIN_DEV, WORKERS_MAX,
+    RECONNECT_TIMEOUT_DEFAULT, RECONNECT_TIMEOUT_MAX, RECONNECT_TIMEOUT_MIN, SHARED_HTTP_PORT_DEFAULT, Secret, Source,
+    Storage, TRUST_DOMAIN_DEV, Validated, WORKERS_MAX,
 };
 use crate::authz::Action;
 use crate::dns::DnsConfig;
@@ -43,6 +43,20 @@ pub(super) fn resolve(mut raw: Raw, mode: Mode, host: &Host) -> Result<Config, C
     match config {
         Some(config) if resolver.problems.is_empty() => Ok(config),
         _ => Err(ConfigError { problems: resolver.problems }),
+    }
+}
+
+/// Checks `raw` as [`resolve`] does, apart from what is missing in it.
+pub(super) fn validate(mut raw: Raw, mode: Mode, host: &Host) -> Result<Validated, ConfigError> {
+    let problems = std::mem::take(&mut raw.problems);
+    let mut resolver = Resolver { raw, mode, host, problems };
+    let config = resolver.config();
+    let (missing, problems): (Vec<Problem>, Vec<Problem>) =
+        resolver.problems.into_iter().partition(|problem| problem.source == Source::Unset);
+    if problems.is_empty() {
+        Ok(Validated { warnings: config.map_or(resolver.raw.warnings, |config| config.warnings), missing })
+    } else {
+        Err(ConfigError { problems })
     }
 }
 
