@@ -24,6 +24,7 @@ pub mod routing;
 pub mod store;
 pub mod supervise;
 pub mod telemetry;
+pub mod traffic;
 pub mod transport;
 pub mod wire;
 pub mod workload;
