@@ -123,15 +123,13 @@ pub(super) fn chain(snapshot: &Snapshot, service: &ServiceName) -> Result<Value,
     let protocol = snapshot.traffic.protocol(service).or_else(declared).unwrap_or_default();
     let here = snapshot.nodes.get(&snapshot.local_node).map_or("", |node| &node.info.datacenter);
     let plain;
-    let chain = match snapshot.traffic.chain(service) {
-        Some(chain) => &**chain,
-        None => {
-            // Entries that do not fit leave a service as if there were none.
-            plain = traffic::Entries::default()
-                .chain(service)
-                .map_err(|problems| Refusal::internal(problems.to_string()))?;
-            &plain
-        }
+    let chain = if let Some(chain) = snapshot.traffic.chain(service) {
+        &**chain
+    } else {
+        // What does not fit leaves a service as if no entry were about it.
+        plain =
+            traffic::Entries::default().chain(service).map_err(|problems| Refusal::internal(problems.to_string()))?;
+        &plain
     };
     let mut shown = traffic::show(chain, protocol.as_str(), here);
     let name = format!("chain:{service}");

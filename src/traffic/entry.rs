@@ -359,7 +359,7 @@ fn matching(object: &mut Object<'_>, problems: &mut Problems) -> Match {
             };
             match &test {
                 TextTest::Exact(text) | TextTest::Prefix(text) if !text.starts_with('/') => {
-                    problems.add(&*path, "must begin with `/`")
+                    problems.add(&*path, "must begin with `/`");
                 }
                 TextTest::Regex(text) => check_regex(text, &path, problems),
                 _ => {}
@@ -666,12 +666,12 @@ fn splitter(object: &mut Object<'_>, problems: &mut Problems) -> Entry {
     }
     let sticky = object.object("Sticky", problems).and_then(|mut sticky| {
         let path = sticky.path_of("Header");
-        let header = sticky.text("Header", problems).and_then(|text| match HeaderName::try_from(text) {
-            Ok(name) => Some(Sticky::Header(name)),
-            Err(_) => {
+        let header = sticky.text("Header", problems).and_then(|text| {
+            let name = HeaderName::try_from(text).ok();
+            if name.is_none() {
                 problems.add(&*path, "must be a header's name");
-                None
             }
+            name.map(Sticky::Header)
         });
         let cookie = sticky.text("Cookie", problems).map(|text| Sticky::Cookie(text.to_owned()));
         sticky.finish(problems);
@@ -762,7 +762,7 @@ fn failover(node: &Node<'_>, problems: &mut Problems) -> Vec<Place> {
     object.tenancy(problems);
     object.finish(problems);
     let has_place = service.is_some() || subset.is_some() || !datacenters.is_empty();
-    if has_place == !targets.is_empty() {
+    if has_place != targets.is_empty() {
         problems.add(&*node.path, "must have either Targets, or Service, ServiceSubset or Datacenters");
     }
     let one = Place { service, subset, datacenter: None };

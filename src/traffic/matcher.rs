@@ -126,10 +126,7 @@ impl Text {
     }
 
     fn matches(&self, value: &[u8]) -> bool {
-        let value = match self.ignores_case {
-            true => Cow::Owned(value.to_ascii_lowercase()),
-            false => Cow::Borrowed(value),
-        };
+        let value = if self.ignores_case { Cow::Owned(value.to_ascii_lowercase()) } else { Cow::Borrowed(value) };
         match &self.kind {
             Kind::Present => true,
             Kind::Exact(text) => *value == **text,

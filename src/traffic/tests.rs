@@ -75,31 +75,32 @@ fn the_first_route_that_matches_wins_by_every_kind_of_test() {
         route(&json!({"PathPrefix": "/not", "Header": [{"Name": "x-f", "Present": true, "Invert": true}]}), "inverted"),
     ]});
     let chain = chain(&[("service-router", "web", router)], "web");
-    #[track_caller]
-    fn check(chain: &Chain, method: &str, path: &str, given: &[(&str, &str)], want: &str) {
-        let headers = headers(given);
-        let route = chain.route(&asked(method, path, &headers)).unwrap();
-        let Action::Forward(forward) = &route.action else { panic!("a redirect") };
-        assert_eq!(forward.split.leg(&headers, 0).unwrap().to.target.id, want, "{method} {path} {given:?}");
-    }
-    check(&chain, "GET", "/exact", &[], "exact");
-    check(&chain, "GET", "/exact?x=1", &[("x-a", "1")], "exact");
-    check(&chain, "GET", "/exact/", &[], "web");
-    check(&chain, "PUT", "/v1/x", &[], "put");
-    check(&chain, "GET", "/v1/x", &[], "prefix");
-    check(&chain, "GET", "/r42", &[], "regex");
-    check(&chain, "GET", "/r42x", &[], "web");
-    check(&chain, "GET", "/case", &[], "case");
-    check(&chain, "GET", "/", &[("x-a", "2"), ("x-a", "1")], "h-exact");
-    check(&chain, "GET", "/", &[("x-b", "pre-post")], "h-both");
-    check(&chain, "GET", "/", &[("x-b", "pre")], "web");
-    check(&chain, "GET", "/", &[("x-c", "aaa")], "h-regex");
-    check(&chain, "GET", "/", &[("x-d", "")], "h-present");
-    check(&chain, "GET", "/", &[("x-e", "amidst")], "h-contains");
-    check(&chain, "GET", "/?a=2&q=1", &[], "q-exact");
-    check(&chain, "GET", "/?p", &[], "q-present");
-    check(&chain, "GET", "/not", &[], "inverted");
-    check(&chain, "GET", "/not", &[("x-f", "1")], "web");
+    routes_to(&chain, "GET", "/exact", &[], "exact");
+    routes_to(&chain, "GET", "/exact?x=1", &[("x-a", "1")], "exact");
+    routes_to(&chain, "GET", "/exact/", &[], "web");
+    routes_to(&chain, "PUT", "/v1/x", &[], "put");
+    routes_to(&chain, "GET", "/v1/x", &[], "prefix");
+    routes_to(&chain, "GET", "/r42", &[], "regex");
+    routes_to(&chain, "GET", "/r42x", &[], "web");
+    routes_to(&chain, "GET", "/case", &[], "case");
+    routes_to(&chain, "GET", "/", &[("x-a", "2"), ("x-a", "1")], "h-exact");
+    routes_to(&chain, "GET", "/", &[("x-b", "pre-post")], "h-both");
+    routes_to(&chain, "GET", "/", &[("x-b", "pre")], "web");
+    routes_to(&chain, "GET", "/", &[("x-c", "aaa")], "h-regex");
+    routes_to(&chain, "GET", "/", &[("x-d", "")], "h-present");
+    routes_to(&chain, "GET", "/", &[("x-e", "amidst")], "h-contains");
+    routes_to(&chain, "GET", "/?a=2&q=1", &[], "q-exact");
+    routes_to(&chain, "GET", "/?p", &[], "q-present");
+    routes_to(&chain, "GET", "/not", &[], "inverted");
+    routes_to(&chain, "GET", "/not", &[("x-f", "1")], "web");
+}
+
+#[track_caller]
+fn routes_to(chain: &Chain, method: &str, path: &str, given: &[(&str, &str)], want: &str) {
+    let headers = headers(given);
+    let route = chain.route(&asked(method, path, &headers)).unwrap();
+    let Action::Forward(forward) = &route.action else { panic!("a redirect") };
+    assert_eq!(forward.split.leg(&headers, 0).unwrap().to.target.id, want, "{method} {path} {given:?}");
 }
 
 /// Tests of few texts, so that rules meet, overlap and shadow each other.
@@ -245,31 +246,39 @@ fn resolvers_lead_through_redirects_default_subsets_and_failover() {
         ("service-resolver", "old", json!({"Redirect": {"Service": "web", "ServiceSubset": "v2"}})),
         ("service-resolver", "near", json!({"Failover": {"*": {"Datacenters": ["dc2"]}}})),
     ];
-    #[track_caller]
-    fn check(list: &[(&str, &str, Value)], service: &str, target: &str, failover: &[&str]) -> Arc<Resolved> {
-        let resolved = chain(list, service).stream;
-        assert_eq!(resolved.target.id, target);
-        assert_eq!(resolved.failover.iter().map(|target| &*target.id).collect::<Vec<_>>(), failover);
-        resolved
-    }
-    let web = check(&list, "web", "v1.web", &["backup.dc2", "backup.dc3"]);
+    let web = resolves_to(&list, "web", "v1.web", &["backup.dc2", "backup.dc3"]);
     assert_eq!(
         (web.connect_timeout, web.request_timeout),
         (Some(Duration::from_secs(2)), Some(Duration::from_secs(9)))
     );
-    check(&list, "old", "v2.web", &["v1.web", "backup"]);
-    check(&list, "near", "near.local", &["near.dc2"]);
+    resolves_to(&list, "old", "v2.web", &["v1.web", "backup"]);
+    resolves_to(&list, "near", "near.local", &["near.dc2"]);
 
     let takes = |target: &Target, version: &str, datacenter: &str, status| {
         target.takes(&instance(version, datacenter, status), "dc1")
     };
-    use HealthStatus::{Passing, Warning};
     let v2 = &chain(&list, "old").stream.target;
-    assert!(takes(&web.target, "v1", "dc1", Warning) && !takes(&web.target, "v2", "dc1", Passing));
-    assert!(takes(v2, "v2", "dc9", Passing) && !takes(v2, "v2", "dc1", Warning));
+    assert!(
+        takes(&web.target, "v1", "dc1", HealthStatus::Warning)
+            && !takes(&web.target, "v2", "dc1", HealthStatus::Passing)
+    );
+    assert!(takes(v2, "v2", "dc9", HealthStatus::Passing) && !takes(v2, "v2", "dc1", HealthStatus::Warning));
     let near = chain(&list, "near").stream;
-    assert!(takes(&near.target, "", "dc1", Passing) && !takes(&near.target, "", "dc2", Passing));
-    assert!(takes(&near.failover[0], "", "dc2", Passing) && !takes(&near.failover[0], "", "dc1", Passing));
+    assert!(
+        takes(&near.target, "", "dc1", HealthStatus::Passing) && !takes(&near.target, "", "dc2", HealthStatus::Passing)
+    );
+    assert!(
+        takes(&near.failover[0], "", "dc2", HealthStatus::Passing)
+            && !takes(&near.failover[0], "", "dc1", HealthStatus::Passing)
+    );
+}
+
+#[track_caller]
+fn resolves_to(list: &[(&str, &str, Value)], service: &str, target: &str, failover: &[&str]) -> Arc<Resolved> {
+    let resolved = chain(list, service).stream;
+    assert_eq!(resolved.target.id, target);
+    assert_eq!(resolved.failover.iter().map(|target| &*target.id).collect::<Vec<_>>(), failover);
+    resolved
 }
 
 fn instance(version: &str, datacenter: &str, status: HealthStatus) -> Instance {
@@ -316,7 +325,7 @@ fn instance(version: &str, datacenter: &str, status: HealthStatus) -> Instance {
 #[test]
 fn what_stands_in_place_of_a_prefix_joins_the_rest_by_one_slash() {
     #[track_caller]
-    fn check(matched: Value, put: &str, path: &str, want: &str) {
+    fn check(matched: &Value, put: &str, path: &str, want: &str) {
         let route = json!({"Match": {"HTTP": matched}, "Destination": {"PrefixRewrite": put}});
         let chain = chain(&[("service-router", "web", json!({"Routes": [route]}))], "web");
         let none = HeaderMap::new();
@@ -324,13 +333,13 @@ fn what_stands_in_place_of_a_prefix_joins_the_rest_by_one_slash() {
         assert_eq!(found.path(path).as_deref(), Some(want), "{path}");
     }
     let prefix = |text: &str| json!({"PathPrefix": text});
-    check(prefix("/api"), "/", "/api/x?y=1", "/x?y=1");
-    check(prefix("/api"), "/", "/api", "/");
-    check(prefix("/api"), "/", "/api?y", "/?y");
-    check(prefix("/api/"), "/v2", "/api/x", "/v2/x");
-    check(prefix("/api"), "/v2", "/api/x", "/v2/x");
-    check(prefix("/api"), "/v2", "/apix", "/v2x");
-    check(json!({"PathExact": "/a"}), "/b/c", "/a?x=1", "/b/c?x=1");
+    check(&prefix("/api"), "/", "/api/x?y=1", "/x?y=1");
+    check(&prefix("/api"), "/", "/api", "/");
+    check(&prefix("/api"), "/", "/api?y", "/?y");
+    check(&prefix("/api/"), "/v2", "/api/x", "/v2/x");
+    check(&prefix("/api"), "/v2", "/api/x", "/v2/x");
+    check(&prefix("/api"), "/v2", "/apix", "/v2x");
+    check(&json!({"PathExact": "/a"}), "/b/c", "/a?x=1", "/b/c?x=1");
 }
 
 #[test]
@@ -405,36 +414,36 @@ fn every_problem_of_an_entry_is_named_at_once_with_its_path() {
 #[test]
 fn other_kinds_are_read_as_strictly() {
     #[track_caller]
-    fn check(kind: &str, value: Value, part: &str) {
-        let text = refused(kind, &value);
+    fn check(kind: &str, value: &Value, part: &str) {
+        let text = refused(kind, value);
         assert!(text.contains(part), "{part:?} is not in {text}");
     }
     let splits = |list: Value| json!({"Splits": list});
-    check("service-splitter", splits(json!([{"Weight": 99.99}])), "weights of 100 together, and have 99.99");
+    check("service-splitter", &splits(json!([{"Weight": 99.99}])), "weights of 100 together, and have 99.99");
     check(
         "service-splitter",
-        splits(json!([{"Weight": 0.005}, {"Weight": 99.995}])),
+        &splits(json!([{"Weight": 0.005}, {"Weight": 99.995}])),
         "Splits[0].Weight must be a percentage",
     );
-    check("service-splitter", splits(json!([])), "at least one");
-    check("service-splitter", json!({"Splits": [{"Weight": 100}], "Sticky": {}}), "Sticky.Header or Cookie");
-    check("service-resolver", json!({"DefaultSubset": "v1"}), "DefaultSubset = \"v1\" must be one of Subsets");
+    check("service-splitter", &splits(json!([])), "at least one");
+    check("service-splitter", &json!({"Splits": [{"Weight": 100}], "Sticky": {}}), "Sticky.Header or Cookie");
+    check("service-resolver", &json!({"DefaultSubset": "v1"}), "DefaultSubset = \"v1\" must be one of Subsets");
     check(
         "service-resolver",
-        json!({"Subsets": {"v1": {"Filter": "Service.Colour == 1"}}}),
+        &json!({"Subsets": {"v1": {"Filter": "Service.Colour == 1"}}}),
         "Subsets[\"v1\"].Filter is refused",
     );
-    check("service-resolver", json!({"Failover": {"v9": {"Service": "x"}}}), "must be `*` or one of Subsets");
-    check("service-resolver", json!({"Failover": {"*": {}}}), "must have either Targets");
-    check("service-resolver", json!({"Redirect": {"Service": "a"}, "Subsets": {"v1": {}}}), "goes with neither");
-    check("service-defaults", json!({"Protocol": "udp"}), "Protocol must be tcp");
-    check("service-defaults", json!({"MutualTLSMode": "permissive"}), "weft does nothing with it");
-    check("proxy-defaults", json!({"Config": {"envoy_x": 1}}), "Config.envoy_x is no field");
-    check("service-faults", json!({"Faults": [{}]}), "Faults[0] must have Delay or Abort");
-    check("service-faults", json!({"Faults": [{"Abort": {"Reset": true, "HTTPStatus": 500}}]}), "only one of them");
-    check("service-faults", json!([]), "must be an object");
+    check("service-resolver", &json!({"Failover": {"v9": {"Service": "x"}}}), "must be `*` or one of Subsets");
+    check("service-resolver", &json!({"Failover": {"*": {}}}), "must have either Targets");
+    check("service-resolver", &json!({"Redirect": {"Service": "a"}, "Subsets": {"v1": {}}}), "goes with neither");
+    check("service-defaults", &json!({"Protocol": "udp"}), "Protocol must be tcp");
+    check("service-defaults", &json!({"MutualTLSMode": "permissive"}), "weft does nothing with it");
+    check("proxy-defaults", &json!({"Config": {"envoy_x": 1}}), "Config.envoy_x is no field");
+    check("service-faults", &json!({"Faults": [{}]}), "Faults[0] must have Delay or Abort");
+    check("service-faults", &json!({"Faults": [{"Abort": {"Reset": true, "HTTPStatus": 500}}]}), "only one of them");
+    check("service-faults", &json!([]), "must be an object");
     let many: Vec<Value> = (0..200).map(|at| route(&json!({"PathRegex": format!("/{at}")}), "x")).collect();
-    check("service-router", json!({"Routes": many}), "at most 128");
+    check("service-router", &json!({"Routes": many}), "at most 128");
     // Keys as Consul takes them, and what others read.
     ready(
         "service-router",

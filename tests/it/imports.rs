@@ -19,7 +19,7 @@ fn rules() -> BTreeMap<&'static str, &'static [&'static str]> {
         ("policy", &["authz", "clock", "model", "pki", "wire"]),
         ("membership", FOUNDATION),
         ("replica", FOUNDATION),
-        ("routing", &["model", "catalogue", "clock"]),
+        ("routing", &["model", "catalogue", "clock", "filter"]),
         // Subsets are chosen by what an instance is.
         ("traffic", &["authz", "catalogue", "filter", "model"]),
         ("catalogue", &["authz", "model", "replica", "traffic"]),
@@ -60,6 +60,7 @@ fn rules() -> BTreeMap<&'static str, &'static [&'static str]> {
                 "authz",
                 "catalogue",
                 "clock",
+                "filter",
                 "gossip",
                 "metrics",
                 "model",
@@ -71,6 +72,7 @@ fn rules() -> BTreeMap<&'static str, &'static [&'static str]> {
                 "traffic",
             ],
         ),
+        ("filter", &["catalogue", "model"]),
         ("dns", &["catalogue", "clock", "metrics", "model", "supervise"]),
         ("workload", &["clock", "metrics", "model", "pki", "registry", "supervise", "telemetry"]),
         // Of dns and workload: the form of their own blocks.
@@ -131,7 +133,7 @@ fn pure_cores_read_no_clock_and_name_no_task_socket_or_source_of_randomness() {
     const FORBIDDEN: [&str; 6] = ["clock::now", "clock::wall", "rand::random", "rand::rng()", "std::net::Udp", "quinn"];
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut problems = Vec::new();
-    for core in ["membership", "replica", "gossip/engine", "policy", "authz", "traffic"] {
+    for core in ["membership", "replica", "gossip/engine", "policy", "authz", "filter", "traffic"] {
         for file in rust_files(&root.join(core)) {
             let source = fs::read_to_string(&file).unwrap();
             let code = source.lines().enumerate().take_while(|(_, line)| line.trim() != "#[cfg(test)]");

@@ -169,7 +169,7 @@ pub(super) async fn begin_upload(
 pub(super) fn encode_head(
     state: &HttpState,
     call: &Call<'_>,
-    left: Option<(HeaderName, String)>,
+    left: Option<&(HeaderName, String)>,
 ) -> Result<Bytes, Refusal> {
     let Parts { method, uri, headers, .. } = call.parts;
     let hops = headers::next_hop(headers)?;
@@ -183,7 +183,7 @@ pub(super) fn encode_head(
         }
         let mut digits = [0; 3];
         writer.header(&headers::HOPS, decimal(hops, &mut digits));
-        if let Some((name, value)) = &left {
+        if let Some((name, value)) = left {
             writer.header(name, value.as_bytes());
         }
         if !headers.contains_key(headers::REQUEST_ID) {

@@ -237,7 +237,7 @@ fn time_left(plan: &Plan<'_>, now: Instant) -> Option<(HeaderName, String)> {
 
 /// What one attempt was.
 enum Outcome {
-    Answered(Answer),
+    Answered(Box<Answer>),
     /// Nothing had reached an app.
     Unreached(Refusal),
     /// It broke, or took too long.
@@ -274,7 +274,7 @@ async fn attempts<D: Dial>(
                 if retries > 0 {
                     state.traffic.saved.with_label_values(&[destination.as_str()]).inc();
                 }
-                return Ok(answer);
+                return Ok(*answer);
             }
             Outcome::Final(refusal) => break refusal,
             Outcome::Unreached(refusal) => {
@@ -414,7 +414,7 @@ async fn try_instance<D: Dial>(
         Some(Err(error)) => return Outcome::Final(no_instance(resolved, error)),
     };
     let Opened { send, recv, preamble, instance, lease } = opened;
-    let head = match attempt::encode_head(state, call, time_left(plan, clock::now())) {
+    let head = match attempt::encode_head(state, call, time_left(plan, clock::now()).as_ref()) {
         Ok(head) => head,
         Err(refusal) => return Outcome::Final(refusal),
     };
@@ -432,7 +432,7 @@ async fn try_instance<D: Dial>(
         Err(Failed::Silent(_) | Failed::Final(_)) => {}
     }
     match outcome {
-        Ok(answer) => Outcome::Answered(answer),
+        Ok(answer) => Outcome::Answered(Box::new(answer)),
         Err(Failed::Unreached(refusal)) => Outcome::Unreached(refusal),
         Err(Failed::Silent(refusal)) => Outcome::Silent(refusal, "reset"),
         Err(Failed::Answered(answer)) => Outcome::Poor(answer),

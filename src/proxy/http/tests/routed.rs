@@ -70,7 +70,7 @@ fn say(worker: &Loopback, list: &[(&str, &str, Value)]) {
 }
 
 /// A router of `web` with one route for all.
-fn route(destination: Value) -> (&'static str, &'static str, Value) {
+fn route(destination: &Value) -> (&'static str, &'static str, Value) {
     ("service-router", "web", json!({"Routes": [{"Match": {"HTTP": {"PathPrefix": "/"}}, "Destination": destination}]}))
 }
 
@@ -89,7 +89,7 @@ fn counts(worker: &Loopback, series: &str, want: u64) {
 #[test]
 fn a_retry_saves_a_request_and_sends_its_body_again() {
     run(async {
-        let mut setup = web(&[UNAVAILABLE, OK], &[route(json!({"NumRetries": 2, "RetryOn": ["5xx"]}))]).await;
+        let mut setup = web(&[UNAVAILABLE, OK], &[route(&json!({"NumRetries": 2, "RetryOn": ["5xx"]}))]).await;
         let answer =
             raw(setup.port, b"POST /x HTTP/1.1\r\nhost: web\r\nconnection: close\r\ncontent-length: 4\r\n\r\nbody")
                 .await;
@@ -105,7 +105,7 @@ fn a_retry_saves_a_request_and_sends_its_body_again() {
 #[test]
 fn when_retries_run_out_the_app_s_last_answer_is_passed_on_and_says_so_in_the_metrics() {
     run(async {
-        let setup = web(&[UNAVAILABLE], &[route(json!({"NumRetries": 2, "RetryOnStatusCodes": [503]}))]).await;
+        let setup = web(&[UNAVAILABLE], &[route(&json!({"NumRetries": 2, "RetryOnStatusCodes": [503]}))]).await;
         let answer = ask(setup.port, "GET / HTTP/1.1").await;
         assert!(answer.starts_with("HTTP/1.1 503") && answer.ends_with("bad"), "{answer}");
         counts(&setup.worker, "weft_http_retries_total{destination_service=\"web\",reason=\"status\"}", 2);
@@ -121,7 +121,7 @@ fn only_what_the_conditions_name_is_tried_again() {
         const ERROR: &str = "HTTP/1.1 500 Error\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
         const LATER: &str = "HTTP/1.1 503 Later\r\ncontent-length: 0\r\nretry-after: 3600\r\nconnection: close\r\n\r\n";
         const BROKEN: &str = "";
-        let gateway = || route(json!({"NumRetries": 1, "RetryOn": ["gateway-error"]}));
+        let gateway = || route(&json!({"NumRetries": 1, "RetryOn": ["gateway-error"]}));
         let setup = web(&[ERROR, OK], &[gateway()]).await;
         assert!(ask(setup.port, "GET / HTTP/1.1").await.starts_with("HTTP/1.1 500"));
         // A server that asks for an hour is not asked again.
@@ -131,7 +131,7 @@ fn only_what_the_conditions_name_is_tried_again() {
         // An app that breaks off is answered for with 502: a gateway's error.
         let setup = web(&[BROKEN, OK], &[gateway()]).await;
         assert!(ask(setup.port, "POST / HTTP/1.1").await.starts_with("HTTP/1.1 200"));
-        let setup = web(&[BROKEN, OK], &[route(json!({"NumRetries": 1, "RetryOn": ["retriable-4xx"]}))]).await;
+        let setup = web(&[BROKEN, OK], &[route(&json!({"NumRetries": 1, "RetryOn": ["retriable-4xx"]}))]).await;
         assert!(ask(setup.port, "POST / HTTP/1.1").await.starts_with("HTTP/1.1 502"));
     });
 }
@@ -139,8 +139,8 @@ fn only_what_the_conditions_name_is_tried_again() {
 #[test]
 fn a_timeout_answers_504_and_says_why_and_what_is_left_goes_along() {
     run(async {
-        let mut setup = web(&[HANG], &[route(json!({"RequestTimeout": "300ms"}))]).await;
-        let begun = std::time::Instant::now();
+        let mut setup = web(&[HANG], &[route(&json!({"RequestTimeout": "300ms"}))]).await;
+        let begun = crate::clock::now();
         let answer = ask(setup.port, "GET / HTTP/1.1").await;
         assert!(begun.elapsed() >= Duration::from_millis(300), "{:?}", begun.elapsed());
         assert!(answer.starts_with("HTTP/1.1 504") && answer.contains("x-weft-reason: timeout"), "{answer}");
@@ -162,7 +162,7 @@ fn an_attempt_that_takes_too_long_is_followed_by_another() {
     run(async {
         let destination =
             json!({"RequestTimeout": "20s", "PerTryTimeout": "200ms", "NumRetries": 1, "RetryOn": ["reset"]});
-        let setup = web(&[HANG, OK], &[route(destination)]).await;
+        let setup = web(&[HANG, OK], &[route(&destination)]).await;
         let answer = ask(setup.port, "POST / HTTP/1.1").await;
         assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
         counts(&setup.worker, "weft_http_retries_total{destination_service=\"web\",reason=\"timeout\"}", 1);
@@ -174,7 +174,7 @@ fn a_response_that_stalls_or_takes_too_long_is_cut_off() {
     run(async {
         const STALLS: &str = "hangHTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nbegins";
         for limit in [json!({"RequestTimeout": "300ms"}), json!({"IdleTimeout": "300ms"})] {
-            let setup = web(&[STALLS], &[route(limit)]).await;
+            let setup = web(&[STALLS], &[route(&limit)]).await;
             let answer = ask(setup.port, "GET / HTTP/1.1").await;
             assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("begins"), "{answer}");
             let text = setup.worker.metrics.render().unwrap();
@@ -193,7 +193,7 @@ fn faults_delay_abort_and_reset() {
             {"Match": {"HTTP": {"PathPrefix": "/rst"}}, "Abort": {"Reset": true}},
         ]});
         let setup = web(&[OK], &[("service-faults", "web", faults)]).await;
-        let begun = std::time::Instant::now();
+        let begun = crate::clock::now();
         assert!(ask(setup.port, "GET /slow HTTP/1.1").await.starts_with("HTTP/1.1 200"));
         assert!(begun.elapsed() >= Duration::from_millis(200));
         let answer = ask(setup.port, "GET /bad HTTP/1.1").await;
@@ -253,7 +253,7 @@ fn a_redirect_sends_the_caller_elsewhere() {
 fn a_mirror_gets_a_copy_and_never_slows_the_original() {
     run(async {
         let mirror = json!({"Mirror": {"Service": "shadow"}});
-        let mut setup = web(&[OK], &[route(mirror)]).await;
+        let mut setup = web(&[OK], &[route(&mirror)]).await;
         let (addr, mut copies) = scripted(&[HANG]).await;
         setup.worker.add(addr, Protocol::Http).await;
         let request = b"POST /x HTTP/1.1\r\nhost: web\r\nconnection: close\r\ncontent-length: 4\r\n\r\nbody";
