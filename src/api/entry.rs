@@ -108,7 +108,7 @@ fn fits(call: &Call, draft: &Draft, value: Option<&Value>) -> Result<(), Refusal
         .map_err(|problems| Refusal::bad(format!("Invalid config entry: {problems}")))
 }
 
-/// `GET` and `POST /v1/discovery-chain/:service`
+/// `GET /v1/discovery-chain/:service`
 pub(super) async fn discovery_chain(call: Call) -> Result<Reply, Refusal> {
     refuse_tenancy(&call)?;
     let snapshot = call.shared.snapshot.load();

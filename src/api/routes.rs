@@ -84,7 +84,6 @@ pub(super) const ROUTES: &[Route] = &[
     route!(GET "/v1/config/{*entry}" entry::read),
     route!(DELETE "/v1/config/{*entry}" entry::delete),
     route!(GET "/v1/discovery-chain/{service}" entry::discovery_chain),
-    route!(POST "/v1/discovery-chain/{service}" entry::discovery_chain),
     route!(GET "/v1/catalog/datacenters" catalog::datacenters),
     route!(GET "/v1/catalog/nodes" catalog::nodes),
     route!(GET "/v1/catalog/services" catalog::services),

@@ -33,6 +33,7 @@ mod netns_faults;
 mod netns_identity;
 mod netns_policy;
 mod netns_threats;
+mod netns_traffic;
 #[path = "../sim/mod.rs"]
 mod sim;
 mod simulated;

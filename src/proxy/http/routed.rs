@@ -240,6 +240,8 @@ enum Outcome {
     Answered(Box<Answer>),
     /// Nothing had reached an app.
     Unreached(Refusal),
+    /// There is no instance that was not tried.
+    NoneLeft(Refusal),
     /// It broke, or took too long.
     Silent(Refusal, &'static str),
     /// It answered what is tried again.
@@ -267,7 +269,7 @@ async fn attempts<D: Dial>(
     }
     let times = retry.map_or(0, |retry| retry.times);
     let (mut tried, mut retries, mut unreached) = (Tried::default(), 0, 0);
-    let mut kept: Option<Box<Answer>> = None;
+    let (mut kept, mut not_reached): (Option<Box<Answer>>, Option<Refusal>) = (None, None);
     let failure = loop {
         let (failure, reason, answer) = match attempt_once(worker, call, plan, (pending.as_ref(), &mut tried)).await {
             Outcome::Answered(answer) => {
@@ -282,10 +284,17 @@ async fn attempts<D: Dial>(
                 if unreached < ATTEMPTS_MAX.max(usize::try_from(times).unwrap_or(0) + 1)
                     && may_replay(pending.as_deref())
                 {
+                    not_reached = Some(refusal);
                     continue;
                 }
                 break refusal;
             }
+            // All were tried: one that failed may do better by now, one that was not reached hardly.
+            Outcome::NoneLeft(_) if retries > 0 && tried.count() > 0 && not_reached.is_none() => {
+                tried = Tried::default();
+                continue;
+            }
+            Outcome::NoneLeft(refusal) => break not_reached.unwrap_or(refusal),
             Outcome::Silent(refusal, reason) => (refusal, reason, None),
             Outcome::Poor(answer) => {
                 let status = answer.head.status;
@@ -411,6 +420,7 @@ async fn try_instance<D: Dial>(
             let why = format!("no connection within {:?}", resolved.connect_timeout.unwrap_or_default());
             return Outcome::Unreached(attempt::unreachable(destination, &why));
         }
+        Some(Err(error @ OpenError::NoInstance { .. })) => return Outcome::NoneLeft(no_instance(resolved, error)),
         Some(Err(error)) => return Outcome::Final(no_instance(resolved, error)),
     };
     let Opened { send, recv, preamble, instance, lease } = opened;
