@@ -17,10 +17,11 @@ use super::chain::{
     Action, Chain, Faults, Forward, Leg, Mirror, Resolved, Route, SHARES, Split, Subset, Target, stable_hash,
 };
 use super::entry::{
-    Defaults, Destination, Entry, HeaderEdit, Place, Resolver, Route as Rule, Splitter, SubsetRule, Then, read,
+    Defaults, Destination, Entry, HeaderEdit, Place, Resolver, Route as Rule, Splitter, SubsetRule, Then,
 };
 use super::fields::Problems;
 use super::matcher::{Matcher, TextTest};
+use super::read::read;
 use crate::model::{Protocol, ServiceName};
 
 /// Longest way of splitters into splitters, and of redirects: far above what people can follow.

@@ -22,6 +22,7 @@ mod compile;
 mod entry;
 mod fields;
 mod matcher;
+mod read;
 pub mod retry;
 mod show;
 mod subset;
@@ -37,9 +38,10 @@ pub use chain::{
     Action, Chain, Faults, Forward, Leg, Mirror, Resolved, Route, SHARES, Split, Subset, Target, is_hit, stable_hash,
 };
 pub use compile::{Entries, Ready, Router};
-pub use entry::{Abort, HeaderEdit, PATH_REGEXES_MAX, ROUTES_MAX, Redirect, Sticky};
+pub use entry::{Abort, HeaderEdit, Redirect, Sticky};
 pub use fields::{Problem, Problems};
 pub use matcher::{Asked, HeaderTest, Match, Matcher, QueryTest, TextTest};
+pub use read::{PATH_REGEXES_MAX, ROUTES_MAX};
 pub use show::show;
 pub use subset::Filter;
 

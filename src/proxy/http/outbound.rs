@@ -209,7 +209,9 @@ impl<D: Dial> Connection<D> {
             return Ok(Rc::clone(target));
         }
         let Some(name) = service_of_host(authority.host()) else { return Err(unknown_host(authority.host())) };
-        if !self.worker.snapshot().peek().services.contains_key(&name) {
+        let snapshot = self.worker.snapshot().peek();
+        // A name that only entries know may lead to another service.
+        if !snapshot.services.contains_key(&name) && snapshot.traffic.chain(&name).is_none() {
             return Err(refusal(
                 StatusCode::SERVICE_UNAVAILABLE,
                 Reason::UnknownService,
