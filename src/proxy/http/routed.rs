@@ -184,7 +184,8 @@ fn redirected(
     let own = request.uri().path_and_query().map_or("/", PathAndQuery::as_str);
     let path = redirect.path.clone().or_else(|| route.path(own)).unwrap_or_else(|| own.to_owned());
     let host = redirect.host.as_deref().or_else(|| authority.map(Authority::as_str));
-    let is_elsewhere = redirect.host.is_some() || redirect.scheme.is_some();
+    // `//name/…` alone would name another host (RFC 3986 §4.2).
+    let is_elsewhere = redirect.host.is_some() || redirect.scheme.is_some() || path.starts_with("//");
     let location = match host.filter(|_| is_elsewhere) {
         Some(host) => format!("{}://{host}{path}", redirect.scheme.as_deref().unwrap_or("http")),
         None => path,

@@ -239,11 +239,15 @@ fn a_redirect_sends_the_caller_elsewhere() {
     run(async {
         let router = json!({"Routes": [
             {"Match": {"HTTP": {"PathPrefix": "/old"}}, "Redirect": {"Code": 308, "PrefixRewrite": "/new"}},
+            {"Match": {"HTTP": {"PathPrefix": "/root"}}, "Redirect": {"PrefixRewrite": "/"}},
             {"Match": {"HTTP": {"PathPrefix": "/tls"}}, "Redirect": {"Scheme": "https"}},
         ]});
         let setup = web(&[OK], &[("service-router", "web", router)]).await;
         let answer = ask(setup.port, "GET /old/x?y=1 HTTP/1.1").await;
         assert!(answer.starts_with("HTTP/1.1 308") && answer.contains("location: /new/x?y=1\r\n"), "{answer}");
+        // No caller is sent to another host by what it asks for.
+        let answer = ask(setup.port, "GET /root//evil.example/ HTTP/1.1").await;
+        assert!(answer.contains("location: http://web//evil.example/\r\n"), "{answer}");
         let answer = ask(setup.port, "GET /tls?y HTTP/1.1").await;
         assert!(answer.starts_with("HTTP/1.1 302") && answer.contains("location: https://web/tls?y\r\n"), "{answer}");
     });
