@@ -83,6 +83,7 @@ pub(super) const ROUTES: &[Route] = &[
     route!(PUT "/v1/config" entry::put),
     route!(GET "/v1/config/{*entry}" entry::read),
     route!(DELETE "/v1/config/{*entry}" entry::delete),
+    route!(GET "/v1/discovery-chain/{service}" entry::discovery_chain),
     route!(GET "/v1/catalog/datacenters" catalog::datacenters),
     route!(GET "/v1/catalog/nodes" catalog::nodes),
     route!(GET "/v1/catalog/services" catalog::services),

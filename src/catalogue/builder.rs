@@ -17,6 +17,7 @@ use super::{Instance, LocalView, NodeEntry, ServiceEntry, Snapshot};
 use crate::authz::{Action, Table};
 use crate::model::{CheckRecord, HealthStatus, InstanceId, MemberStatus, NodeName, ServiceName};
 use crate::replica::NodeState;
+use crate::traffic::Traffic;
 
 /// Most services remembered after their last instance went. Enough for a day of one new name every 20 s; beyond it the
 /// oldest is forgotten, and a blocking query on it waits like one on a name that never was.
@@ -38,6 +39,8 @@ pub struct Builder {
     view: Arc<LocalView>,
     policy: Arc<Table>,
     policy_index: u64,
+    traffic: Arc<Traffic>,
+    traffic_index: u64,
     /// What became of a service's instances since the last snapshot; none: gone.
     touched: BTreeMap<ServiceName, Edits>,
     is_changed: bool,
@@ -56,6 +59,8 @@ impl Builder {
             view: Arc::default(),
             policy: Arc::new(Table::empty(Action::Allow)),
             policy_index: first_index.max(1),
+            traffic: Arc::default(),
+            traffic_index: first_index.max(1),
             touched: BTreeMap::new(),
             is_changed: false,
         }
@@ -88,6 +93,13 @@ impl Builder {
         self.is_changed = true;
     }
 
+    /// Takes over what operators say about requests.
+    pub fn set_traffic(&mut self, traffic: Arc<Traffic>) {
+        self.traffic = traffic;
+        self.traffic_index = self.index;
+        self.is_changed = true;
+    }
+
     /// Returns the next snapshot; none if nothing changed since the last one.
     pub fn build(&mut self) -> Option<Arc<Snapshot>> {
         if !std::mem::take(&mut self.is_changed) {
@@ -107,6 +119,8 @@ impl Builder {
             local: Arc::clone(&self.view),
             policy: Arc::clone(&self.policy),
             policy_index: self.policy_index,
+            traffic: Arc::clone(&self.traffic),
+            traffic_index: self.traffic_index,
         }))
     }
 

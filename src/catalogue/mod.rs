@@ -26,6 +26,7 @@ use crate::model::{
     CheckRecord, Generation, HealthStatus, InstanceId, MemberStatus, NodeInfo, NodeName, Protocol, ServiceName,
     ServiceRecord,
 };
+use crate::traffic::Traffic;
 
 /// Everything that a node knows of the mesh at one moment.
 #[derive(Debug, Clone)]
@@ -46,6 +47,10 @@ pub struct Snapshot {
     pub policy: Arc<Table>,
     /// Index of the last change to `policy`.
     pub policy_index: u64,
+    /// What operators say about requests.
+    pub traffic: Arc<Traffic>,
+    /// Index of the last change to `traffic`.
+    pub traffic_index: u64,
 }
 
 impl Snapshot {
@@ -60,6 +65,8 @@ impl Snapshot {
             local: Arc::new(LocalView::default()),
             policy: Arc::new(Table::empty(Action::Allow)),
             policy_index: 1,
+            traffic: Arc::default(),
+            traffic_index: 1,
         }
     }
 }

@@ -24,10 +24,10 @@ use super::engine::{
 use super::exchange::{self, ExchangeError};
 use super::links::{Links, Sent};
 use super::metrics::GossipMetrics;
+use super::policy::Compiled;
 use super::targets::{self, DialError, Outcome, Thorough};
 use super::trust::{Signer, Verifier};
 use super::{Command, GossipError, GossipParams, Members, PeerStore, Prune};
-use crate::authz::Table;
 use crate::catalogue::builder::Builder;
 use crate::catalogue::{Publisher, Snapshot, SnapshotReader};
 use crate::clock;
@@ -113,7 +113,7 @@ pub(super) struct Actor {
     identity: Arc<Identity>,
     publication: watch::Receiver<Arc<Publication>>,
     has_publication_ended: bool,
-    policy: watch::Receiver<Arc<Table>>,
+    policy: watch::Receiver<Compiled>,
     has_policy_ended: bool,
     commands: mpsc::Receiver<Command>,
     incoming: mpsc::Receiver<Accepted>,
@@ -157,7 +157,7 @@ impl Actor {
         params: GossipParams,
         commands: mpsc::Receiver<Command>,
         documents: mpsc::Sender<documents::Order>,
-        policy: watch::Receiver<Arc<Table>>,
+        policy: watch::Receiver<Compiled>,
         metrics: GossipMetrics,
     ) -> (Self, watch::Receiver<Arc<Members>>, SnapshotReader) {
         let now = clock::now();
@@ -291,10 +291,11 @@ impl Actor {
         }
     }
 
-    /// Publishes the newest table of intentions with the next snapshot.
+    /// Publishes the newest table of intentions, and the newest chains, with the next snapshot.
     fn take_policy(&mut self) {
-        let table = Arc::clone(&self.policy.borrow_and_update());
+        let Compiled { table, traffic } = self.policy.borrow_and_update().clone();
         self.builder.set_policy(table);
+        self.builder.set_traffic(traffic);
     }
 
     /// Hands over what has arrived: it counts before anybody is taken for silent. One queue's length at most.

@@ -29,6 +29,7 @@ mod pulse;
 mod targets;
 #[cfg(test)]
 mod tests;
+mod traffic;
 mod trust;
 
 use std::collections::BTreeSet;
@@ -212,8 +213,8 @@ impl Gossip {
         let stop = params.stop.clone();
         let mut compiler = policy::Compiler::new(documents.default_policy, metrics).map_err(StartError::Metrics)?;
         // The data plane begins with what is on disk: nothing passes that was denied before the restart.
-        let first = compiler.table(&documents::views(&documents.set));
-        let (tables, table) = watch::channel(Arc::new(first));
+        let first = compiler.compile(&documents::views(&documents.set));
+        let (tables, table) = watch::channel(first);
         let (actor, members, reader) = actor::Actor::new(params, received, orders.0.clone(), table, gossip_metrics);
         let task = documents::Task::new(documents, around, members.clone(), orders, metrics);
         let (task, documents) = task.map_err(StartError::Metrics)?;

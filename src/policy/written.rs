@@ -12,13 +12,14 @@ use crate::wire;
 /// Largest config entry, in bytes of its JSON.
 pub const ENTRY_BYTES_MAX: usize = 32 * 1024;
 
-/// Kinds of config entries, as Consul names them. Intentions are documents of their own.
-pub const ENTRY_KINDS: [&str; 9] = [
+/// Kinds of config entries, as Consul names them, and weft's own `service-faults`. Intentions are documents of their own.
+pub const ENTRY_KINDS: [&str; 10] = [
     "service-defaults",
     "proxy-defaults",
     "service-router",
     "service-splitter",
     "service-resolver",
+    "service-faults",
     "mesh",
     "ingress-gateway",
     "terminating-gateway",

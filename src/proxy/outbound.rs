@@ -13,6 +13,7 @@ use super::relay::{self, CODE_RESET, Sending, Tcp};
 use super::tunnel::Lease;
 use super::worker::{Caller, OpenError, Opened, Worker};
 use crate::routing::Tried;
+use crate::traffic::Resolved;
 
 /// Attempts of one connection, over different instances.
 const ATTEMPTS_MAX: usize = 3;
@@ -23,9 +24,11 @@ const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
 pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream, caller: Caller) {
     let edge = worker.edges.edge(Reporter::Source, caller.source.service(), &caller.destination);
     let mut counted = edge.open();
+    let to = worker.snapshot().peek().traffic.chain(&caller.destination).map(|chain| Arc::clone(&chain.stream));
     let decided = {
         let (table, source) = (&worker.snapshot().peek().policy, caller.source.service());
-        worker.http.policy().stream(table, Reporter::Source, source, &caller.destination)
+        let destination = to.as_ref().map_or(&caller.destination, |to| &to.target.service);
+        worker.http.policy().stream(table, Reporter::Source, source, destination)
     };
     let tcp = Tcp::new(stream);
     if let Err(denied) = decided {
@@ -35,7 +38,7 @@ pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream, caller: Caller)
         return counted.ends("RBAC");
     }
     // In a box: the connection lasts longer, and has no room for what led to it.
-    match Box::pin(connect(&worker, &caller)).await {
+    match Box::pin(connect(&worker, &caller, to.as_deref())).await {
         Ok((send, recv, _lease)) => {
             let ending = relay::relay(tcp, send, recv, &*edge, relay::IDLE_TIMEOUT).await;
             counted.ends(ending.flag());
@@ -45,11 +48,19 @@ pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream, caller: Caller)
 }
 
 /// Returns a stream whose far end is connected, or the flag that says why there is none.
-async fn connect(worker: &Rc<Worker>, caller: &Caller) -> Result<(Sending, quinn::RecvStream, Lease), &'static str> {
+async fn connect(
+    worker: &Rc<Worker>,
+    caller: &Caller,
+    to: Option<&Resolved>,
+) -> Result<(Sending, quinn::RecvStream, Lease), &'static str> {
     let mut tried = Tried::default();
     let mut flag = None;
     for _ in 0..ATTEMPTS_MAX {
-        let opened = match worker.open(caller, StreamKind::Tcp, &mut tried).await {
+        let opened = match to {
+            None => worker.open(caller, StreamKind::Tcp, &mut tried).await,
+            Some(to) => worker.open_to(&caller.source, to, StreamKind::Tcp, &mut tried).await,
+        };
+        let opened = match opened {
             Ok(opened) => opened,
             Err(OpenError::Unreachable { node, reason }) => {
                 debug!(service = %caller.destination, %node, reason, "instance is unreachable");

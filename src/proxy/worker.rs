@@ -30,11 +30,13 @@ use super::open::OpenTunnels;
 use super::preamble::{Preamble, StreamKind};
 use super::runners::Runners;
 use super::tunnel::{Lease, Tunnel, TunnelKey, Tunnels};
+use super::views::Views;
 use super::{Died, Listeners, ProxyError, authorize, dead, inbound, inspect, listener};
 use crate::catalogue::{Instance, ServiceEntry, SnapshotReader};
 use crate::clock;
 use crate::model::{HealthStatus, NodeName, ServiceName};
 use crate::routing::{Balancer, ConnectBackoff, NoInstance, Tried};
+use crate::traffic::{Resolved, Target};
 use crate::transport::{Credentials, Lane, LiveConnections, MeshPort, WorkerEndpoint};
 
 /// Connections that one worker holds from local apps, and streams from peers: 5 KB each when idle.
@@ -177,6 +179,8 @@ pub(crate) struct Worker {
     tunnels: Tunnels,
     balancer: RefCell<Balancer>,
     backoff: RefCell<ConnectBackoff>,
+    /// Instances of the targets that chains lead to.
+    views: RefCell<Views>,
     tasks: TaskTracker,
     draining: TaskTracker,
     drain: CancellationToken,
@@ -251,6 +255,7 @@ impl Worker {
             // Neither the workers of a node nor the nodes move in step.
             balancer: RefCell::new(Balancer::new(rand::random())),
             backoff: RefCell::default(),
+            views: RefCell::default(),
             tasks: TaskTracker::new(),
             draining: setup.draining,
             drain: setup.drain,
@@ -315,23 +320,74 @@ impl Worker {
         }
         let service = self.snapshot.peek().services.get(&caller.destination).cloned();
         let service = service.ok_or(OpenError::UnknownService)?;
-        let picked = self.balancer.borrow_mut().pick(&service, tried, &self.backoff.borrow(), clock::now());
+        let instance = self.pick(&service, tried)?;
+        self.dial(&caller.source, &caller.destination, instance, kind).await
+    }
+
+    /// Opens a stream to an instance of the first target of `to` that has one which `tried` does not hold; adds it there.
+    ///
+    /// # Cancel safety
+    /// As [`Worker::open`].
+    pub(crate) async fn open_to(
+        self: &Rc<Self>,
+        source: &Source,
+        to: &Resolved,
+        kind: StreamKind,
+        tried: &mut Tried,
+    ) -> Result<Opened, OpenError> {
+        if self.closed.is_cancelled() {
+            return Err(OpenError::Draining);
+        }
+        let mut first = None;
+        for target in std::iter::once(&to.target).chain(&to.failover) {
+            match self.instances(target).and_then(|service| self.pick(&service, tried)) {
+                Ok(instance) => return self.dial(source, &target.service, instance, kind).await,
+                Err(error) => first = first.or(Some(error)),
+            }
+        }
+        Err(first.unwrap_or(OpenError::UnknownService))
+    }
+
+    /// Returns the instances of a target.
+    fn instances(&self, target: &Arc<Target>) -> Result<Arc<ServiceEntry>, OpenError> {
+        let snapshot = self.snapshot.peek();
+        let service = snapshot.services.get(&target.service).ok_or(OpenError::UnknownService)?;
+        if target.view.is_none() {
+            return Ok(Arc::clone(service));
+        }
+        let here = snapshot.nodes.get(&snapshot.local_node).map_or("", |node| &node.info.datacenter);
+        Ok(self.views.borrow_mut().of(target, service, here))
+    }
+
+    /// Picks an instance that `tried` does not hold, and adds it there.
+    fn pick(&self, service: &ServiceEntry, tried: &mut Tried) -> Result<Arc<Instance>, OpenError> {
+        let picked = self.balancer.borrow_mut().pick(service, tried, &self.backoff.borrow(), clock::now());
         // The balancer comes back to what was tried where there is nothing else; one call meets an instance once.
         let fresh = picked.ok().filter(|instance| !tried.contains(instance));
-        let instance = fresh.ok_or_else(|| no_instance(&service))?;
+        let instance = fresh.ok_or_else(|| no_instance(service))?;
         tried.add(Arc::clone(&instance));
+        Ok(instance)
+    }
+
+    /// Opens a stream to `instance` of `destination`.
+    async fn dial(
+        self: &Rc<Self>,
+        source: &Source,
+        destination: &ServiceName,
+        instance: Arc<Instance>,
+        kind: StreamKind,
+    ) -> Result<Opened, OpenError> {
         let node = &instance.node.info;
         let unreachable = |reason| OpenError::Unreachable { node: node.name.clone(), reason };
         let key = TunnelKey {
-            source: caller.source.service().cloned(),
+            source: source.service().cloned(),
             node: node.name.clone(),
             addr: node.mesh_addr,
             generation: instance.node.generation,
         };
-        let opened = self.stream(&key, &caller.destination).await;
+        let opened = self.stream(&key, destination).await;
         let ((send, recv), tunnel) = opened.inspect_err(|_| self.connect_failed(&instance)).map_err(unreachable)?;
-        let preamble =
-            Preamble { kind, instance: instance.record.id.clone(), service: caller.destination.clone() }.encode();
+        let preamble = Preamble { kind, instance: instance.record.id.clone(), service: destination.clone() }.encode();
         Ok(Opened { send, recv, preamble, instance, lease: Some(tunnel) })
     }
 

@@ -19,8 +19,10 @@ fn rules() -> BTreeMap<&'static str, &'static [&'static str]> {
         ("policy", &["authz", "clock", "model", "pki", "wire"]),
         ("membership", FOUNDATION),
         ("replica", FOUNDATION),
-        ("routing", &["model", "catalogue", "clock"]),
-        ("catalogue", &["authz", "model", "replica"]),
+        ("routing", &["model", "catalogue", "clock", "filter"]),
+        // Subsets are chosen by what an instance is.
+        ("traffic", &["authz", "catalogue", "filter", "model"]),
+        ("catalogue", &["authz", "model", "replica", "traffic"]),
         ("store", &["model", "wire", "clock", "registry"]),
         ("join", &["clock", "model", "pki", "policy", "wire", "transport"]),
         ("transport", &["clock", "metrics", "model", "pki", "supervise"]),
@@ -41,19 +43,24 @@ fn rules() -> BTreeMap<&'static str, &'static [&'static str]> {
                 "store",
                 "supervise",
                 "telemetry",
+                "traffic",
                 "transport",
                 "wire",
             ],
         ),
         // No input or output: the simulator runs it.
         ("gossip/engine", &["clock", "membership", "model", "replica", "store", "wire"]),
-        ("proxy", &["authz", "catalogue", "clock", "metrics", "model", "pki", "routing", "telemetry", "transport"]),
+        (
+            "proxy",
+            &["authz", "catalogue", "clock", "metrics", "model", "pki", "routing", "telemetry", "traffic", "transport"],
+        ),
         (
             "api",
             &[
                 "authz",
                 "catalogue",
                 "clock",
+                "filter",
                 "gossip",
                 "metrics",
                 "model",
@@ -62,8 +69,10 @@ fn rules() -> BTreeMap<&'static str, &'static [&'static str]> {
                 "registry",
                 "supervise",
                 "telemetry",
+                "traffic",
             ],
         ),
+        ("filter", &["catalogue", "model"]),
         ("dns", &["catalogue", "clock", "metrics", "model", "supervise"]),
         ("workload", &["clock", "metrics", "model", "pki", "registry", "supervise", "telemetry"]),
         // Of dns and workload: the form of their own blocks.
@@ -124,7 +133,7 @@ fn pure_cores_read_no_clock_and_name_no_task_socket_or_source_of_randomness() {
     const FORBIDDEN: [&str; 6] = ["clock::now", "clock::wall", "rand::random", "rand::rng()", "std::net::Udp", "quinn"];
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut problems = Vec::new();
-    for core in ["membership", "replica", "gossip/engine", "policy", "authz"] {
+    for core in ["membership", "replica", "gossip/engine", "policy", "authz", "filter", "traffic"] {
         for file in rust_files(&root.join(core)) {
             let source = fs::read_to_string(&file).unwrap();
             let code = source.lines().enumerate().take_while(|(_, line)| line.trim() != "#[cfg(test)]");

@@ -36,6 +36,7 @@ mod netns_faults;
 mod netns_identity;
 mod netns_policy;
 mod netns_threats;
+mod netns_traffic;
 mod schema;
 #[path = "../sim/mod.rs"]
 mod sim;

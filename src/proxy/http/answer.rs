@@ -43,6 +43,8 @@ pub(crate) enum Reason {
     Forbidden,
     /// The agent stops.
     Draining,
+    /// It fails on purpose.
+    Fault,
 }
 
 impl Reason {
@@ -60,6 +62,7 @@ impl Reason {
             Self::Timeout => "timeout",
             Self::Forbidden => "forbidden",
             Self::Draining => "draining",
+            Self::Fault => "fault",
         }
     }
 }

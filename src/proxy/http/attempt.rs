@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::StatusCode;
-use http::header::{self, HeaderMap};
+use http::header::{self, HeaderMap, HeaderName};
 use http::request::Parts;
 use http_body::Body;
 use hyper::body::Incoming;
@@ -33,16 +33,17 @@ use crate::model::ServiceName;
 use crate::proxy::head::{HeadError, HeadWriter, Inbox, Payload, ResponseHead};
 use crate::proxy::worker::within;
 use crate::proxy::{Lease, OpenError, Opened, StreamKind, Tried};
+use crate::traffic::retry::Retry;
 
 /// A request's body while attempts may still need it again.
-struct Upload {
+pub(super) struct Upload {
     body: RefCell<Incoming>,
     /// Encoded frames, for another attempt.
-    replay: RefCell<Vec<Bytes>>,
+    pub(super) replay: RefCell<Vec<Bytes>>,
     replay_bytes: Cell<usize>,
-    replayable: Cell<bool>,
+    pub(super) replayable: Cell<bool>,
     /// The body came to its end.
-    ended: Cell<bool>,
+    pub(super) ended: Cell<bool>,
     _busy: Option<Busy>,
 }
 
@@ -85,11 +86,13 @@ async fn upload<D: Dial>(worker: Rc<D>, upload: Rc<Upload>, mut send: TunnelSend
 }
 
 /// How one attempt failed.
-enum Failed {
+pub(super) enum Failed {
     /// The request did not reach an app: another instance may take it.
     Unreached(Refusal),
     /// The stream broke with nothing answered: only what is idempotent may be tried again.
     Silent(Refusal),
+    /// It answered what the route tries again; the answer may still be passed on.
+    Answered(Box<Answer>),
     Final(Refusal),
 }
 
@@ -97,7 +100,7 @@ enum Failed {
 pub(super) async fn attempts<D: Dial>(worker: &Rc<D>, call: &Call<'_>, body: Incoming) -> Result<Answer, Refusal> {
     let state = worker.http();
     let destination = &call.target.caller.destination;
-    let head = encode_head(state, call)?;
+    let head = encode_head(state, call, None)?;
     let limit = TimeLimit::of(&call.parts.headers, state.limits.response);
     let pending = match call.payload {
         Payload::Frames => Some(begin_upload(body, &call.parts.headers, state, call.uploads.take()).await?),
@@ -116,15 +119,16 @@ pub(super) async fn attempts<D: Dial>(worker: &Rc<D>, call: &Call<'_>, body: Inc
             Err(error) => return Err(failure.unwrap_or_else(|| open_refusal(destination, error))),
         };
         let Opened { send, recv, preamble, instance, lease } = opened;
-        let attempt = Attempt { worker, call, head: head.clone(), pending: pending.as_ref(), limit };
+        let attempt = Attempt { worker, call, head: head.clone(), pending: pending.as_ref(), limit, again: None };
         let outcome = attempt.run(TunnelSend::new(send), recv, preamble, lease).await;
         match &outcome {
             Err(Failed::Unreached(_)) => worker.connect_failed(&instance),
             Ok(_) => worker.connected(&instance),
-            Err(Failed::Silent(_) | Failed::Final(_)) => {}
+            Err(Failed::Silent(_) | Failed::Answered(_) | Failed::Final(_)) => {}
         }
         let (refusal, again) = match outcome {
             Ok(answer) => return Ok(answer),
+            Err(Failed::Answered(answer)) => return Ok(*answer),
             Err(Failed::Final(refusal)) => return Err(refusal),
             Err(Failed::Unreached(refusal)) => (refusal, true),
             Err(Failed::Silent(refusal)) => (refusal, call.parts.method.is_idempotent()),
@@ -139,7 +143,7 @@ pub(super) async fn attempts<D: Dial>(worker: &Rc<D>, call: &Call<'_>, body: Inc
 }
 
 /// Takes what is there of the body.
-async fn begin_upload(
+pub(super) async fn begin_upload(
     mut body: Incoming,
     headers: &HeaderMap,
     state: &HttpState,
@@ -161,8 +165,12 @@ async fn begin_upload(
     }))
 }
 
-/// Encodes a request's head, with what weft adds.
-fn encode_head(state: &HttpState, call: &Call<'_>) -> Result<Bytes, Refusal> {
+/// Encodes a request's head, with what weft adds; `left` is a header about the time that is left.
+pub(super) fn encode_head(
+    state: &HttpState,
+    call: &Call<'_>,
+    left: Option<&(HeaderName, String)>,
+) -> Result<Bytes, Refusal> {
     let Parts { method, uri, headers, .. } = call.parts;
     let hops = headers::next_hop(headers)?;
     let authority = call.authority.as_ref().map_or(&[][..], |authority| authority.as_str().as_bytes());
@@ -175,6 +183,9 @@ fn encode_head(state: &HttpState, call: &Call<'_>) -> Result<Bytes, Refusal> {
         }
         let mut digits = [0; 3];
         writer.header(&headers::HOPS, decimal(hops, &mut digits));
+        if let Some((name, value)) = left {
+            writer.header(name, value.as_bytes());
+        }
         if !headers.contains_key(headers::REQUEST_ID) {
             let id = uuid::Builder::from_random_bytes(rand::random()).into_uuid();
             writer.header(&headers::REQUEST_ID, id.hyphenated().encode_lower(&mut [0; 36]).as_bytes());
@@ -207,7 +218,7 @@ fn decimal(number: u8, digits: &mut [u8; 3]) -> &[u8] {
 
 /// How long a response's head is awaited.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum TimeLimit {
+pub(super) enum TimeLimit {
     /// A gRPC stream may answer with its first message, whenever that comes.
     None,
     /// From the end of the request.
@@ -217,7 +228,7 @@ enum TimeLimit {
 }
 
 impl TimeLimit {
-    fn of(headers: &HeaderMap, limit: Duration) -> Self {
+    pub(super) fn of(headers: &HeaderMap, limit: Duration) -> Self {
         if !headers::is_grpc(headers) {
             return Self::AfterRequest(limit);
         }
@@ -242,7 +253,7 @@ impl TimeLimit {
 }
 
 /// Parses `grpc-timeout`: at most 8 digits and a unit.
-fn grpc_timeout(text: &str) -> Option<Duration> {
+pub(super) fn grpc_timeout(text: &str) -> Option<Duration> {
     let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
     if digits.len() > 8 || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
         return None;
@@ -260,16 +271,18 @@ fn grpc_timeout(text: &str) -> Option<Duration> {
 }
 
 /// One try at one instance.
-struct Attempt<'a, D> {
-    worker: &'a Rc<D>,
-    call: &'a Call<'a>,
-    head: Bytes,
-    pending: Option<&'a Rc<Upload>>,
-    limit: TimeLimit,
+pub(super) struct Attempt<'a, D> {
+    pub(super) worker: &'a Rc<D>,
+    pub(super) call: &'a Call<'a>,
+    pub(super) head: Bytes,
+    pub(super) pending: Option<&'a Rc<Upload>>,
+    pub(super) limit: TimeLimit,
+    /// Which answers are tried again.
+    pub(super) again: Option<&'a Retry>,
 }
 
 impl<D: Dial> Attempt<'_, D> {
-    async fn run(
+    pub(super) async fn run(
         self,
         mut send: TunnelSend,
         mut recv: RecvStream,
@@ -303,6 +316,12 @@ impl<D: Dial> Attempt<'_, D> {
             self.in_time(answer, &mut uploading).await
         };
         let head = result?;
+        // While the body still goes up its end is not known: then what was answered stands.
+        if uploading.is_none()
+            && self.again.is_some_and(|retry| retry.covers_answer(head.status.as_u16(), grpc_of(&head)))
+        {
+            return Err(Failed::Answered(Box::new(Answer { head, recv, inbox, send: kept, limit: None, lease })));
+        }
         if let Some(pending) = self.pending {
             pending.settle();
         }
@@ -315,7 +334,7 @@ impl<D: Dial> Attempt<'_, D> {
                 }
             });
         }
-        Ok(Answer { head, recv, inbox, send: kept, lease })
+        Ok(Answer { head, recv, inbox, send: kept, limit: None, lease })
     }
 
     /// Waits for the answer while the body goes up.
@@ -395,6 +414,14 @@ impl<D: Dial> Attempt<'_, D> {
     }
 }
 
+/// Returns the gRPC status of an answer that is nothing but its head.
+pub(super) fn grpc_of(head: &ResponseHead) -> Option<u8> {
+    if head.payload != Payload::Empty {
+        return None;
+    }
+    head.headers.get("grpc-status")?.to_str().ok()?.parse().ok()
+}
+
 fn malformed_body() -> Refusal {
     Refusal {
         status: StatusCode::BAD_REQUEST,
@@ -404,7 +431,7 @@ fn malformed_body() -> Refusal {
     }
 }
 
-fn unreachable(destination: &ServiceName, why: &str) -> Refusal {
+pub(super) fn unreachable(destination: &ServiceName, why: &str) -> Refusal {
     Refusal {
         status: StatusCode::SERVICE_UNAVAILABLE,
         flag: Flag::ConnectFailure,
@@ -413,7 +440,7 @@ fn unreachable(destination: &ServiceName, why: &str) -> Refusal {
     }
 }
 
-fn open_refusal(destination: &ServiceName, error: OpenError) -> Refusal {
+pub(super) fn open_refusal(destination: &ServiceName, error: OpenError) -> Refusal {
     let status = StatusCode::SERVICE_UNAVAILABLE;
     match error {
         OpenError::UnknownService => Refusal {
