@@ -19,7 +19,7 @@ fn rules() -> BTreeMap<&'static str, &'static [&'static str]> {
         ("policy", &["authz", "clock", "model", "pki", "wire"]),
         ("membership", FOUNDATION),
         ("replica", FOUNDATION),
-        ("routing", &["model", "catalogue", "clock"]),
+        ("routing", &["model", "catalogue", "clock", "filter"]),
         ("catalogue", &["authz", "model", "replica"]),
         ("store", &["model", "wire", "clock", "registry"]),
         ("join", &["clock", "model", "pki", "policy", "wire", "transport"]),
@@ -54,6 +54,7 @@ fn rules() -> BTreeMap<&'static str, &'static [&'static str]> {
                 "authz",
                 "catalogue",
                 "clock",
+                "filter",
                 "gossip",
                 "metrics",
                 "model",
@@ -64,6 +65,7 @@ fn rules() -> BTreeMap<&'static str, &'static [&'static str]> {
                 "telemetry",
             ],
         ),
+        ("filter", &["catalogue", "model"]),
         ("dns", &["catalogue", "clock", "metrics", "model", "supervise"]),
         ("workload", &["clock", "metrics", "model", "pki", "registry", "supervise", "telemetry"]),
         // Of dns and workload: the form of their own blocks.
@@ -124,7 +126,7 @@ fn pure_cores_read_no_clock_and_name_no_task_socket_or_source_of_randomness() {
     const FORBIDDEN: [&str; 6] = ["clock::now", "clock::wall", "rand::random", "rand::rng()", "std::net::Udp", "quinn"];
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut problems = Vec::new();
-    for core in ["membership", "replica", "gossip/engine", "policy", "authz"] {
+    for core in ["membership", "replica", "gossip/engine", "policy", "authz", "filter"] {
         for file in rust_files(&root.join(core)) {
             let source = fs::read_to_string(&file).unwrap();
             let code = source.lines().enumerate().take_while(|(_, line)| line.trim() != "#[cfg(test)]");
