@@ -26,5 +26,6 @@ pub mod store;
 pub mod supervise;
 pub mod telemetry;
 pub mod transport;
+pub mod unix_socket;
 pub mod wire;
 pub mod workload;

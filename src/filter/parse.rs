@@ -175,7 +175,7 @@ impl Parser<'_> {
         loop {
             if self.take(&TokenKind::OpenKey) {
                 let Some(TokenKind::Text(key)) = self.peek() else { return Err(self.expected("a quoted key")) };
-                written.push_str(&format!("[{}]", Quoted(key)));
+                written = format!("{written}[{}]", Quoted(key));
                 parts.push(key.clone());
                 self.at += 1;
                 if !self.take(&TokenKind::CloseKey) {
