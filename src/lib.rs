@@ -27,5 +27,6 @@ pub mod supervise;
 pub mod telemetry;
 pub mod traffic;
 pub mod transport;
+pub mod unix_socket;
 pub mod wire;
 pub mod workload;

@@ -15,6 +15,7 @@ mod dns;
 mod duration;
 mod file;
 mod host;
+mod http_api;
 mod locate;
 mod problem;
 mod raw;
@@ -33,11 +34,13 @@ pub use host::Host;
 pub use problem::{ConfigError, Problem, Source, Warning};
 pub use raw::Setting;
 
+use crate::api::{ApiToken, HttpsConfig};
 use crate::authz::Action;
 use crate::dns::DnsConfig;
 use crate::model::{NodeName, ServeScope, TrustDomain};
 use crate::registry::{CheckDefinition, CheckSettings, ScriptPolicy, ServiceDefinition};
 use crate::telemetry::{Filter, LogFormat};
+use crate::unix_socket::SocketConfig;
 use crate::workload::WorkloadConfig;
 
 /// The mesh port: Consul's port between agents, so that firewalls of its users know it.
@@ -110,6 +113,12 @@ pub struct Config {
     pub workers: NonZeroUsize,
     /// The API's token; none: loopback clients need none.
     pub admin_token: Option<Secret>,
+    /// Further tokens of the API, each with its right.
+    pub api_tokens: Vec<ApiToken>,
+    /// Where the API is served over TLS; none: it is not.
+    pub https: Option<HttpsConfig>,
+    /// The unix socket of the API; none: there is none.
+    pub api_socket: Option<SocketConfig>,
     /// What is decided of calls that no intention is about: deny, and allow with `-dev`.
     pub default_policy: Action,
     /// Where this agent has the right to sign policy for clients of its API from.

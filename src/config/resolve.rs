@@ -11,6 +11,7 @@ use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
 
 use super::dns;
+use super::http_api;
 use super::raw::{Given, Raw};
 use super::{
     ADMIN_TOKEN_BYTES_MIN, Config, ConfigError, DATACENTER_DEFAULT, DNS_PORT_DEFAULT, DRAIN_TIMEOUT_DEFAULT,
@@ -25,7 +26,8 @@ use crate::model::{NodeName, ServeScope, TrustDomain};
 use crate::registry::definition::{DefinitionDefaults, DefinitionError, check_from_json, service_from_json};
 use crate::registry::{CheckDefinition, CheckSettings, ScriptPolicy, ServiceDefinition};
 use crate::telemetry::{Chain, Filter, LogFormat};
-use crate::workload::{SOCKET_PATH_BYTES_MAX, WorkloadConfig};
+use crate::unix_socket::SOCKET_PATH_BYTES_MAX;
+use crate::workload::WorkloadConfig;
 
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 /// Stands in for an address that could not be found; the problem noted with it keeps it out of any `Config`.
@@ -78,6 +80,9 @@ pub(super) fn dev(node: NodeName, ip: IpAddr) -> Config {
         node_meta: BTreeMap::new(),
         workers: default_workers(std::thread::available_parallelism().map_or(1, NonZeroUsize::get)),
         admin_token: None,
+        api_tokens: Vec::new(),
+        https: None,
+        api_socket: None,
         default_policy: Action::Allow,
         policy_authority: PolicyAuthority::Dev,
         on_terminate: OnTerminate::Leave,
@@ -132,9 +137,13 @@ impl Resolver<'_> {
         let join = self.join();
         let trust_domain = self.trust_domain();
         let identity = self.identity(&join, trust_domain.as_ref());
-        let admin_token = self.admin_token(addresses.http);
+        let raw = std::mem::take(&mut self.raw.http_api);
+        let https = http_api::https(&raw, addresses.http.ip(), &mut self.problems);
+        let api_socket = http_api::socket(&raw, &mut self.problems);
+        let api_tokens = http_api::tokens(raw.tokens, &mut self.problems);
+        let admin_token = self.admin_token(addresses.http, !api_tokens.is_empty());
         let default_policy = self.default_policy();
-        let policy_authority = self.policy_authority(admin_token.is_some());
+        let policy_authority = self.policy_authority(admin_token.is_some() || !api_tokens.is_empty());
         let node_meta = self.node_meta();
         let workers = self.workers();
         let drain_timeout = self.drain_timeout();
@@ -164,6 +173,9 @@ impl Resolver<'_> {
             node_meta,
             workers,
             admin_token,
+            api_tokens,
+            https,
+            api_socket,
             default_policy,
             policy_authority,
             on_terminate: if leaves { OnTerminate::Leave } else { OnTerminate::Stay },
@@ -414,7 +426,7 @@ impl Resolver<'_> {
         Some(Secret::new(text.trim()))
     }
 
-    fn admin_token(&mut self, http: SocketAddr) -> Option<Secret> {
+    fn admin_token(&mut self, http: SocketAddr, has_others: bool) -> Option<Secret> {
         let given = self.raw.admin_token.clone().or_else(|| self.raw.admin_token_file.clone());
         let token = self.secret(self.raw.admin_token.clone(), self.raw.admin_token_file.clone());
         if let (Some(given), Some(token)) = (&given, &token) {
@@ -427,6 +439,7 @@ impl Resolver<'_> {
         }
         if !http.ip().is_loopback()
             && given.is_none()
+            && !has_others
             && let Some(client) = self.raw.client_addr.clone()
             && client.value.parse::<IpAddr>().is_ok()
         {

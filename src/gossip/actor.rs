@@ -339,6 +339,7 @@ impl Actor {
             }
             Command::Trust => self.turn(now, Engine::handle_trust),
             Command::Link(peer, reply) => answer(reply, self.links.open(&peer).cloned()),
+            Command::RoundTrips(reply) => answer(reply, self.links.round_trips()),
             Command::Certificates(reply) => answer(reply, self.certificates()),
             Command::Adopt { peer, addr, connection } => {
                 self.metrics.dials.with_label_values(&["ok"]).inc();

@@ -32,7 +32,7 @@ mod tests;
 mod traffic;
 mod trust;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -235,6 +235,8 @@ enum Command {
     Trust,
     /// Asks for the open connection to a peer.
     Link(NodeName, oneshot::Sender<Option<quinn::Connection>>),
+    /// Asks for the round trips of the open connections.
+    RoundTrips(oneshot::Sender<BTreeMap<NodeName, Duration>>),
     /// Asks for the certificates under which nodes publish.
     Certificates(oneshot::Sender<Vec<NodeCertificates>>),
     /// Takes over a connection that was dialled elsewhere.
@@ -295,6 +297,16 @@ impl GossipHandle {
     pub async fn force_leave(&self, name: NodeName, prune: bool) -> Result<(), GossipError> {
         let prune = if prune { Prune::Forget } else { Prune::Keep };
         self.order(|reply| Command::ForceLeave(name, prune, reply)).await?
+    }
+
+    /// The smoothed round trips of the connections that are open, by node: everybody's in a mesh of at most [`LINKS_MAX`] others.
+    ///
+    /// # Errors
+    /// [`GossipError::Closed`].
+    /// # Cancel safety
+    /// Cancelling forgets the answer.
+    pub async fn round_trips(&self) -> Result<BTreeMap<NodeName, Duration>, GossipError> {
+        self.order(Command::RoundTrips).await
     }
 
     /// The certificates under which nodes publish, in order of node.

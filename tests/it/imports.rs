@@ -12,6 +12,7 @@ fn rules() -> BTreeMap<&'static str, &'static [&'static str]> {
         ("clock", &[]),
         ("wire", &["model"]),
         ("supervise", &[]),
+        ("unix_socket", &[]),
         ("metrics", &[]),
         ("telemetry", &[]),
         ("pki", FOUNDATION),
@@ -70,13 +71,14 @@ fn rules() -> BTreeMap<&'static str, &'static [&'static str]> {
                 "supervise",
                 "telemetry",
                 "traffic",
+                "unix_socket",
             ],
         ),
         ("filter", &["catalogue", "model"]),
         ("dns", &["catalogue", "clock", "metrics", "model", "supervise"]),
-        ("workload", &["clock", "metrics", "model", "pki", "registry", "supervise", "telemetry"]),
-        // Of dns and workload: the form of their own blocks.
-        ("config", &["authz", "dns", "model", "registry", "telemetry", "workload"]),
+        ("workload", &["clock", "metrics", "model", "pki", "registry", "supervise", "telemetry", "unix_socket"]),
+        // Of api, dns and workload: the form of their own blocks.
+        ("config", &["api", "authz", "dns", "model", "registry", "telemetry", "unix_socket", "workload"]),
     ])
 }
 
