@@ -197,11 +197,11 @@ mod tests {
         let sha256 = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08";
         check(json!({"right": "read", "sha256": sha256, "description": "dashboards"}), Ok(Right::Read));
         check(json!({"right": "operator", "sha256": sha256.to_ascii_uppercase()}), Ok(Right::Operator));
-        check(json!({"right": "write", "sha256": sha256}), Err("api_token.right: must be \"read\""));
+        check(json!({"right": "write", "sha256": sha256}), Err("(api_token.right): must be \"read\""));
         check(json!({"sha256": sha256}), Err("api_token.right"));
         check(json!({"right": "read", "sha256": "test"}), Err("sha256sum"));
         check(json!({"right": "read", "sha256": "+".repeat(64)}), Err("sha256sum"));
-        check(json!({"right": "read", "sha256": sha256, "token": "test"}), Err("api_token.token: is not known"));
+        check(json!({"right": "read", "sha256": sha256, "token": "test"}), Err("api_token.token"));
         let mut problems = Vec::new();
         let made = tokens(vec![block(json!({"right": "services", "sha256": sha256}))], &mut problems);
         assert_eq!(made, [ApiToken::new("test", Right::Services)], "the digest is that of the token");
@@ -249,7 +249,7 @@ mod tests {
         https(&RawHttpApi { cert_file: Some(cert), ..RawHttpApi::default() }, client, &mut problems);
         let said: Vec<String> = problems.iter().map(ToString::to_string).collect();
         assert!(
-            said[0].contains("ports.https = 70000: must be a port") && said[1].contains("tls.https.key_file"),
+            said[0].contains("(ports.https) = 70000: must be a port") && said[1].contains("tls.https.key_file"),
             "{said:?}"
         );
     }
