@@ -6,6 +6,7 @@ use serde_json::Value;
 
 use super::agent::{defaults, json_body};
 use super::call::{Call, Refusal, Reply};
+use super::maintain::{NODE_MAINTENANCE, SERVICE_MAINTENANCE};
 use super::seam::RegistryOrder;
 use super::shape::Check;
 use super::{query, sift};
@@ -28,6 +29,7 @@ pub(super) async fn list(call: Call) -> Result<Reply, Refusal> {
 pub(super) async fn register(call: Call) -> Result<Reply, Refusal> {
     query::refuse_tenancy(&call)?;
     let definition = check_from_json(&json_body(&call)?, &defaults(&call))?;
+    refuse_maintenance(definition.id.as_str())?;
     call.shared.registry.carry_out(RegistryOrder::RegisterCheck(Box::new(definition))).await?;
     Ok(Reply::Empty)
 }
@@ -97,5 +99,15 @@ fn parse_update(body: &Value) -> Result<(HealthStatus, String), Refusal> {
 /// Parses the path's check ID; a text that can be none is unknown.
 fn check_id(call: &Call) -> Result<CheckId, Refusal> {
     let id = &call.argument;
+    refuse_maintenance(id)?;
     id.parse().map_err(|_| RegistryError::UnknownCheck { id: id.clone() }.into())
+}
+
+/// Maintenance has checks of its own: who may change any check must not thereby put the node into it or end it.
+fn refuse_maintenance(id: &str) -> Result<(), Refusal> {
+    if id == NODE_MAINTENANCE || id.starts_with(SERVICE_MAINTENANCE) {
+        let text = "check ids of maintenance are the agent's own: PUT /v1/agent/maintenance?enable=…, or …/service/maintenance/:id";
+        return Err(Refusal::bad(text));
+    }
+    Ok(())
 }

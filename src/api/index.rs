@@ -67,7 +67,8 @@ impl ListIndexes {
             }
             seen.at = snapshot.index;
         }
-        seen.changed.max(newest)
+        // Of an older snapshot than the last one seen no newer change is told: its reader would wait past that.
+        seen.changed.min(snapshot.index).max(newest)
     }
 }
 

@@ -11,9 +11,9 @@ use crate::model::{CheckId, HealthStatus, InstanceId};
 use crate::registry::{CheckDefinition, LocalCheck, LocalService, LocalState, Probe, RegistryError};
 
 /// Consul's name of the check that keeps a node out.
-const NODE_MAINTENANCE: &str = "_node_maintenance";
+pub(super) const NODE_MAINTENANCE: &str = "_node_maintenance";
 /// What the name of the check that keeps a service out begins with.
-const SERVICE_MAINTENANCE: &str = "_service_maintenance:";
+pub(super) const SERVICE_MAINTENANCE: &str = "_service_maintenance:";
 /// What is noted where nobody gave a reason.
 const REASON_DEFAULT: &str = "maintenance was turned on without a reason";
 

@@ -28,6 +28,8 @@ use crate::model::{Protocol, ServiceName};
 const DEPTH_MAX: usize = 8;
 /// Most legs of one split once its splitters are flattened.
 const LEGS_MAX: usize = 256;
+/// Most splitters that one chain goes into on the way: those that end in a circle make no part.
+const STEPS_MAX: usize = 4096;
 
 /// A router, ready.
 #[derive(Debug)]
@@ -245,7 +247,14 @@ impl Entries {
             into.legs.push(leg(begun(into) + share, to, edits.0.clone(), edits.1.clone()));
             return;
         };
-        if !way.enter("service-splitter", service, problems) || into.legs.len() > LEGS_MAX {
+        way.steps += 1;
+        if way.steps > STEPS_MAX {
+            if way.steps == STEPS_MAX + 1 {
+                problems.add(&*way.path, format!("leads through more than {STEPS_MAX} splitters"));
+            }
+            return;
+        }
+        if into.legs.len() > LEGS_MAX || !way.enter("service-splitter", service, problems) {
             return;
         }
         into.sticky = into.sticky.take().or_else(|| splitter.sticky.clone());
@@ -280,19 +289,19 @@ impl Entries {
                     format!("names subset {subset:?} of service {service}, which has no service-resolver"),
                 );
             }
-            return Arc::new(Resolved {
-                target: Arc::new(target(service, None, None)),
-                failover: Vec::new(),
-                connect_timeout: None,
-                request_timeout: None,
-            });
+            return Arc::new(plain(target(service, None, None)));
         };
-        let has_entered = way.enter("service-resolver", service, problems);
-        if let (Some(redirect), true) = (&resolver.redirect, has_entered) {
+        if !way.enter("service-resolver", service, problems) {
+            return Arc::new(plain(target(service, None, None)));
+        }
+        if let Some(redirect) = &resolver.redirect {
             return self.redirected(service, resolver, redirect, way, problems);
         }
         let subset = subset.or(resolver.default_subset.as_deref());
         let rule = self.subset_of(service, subset, &way.path, problems);
+        if !way.fails_over {
+            return Arc::new(plain(target(service, subset.zip(rule), None)));
+        }
         let places = subset.and_then(|subset| resolver.failover.get(subset)).or_else(|| resolver.failover.get("*"));
         let is_own = |place: &Place| place.service.as_ref().is_none_or(|name| name == service);
         // A failover to other datacenters only makes sense for what stays in this one.
@@ -309,7 +318,8 @@ impl Entries {
                 let rule = self.subset_of(service, own.or(resolver.default_subset.as_deref()), &path, problems);
                 return Arc::new(target(service, own.or(resolver.default_subset.as_deref()).zip(rule), None));
             }
-            let mut way = Way { path, seen: way.seen.clone() };
+            // A target's own failover does not count: two services may stand in for each other.
+            let mut way = Way { path, fails_over: false, ..Way::new(String::new()) };
             let found = Arc::clone(&self.resolve(name, own, &mut way, problems).target);
             match &place.datacenter {
                 None => found,
@@ -337,12 +347,8 @@ impl Entries {
         let mut found = if next == service {
             let rule = self.subset_of(service, redirect.subset.as_deref(), &way.path, problems);
             let target = Arc::new(target(service, redirect.subset.as_deref().zip(rule), None));
-            Resolved {
-                target,
-                failover: Vec::new(),
-                connect_timeout: resolver.connect_timeout,
-                request_timeout: resolver.request_timeout,
-            }
+            let (connect_timeout, request_timeout) = (resolver.connect_timeout, resolver.request_timeout);
+            Resolved { target, failover: Vec::new(), connect_timeout, request_timeout }
         } else {
             way.path = format!("service-resolver:{service} Redirect");
             Resolved::clone(&self.resolve(next, redirect.subset.as_deref(), way, problems))
@@ -375,11 +381,15 @@ impl Entries {
 struct Way {
     path: String,
     seen: Vec<(&'static str, ServiceName)>,
+    /// Whether failover counts.
+    fails_over: bool,
+    /// Splitters that were gone into, those that lead nowhere included.
+    steps: usize,
 }
 
 impl Way {
     fn new(path: String) -> Self {
-        Self { path, seen: Vec::new() }
+        Self { path, seen: Vec::new(), fails_over: true, steps: 0 }
     }
 
     /// Goes into an entry; false: it would go round, or too deep.
@@ -395,6 +405,11 @@ impl Way {
         problems.add(&*self.path, format!("{what}: {}", names.join(" -> ")));
         false
     }
+}
+
+/// A target with nothing around it.
+fn plain(target: Target) -> Resolved {
+    Resolved { target: Arc::new(target), failover: Vec::new(), connect_timeout: None, request_timeout: None }
 }
 
 fn leg(until: u64, to: Arc<Resolved>, request_headers: HeaderEdit, response_headers: HeaderEdit) -> Leg {

@@ -52,8 +52,9 @@ impl std::str::FromStr for Condition {
 
     fn from_str(text: &str) -> Result<Self, String> {
         Ok(match text {
-            "connect-failure" | "refused-stream" => Self::ConnectFailure,
-            "reset" | "reset-before-request" => Self::Reset,
+            // Before the head was sent a reset is a failure to connect: the app cannot have seen the request.
+            "connect-failure" | "refused-stream" | "reset-before-request" => Self::ConnectFailure,
+            "reset" => Self::Reset,
             "5xx" => Self::ServerError,
             "gateway-error" => Self::GatewayError,
             "retriable-4xx" => Self::Conflict,

@@ -498,6 +498,25 @@ fn references_that_lead_nowhere_or_in_circles_are_refused_where_they_are_written
     refused("service-resolver", "web", None, "names subset \"v1\"");
     refused("service-resolver", "web", Some(&json!({})), "names subset \"v1\"");
     refused("service-defaults", "web", Some(&json!({"Protocol": "tcp"})), "service-splitter:web needs requests");
+    // Two services may stand in for each other, and one for a third that does so too.
+    let over = |to: &str| json!({"Failover": {"*": {"Service": to}}});
+    let pair = [("service-resolver", "p", over("q")), ("service-resolver", "q", over("r"))];
+    let others = || pair.iter().map(|(kind, name, value)| (*kind, *name, value));
+    assert!(check_write(others(), ("service-resolver", "q", Some(&over("p")))).is_ok());
+    assert!(check_write(others(), ("service-resolver", "r", Some(&over("p")))).is_ok());
+    // A redirect back is a circle all the same, and ends.
+    let back = json!({"Redirect": {"Service": "y"}});
+    let pair = [("service-resolver", "x", over("y")), ("service-resolver", "z", back)];
+    let others = pair.iter().map(|(kind, name, value)| (*kind, *name, value));
+    let redirect = json!({"Redirect": {"Service": "z"}});
+    assert!(check_write(others, ("service-resolver", "y", Some(&redirect))).is_err());
+    // 50 parts of 50 parts of 50 parts that all lead back: named, and soon.
+    let wide = |to: &str| json!({"Splits": (0..50).map(|_| json!({"Weight": 2, "Service": to})).collect::<Vec<_>>()});
+    let names = ["s0", "s1", "s2", "s3", "s4", "s5"];
+    let wide: Vec<Value> = names.iter().cycle().skip(1).take(names.len()).map(|to| wide(to)).collect();
+    let others = names.iter().zip(&wide).skip(1).map(|(name, value)| ("service-splitter", *name, value));
+    let text = check_write(others, ("service-splitter", "s0", wide.first())).expect_err("a circle").to_string();
+    assert!(text.contains("circle") || text.contains("splitters"), "{text}");
     assert_eq!(check("service-splitter", "web", None), Ok(()));
     assert_eq!(check("service-resolver", "y", Some(&json!({"Redirect": {"Service": "z"}}))), Ok(()));
 }

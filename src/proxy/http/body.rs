@@ -259,6 +259,10 @@ impl Body for TunnelBody {
             if this.failed {
                 return Poll::Ready(None);
             }
+            // A deadline ends also what keeps flowing; idleness shows below, where nothing is there.
+            if this.limit.as_ref().and_then(|limit| limit.deadline).is_some_and(|at| at <= crate::clock::now()) {
+                return Poll::Ready(Some(Err(this.fail(BodyError::TimedOut))));
+            }
             match this.decoder.next(&mut this.inbox) {
                 Ok(Some(frame)) => {
                     if let Err(error) = this.pass(&frame, cx) {

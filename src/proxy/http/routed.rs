@@ -184,8 +184,10 @@ fn redirected(
     let own = request.uri().path_and_query().map_or("/", PathAndQuery::as_str);
     let path = redirect.path.clone().or_else(|| route.path(own)).unwrap_or_else(|| own.to_owned());
     let host = redirect.host.as_deref().or_else(|| authority.map(Authority::as_str));
-    // `//name/…` alone would name another host (RFC 3986 §4.2).
-    let is_elsewhere = redirect.host.is_some() || redirect.scheme.is_some() || path.starts_with("//");
+    // `//name/…` alone would name another host (RFC 3986 §4.2), and browsers read `\` as `/` (WHATWG URL §4.4).
+    let is_elsewhere = redirect.host.is_some()
+        || redirect.scheme.is_some()
+        || ["//", "/\\"].iter().any(|start| path.starts_with(start));
     let location = match host.filter(|_| is_elsewhere) {
         Some(host) => format!("{}://{host}{path}", redirect.scheme.as_deref().unwrap_or("http")),
         None => path,
@@ -269,8 +271,10 @@ async fn attempts<D: Dial>(
         state.budget(destination, |budget| budget.deposit(clock::now()));
     }
     let times = retry.map_or(0, |retry| retry.times);
-    let (mut tried, mut retries, mut unreached) = (Tried::default(), 0, 0);
+    let (mut tried, mut retries, mut unreached, mut made) = (Tried::default(), 0, 0, 0);
     let (mut kept, mut not_reached): (Option<Box<Answer>>, Option<Refusal>) = (None, None);
+    // What another attempt followed: where nobody is left to ask, it says more than that.
+    let mut last = None;
     let failure = loop {
         let (failure, reason, answer) = match attempt_once(worker, call, plan, (pending.as_ref(), &mut tried)).await {
             Outcome::Answered(answer) => {
@@ -291,11 +295,11 @@ async fn attempts<D: Dial>(
                 break refusal;
             }
             // All were tried: one that failed may do better by now, one that was not reached hardly.
-            Outcome::NoneLeft(_) if retries > 0 && tried.count() > 0 && not_reached.is_none() => {
+            Outcome::NoneLeft(_) if retry.is_some() && retries > 0 && tried.count() > 0 && not_reached.is_none() => {
                 tried = Tried::default();
                 continue;
             }
-            Outcome::NoneLeft(refusal) => break not_reached.unwrap_or(refusal),
+            Outcome::NoneLeft(refusal) => break last.or(not_reached).unwrap_or(refusal),
             Outcome::Silent(refusal, reason) => (refusal, reason, None),
             Outcome::Poor(answer) => {
                 let status = answer.head.status;
@@ -303,9 +307,10 @@ async fn attempts<D: Dial>(
                 (refusal, "status", Some(answer))
             }
         };
+        made += 1;
         let is_asked_for = match retry {
             Some(retry) => answer.is_some() || retry.covers_reset(),
-            None => call.parts.method.is_idempotent() && tried.count() < ATTEMPTS_MAX,
+            None => call.parts.method.is_idempotent() && made < ATTEMPTS_MAX,
         };
         let wait = answer.as_ref().map_or(Ok(None), |answer| asked_wait(&answer.head.headers));
         kept = answer.or(kept);
@@ -327,6 +332,7 @@ async fn attempts<D: Dial>(
             state.traffic.not_retried.with_label_values(&[destination.as_str(), why]).inc();
             break failure;
         }
+        last = Some(failure);
         retries += 1;
         state.traffic.retries.with_label_values(&[destination.as_str(), reason]).inc();
         debug!(service = %destination, reason, retries, "another attempt follows");
