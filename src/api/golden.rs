@@ -633,6 +633,13 @@ async fn maintenance_sets_and_ends_a_check_that_is_set_by_hand() {
     let unknown = "Unknown service ID \"x\". Ensure that the service ID is passed, not the service name.";
     refused(&bench.put("/v1/agent/service/maintenance/x?enable=true", "").await, 404, unknown);
     assert_eq!(bench.put("/v1/agent/maintenance?enable=false", "").await.status, StatusCode::OK);
+    // Whoever may change checks does not thereby end maintenance, nor begin it.
+    let own = "check ids of maintenance are the agent's own: PUT /v1/agent/maintenance?enable=…, or …/service/maintenance/:id";
+    for path in ["deregister/_node_maintenance", "fail/_node_maintenance", "deregister/_service_maintenance:web-1"] {
+        refused(&bench.put(&format!("/v1/agent/check/{path}"), "").await, 400, own);
+    }
+    let check = r#"{"ID": "_node_maintenance", "Name": "x", "TTL": "10s", "Status": "critical"}"#;
+    refused(&bench.put("/v1/agent/check/register", check).await, 400, own);
     assert!(bench.registry.orders.lock().unwrap().is_empty(), "it was off");
     let on = bench.put("/v1/agent/service/maintenance/web-1?enable=true&reason=broken+disk", "").await;
     assert_eq!(on.status, StatusCode::OK);
