@@ -25,5 +25,6 @@ pub mod store;
 pub mod supervise;
 pub mod telemetry;
 pub mod transport;
+pub mod upstream;
 pub mod wire;
 pub mod workload;

@@ -60,7 +60,7 @@ use crate::registry::RegistryHandle;
 use crate::supervise::Tasks;
 
 pub use guard::AdminToken;
-pub use why::{Inspect, WorkerView};
+pub use why::{BalancerView, Inspect, SeatView, WorkerView};
 
 use index::ListIndexes;
 use meter::Meter;

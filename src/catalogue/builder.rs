@@ -13,10 +13,11 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::{Instance, LocalView, NodeEntry, ServiceEntry, Snapshot};
+use super::{Instance, LocalView, NodeEntry, Reports, ServiceEntry, Snapshot};
 use crate::authz::{Action, Table};
 use crate::model::{CheckRecord, HealthStatus, InstanceId, MemberStatus, NodeName, ServiceName};
 use crate::replica::NodeState;
+use crate::upstream;
 
 /// Most services remembered after their last instance went. Enough for a day of one new name every 20 s; beyond it the
 /// oldest is forgotten, and a blocking query on it waits like one on a name that never was.
@@ -38,6 +39,8 @@ pub struct Builder {
     view: Arc<LocalView>,
     policy: Arc<Table>,
     policy_index: u64,
+    upstreams: Arc<upstream::Table>,
+    reports: Arc<Reports>,
     /// What became of a service's instances since the last snapshot; none: gone.
     touched: BTreeMap<ServiceName, Edits>,
     is_changed: bool,
@@ -56,6 +59,8 @@ impl Builder {
             view: Arc::default(),
             policy: Arc::new(Table::empty(Action::Allow)),
             policy_index: first_index.max(1),
+            upstreams: Arc::default(),
+            reports: Arc::default(),
             touched: BTreeMap::new(),
             is_changed: false,
         }
@@ -66,6 +71,8 @@ impl Builder {
     pub fn set_node(&mut self, name: &NodeName, state: Option<&NodeState>, status: MemberStatus) {
         match state.and_then(|state| self.node_entry(name, state, status)) {
             Some((node, state)) => {
+                let ejected = if status == MemberStatus::Alive { state.ejections() } else { &[] };
+                self.set_reports(name, ejected);
                 self.set_instances(&node, state);
                 self.set_entry(node);
             }
@@ -77,6 +84,20 @@ impl Builder {
     pub fn set_local(&mut self, view: LocalView) {
         if *self.view != view {
             self.view = Arc::new(view);
+            self.is_changed = true;
+        }
+    }
+
+    /// Takes over how instances are called.
+    pub fn set_upstreams(&mut self, upstreams: Arc<upstream::Table>) {
+        self.upstreams = upstreams;
+        self.is_changed = true;
+    }
+
+    /// Takes over which instances `node` has ejected.
+    fn set_reports(&mut self, node: &NodeName, ejected: &[(NodeName, InstanceId)]) {
+        if !self.reports.is_of(node, ejected) {
+            self.reports = Arc::new(self.reports.with(node, ejected));
             self.is_changed = true;
         }
     }
@@ -107,6 +128,8 @@ impl Builder {
             local: Arc::clone(&self.view),
             policy: Arc::clone(&self.policy),
             policy_index: self.policy_index,
+            upstreams: Arc::clone(&self.upstreams),
+            reports: Arc::clone(&self.reports),
         }))
     }
 
@@ -188,6 +211,7 @@ impl Builder {
     }
 
     fn forget(&mut self, name: &NodeName) {
+        self.set_reports(name, &[]);
         if self.nodes.remove(name).is_some() {
             self.is_changed = true;
         }

@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use super::document::{DocumentError, DocumentName, decode_body};
 use crate::authz::{Intention, Party};
+use crate::upstream;
 use crate::wire;
 
 /// Largest config entry, in bytes of its JSON.
@@ -122,6 +123,10 @@ pub fn check_entry(text: &str) -> Result<(String, String), DocumentError> {
         return Err(bad("the Name of proxy-defaults is \"global\""));
     }
     if is_entry_name(&name) {
+        upstream::check(&kind, &Value::Object(fields)).map_err(|problems| {
+            let named: Vec<String> = problems.iter().map(ToString::to_string).collect();
+            DocumentError::Entry(named.join("; "))
+        })?;
         Ok((kind, name))
     } else {
         Err(bad("Name must be 1 to 63 letters, digits, `-`, `_`, `.`"))

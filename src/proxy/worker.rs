@@ -34,7 +34,10 @@ use super::{Died, Listeners, ProxyError, authorize, dead, inbound, inspect, list
 use crate::catalogue::{Instance, ServiceEntry, SnapshotReader};
 use crate::clock;
 use crate::model::{HealthStatus, NodeName, ServiceName};
-use crate::routing::{Balancer, ConnectBackoff, NoInstance, Tried};
+use crate::routing::{
+    Ask, Balancer, ConnectBackoff, Flow, GroupView, Limited, NoInstance, Notice, Observer, Outcome, Picked, Rates,
+    Shared, Tried,
+};
 use crate::transport::{Credentials, Lane, LiveConnections, MeshPort, WorkerEndpoint};
 
 /// Connections that one worker holds from local apps, and streams from peers: 5 KB each when idle.
@@ -124,6 +127,8 @@ pub(crate) enum OpenError {
         /// Why.
         reason: String,
     },
+    /// As much is under way as the limits allow.
+    Overflow(Limited),
     /// This agent stops.
     Draining,
 }
@@ -148,6 +153,9 @@ pub(super) struct Setup {
     pub(super) draining: TaskTracker,
     pub(super) listeners: Arc<watch::Sender<Listeners>>,
     pub(super) questions: mpsc::Receiver<inspect::Asked>,
+    pub(super) balancing: Arc<Shared>,
+    pub(super) rates: Arc<Rates>,
+    pub(super) notices: mpsc::Sender<Notice>,
     pub(super) died: Arc<watch::Sender<Died>>,
 }
 
@@ -177,6 +185,7 @@ pub(crate) struct Worker {
     tunnels: Tunnels,
     balancer: RefCell<Balancer>,
     backoff: RefCell<ConnectBackoff>,
+    notices: mpsc::Sender<Notice>,
     tasks: TaskTracker,
     draining: TaskTracker,
     drain: CancellationToken,
@@ -239,7 +248,7 @@ impl Worker {
             listener_retry: setup.listener_retry,
             listeners: setup.listeners,
             edges: Edges::new(setup.metrics.clone()),
-            http: HttpState::new(setup.http_metrics),
+            http: HttpState::new(setup.http_metrics).sharing(setup.rates),
             connections: Rc::default(),
             streams: Rc::default(),
             responded_at: Cell::new(None),
@@ -249,8 +258,9 @@ impl Worker {
             tunnels: Tunnels::new(setup.metrics.clone(), setup.open),
             metrics: setup.metrics,
             // Neither the workers of a node nor the nodes move in step.
-            balancer: RefCell::new(Balancer::new(rand::random())),
+            balancer: RefCell::new(Balancer::with_shared(rand::random(), setup.balancing)),
             backoff: RefCell::default(),
+            notices: setup.notices,
             tasks: TaskTracker::new(),
             draining: setup.draining,
             drain: setup.drain,
@@ -313,13 +323,10 @@ impl Worker {
         if self.closed.is_cancelled() {
             return Err(OpenError::Draining);
         }
-        let service = self.snapshot.peek().services.get(&caller.destination).cloned();
-        let service = service.ok_or(OpenError::UnknownService)?;
-        let picked = self.balancer.borrow_mut().pick(&service, tried, &self.backoff.borrow(), clock::now());
-        // The balancer comes back to what was tried where there is nothing else; one call meets an instance once.
-        let fresh = picked.ok().filter(|instance| !tried.contains(instance));
-        let instance = fresh.ok_or_else(|| no_instance(&service))?;
+        let Picked { instance, load } = self.pick(caller, kind, tried)?;
         tried.add(Arc::clone(&instance));
+        let waiting = load.wait().ok_or(OpenError::Overflow(Limited::Pending));
+        let waiting = waiting.inspect_err(|_| self.metrics.overflowed(Limited::Pending))?;
         let node = &instance.node.info;
         let unreachable = |reason| OpenError::Unreachable { node: node.name.clone(), reason };
         let key = TunnelKey {
@@ -329,10 +336,58 @@ impl Worker {
             generation: instance.node.generation,
         };
         let opened = self.stream(&key, &caller.destination).await;
-        let ((send, recv), tunnel) = opened.inspect_err(|_| self.connect_failed(&instance)).map_err(unreachable)?;
+        drop(waiting);
+        let failed = |_: &String| {
+            self.connect_failed(&instance);
+            self.observe(load.observer(), Outcome::GatewayFailure, Duration::ZERO);
+        };
+        let ((send, recv), tunnel) = opened.inspect_err(failed).map_err(unreachable)?;
         let preamble =
             Preamble { kind, instance: instance.record.id.clone(), service: caller.destination.clone() }.encode();
-        Ok(Opened { send, recv, preamble, instance, lease: Some(tunnel) })
+        Ok(Opened { send, recv, preamble, instance, lease: Lease::new(tunnel, load) })
+    }
+
+    /// Picks the instance of a call.
+    fn pick(&self, caller: &Caller, kind: StreamKind, tried: &Tried) -> Result<Picked, OpenError> {
+        let snapshot = self.snapshot.peek();
+        let service = snapshot.services.get(&caller.destination).ok_or(OpenError::UnknownService)?;
+        let flow = match kind {
+            StreamKind::Http => Flow::Request,
+            StreamKind::Tcp => Flow::Connection,
+        };
+        let ask = Ask { snapshot: &snapshot, source: caller.source.service(), service, flow, now: clock::now() };
+        match self.balancer.borrow_mut().pick(&ask, tried, &self.backoff.borrow()) {
+            // The balancer comes back to what was tried where there is nothing else; one call meets an instance once.
+            Ok(picked) if !tried.contains(&picked.instance) => Ok(picked),
+            Err(NoInstance::Overflow { what, .. }) => {
+                self.metrics.overflowed(what);
+                Err(OpenError::Overflow(what))
+            }
+            Ok(_) | Err(_) => Err(no_instance(service)),
+        }
+    }
+
+    /// Notes how a call ended, and tells what that did to the instance.
+    pub(crate) fn observe(&self, observer: &Observer, outcome: Outcome, took: Duration) {
+        observer.observe(outcome, took, clock::now());
+        self.tell_notices();
+    }
+
+    /// Passes on what was ejected or came back.
+    pub(super) fn tell_notices(&self) {
+        for notice in self.balancer.borrow().take_notices() {
+            let Notice { service, node, instance, until, cause } = &notice;
+            match until {
+                Some(until) => {
+                    let out_for = until.saturating_duration_since(clock::now());
+                    self.metrics.ejections.with_label_values(&[cause.as_str()]).inc();
+                    info!(%service, %node, %instance, cause = cause.as_str(), ?out_for, "instance is ejected: it fails");
+                }
+                None => info!(%service, %node, %instance, "ejected instance is back: a request succeeded"),
+            }
+            // The agent's ledger is behind by hundreds: others do without the hint.
+            let _untold = self.notices.try_send(notice);
+        }
     }
 
     /// Notes that `instance` could not be connected: it is left out for a while if there are others.
@@ -347,8 +402,13 @@ impl Worker {
     }
 
     /// Tells whom the next call to `service` goes to.
-    pub(super) fn next(&self, service: &ServiceEntry, now: Instant) -> Result<Arc<Instance>, NoInstance> {
-        self.balancer.borrow().peek(service, &self.backoff.borrow(), now)
+    pub(super) fn next(&self, ask: &Ask<'_>) -> Result<Arc<Instance>, NoInstance> {
+        self.balancer.borrow_mut().peek(ask, &self.backoff.borrow())
+    }
+
+    /// Shows what this worker knows of the instances of a call.
+    pub(super) fn group(&self, ask: &Ask<'_>) -> GroupView {
+        self.balancer.borrow_mut().view(ask)
     }
 
     /// Tells whether `instance` could not be connected lately.

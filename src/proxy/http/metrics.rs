@@ -34,6 +34,8 @@ const UNKNOWN_LABEL: &str = "_unknown";
 pub(crate) struct HttpMetrics {
     requests: IntCounterVec,
     duration: HistogramVec,
+    /// Requests over a rate limit.
+    pub(super) limited: IntCounterVec,
     /// What is counted of decisions, over streams as well.
     pub(crate) policy: PolicySeries,
 }
@@ -51,7 +53,9 @@ impl HttpMetrics {
         );
         let requests = metrics.add(IntCounterVec::new(requests, &LABELS)?)?;
         let duration = metrics.add(HistogramVec::new(duration.buckets(BUCKETS.to_vec()), &LABELS)?)?;
-        Ok(Self { requests, duration, policy: PolicySeries::register(metrics)? })
+        let limited = Opts::new("weft_http_rate_limited_total", "Requests refused by the rate limits of a service.");
+        let limited = metrics.add(IntCounterVec::new(limited, &["destination_service"])?)?;
+        Ok(Self { requests, duration, limited, policy: PolicySeries::register(metrics)? })
     }
 }
 
@@ -74,6 +78,10 @@ pub(crate) enum Flag {
     Reset,
     /// No answer in time.
     Timeout,
+    /// As much is under way as the limits allow.
+    Overflow,
+    /// Over a rate limit.
+    RateLimited,
     /// The caller went away.
     CallerGone,
 }
@@ -90,6 +98,8 @@ impl Flag {
             Self::ConnectFailure => "UF",
             Self::Reset => "UR",
             Self::Timeout => "UT",
+            Self::Overflow => "UO",
+            Self::RateLimited => "RL",
             Self::CallerGone => "DC",
         }
     }

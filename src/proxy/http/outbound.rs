@@ -17,6 +17,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::convert::Infallible;
+use std::net::IpAddr;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -74,6 +75,7 @@ struct Connection<D> {
     /// The last Host and its target: callers mostly stay with one.
     last: RefCell<Option<(Authority, Rc<Target>)>>,
     activity: Arc<Activity>,
+    from: Option<IpAddr>,
 }
 
 /// Serves a caller's connection until it ends.
@@ -98,12 +100,14 @@ pub(crate) async fn serve<D: Dial>(worker: Rc<D>, stream: TcpStream, route: Rout
     };
     let speaks = if speaks_h2 { Speaks::Http2 } else { Speaks::Http1 };
     let activity = state.watchman.add(&worker, speaks);
+    let from = stream.peer_addr().ok().map(|addr| addr.ip());
     let io = Watched::new(stream, &activity);
     let connection = Rc::new(Connection {
         worker: Rc::clone(&worker),
         fixed,
         last: RefCell::default(),
         activity: Arc::clone(&activity),
+        from,
     });
     let service = service_fn(move |request| {
         let connection = Rc::clone(&connection);
@@ -225,6 +229,10 @@ pub(super) struct Call<'a> {
     pub(super) authority: Option<Authority>,
     pub(super) target: Rc<Target>,
     pub(super) payload: Payload,
+    /// Where the caller is.
+    pub(super) from: Option<IpAddr>,
+    /// A cookie that the caller gets with the answer.
+    pub(super) cookie: Cell<Option<HeaderValue>>,
     /// Keeps the connection from resting while a body comes, also after the answer.
     pub(super) uploads: Cell<Option<Busy>>,
 }
@@ -259,13 +267,17 @@ async fn request_of<D: Dial>(connection: &Connection<D>, mut request: Request<In
     let upgraded = (payload == Payload::Upgrade).then(|| hyper::upgrade::on(&mut request));
     let (parts, body) = request.into_parts();
     let uploads = (payload == Payload::Frames).then(|| Busy::new(&connection.activity));
-    let call = Call { parts: &parts, authority, target, payload, uploads: Cell::new(uploads) };
+    let (from, cookie) = (connection.from, Cell::default());
+    let call = Call { parts: &parts, authority, target, payload, from, cookie, uploads: Cell::new(uploads) };
     match attempts(&connection.worker, &call, body).await {
         Err(refusal) => refuse_request(exchange, refusal, (version, grpc)),
         Ok(mut answer) => {
             let bodiless = matches!(answer.head.status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
             if bodiless || parts.method == Method::HEAD {
                 answer.head.payload = Payload::Empty;
+            }
+            if let Some(cookie) = call.cookie.take() {
+                answer.head.headers.append(header::SET_COOKIE, cookie);
             }
             exchange.status(answer.head.status);
             if grpc {
