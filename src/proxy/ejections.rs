@@ -140,7 +140,8 @@ mod tests {
         let (notices, noticed) = mpsc::channel(8);
         let (ejected, mut told) = watch::channel(Arc::default());
         let begun = clock::now();
-        let task = tokio::spawn(tell(noticed, ejected));
+        let mut task = tokio::task::JoinSet::new();
+        task.spawn(tell(noticed, ejected));
         notices.send(notice("one", Some(begun + Duration::from_secs(30)))).await.unwrap();
         told.changed().await.unwrap();
         assert_eq!(told.borrow_and_update().instances.len(), 1);
@@ -155,6 +156,6 @@ mod tests {
         assert!(told.borrow_and_update().instances.is_empty());
         assert_eq!((clock::now() - begun).as_secs(), 9);
         drop(notices);
-        task.await.unwrap();
+        task.join_next().await.unwrap().unwrap();
     }
 }

@@ -101,7 +101,7 @@ fn key_of_stream(worker: &Worker, caller: &Caller, from: Option<IpAddr>) -> Opti
     let snapshot = worker.snapshot().peek();
     let balance = snapshot.upstreams.balance(&caller.destination);
     let by_address = balance.hash.iter().any(|policy| policy.field == HashField::SourceIp);
-    by_address.then(|| from.map(|from| http::key::key_of_ip(from))).flatten()
+    by_address.then(|| from.map(http::key::key_of_ip)).flatten()
 }
 
 /// Sends the preamble and waits for the status: no byte of the app is at stake yet, so another attempt is safe.

@@ -377,13 +377,12 @@ impl Worker {
     pub(super) fn tell_notices(&self) {
         for notice in self.balancer.borrow().take_notices() {
             let Notice { service, node, instance, until, cause } = &notice;
-            match until {
-                Some(until) => {
-                    let out_for = until.saturating_duration_since(clock::now());
-                    self.metrics.ejections.with_label_values(&[cause.as_str()]).inc();
-                    info!(%service, %node, %instance, cause = cause.as_str(), ?out_for, "instance is ejected: it fails");
-                }
-                None => info!(%service, %node, %instance, "ejected instance is back: a request succeeded"),
+            if let Some(until) = until {
+                let out_for = until.saturating_duration_since(clock::now());
+                self.metrics.ejections.with_label_values(&[cause.as_str()]).inc();
+                info!(%service, %node, %instance, cause = cause.as_str(), ?out_for, "instance is ejected: it fails");
+            } else {
+                info!(%service, %node, %instance, "ejected instance is back: a request succeeded");
             }
             // The agent's ledger is behind by hundreds: others do without the hint.
             let _untold = self.notices.try_send(notice);

@@ -142,7 +142,7 @@ impl Rates {
                 services.clear();
             }
             // Another worker was faster: its buckets count.
-            if services.get(service).filter(is_current).is_none() {
+            if services.get(service).is_none_or(|held| !is_current(&held)) {
                 services.insert(service.clone(), Arc::clone(&fresh));
             }
             services
@@ -159,7 +159,7 @@ mod tests {
 
     const MS: Duration = Duration::from_millis(1);
 
-    fn rules(key: RateKey, per_second: f64, burst: u32) -> Arc<RateRules> {
+    fn rules(key: &RateKey, per_second: f64, burst: u32) -> Arc<RateRules> {
         let rule = |path, per_second| RateRule { path, key: key.clone(), rate: Rate { per_second, burst } };
         let slow = rule(RatePath::Prefix("/slow".to_owned()), per_second / 10.0);
         Arc::new(RateRules { rules: vec![slow, rule(RatePath::Any, per_second)] })
@@ -171,7 +171,7 @@ mod tests {
 
     #[test]
     fn a_burst_passes_and_then_one_at_each_interval() {
-        let (rates, rules) = (Rates::new(now()), rules(RateKey::All, 10.0, 5));
+        let (rates, rules) = (Rates::new(now()), rules(&RateKey::All, 10.0, 5));
         let at_once = (0..20).filter(|_| admit(&rates, &rules, "/", 0, MS).is_ok()).count();
         assert_eq!(at_once, 5);
         let over = admit(&rates, &rules, "/", 0, MS * 31).unwrap_err();
@@ -186,7 +186,7 @@ mod tests {
 
     #[test]
     fn the_first_rule_whose_path_matches_counts_alone() {
-        let (rates, rules) = (Rates::new(now()), rules(RateKey::All, 10.0, 1));
+        let (rates, rules) = (Rates::new(now()), rules(&RateKey::All, 10.0, 1));
         assert!(admit(&rates, &rules, "/slow/a", 0, MS).is_ok());
         assert!(admit(&rates, &rules, "/fast", 0, MS).is_ok());
         assert!(admit(&rates, &rules, "/slow/b", 0, MS * 200).is_err());
@@ -196,7 +196,7 @@ mod tests {
 
     #[test]
     fn keys_have_buckets_of_their_own_and_unknown_ones_take_empty_places_alone() {
-        let (rates, rules) = (Rates::new(now()), rules(RateKey::Source, 1.0, 2));
+        let (rates, rules) = (Rates::new(now()), rules(&RateKey::Source, 1.0, 2));
         for key in 1..=1_000 {
             let passed = (0..5).filter(|_| admit(&rates, &rules, "/", key, MS).is_ok()).count();
             assert_eq!(passed, 2, "key {key}");
@@ -211,14 +211,14 @@ mod tests {
     #[test]
     fn workers_share_a_bucket_and_changed_rules_begin_anew() {
         let rates = Arc::new(Rates::new(now()));
-        let all = rules(RateKey::All, 1.0, 1_000);
+        let all = rules(&RateKey::All, 1.0, 1_000);
         let passed: usize = std::thread::scope(|scope| {
             let worker = || (0..2_000).filter(|_| admit(&rates, &all, "/", 0, MS).is_ok()).count();
             let workers: Vec<_> = (0..4).map(|_| scope.spawn(worker)).collect();
             workers.into_iter().map(|worker| worker.join().unwrap()).sum()
         });
         assert_eq!(passed, 1_000);
-        assert!(admit(&rates, &rules(RateKey::All, 1.0, 1_000), "/", 0, MS).is_err(), "the same rules, written anew");
-        assert!(admit(&rates, &rules(RateKey::All, 2.0, 1_000), "/", 0, MS).is_ok());
+        assert!(admit(&rates, &rules(&RateKey::All, 1.0, 1_000), "/", 0, MS).is_err(), "the same rules, written anew");
+        assert!(admit(&rates, &rules(&RateKey::All, 2.0, 1_000), "/", 0, MS).is_ok());
     }
 }

@@ -146,7 +146,8 @@ pub struct Limits {
     pub pending: u32,
     /// Requests.
     pub requests: u32,
-    /// Requests that are repeated after they may have reached an app.
+    /// Requests that are repeated after they may have reached an app. Envoy's 3 would lose most of what is under way when an
+    /// agent dies and could be repeated; a budget bounds repetition in the long run.
     pub retries: u32,
     /// Calls to one instance, of one worker; none: no bound of its own.
     pub per_instance: Option<u32>,
@@ -154,7 +155,7 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { connections: 1024, pending: 1024, requests: 1024, retries: 3, per_instance: None }
+        Self { connections: 1024, pending: 1024, requests: 1024, retries: 1024, per_instance: None }
     }
 }
 

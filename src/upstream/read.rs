@@ -30,13 +30,11 @@ pub(super) struct Fields<'a> {
 impl<'a> Fields<'a> {
     /// Takes `value` as an object at `path`.
     pub(super) fn of(path: &str, value: &'a Value, problems: &mut Problems) -> Self {
-        let left = match value {
-            Value::Object(map) => map.iter().map(|(name, value)| (name.as_str(), value)).collect(),
-            _ => {
-                problems.add(path, "must be an object");
-                Vec::new()
-            }
-        };
+        let map = value.as_object();
+        if map.is_none() {
+            problems.add(path, "must be an object");
+        }
+        let left = map.into_iter().flatten().map(|(name, value)| (name.as_str(), value)).collect();
         Self { path: path.to_owned(), left }
     }
 

