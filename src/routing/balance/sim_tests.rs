@@ -179,12 +179,14 @@ fn a_ring_spreads_keys_and_moves_only_those_of_who_comes_or_goes() {
 
 #[test]
 fn maglev_s_shares_are_even_and_a_removal_moves_few_other_keys() {
-    let keys = 50_000;
+    let keys = 20_000;
     let full = table(Algorithm::Maglev, many(100));
-    let before = owners(&full, u64::from(MAGLEV_PLACES) * 4);
-    let counts = (0..100).map(|at| before.iter().filter(|owner| **owner == format!("n{at:04}")).count());
-    let (least, most) = (counts.clone().min().unwrap(), counts.max().unwrap());
-    assert!(most * 100 <= least * 120, "shares from {least} to {most}");
+    let mut places = vec![0u32; 100];
+    for place in 0..u64::from(MAGLEV_PLACES) {
+        places[full.walk(place).next().unwrap()] += 1;
+    }
+    let (least, most) = (places.iter().min().unwrap(), places.iter().max().unwrap());
+    assert!(most - least <= 1, "places from {least} to {most}");
     let before = owners(&full, keys);
     let after = owners(&table(Algorithm::Maglev, many(99)), keys);
     let others = before.iter().zip(&after).filter(|(before, _)| *before != "n0099");
@@ -216,8 +218,8 @@ fn failures(nodes: usize, shares_reports: bool) -> usize {
         .collect();
     let mut reports = crate::catalogue::Reports::default();
     let mut failed = 0;
-    // 20 s, two calls a second of each agent.
-    for _ in 0..40 {
+    // A minute, two calls a second of each agent.
+    for _ in 0..120 {
         for bench in &mut benches {
             bench.now += Duration::from_millis(500);
             let Picked { instance, load } = bench.pick();
@@ -243,7 +245,7 @@ fn failures(nodes: usize, shares_reports: bool) -> usize {
 
 #[test]
 fn shared_ejections_save_most_of_the_requests_that_each_node_would_lose_by_itself() {
-    let (alone, shared) = (failures(100, false), failures(100, true));
-    println!("100 agents, 4,000 calls: {alone} failed where each learns by itself, {shared} with reports");
+    let (alone, shared) = (failures(300, false), failures(300, true));
+    println!("300 agents, 36,000 calls: {alone} failed where each learns by itself, {shared} with reports");
     assert!(shared * 2 <= alone, "{shared} of {alone}");
 }

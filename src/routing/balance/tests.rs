@@ -477,6 +477,29 @@ fn a_key_comes_to_the_same_instance_with_and_without_a_table_and_passes_over_the
     }
 }
 
+#[test]
+fn a_call_that_changes_nothing_allocates_nothing() {
+    for policy in ["", "round_robin", "random", "least_request", "maglev"] {
+        let mut bench = Bench::new(4, policy, many(50));
+        let table = HashTable::new(Algorithm::Maglev, HashTable::members_of(&bench.snapshot.services["web"])).unwrap();
+        bench.balancer.shared.set_tables([("web".parse().unwrap(), Arc::new(table))].into());
+        let service = Arc::clone(&bench.snapshot.services["web"]);
+        let source: ServiceName = "api".parse().unwrap();
+        let tried = Tried::with_key(Some(9));
+        let Bench { balancer, snapshot, backoff, now, flow } = &mut bench;
+        let mut call = || {
+            let ask = Ask { snapshot, source: Some(&source), service: &service, flow: *flow, now: *now };
+            let picked = balancer.pick(&ask, &tried, backoff).unwrap();
+            let observer = picked.load.observer().clone();
+            drop(picked.load.wait());
+            observer.observe(Outcome::Success, Duration::from_millis(1), *now);
+            drop(balancer.take_notices());
+        };
+        call();
+        assert_eq!(allocation_counter::measure(call).count_total, 0, "{policy}");
+    }
+}
+
 proptest! {
     #[test]
     fn any_weights_are_met_exactly_over_one_turn(weights in proptest::collection::vec(0u32..40, 1..8), seed in any::<u64>()) {
