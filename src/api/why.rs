@@ -66,6 +66,8 @@ pub struct SeatView {
     pub out_for: Option<Duration>,
     /// Calls under way.
     pub pending: u32,
+    /// How many may be, where that is found out by its answers.
+    pub adaptive_limit: Option<u32>,
     /// What an answer is expected to take.
     pub delay: Option<Duration>,
     /// Its share is lowered by reports of other nodes.
@@ -327,6 +329,7 @@ fn balancing(view: &BalancerView) -> Value {
             "Breaker": seat.breaker,
             "OpenForSeconds": seat.out_for.map(|left| left.as_secs()),
             "UnderWay": seat.pending,
+            "AdaptiveLimit": seat.adaptive_limit,
             "ExpectedMs": seat.delay.map(|delay| (delay.as_secs_f64() * 1e6).round() / 1e3),
             "LoweredByReports": seat.is_lowered,
         })

@@ -195,6 +195,7 @@ fn balancer(group: &GroupView) -> BalancerView {
             breaker,
             out_for,
             pending: seat.pending,
+            adaptive_limit: seat.adaptive_limit,
             delay: seat.delay,
             is_lowered: seat.is_lowered,
         }

@@ -16,6 +16,7 @@
 mod backoff;
 mod balance;
 mod draw;
+mod gradient;
 mod load;
 mod rate;
 mod seat;

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::gradient::Gradient;
 use super::load::{PENALTY, PeakEwma};
 use super::usage::{Limited, Usage};
 use crate::model::{InstanceId, NodeName, ServiceName};
@@ -120,6 +121,7 @@ pub(super) struct Seat {
     pub(super) id: InstanceId,
     pub(super) pending: Cell<u32>,
     pub(super) delay: PeakEwma,
+    pub(super) gradient: Gradient,
     /// When it came; none: it was there from the beginning.
     pub(super) came: Option<Instant>,
     pub(super) standing: Cell<Standing>,
@@ -137,6 +139,7 @@ impl Seat {
             id,
             pending: Cell::new(0),
             delay: PeakEwma::new(),
+            gradient: Gradient::new(),
             came,
             standing: Cell::new(Standing::Closed),
             in_a_row: Cell::new(0),
@@ -242,6 +245,9 @@ impl Observer {
     /// Notes how long an answer took to begin; whether it is a good one is not known yet.
     pub fn time(&self, took: Duration, now: Instant) {
         self.seat.delay.observe(took, now);
+        if self.common.guard.borrow().limits.is_adaptive {
+            self.seat.gradient.observe(took, now);
+        }
         let (typical, took) = (self.common.typical.get(), took.as_secs_f64() * 1e9);
         self.common.typical.set(if typical == 0.0 { took } else { typical.mul_add(0.95, took * 0.05) });
     }

@@ -151,11 +151,13 @@ pub struct Limits {
     pub retries: u32,
     /// Calls to one instance, of one worker; none: no bound of its own.
     pub per_instance: Option<u32>,
+    /// Finds out how many calls each instance bears at once, and sends it no more.
+    pub is_adaptive: bool,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { connections: 1024, pending: 1024, requests: 1024, retries: 1024, per_instance: None }
+        Self { connections: 1024, pending: 1024, requests: 1024, retries: 1024, per_instance: None, is_adaptive: false }
     }
 }
 

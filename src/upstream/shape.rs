@@ -286,6 +286,7 @@ fn read_limits(path: &str, value: &Value, problems: &mut Problems) -> Limits {
         requests: fields.number("MaxConcurrentRequests", 0..=COUNT_MAX, problems).unwrap_or(standard.requests),
         retries: fields.number("MaxConcurrentRetries", 0..=COUNT_MAX, problems).unwrap_or(standard.retries),
         per_instance: fields.number("MaxRequestsPerInstance", 1..=COUNT_MAX, problems),
+        is_adaptive: fields.flag("AdaptiveConcurrency", problems).unwrap_or_default(),
     };
     fields.finish(problems);
     limits

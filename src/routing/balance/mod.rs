@@ -29,7 +29,7 @@ use super::tables::member_key;
 use super::usage::{Limited, Shared};
 use crate::catalogue::{Instance, ServiceEntry, Snapshot};
 use crate::model::{HealthStatus, InstanceId, NodeName, ServiceName};
-use crate::upstream::Algorithm;
+use crate::upstream::{Algorithm, Limits};
 
 /// Most services that one worker keeps a group for; beyond it all groups start anew.
 pub const SERVICES_MAX: usize = 4096;
@@ -168,6 +168,8 @@ pub struct SeatView {
     pub standing: Standing,
     /// Calls under way.
     pub pending: u32,
+    /// How many may be, where that is found out by its answers.
+    pub adaptive_limit: Option<u32>,
     /// What an answer is expected to take.
     pub delay: Option<Duration>,
     /// Its share is lowered by reports of other nodes.
@@ -205,7 +207,7 @@ struct Choice<'a, 'c> {
     tried: &'c Tried,
     backoff: &'c ConnectBackoff,
     draw: &'c Draw,
-    per_instance: Option<u32>,
+    limits: Limits,
     algorithm: Algorithm,
     now: Instant,
 }
@@ -217,7 +219,10 @@ impl<'a> Choice<'a, '_> {
     /// Judges the instance with number `at`; none: it takes no call at all.
     fn candidate(&self, at: usize) -> Option<Found<'a>> {
         let place = self.group.places.get(at)?;
-        if self.per_instance.is_some_and(|most| place.seat.pending.get() >= most) {
+        let pending = place.seat.pending.get();
+        if self.limits.per_instance.is_some_and(|most| pending >= most)
+            || (self.limits.is_adaptive && pending >= place.seat.gradient.limit())
+        {
             return None;
         }
         let preference =
@@ -435,6 +440,7 @@ impl Balancer {
             instance: place.seat.id.clone(),
             standing: place.seat.standing.get(),
             pending: place.seat.pending.get(),
+            adaptive_limit: limits.is_adaptive.then(|| place.seat.gradient.limit()),
             delay: place.seat.delay.shown(ask.now),
             is_lowered: group.lowered.contains(&at),
         };
@@ -527,7 +533,7 @@ fn place<'a>(
         tried,
         backoff,
         draw,
-        per_instance: limits.per_instance,
+        limits,
         algorithm: algorithm(group.balance.algorithm, ask.flow),
         now: ask.now,
     };

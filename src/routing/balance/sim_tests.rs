@@ -249,3 +249,58 @@ fn shared_ejections_save_most_of_the_requests_that_each_node_would_lose_by_itsel
     println!("300 agents, 36,000 calls: {alone} failed where each learns by itself, {shared} with reports");
     assert!(shared * 2 <= alone, "{shared} of {alone}");
 }
+
+/// Sends three times what one instance bears, open loop, to it: 8 at once, 10 ms each. Returns which part of its capacity
+/// was answered within 250 ms, from the third second on, and the most calls that were under way.
+fn goodput(limits: &serde_json::Value) -> (f64, usize) {
+    const SERVERS: usize = 8;
+    let (service, patience) = (Duration::from_millis(10), Duration::from_millis(250));
+    let capacity = 800.0;
+    let mut bench = Bench::with(SEED, &json!({}), &json!({"Limits": limits}), many(1));
+    let (start, draw) = (bench.now, Draw::new(SEED));
+    let exponential = |mean: Duration| mean.mul_f64(-(1.0 - draw.unit()).ln());
+    let mut events = BinaryHeap::from([Reverse((Duration::ZERO, 0u64))]);
+    let mut calls: BTreeMap<u64, (Duration, Picked)> = BTreeMap::new();
+    let mut queue: VecDeque<u64> = VecDeque::new();
+    let (mut number, mut busy, mut good, mut most) = (0, 0, 0u32, 0);
+    let (warm, end) = (Duration::from_secs(3), Duration::from_secs(23));
+    while let Some(Reverse((time, ended))) = events.pop() {
+        bench.now = start + time;
+        if time >= end {
+            break;
+        }
+        if ended == 0 {
+            if let Ok(picked) = bench.try_pick(&Tried::new()) {
+                number += 1;
+                calls.insert(number, (time, picked));
+                queue.push_back(number);
+            }
+            events.push(Reverse((time + exponential(Duration::from_secs_f64(1.0 / (3.0 * capacity))), 0)));
+        } else {
+            let (begun, picked) = calls.remove(&ended).unwrap();
+            busy -= 1;
+            let took = time.saturating_sub(begun);
+            picked.load.observer().observe(Outcome::Success, took, bench.now);
+            good += u32::from(took <= patience && time > warm);
+        }
+        while busy < SERVERS
+            && let Some(next) = queue.pop_front()
+        {
+            busy += 1;
+            events.push(Reverse((time + exponential(service), next)));
+        }
+        most = most.max(calls.len());
+    }
+    (f64::from(good) / (capacity * end.saturating_sub(warm).as_secs_f64()), most)
+}
+
+#[test]
+fn at_three_times_the_capacity_nine_tenths_of_it_are_answered_in_time() {
+    let without = goodput(&json!({"MaxConcurrentRequests": 1_000_000}));
+    let with = goodput(&json!({"MaxConcurrentRequests": 1_000_000, "AdaptiveConcurrency": true}));
+    println!(
+        "goodput at three times the capacity (and most under way): {without:?} without, {with:?} with AdaptiveConcurrency"
+    );
+    assert!(without.0 < 0.2, "{without:?}");
+    assert!(with.0 >= 0.9 && with.1 <= 200, "{with:?}");
+}
