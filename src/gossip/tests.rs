@@ -299,6 +299,27 @@ async fn a_document_reaches_everybody_at_once_and_a_late_joiner_by_comparison() 
 }
 
 #[tokio::test]
+async fn a_push_that_fails_is_begun_again_while_an_operator_waits_for_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("ca");
+    crate::pki::CaDir::init(&path, &"td".parse().unwrap(), clock::wall()).unwrap();
+    let issuer = crate::pki::Issuer::load(&path.join("issuer-1")).unwrap();
+    let a = start_by(&issuer, "a", 1, Vec::new());
+    let seed = vec![a.addr.to_string()];
+    let b = start_by(&issuer, "b", 1, seed.clone());
+    let c = start_by(&issuer, "c", 1, seed);
+    let all = [("a", Alive), ("b", Alive), ("c", Alive)];
+    tokio::join!(a.sees(&all), b.sees(&all), c.sees(&all));
+
+    c.kill().await;
+    // Nobody has noticed yet: the order goes to both.
+    let spread = a.handle.documents().offer(revocation(&path, "nobody")).await.unwrap();
+    assert_eq!((spread.confirmed, spread.alive), (1, 2));
+    assert_eq!(a.metric("weft_documents_pushes_total{result=\"failed\"}"), 2);
+    tokio::join!(a.kill(), b.kill());
+}
+
+#[tokio::test]
 async fn a_holder_that_shakes_no_hands_keeps_its_name_while_it_answers_and_a_closed_port_frees_it() {
     let ca = crate::pki::ephemeral(&"test.example".parse().unwrap(), clock::wall()).unwrap();
     let a = start(&ca, "a", 1, Vec::new());

@@ -23,6 +23,7 @@ mod port;
 mod refusals;
 mod socket;
 mod steer;
+mod timer;
 mod tune;
 mod worker;
 

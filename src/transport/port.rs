@@ -20,11 +20,13 @@
 //! Not here: what a refusal means for membership (`gossip`).
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
-use tokio::net::UdpSocket;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
+use super::socket::register;
 use crate::clock;
 
 /// Between the first refusal and the second.
@@ -42,18 +44,20 @@ enum Answer {
 
 /// A socket that is connected to one peer's port.
 #[derive(Debug)]
-struct PortProbe(UdpSocket);
+struct PortProbe(AsyncFd<UdpSocket>);
 
 impl PortProbe {
-    async fn open(local: IpAddr, peer: SocketAddr) -> io::Result<Self> {
+    fn open(local: IpAddr, peer: SocketAddr) -> io::Result<Self> {
         let local = match (local, peer) {
             (IpAddr::V4(_), SocketAddr::V4(_)) | (IpAddr::V6(_), SocketAddr::V6(_)) => local,
             (_, SocketAddr::V4(_)) => Ipv4Addr::UNSPECIFIED.into(),
             (_, SocketAddr::V6(_)) => Ipv6Addr::UNSPECIFIED.into(),
         };
-        let socket = UdpSocket::bind((local, 0)).await?;
-        socket.connect(peer).await?;
-        Ok(Self(socket))
+        let socket = UdpSocket::bind((local, 0))?;
+        socket.set_nonblocking(true)?;
+        socket.connect(peer)?;
+        // For reading alone: a registration for writing wakes the thread once more after each probe that left.
+        Ok(Self(register(socket, Interest::READABLE | Interest::ERROR)?))
     }
 
     /// Sends one probe and waits for a refusal, `patience` at most; silence takes all of it.
@@ -61,10 +65,10 @@ impl PortProbe {
         let until = clock::now() + patience;
         let is_refusal = |error: &io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
         // The answer to an earlier probe may come out here.
-        if self.0.send(&PAYLOAD).await.is_err_and(|error| is_refusal(&error)) {
+        if self.0.get_ref().send(&PAYLOAD).is_err_and(|error| is_refusal(&error)) {
             return Answer::Refused;
         }
-        match tokio::time::timeout_at(until, self.0.recv(&mut [0; 1])).await {
+        match tokio::time::timeout_at(until, self.heard()).await {
             Ok(Err(error)) if is_refusal(&error) => Answer::Refused,
             // Other errors speak of the path, data of a stranger: neither ends the pause.
             Ok(_) => {
@@ -73,6 +77,11 @@ impl PortProbe {
             }
             Err(_elapsed) => Answer::Silent,
         }
+    }
+
+    /// What the kernel or the peer says.
+    async fn heard(&self) -> io::Result<usize> {
+        self.0.async_io(Interest::READABLE | Interest::ERROR, |socket| socket.recv(&mut [0; 1])).await
     }
 
     /// Asks again after a refusal.
@@ -87,7 +96,7 @@ impl PortProbe {
 /// # Cancel safety
 /// Cancelling gives the question up.
 pub(super) async fn is_refused_once(local: IpAddr, peer: SocketAddr) -> bool {
-    let Ok(probe) = PortProbe::open(local, peer).await else { return false };
+    let Ok(probe) = PortProbe::open(local, peer) else { return false };
     probe.ask(ANSWER_TIME_MAX).await == Answer::Refused
 }
 
@@ -96,7 +105,7 @@ pub(super) async fn is_refused_once(local: IpAddr, peer: SocketAddr) -> bool {
 /// # Cancel safety
 /// Cancelling gives the question up.
 pub(super) async fn is_refused(local: IpAddr, peer: SocketAddr) -> bool {
-    let Ok(probe) = PortProbe::open(local, peer).await else { return false };
+    let Ok(probe) = PortProbe::open(local, peer) else { return false };
     probe.ask(ANSWER_TIME_MAX).await == Answer::Refused && probe.is_refused_again().await
 }
 
@@ -127,7 +136,7 @@ impl Rhythm {
 /// Cancelling ends the watch.
 pub(super) async fn refused(local: IpAddr, peer: SocketAddr, rhythm: Rhythm) {
     loop {
-        if let Ok(probe) = PortProbe::open(local, peer).await {
+        if let Ok(probe) = PortProbe::open(local, peer) {
             while probe.ask(rhythm.rest(clock::wall_ms())).await == Answer::Silent {}
             if probe.is_refused_again().await {
                 return;
@@ -147,7 +156,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_port_that_somebody_has_is_silent_and_one_that_nobody_has_is_refused() {
-        let held = std::net::UdpSocket::bind((LOOPBACK, 0)).unwrap();
+        let held = UdpSocket::bind((LOOPBACK, 0)).unwrap();
         let addr = held.local_addr().unwrap();
         assert!(!is_refused(LOOPBACK, addr).await && !is_refused_once(LOOPBACK, addr).await);
         drop(held);
@@ -178,10 +187,10 @@ mod tests {
 
     #[tokio::test]
     async fn a_watch_ends_when_the_port_is_given_up_and_not_before() {
-        let held = std::net::UdpSocket::bind((LOOPBACK, 0)).unwrap();
+        let held = UdpSocket::bind((LOOPBACK, 0)).unwrap();
         held.set_nonblocking(true).unwrap();
         let addr = held.local_addr().unwrap();
-        let held = UdpSocket::from_std(held).unwrap();
+        let held = tokio::net::UdpSocket::from_std(held).unwrap();
         let mut watch = std::pin::pin!(refused(LOOPBACK, addr, RHYTHM));
         for _probe in 0..5 {
             let mut buffer = [0; 64];

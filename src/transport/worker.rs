@@ -14,6 +14,7 @@ use super::port;
 use super::refusals::{MeshPort, Refusals};
 use super::socket::{MeshSocket, Reads};
 use super::steer::Lane;
+use super::timer::ControlRuntime;
 use super::tune;
 use crate::clock::UnixSeconds;
 use crate::model::{NodeName, ServiceName};
@@ -123,8 +124,11 @@ pub(super) fn start(
     let mut helpers = JoinSet::new();
     helpers.spawn(Arc::clone(&socket).hear_refusals());
     helpers.spawn(Arc::clone(&socket).send_held());
-    let endpoint =
-        quinn::Endpoint::new_with_abstract_socket(config, Some(server), socket, Arc::new(quinn::TokioRuntime));
+    let runtime: Arc<dyn quinn::Runtime> = match lane {
+        Lane::Control => Arc::new(ControlRuntime),
+        Lane::Worker { .. } => Arc::new(quinn::TokioRuntime),
+    };
+    let endpoint = quinn::Endpoint::new_with_abstract_socket(config, Some(server), socket, runtime);
     Ok((endpoint.map_err(refused)?, helpers))
 }
 

@@ -52,8 +52,10 @@ const ORIGIN_PUSHES_MAX: usize = 256;
 const PUSHES_MAX: usize = 64;
 /// Most pushes that wait; beyond it a document is left to the comparisons.
 const PUSHES_WAITING_MAX: usize = 4096;
-/// Longest push, its handshake included.
-const PUSH_TIME_MAX: Duration = Duration::from_secs(4);
+/// Longest push, its handshake included: a lost handshake packet costs QUIC a second.
+const PUSH_TIME_MAX: Duration = Duration::from_secs(2);
+/// How often one push is begun; the repeats are for orders that still wait for this member.
+const PUSH_TRIES_MAX: u8 = 2;
 /// How long an operator's order waits for confirmations.
 const CONFIRM_TIME_MAX: Duration = Duration::from_secs(5);
 /// Most orders and questions that wait.

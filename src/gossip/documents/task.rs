@@ -21,7 +21,8 @@ use super::shown::{revoked_nodes, view};
 use super::{
     CLOCKS_MAX, COMPARES_MAX, CONFIRM_TIME_MAX, ClockSkew, DocumentMetrics, DocumentStore, DocumentView,
     DocumentsHandle, DocumentsParams, DocumentsView, FORWARDS, GIVEN_BYTES_MAX, JOIN_COMPARES, LINKS_MAX,
-    ORIGIN_PUSHES_MAX, OfferError, OnTrust, Order, PUSH_TIME_MAX, PUSHES_MAX, PUSHES_WAITING_MAX, Spread,
+    ORIGIN_PUSHES_MAX, OfferError, OnTrust, Order, PUSH_TIME_MAX, PUSH_TRIES_MAX, PUSHES_MAX, PUSHES_WAITING_MAX,
+    Spread,
 };
 use crate::clock::{self, UnixSeconds};
 use crate::gossip::exchange::ExchangeError;
@@ -45,6 +46,8 @@ struct Push {
     to: MemberView,
     digest: DocumentDigest,
     bytes: Arc<Vec<u8>>,
+    /// How many pushes to this member went before.
+    tries: u8,
 }
 
 /// An operator who waits for confirmations.
@@ -287,7 +290,7 @@ impl Task {
         if let Some(held) = self.set.get(&digest.id) {
             let bytes = Arc::new(held.document.to_bytes());
             for to in pushed {
-                self.push(Push { to, digest: digest.clone(), bytes: Arc::clone(&bytes) });
+                self.push(Push { to, digest: digest.clone(), bytes: Arc::clone(&bytes), tries: 0 });
             }
         }
         // The order is answered once the document is on disk as well; it spreads meanwhile.
@@ -411,7 +414,7 @@ impl Task {
         let others: Vec<MemberView> = self.alive().into_iter().filter(|member| member.name != *from).collect();
         let chosen: Vec<MemberView> = others.sample(&mut self.rng, FORWARDS).cloned().collect();
         for to in chosen {
-            self.push(Push { to, digest: digest.clone(), bytes: Arc::clone(bytes) });
+            self.push(Push { to, digest: digest.clone(), bytes: Arc::clone(bytes), tries: 0 });
         }
     }
 
@@ -442,6 +445,7 @@ impl Task {
             Done::Pushed(push, result) => {
                 self.pushes = self.pushes.saturating_sub(1);
                 let is_held = matches!(result, Ok(Took::Held));
+                let is_lost = result.is_err();
                 self.metrics.pushes.with_label_values(&[if is_held { "ok" } else { "failed" }]).inc();
                 match result {
                     Ok(Took::Held | Took::Older) => {}
@@ -449,6 +453,12 @@ impl Task {
                         warn!(peer = %push.to.name, document = %push.digest.id, reason, "peer refuses a document");
                     }
                     Err(error) => debug!(peer = %push.to.name, error = error.explain(None), "document was not pushed"),
+                }
+                let tries = push.tries + 1;
+                let is_awaited =
+                    |waiting: &Waiting| waiting.digest == push.digest && waiting.left.contains(&push.to.name);
+                if is_lost && tries < PUSH_TRIES_MAX && self.confirmations.iter().any(is_awaited) {
+                    return self.push(Push { tries, ..push });
                 }
                 for waiting in self.confirmations.iter_mut().filter(|waiting| waiting.digest == push.digest) {
                     if waiting.left.remove(&push.to.name) && is_held {
