@@ -123,7 +123,7 @@ fn balancing(worker: &str, view: &Value) -> Vec<String> {
                 text(&one, "OpenForSeconds")
             )),
             "half-open" => {
-                lines.push(format!("  worker {worker}: breaker of {id} on {node} is half-open: one request tries it"))
+                lines.push(format!("  worker {worker}: breaker of {id} on {node} is half-open: one request tries it"));
             }
             _ if is_set(&one, "LoweredByReports") => {
                 lines.push(format!("  worker {worker}: {id} on {node} gets a tenth: other nodes ejected it"));

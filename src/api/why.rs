@@ -43,6 +43,8 @@ pub struct WorkerView {
 pub struct BalancerView {
     /// How calls are spread.
     pub policy: &'static str,
+    /// Keys have a table.
+    pub has_table: bool,
     /// Too few instances are left: ejections are not looked at.
     pub panics: bool,
     /// Under way from this agent: connections, waiting calls, requests, repeated requests.
@@ -338,6 +340,7 @@ fn balancing(view: &BalancerView) -> Value {
         std::array::from_fn(|at| json!({"UnderWay": view.under_way.get(at), "Most": view.most.get(at)}));
     json!({
         "Policy": view.policy,
+        "HasTable": view.has_table,
         "Panics": view.panics,
         "Limits": {"Connections": connections, "Pending": pending, "Requests": requests, "Retries": retries},
         "Instances": view.seats.iter().map(seat).collect::<Vec<Value>>(),

@@ -202,6 +202,7 @@ fn balancer(group: &GroupView) -> BalancerView {
     });
     BalancerView {
         policy: group.algorithm,
+        has_table: group.has_table,
         panics: group.panics,
         under_way: group.under_way,
         most: group.most,

@@ -181,6 +181,8 @@ pub struct SeatView {
 pub struct GroupView {
     /// How calls are spread.
     pub algorithm: &'static str,
+    /// Keys have a table.
+    pub has_table: bool,
     /// Too few instances are left: ejections are not looked at.
     pub panics: bool,
     /// Under way from this agent: connections, waiting calls, requests, repeated requests.
@@ -446,6 +448,7 @@ impl Balancer {
         };
         GroupView {
             algorithm: algorithm(group.balance.algorithm, ask.flow).as_str(),
+            has_table: group.hashed.is_some(),
             panics: group.panics,
             under_way: group.common.usage.counts(),
             most: [limits.connections, limits.pending, limits.requests, limits.retries],
