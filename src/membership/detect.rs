@@ -16,7 +16,7 @@ use super::checks::{HELPERS, Settled, Step};
 use super::packet::Call;
 use super::statement::{Accusation, Certainty, Statement};
 use super::suspicion::Suspicion;
-use super::{ANNOUNCE_EVERY, Broadcast, Cause, Core, Detector, MemberStatus, Output, REAP_EVERY};
+use super::{Broadcast, Cause, Core, Detector, MemberStatus, MeshId, Output, REAP_EVERY, Tracked};
 use crate::model::NodeName;
 
 /// A wake-up later than this blames itself: longer than a loaded machine's scheduling, shorter than a check.
@@ -35,6 +35,12 @@ const RENEW_PAUSE: Duration = Duration::from_secs(1);
 const BLAME_PAUSE: Duration = Duration::from_secs(5);
 /// Members that look closer on average when somebody accuses a member, beside its watchers.
 const SECOND_LOOKS: u32 = 2;
+/// A member that was found gone is called again after one recall period, four, 16 and 64: 2 s to about 2 minutes. Each call
+/// of one that is really gone costs a dial. After that the whole mesh calls it now and then.
+const RECALL_FACTOR: u32 = 4;
+const RECALL_STEPS: u32 = 3;
+/// Most such calls at a time: half of a mesh may have failed, and one call of many heals a partition.
+const RECALLED_AT_ONCE: usize = 4;
 
 impl Core {
     /// Runs what is due at `now`. Call it once everything that has arrived was handed over.
@@ -97,7 +103,7 @@ impl Core {
         if self.is_watching() {
             sooner(Some(self.when.watch));
         }
-        if !self.gone.is_empty() {
+        if !self.gone.is_empty() || self.recalls_until().is_some_and(|end| self.when.recalled_last < end) {
             sooner(Some(self.when.recall));
         }
         if self.alive_count() > 0 {
@@ -368,29 +374,37 @@ impl Core {
         }
     }
 
-    /// Calls two of the strangers that a peer called gone.
+    /// Calls two of the strangers that a peer called gone, and members that were found gone lately: all others may see
+    /// them, and then nobody else calls (`recall_stretch` counts on the others).
     fn recall(&mut self, now: Instant) {
         if now < self.when.recall {
             return;
         }
+        let last = std::mem::replace(&mut self.when.recalled_last, now);
         self.when.recall = now + self.profile.recall_period;
         let left = |name: &NodeName| self.roster.find(name).is_some_and(|member| member.status == MemberStatus::Left);
         let callable = self.gone.iter().filter(|(name, _)| !left(name)).map(|(_, id)| id);
-        for id in callable.cloned().sample(&mut self.rng, 2) {
+        let mut called: Vec<MeshId> = callable.cloned().sample(&mut self.rng, 2);
+        if self.recalls_until().is_some_and(|end| last < end) {
+            let period = self.profile.recall_period;
+            let step =
+                |member: &Tracked, at: Instant| recall_step(at.saturating_duration_since(member.since()), period);
+            let is_due = |member: &&Tracked| {
+                member.status == MemberStatus::Failed
+                    && !self.gone.contains_key(&member.id.name)
+                    && step(member, now) > step(member, last.max(member.since()))
+            };
+            let due = self.roster.iter().filter(is_due).map(|member| member.id.clone());
+            called.extend(due.sample(&mut self.rng, RECALLED_AT_ONCE));
+        }
+        for id in called {
             self.announce(id, now);
         }
     }
 
-    /// Asks a neighbour for signed lives.
-    fn ask_for_lives(&mut self, now: Instant) {
-        if now < self.when.announce {
-            return;
-        }
-        self.when.announce = now + ANNOUNCE_EVERY;
-        let neighbour = self.neighbour().and_then(|name| Some(self.roster.find(&name)?.id.clone()));
-        if let Some(id) = neighbour {
-            self.announce(id, now);
-        }
+    /// Until when members that were found gone lately are called; none: nobody was.
+    pub(super) fn recalls_until(&self) -> Option<Instant> {
+        Some(self.when.failed_last? + self.profile.recall_period * (RECALL_FACTOR.pow(RECALL_STEPS) + 1))
     }
 
     /// Notes that this node is accused at `incarnation` of its present life.
@@ -448,4 +462,10 @@ impl Core {
             self.outputs.push_back(Output::Renewed(renewed));
         }
     }
+}
+
+/// Tells how many of the calls to a member that was found gone `age` ago are due.
+fn recall_step(age: Duration, period: Duration) -> u32 {
+    let periods = age.as_millis() / period.as_millis().max(1);
+    periods.checked_ilog(RECALL_FACTOR.into()).map_or(0, |log| (log + 1).min(RECALL_STEPS + 1))
 }

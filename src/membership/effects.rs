@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use foca::{Identity as _, Member, OwnedNotification, Timer};
-use rand::RngExt as _;
 use rand::seq::SliceRandom as _;
 use tokio::time::Instant;
 
@@ -17,8 +16,6 @@ use crate::model::{MemberStatus, NodeName};
 /// Shortest time between two rounds that spread news at once; what comes between waits for the next. Bounds a storm
 /// (half of a mesh failing) to 40 rounds of three packets a second.
 const SPREAD_PAUSE: Duration = Duration::from_millis(25);
-/// Most signed lives on one feed; a packet holds about seven.
-const FEED_LIVES_MAX: usize = 8;
 /// Least copies of one piece of news that a node sends: while a mesh comes up nobody knows how large it is.
 const COPIES_MIN: u32 = 10;
 /// Longest that calls to the gone are put apart: about four minutes, so that no mesh forgets them.
@@ -98,12 +95,15 @@ impl Core {
     pub(super) fn drain(&mut self, cause: Cause, now: Instant) {
         let mut is_idle = false;
         while let Some(notification) = self.effects.to_notify() {
+            if !matches!(notification, OwnedNotification::Active | OwnedNotification::Idle | OwnedNotification::Defunct)
+            {
+                self.ask_soon(now);
+            }
             match notification {
                 OwnedNotification::MemberUp(id) => {
                     self.ring.insert(&id.name);
                     // The first to watch after a time alone: its turn does not lie in the past.
                     self.when.watch = self.when.watch.max(now);
-                    self.when.announce = self.when.announce.max(now);
                     self.change(&id.name, |roster| roster.back(&id, now));
                 }
                 OwnedNotification::MemberDown(id) => {
@@ -111,6 +111,12 @@ impl Core {
                     self.suspicions.remove(&id.name);
                     self.checks.forget(&id.name);
                     self.change(&id.name, |roster| roster.down(&id, now));
+                    self.when.failed_last = Some(now);
+                    // Nobody was to be called until now: that is no lateness.
+                    if self.when.recall < now {
+                        self.when.recall = now + self.profile.recall_period;
+                        self.when.recalled_last = now;
+                    }
                 }
                 OwnedNotification::Rename(_, id) => {
                     self.suspicions.remove(&id.name);
@@ -202,7 +208,7 @@ impl Core {
         let envelope = self.envelope(&to, carries_hash, None);
         let Ok(mut packet) = packet::wrap(&envelope, swim) else { return };
         match kind {
-            Kind::Feed => self.add_lives(&to.name, &mut packet),
+            Kind::Feed => self.add_any_lives(&to.name, &mut packet),
             Kind::Ping | Kind::Ack => self.news.fill(&mut packet, self.copies()),
             Kind::TurnUndead | Kind::Other => {}
         }
@@ -233,27 +239,6 @@ impl Core {
         let is_suspected = self.suspicions.get(&to.name).is_some_and(|suspicion| suspicion.life == to.life);
         let suspected = self.roster.find(&to.name).filter(|_| is_suspected).map(|member| member.incarnation);
         Envelope { set_hash: self.records.own.filter(|_| carries_hash), suspected, call }
-    }
-
-    /// Fills a feed with the signed words of random living members: repairs what spread past the receiver.
-    fn add_lives(&mut self, to: &NodeName, packet: &mut Vec<u8>) {
-        let is_shown = |status| matches!(status, MemberStatus::Alive | MemberStatus::Leaving);
-        let living = self.roster.iter().filter(|member| is_shown(member.status) && member.id.name != *to);
-        let proofs = living.filter_map(|member| member.proof.as_ref());
-        // Reservoir sampling, as foca chooses members.
-        let mut chosen = Vec::new();
-        for (seen, proof) in proofs.enumerate() {
-            if chosen.len() < FEED_LIVES_MAX {
-                chosen.push(proof);
-            } else if let Some(place) = chosen.get_mut(self.rng.random_range(0..=seen)) {
-                *place = proof;
-            }
-        }
-        for proof in chosen {
-            if !packet::append(packet, &Broadcast::Said(Statement::Life(proof.clone()))) {
-                break;
-            }
-        }
     }
 
     /// Queues a broadcast and sends it on as soon as the pace allows; returns whether it was taken.

@@ -104,6 +104,21 @@ impl MeshId {
     pub fn with_life(name: NodeName, addr: SocketAddr, life: Life) -> Self {
         Self { key: NameKey::of(&name), name, life, addr }
     }
+
+    /// Returns which of `groups` groups the name falls into, and a number for this life of it: a comparison's, no proof.
+    pub(super) fn life_sum(&self, groups: usize) -> (usize, u32) {
+        let NameKey([high, low]) = self.key;
+        let group = usize::try_from(high % u64::try_from(groups.max(1)).unwrap_or(1)).unwrap_or(0);
+        // The finalizer of splitmix64 (Steele, Lea, Flood 2014): every bit reaches every other.
+        let mix = |value: u64| {
+            let value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            let value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            value ^ (value >> 31)
+        };
+        let Life { generation, renewals } = self.life;
+        let sum = mix(low ^ mix(generation.number ^ mix(generation.nonce ^ mix(renewals.into()))));
+        (group, u32::try_from(sum >> 32).unwrap_or(0))
+    }
 }
 
 impl foca::Identity for MeshId {

@@ -245,6 +245,7 @@ impl Core {
                 }
             }
             Call::Missed(number) => self.checks.missed(&src.name, number),
+            Call::Lives(sums) => self.answer_lives(&src.name, &sums),
             Call::Gone | Call::News => {}
         }
     }

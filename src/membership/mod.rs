@@ -40,6 +40,7 @@ pub(crate) mod fuzz;
 mod health;
 mod id;
 mod inbound;
+mod lives;
 mod news;
 mod packet;
 mod profile;
@@ -88,8 +89,10 @@ pub const STRANGERS_MAX: usize = 2048;
 const REAP_EVERY: Duration = Duration::from_mins(1);
 /// Most members told of a leave directly; the others hear it from them.
 const LEAVE_FANOUT_MAX: usize = 32;
-/// How often a neighbour is asked for signed lives: repairs those that spread past this node.
+/// How often a neighbour is asked for signed lives: repairs those that spread past this node. Where one changed, others
+/// may have that this node did not hear of: then after the shorter time, and each time half as long again.
 const ANNOUNCE_EVERY: Duration = Duration::from_secs(30);
+const ANNOUNCE_SOON: Duration = Duration::from_secs(2);
 /// Most goodbyes repeated in one exchange.
 const FAREWELLS_MAX: usize = 256;
 
@@ -280,10 +283,15 @@ struct When {
     reap: Instant,
     watch: Instant,
     recall: Instant,
+    recalled_last: Instant,
+    /// When a member was found gone for the last time.
+    failed_last: Option<Instant>,
     /// News waits for this moment; none: no news.
     spread: Option<Instant>,
     spread_last: Option<Instant>,
     announce: Instant,
+    /// When a member came, went or came back.
+    changed_last: Instant,
     /// A refutation waits for this moment; none: nothing to refute.
     refute: Option<Instant>,
     refuted_last: Option<Instant>,
@@ -314,9 +322,12 @@ impl Core {
             reap: now + REAP_EVERY,
             watch: now + phase,
             recall: now + profile.recall_period,
+            recalled_last: now,
+            failed_last: None,
             spread: None,
             spread_last: None,
             announce: now + ANNOUNCE_EVERY,
+            changed_last: now,
             refute: None,
             refuted_last: None,
             renewed_last: None,

@@ -13,6 +13,7 @@ use foca::{Header, Member, Message, State};
 use serde::{Deserialize, Serialize};
 
 use super::id::{Life, MeshId};
+use super::lives::Sums;
 use super::statement::Statement;
 use crate::model::{Generation, NodeName};
 use crate::wire::{self, WireError};
@@ -63,6 +64,8 @@ pub(super) enum Call {
     Gone,
     /// Nothing but the broadcasts behind it.
     News,
+    /// These are the lives that I know: what do I lack?
+    Lives(Sums),
 }
 
 #[derive(Serialize, Deserialize)]
@@ -325,6 +328,7 @@ pub fn class_of(packet: &[u8]) -> (&'static str, usize) {
         Some(Call::CheckFor { .. } | Call::Reached(_) | Call::Missed(_)) => "help",
         Some(Call::Gone) => "gone",
         Some(Call::News) => "news",
+        Some(Call::Lives(_)) => "lives",
         None => {
             let Ok((header, used)) = wire::decode_prefix::<WireHeader>(swim) else { return ("unreadable", 0) };
             let class = match header.message {

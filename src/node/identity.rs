@@ -36,7 +36,7 @@ const ASK_TIME_MAX: Duration = Duration::from_secs(5);
 /// Longest pause between two tries.
 const RETRY_MAX: Duration = Duration::from_secs(30);
 /// A node that nobody answered for so long asks issuers whether the mesh has another root.
-const ALONE_FOR: Duration = Duration::from_secs(3);
+const ALONE_FOR: Duration = Duration::from_secs(10);
 /// It does so no sooner again once an issuer has answered.
 const WALK_REST: Duration = Duration::from_mins(5);
 /// How often a node looks whether the mesh has a newer root than its certificate.

@@ -100,6 +100,7 @@ fn any_lie() -> impl Strategy<Value = Lie> {
         });
     let call = prop_oneof![
         Just(Call::Gone),
+        proptest::array::uniform32(any::<u32>()).prop_map(Call::Lives),
         any::<u32>().prop_map(Call::Answer),
         (0u32..50).prop_map(Call::Reached),
         (0u32..50).prop_map(Call::Missed),

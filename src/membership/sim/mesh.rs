@@ -266,3 +266,37 @@ fn records_that_differ_are_told_within_two_seconds_and_equal_ones_never() {
     // Five nodes, at most two comparisons a second each.
     assert!(mesh.differs - before <= 105, "{}", mesh.differs);
 }
+
+#[test]
+fn who_alone_takes_a_member_for_gone_is_set_right_in_seconds() {
+    seeds(2, |seed| {
+        let mut mesh = Mesh::joined(100, seed);
+        let now = mesh.now;
+        mesh.at(7).declare_down(&name(9), now);
+        mesh.flush(&name(7));
+        let sees = |mesh: &Mesh| mesh.nodes[&name(7)].member(&name(9)).unwrap().status == MemberStatus::Alive;
+        assert!(!sees(&mesh));
+        let took = mesh.run(300 * SECOND, sees);
+        assert!(took.is_some_and(|took| took < 5 * SECOND), "{took:?}");
+    });
+}
+
+#[test]
+fn nobody_lacks_a_life_for_long_after_a_hundred_came_at_once_and_half_of_them_came_back() {
+    seeds(4, |seed| {
+        let mut mesh = Mesh::with(100, seed, Profile::default());
+        let took = mesh.run(Duration::from_mins(1), Mesh::all_alive);
+        assert!(took.is_some_and(|took| took < 30 * SECOND), "{took:?}");
+        // Later lives are in no record: only their own words tell of them.
+        mesh.loss = 0.5;
+        for number in 0..50 {
+            let now = mesh.now;
+            mesh.at(number).renew(now);
+            mesh.flush(&name(number));
+        }
+        mesh.pass(SECOND);
+        mesh.loss = 0.0;
+        let took = mesh.run(Duration::from_mins(1), Mesh::all_alive);
+        assert!(took.is_some_and(|took| took < 30 * SECOND), "{took:?}");
+    });
+}
