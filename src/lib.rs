@@ -6,6 +6,7 @@ pub mod catalogue;
 pub mod clock;
 pub mod config;
 pub mod dns;
+pub mod filter;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzz;
@@ -24,7 +25,9 @@ pub mod routing;
 pub mod store;
 pub mod supervise;
 pub mod telemetry;
+pub mod traffic;
 pub mod transport;
+pub mod unix_socket;
 pub mod upstream;
 pub mod wire;
 pub mod workload;

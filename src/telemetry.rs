@@ -2,19 +2,27 @@
 //!
 //! ```text
 //!   tracing events -> Filter (level, or per-module directives) -> text | JSON -> stderr
+//!                 \-> weft's own, at the level of the chattiest monitor -> text -> monitors (none: nothing is written)
 //! ```
 //!
 //! Invariants: standard output stays free for what a verb prints; colours appear on a terminal only.
 //! Not here: metrics (`metrics`), what is worth logging (each module).
 
+use std::collections::BTreeMap;
 use std::error::Error;
 use std::fmt;
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::str::FromStr;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
-use tracing_subscriber::EnvFilter;
+use bytes::Bytes;
+use tokio::sync::broadcast;
+use tracing::{Level, Metadata};
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::{SubscriberInitExt, TryInitError};
+use tracing_subscriber::{EnvFilter, Layer as _, reload};
 
 /// The level where none is set: changes that users can see.
 pub const FILTER_DEFAULT: &str = "info";
@@ -87,25 +95,25 @@ pub struct InitError(#[source] TryInitError);
 /// # Errors
 /// If the process has a subscriber already.
 pub fn init(filter: &Filter, format: LogFormat) -> Result<(), InitError> {
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::new(&filter.0))
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal());
-    let (swap, begun): (Swap, _) = match format {
-        LogFormat::Text => {
-            let builder = builder.with_filter_reloading();
-            let handle = builder.reload_handle();
-            (Box::new(move |filter| handle.reload(filter).is_ok()), builder.finish().try_init())
-        }
+    let lines =
+        tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal());
+    let (for_log, log) = reload::Layer::new(EnvFilter::new(&filter.0));
+    let (for_monitors, monitors) = reload::Layer::new(Targets::new());
+    let monitor = tracing_subscriber::fmt::layer().with_writer(Broadcast).with_ansi(false).with_filter(for_monitors);
+    let begun = match format {
+        LogFormat::Text => tracing_subscriber::registry().with(monitor).with(lines.with_filter(for_log)).try_init(),
         LogFormat::Json => {
-            let builder = builder.json().with_filter_reloading();
-            let handle = builder.reload_handle();
-            (Box::new(move |filter| handle.reload(filter).is_ok()), builder.finish().try_init())
+            tracing_subscriber::registry().with(monitor).with(lines.json().with_filter(for_log)).try_init()
         }
     };
     begun.map_err(InitError)?;
-    // There is one subscriber, so this is the first value.
-    let _first = SWAP.set(swap);
+    // There is one subscriber, so these are the first values.
+    let _first = SWAP.set(Box::new(move |filter| log.reload(filter).is_ok()));
+    let _first = MONITORS.set(Monitors {
+        lines: broadcast::Sender::new(MONITOR_LINES_MAX),
+        levels: Mutex::default(),
+        set: Box::new(move |targets| monitors.reload(targets).is_ok()),
+    });
     Ok(())
 }
 
@@ -117,6 +125,142 @@ static SWAP: OnceLock<Swap> = OnceLock::new();
 /// Logs by `filter` from here on; false where logging was not started by [`init`].
 pub fn set_filter(filter: &Filter) -> bool {
     SWAP.get().is_some_and(|swap| swap(EnvFilter::new(&filter.0)))
+}
+
+/// Lines that wait for a monitor that reads slowly; what is older is lost, and counted in its stead. 512 lines are some 100 KiB.
+const MONITOR_LINES_MAX: usize = 512;
+/// Most monitors at once: people, not collectors.
+const MONITORS_MAX: usize = 16;
+
+/// Who reads the log besides standard error.
+struct Monitors {
+    lines: broadcast::Sender<(Level, Bytes)>,
+    /// How many there are of each level.
+    levels: Mutex<BTreeMap<Level, usize>>,
+    set: Box<dyn Fn(Targets) -> bool + Send + Sync>,
+}
+
+static MONITORS: OnceLock<Monitors> = OnceLock::new();
+
+impl Monitors {
+    /// Lets through what the chattiest monitor wants: weft's own events alone, since those of the libraries that carry the
+    /// lines to the monitor would beget more lines.
+    fn apply(&self, levels: &BTreeMap<Level, usize>) {
+        let chattiest = levels.keys().next_back();
+        let targets = chattiest.map_or_else(Targets::new, |level| Targets::new().with_target("weft", *level));
+        (self.set)(targets);
+    }
+}
+
+/// Why there is no monitor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum MonitorError {
+    /// Others took all places.
+    #[error("{MONITORS_MAX} monitors read the log already: end one of them")]
+    TooMany,
+    /// The process has another subscriber.
+    #[error("the log cannot be monitored: this process does not log by itself")]
+    NotLogging,
+}
+
+/// Reads the log as it is written. Ends its part of it when it is dropped.
+pub struct Monitor {
+    of: &'static Monitors,
+    level: Level,
+    lines: broadcast::Receiver<(Level, Bytes)>,
+}
+
+/// Reads a level by its name, in any case; none of `off` and others.
+pub fn level(name: &str) -> Option<Level> {
+    match name.to_ascii_lowercase().as_str() {
+        "warn" | "warning" => Some(Level::WARN),
+        // Consul's names.
+        "err" => Some(Level::ERROR),
+        name if name.chars().all(|c| c.is_ascii_alphabetic()) => name.parse().ok(),
+        _ => None,
+    }
+}
+
+/// Starts to read what weft logs at `level` and above, whatever the log's own filter is.
+///
+/// # Errors
+/// [`MonitorError`].
+pub fn monitor(level: Level) -> Result<Monitor, MonitorError> {
+    let of = MONITORS.get().ok_or(MonitorError::NotLogging)?;
+    let mut levels = of.levels.lock().unwrap_or_else(PoisonError::into_inner);
+    if levels.values().sum::<usize>() >= MONITORS_MAX {
+        return Err(MonitorError::TooMany);
+    }
+    *levels.entry(level).or_default() += 1;
+    of.apply(&levels);
+    drop(levels);
+    Ok(Monitor { of, level, lines: of.lines.subscribe() })
+}
+
+impl Monitor {
+    /// Returns the next line, with its end; none when the process logs no more.
+    ///
+    /// # Cancel safety
+    /// Cancelling loses nothing.
+    pub async fn next(&mut self) -> Option<Bytes> {
+        loop {
+            match self.lines.recv().await {
+                Ok((level, line)) if level <= self.level => return Some(line),
+                Ok(_) => {}
+                Err(broadcast::error::RecvError::Lagged(lost)) => {
+                    return Some(Bytes::from(format!(
+                        "{lost} lines were lost: they came faster than they were read\n"
+                    )));
+                }
+                Err(broadcast::error::RecvError::Closed) => return None,
+            }
+        }
+    }
+}
+
+impl Drop for Monitor {
+    fn drop(&mut self) {
+        let mut levels = self.of.levels.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = levels.get_mut(&self.level) {
+            *count -= 1;
+            if *count == 0 {
+                levels.remove(&self.level);
+            }
+        }
+        self.of.apply(&levels);
+    }
+}
+
+/// Gives each line to the monitors.
+struct Broadcast;
+
+/// One line; the layer writes it in one piece.
+struct Line(Level);
+
+impl<'a> MakeWriter<'a> for Broadcast {
+    type Writer = Line;
+
+    fn make_writer(&'a self) -> Line {
+        Line(Level::ERROR)
+    }
+
+    fn make_writer_for(&'a self, event: &Metadata<'_>) -> Line {
+        Line(*event.level())
+    }
+}
+
+impl Write for Line {
+    fn write(&mut self, line: &[u8]) -> std::io::Result<usize> {
+        if let Some(monitors) = MONITORS.get() {
+            // Without a monitor nobody takes it.
+            let _taken = monitors.lines.send((self.0, Bytes::copy_from_slice(line)));
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Prints an error with its sources, joined by `: `. For log fields: `error = %Chain(&err)`.
@@ -153,6 +297,36 @@ mod tests {
             let refused = text.parse::<Filter>().unwrap_err().to_string();
             assert!(refused.contains("use trace, debug, info, warn"), "{refused}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_monitor_hears_its_level_whatever_the_log_lets_through() {
+        // The process's one subscriber: no other unit test starts it.
+        init(&"off".parse().unwrap(), LogFormat::Text).unwrap();
+        tracing::warn!("nobody listens");
+        let mut all = monitor(Level::DEBUG).unwrap();
+        let mut some = monitor(level("WARN").unwrap()).unwrap();
+        tracing::debug!(peer = "n2", "a detail");
+        tracing::warn!("a warning");
+        tracing::warn!(target: "hyper", "not weft's");
+        let text = |line: Bytes| String::from_utf8(line.to_vec()).unwrap();
+        let first = text(all.next().await.unwrap());
+        assert!(first.contains("a detail") && first.contains("n2") && first.ends_with('\n'), "{first}");
+        assert!(text(all.next().await.unwrap()).contains("a warning"));
+        assert!(text(some.next().await.unwrap()).contains("a warning"));
+        drop((all, some));
+        assert!(!tracing::enabled!(Level::ERROR), "without a monitor nothing is formatted");
+        let _places: Vec<Monitor> = (0..MONITORS_MAX).map(|_| monitor(Level::ERROR).unwrap()).collect();
+        assert!(matches!(monitor(Level::INFO), Err(MonitorError::TooMany)));
+    }
+
+    #[test]
+    fn levels_have_consul_s_names_too() {
+        assert_eq!(
+            (level("Info"), level("err"), level("warning")),
+            (Some(Level::INFO), Some(Level::ERROR), Some(Level::WARN))
+        );
+        assert_eq!((level("off"), level("7"), level("")), (None, None, None));
     }
 
     #[test]

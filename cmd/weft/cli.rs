@@ -1,8 +1,16 @@
 //! The command line: verbs, flags, environment. The help texts are the reference.
 
+mod ask;
+mod observe;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+
+pub(crate) use ask::{
+    CatalogVerb, ForceLeaveArgs, JoinArgs, MaintArgs, NodesArgs, ServicesArgs, ServicesVerb, ValidateArgs,
+};
+pub(crate) use observe::{DebugArgs, EventArgs, ManArgs, MonitorArgs, RttArgs, TopArgs, WatchArgs, WatchedKind};
 
 /// weft: a service mesh without a control plane.
 #[derive(Debug, Parser)]
@@ -97,6 +105,49 @@ pub(crate) enum Verb {
     /// Registers and deregisters services with the agent.
     #[command(subcommand)]
     Services(ServicesVerb),
+    /// Waits for changes of a view of the mesh: prints it, or runs a program at each change.
+    #[command(
+        after_help = "Without a program the view is printed once. A program gets it as JSON on its standard input, and its index as WEFT_INDEX.\n\nExamples:\n  weft watch -type=service -service=web -passingonly\n  weft watch -type=services -- /usr/local/bin/reload-proxy -quiet"
+    )]
+    Watch(WatchArgs),
+    /// Fires an event to the nodes of the mesh.
+    #[command(after_help = "Examples:\n  weft event -name deploy v1.4.2\n  weft event -name restart -service web")]
+    Event(EventArgs),
+    /// Shows the agent's log as it is written, until interrupted.
+    #[command(after_help = "Example:\n  weft monitor -log-level=debug")]
+    Monitor(MonitorArgs),
+    /// Estimates the round trip between two nodes.
+    #[command(after_help = "Examples:\n  weft rtt web-2\n  weft rtt web-1 web-2")]
+    Rtt(RttArgs),
+    /// Shows the requests of the agent's services as they pass: rates, failures, times.
+    #[command(after_help = "Examples:\n  weft top\n  weft top -count 1 -interval 5s -format=json")]
+    Top(TopArgs),
+    /// Collects what helps to find a fault into a directory: members, catalogue, checks, metrics, log. No secrets.
+    #[command(after_help = "Example:\n  weft debug -duration 30s -output weft-debug")]
+    Debug(DebugArgs),
+    /// Prints the completion script of a shell.
+    #[command(
+        after_help = "Examples:\n  weft completion bash > /etc/bash_completion.d/weft\n  weft completion zsh > \"${fpath[1]}/_weft\"\n  weft completion fish > ~/.config/fish/completions/weft.fish"
+    )]
+    Completion {
+        /// The shell.
+        #[arg(value_enum)]
+        shell: Shell,
+    },
+    /// Writes the manual pages, one a verb, into a directory.
+    #[command(after_help = "Example:\n  weft man /usr/local/share/man/man1")]
+    Man(ManArgs),
+}
+
+/// A shell that completes words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Shell {
+    /// GNU Bash, with its package bash-completion.
+    Bash,
+    /// Z shell.
+    Zsh,
+    /// fish.
+    Fish,
 }
 
 /// How a listing looks.
@@ -119,13 +170,23 @@ pub(crate) struct FormatArgs {
 /// Flags of every verb that talks to an agent.
 #[derive(Debug, Args)]
 pub(crate) struct ClientArgs {
-    /// The agent's HTTP API: host:port or http://host:port. Default 127.0.0.1:8500.
+    /// The agent's HTTP API: host:port, https://host:port or unix:///PATH. Default 127.0.0.1:8500.
     #[arg(long, env = "WEFT_HTTP_ADDR", value_name = "ADDR")]
     pub(crate) http_addr: Option<String>,
     /// The agent's admin token, where it asks for one.
     #[arg(long, env = "WEFT_HTTP_TOKEN", hide_env_values = true)]
     pub(crate) token: Option<String>,
+    /// PEM file of the CA that an https agent's certificate must lead to. Default: the host's CAs.
+    #[arg(long, env = "WEFT_CACERT", value_name = "FILE")]
+    pub(crate) ca_file: Option<String>,
+    /// Name that an https agent's certificate must have: a DNS name, or spiffe://DOMAIN/node/NAME for a node's own. Default: the host.
+    #[arg(long, env = "WEFT_TLS_SERVER_NAME", value_name = "NAME")]
+    pub(crate) tls_server_name: Option<String>,
     // Consul's variables, read by clap as flags that nobody types.
+    #[arg(long, env = "CONSUL_CACERT", hide = true)]
+    pub(crate) consul_cacert: Option<String>,
+    #[arg(long, env = "CONSUL_TLS_SERVER_NAME", hide = true)]
+    pub(crate) consul_tls_server_name: Option<String>,
     #[arg(long, env = "CONSUL_HTTP_ADDR", hide = true)]
     pub(crate) consul_http_addr: Option<String>,
     #[arg(long, env = "CONSUL_HTTP_TOKEN", hide = true, hide_env_values = true)]
@@ -384,6 +445,8 @@ pub(crate) struct OperatorArgs {
     pub(crate) ca: PathBuf,
     #[command(flatten)]
     pub(crate) client: ClientArgs,
+    #[command(flatten)]
+    pub(crate) output: FormatArgs,
 }
 
 #[derive(Debug, Args)]
@@ -664,6 +727,8 @@ pub(crate) struct IssuerListArgs {
     pub(crate) ca: PathBuf,
     #[command(flatten)]
     pub(crate) client: ClientArgs,
+    #[command(flatten)]
+    pub(crate) output: FormatArgs,
 }
 
 #[derive(Debug, Args)]
@@ -673,6 +738,8 @@ pub(crate) struct TokenListArgs {
     pub(crate) ca: PathBuf,
     #[command(flatten)]
     pub(crate) client: ClientArgs,
+    #[command(flatten)]
+    pub(crate) output: FormatArgs,
 }
 
 #[derive(Debug, Args)]
@@ -688,6 +755,8 @@ pub(crate) struct RevokeArgs {
     pub(crate) list: bool,
     #[command(flatten)]
     pub(crate) sign: SignArgs,
+    #[command(flatten)]
+    pub(crate) output: FormatArgs,
 }
 
 #[derive(Debug, Subcommand)]
@@ -743,89 +812,6 @@ pub(crate) enum TokenVerb {
         ca: PathBuf,
         #[command(flatten)]
         sign: SignArgs,
-    },
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct JoinArgs {
-    /// Names, addresses, host:port.
-    #[arg(required = true, value_name = "ADDR")]
-    pub(crate) addresses: Vec<String>,
-    #[command(flatten)]
-    pub(crate) client: ClientArgs,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct ForceLeaveArgs {
-    /// The member's name.
-    pub(crate) node: String,
-    /// Forgets the member and its records as well.
-    #[arg(long)]
-    pub(crate) prune: bool,
-    #[command(flatten)]
-    pub(crate) client: ClientArgs,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct MaintArgs {
-    /// Takes it out of service.
-    #[arg(long, conflicts_with = "disable")]
-    pub(crate) enable: bool,
-    /// Takes it back in.
-    #[arg(long)]
-    pub(crate) disable: bool,
-    /// The service's ID. Default: the node as a whole.
-    #[arg(long, value_name = "ID")]
-    pub(crate) service: Option<String>,
-    /// Shown as the check's notes.
-    #[arg(long, value_name = "TEXT")]
-    pub(crate) reason: Option<String>,
-    #[command(flatten)]
-    pub(crate) client: ClientArgs,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct ValidateArgs {
-    /// Config files and directories, in the order in which they are merged.
-    #[arg(required = true, value_name = "PATH")]
-    pub(crate) paths: Vec<PathBuf>,
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum CatalogVerb {
-    /// Lists the datacenters.
-    #[command(after_help = "Example:\n  weft catalog datacenters")]
-    Datacenters(ListArgs),
-    /// Lists the nodes.
-    #[command(after_help = "Example:\n  weft catalog nodes")]
-    Nodes(ListArgs),
-    /// Lists the services with their tags.
-    #[command(after_help = "Example:\n  weft catalog services -format=json")]
-    Services(ListArgs),
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum ServicesVerb {
-    /// Registers every service that the files define.
-    #[command(after_help = "Example:\n  weft services register web.hcl db.json")]
-    Register {
-        /// Files with service{} or services[] (*.hcl, *.json).
-        #[arg(required = true, value_name = "FILE")]
-        files: Vec<PathBuf>,
-        #[command(flatten)]
-        client: ClientArgs,
-    },
-    /// Deregisters a service by its ID.
-    #[command(after_help = "Examples:\n  weft services deregister web-1\n  weft services deregister -id web-1")]
-    Deregister {
-        /// The service's ID.
-        #[arg(value_name = "ID", required_unless_present = "id_flag")]
-        id: Option<String>,
-        /// The service's ID, as a flag.
-        #[arg(long = "id", id = "id_flag", value_name = "ID", conflicts_with = "id")]
-        id_flag: Option<String>,
-        #[command(flatten)]
-        client: ClientArgs,
     },
 }
 

@@ -1,6 +1,8 @@
-//! The client of an agent's HTTP API: one request, one connection.
+//! The client of an agent's HTTP API: one request, one connection, over TCP, TLS or a unix socket.
 
+use std::fmt;
 use std::fmt::Write as _;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -8,23 +10,68 @@ use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
-use tokio::net::TcpStream;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpStream, UnixStream};
 
 use crate::cli::ClientArgs;
 use crate::failure::Failure;
+use crate::tls;
 
 /// Where an agent listens unless told otherwise.
 const ADDR_DEFAULT: &str = "127.0.0.1:8500";
+/// Consul's port of HTTPS.
+const HTTPS_PORT: u16 = 8501;
 /// Largest answer: the catalogue of a very large mesh.
 const RESPONSE_BYTES_MAX: usize = 64 * 1024 * 1024;
 /// Longest exchange: joining tries several addresses, each with its own timeout.
 const EXCHANGE_TIMEOUT: Duration = Duration::from_mins(1);
+/// What a blocking query takes beyond its wait: the agent's jitter of a sixteenth, and the answer's way.
+const BLOCKING_MARGIN: Duration = Duration::from_secs(30);
+
+/// Where an agent's API is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Address {
+    /// `host:port`
+    Tcp(String),
+    /// `host:port`, over TLS.
+    Tls(String),
+    /// A unix socket.
+    Unix(PathBuf),
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(addr) => f.write_str(addr),
+            Self::Tls(addr) => write!(f, "https://{addr}"),
+            Self::Unix(path) => write!(f, "unix://{}", path.display()),
+        }
+    }
+}
 
 /// Talks to one agent.
 #[derive(Debug)]
 pub(crate) struct Client {
-    addr: String,
+    addr: Address,
     token: Option<String>,
+    /// PEM file of the CA certificates that a TLS agent's must lead to.
+    roots: Option<PathBuf>,
+    /// The name that a TLS agent's certificate must have.
+    server_name: Option<String>,
+}
+
+/// One request.
+struct Ask<'a> {
+    method: http::Method,
+    path: &'a str,
+    body: Bytes,
+    timeout: Option<Duration>,
+}
+
+/// What an agent answered.
+struct Answer {
+    index: Option<u64>,
+    body: Bytes,
 }
 
 impl Client {
@@ -33,14 +80,34 @@ impl Client {
         let filled = |text: &Option<String>| text.clone().filter(|text| !text.is_empty());
         let addr = filled(&args.http_addr).or_else(|| filled(&args.consul_http_addr));
         let token = filled(&args.token).or_else(|| filled(&args.consul_http_token));
-        Ok(Self { addr: parse_addr(addr.as_deref().unwrap_or(ADDR_DEFAULT))?, token })
+        Ok(Self {
+            addr: parse_addr(addr.as_deref().unwrap_or(ADDR_DEFAULT))?,
+            token,
+            roots: filled(&args.ca_file).or_else(|| filled(&args.consul_cacert)).map(PathBuf::from),
+            server_name: filled(&args.tls_server_name).or_else(|| filled(&args.consul_tls_server_name)),
+        })
     }
 
     /// Fetches JSON.
     pub(crate) fn get(&self, path: &str) -> Result<Value, Failure> {
-        let body = self.exchange(http::Method::GET, path, Bytes::new())?;
-        let value = serde_json::from_slice(&body).with_context(|| format!("{path} of {} sent no JSON", self.addr))?;
-        Ok(value)
+        let answer = self.exchange(http::Method::GET, path, Bytes::new())?;
+        self.json(path, &answer)
+    }
+
+    /// Fetches text.
+    pub(crate) fn get_text(&self, path: &str) -> Result<String, Failure> {
+        let answer = self.exchange(http::Method::GET, path, Bytes::new())?;
+        Ok(String::from_utf8_lossy(&answer).into_owned())
+    }
+
+    /// Fetches JSON and its index, waiting for up to `wait` while the index is `index`; with 0 it does not wait.
+    pub(crate) fn get_after(&self, path: &str, index: u64, wait: Duration) -> Result<(Value, u64), Failure> {
+        let joint = if path.contains('?') { '&' } else { '?' };
+        let path = format!("{path}{joint}index={index}&wait={}s", wait.as_secs());
+        let timeout = Some(wait + wait / 16 + BLOCKING_MARGIN);
+        let answer = self.run(&Ask { method: http::Method::GET, path: &path, body: Bytes::new(), timeout })?;
+        let index = answer.index.ok_or_else(|| Failure::text(format!("{path} of {} cannot be watched", self.addr)))?;
+        Ok((self.json(&path, &answer.body)?, index))
     }
 
     /// Sends an order.
@@ -65,44 +132,125 @@ impl Client {
     /// Sends an order that is answered with JSON.
     pub(crate) fn put_for(&self, path: &str, body: &Value) -> Result<Value, Failure> {
         let answer = self.exchange(http::Method::PUT, path, Bytes::from(body.to_string()))?;
-        let value = serde_json::from_slice(&answer).with_context(|| format!("{path} of {} sent no JSON", self.addr))?;
+        self.json(path, &answer)
+    }
+
+    /// Sends bytes with an order that is answered with JSON.
+    pub(crate) fn put_bytes(&self, path: &str, body: &str) -> Result<Value, Failure> {
+        let answer = self.exchange(http::Method::PUT, path, Bytes::copy_from_slice(body.as_bytes()))?;
+        self.json(path, &answer)
+    }
+
+    /// Hands on a response piece by piece, until its end, `for_at_most`, or until `take` says that it is enough.
+    pub(crate) fn stream(
+        &self,
+        path: &str,
+        for_at_most: Option<Duration>,
+        mut take: impl FnMut(&[u8]) -> std::io::Result<()>,
+    ) -> Result<(), Failure> {
+        let ask = Ask { method: http::Method::GET, path, body: Bytes::new(), timeout: None };
+        let following = self.converse(&ask, async |response| {
+            let mut body = response.into_body();
+            while let Some(frame) = body.frame().await {
+                if let Ok(data) = frame.context("the agent's stream broke off")?.into_data() {
+                    take(&data)?;
+                }
+            }
+            Ok(())
+        });
+        runtime()?.block_on(async {
+            match for_at_most {
+                // The time is over: what came is what was wanted.
+                Some(longest) => tokio::time::timeout(longest, following).await.unwrap_or(Ok(())),
+                None => following.await,
+            }
+        })
+    }
+
+    fn json(&self, path: &str, body: &Bytes) -> Result<Value, Failure> {
+        let value = serde_json::from_slice(body).with_context(|| format!("{path} of {} sent no JSON", self.addr))?;
         Ok(value)
     }
 
     fn exchange(&self, method: http::Method, path: &str, body: Bytes) -> Result<Bytes, Failure> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let addr = &self.addr;
-        runtime.block_on(async {
-            match tokio::time::timeout(EXCHANGE_TIMEOUT, self.request(method, path, body)).await {
+        Ok(self.run(&Ask { method, path, body, timeout: Some(EXCHANGE_TIMEOUT) })?.body)
+    }
+
+    fn run(&self, ask: &Ask<'_>) -> Result<Answer, Failure> {
+        let asked = self.converse(ask, async |response: http::Response<hyper::body::Incoming>| {
+            let index = response.headers().get("x-consul-index").and_then(|value| value.to_str().ok()?.parse().ok());
+            let body = Limited::new(response.into_body(), RESPONSE_BYTES_MAX).collect().await;
+            let body = body.map_err(anyhow::Error::from_boxed).with_context(|| broke_off(&self.addr))?;
+            Ok(Answer { index, body: body.to_bytes() })
+        });
+        let longest = ask.timeout.unwrap_or(EXCHANGE_TIMEOUT);
+        runtime()?.block_on(async {
+            match tokio::time::timeout(longest, asked).await {
                 Ok(answer) => answer,
-                Err(_) => Err(Failure::text(format!("no answer from the agent at {addr} within {EXCHANGE_TIMEOUT:?}"))
+                Err(_) => Err(Failure::text(format!("no answer from the agent at {} within {longest:?}", self.addr))
                     .hint("look at the agent's log on that host")),
             }
         })
     }
 
-    async fn request(&self, method: http::Method, path: &str, body: Bytes) -> Result<Bytes, Failure> {
-        let addr = &self.addr;
-        let stream = TcpStream::connect(addr.as_str()).await.with_context(|| format!("no agent answers at {addr}"));
-        let stream = stream.map_err(|err| {
-            Failure::from(err)
+    /// Sends `ask`; gives a response of success to `read`.
+    async fn converse<T>(
+        &self,
+        ask: &Ask<'_>,
+        read: impl AsyncFnOnce(http::Response<hyper::body::Incoming>) -> Result<T, Failure>,
+    ) -> Result<T, Failure> {
+        let no_agent = |err| {
+            Failure::from(anyhow::Error::new(err).context(format!("no agent answers at {}", self.addr)))
                 .hint("start one with `weft agent …` (or `weft agent -dev`), or name its address with -http-addr")
-        })?;
-        let context = || format!("the exchange with {addr} broke off; is it a weft agent's HTTP API?");
+        };
+        match &self.addr {
+            Address::Tcp(addr) => {
+                let stream = TcpStream::connect(addr.as_str()).await.map_err(no_agent)?;
+                self.converse_over(stream, addr, ask, read).await
+            }
+            Address::Tls(addr) => {
+                let stream = TcpStream::connect(addr.as_str()).await.map_err(no_agent)?;
+                let host = host_of(addr);
+                let shaken = tls::shake(stream, host, self.roots.as_deref(), self.server_name.as_deref()).await;
+                let stream = shaken.map_err(|err| {
+                    Failure::from(err.context(format!("the agent at {} is not believed", self.addr))).hint(
+                        "give its CA with -ca-file; a node's own certificate is checked by -tls-server-name=spiffe://DOMAIN/node/NAME",
+                    )
+                })?;
+                self.converse_over(stream, addr, ask, read).await
+            }
+            Address::Unix(path) => {
+                let stream = UnixStream::connect(path).await.map_err(no_agent)?;
+                self.converse_over(stream, "localhost", ask, read).await
+            }
+        }
+    }
+
+    async fn converse_over<T>(
+        &self,
+        stream: impl AsyncRead + AsyncWrite + Unpin,
+        host: &str,
+        ask: &Ask<'_>,
+        read: impl AsyncFnOnce(http::Response<hyper::body::Incoming>) -> Result<T, Failure>,
+    ) -> Result<T, Failure> {
+        let context = || broke_off(&self.addr);
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.with_context(context)?;
-        let mut request = http::Request::builder().method(method).uri(path).header(http::header::HOST, addr);
+        let mut request = http::Request::builder().method(&ask.method).uri(ask.path).header(http::header::HOST, host);
         if let Some(token) = &self.token {
             request = request.header("x-consul-token", token);
         }
-        let request =
-            request.body(Full::new(body)).context("cannot form the request: check -token for odd characters")?;
+        let request = request
+            .body(Full::new(ask.body.clone()))
+            .context("cannot form the request: check -token for odd characters")?;
         let answer = async {
             let response = sender.send_request(request).await.with_context(context)?;
             let status = response.status();
+            if status.is_success() {
+                return read(response).await;
+            }
             let body = Limited::new(response.into_body(), RESPONSE_BYTES_MAX).collect().await;
-            let body = body.map_err(anyhow::Error::from_boxed).with_context(context)?.to_bytes();
-            if status.is_success() { Ok(body) } else { Err(refusal(status, &body)) }
+            Err(refusal(status, &body.map_err(anyhow::Error::from_boxed).with_context(context)?.to_bytes()))
         };
         // The connection must be driven while the answer is awaited; it ends with the answer.
         tokio::pin!(answer);
@@ -113,6 +261,14 @@ impl Client {
     }
 }
 
+fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
+    Ok(tokio::runtime::Builder::new_current_thread().enable_all().build()?)
+}
+
+fn broke_off(addr: &Address) -> String {
+    format!("the exchange with {addr} broke off; is it a weft agent's HTTP API?")
+}
+
 /// Turns the agent's own words into a failure.
 fn refusal(status: http::StatusCode, body: &[u8]) -> Failure {
     let text = String::from_utf8_lossy(body);
@@ -121,29 +277,48 @@ fn refusal(status: http::StatusCode, body: &[u8]) -> Failure {
         http::StatusCode::UNAUTHORIZED | http::StatusCode::FORBIDDEN => {
             failure.hint("if a token is missing, pass -token or set WEFT_HTTP_TOKEN")
         }
+        http::StatusCode::NOT_IMPLEMENTED => {
+            failure.hint("api/README.md lists what weft refuses, and what to use instead")
+        }
         _ => failure,
     }
 }
 
-/// Takes `host:port`, `host` or `http://host:port`.
-fn parse_addr(text: &str) -> Result<String, Failure> {
+/// Takes `host:port`, `host`, `http://host:port`, `https://host:port` or `unix:///path`.
+fn parse_addr(given: &str) -> Result<Address, Failure> {
     let refuse = |why: &str| {
-        Failure::text(format!("cannot use the agent address `{text}`: {why}")).hint("give -http-addr as host:port")
+        Failure::text(format!("cannot use the agent address `{given}`: {why}"))
+            .hint("give -http-addr as host:port or unix:///path")
     };
-    if text.starts_with("https://") || text.starts_with("unix://") {
-        return Err(refuse("only plain HTTP over TCP is spoken here"));
+    if let Some(path) = given.strip_prefix("unix://") {
+        return if path.starts_with('/') {
+            Ok(Address::Unix(PathBuf::from(path)))
+        } else {
+            Err(refuse("the socket's path must begin with /"))
+        };
     }
-    let addr = text.strip_prefix("http://").unwrap_or(text).trim_end_matches('/');
+    let (rest, port) = match given.strip_prefix("https://") {
+        Some(rest) => (rest, HTTPS_PORT),
+        None => (given.strip_prefix("http://").unwrap_or(given), weft::config::HTTP_PORT_DEFAULT),
+    };
+    let addr = rest.trim_end_matches('/');
     let addr = match addr.parse::<std::net::IpAddr>() {
-        Ok(ip) => std::net::SocketAddr::new(ip, weft::config::HTTP_PORT_DEFAULT).to_string(),
+        Ok(ip) => std::net::SocketAddr::new(ip, port).to_string(),
         Err(_) if addr.contains(':') => addr.to_owned(),
-        Err(_) => format!("{addr}:{}", weft::config::HTTP_PORT_DEFAULT),
+        Err(_) => format!("{addr}:{port}"),
     };
     let authority = addr.parse::<http::uri::Authority>().map_err(|_| refuse("it is no host and port"))?;
     match authority.port_u16() {
-        Some(_) if !authority.host().is_empty() => Ok(addr),
+        Some(_) if !authority.host().is_empty() && port == HTTPS_PORT => Ok(Address::Tls(addr)),
+        Some(_) if !authority.host().is_empty() => Ok(Address::Tcp(addr)),
         _ => Err(refuse("it is no host and port")),
     }
+}
+
+/// Cuts the port off, and the brackets of an IPv6 address.
+fn host_of(addr: &str) -> &str {
+    let host = addr.rsplit_once(':').map_or(addr, |(host, _)| host);
+    host.trim_start_matches('[').trim_end_matches(']')
 }
 
 /// Escapes one segment of a path (RFC 3986 §2.3).
@@ -168,7 +343,7 @@ mod tests {
     fn addresses_are_taken_as_people_write_them() {
         #[track_caller]
         fn check(text: &str, want: Option<&str>) {
-            assert_eq!(parse_addr(text).ok().as_deref(), want, "{text}");
+            assert_eq!(parse_addr(text).ok().map(|addr| addr.to_string()).as_deref(), want, "{text}");
         }
         check("127.0.0.2:8500", Some("127.0.0.2:8500"));
         check("http://h.example:80/", Some("h.example:80"));
@@ -176,10 +351,17 @@ mod tests {
         check("::1", Some("[::1]:8500"));
         check("[::1]:9", Some("[::1]:9"));
         check("h", Some("h:8500"));
-        check("https://h:1", None);
-        check("unix:///run/weft.sock", None);
+        check("https://h:1", Some("https://h:1"));
+        check("https://10.0.0.1/", Some("https://10.0.0.1:8501"));
+        check("unix:///run/weft.sock", Some("unix:///run/weft.sock"));
+        check("unix://run/weft.sock", None);
         check("h:x", None);
         check("", None);
+    }
+
+    #[test]
+    fn the_host_of_an_address_has_neither_port_nor_brackets() {
+        assert_eq!(["h.test:1", "10.0.0.1:8501", "[::1]:8501"].map(host_of), ["h.test", "10.0.0.1", "::1"]);
     }
 
     #[test]
@@ -192,7 +374,7 @@ mod tests {
     fn an_agent_that_does_not_run_is_named_with_the_next_step() {
         // A listener that is dropped leaves a port that nobody answers on.
         let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        let client = Client { addr: free.to_string(), token: None };
+        let client = Client { addr: Address::Tcp(free.to_string()), token: None, roots: None, server_name: None };
         let text = client.get("/v1/agent/self").unwrap_err().to_string();
         assert!(text.contains(&format!("no agent answers at {free}")) && text.contains("weft agent -dev"), "{text}");
     }

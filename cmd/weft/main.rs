@@ -1,7 +1,7 @@
 //! The weft binary: parses the command line and hands each verb to its function.
 //!
 //! ```text
-//!   argv -> argv::normalize -> cli::Cli -> agent | ca | revoke | verbs (over client) | demo
+//!   argv -> argv::normalize -> cli::Cli -> agent | ca | revoke | verbs, watch, observe, top (over client) | shell | demo
 //! ```
 
 mod agent;
@@ -11,11 +11,16 @@ mod cli;
 mod client;
 mod demo;
 mod failure;
+mod observe;
 mod policy;
 mod revoke;
 mod rotate;
+mod shell;
 mod table;
+mod tls;
+mod top;
 mod verbs;
+mod watch;
 mod why;
 
 use std::process::ExitCode;
@@ -99,6 +104,17 @@ fn run(verb: &Verb) -> Result<(), Failure> {
         Verb::Catalog(CatalogVerb::Datacenters(args)) => verbs::datacenters(args),
         Verb::Catalog(CatalogVerb::Nodes(args)) => verbs::nodes(args),
         Verb::Catalog(CatalogVerb::Services(args)) => verbs::services(args),
+        Verb::Watch(args) => watch::watch(args),
+        Verb::Event(args) => observe::event(args),
+        Verb::Monitor(args) => observe::monitor(args),
+        Verb::Rtt(args) => observe::rtt(args),
+        Verb::Debug(args) => observe::debug(args),
+        Verb::Top(args) => top::top(args),
+        Verb::Completion { shell } => {
+            shell::completion(*shell);
+            Ok(())
+        }
+        Verb::Man(args) => shell::man(&args.dir),
         Verb::Services(ServicesVerb::Register { files, client }) => verbs::register(files, client),
         Verb::Services(ServicesVerb::Deregister { id, id_flag, client }) => {
             verbs::deregister(id.as_deref().or(id_flag.as_deref()).unwrap_or_default(), client)

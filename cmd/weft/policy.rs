@@ -62,7 +62,7 @@ pub(crate) fn list_operators(args: &OperatorArgs) -> Result<(), Failure> {
             [operator.name.to_string(), state.to_owned(), operator.may.to_string(), ends, key]
         })
         .collect();
-    print!("{}", table::render(["Operator", "State", "May sign", "Ends", "Key"], &rows));
+    table::show(args.output.format, ["Operator", "State", "May sign", "Ends", "Key"], &rows);
     Ok(())
 }
 
@@ -284,6 +284,7 @@ pub(crate) fn write_config(args: &ConfigWriteArgs) -> Result<(), Failure> {
     let root = read_document(&args.file).map_err(|problems| weft::config::ConfigError { problems })?.root;
     let entry = Value::Object(root);
     let draft = Draft::entry(entry.to_string())?;
+    fits(&draft, Some(&entry), &args.signer)?;
     let done = format!("Wrote {}", draft.id());
     let cas = args.cas.map_or_else(String::new, |version| format!("?cas={version}"));
     if let (Some(version), None) = (args.cas, &args.signer.out) {
@@ -296,9 +297,35 @@ pub(crate) fn write_config(args: &ConfigWriteArgs) -> Result<(), Failure> {
     write(draft, &args.signer, &done, |client| client.put(&format!("/v1/config{cas}"), Some(&entry)))
 }
 
+/// Holds an entry that is to be written, or deleted, against itself and the entries that the mesh has.
+fn fits(draft: &Draft, value: Option<&Value>, signer: &SignerArgs) -> Result<(), Failure> {
+    let own = draft.id().name.as_str();
+    let Some((kind, name)) = own.split_once(':') else { return Ok(()) };
+    if signer.out.is_some() {
+        // Without an agent to ask, by itself alone.
+        let ready = value.map(|value| weft::traffic::Ready::new(kind, value)).transpose();
+        return ready.map(drop).map_err(|problems| refused(own, &problems));
+    }
+    let held = Client::new(&signer.client)?.get("/v1/mesh/export")?;
+    let others = held.get("Documents").and_then(Value::as_array).into_iter().flatten().filter_map(|one| {
+        let text = |key: &str| one.get(key).and_then(Value::as_str);
+        let (kind, name) = text("Name")?.split_once(':')?;
+        let body = one.get("Body").filter(|body| text("Kind") == Some("config") && body.is_object())?;
+        Some((kind, name, body))
+    });
+    weft::traffic::check_write(others, (kind, name, value)).map_err(|problems| refused(own, &problems))
+}
+
+/// One line per problem.
+fn refused(name: &str, problems: &weft::traffic::Problems) -> Failure {
+    let lines: Vec<String> = problems.0.iter().map(|problem| format!("  {problem}")).collect();
+    Failure::text(format!("{name} is refused:\n{}", lines.join("\n")))
+}
+
 /// `weft config delete`
 pub(crate) fn delete_config(args: &ConfigDeleteArgs) -> Result<(), Failure> {
     let draft = Draft::no_entry(&args.kind, &args.name)?;
+    fits(&draft, None, &args.signer)?;
     let done = format!("Deleted {}", draft.id());
     let path = format!("/v1/config/{}/{}", segment(&args.kind), segment(&args.name));
     write(draft, &args.signer, &done, |client| client.delete(&path))

@@ -38,7 +38,7 @@ struct Target {
 /// `weft revoke`
 pub(crate) fn revoke(args: &RevokeArgs) -> Result<(), Failure> {
     if args.list {
-        return list(&args.sign.client, Format::Pretty, Some(DocumentKind::Revocation));
+        return list(&args.sign.client, args.output.format, Some(DocumentKind::Revocation));
     }
     let ca = args.ca.as_deref().ok_or_else(|| {
         Failure::text("revoking needs the CA directory").hint("give -ca DIR, as `weft ca init` made it")
@@ -93,7 +93,7 @@ pub(crate) fn list_issuers(args: &IssuerListArgs) -> Result<(), Failure> {
             [issuer.name, state.to_owned(), Utc(facts.not_after).to_string(), facts.key.to_string()]
         })
         .collect();
-    print!("{}", table::render(["Issuer", "State", "Ends", "Key"], &rows));
+    table::show(args.output.format, ["Issuer", "State", "Ends", "Key"], &rows);
     Ok(())
 }
 
@@ -125,7 +125,7 @@ pub(crate) fn list_tokens(args: &TokenListArgs) -> Result<(), Failure> {
             [id, state.to_owned(), node, serve, format!("{used} of {most}"), Utc(claims.not_after).to_string()]
         })
         .collect();
-    print!("{}", table::render(["ID", "State", "Node", "Serve", "Used here", "Ends"], &rows));
+    table::show(args.output.format, ["ID", "State", "Node", "Serve", "Used here", "Ends"], &rows);
     Ok(())
 }
 

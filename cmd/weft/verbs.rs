@@ -3,9 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
-use weft::config::{ConfigError, Host, Inputs, load, read_document};
+use weft::config::{ConfigError, Host, Inputs, read_document, validate as validate_config};
 
-use crate::cli::{ClientArgs, ForceLeaveArgs, Format, FormatArgs, JoinArgs, ListArgs, MaintArgs, ValidateArgs};
+use crate::cli::{
+    ClientArgs, ForceLeaveArgs, Format, FormatArgs, JoinArgs, ListArgs, MaintArgs, NodesArgs, ServicesArgs,
+    ValidateArgs,
+};
 use crate::client::{Client, segment};
 use crate::failure::Failure;
 use crate::table;
@@ -50,22 +53,54 @@ pub(crate) fn datacenters(args: &ListArgs) -> Result<(), Failure> {
     })
 }
 
-pub(crate) fn nodes(args: &ListArgs) -> Result<(), Failure> {
-    list(args, "/v1/catalog/nodes", |value| {
+pub(crate) fn nodes(args: &NodesArgs) -> Result<(), Failure> {
+    let path = match &args.service {
+        Some(service) => format!("/v1/catalog/service/{}", segment(service)),
+        None => "/v1/catalog/nodes".to_owned(),
+    };
+    list(&args.list, &with_meta(&path, &args.node_meta), |value| {
         let row =
             |node: &Value| [text(node, "Node"), text(node, "ID"), text(node, "Address"), text(node, "Datacenter")];
-        table::render(["Node", "ID", "Address", "DC"], &rows(value, row))
+        // A node with several instances of the service is one node.
+        let mut rows = rows(value, row);
+        rows.dedup();
+        table::render(["Node", "ID", "Address", "DC"], &rows)
     })
 }
 
-pub(crate) fn services(args: &ListArgs) -> Result<(), Failure> {
-    list(args, "/v1/catalog/services", |value| {
-        let row = |(name, tags): (&String, &Value)| {
-            [name.clone(), rows(tags, |tag| tag.as_str().unwrap_or_default().to_owned()).join(",")]
-        };
+pub(crate) fn services(args: &ServicesArgs) -> Result<(), Failure> {
+    let tags = |tags: &Value| rows(tags, |tag| tag.as_str().unwrap_or_default().to_owned()).join(",");
+    if let Some(node) = &args.node {
+        // `catalog/node` answers `null` for a node that is not there.
+        return list_or_fail(&args.list, &format!("/v1/catalog/node/{}", segment(node)), |value| {
+            let services = value.get("Services").and_then(Value::as_object).ok_or_else(|| {
+                Failure::text(format!("there is no node `{node}`")).hint("`weft catalog nodes` names all")
+            })?;
+            let none = Value::Null;
+            let row = |service: &Value| {
+                [text(service, "Service"), text(service, "ID"), tags(service.get("Tags").unwrap_or(&none))]
+            };
+            let rows: Vec<[String; 3]> = services.values().map(row).collect();
+            Ok(table::render(["Service", "ID", "Tags"], &rows))
+        });
+    }
+    list(&args.list, &with_meta("/v1/catalog/services", &args.node_meta), |value| {
+        let row = |(name, its): (&String, &Value)| [name.clone(), tags(its)];
         let services: Vec<[String; 2]> = value.as_object().into_iter().flatten().map(row).collect();
         table::render(["Service", "Tags"], &services)
     })
+}
+
+/// Adds `node-meta=key:value` for each `key=value`.
+fn with_meta(path: &str, meta: &[String]) -> String {
+    let pair = |pair: &String| {
+        let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+        format!("node-meta={}:{}", segment(key), segment(value))
+    };
+    match meta {
+        [] => path.to_owned(),
+        meta => format!("{path}?{}", meta.iter().map(pair).collect::<Vec<String>>().join("&")),
+    }
 }
 
 pub(crate) fn info(args: &ListArgs) -> Result<(), Failure> {
@@ -153,12 +188,16 @@ pub(crate) fn version(args: &FormatArgs) {
     }
 }
 
-/// Checks what `weft agent -config-file PATH…` would start with on this host.
+/// Checks what `weft agent -config-file PATH…` would start with on this host; files may be a part of it.
 pub(crate) fn validate(args: &ValidateArgs) -> Result<(), Failure> {
     let inputs = Inputs { paths: args.paths.clone(), ..Inputs::default() };
-    let config = load(&inputs, &Host::read())?;
-    for warning in &config.warnings {
+    let validated = validate_config(&inputs, &Host::read())?;
+    for warning in &validated.warnings {
         eprintln!("warning: {warning}");
+    }
+    if !validated.missing.is_empty() {
+        eprintln!("note: these files are a part of a configuration; an agent also needs, from flags or other files:");
+        validated.missing.iter().for_each(|missing| eprintln!("  {missing}"));
     }
     println!("Configuration is valid!");
     Ok(())
@@ -217,9 +256,19 @@ pub(crate) fn deregister(id: &str, args: &ClientArgs) -> Result<(), Failure> {
 }
 
 fn list(args: &ListArgs, path: &str, pretty: impl Fn(&Value) -> String) -> Result<(), Failure> {
+    list_or_fail(args, path, |value| Ok(pretty(value)))
+}
+
+fn list_or_fail(
+    args: &ListArgs,
+    path: &str,
+    pretty: impl Fn(&Value) -> Result<String, Failure>,
+) -> Result<(), Failure> {
     let value = Client::new(&args.client)?.get(path)?;
+    // Also for JSON: a failure is one whatever the output looks like.
+    let shown = pretty(&value)?;
     match args.output.format {
-        Format::Pretty => print!("{}", pretty(&value)),
+        Format::Pretty => print!("{shown}"),
         Format::Json => println!("{value:#}"),
     }
     Ok(())

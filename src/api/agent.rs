@@ -3,14 +3,18 @@
 use std::collections::BTreeMap;
 
 use http::StatusCode;
+use prometheus::proto::MetricType;
 use serde_json::{Value, json};
 
 use super::call::{Call, Meta, Refusal, Reply, TEXT};
 use super::query::{self, Blocking};
 use super::seam::{GossipOrder, RegistryOrder};
-use super::{Shared, block, shape, status};
+use super::sift::{Member, Own};
+use super::{Shared, block, shape, sift, status};
 use crate::clock;
+use crate::filter::Filter;
 use crate::gossip::MemberView;
+use crate::metrics::Metrics;
 use crate::model::{InstanceId, MemberStatus};
 use crate::registry::definition::{DefinitionDefaults, service_from_json};
 use crate::registry::{LocalState, RegistryError};
@@ -18,11 +22,9 @@ use crate::registry::{LocalState, RegistryError};
 /// `GET /v1/agent/services`: by id, synthetic proxies among them.
 pub(super) async fn services(call: Call) -> Result<Reply, Refusal> {
     query::refuse_tenancy(&call)?;
-    if call.query.given("filter").is_some() {
-        return Err(Refusal::bad("Invalid query parameter: \"filter\" is not supported by this version of weft"));
-    }
+    let filter = sift::filter::<Own<'_>>(&call)?;
     let state = call.shared.registry.state();
-    Reply::json(&call, &local_services(&call.shared, &state))
+    Reply::json(&call, &local_services(&call.shared, &state, &filter))
 }
 
 /// `GET /v1/agent/service/:id`; with `hash` it waits until the service's content hash is another.
@@ -56,7 +58,8 @@ pub(super) async fn service(call: Call) -> Result<Reply, Refusal> {
 fn one_service(call: &Call) -> Result<(Value, String), Refusal> {
     let state = call.shared.registry.state();
     let id = &call.argument;
-    let found = local_services(&call.shared, &state).remove(id);
+    let everything = Filter::parse::<Own<'_>>("").expect("nothing is a filter that passes everything");
+    let found = local_services(&call.shared, &state, &everything).remove(id);
     let found = found.ok_or_else(|| RegistryError::UnknownService { id: id.clone() })?;
     let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, found.to_string().as_bytes());
     // 64 bits tell a change apart; Consul's hashes are as long.
@@ -64,16 +67,19 @@ fn one_service(call: &Call) -> Result<(Value, String), Refusal> {
     Ok((found, format!("{hash:016x}")))
 }
 
-fn local_services(shared: &Shared, state: &LocalState) -> BTreeMap<String, Value> {
+fn local_services(shared: &Shared, state: &LocalState, filter: &Filter) -> BTreeMap<String, Value> {
     let datacenter = &shared.node.datacenter;
     let mut shapes = BTreeMap::new();
     for service in state.services.values() {
         let definition = &service.definition;
         let id = definition.record.id.as_str();
-        shapes.insert(id.to_owned(), shape::agent_service(definition, datacenter));
+        if filter.is_match(&Own { definition, mesh_port: None }) {
+            shapes.insert(id.to_owned(), shape::agent_service(definition, datacenter));
+        }
         let sidecar = shape::sidecar_id(id);
-        if definition.sidecar && !state.services.contains_key(sidecar.as_str()) {
-            let port = shared.node.mesh_addr.port();
+        let port = shared.node.mesh_addr.port();
+        let is_there = definition.sidecar && !state.services.contains_key(sidecar.as_str());
+        if is_there && filter.is_match(&Own { definition, mesh_port: Some(port) }) {
             shapes.insert(sidecar, shape::agent_sidecar(definition, datacenter, port));
         }
     }
@@ -104,17 +110,36 @@ pub(super) async fn members(call: Call) -> Result<Reply, Refusal> {
     if call.query.switch("wan")? {
         return Reply::json(&call, &json!([]));
     }
+    let filter = sift::filter::<Member>(&call)?;
     let members = call.shared.membership.members();
-    let shapes: Vec<Value> = members.members.iter().map(member).collect();
+    let shown = members.members.iter().filter(|member| filter.is_match(&sifted(member)));
+    let shapes: Vec<Value> = shown.map(member).collect();
     Reply::json(&call, &shapes)
 }
 
-/// A member, in serf's shape. What its node has not published yet is left out of the tags.
-fn member(member: &MemberView) -> Value {
+/// A member as filters see it.
+fn sifted(member: &MemberView) -> Member {
+    Member {
+        name: member.name.to_string(),
+        addr: member.addr.ip().to_string(),
+        port: member.addr.port(),
+        status: member.status.code(),
+        tags: tags(member).into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect(),
+    }
+}
+
+/// What its node has not published yet is left out.
+fn tags(member: &MemberView) -> BTreeMap<&'static str, &str> {
     let mut tags = BTreeMap::from([("role", "node")]);
     if let Some(info) = &member.info {
         tags.extend([("dc", info.datacenter.as_str()), ("id", info.id.as_str()), ("build", info.build.as_str())]);
     }
+    tags
+}
+
+/// A member, in serf's shape.
+fn member(member: &MemberView) -> Value {
+    let tags = tags(member);
     json!({
         "Name": member.name,
         "Addr": member.addr.ip().to_string(),
@@ -176,14 +201,55 @@ pub(super) async fn version(call: Call) -> Result<Reply, Refusal> {
     Reply::json(&call, &version)
 }
 
-/// `GET /v1/agent/metrics?format=prometheus`
+/// `GET /v1/agent/metrics`: Consul's JSON, or Prometheus' text with `format=prometheus`.
 pub(super) async fn metrics(call: Call) -> Result<Reply, Refusal> {
-    if call.query.first("format") != Some("prometheus") {
-        return Err(Refusal::bad("Invalid format: ask for ?format=prometheus, the only one that weft has"));
+    match call.query.given("format") {
+        Some("prometheus") => {}
+        None => return Reply::json(&call, &metrics_shape(&call.shared.metrics)),
+        Some(other) => {
+            return Err(Refusal::bad(format!("Invalid format: {other:?}: it is `prometheus`, or left out for JSON")));
+        }
     }
     let rendered = call.shared.metrics.render();
     let body = rendered.map_err(|error| Refusal::internal(format!("metrics cannot be rendered: {error}")))?;
     Ok(Reply::Text { body, content_type: "text/plain; version=0.0.4; charset=utf-8" })
+}
+
+/// The metrics in the shape of Consul's JSON; counts since the start, where Consul's are of ten seconds.
+fn metrics_shape(metrics: &Metrics) -> Value {
+    let (mut gauges, mut counters, mut samples) = (Vec::new(), Vec::new(), Vec::new());
+    for family in metrics.registry().gather() {
+        for metric in family.get_metric() {
+            let labels: BTreeMap<&str, &str> =
+                metric.get_label().iter().map(|label| (label.name(), label.value())).collect();
+            let name = family.name();
+            match family.get_field_type() {
+                MetricType::GAUGE => {
+                    gauges.push(json!({"Name": name, "Value": metric.get_gauge().get_value(), "Labels": labels}));
+                }
+                MetricType::COUNTER => {
+                    let sum = metric.get_counter().get_value();
+                    // A counter is a whole number, exact in a float up to 2^53.
+                    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "see above")]
+                    let count = sum as u64;
+                    counters.push(json!({"Name": name, "Count": count, "Sum": sum, "Labels": labels}));
+                }
+                MetricType::HISTOGRAM => {
+                    let histogram = metric.get_histogram();
+                    let (count, sum) = (histogram.get_sample_count(), histogram.get_sample_sum());
+                    #[allow(clippy::cast_precision_loss, reason = "a mean is no exact number")]
+                    let mean = if count == 0 { 0.0 } else { sum / count as f64 };
+                    samples.push(json!({"Name": name, "Count": count, "Sum": sum, "Mean": mean, "Labels": labels}));
+                }
+                _ => {}
+            }
+        }
+    }
+    let now = i64::try_from(clock::wall().0).ok().and_then(|s| time::OffsetDateTime::from_unix_timestamp(s).ok());
+    let timestamp = now.map_or_else(String::new, |now| {
+        format!("{} {:02}:{:02}:{:02} +0000 UTC", now.date(), now.hour(), now.minute(), now.second())
+    });
+    json!({"Timestamp": timestamp, "Gauges": gauges, "Points": [], "Counters": counters, "Samples": samples})
 }
 
 /// `PUT /v1/agent/join/:addr`

@@ -1,7 +1,6 @@
 //! Blocking queries: wait until what was asked for changes, the time is up, or the agent stops.
 //!
-//! A query is woken by each snapshot and goes back to sleep unless its own index moved: other services' changes cost it
-//! one comparison.
+//! A query sleeps until its own topic changes (`watchers`): other services' changes do not wake it, and it holds no snapshot.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,6 +9,7 @@ use http::StatusCode;
 use tokio::sync::watch;
 
 use super::call::{Call, Refusal};
+use super::index::Topic;
 use super::meter::BlockingPermit;
 use super::query::Blocking;
 use crate::catalogue::Snapshot;
@@ -18,44 +18,45 @@ use crate::clock;
 /// The wait is lengthened by up to a part of this size, so that queries that began together do not end together.
 const JITTER_PART: u32 = 16;
 
-/// Returns the snapshot to answer from and the index of the answer.
+/// Returns the snapshot to answer from and the index of the answer: that of the last change to `topic`.
 ///
-/// `changed` gives the index of the last change to what was asked for; 0: it was never there. Then the answer has the
-/// snapshot's index, and only the appearance ends the wait. An index above the snapshot's own is another agent's, or of
-/// a clock set back: it is answered at once.
+/// A topic that was never there gives the snapshot's index, and only the appearance ends the wait. An index above the
+/// snapshot's own is another agent's, or of a clock set back: it is answered at once.
 ///
 /// # Errors
 /// 429 if too many queries wait.
 /// # Cancel safety
 /// Cancelling gives the place back.
-pub(super) async fn wait(
-    call: &Call,
-    blocking: Blocking,
-    changed: impl Fn(&Snapshot) -> u64,
-) -> Result<(Arc<Snapshot>, u64), Refusal> {
-    let mut updates = call.shared.snapshot.subscribe();
-    let mut snapshot = updates.borrow_and_update().clone();
-    let has_news = |snapshot: &Snapshot| changed(snapshot) > blocking.index;
+pub(super) async fn wait(call: &Call, blocking: Blocking, topic: Topic) -> Result<(Arc<Snapshot>, u64), Refusal> {
+    let shared = &call.shared;
+    let newest = || {
+        let snapshot = shared.snapshot.load();
+        let index = topic.index(&snapshot, &shared.indexes);
+        (snapshot, index)
+    };
+    let (mut snapshot, mut index) = newest();
     let is_foreign = blocking.index > snapshot.index;
-    if blocking.index > 0 && !is_foreign && !has_news(&snapshot) {
+    if blocking.index > 0 && !is_foreign && index <= blocking.index {
         let _permit = take_place(call)?;
+        let mut watcher = shared.watchers.watch(topic.clone(), index);
         let deadline = clock::now() + with_jitter(blocking.wait);
-        while !has_news(&snapshot) {
-            let woken = tokio::select! {
-                () = call.shared.stop.cancelled() => break,
-                woken = tokio::time::timeout_at(deadline, updates.changed()) => woken,
-            };
-            // Late, or the publisher is gone: the newest state is the answer.
-            if !matches!(woken, Ok(Ok(()))) {
+        loop {
+            (snapshot, index) = newest();
+            if index > blocking.index {
                 break;
             }
-            snapshot = updates.borrow_and_update().clone();
+            drop(snapshot);
+            let is_woken = tokio::select! {
+                () = shared.stop.cancelled() => false,
+                woken = tokio::time::timeout_at(deadline, watcher.changed()) => woken.is_ok(),
+            };
+            if !is_woken {
+                (snapshot, index) = newest();
+                break;
+            }
         }
     }
-    let index = match changed(&snapshot) {
-        0 => snapshot.index,
-        index => index,
-    };
+    let index = if index == 0 { snapshot.index } else { index };
     Ok((snapshot, index))
 }
 

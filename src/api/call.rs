@@ -1,10 +1,13 @@
 //! One request on its way through a handler, and what comes out of it.
 
+use std::io::Write as _;
 use std::sync::Arc;
 
 use axum::body::Body;
 use axum::response::Response;
 use bytes::Bytes;
+use flate2::Compression;
+use flate2::write::GzEncoder;
 use futures_util::future::BoxFuture;
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 use serde::Serialize;
@@ -14,6 +17,9 @@ use super::query::Query;
 use crate::gossip::GossipError;
 use crate::registry::RegistryError;
 use crate::registry::definition::DefinitionError;
+
+/// Shortest body that is compressed, in bytes: a smaller one fits a packet either way.
+const GZIP_BYTES_MIN: usize = 1024;
 
 /// What an endpoint does with a request.
 pub(super) type Handler = fn(Call) -> BoxFuture<'static, Result<Reply, Refusal>>;
@@ -37,6 +43,8 @@ pub(super) enum Reply {
     Json { body: Vec<u8>, meta: Meta },
     /// 200 with text.
     Text { body: String, content_type: &'static str },
+    /// 200 with text that goes on until the client or the agent has enough.
+    Stream { body: Body, content_type: &'static str },
     /// A status that is the answer itself.
     Judged { status: StatusCode, body: Vec<u8>, content_type: &'static str },
 }
@@ -69,13 +77,17 @@ impl Reply {
         Ok(Self::Json { body, meta })
     }
 
-    pub(super) fn into_response(self) -> Response {
+    pub(super) fn into_response(self, coding: Coding) -> Response {
         let mut response = Response::new(Body::empty());
         match self {
             Self::Empty => {}
             Self::Text { body, content_type } => {
                 response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
-                *response.body_mut() = Body::from(body);
+                coding.write(&mut response, body.into_bytes());
+            }
+            Self::Stream { body, content_type } => {
+                response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
+                *response.body_mut() = body;
             }
             Self::Judged { status, body, content_type } => {
                 *response.status_mut() = status;
@@ -93,10 +105,50 @@ impl Reply {
                 if let Some(hash) = meta.content_hash.and_then(|hash| HeaderValue::try_from(hash).ok()) {
                     headers.insert("x-consul-contenthash", hash);
                 }
-                *response.body_mut() = Body::from(body);
+                coding.write(&mut response, body);
             }
         }
         response
+    }
+}
+
+/// How an answer's body is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Coding {
+    Identity,
+    Gzip,
+}
+
+impl Coding {
+    /// Takes gzip where the client does (RFC 9110 §12.5.3).
+    pub(super) fn of(headers: &HeaderMap) -> Self {
+        let lines = headers.get_all(header::ACCEPT_ENCODING).iter().filter_map(|line| line.to_str().ok());
+        let takes = |coding: &str| {
+            let (name, weight) = coding.split_once(';').unwrap_or((coding, ""));
+            let weight = weight.trim().strip_prefix("q=").map_or(Ok(1.0), str::parse::<f32>);
+            name.trim().eq_ignore_ascii_case("gzip") && weight.is_ok_and(|weight| weight > 0.0)
+        };
+        if lines.flat_map(|line| line.split(',')).any(takes) { Self::Gzip } else { Self::Identity }
+    }
+
+    /// Makes `body` that of `response`, compressed if it is worth it.
+    fn write(self, response: &mut Response, body: Vec<u8>) {
+        if body.len() < GZIP_BYTES_MIN {
+            *response.body_mut() = Body::from(body);
+            return;
+        }
+        response.headers_mut().insert(header::VARY, HeaderValue::from_static("Accept-Encoding"));
+        let body = match self {
+            Self::Identity => body,
+            Self::Gzip => {
+                response.headers_mut().insert(header::CONTENT_ENCODING, HeaderValue::from_static("gzip"));
+                // Lists of instances are alike: the fastest level makes a tenth of them.
+                let mut encoder = GzEncoder::new(Vec::with_capacity(body.len() / 4), Compression::fast());
+                let written = encoder.write_all(&body).and_then(|()| encoder.finish());
+                written.expect("a vector takes what is written")
+            }
+        };
+        *response.body_mut() = Body::from(body);
     }
 }
 

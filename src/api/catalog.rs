@@ -3,11 +3,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::call::{Call, Refusal, Reply};
+use super::index::Topic;
+use super::near::RoundTrips;
 use super::query::{self, Query, ReadOptions};
-use super::{Shared, block, index, shape};
+use super::sift::{Listed, OfNode};
+use super::{Shared, block, shape, sift};
 use crate::catalogue::{Instance, NodeEntry, Snapshot};
 use crate::model::{MemberStatus, NodeName, ServiceRecord, TextMap};
 use crate::registry::LocalState;
@@ -27,22 +30,31 @@ pub(super) async fn datacenters(call: Call) -> Result<Reply, Refusal> {
 /// `GET /v1/catalog/nodes`
 pub(super) async fn nodes(call: Call) -> Result<Reply, Refusal> {
     let options = ReadOptions::parse(&call)?;
-    let (snapshot, index) =
-        block::wait(&call, options.blocking, |snapshot| call.shared.indexes.nodes(snapshot)).await?;
-    let shown = snapshot.nodes.values().filter(|node| is_shown(node, &options));
-    let shapes: Vec<Value> = shown.map(|node| shape::node(node)).collect();
+    drop(sift::filter::<NodeEntry>(&call)?);
+    let (snapshot, index) = block::wait(&call, options.blocking, Topic::Nodes).await?;
+    let trips = RoundTrips::wanted(&call, &options).await?;
+    let filter = sift::filter::<NodeEntry>(&call)?;
+    let shown = snapshot.nodes.values().filter(|node| is_shown(node, &options) && filter.is_match(&***node));
+    let mut shown: Vec<&Arc<NodeEntry>> = shown.collect();
+    if let Some(trips) = trips {
+        trips.order(&mut shown, |node| node.info.name.as_str());
+    }
+    let shapes: Vec<Value> = shown.into_iter().map(|node| shape::node(node)).collect();
     Reply::at_index(&call, &shapes, index)
 }
 
 /// `GET /v1/catalog/services`: names with the union of their instances' tags.
 pub(super) async fn services(call: Call) -> Result<Reply, Refusal> {
     let options = ReadOptions::parse(&call)?;
-    let (snapshot, index) = block::wait(&call, options.blocking, index::services).await?;
+    drop(sift::filter::<Listed<'_>>(&call)?);
+    let (snapshot, index) = block::wait(&call, options.blocking, Topic::Services).await?;
+    let filter = sift::filter::<Listed<'_>>(&call)?;
     let local = call.shared.registry.state();
     let synthetic = sidecars(&call.shared, &snapshot, &local);
     let published = snapshot.services.values().flat_map(|service| service.instances.iter());
+    let shown = published.chain(&synthetic).filter(|instance| is_shown(&instance.node, &options));
     let mut tags: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
-    for instance in published.chain(&synthetic).filter(|instance| is_shown(&instance.node, &options)) {
+    for instance in shown.filter(|instance| filter.is_match(&Listed(instance))) {
         let of_service = tags.entry(instance.record.name.as_str()).or_default();
         of_service.extend(instance.record.tags.iter().map(AsRef::as_ref));
     }
@@ -51,15 +63,67 @@ pub(super) async fn services(call: Call) -> Result<Reply, Refusal> {
 
 /// `GET /v1/catalog/service/:name`
 pub(super) async fn service(call: Call) -> Result<Reply, Refusal> {
+    list(call, instances).await
+}
+
+/// `GET /v1/catalog/connect/:name`: where the mesh reaches the service's instances.
+pub(super) async fn connect(call: Call) -> Result<Reply, Refusal> {
+    list(call, proxies).await
+}
+
+/// Which instances of the service that the path names are listed, in order of (node, id), as the query's tags and options
+/// filter them.
+pub(super) type Pick = fn(&Call, &Snapshot, &LocalState, &ReadOptions) -> Vec<Arc<Instance>>;
+
+async fn list(call: Call, pick: Pick) -> Result<Reply, Refusal> {
     let options = ReadOptions::parse(&call)?;
-    let name = call.argument.as_str();
-    let (snapshot, index) = block::wait(&call, options.blocking, |snapshot| index::service(snapshot, name)).await?;
+    drop(sift::filter::<Listed<'_>>(&call)?);
+    let (snapshot, index) = block::wait(&call, options.blocking, Topic::Service(call.argument.clone())).await?;
+    let trips = RoundTrips::wanted(&call, &options).await?;
+    let filter = sift::filter::<Listed<'_>>(&call)?;
     let local = call.shared.registry.state();
-    let instances = instances(&call, &snapshot, &local, &options);
+    let mut instances = pick(&call, &snapshot, &local, &options);
+    instances.retain(|instance| filter.is_match(&Listed(instance)));
+    if let Some(trips) = trips {
+        trips.order(&mut instances, |instance| instance.node.info.name.as_str());
+    }
     let shape = |instance: &Arc<Instance>| {
         shape::catalog_service(instance, local_of(&call.shared, instance.node.as_ref(), &local))
     };
     Reply::at_index(&call, &instances.iter().map(shape).collect::<Vec<Value>>(), index)
+}
+
+/// `GET /v1/catalog/node/:node`: the node with its services by id; `null` if it is unknown.
+pub(super) async fn node(call: Call) -> Result<Reply, Refusal> {
+    let collect = |services: Vec<(String, Value)>| json!(services.into_iter().collect::<BTreeMap<String, Value>>());
+    of_node(call, collect).await
+}
+
+/// `GET /v1/catalog/node-services/:node`: the same, with its services in a list.
+pub(super) async fn node_services(call: Call) -> Result<Reply, Refusal> {
+    of_node(call, |services| services.into_iter().map(|(_, shape)| shape).collect()).await
+}
+
+async fn of_node(call: Call, collect: fn(Vec<(String, Value)>) -> Value) -> Result<Reply, Refusal> {
+    let options = ReadOptions::parse(&call)?;
+    drop(sift::filter::<OfNode<'_>>(&call)?);
+    let (snapshot, index) = block::wait(&call, options.blocking, Topic::Everything).await?;
+    let filter = sift::filter::<OfNode<'_>>(&call)?;
+    // Consul takes the node's UUID as well.
+    let named = |node: &&Arc<NodeEntry>| node.info.name.as_str() == call.argument || node.info.id == call.argument;
+    let found = snapshot.nodes.values().find(named).filter(|node| is_shown(node, &options));
+    let Some(node) = found else { return Reply::at_index(&call, &Value::Null, index) };
+    let local = call.shared.registry.state();
+    let synthetic = sidecars(&call.shared, &snapshot, &local);
+    let published = snapshot.services.values().flat_map(|service| service.instances.iter());
+    let here = published.chain(&synthetic).filter(|instance| instance.node.info.name == node.info.name);
+    let own = local_of(&call.shared, node, &local);
+    let mut services: Vec<(String, Value)> = here
+        .filter(|instance| filter.is_match(&OfNode(instance)))
+        .map(|instance| (instance.record.id.to_string(), shape::node_service(instance, own)))
+        .collect();
+    services.sort_by(|(a, _), (b, _)| a.cmp(b));
+    Reply::at_index(&call, &json!({"Node": shape::node(node), "Services": collect(services)}), index)
 }
 
 /// Tells whether the catalogue shows `node` to a reader with `options`: a node that left on purpose is not shown.
@@ -94,36 +158,46 @@ pub(super) fn local_of<'a>(shared: &Shared, node: &NodeEntry, local: &'a LocalSt
     (node.info.name == shared.node.name).then_some(local)
 }
 
+/// Returns the mesh endpoints of the service that the path names: every agent is its services' proxy.
+pub(super) fn proxies(
+    call: &Call,
+    snapshot: &Snapshot,
+    _local: &LocalState,
+    options: &ReadOptions,
+) -> Vec<Arc<Instance>> {
+    let published = snapshot.services.get(call.argument.as_str()).into_iter().flat_map(|service| &service.instances);
+    let shown = published.filter(|instance| is_shown(&instance.node, options));
+    shown.filter(|instance| has_tags(&instance.record, &call.query)).filter_map(|owner| proxy(owner)).collect()
+}
+
 /// Makes the synthetic proxies of this agent's services, where no record of that name is published.
 fn sidecars(shared: &Shared, snapshot: &Snapshot, local: &LocalState) -> Vec<Arc<Instance>> {
     let own: &NodeName = &shared.node.name;
-    let Some(node) = snapshot.nodes.get(own) else { return Vec::new() };
     let with_sidecar = local.services.values().filter(|service| service.definition.sidecar);
     let proxies = with_sidecar.filter_map(|service| {
         let record = &service.definition.record;
-        let name = shape::sidecar_id(record.name.as_str());
-        if snapshot.services.contains_key(name.as_str()) {
+        if snapshot.services.contains_key(shape::sidecar_id(record.name.as_str()).as_str()) {
             return None;
         }
         let entry = snapshot.services.get(&record.name)?;
         let owner = entry.instances.iter().find(|i| i.record.id == record.id && i.node.info.name == *own)?;
-        // A name or id too long for its suffix has no synthetic entry.
-        let proxy = ServiceRecord {
-            id: shape::sidecar_id(record.id.as_str()).parse().ok()?,
-            name: name.parse().ok()?,
-            kind: shape::CONNECT_PROXY.into(),
-            port: shared.node.mesh_addr.port(),
-            tagged_addresses: TextMap::default(),
-            ..record.clone()
-        };
-        Some(Arc::new(Instance {
-            node: Arc::clone(node),
-            record: Arc::new(proxy),
-            checks: Box::default(),
-            status: owner.status,
-            create_index: owner.create_index,
-            modify_index: owner.modify_index,
-        }))
+        proxy(owner)
     });
     proxies.collect()
+}
+
+/// Makes the synthetic proxy of `owner`: its node's mesh port, as healthy as the owner. None for a name or id that is too
+/// long for its suffix.
+fn proxy(owner: &Instance) -> Option<Arc<Instance>> {
+    let proxy = ServiceRecord {
+        id: shape::sidecar_id(owner.record.id.as_str()).parse().ok()?,
+        name: shape::sidecar_id(owner.record.name.as_str()).parse().ok()?,
+        kind: shape::CONNECT_PROXY.into(),
+        // The mesh port is where the node is, not where the app is.
+        address: Box::default(),
+        port: owner.node.info.mesh_addr.port(),
+        tagged_addresses: TextMap::default(),
+        ..ServiceRecord::clone(&owner.record)
+    };
+    Some(Arc::new(Instance { record: Arc::new(proxy), ..Instance::clone(owner) }))
 }

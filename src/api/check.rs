@@ -6,9 +6,9 @@ use serde_json::Value;
 
 use super::agent::{defaults, json_body};
 use super::call::{Call, Refusal, Reply};
-use super::query;
 use super::seam::RegistryOrder;
 use super::shape::Check;
+use super::{query, sift};
 use crate::model::{CheckId, HealthStatus};
 use crate::registry::RegistryError;
 use crate::registry::definition::check_from_json;
@@ -16,10 +16,11 @@ use crate::registry::definition::check_from_json;
 /// `GET /v1/agent/checks`: by id.
 pub(super) async fn list(call: Call) -> Result<Reply, Refusal> {
     query::refuse_tenancy(&call)?;
+    let filter = sift::filter::<Check<'_>>(&call)?;
     let state = call.shared.registry.state();
     let node = call.shared.node.name.as_str();
-    let checks: BTreeMap<&str, Check<'_>> =
-        state.checks.iter().map(|(id, check)| (id.as_str(), Check::local(check, node))).collect();
+    let all = state.checks.iter().map(|(id, check)| (id.as_str(), Check::local(check, node)));
+    let checks: BTreeMap<&str, Check<'_>> = all.filter(|(_, check)| filter.is_match(check)).collect();
     Reply::json(&call, &checks)
 }
 

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::TokenUse;
 use super::call::{Call, Refusal, Reply};
 use super::mesh::rfc3339;
-use super::write::in_effect;
+use super::write::{entries_in_effect, in_effect};
 use crate::authz;
 use crate::clock;
 use crate::gossip::{DocumentBody, DocumentView, NodeCertificates, OfferError};
@@ -25,11 +25,17 @@ pub(super) async fn offer(call: Call) -> Result<Reply, Refusal> {
     let text = body.get("Document").and_then(Value::as_str);
     let text = text.ok_or_else(|| Refusal::bad("the body must be {\"Document\": \"<base64>\"}"))?;
     let bytes = STANDARD.decode(text.trim()).map_err(|_| Refusal::bad("Document is not base64"))?;
-    let before = call.shared.snapshot.load().policy_index;
+    let (before, traffic_before) = {
+        let snapshot = call.shared.snapshot.load();
+        (snapshot.policy_index, snapshot.traffic_index)
+    };
     let spread = call.shared.membership.offer(bytes).await?;
     let DocumentDigest { id, version, .. } = &spread.digest;
     if id.kind == DocumentKind::Intention && spread.offered == Offered::Stored {
         in_effect(&call.shared, id.name.as_str(), *version, before).await;
+    }
+    if id.kind == DocumentKind::Config && spread.offered == Offered::Stored {
+        entries_in_effect(&call.shared, traffic_before).await;
     }
     let mut answer = digest(&spread.digest);
     let outcome = match spread.offered {

@@ -1,4 +1,5 @@
-//! `/v1/config…` in Consul's shapes: config entries, kept as signed documents. What they say is checked for form alone.
+//! `/v1/config…` in Consul's shapes: config entries, kept as signed documents; and `/v1/discovery-chain`, what they make
+//! of the requests to a service. What is written is held against all other entries.
 //! Entries of the kind `service-intentions` are intentions (`service_intentions`).
 
 use http::StatusCode;
@@ -8,8 +9,11 @@ use super::call::{Call, Refusal, Reply};
 use super::query::refuse_tenancy;
 use super::service_intentions;
 use super::write::{Expect, write};
+use crate::catalogue::Snapshot;
 use crate::gossip::{DocumentBody, DocumentsView};
+use crate::model::ServiceName;
 use crate::policy::{Draft, ENTRY_KINDS, entry_ends};
+use crate::traffic;
 
 /// The entries that are held, of one kind or of all, in order of kind and name.
 fn held(view: &DocumentsView, wanted: impl Fn(&str, &str) -> bool) -> Vec<Value> {
@@ -49,6 +53,7 @@ pub(super) async fn put(call: Call) -> Result<Reply, Refusal> {
         return Reply::json(&call, &service_intentions::put(&call, &value, expect).await?);
     }
     let draft = Draft::entry(value.to_string())?;
+    fits(&call, &draft, Some(&value))?;
     Reply::json(&call, &write(&call.shared, draft, expect).await?)
 }
 
@@ -83,9 +88,60 @@ pub(super) async fn delete(call: Call) -> Result<Reply, Refusal> {
     } else {
         let view = call.shared.membership.documents();
         let is_there = !held(&view, |of, own| of == kind && own == name).is_empty();
-        !is_there || write(&call.shared, Draft::no_entry(kind, name)?, expect).await?
+        let draft = Draft::no_entry(kind, name)?;
+        fits(&call, &draft, None)?;
+        !is_there || write(&call.shared, draft, expect).await?
     };
     if call.query.has("cas") { Reply::json(&call, &is_done) } else { Reply::json(&call, &json!({})) }
+}
+
+/// Holds what is to be written, or deleted, against itself and all other entries.
+fn fits(call: &Call, draft: &Draft, value: Option<&Value>) -> Result<(), Refusal> {
+    let view = call.shared.membership.documents();
+    let others = view.documents.iter().filter_map(|view| {
+        let DocumentBody::Config(Some(entry)) = &view.body else { return None };
+        let (kind, name) = entry_ends(&view.digest.id.name)?;
+        Some((kind, name, entry))
+    });
+    let Some((kind, name)) = entry_ends(&draft.id().name) else { return Ok(()) };
+    traffic::check_write(others, (kind, name, value))
+        .map_err(|problems| Refusal::bad(format!("Invalid config entry: {problems}")))
+}
+
+/// `GET /v1/discovery-chain/:service`
+pub(super) async fn discovery_chain(call: Call) -> Result<Reply, Refusal> {
+    refuse_tenancy(&call)?;
+    let snapshot = call.shared.snapshot.load();
+    let service: ServiceName =
+        call.argument.parse().map_err(|error| Refusal::bad(format!("Invalid service name: {error}")))?;
+    Reply::at_index(&call, &chain(&snapshot, &service)?, snapshot.traffic_index)
+}
+
+/// Shows what becomes of the requests to a service.
+pub(super) fn chain(snapshot: &Snapshot, service: &ServiceName) -> Result<Value, Refusal> {
+    let declared = || snapshot.services.get(service).map(|entry| entry.protocol);
+    let protocol = snapshot.traffic.protocol(service).or_else(declared).unwrap_or_default();
+    let here = snapshot.nodes.get(&snapshot.local_node).map_or("", |node| &node.info.datacenter);
+    let plain;
+    let chain = if let Some(chain) = snapshot.traffic.chain(service) {
+        &**chain
+    } else {
+        // What does not fit leaves a service as if no entry were about it.
+        plain =
+            traffic::Entries::default().chain(service).map_err(|problems| Refusal::internal(problems.to_string()))?;
+        &plain
+    };
+    let mut shown = traffic::show(chain, protocol.as_str(), here);
+    let name = format!("chain:{service}");
+    let ends = format!(":{service}");
+    let is_about = |one: &&traffic::Quarantined| one.name == name || one.name.ends_with(&ends);
+    let quarantined = snapshot.traffic.quarantined().iter().filter(is_about);
+    let quarantined: Vec<Value> =
+        quarantined.map(|one| json!({"Name": one.name, "Reason": one.reason, "OlderInForce": one.has_older})).collect();
+    if let Some(fields) = shown.as_object_mut() {
+        fields.insert("Quarantined".to_owned(), Value::from(quarantined));
+    }
+    Ok(shown)
 }
 
 fn is_intentions(entry: &Value) -> bool {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
@@ -12,18 +13,20 @@ use hyper::service::Service as _;
 use hyper_util::service::TowerToHyperService;
 use serde_json::Value;
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::index::ListIndexes;
 use super::meter::Meter;
 use super::seam::{GossipOrder, Membership, Registry, RegistryOrder};
-use super::{AdminToken, ApiConfig, CertificateFacts, ListenerState, NodeFacts, Shared, guard, routes};
+use super::watchers::{self, Watchers};
+use super::{ApiConfig, ApiToken, CertificateFacts, ListenerState, NodeFacts, Right, Shared, guard, routes};
 use crate::catalogue::{Instance, NodeEntry, Publisher, ServiceEntry, Snapshot};
 use crate::clock::{self, UnixSeconds};
 use crate::gossip::{DocumentsView, GossipError, MemberView, Members, NodeCertificates, OfferError, Spread};
 use crate::metrics::Metrics;
 use crate::model::{
-    CheckRecord, Generation, HealthStatus, MemberStatus, NodeInfo, Protocol, ServiceRecord, TextMap, Weights,
+    CheckRecord, Generation, HealthStatus, MemberStatus, NodeInfo, NodeName, Protocol, ServiceRecord, TextMap, Weights,
 };
 use crate::pki::{Identity, ephemeral};
 use crate::policy::{Document, Offered};
@@ -86,6 +89,10 @@ impl Membership for FakeMembers {
         Arc::default()
     }
 
+    fn round_trips(&self) -> BoxFuture<'_, Result<BTreeMap<NodeName, Duration>, GossipError>> {
+        Box::pin(async { Ok(BTreeMap::from([("n2".parse().unwrap(), Duration::from_millis(3))])) })
+    }
+
     fn certificates(&self) -> BoxFuture<'_, Result<Vec<NodeCertificates>, GossipError>> {
         Box::pin(async { Ok(Vec::new()) })
     }
@@ -101,6 +108,8 @@ pub(super) struct Bench {
     pub(super) leave: CancellationToken,
     pub(super) stop: CancellationToken,
     pub(super) metrics: Metrics,
+    /// Ends with the bench.
+    _tasks: JoinSet<()>,
 }
 
 /// An answer, read whole.
@@ -130,6 +139,11 @@ impl Bench {
     }
 
     pub(super) fn with(token: Option<&str>, blocking_queries_max: usize) -> Self {
+        let tokens = token.map(|token| ApiToken::new(token, Right::Operator)).into_iter().collect();
+        Self::with_tokens(tokens, blocking_queries_max)
+    }
+
+    pub(super) fn with_tokens(tokens: Vec<ApiToken>, blocking_queries_max: usize) -> Self {
         let registry = Arc::new(FakeRegistry {
             state: watch::Sender::new(Arc::new(local_state())),
             orders: Mutex::default(),
@@ -140,7 +154,7 @@ impl Bench {
         let publisher = Publisher::new(Arc::new(snapshot()));
         let (leave, stop) = (CancellationToken::new(), CancellationToken::new());
         let (metrics, identity) = (Metrics::new(), identity());
-        let config = ApiConfig { listen: Vec::new(), token: token.map(AdminToken::new), names: Vec::new() };
+        let config = ApiConfig { listen: Vec::new(), https: None, socket: None, tokens, names: Vec::new() };
         let node = node_facts();
         let shared = Shared {
             guard: guard::Guard::new(&config, &node.name),
@@ -165,12 +179,16 @@ impl Bench {
             metrics: metrics.clone(),
             node,
             indexes: ListIndexes::default(),
+            watchers: Watchers::default(),
             blocking_queries_max,
             leave: leave.clone(),
             stop: stop.clone(),
         };
-        let router = routes::router(&Arc::new(shared));
-        Self { router, registry, members, publisher, identity, leave, stop, metrics }
+        let shared = Arc::new(shared);
+        let router = routes::router(&shared);
+        let mut tasks = JoinSet::new();
+        tasks.spawn(watchers::run(shared));
+        Self { _tasks: tasks, router, registry, members, publisher, identity, leave, stop, metrics }
     }
 
     pub(super) fn send(&self, request: Request<Body>) -> impl Future<Output = Answer> + Send + 'static + use<> {

@@ -10,7 +10,7 @@ use serde_json::json;
 use super::fake::{Answer, Bench, node_entry, service, snapshot};
 use super::guard::Arrival;
 use super::seam::{GossipOrder, RegistryOrder};
-use super::{AdminToken, ApiConfig, ApiError, BODY_BYTES_MAX, serve};
+use super::{ApiConfig, ApiError, ApiToken, BODY_BYTES_MAX, Right, serve};
 use crate::clock;
 use crate::gossip::GossipError;
 use crate::model::{HealthStatus, MemberStatus};
@@ -421,8 +421,8 @@ async fn options_that_cannot_be_honoured_are_refused() {
         ("dc=dc9", 500, "No path to datacenter"),
         ("ns=team", 400, "namespaces"),
         ("partition=p", 400, "partitions"),
-        ("filter=x", 400, "not supported"),
-        ("near=_agent", 400, "not supported"),
+        ("filter=x", 400, "Invalid filter: selector x is not valid; there are Checks, Node.Address"),
+        ("near=n2", 400, "Invalid near"),
         ("index=x", 400, "Invalid index"),
         ("index=1&wait=x", 400, "Invalid wait time"),
         ("max_stale=x", 400, "max_stale"),
@@ -569,14 +569,20 @@ async fn a_page_of_another_site_changes_nothing() {
 
 #[tokio::test]
 async fn listening_refuses_an_open_door_and_names_a_taken_port() {
-    let config = |addr: &str, token| ApiConfig { listen: vec![addr.parse().unwrap()], token, names: Vec::new() };
-    let open = serve::bind(&config("0.0.0.0:0", None)).await.err().unwrap();
+    let config = |addr: &str, tokens| ApiConfig {
+        listen: vec![addr.parse().unwrap()],
+        https: None,
+        socket: None,
+        tokens,
+        names: Vec::new(),
+    };
+    let open = serve::bind(&config("0.0.0.0:0", Vec::new()), None).await.err().unwrap();
     assert!(matches!(open, ApiError::TokenNeeded { .. }));
     assert!(open.to_string().contains("-client"));
-    assert!(serve::bind(&config("0.0.0.0:0", Some(AdminToken::new("x")))).await.is_ok());
-    let first = serve::bind(&config("127.0.0.1:0", None)).await.unwrap();
+    assert!(serve::bind(&config("0.0.0.0:0", vec![ApiToken::new("x", Right::Read)]), None).await.is_ok());
+    let first = serve::bind(&config("127.0.0.1:0", Vec::new()), None).await.unwrap();
     let taken = first.addrs[0].to_string();
-    let second = serve::bind(&config(&taken, None)).await.err().unwrap().to_string();
+    let second = serve::bind(&config(&taken, Vec::new()), None).await.err().unwrap().to_string();
     assert!(second.contains(&taken) && second.contains("in use") && second.contains("-client"), "{second}");
 }
 
@@ -584,11 +590,17 @@ async fn listening_refuses_an_open_door_and_names_a_taken_port() {
 async fn a_socket_serves_requests_until_the_stop() {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     let bench = Bench::new();
-    let config = ApiConfig { listen: vec!["127.0.0.1:0".parse().unwrap()], token: None, names: Vec::new() };
-    let listening = serve::bind(&config).await.unwrap();
+    let config = ApiConfig {
+        listen: vec!["127.0.0.1:0".parse().unwrap()],
+        https: None,
+        socket: None,
+        tokens: Vec::new(),
+        names: Vec::new(),
+    };
+    let listening = serve::bind(&config, None).await.unwrap();
     let addr = listening.addrs[0];
     let mut server = tokio::task::JoinSet::new();
-    server.spawn(serve::run(listening, bench.router.clone(), bench.stop.clone()));
+    server.spawn(serve::run(listening, bench.router.clone(), 8, bench.stop.clone()));
     let mut client = tokio::net::TcpStream::connect(addr).await.unwrap();
     let request = format!("GET /v1/health/service/web?index=1003 HTTP/1.1\r\nHost: {addr}\r\n\r\n");
     client.write_all(request.as_bytes()).await.unwrap();

@@ -1,10 +1,15 @@
-//! Who may talk to the API: the admin token, and defence against web pages in a browser on the same host.
+//! Who may talk to the API: tokens with rights, and defence against web pages in a browser on the same host.
 //!
 //! A page of another site may send requests to loopback (cross-site requests) or point its own DNS name at 127.0.0.1
-//! (DNS rebinding). The first carry a foreign `Origin`, the second a foreign `Host`: both are refused.
+//! (DNS rebinding). The first carry a foreign `Origin`, the second a foreign `Host`: both are refused. No answer has a CORS
+//! header, so no other site's page reads one either.
+//!
+//! Tokens are kept as SHA-256 digests and all of them compared in constant time. That is as good as their randomness: they
+//! are made by a machine (`openssl rand -hex 32`), not by a person.
 
 use std::fmt;
 use std::net::IpAddr;
+use std::str::FromStr;
 
 use aws_lc_rs::{constant_time, digest};
 use http::{HeaderMap, Uri, header};
@@ -14,30 +19,63 @@ use super::call::Refusal;
 use super::query::Query;
 use crate::model::NodeName;
 
-/// The admin token, kept as its SHA-256 digest.
-#[derive(Clone, PartialEq, Eq)]
-pub struct AdminToken([u8; 32]);
+/// What a token allows; each right includes those before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Right {
+    /// Reading: everything but private keys.
+    Read,
+    /// Registering services and checks of this agent, and fetching their certificates and keys.
+    Services,
+    /// Everything: policy, membership, reloading, maintenance of the node.
+    Operator,
+}
 
-impl AdminToken {
-    /// Digests `token`, the text that clients show.
-    pub fn new(token: &str) -> Self {
-        Self(sha256(token.as_bytes()))
-    }
-
-    /// Takes the digest itself, for configurations that do not hold the token.
-    pub fn from_digest(digest: [u8; 32]) -> Self {
-        Self(digest)
-    }
-
-    /// Compares in constant time.
-    fn is(&self, shown: &str) -> bool {
-        constant_time::verify_slices_are_equal(&self.0, &sha256(shown.as_bytes())).is_ok()
+impl Right {
+    /// Returns the word of configuration files.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Services => "services",
+            Self::Operator => "operator",
+        }
     }
 }
 
-impl fmt::Debug for AdminToken {
+impl FromStr for Right {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        [Self::Read, Self::Services, Self::Operator].into_iter().find(|right| right.as_str() == text).ok_or(())
+    }
+}
+
+/// A token of the API, kept as its SHA-256 digest.
+#[derive(Clone, PartialEq, Eq)]
+pub struct ApiToken {
+    digest: [u8; 32],
+    right: Right,
+}
+
+impl ApiToken {
+    /// Digests `token`, the text that clients show.
+    pub fn new(token: &str, right: Right) -> Self {
+        Self { digest: sha256(token.as_bytes()), right }
+    }
+
+    /// Takes the digest itself, for configurations that do not hold the token.
+    pub fn from_digest(digest: [u8; 32], right: Right) -> Self {
+        Self { digest, right }
+    }
+
+    /// What it allows.
+    pub fn right(&self) -> Right {
+        self.right
+    }
+}
+
+impl fmt::Debug for ApiToken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("AdminToken(…)")
+        write!(f, "ApiToken(…, {})", self.right.as_str())
     }
 }
 
@@ -53,23 +91,32 @@ pub(super) enum Arrival {
     Loopback,
     /// On any other address.
     Network,
+    /// By the unix socket, which no browser reaches; `Host` says nothing there.
+    Socket,
 }
 
 /// Decides over each request before anything else looks at it.
 #[derive(Debug)]
 pub(super) struct Guard {
-    token: Option<AdminToken>,
+    tokens: Vec<ApiToken>,
     names: Vec<String>,
 }
 
 impl Guard {
     pub(super) fn new(config: &ApiConfig, node: &NodeName) -> Self {
         let names = config.names.iter().map(String::as_str).chain([node.as_str()]);
-        Self { token: config.token.clone(), names: names.map(str::to_ascii_lowercase).collect() }
+        Self { tokens: config.tokens.clone(), names: names.map(str::to_ascii_lowercase).collect() }
     }
 
-    /// Lets a request pass, or says why not.
-    pub(super) fn admit(&self, headers: &HeaderMap, uri: &Uri, query: &Query, from: Arrival) -> Result<(), Refusal> {
+    /// Lets a request pass that needs the right `needed`, or says why not.
+    pub(super) fn admit(
+        &self,
+        headers: &HeaderMap,
+        uri: &Uri,
+        query: &Query,
+        from: Arrival,
+        needed: Right,
+    ) -> Result<(), Refusal> {
         let host = host_of(headers, uri)?;
         if from == Arrival::Loopback && host.is_some_and(|host| !self.is_own_name(host_name(host))) {
             return Err(Refusal::forbidden(
@@ -81,16 +128,30 @@ impl Guard {
                 "Permission denied: the request comes from a web page of another origin (Origin header)",
             ));
         }
-        match (&self.token, shown_token(headers, query)) {
-            (None, _) => Ok(()),
-            (Some(token), Some(shown)) if token.is(shown) => Ok(()),
-            (Some(_), Some(_)) => {
-                Err(Refusal::forbidden("Permission denied: the token shown is not this agent's admin token"))
-            }
-            (Some(_), None) => Err(Refusal::forbidden(
-                "Permission denied: the admin token is missing; show it as `X-Consul-Token`, `Authorization: Bearer` or `?token=`",
-            )),
+        if self.tokens.is_empty() {
+            return Ok(());
         }
+        let Some(shown) = shown_token(headers, query) else {
+            return Err(Refusal::forbidden(
+                "Permission denied: the token is missing; show it as `X-Consul-Token`, `Authorization: Bearer` or `?token=`",
+            ));
+        };
+        match self.right_of(shown) {
+            Some(right) if right >= needed => Ok(()),
+            Some(right) => Err(Refusal::forbidden(format!(
+                "Permission denied: this needs a token with the right `{}`; the one shown has `{}`",
+                needed.as_str(),
+                right.as_str()
+            ))),
+            None => Err(Refusal::forbidden("Permission denied: the token shown is none of this agent's")),
+        }
+    }
+
+    /// Returns the greatest right of the token `shown`. Every token is compared, each in constant time.
+    fn right_of(&self, shown: &str) -> Option<Right> {
+        let shown = sha256(shown.as_bytes());
+        let is = |token: &ApiToken| constant_time::verify_slices_are_equal(&token.digest, &shown).is_ok();
+        self.tokens.iter().fold(None, |best, token| best.max(is(token).then_some(token.right)))
     }
 
     fn is_own_name(&self, name: &str) -> bool {
@@ -149,15 +210,45 @@ mod tests {
     use super::*;
 
     fn guard(token: Option<&str>) -> Guard {
+        let tokens = token.map(|token| ApiToken::new(token, Right::Operator)).into_iter().collect();
+        guard_of(tokens)
+    }
+
+    fn guard_of(tokens: Vec<ApiToken>) -> Guard {
         let config =
-            ApiConfig { listen: Vec::new(), token: token.map(AdminToken::new), names: vec!["Mesh.Example".to_owned()] };
+            ApiConfig { listen: Vec::new(), https: None, socket: None, tokens, names: vec!["Mesh.Example".to_owned()] };
         Guard::new(&config, &"web-1".parse().unwrap())
     }
 
     fn admit(guard: &Guard, uri: &str, headers: &[(&'static str, &str)], from: Arrival) -> Result<(), Refusal> {
         let headers = headers.iter().map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap())).collect();
         let uri: Uri = uri.parse().unwrap();
-        guard.admit(&headers, &uri, &Query::parse(&uri).unwrap(), from)
+        guard.admit(&headers, &uri, &Query::parse(&uri).unwrap(), from, Right::Operator)
+    }
+
+    #[test]
+    fn a_token_allows_its_right_and_those_below() {
+        use Right::{Operator, Read, Services};
+        let digest = |token: &str| sha256(token.as_bytes());
+        let guard = guard_of(vec![
+            ApiToken::from_digest(digest("reader"), Read),
+            ApiToken::new("writer", Services),
+            ApiToken::new("both", Read),
+            ApiToken::new("root", Operator),
+            ApiToken::new("both", Services),
+        ]);
+        let admit = |token: &str, needed| {
+            let uri: Uri = format!("/?token={token}").parse().unwrap();
+            guard.admit(&HeaderMap::new(), &uri, &Query::parse(&uri).unwrap(), Arrival::Network, needed)
+        };
+        for (token, most) in [("reader", Read), ("writer", Services), ("both", Services), ("root", Operator)] {
+            for needed in [Read, Services, Operator] {
+                assert_eq!(admit(token, needed).is_ok(), needed <= most, "{token} {needed:?}");
+            }
+        }
+        let refused = admit("reader", Operator).unwrap_err().text;
+        assert!(refused.contains("the right `operator`; the one shown has `read`"), "{refused}");
+        assert!(admit("nobody", Read).unwrap_err().text.contains("none of this agent's"));
     }
 
     #[test]
@@ -213,11 +304,11 @@ mod tests {
         check("/", &[], Err("token is missing"));
         check("/?token=", &[], Err("token is missing"));
         check("/", &[("authorization", "Basic s3cret")], Err("token is missing"));
-        check("/?token=wrong", &[("x-consul-token", "s3cret")], Err("not this agent's"));
+        check("/?token=wrong", &[("x-consul-token", "s3cret")], Err("none of this agent's"));
     }
 
     #[test]
     fn a_token_is_never_printed() {
-        assert_eq!(format!("{:?}", AdminToken::new("s3cret")), "AdminToken(…)");
+        assert_eq!(format!("{:?}", ApiToken::new("s3cret", Right::Read)), "ApiToken(…, read)");
     }
 }

@@ -4,23 +4,40 @@ use http::StatusCode;
 use serde_json::{Value, json};
 
 use super::call::{Call, Refusal, Reply};
+use super::catalog::Pick;
+use super::index::Topic;
+use super::near::RoundTrips;
 use super::query::ReadOptions;
 use super::shape::Check;
-use super::{Shared, block, catalog, index, shape};
+use super::{Shared, block, catalog, shape, sift};
 use crate::catalogue::{Instance, NodeEntry, Snapshot};
 use crate::model::HealthStatus;
 use crate::registry::LocalState;
 
 /// `GET /v1/health/service/:name`
 pub(super) async fn service(call: Call) -> Result<Reply, Refusal> {
+    entries(call, catalog::instances).await
+}
+
+/// `GET /v1/health/connect/:name`: where the mesh reaches the service's instances.
+pub(super) async fn connect(call: Call) -> Result<Reply, Refusal> {
+    entries(call, catalog::proxies).await
+}
+
+async fn entries(call: Call, pick: Pick) -> Result<Reply, Refusal> {
     let options = ReadOptions::parse(&call)?;
     let passing_only = call.query.switch("passing")?;
-    let name = call.argument.as_str();
-    let (snapshot, index) = block::wait(&call, options.blocking, |snapshot| index::service(snapshot, name)).await?;
+    drop(sift::filter::<Instance>(&call)?);
+    let (snapshot, index) = block::wait(&call, options.blocking, Topic::Service(call.argument.clone())).await?;
+    let trips = RoundTrips::wanted(&call, &options).await?;
+    let filter = sift::filter::<Instance>(&call)?;
     let local = call.shared.registry.state();
-    let instances = catalog::instances(&call, &snapshot, &local, &options);
-    let shown = instances.iter().filter(|i| !passing_only || i.status == HealthStatus::Passing);
-    let entries = shown.map(|instance| {
+    let mut instances = pick(&call, &snapshot, &local, &options);
+    instances.retain(|i| (!passing_only || i.status == HealthStatus::Passing) && filter.is_match(&**i));
+    if let Some(trips) = trips {
+        trips.order(&mut instances, |instance| instance.node.info.name.as_str());
+    }
+    let entries = instances.iter().map(|instance| {
         let local = catalog::local_of(&call.shared, &instance.node, &local);
         let mut checks = node_checks(&instance.node, local);
         checks.extend(instance_checks(instance, local));
@@ -36,25 +53,27 @@ pub(super) async fn service(call: Call) -> Result<Reply, Refusal> {
 /// `GET /v1/health/checks/:name`: the checks of one service's instances.
 pub(super) async fn checks(call: Call) -> Result<Reply, Refusal> {
     let options = ReadOptions::parse(&call)?;
-    let name = call.argument.as_str();
-    let (snapshot, index) = block::wait(&call, options.blocking, |snapshot| index::service(snapshot, name)).await?;
+    drop(sift::filter::<Check<'_>>(&call)?);
+    let (snapshot, index) = block::wait(&call, options.blocking, Topic::Service(call.argument.clone())).await?;
+    let trips = RoundTrips::wanted(&call, &options).await?;
     let local = call.shared.registry.state();
     let instances = catalog::instances(&call, &snapshot, &local, &options);
     let checks = instances.iter().flat_map(|instance| {
         let local = catalog::local_of(&call.shared, &instance.node, &local);
         instance_checks(instance, local)
     });
-    Reply::at_index(&call, &checks.collect::<Vec<Check<'_>>>(), index)
+    answer(&call, checks.collect(), trips, index)
 }
 
 /// `GET /v1/health/node/:name`: every check on one node.
 pub(super) async fn node(call: Call) -> Result<Reply, Refusal> {
     let options = ReadOptions::parse(&call)?;
-    let (snapshot, index) = block::wait(&call, options.blocking, |snapshot| any_check(&call.shared, snapshot)).await?;
+    drop(sift::filter::<Check<'_>>(&call)?);
+    let (snapshot, index) = block::wait(&call, options.blocking, Topic::Everything).await?;
     let local = call.shared.registry.state();
     let name = call.argument.as_str();
     let checks = all_checks(&call.shared, &snapshot, &local, &options, |node| node.info.name.as_str() == name);
-    Reply::at_index(&call, &checks, index)
+    answer(&call, checks, None, index)
 }
 
 /// `GET /v1/health/state/:state`: every check in one state, or in `any`.
@@ -65,16 +84,23 @@ pub(super) async fn state(call: Call) -> Result<Reply, Refusal> {
         let text = format!("Invalid state {wanted:?}: it is one of any, passing, warning, critical");
         return Err(Refusal::new(StatusCode::BAD_REQUEST, text));
     }
-    let (snapshot, index) = block::wait(&call, options.blocking, |snapshot| any_check(&call.shared, snapshot)).await?;
+    drop(sift::filter::<Check<'_>>(&call)?);
+    let (snapshot, index) = block::wait(&call, options.blocking, Topic::Everything).await?;
+    let trips = RoundTrips::wanted(&call, &options).await?;
     let local = call.shared.registry.state();
     let mut checks = all_checks(&call.shared, &snapshot, &local, &options, |_| true);
     checks.retain(|check| wanted == "any" || check.status == wanted);
-    Reply::at_index(&call, &checks, index)
+    answer(&call, checks, trips, index)
 }
 
-/// Returns the index of the last change to any node or service.
-fn any_check(shared: &Shared, snapshot: &Snapshot) -> u64 {
-    shared.indexes.nodes(snapshot).max(index::services(snapshot))
+/// Answers with those of `checks` that the query's filter passes, nearest first where distances are given.
+fn answer(call: &Call, mut checks: Vec<Check<'_>>, trips: Option<RoundTrips>, index: u64) -> Result<Reply, Refusal> {
+    let filter = sift::filter::<Check<'_>>(call)?;
+    checks.retain(|check| filter.is_match(check));
+    if let Some(trips) = trips {
+        trips.order(&mut checks, |check| check.node);
+    }
+    Reply::at_index(call, &checks, index)
 }
 
 /// Returns the checks of the nodes that `wanted` picks: node by node, the node's own first, then by service and id.

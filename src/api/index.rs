@@ -11,6 +11,34 @@ use crate::model::{MemberStatus, NodeName};
 
 use super::shape::SIDECAR_SUFFIX;
 
+/// What a query can wait for.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) enum Topic {
+    /// The instances of one service, their checks and nodes.
+    Service(String),
+    /// Any service.
+    Services,
+    /// Which nodes there are, and their facts.
+    Nodes,
+    /// Any service or node.
+    Everything,
+    /// Who may call whom.
+    Policy,
+}
+
+impl Topic {
+    /// Returns the index of its last change; 0: it was never there.
+    pub(super) fn index(&self, snapshot: &Snapshot, lists: &ListIndexes) -> u64 {
+        match self {
+            Self::Service(name) => service(snapshot, name),
+            Self::Services => services(snapshot),
+            Self::Nodes => lists.nodes(snapshot),
+            Self::Everything => lists.nodes(snapshot).max(services(snapshot)),
+            Self::Policy => snapshot.policy_index,
+        }
+    }
+}
+
 /// The lists' indexes.
 #[derive(Debug, Default)]
 pub(super) struct ListIndexes {
@@ -27,7 +55,7 @@ struct Seen {
 
 impl ListIndexes {
     /// Returns the index of the last change to the nodes: one that came, went or changed.
-    pub(super) fn nodes(&self, snapshot: &Snapshot) -> u64 {
+    fn nodes(&self, snapshot: &Snapshot) -> u64 {
         let shown = || snapshot.nodes.values().filter(|node| node.status != MemberStatus::Left);
         let newest = shown().map(|node| node.modify_index).max().unwrap_or(0);
         let mut seen = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
@@ -44,7 +72,7 @@ impl ListIndexes {
 }
 
 /// Returns the index of the last change to any service.
-pub(super) fn services(snapshot: &Snapshot) -> u64 {
+fn services(snapshot: &Snapshot) -> u64 {
     let living = snapshot.services.values().map(|service| service.modify_index);
     living.chain(snapshot.gone_services.values().copied()).max().unwrap_or(0)
 }
@@ -52,7 +80,7 @@ pub(super) fn services(snapshot: &Snapshot) -> u64 {
 /// Returns the index of the last change to the service `name`; 0 if it never had an instance.
 ///
 /// A synthetic proxy changes with its service.
-pub(super) fn service(snapshot: &Snapshot, name: &str) -> u64 {
+fn service(snapshot: &Snapshot, name: &str) -> u64 {
     let owner = name.strip_suffix(SIDECAR_SUFFIX).filter(|_| !snapshot.services.contains_key(name));
     let name = owner.unwrap_or(name);
     let living = snapshot.services.get(name).map(|service| service.modify_index);

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use super::block;
 use super::call::{Call, Refusal, Reply};
+use super::index::Topic;
 use super::query::{Blocking, refuse_tenancy};
 use super::write::{Expect, write};
 use crate::authz::{self, Decision, Intention, Party, Request, ShapeError, Table};
@@ -41,7 +42,7 @@ fn shapes(found: &[(&Intention, u64)]) -> Vec<Value> {
 async fn changed(call: &Call) -> Result<u64, Refusal> {
     refuse_tenancy(call)?;
     let blocking = Blocking::parse(&call.query)?;
-    Ok(block::wait(call, blocking, |snapshot| snapshot.policy_index).await?.1)
+    Ok(block::wait(call, blocking, Topic::Policy).await?.1)
 }
 
 /// `GET /v1/connect/intentions`

@@ -34,12 +34,11 @@ pub(super) async fn service(call: Call) -> Result<Reply, Refusal> {
 
 async fn set(call: &Call, check: String, service: Option<InstanceId>) -> Result<Reply, Refusal> {
     query::refuse_tenancy(call)?;
-    let enable = match call.query.given("enable") {
-        None => return Err(Refusal::bad("Missing value for enable")),
-        Some("true" | "1") => true,
-        Some("false" | "0") => false,
-        Some(other) => return Err(Refusal::bad(format!("Invalid value for enable: {other:?}"))),
-    };
+    if call.query.given("enable").is_none() {
+        return Err(Refusal::bad("Missing value for enable"));
+    }
+    // In any case, as Go reads it: Python's clients send `True`.
+    let enable = call.query.switch("enable")?;
     let id: CheckId = check.parse().map_err(|error| Refusal::bad(format!("Invalid service ID: {error}")))?;
     let is_on = call.shared.registry.state().checks.contains_key(&id);
     let order = match (enable, is_on) {

@@ -1,9 +1,11 @@
 //! The agent's HTTP API: Consul's shapes under `/v1/…`, weft's own under `/v1/mesh/…`.
 //!
 //! ```text
-//!   TCP -> serve -> guard (token, Host, Origin) -> routes (one table) -> handler -> Reply | Refusal
+//!   TCP, TLS, unix socket -> serve -> guard (token, Host, Origin) -> routes (one table) -> handler -> Reply | Refusal
 //!                                                                          |
 //!                            Snapshot (reads, blocking queries) <----------+----> registry, gossip (orders)
+//!                                |
+//!                                +--> watchers: one task wakes those whose topic changed
 //! ```
 //!
 //! Invariants: [`routes::ROUTES`] is the only list of endpoints, the router and the check of `api/openapi.yaml` are made
@@ -18,29 +20,42 @@ mod call;
 mod catalog;
 mod check;
 mod connect;
+mod definition;
 mod documents;
 mod entry;
 mod guard;
 mod health;
+mod host;
 mod index;
 mod intention;
 mod maintain;
 mod mesh;
 mod meter;
+mod monitor;
+mod near;
 mod query;
 mod routes;
 mod seam;
+mod secure;
 mod serve;
 mod service_intentions;
 mod shape;
+mod sift;
 mod status;
+mod watchers;
 mod why;
 mod write;
 
 #[cfg(test)]
+mod coming;
+#[cfg(test)]
+mod doors_tests;
+#[cfg(test)]
 mod fake;
 #[cfg(test)]
 mod golden;
+#[cfg(test)]
+mod lists_tests;
 #[cfg(test)]
 mod openapi;
 
@@ -58,13 +73,16 @@ use crate::model::NodeName;
 use crate::pki::{DocumentKey, Identity};
 use crate::registry::RegistryHandle;
 use crate::supervise::Tasks;
+use crate::unix_socket::{SocketConfig, SocketError};
 
-pub use guard::AdminToken;
+pub use guard::{ApiToken, Right};
+pub use secure::{Certificate, HttpsConfig};
 pub use why::{BalancerView, Inspect, SeatView, WorkerView};
 
 use index::ListIndexes;
 use meter::Meter;
 use seam::{Authority, Membership, Registry};
+use watchers::Watchers;
 
 /// Largest request body, in bytes: Consul's bound for registrations is of this size.
 pub const BODY_BYTES_MAX: usize = 1024 * 1024;
@@ -74,10 +92,14 @@ pub const BLOCKING_QUERIES_MAX: usize = 16_384;
 /// Where and for whom the API listens.
 #[derive(Debug, Clone)]
 pub struct ApiConfig {
-    /// Addresses to listen on; port 0 takes a free one. Any that is not loopback needs `token`.
+    /// Addresses to listen on; port 0 takes a free one. Any that is not loopback needs a token.
     pub listen: Vec<SocketAddr>,
-    /// The admin token; where set, every request must show it.
-    pub token: Option<AdminToken>,
+    /// Where it listens for TLS.
+    pub https: Option<HttpsConfig>,
+    /// The unix socket that it serves too.
+    pub socket: Option<SocketConfig>,
+    /// Where there are any, every request must show one that has the right that it takes.
+    pub tokens: Vec<ApiToken>,
     /// DNS names that a `Host` header may carry on a loopback listener, beside `localhost`, IP addresses and the node's name.
     pub names: Vec<String>,
 }
@@ -173,7 +195,7 @@ pub struct ApiParams<'a> {
 pub enum ApiError {
     /// An address that others reach, and nothing to tell them apart.
     #[error(
-        "refusing to serve the HTTP API on {addr} without an admin token: everybody who reaches the address could register and deregister services; set `admin_token` in the configuration file, or listen on a loopback address (-client 127.0.0.1)"
+        "refusing to serve the HTTP API on {addr} without an admin token: everybody who reaches the address could register and deregister services; set `admin_token_file` in the configuration file, or listen on a loopback address (-client 127.0.0.1)"
     )]
     TokenNeeded {
         /// The address.
@@ -195,6 +217,19 @@ pub enum ApiError {
         #[source]
         source: std::io::Error,
     },
+    /// The unix socket cannot be opened.
+    #[error(transparent)]
+    Socket(SocketError),
+    /// What HTTPS is served with cannot be used.
+    #[error(
+        "cannot serve HTTPS with {path}: {reason}; correct tls.https.cert_file and tls.https.key_file, or leave both out to use the node's own identity"
+    )]
+    Certificate {
+        /// The file.
+        path: std::path::PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// A metric of that name exists.
     #[error("cannot register the metrics of the HTTP API")]
     Metrics(#[source] prometheus::Error),
@@ -213,7 +248,8 @@ impl Api {
         let ApiParams { config, registry, gossip, snapshot, identity, metrics, node, listeners, token_uses, .. } =
             params;
         let (policy_key, inspect, reload) = (params.policy_key, params.inspect, params.reload);
-        let listening = serve::bind(&config).await?;
+        let tls = config.https.as_ref().map(|https| secure::server(&https.certificate, &identity)).transpose()?;
+        let listening = serve::bind(&config, tls).await?;
         let authority: Arc<dyn Authority> = Arc::<Identity>::clone(&identity);
         let certificates: Certificates = Arc::new(move || CertificateFacts::read(&identity));
         let shared = Shared {
@@ -234,13 +270,16 @@ impl Api {
             metrics,
             node,
             indexes: ListIndexes::default(),
+            watchers: Watchers::default(),
             blocking_queries_max: BLOCKING_QUERIES_MAX,
             leave: params.shutdown,
             stop: params.stop.clone(),
         };
-        let router = routes::router(&Arc::new(shared));
+        let shared = Arc::new(shared);
+        let router = routes::router(&shared);
+        params.tasks.spawn("api watchers", watchers::run(shared));
         let bound = listening.addrs.clone();
-        params.tasks.spawn("api", serve::run(listening, router, params.stop));
+        params.tasks.spawn("api", serve::run(listening, router, serve::CONNECTIONS_MAX, params.stop));
         Ok(bound)
     }
 }
@@ -271,6 +310,7 @@ struct Shared {
     metrics: Metrics,
     node: NodeFacts,
     indexes: ListIndexes,
+    watchers: Watchers,
     blocking_queries_max: usize,
     leave: CancellationToken,
     stop: CancellationToken,

@@ -27,7 +27,8 @@ fn documented(document: &str) -> BTreeSet<(String, String)> {
 #[test]
 fn the_document_and_the_router_list_the_same_endpoints() {
     let served: BTreeSet<(String, String)> =
-        ROUTES.iter().map(|route| (route.method.to_string(), route.path.to_owned())).collect();
+        // OpenAPI has no word for a parameter that takes the rest of the path.
+        ROUTES.iter().map(|route| (route.method.to_string(), route.path.replace("{*", "{"))).collect();
     assert_eq!(served.len(), ROUTES.len(), "an endpoint stands in the table twice");
     let documented = documented(DOCUMENT);
     let missing: Vec<_> = served.difference(&documented).collect();

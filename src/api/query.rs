@@ -71,12 +71,21 @@ pub(super) struct Blocking {
     pub(super) wait: Duration,
 }
 
+/// Whose distances order an answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Near {
+    /// This agent's.
+    Here,
+}
+
 /// The options that every read of the catalogue takes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct ReadOptions {
     pub(super) blocking: Blocking,
     /// The datacenter that is asked for.
     pub(super) datacenter: String,
+    /// Where the answer is ordered from.
+    pub(super) near: Option<Near>,
     /// `node-meta=k:v`, all of which must hold.
     pub(super) node_meta: Vec<(String, String)>,
 }
@@ -88,7 +97,7 @@ impl ReadOptions {
     /// 400 for malformed and unsupported options, 500 for an unknown datacenter.
     pub(super) fn parse(call: &Call) -> Result<Self, Refusal> {
         let query = &call.query;
-        for name in ["filter", "near", "peer", "sg"] {
+        for name in ["peer", "sg"] {
             if query.given(name).is_some() {
                 return Err(Refusal::bad(format!(
                     "Invalid query parameter: {name:?} is not supported by this version of weft"
@@ -107,7 +116,16 @@ impl ReadOptions {
             (key.to_owned(), value.to_owned())
         });
         let node_meta = node_meta.collect();
-        Ok(Self { blocking: Blocking::parse(query)?, datacenter: datacenter(call)?, node_meta })
+        let near = match query.given("near") {
+            None => None,
+            Some(here) if here == "_agent" || here == call.shared.node.name.as_str() => Some(Near::Here),
+            Some(other) => {
+                return Err(Refusal::bad(format!(
+                    "Invalid near: {other:?}: an agent measures its own round trips only; say near=_agent, or ask that node's agent"
+                )));
+            }
+        };
+        Ok(Self { blocking: Blocking::parse(query)?, datacenter: datacenter(call)?, near, node_meta })
     }
 }
 

@@ -12,12 +12,12 @@ use http::request::Parts;
 use http::{HeaderValue, Method, StatusCode, header};
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 
-use super::call::{Call, Handler, Refusal, Reply, TEXT};
-use super::guard::Arrival;
+use super::call::{Call, Coding, Handler, Refusal, Reply, TEXT};
+use super::guard::{Arrival, Right};
 use super::query::Query;
 use super::{
-    BODY_BYTES_MAX, Shared, agent, catalog, check, connect, documents, entry, health, intention, maintain, mesh,
-    status, why,
+    BODY_BYTES_MAX, Shared, agent, catalog, check, connect, documents, entry, health, host, intention, maintain, mesh,
+    monitor, near, status, why,
 };
 use crate::clock;
 
@@ -29,13 +29,18 @@ pub(super) struct Route {
     pub(super) method: Method,
     /// With at most one parameter, `{…}`.
     pub(super) path: &'static str,
+    /// What a token must allow.
+    pub(super) right: Right,
     pub(super) handler: Handler,
 }
 
-/// Makes a row of the table from a method, a path and an `async fn(Call) -> Result<Reply, Refusal>`.
+/// Makes a row of the table from a method, a path, an `async fn(Call) -> Result<Reply, Refusal>`, and the right that it takes:
+/// where none is named, reading for GET and an operator's for everything else.
 macro_rules! route {
-    ($method:ident $path:literal $handler:path) => {
-        Route { method: Method::$method, path: $path, handler: |call| $handler(call).boxed() }
+    (GET $path:literal $handler:path) => { route!(GET $path $handler, Read) };
+    ($method:ident $path:literal $handler:path) => { route!($method $path $handler, Operator) };
+    ($method:ident $path:literal $handler:path, $right:ident) => {
+        Route { method: Method::$method, path: $path, right: Right::$right, handler: |call| $handler(call).boxed() }
     };
 }
 
@@ -44,31 +49,33 @@ pub(super) const ROUTES: &[Route] = &[
     route!(GET "/" root),
     route!(GET "/v1/agent/services" agent::services),
     route!(GET "/v1/agent/service/{id}" agent::service),
-    route!(PUT "/v1/agent/service/register" agent::register),
-    route!(PUT "/v1/agent/service/deregister/{id}" agent::deregister),
-    route!(PUT "/v1/agent/service/maintenance/{id}" maintain::service),
+    route!(PUT "/v1/agent/service/register" agent::register, Services),
+    route!(PUT "/v1/agent/service/deregister/{id}" agent::deregister, Services),
+    route!(PUT "/v1/agent/service/maintenance/{id}" maintain::service, Services),
     route!(PUT "/v1/agent/maintenance" maintain::node),
     route!(GET "/v1/agent/health/service/id/{id}" maintain::health_by_id),
     route!(GET "/v1/agent/health/service/name/{name}" maintain::health_by_name),
     route!(GET "/v1/agent/checks" check::list),
-    route!(PUT "/v1/agent/check/register" check::register),
-    route!(PUT "/v1/agent/check/deregister/{id}" check::deregister),
-    route!(PUT "/v1/agent/check/pass/{id}" check::pass),
-    route!(PUT "/v1/agent/check/warn/{id}" check::warn),
-    route!(PUT "/v1/agent/check/fail/{id}" check::fail),
-    route!(PUT "/v1/agent/check/update/{id}" check::update),
+    route!(PUT "/v1/agent/check/register" check::register, Services),
+    route!(PUT "/v1/agent/check/deregister/{id}" check::deregister, Services),
+    route!(PUT "/v1/agent/check/pass/{id}" check::pass, Services),
+    route!(PUT "/v1/agent/check/warn/{id}" check::warn, Services),
+    route!(PUT "/v1/agent/check/fail/{id}" check::fail, Services),
+    route!(PUT "/v1/agent/check/update/{id}" check::update, Services),
     route!(GET "/v1/agent/members" agent::members),
     route!(GET "/v1/agent/self" agent::this),
     route!(GET "/v1/agent/version" agent::version),
     route!(GET "/v1/agent/metrics" agent::metrics),
+    route!(GET "/v1/agent/host" host::host),
+    route!(GET "/v1/agent/monitor" monitor::monitor),
     route!(PUT "/v1/agent/join/{addr}" agent::join),
     route!(PUT "/v1/agent/leave" agent::leave),
     route!(PUT "/v1/agent/reload" agent::reload),
     route!(PUT "/v1/agent/force-leave/{node}" agent::force_leave),
     route!(GET "/v1/agent/connect/ca/roots" connect::roots),
-    route!(GET "/v1/agent/connect/ca/leaf/{service}" connect::leaf),
-    route!(POST "/v1/agent/connect/authorize" connect::authorize),
-    route!(PUT "/v1/agent/connect/authorize" connect::authorize),
+    route!(GET "/v1/agent/connect/ca/leaf/{service}" connect::leaf, Services),
+    route!(POST "/v1/agent/connect/authorize" connect::authorize, Read),
+    route!(PUT "/v1/agent/connect/authorize" connect::authorize, Read),
     route!(GET "/v1/connect/ca/roots" connect::roots),
     route!(GET "/v1/connect/intentions" intention::list),
     route!(POST "/v1/connect/intentions" intention::create),
@@ -83,14 +90,22 @@ pub(super) const ROUTES: &[Route] = &[
     route!(PUT "/v1/config" entry::put),
     route!(GET "/v1/config/{*entry}" entry::read),
     route!(DELETE "/v1/config/{*entry}" entry::delete),
+    route!(GET "/v1/discovery-chain/{service}" entry::discovery_chain),
     route!(GET "/v1/catalog/datacenters" catalog::datacenters),
     route!(GET "/v1/catalog/nodes" catalog::nodes),
     route!(GET "/v1/catalog/services" catalog::services),
     route!(GET "/v1/catalog/service/{name}" catalog::service),
+    route!(GET "/v1/catalog/connect/{name}" catalog::connect),
+    route!(GET "/v1/catalog/node/{name}" catalog::node),
+    route!(GET "/v1/catalog/node-services/{name}" catalog::node_services),
     route!(GET "/v1/health/service/{name}" health::service),
+    route!(GET "/v1/health/connect/{name}" health::connect),
     route!(GET "/v1/health/node/{name}" health::node),
     route!(GET "/v1/health/checks/{name}" health::checks),
     route!(GET "/v1/health/state/{state}" health::state),
+    route!(GET "/v1/coordinate/datacenters" near::datacenters),
+    route!(GET "/v1/coordinate/nodes" near::nodes),
+    route!(GET "/v1/coordinate/node/{name}" near::node),
     route!(GET "/v1/status/leader" status::leader),
     route!(GET "/v1/status/peers" status::peers),
     route!(GET "/v1/mesh/info" mesh::info),
@@ -104,8 +119,34 @@ pub(super) const ROUTES: &[Route] = &[
 ];
 
 /// Groups of Consul's that weft refuses on purpose: prefix, status, text.
-const REFUSED: &[(&str, StatusCode, &str)] = &[
+pub(super) const REFUSED: &[(&str, StatusCode, &str)] = &[
     ("/v1/acl/", StatusCode::UNAUTHORIZED, "ACL support disabled"),
+    (
+        "/v1/coordinate/update",
+        StatusCode::NOT_IMPLEMENTED,
+        "weft measures round trips by itself: no client sets a coordinate",
+    ),
+    ("/v1/event/", StatusCode::NOT_IMPLEMENTED, "this version of weft has no user events"),
+    (
+        "/v1/query",
+        StatusCode::NOT_IMPLEMENTED,
+        "this version of weft has no prepared queries; GET /v1/health/service/:name?passing&near=_agent answers most of them",
+    ),
+    (
+        "/v1/discovery-chain/",
+        StatusCode::NOT_IMPLEMENTED,
+        "this version of weft shows no discovery chains; GET /v1/mesh/why explains a call",
+    ),
+    (
+        "/v1/catalog/register",
+        StatusCode::NOT_IMPLEMENTED,
+        "this version of weft has no external nodes: register at an agent, PUT /v1/agent/service/register",
+    ),
+    (
+        "/v1/catalog/deregister",
+        StatusCode::NOT_IMPLEMENTED,
+        "this version of weft has no external nodes: PUT /v1/agent/service/deregister/:id, or /v1/agent/force-leave/:node",
+    ),
     (
         "/v1/session/",
         StatusCode::NOT_IMPLEMENTED,
@@ -158,22 +199,22 @@ async fn dispatch(shared: Arc<Shared>, path: &'static str, request: Request) -> 
 /// Guards, picks the method, reads the body and calls the handler.
 async fn answer(shared: Arc<Shared>, path: &'static str, request: Request) -> Result<Response, Refusal> {
     let (mut parts, body) = request.into_parts();
-    let query = admit(&shared, &parts)?;
     let method = if parts.method == Method::HEAD { Method::GET } else { parts.method.clone() };
-    let Some(route) = ROUTES.iter().find(|route| route.path == path && route.method == method) else {
-        return Ok(other_method(path, &parts.method));
-    };
+    let route = ROUTES.iter().find(|route| route.path == path && route.method == method);
+    let query = admit(&shared, &parts, route.map_or(Right::Read, |route| route.right))?;
+    let Some(route) = route else { return Ok(other_method(path, &parts.method)) };
     let argument = argument(&mut parts).await?;
     let body = read_body(&parts, body).await?;
+    let coding = Coding::of(&parts.headers);
     let call = Call { shared, query, headers: parts.headers, argument, body };
-    Ok((route.handler)(call).await?.into_response())
+    Ok((route.handler)(call).await?.into_response(coding))
 }
 
 /// Checks token, Host and Origin; returns the query.
-fn admit(shared: &Shared, parts: &Parts) -> Result<Query, Refusal> {
+fn admit(shared: &Shared, parts: &Parts, needed: Right) -> Result<Query, Refusal> {
     let query = Query::parse(&parts.uri)?;
     let from = parts.extensions.get::<Arrival>().copied().unwrap_or(Arrival::Loopback);
-    shared.guard.admit(&parts.headers, &parts.uri, &query, from)?;
+    shared.guard.admit(&parts.headers, &parts.uri, &query, from, needed)?;
     Ok(query)
 }
 
@@ -222,7 +263,7 @@ async fn read_body(parts: &Parts, body: Body) -> Result<Bytes, Refusal> {
 /// Answers every path that is no endpoint.
 fn unknown(shared: &Shared, request: Request) -> Response {
     let (parts, _body) = request.into_parts();
-    let refusal = admit(shared, &parts).map_or_else(|refusal| refusal, |_| not_found(parts.uri.path()));
+    let refusal = admit(shared, &parts, Right::Read).map_or_else(|refusal| refusal, |_| not_found(parts.uri.path()));
     shared.meter.count("other", refusal.status, None);
     refusal.into_response()
 }

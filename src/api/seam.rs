@@ -1,6 +1,8 @@
 //! The two narrow views of registry and gossip that handlers use: tests put fakes in their place.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use tokio::sync::watch;
@@ -81,6 +83,8 @@ pub(super) trait Membership: Send + Sync {
     fn offer(&self, document: Vec<u8>) -> BoxFuture<'_, Result<Spread, OfferError>>;
     /// The signed documents.
     fn documents(&self) -> Arc<DocumentsView>;
+    /// Measured round trips to the nodes that connections lead to.
+    fn round_trips(&self) -> BoxFuture<'_, Result<BTreeMap<NodeName, Duration>, GossipError>>;
     /// The certificates under which nodes publish.
     fn certificates(&self) -> BoxFuture<'_, Result<Vec<NodeCertificates>, GossipError>>;
 }
@@ -105,6 +109,10 @@ impl Membership for GossipHandle {
 
     fn documents(&self) -> Arc<DocumentsView> {
         GossipHandle::documents(self).view()
+    }
+
+    fn round_trips(&self) -> BoxFuture<'_, Result<BTreeMap<NodeName, Duration>, GossipError>> {
+        Box::pin(GossipHandle::round_trips(self))
     }
 
     fn certificates(&self) -> BoxFuture<'_, Result<Vec<NodeCertificates>, GossipError>> {

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::definition::of as definition_of;
 use crate::catalogue::{Instance, NodeEntry};
 use crate::model::{CheckRecord, HealthStatus, MemberStatus, ServiceRecord, Weights};
 use crate::registry::{LocalCheck, LocalState, Probe, ServiceDefinition};
@@ -31,13 +32,27 @@ fn tagged_addresses(record: &ServiceRecord) -> Value {
     pairs.map(|(tag, (address, port))| (tag.to_owned(), json!({"Address": address, "Port": port}))).collect()
 }
 
-/// The `Proxy` part of `record`: filled for a synthetic proxy of this agent, whose registrations are `local`.
+/// The `Proxy` part of `record`: whole for a synthetic proxy of this agent, whose registrations are `local`; of another
+/// node's it is known what it stands before.
 fn proxy(record: &ServiceRecord, local: Option<&LocalState>) -> Value {
-    let services =
-        local.filter(|_| *record.kind == *CONNECT_PROXY).into_iter().flat_map(|local| local.services.values());
-    let mut owner = services.filter(|service| sidecar_id(service.definition.record.id.as_str()) == record.id.as_str());
-    let plain = || json!({"Mode": "", "MeshGateway": {}, "Expose": {}});
-    owner.next().map_or_else(plain, |service| proxy_of(&service.definition))
+    if *record.kind != *CONNECT_PROXY {
+        return json!({"Mode": "", "MeshGateway": {}, "Expose": {}});
+    }
+    let mut services = local.into_iter().flat_map(|local| local.services.values());
+    let owner = services.find(|service| sidecar_id(service.definition.record.id.as_str()) == record.id.as_str());
+    let before = |text: &str| text.strip_suffix(SIDECAR_SUFFIX).unwrap_or(text).to_owned();
+    owner.map_or_else(
+        || {
+            json!({
+                "DestinationServiceName": before(record.name.as_str()),
+                "DestinationServiceID": before(record.id.as_str()),
+                "Mode": "",
+                "MeshGateway": {},
+                "Expose": {},
+            })
+        },
+        |service| proxy_of(&service.definition),
+    )
 }
 
 /// A node, as health endpoints nest it and `catalog/nodes` lists it.
@@ -104,6 +119,14 @@ pub(super) fn catalog_service(instance: &Instance, local: Option<&LocalState>) -
         "CreateIndex": instance.create_index,
         "ModifyIndex": instance.modify_index,
     })
+}
+
+/// An instance among its node's services, as `catalog/node` lists it.
+pub(super) fn node_service(instance: &Instance, local: Option<&LocalState>) -> Value {
+    let mut shape = health_service(instance, local);
+    put_if(&mut shape, "Kind", true, || json!(instance.record.kind));
+    put_if(&mut shape, "TaggedAddresses", true, || tagged_addresses(&instance.record));
+    shape
 }
 
 /// A service of this agent, as `agent/services` lists it: empty parts are left out.
@@ -175,18 +198,18 @@ fn proxy_of(definition: &ServiceDefinition) -> Value {
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "PascalCase")]
 pub(super) struct Check<'a> {
-    node: &'a str,
+    pub(super) node: &'a str,
     #[serde(rename = "CheckID")]
-    id: &'a str,
-    name: &'a str,
+    pub(super) id: &'a str,
+    pub(super) name: &'a str,
     pub(super) status: &'static str,
-    notes: &'a str,
-    output: &'a str,
+    pub(super) notes: &'a str,
+    pub(super) output: &'a str,
     #[serde(rename = "ServiceID")]
-    service_id: &'a str,
-    service_name: &'a str,
-    service_tags: &'a [Box<str>],
-    r#type: &'a str,
+    pub(super) service_id: &'a str,
+    pub(super) service_name: &'a str,
+    pub(super) service_tags: &'a [Box<str>],
+    pub(super) r#type: &'a str,
     exposed_port: u16,
     definition: BTreeMap<String, Value>,
     create_index: u64,
@@ -262,7 +285,7 @@ impl<'a> Check<'a> {
             service_tags: &check.service_tags,
             r#type: kind,
             exposed_port: 0,
-            definition: BTreeMap::new(),
+            definition: definition_of(definition),
             create_index: 0,
             modify_index: 0,
         }

@@ -11,6 +11,7 @@ use futures_util::future::BoxFuture;
 use serde_json::{Value, json};
 
 use super::call::{Call, Refusal, Reply};
+use super::entry;
 use super::intention::{Asked, ends, service};
 use super::mesh::rfc3339;
 use super::query::refuse_tenancy;
@@ -119,6 +120,7 @@ pub(super) async fn why(call: Call) -> Result<Reply, Refusal> {
         "Allowed": decision.is_allowed(),
         "Verdict": verdict,
         "Policy": policy(&snapshot.policy, source, &destination, decision.rule()),
+        "Chain": entry::chain(&snapshot, &destination).ok().filter(|_| snapshot.traffic.chain(&destination).is_some()),
         "Protocol": entry.map(|entry| entry.protocol.as_str()),
         "Instances": instances.iter().map(|one| instance(&call, one, &workers, &certificates)).collect::<Vec<Value>>(),
         "Workers": workers.iter().map(worker).collect::<Vec<Value>>(),

@@ -58,10 +58,15 @@ pub(super) async fn write(shared: &Shared, draft: Draft, expect: Expect) -> Resu
         return Ok(false);
     }
     let document = draft.sign(version + 1, held.map(|(_, ends, _)| ends), key, clock::wall())?;
-    let before = shared.snapshot.load().policy_index;
+    let (before, traffic_before) = {
+        let snapshot = shared.snapshot.load();
+        (snapshot.policy_index, snapshot.traffic_index)
+    };
     shared.membership.offer(document.to_bytes()).await?;
-    if id.kind == DocumentKind::Intention {
-        in_effect(shared, id.name.as_str(), version + 1, before).await;
+    match id.kind {
+        DocumentKind::Intention => in_effect(shared, id.name.as_str(), version + 1, before).await,
+        DocumentKind::Config => entries_in_effect(shared, traffic_before).await,
+        DocumentKind::Bundle | DocumentKind::Revocation => {}
     }
     Ok(true)
 }
@@ -85,6 +90,13 @@ pub(super) async fn in_effect(shared: &Shared, name: &str, version: u64, before:
         }
     };
     let _late = tokio::time::timeout(EFFECT_TIME_MAX, waiting).await;
+}
+
+/// Waits until the chains of this node's data plane are newer than `before`.
+pub(super) async fn entries_in_effect(shared: &Shared, before: u64) {
+    let mut updates = shared.snapshot.subscribe();
+    let is_newer = updates.wait_for(|snapshot| snapshot.traffic_index > before);
+    let _late = tokio::time::timeout(EFFECT_TIME_MAX, is_newer).await;
 }
 
 impl From<DraftError> for Refusal {

@@ -15,7 +15,7 @@ use super::table::Request;
 const REGEX_BYTES_MAX: usize = 64 * 1024;
 /// Longest path or header value that an expression is tried on, in bytes; a request with a longer one is denied. Matching is
 /// linear in it, at worst with the expression's size as the factor.
-const REGEX_INPUT_BYTES_MAX: usize = 4096;
+pub const REGEX_INPUT_BYTES_MAX: usize = 4096;
 
 /// Why an intention cannot be made ready.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -219,15 +219,22 @@ fn header(rule: &HeaderRule) -> Result<Header, CompileError> {
     Ok(Header { name, test, is_inverted: rule.is_inverted })
 }
 
-/// Compiles an expression that must match the whole text, in linear time (no look-around, no back-references).
 fn regex(text: &str) -> Result<Text, CompileError> {
+    whole(text).map(Text::Regex)
+}
+
+/// Compiles an expression that must match the whole text, in linear time (no look-around, no back-references).
+///
+/// # Errors
+/// [`CompileError::Regex`]: malformed, or larger than its bound once compiled.
+pub fn whole(text: &str) -> Result<Regex, CompileError> {
     let whole = format!("^(?:{text})$");
     let build = |text: &str| {
         RegexBuilder::new(text).unicode(false).size_limit(REGEX_BYTES_MAX).dfa_size_limit(REGEX_BYTES_MAX).build()
     };
     match build(&whole) {
         // `a)|(?:b` is whole between our brackets and not by itself.
-        Ok(regex) if build(text).is_ok() => Ok(Text::Regex(regex)),
+        Ok(regex) if build(text).is_ok() => Ok(regex),
         Ok(_) => Err(CompileError::Regex { text: text.to_owned(), reason: "its brackets do not match".to_owned() }),
         // The library draws the expression over several lines; the last one says what is wrong.
         Err(error) => {

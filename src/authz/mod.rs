@@ -24,7 +24,7 @@ mod table;
 #[cfg(test)]
 mod tests;
 
-pub use compile::{CompileError, Guard, Origin};
+pub use compile::{CompileError, Guard, Origin, REGEX_INPUT_BYTES_MAX, whole};
 pub use intention::{
     Action, HeaderRule, HeaderTest, INTENTION_BYTES_MAX, Intention, IntentionError, Mode, Party, PathRule, Permission,
     Rule,

@@ -17,6 +17,7 @@ use super::{Instance, LocalView, NodeEntry, Reports, ServiceEntry, Snapshot};
 use crate::authz::{Action, Table};
 use crate::model::{CheckRecord, HealthStatus, InstanceId, MemberStatus, NodeName, ServiceName};
 use crate::replica::NodeState;
+use crate::traffic::Traffic;
 use crate::upstream;
 
 /// Most services remembered after their last instance went. Enough for a day of one new name every 20 s; beyond it the
@@ -41,6 +42,8 @@ pub struct Builder {
     policy_index: u64,
     upstreams: Arc<upstream::Table>,
     reports: Arc<Reports>,
+    traffic: Arc<Traffic>,
+    traffic_index: u64,
     /// What became of a service's instances since the last snapshot; none: gone.
     touched: BTreeMap<ServiceName, Edits>,
     is_changed: bool,
@@ -61,6 +64,8 @@ impl Builder {
             policy_index: first_index.max(1),
             upstreams: Arc::default(),
             reports: Arc::default(),
+            traffic: Arc::default(),
+            traffic_index: first_index.max(1),
             touched: BTreeMap::new(),
             is_changed: false,
         }
@@ -109,6 +114,13 @@ impl Builder {
         self.is_changed = true;
     }
 
+    /// Takes over what operators say about requests.
+    pub fn set_traffic(&mut self, traffic: Arc<Traffic>) {
+        self.traffic = traffic;
+        self.traffic_index = self.index;
+        self.is_changed = true;
+    }
+
     /// Returns the next snapshot; none if nothing changed since the last one.
     pub fn build(&mut self) -> Option<Arc<Snapshot>> {
         if !std::mem::take(&mut self.is_changed) {
@@ -130,6 +142,8 @@ impl Builder {
             policy_index: self.policy_index,
             upstreams: Arc::clone(&self.upstreams),
             reports: Arc::clone(&self.reports),
+            traffic: Arc::clone(&self.traffic),
+            traffic_index: self.traffic_index,
         }))
     }
 

@@ -28,6 +28,7 @@ use crate::model::{
     CheckRecord, Generation, HealthStatus, InstanceId, MemberStatus, NodeInfo, NodeName, Protocol, ServiceName,
     ServiceRecord,
 };
+use crate::traffic::Traffic;
 use crate::upstream;
 
 /// Everything that a node knows of the mesh at one moment.
@@ -53,6 +54,10 @@ pub struct Snapshot {
     pub upstreams: Arc<upstream::Table>,
     /// Which instances the nodes have ejected.
     pub reports: Arc<Reports>,
+    /// What operators say about requests.
+    pub traffic: Arc<Traffic>,
+    /// Index of the last change to `traffic`.
+    pub traffic_index: u64,
 }
 
 impl Snapshot {
@@ -69,6 +74,8 @@ impl Snapshot {
             policy_index: 1,
             upstreams: Arc::default(),
             reports: Arc::default(),
+            traffic: Arc::default(),
+            traffic_index: 1,
         }
     }
 }

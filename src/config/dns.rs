@@ -94,6 +94,7 @@ impl Raw {
             let key = format!("addresses.{name}");
             match name.as_str() {
                 "dns" => self.text(source, &key, value, |raw| &mut raw.dns.addresses),
+                "http" => self.text(source, &key, value, |raw| &mut raw.http_api.address),
                 _ => self.unknown(source, &key),
             }
         }

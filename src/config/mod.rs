@@ -15,6 +15,7 @@ mod dns;
 mod duration;
 mod file;
 mod host;
+mod http_api;
 mod locate;
 mod problem;
 mod raw;
@@ -33,11 +34,13 @@ pub use host::Host;
 pub use problem::{ConfigError, Problem, Source, Warning};
 pub use raw::Setting;
 
+use crate::api::{ApiToken, HttpsConfig};
 use crate::authz::Action;
 use crate::dns::DnsConfig;
 use crate::model::{NodeName, ServeScope, TrustDomain};
 use crate::registry::{CheckDefinition, CheckSettings, ScriptPolicy, ServiceDefinition};
 use crate::telemetry::{Filter, LogFormat};
+use crate::unix_socket::SocketConfig;
 use crate::workload::WorkloadConfig;
 
 /// The mesh port: Consul's port between agents, so that firewalls of its users know it.
@@ -110,6 +113,12 @@ pub struct Config {
     pub workers: NonZeroUsize,
     /// The API's token; none: loopback clients need none.
     pub admin_token: Option<Secret>,
+    /// Further tokens of the API, each with its right.
+    pub api_tokens: Vec<ApiToken>,
+    /// Where the API is served over TLS; none: it is not.
+    pub https: Option<HttpsConfig>,
+    /// The unix socket of the API; none: there is none.
+    pub api_socket: Option<SocketConfig>,
     /// What is decided of calls that no intention is about: deny, and allow with `-dev`.
     pub default_policy: Action,
     /// Where this agent has the right to sign policy for clients of its API from.
@@ -240,6 +249,27 @@ pub struct Inputs {
 /// # Errors
 /// Every problem that was found.
 pub fn load(inputs: &Inputs, host: &Host) -> Result<Config, ConfigError> {
+    resolve::resolve(read(inputs), inputs.mode, host).map_err(located)
+}
+
+/// What [`validate`] found in files without a fault.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Validated {
+    /// Settings without effect.
+    pub warnings: Vec<Warning>,
+    /// What an agent still needs, from flags or other files: empty if the inputs are a whole configuration.
+    pub missing: Vec<Problem>,
+}
+
+/// Checks `inputs` as [`load`] does; what they leave out is no fault, so that parts (a file of services) can be checked.
+///
+/// # Errors
+/// Every problem of what the inputs do say.
+pub fn validate(inputs: &Inputs, host: &Host) -> Result<Validated, ConfigError> {
+    resolve::validate(read(inputs), inputs.mode, host).map_err(located)
+}
+
+fn read(inputs: &Inputs) -> raw::Raw {
     let mut raw = raw::Raw::default();
     for path in &inputs.paths {
         let files = if path.is_dir() { list_directory(path) } else { Ok(vec![path.clone()]) };
@@ -254,10 +284,13 @@ pub fn load(inputs: &Inputs, host: &Host) -> Result<Config, ConfigError> {
     for setting in &inputs.settings {
         raw.add_setting(setting);
     }
-    resolve::resolve(raw, inputs.mode, host).map_err(|mut error| {
-        file::locate(&mut error.problems);
-        error
-    })
+    raw
+}
+
+/// Adds the lines of the files to the problems.
+fn located(mut error: ConfigError) -> ConfigError {
+    file::locate(&mut error.problems);
+    error
 }
 
 impl Config {

@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 
 use super::dns::RawDns;
 use super::duration::parse_duration;
+use super::http_api::RawHttpApi;
 use super::problem::{Problem, Source, Warning};
 
 /// Keys that configure servers or features which weft does not need: accepted, so that Consul's files load.
@@ -25,7 +26,7 @@ const CONSUL_ONLY: [&str; 10] = [
     "connect",
 ];
 /// Ports of Consul's that weft has not.
-const CONSUL_ONLY_PORTS: [&str; 6] = ["https", "grpc", "grpc_tls", "serf_lan", "serf_wan", "server"];
+const CONSUL_ONLY_PORTS: [&str; 5] = ["grpc", "grpc_tls", "serf_lan", "serf_wan", "server"];
 /// Keys whose values are never shown.
 const SECRET: [&str; 2] = ["token", "admin_token"];
 
@@ -93,6 +94,7 @@ pub(crate) struct Raw {
     pub(crate) docker_socket: Option<Given<String>>,
     pub(crate) dbus_socket: Option<Given<String>>,
     pub(crate) dns: RawDns,
+    pub(crate) http_api: RawHttpApi,
     pub(crate) services: Vec<Given<Value>>,
     pub(crate) checks: Vec<Given<Value>>,
     pub(crate) warnings: Vec<Warning>,
@@ -152,6 +154,8 @@ impl Raw {
             "ports" => self.ports(source, value),
             "workload_api" => self.workload(source, value),
             "domain" | "alt_domain" | "recursors" | "addresses" | "dns_config" => self.add_dns(source, key, value),
+            "unix_sockets" => self.add_unix_sockets(source, value),
+            "api_token" | "api_tokens" => self.definitions(source, key, value, |raw| &mut raw.http_api.tokens),
             "service" | "services" => self.definitions(source, key, value, |raw| &mut raw.services),
             "check" | "checks" => self.definitions(source, key, value, |raw| &mut raw.checks),
             _ if CONSUL_ONLY.contains(&key) || key.starts_with("raft_") || key.starts_with("encrypt_") => {
@@ -283,18 +287,19 @@ impl Raw {
             "http" => self.count(source, &key, value, |raw| &mut raw.http_port),
             "shared_http" => self.count(source, &key, value, |raw| &mut raw.shared_http_port),
             "dns" => self.add_dns_port(source, &key, value),
+            "https" => self.add_https_port(source, &key, value),
             _ if CONSUL_ONLY_PORTS.contains(&name) => {
                 self.warn(
                     source,
                     &key,
-                    "has no effect: weft listens on ports.mesh, ports.http, ports.shared_http and ports.dns",
+                    "has no effect: weft listens on ports.mesh, ports.http, ports.https, ports.shared_http and ports.dns",
                 );
             }
             _ => self.unknown(source, &key),
         }
     }
 
-    /// Consul's `tls` block: of it, `defaults.ca_file` says whom checks believe.
+    /// Consul's `tls` block: of it, `defaults.ca_file` says whom checks believe, `https` as whom the HTTP API is served.
     fn tls(&mut self, source: &Source, value: Value) {
         let Value::Object(map) = value else {
             return self.mistyped(source, "tls", &value, "must be a block");
@@ -309,6 +314,9 @@ impl Raw {
                 && let Some(value) = inner.remove("ca_file")
             {
                 self.text(source, "tls.defaults.ca_file", value, |raw| &mut raw.ca_file);
+            }
+            if name == "https" {
+                self.add_https_files(source, &mut inner);
             }
             for key in inner.keys().map(|inner| format!("{key}.{inner}")) {
                 self.warn(source, &key, "has no effect: the mesh has certificates of its own (weft ca init)");

@@ -11,13 +11,14 @@ use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
 
 use super::dns;
+use super::http_api;
 use super::raw::{Given, Raw};
 use super::{
     ADMIN_TOKEN_BYTES_MIN, Config, ConfigError, DATACENTER_DEFAULT, DNS_PORT_DEFAULT, DRAIN_TIMEOUT_DEFAULT,
     DRAIN_TIMEOUT_MAX, HTTP_PORT_DEFAULT, Host, IdentitySource, JOIN_MAX, MESH_PORT_DEFAULT, Mode,
     NODE_META_KEY_BYTES_MAX, NODE_META_MAX, NODE_META_VALUE_BYTES_MAX, OnTerminate, PolicyAuthority, Problem,
-    RECONNECT_TIMEOUT_DEFAULT, RECONNECT_TIMEOUT_MAX, RECONNECT_TIMEOUT_MIN, SHARED_HTTP_PORT_DEFAULT, Secret, Storage,
-    TRUST_DOMAIN_DEV, WORKERS_MAX,
+    RECONNECT_TIMEOUT_DEFAULT, RECONNECT_TIMEOUT_MAX, RECONNECT_TIMEOUT_MIN, SHARED_HTTP_PORT_DEFAULT, Secret, Source,
+    Storage, TRUST_DOMAIN_DEV, Validated, WORKERS_MAX,
 };
 use crate::authz::Action;
 use crate::dns::DnsConfig;
@@ -25,7 +26,8 @@ use crate::model::{NodeName, ServeScope, TrustDomain};
 use crate::registry::definition::{DefinitionDefaults, DefinitionError, check_from_json, service_from_json};
 use crate::registry::{CheckDefinition, CheckSettings, ScriptPolicy, ServiceDefinition};
 use crate::telemetry::{Chain, Filter, LogFormat};
-use crate::workload::{SOCKET_PATH_BYTES_MAX, WorkloadConfig};
+use crate::unix_socket::SOCKET_PATH_BYTES_MAX;
+use crate::workload::WorkloadConfig;
 
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 /// Stands in for an address that could not be found; the problem noted with it keeps it out of any `Config`.
@@ -43,6 +45,20 @@ pub(super) fn resolve(mut raw: Raw, mode: Mode, host: &Host) -> Result<Config, C
     match config {
         Some(config) if resolver.problems.is_empty() => Ok(config),
         _ => Err(ConfigError { problems: resolver.problems }),
+    }
+}
+
+/// Checks `raw` as [`resolve`] does, apart from what is missing in it.
+pub(super) fn validate(mut raw: Raw, mode: Mode, host: &Host) -> Result<Validated, ConfigError> {
+    let problems = std::mem::take(&mut raw.problems);
+    let mut resolver = Resolver { raw, mode, host, problems };
+    let config = resolver.config();
+    let (missing, problems): (Vec<Problem>, Vec<Problem>) =
+        resolver.problems.into_iter().partition(|problem| problem.source == Source::Unset);
+    if problems.is_empty() {
+        Ok(Validated { warnings: config.map_or(resolver.raw.warnings, |config| config.warnings), missing })
+    } else {
+        Err(ConfigError { problems })
     }
 }
 
@@ -64,6 +80,9 @@ pub(super) fn dev(node: NodeName, ip: IpAddr) -> Config {
         node_meta: BTreeMap::new(),
         workers: default_workers(std::thread::available_parallelism().map_or(1, NonZeroUsize::get)),
         admin_token: None,
+        api_tokens: Vec::new(),
+        https: None,
+        api_socket: None,
         default_policy: Action::Allow,
         policy_authority: PolicyAuthority::Dev,
         on_terminate: OnTerminate::Leave,
@@ -118,9 +137,13 @@ impl Resolver<'_> {
         let join = self.join();
         let trust_domain = self.trust_domain();
         let identity = self.identity(&join, trust_domain.as_ref());
-        let admin_token = self.admin_token(addresses.http);
+        let raw = std::mem::take(&mut self.raw.http_api);
+        let https = http_api::https(&raw, addresses.http.ip(), &mut self.problems);
+        let api_socket = http_api::socket(&raw, &mut self.problems);
+        let api_tokens = http_api::tokens(raw.tokens, &mut self.problems);
+        let admin_token = self.admin_token(addresses.http, !api_tokens.is_empty());
         let default_policy = self.default_policy();
-        let policy_authority = self.policy_authority(admin_token.is_some());
+        let policy_authority = self.policy_authority(admin_token.is_some() || !api_tokens.is_empty());
         let node_meta = self.node_meta();
         let workers = self.workers();
         let drain_timeout = self.drain_timeout();
@@ -150,6 +173,9 @@ impl Resolver<'_> {
             node_meta,
             workers,
             admin_token,
+            api_tokens,
+            https,
+            api_socket,
             default_policy,
             policy_authority,
             on_terminate: if leaves { OnTerminate::Leave } else { OnTerminate::Stay },
@@ -400,7 +426,7 @@ impl Resolver<'_> {
         Some(Secret::new(text.trim()))
     }
 
-    fn admin_token(&mut self, http: SocketAddr) -> Option<Secret> {
+    fn admin_token(&mut self, http: SocketAddr, has_others: bool) -> Option<Secret> {
         let given = self.raw.admin_token.clone().or_else(|| self.raw.admin_token_file.clone());
         let token = self.secret(self.raw.admin_token.clone(), self.raw.admin_token_file.clone());
         if let (Some(given), Some(token)) = (&given, &token) {
@@ -413,6 +439,7 @@ impl Resolver<'_> {
         }
         if !http.ip().is_loopback()
             && given.is_none()
+            && !has_others
             && let Some(client) = self.raw.client_addr.clone()
             && client.value.parse::<IpAddr>().is_ok()
         {

@@ -24,10 +24,10 @@ use super::engine::{
 use super::exchange::{self, ExchangeError};
 use super::links::{Links, Sent};
 use super::metrics::GossipMetrics;
+use super::policy::Compiled;
 use super::targets::{self, DialError, Outcome, Thorough};
 use super::trust::{Signer, Verifier};
 use super::{Command, GossipError, GossipParams, Members, PeerStore, Prune};
-use crate::authz::Table;
 use crate::catalogue::builder::Builder;
 use crate::catalogue::{Publisher, Snapshot, SnapshotReader};
 use crate::clock;
@@ -106,7 +106,7 @@ enum Event {
 
 /// What the documents make of themselves, for the data plane.
 pub(super) struct Rules {
-    pub(super) policy: watch::Receiver<Arc<Table>>,
+    pub(super) policy: watch::Receiver<Compiled>,
     pub(super) upstreams: watch::Receiver<Arc<upstream::Table>>,
 }
 
@@ -320,10 +320,11 @@ impl Actor {
         }
     }
 
-    /// Publishes the newest table of intentions with the next snapshot.
+    /// Publishes the newest table of intentions, and the newest chains, with the next snapshot.
     fn take_policy(&mut self) {
-        let table = Arc::clone(&self.rules.policy.borrow_and_update());
+        let Compiled { table, traffic } = self.rules.policy.borrow_and_update().clone();
         self.builder.set_policy(table);
+        self.builder.set_traffic(traffic);
     }
 
     /// Publishes the newest settings of how instances are called with the next snapshot.
@@ -373,6 +374,7 @@ impl Actor {
             }
             Command::Trust => self.turn(now, Engine::handle_trust),
             Command::Link(peer, reply) => answer(reply, self.links.open(&peer).cloned()),
+            Command::RoundTrips(reply) => answer(reply, self.links.round_trips()),
             Command::Certificates(reply) => answer(reply, self.certificates()),
             Command::Adopt { peer, addr, connection } => {
                 self.metrics.dials.with_label_values(&["ok"]).inc();

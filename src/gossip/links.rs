@@ -72,6 +72,12 @@ impl Links {
         self.peers.get(peer)?.open.iter().rev().find(|connection| connection.close_reason().is_none())
     }
 
+    /// Returns QUIC's smoothed round trip to each peer with an open connection.
+    pub(super) fn round_trips(&self) -> BTreeMap<NodeName, Duration> {
+        let open = self.peers.keys().filter_map(|peer| Some((peer.clone(), self.open(peer)?.rtt())));
+        open.collect()
+    }
+
     /// Returns how many peers have an open connection.
     pub(super) fn count(&self) -> usize {
         self.peers.values().filter(|link| !link.open.is_empty()).count()

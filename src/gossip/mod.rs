@@ -29,9 +29,10 @@ mod pulse;
 mod targets;
 #[cfg(test)]
 mod tests;
+mod traffic;
 mod trust;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -214,8 +215,8 @@ impl Gossip {
         let stop = params.stop.clone();
         let mut compiler = policy::Compiler::new(documents.default_policy, metrics).map_err(StartError::Metrics)?;
         // The data plane begins with what is on disk: nothing passes that was denied before the restart.
-        let first = compiler.table(&documents::views(&documents.set));
-        let (tables, table) = watch::channel(Arc::new(first));
+        let first = compiler.compile(&documents::views(&documents.set));
+        let (tables, table) = watch::channel(first);
         let (settings, upstreams) = watch::channel(Arc::new(policy::upstreams(&documents::views(&documents.set))));
         let rules = actor::Rules { policy: table, upstreams };
         let (actor, members, reader) = actor::Actor::new(params, received, orders.0.clone(), rules, gossip_metrics);
@@ -238,6 +239,8 @@ enum Command {
     Trust,
     /// Asks for the open connection to a peer.
     Link(NodeName, oneshot::Sender<Option<quinn::Connection>>),
+    /// Asks for the round trips of the open connections.
+    RoundTrips(oneshot::Sender<BTreeMap<NodeName, Duration>>),
     /// Asks for the certificates under which nodes publish.
     Certificates(oneshot::Sender<Vec<NodeCertificates>>),
     /// Takes over a connection that was dialled elsewhere.
@@ -298,6 +301,16 @@ impl GossipHandle {
     pub async fn force_leave(&self, name: NodeName, prune: bool) -> Result<(), GossipError> {
         let prune = if prune { Prune::Forget } else { Prune::Keep };
         self.order(|reply| Command::ForceLeave(name, prune, reply)).await?
+    }
+
+    /// The smoothed round trips of the connections that are open, by node: everybody's in a mesh of at most [`LINKS_MAX`] others.
+    ///
+    /// # Errors
+    /// [`GossipError::Closed`].
+    /// # Cancel safety
+    /// Cancelling forgets the answer.
+    pub async fn round_trips(&self) -> Result<BTreeMap<NodeName, Duration>, GossipError> {
+        self.order(Command::RoundTrips).await
     }
 
     /// The certificates under which nodes publish, in order of node.

@@ -1,4 +1,4 @@
-//! Makes the table of intentions out of the documents, away from everything that must not wait.
+//! Makes the table of intentions, and the chains of requests (`traffic`), out of the documents, away from everything that must not wait.
 //!
 //! ```text
 //!   documents --watch--> Compiler --one intention--> thread "weft-policy": Guard | refused | panic | too slow
@@ -21,10 +21,12 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 
 use super::documents::{DocumentBody, DocumentView, DocumentsView};
+use super::traffic::Chains;
 use crate::authz::{Action, CompileError, Guard, Intention, Origin, Quarantined, Table};
 use crate::clock;
 use crate::metrics::Metrics;
 use crate::policy::{DocumentKind, entry_ends};
+use crate::traffic::Traffic;
 use crate::upstream;
 
 /// Most time of the processor for one intention: a hundred times what a large one takes.
@@ -74,8 +76,16 @@ impl Bench {
     }
 }
 
+/// What documents say, ready for the data plane.
+#[derive(Debug, Clone)]
+pub(super) struct Compiled {
+    pub(super) table: Arc<Table>,
+    pub(super) traffic: Arc<Traffic>,
+}
+
 /// Keeps what was made ready.
 pub(super) struct Compiler {
+    chains: Chains,
     default: Action,
     make: Make,
     bench: Option<Bench>,
@@ -91,6 +101,7 @@ struct PolicyMetrics {
 impl Compiler {
     pub(super) fn new(default: Action, metrics: &Metrics) -> Result<Self, prometheus::Error> {
         use prometheus::IntGauge;
+        let chains = Chains::new(metrics)?;
         let metrics = PolicyMetrics {
             intentions: metrics.add(IntGauge::new("weft_policy_intentions", "Intentions that are known.")?)?,
             quarantined: metrics.add(IntGauge::new(
@@ -98,11 +109,16 @@ impl Compiler {
                 "Intentions that cannot be made ready: an older version, or a denial, is in force.",
             )?)?,
         };
-        Ok(Self { default, make: Guard::compile, bench: None, made: BTreeMap::new(), metrics })
+        Ok(Self { chains, default, make: Guard::compile, bench: None, made: BTreeMap::new(), metrics })
+    }
+
+    /// Makes both. Blocks as [`Compiler::table`].
+    pub(super) fn compile(&mut self, documents: &[Arc<DocumentView>]) -> Compiled {
+        Compiled { table: Arc::new(self.table(documents)), traffic: self.chains.traffic(documents) }
     }
 
     /// Makes the table. Blocks while intentions are made ready, [`WAIT_MAX`] for each at most.
-    pub(super) fn table(&mut self, documents: &[Arc<DocumentView>]) -> Table {
+    fn table(&mut self, documents: &[Arc<DocumentView>]) -> Table {
         let mut before = std::mem::take(&mut self.made);
         for view in documents {
             let DocumentBody::Intention(Some(intention)) = &view.body else { continue };
@@ -174,7 +190,7 @@ pub(super) fn upstreams(documents: &[Arc<DocumentView>]) -> upstream::Table {
 pub(super) async fn run(
     mut compiler: Compiler,
     mut documents: watch::Receiver<Arc<DocumentsView>>,
-    (tables, settings): (watch::Sender<Arc<Table>>, watch::Sender<Arc<upstream::Table>>),
+    (tables, settings): (watch::Sender<Compiled>, watch::Sender<Arc<upstream::Table>>),
     stop: CancellationToken,
 ) {
     let (mut seen, mut seen_entries) = (Vec::new(), Vec::new());
@@ -186,20 +202,22 @@ pub(super) async fn run(
             settings.send_replace(Arc::new(upstreams(&view.documents)));
             seen_entries = digests;
         }
-        let intentions = view.documents.iter().filter(|view| view.digest.id.kind == DocumentKind::Intention);
-        let digests: Vec<(u64, u64)> = intentions.map(|view| (view.digest.version, view.digest.hash)).collect();
+        let said = view.documents.iter().filter(|view| view.digest.id.kind.is_policy());
+        let digests: Vec<(DocumentKind, u64, u64)> =
+            said.map(|view| (view.digest.id.kind, view.digest.version, view.digest.hash)).collect();
         if digests != seen {
             let begun = clock::now();
             let work = tokio::task::spawn_blocking(move || {
-                let table = compiler.table(&view.documents);
-                (compiler, table)
+                let compiled = compiler.compile(&view.documents);
+                (compiler, compiled)
             });
-            let Ok((back, table)) = work.await else {
+            let Ok((back, compiled)) = work.await else {
                 return error!("the intentions' compiler panicked; what is in force stays until the agent restarts");
             };
             compiler = back;
-            info!(intentions = table.guards().len(), took = ?clock::now() - begun, "intentions in force");
-            tables.send_replace(Arc::new(table));
+            let (intentions, chains) = (compiled.table.guards().len(), compiled.traffic.len());
+            info!(intentions, chains, took = ?clock::now() - begun, "policy in force");
+            tables.send_replace(compiled);
             seen = digests;
         }
         tokio::select! {

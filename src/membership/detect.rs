@@ -385,7 +385,7 @@ impl Core {
         let left = |name: &NodeName| self.roster.find(name).is_some_and(|member| member.status == MemberStatus::Left);
         let callable = self.gone.iter().filter(|(name, _)| !left(name)).map(|(_, id)| id);
         let mut called: Vec<MeshId> = callable.cloned().sample(&mut self.rng, 2);
-        if self.recalls_until().is_some_and(|end| last < end) {
+        if self.alive_count() > 0 && self.recalls_until().is_some_and(|end| last < end) {
             let period = self.profile.recall_period;
             let step =
                 |member: &Tracked, at: Instant| recall_step(at.saturating_duration_since(member.since()), period);

@@ -10,6 +10,7 @@
 //! frame that carries them (64 KiB a node, see `replica`).
 //! Not here: who may publish what (`pki`, `replica`), how records become a view (`catalogue`).
 
+pub mod duration;
 pub mod grant;
 pub mod name;
 pub mod record;

@@ -23,7 +23,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use crate::api::{AdminToken, Api, ApiConfig, ApiParams, ListenerState as ApiListener, NodeFacts};
+use crate::api::{Api, ApiConfig, ApiParams, ApiToken, ListenerState as ApiListener, NodeFacts, Right};
 use crate::catalogue::SnapshotReader;
 use crate::clock;
 use crate::config::{Config, OnTerminate, Secret, Storage};
@@ -315,7 +315,9 @@ impl Node {
         Api::start(ApiParams {
             config: ApiConfig {
                 listen: vec![config.http_addr],
-                token: config.admin_token.as_ref().map(|token: &Secret| AdminToken::new(token.reveal())),
+                https: config.https.clone(),
+                socket: config.api_socket.clone(),
+                tokens: api_tokens(config),
                 names: Vec::new(),
             },
             registry: self.registry.clone(),
@@ -524,6 +526,12 @@ fn claim_name(store: &Store, given: &NodeName) -> Result<(), NodeError> {
         Some(_) => Ok(()),
         None => Ok(store.put_node_name(given)?),
     }
+}
+
+/// The tokens of the API: the admin token, which may do everything, and those that the configuration has digests of.
+fn api_tokens(config: &Config) -> Vec<ApiToken> {
+    let admin = config.admin_token.as_ref().map(|token: &Secret| ApiToken::new(token.reveal(), Right::Operator));
+    admin.into_iter().chain(config.api_tokens.iter().cloned()).collect()
 }
 
 /// Raises the limit of open files as far as it goes and returns it.

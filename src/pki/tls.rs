@@ -400,6 +400,11 @@ impl Identity {
         self.server(&[ALPN_GOSSIP, ALPN_JOIN], Some(ClientAuth::Optional))
     }
 
+    /// rustls server side for clients that show no certificate: the node's SVID, always the current one.
+    pub fn server_config_public(self: &Arc<Self>, alpn: &[u8]) -> Result<Arc<ServerConfig>, PkiError> {
+        self.server(&[alpn], None)
+    }
+
     fn server(self: &Arc<Self>, alpns: &[&[u8]], auth: Option<ClientAuth>) -> Result<Arc<ServerConfig>, PkiError> {
         let builder = ServerConfig::builder_with_details(provider(), Arc::new(Clock))
             .with_protocol_versions(&[&rustls::version::TLS13])

@@ -260,7 +260,9 @@ fn admit(worker: &Worker, preamble: &Preamble, peer: &PeerIdentity) -> Result<Lo
         worker.metrics.refused.with_label_values(&["forbidden"]).inc();
         StreamStatus::Forbidden
     })?;
-    Ok(local.clone())
+    let mut local = local.clone();
+    local.protocol = snapshot.traffic.protocol(&preamble.service).unwrap_or(local.protocol);
+    Ok(local)
 }
 
 /// Answers with a status other than ok.

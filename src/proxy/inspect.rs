@@ -92,7 +92,7 @@ fn answer(worker: &Worker, question: &Question) -> WorkerView {
             let now = clock::now();
             let source = question.source.as_ref();
             let flow = if service.protocol.is_http() { Flow::Request } else { Flow::Connection };
-            let ask = Ask { snapshot: &snapshot, source, service, flow, now };
+            let ask = Ask { snapshot: &snapshot, source, destination: &service.name, service, flow, now };
             view.group = worker.group(&ask);
             match worker.next(&ask) {
                 Ok(instance) => view.next = Some((instance.node.info.name.clone(), instance.record.id.clone())),

@@ -232,7 +232,8 @@ fn route(worker: &Worker, addr: SocketAddr) -> Option<(Route, Parse)> {
     let snapshot = worker.snapshot().peek();
     let upstream = snapshot.local.upstreams.iter().find(|upstream| upstream.bind == addr)?;
     let declared = || snapshot.services.get(&upstream.destination).map(|service| service.protocol);
-    let protocol = upstream.protocol.or_else(declared).unwrap_or_default();
+    let written = || snapshot.traffic.protocol(&upstream.destination);
+    let protocol = upstream.protocol.or_else(written).or_else(declared).unwrap_or_default();
     let caller = Caller { source: Source::Service(upstream.source.clone()), destination: upstream.destination.clone() };
     Some((Route::Service(caller), if protocol.is_http() { Parse::Http } else { Parse::Bytes }))
 }

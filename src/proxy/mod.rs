@@ -32,6 +32,7 @@ mod runners;
 #[cfg(test)]
 mod tests;
 mod tunnel;
+mod views;
 mod worker;
 
 use std::collections::BTreeMap;

@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -15,7 +16,9 @@ use super::relay::{self, CODE_RESET, Sending, Tcp};
 use super::tunnel::Lease;
 use super::worker::{Caller, OpenError, Opened, Worker};
 use crate::clock;
+use crate::model::ServiceName;
 use crate::routing::{Outcome, Tried};
+use crate::traffic::Resolved;
 use crate::upstream::HashField;
 
 /// Attempts of one connection, over different instances.
@@ -27,9 +30,11 @@ const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
 pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream, caller: Caller) {
     let edge = worker.edges.edge(Reporter::Source, caller.source.service(), &caller.destination);
     let mut counted = edge.open();
+    let to = worker.snapshot().peek().traffic.chain(&caller.destination).map(|chain| Arc::clone(&chain.stream));
     let decided = {
         let (table, source) = (&worker.snapshot().peek().policy, caller.source.service());
-        worker.http.policy().stream(table, Reporter::Source, source, &caller.destination)
+        let destination = to.as_ref().map_or(&caller.destination, |to| &to.target.service);
+        worker.http.policy().stream(table, Reporter::Source, source, destination)
     };
     let from = stream.peer_addr().ok().map(|addr| addr.ip());
     let tcp = Tcp::new(stream);
@@ -40,7 +45,7 @@ pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream, caller: Caller)
         return counted.ends("RBAC");
     }
     // In a box: the connection lasts longer, and has no room for what led to it.
-    match Box::pin(connect(&worker, &caller, from)).await {
+    match Box::pin(connect(&worker, &caller, (to.as_deref(), from))).await {
         Ok((send, recv, _lease)) => {
             let ending = relay::relay(tcp, send, recv, &*edge, relay::IDLE_TIMEOUT).await;
             counted.ends(ending.flag());
@@ -53,12 +58,17 @@ pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream, caller: Caller)
 async fn connect(
     worker: &Rc<Worker>,
     caller: &Caller,
-    from: Option<IpAddr>,
+    (to, from): (Option<&Resolved>, Option<IpAddr>),
 ) -> Result<(Sending, quinn::RecvStream, Lease), &'static str> {
-    let mut tried = Tried::with_key(key_of_stream(worker, caller, from));
+    let destination = to.map_or(&caller.destination, |to| &to.target.service);
+    let mut tried = Tried::with_key(key_of_stream(worker, destination, from));
     let mut flag = None;
     for _ in 0..ATTEMPTS_MAX {
-        let opened = match worker.open(caller, StreamKind::Tcp, &mut tried).await {
+        let opened = match to {
+            None => worker.open(caller, StreamKind::Tcp, &mut tried).await,
+            Some(to) => worker.open_to(&caller.source, to, StreamKind::Tcp, &mut tried).await,
+        };
+        let opened = match opened {
             Ok(opened) => opened,
             Err(OpenError::Unreachable { node, reason }) => {
                 debug!(service = %caller.destination, %node, reason, "instance is unreachable");
@@ -97,9 +107,9 @@ async fn connect(
 }
 
 /// Returns the key of a connection, where its service is balanced by the caller's address: nothing else is known of it.
-fn key_of_stream(worker: &Worker, caller: &Caller, from: Option<IpAddr>) -> Option<u64> {
+fn key_of_stream(worker: &Worker, destination: &ServiceName, from: Option<IpAddr>) -> Option<u64> {
     let snapshot = worker.snapshot().peek();
-    let balance = snapshot.upstreams.balance(&caller.destination);
+    let balance = snapshot.upstreams.balance(destination);
     let by_address = balance.hash.iter().any(|policy| policy.field == HashField::SourceIp);
     by_address.then(|| from.map(http::key::key_of_ip)).flatten()
 }

@@ -30,6 +30,7 @@ use super::open::OpenTunnels;
 use super::preamble::{Preamble, StreamKind};
 use super::runners::Runners;
 use super::tunnel::{Lease, Tunnel, TunnelKey, Tunnels};
+use super::views::Views;
 use super::{Died, Listeners, ProxyError, authorize, dead, inbound, inspect, listener};
 use crate::catalogue::{Instance, ServiceEntry, SnapshotReader};
 use crate::clock;
@@ -38,6 +39,7 @@ use crate::routing::{
     Ask, Balancer, ConnectBackoff, Flow, GroupView, Limited, NoInstance, Notice, Observer, Outcome, Picked, Rates,
     Shared, Tried,
 };
+use crate::traffic::{Resolved, Target};
 use crate::transport::{Credentials, Lane, LiveConnections, MeshPort, WorkerEndpoint};
 
 /// Connections that one worker holds from local apps, and streams from peers: 5 KB each when idle.
@@ -83,6 +85,9 @@ pub(crate) struct Caller {
     /// The called service.
     pub(crate) destination: ServiceName,
 }
+
+/// Who calls which service, and how.
+type Ends<'a> = (&'a Source, &'a ServiceName, StreamKind);
 
 /// Where a local connection leads.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -186,6 +191,8 @@ pub(crate) struct Worker {
     balancer: RefCell<Balancer>,
     backoff: RefCell<ConnectBackoff>,
     notices: mpsc::Sender<Notice>,
+    /// Instances of the targets that chains lead to.
+    views: RefCell<Views>,
     tasks: TaskTracker,
     draining: TaskTracker,
     drain: CancellationToken,
@@ -261,6 +268,7 @@ impl Worker {
             balancer: RefCell::new(Balancer::with_shared(rand::random(), setup.balancing)),
             backoff: RefCell::default(),
             notices: setup.notices,
+            views: RefCell::default(),
             tasks: TaskTracker::new(),
             draining: setup.draining,
             drain: setup.drain,
@@ -323,48 +331,114 @@ impl Worker {
         if self.closed.is_cancelled() {
             return Err(OpenError::Draining);
         }
-        let Picked { instance, load } = self.pick(caller, kind, tried)?;
-        tried.add(Arc::clone(&instance));
-        let waiting = load.wait().ok_or(OpenError::Overflow(Limited::Pending));
-        let waiting = waiting.inspect_err(|_| self.metrics.overflowed(Limited::Pending))?;
-        let node = &instance.node.info;
-        let unreachable = |reason| OpenError::Unreachable { node: node.name.clone(), reason };
-        let key = TunnelKey {
-            source: caller.source.service().cloned(),
-            node: node.name.clone(),
-            addr: node.mesh_addr,
-            generation: instance.node.generation,
-        };
-        let opened = self.stream(&key, &caller.destination).await;
-        drop(waiting);
-        let failed = |_: &String| {
-            self.connect_failed(&instance);
-            self.observe(load.observer(), Outcome::GatewayFailure, Duration::ZERO);
-        };
-        let ((send, recv), tunnel) = opened.inspect_err(failed).map_err(unreachable)?;
-        let preamble =
-            Preamble { kind, instance: instance.record.id.clone(), service: caller.destination.clone() }.encode();
-        Ok(Opened { send, recv, preamble, instance, lease: Lease::new(tunnel, load) })
+        let service = self.snapshot.peek().services.get(&caller.destination).cloned();
+        let service = service.ok_or(OpenError::UnknownService)?;
+        let to = (&caller.source, &caller.destination, kind);
+        let picked = self.pick(to, &service, tried)?;
+        self.dial(to, picked, None).await
     }
 
-    /// Picks the instance of a call.
-    fn pick(&self, caller: &Caller, kind: StreamKind, tried: &Tried) -> Result<Picked, OpenError> {
+    /// Opens a stream to an instance of the first target of `to` that has one which `tried` does not hold; adds it there.
+    /// A target with as much under way as its limits allow has one: what is too much for it goes nowhere else.
+    ///
+    /// # Cancel safety
+    /// As [`Worker::open`].
+    pub(crate) async fn open_to(
+        self: &Rc<Self>,
+        source: &Source,
+        to: &Resolved,
+        kind: StreamKind,
+        tried: &mut Tried,
+    ) -> Result<Opened, OpenError> {
+        if self.closed.is_cancelled() {
+            return Err(OpenError::Draining);
+        }
+        let mut first = None;
+        for target in std::iter::once(&to.target).chain(&to.failover) {
+            let ends = (source, &target.service, kind);
+            match self.instances(target).and_then(|service| self.pick(ends, &service, tried)) {
+                Ok(picked) => return self.dial(ends, picked, to.connect_timeout).await,
+                Err(error @ OpenError::Overflow(_)) => return Err(error),
+                Err(error) => first = first.or(Some(error)),
+            }
+        }
+        Err(first.unwrap_or(OpenError::UnknownService))
+    }
+
+    /// Returns the instances of a target.
+    fn instances(&self, target: &Arc<Target>) -> Result<Arc<ServiceEntry>, OpenError> {
         let snapshot = self.snapshot.peek();
-        let service = snapshot.services.get(&caller.destination).ok_or(OpenError::UnknownService)?;
+        let service = snapshot.services.get(&target.service).ok_or(OpenError::UnknownService)?;
+        if target.view.is_none() {
+            return Ok(Arc::clone(service));
+        }
+        let here = snapshot.nodes.get(&snapshot.local_node).map_or("", |node| &node.info.datacenter);
+        Ok(self.views.borrow_mut().of(target, service, here))
+    }
+
+    /// Picks an instance of `service`, which are those of `destination` or some of them, that `tried` does not hold, and adds
+    /// it there.
+    fn pick(
+        &self,
+        (source, destination, kind): Ends<'_>,
+        service: &ServiceEntry,
+        tried: &mut Tried,
+    ) -> Result<Picked, OpenError> {
+        let snapshot = self.snapshot.peek();
         let flow = match kind {
             StreamKind::Http => Flow::Request,
             StreamKind::Tcp => Flow::Connection,
         };
-        let ask = Ask { snapshot: &snapshot, source: caller.source.service(), service, flow, now: clock::now() };
-        match self.balancer.borrow_mut().pick(&ask, tried, &self.backoff.borrow()) {
+        let (source, now) = (source.service(), clock::now());
+        let ask = Ask { snapshot: &snapshot, source, destination, service, flow, now };
+        let picked = self.balancer.borrow_mut().pick(&ask, tried, &self.backoff.borrow());
+        match picked {
             // The balancer comes back to what was tried where there is nothing else; one call meets an instance once.
-            Ok(picked) if !tried.contains(&picked.instance) => Ok(picked),
+            Ok(picked) if !tried.contains(&picked.instance) => {
+                tried.add(Arc::clone(&picked.instance));
+                Ok(picked)
+            }
             Err(NoInstance::Overflow { what, .. }) => {
                 self.metrics.overflowed(what);
                 Err(OpenError::Overflow(what))
             }
             Ok(_) | Err(_) => Err(no_instance(service)),
         }
+    }
+
+    /// Opens a stream to the picked instance of `destination`, within `limit` if there is one.
+    async fn dial(
+        self: &Rc<Self>,
+        (source, destination, kind): Ends<'_>,
+        Picked { instance, load }: Picked,
+        limit: Option<Duration>,
+    ) -> Result<Opened, OpenError> {
+        let waiting = load.wait().ok_or(OpenError::Overflow(Limited::Pending));
+        let waiting = waiting.inspect_err(|_| self.metrics.overflowed(Limited::Pending))?;
+        let node = &instance.node.info;
+        let unreachable = |reason| OpenError::Unreachable { node: node.name.clone(), reason };
+        let key = TunnelKey {
+            source: source.service().cloned(),
+            node: node.name.clone(),
+            addr: node.mesh_addr,
+            generation: instance.node.generation,
+        };
+        let opening = self.stream(&key, destination);
+        let opened = match limit {
+            None => opening.await,
+            Some(limit) => {
+                let opened = within(limit, opening).await;
+                opened.unwrap_or_else(|| Err(format!("no connection within {limit:?}, the connect timeout")))
+            }
+        };
+        drop(waiting);
+        let failed = |_: &String| {
+            self.connect_failed(&instance);
+            self.observe(load.observer(), Outcome::GatewayFailure, Duration::ZERO);
+        };
+        let ((send, recv), tunnel) = opened.inspect_err(failed).map_err(unreachable)?;
+        let preamble = Preamble { kind, instance: instance.record.id.clone(), service: destination.clone() }.encode();
+        Ok(Opened { send, recv, preamble, instance, lease: Lease::new(tunnel, load) })
     }
 
     /// Notes how a call ended, and tells what that did to the instance.

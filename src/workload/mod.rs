@@ -17,13 +17,11 @@ mod message;
 mod metrics;
 mod rpc;
 mod serve;
-mod socket;
 mod wallet;
 
 #[cfg(test)]
 mod tests;
 
-use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -34,6 +32,7 @@ use crate::metrics::Metrics;
 use crate::pki::Identity;
 use crate::registry::RegistryHandle;
 use crate::supervise::Tasks;
+use crate::unix_socket::{self, SocketConfig, SocketError};
 
 use self::feed::Source;
 pub use attest::META_USER;
@@ -41,14 +40,17 @@ pub use attest::META_USER;
 /// Where the API listens.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WorkloadConfig {
-    /// The socket's path: absolute, at most [`SOCKET_PATH_BYTES_MAX`] bytes.
+    /// The socket's path: absolute, at most [`unix_socket::SOCKET_PATH_BYTES_MAX`] bytes.
     pub socket: PathBuf,
     /// A group of this host whose members may connect; none: the agent's user and root alone.
     pub group: Option<String>,
 }
 
-/// Longest path of a unix socket, in bytes: `sun_path` has 108 with the closing zero.
-pub const SOCKET_PATH_BYTES_MAX: usize = 107;
+impl WorkloadConfig {
+    fn socket(&self) -> SocketConfig {
+        SocketConfig { path: self.socket.clone(), group: self.group.clone(), key: "workload_api.socket" }
+    }
+}
 
 /// What the API needs of the agent.
 pub struct WorkloadParams<'a> {
@@ -69,34 +71,9 @@ pub struct WorkloadParams<'a> {
 /// Why the API does not start.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkloadError {
-    /// The socket's path is in use.
-    #[error("another process serves {}: give each agent a workload_api.socket of its own", path.display())]
-    InUse {
-        /// The path.
-        path: PathBuf,
-    },
-    /// Something stands in the way that is not removed.
-    #[error("{} is {what}; nothing was removed: choose another workload_api.socket, or move it away", path.display())]
-    Occupied {
-        /// The path.
-        path: PathBuf,
-        /// What is there.
-        what: &'static str,
-    },
-    /// There is no such group.
-    #[error("this host has no group `{0}`: correct workload_api.group, or make the group")]
-    Group(String),
-    /// The operating system refuses.
-    #[error("cannot {action} the socket {}; its directory must exist and be the agent's to write", path.display())]
-    Socket {
-        /// What was tried.
-        action: &'static str,
-        /// The path.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
+    /// The socket cannot be opened.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
     /// A metric of that name exists.
     #[error("cannot register the metrics of the Workload API")]
     Metrics(#[source] prometheus::Error),
@@ -116,7 +93,7 @@ impl WorkloadApi {
     pub fn start(params: WorkloadParams<'_>) -> Result<(), WorkloadError> {
         let WorkloadParams { config, registry, identity, metrics, tasks, stop } = params;
         let meter = metrics::Meter::new(metrics).map_err(WorkloadError::Metrics)?;
-        let listening = socket::bind(&config)?;
+        let listening = unix_socket::bind(&config.socket())?;
         info!(socket = %config.socket.display(), group = config.group, "the SPIFFE Workload API is up");
         let source = Arc::new(Source::new(registry.subscribe(), identity, stop));
         tasks.spawn("workload-api", serve::run(listening, source, meter, tasks.clone()));

@@ -17,9 +17,9 @@ use super::authority::Mended;
 use super::feed::Source;
 use super::metrics::Meter;
 use super::rpc;
-use super::socket::Listening;
 use crate::clock;
 use crate::supervise::Tasks;
+use crate::unix_socket::Listening;
 
 /// Most connections at once: an app holds one, hosts run tens of apps.
 const CONNECTIONS_MAX: usize = 256;

@@ -18,13 +18,14 @@ use tokio_util::sync::CancellationToken;
 use super::attest::META_USER;
 use super::feed::Source;
 use super::message::{BundlesResponse, SvidsResponse, unframe};
-use super::{WorkloadConfig, metrics, serve, socket};
+use super::{WorkloadConfig, metrics, serve};
 use crate::clock;
 use crate::metrics::Metrics;
 use crate::pki::{EphemeralCa, Identity, TrustBundle, ephemeral, verify_peer};
 use crate::registry::definition::{DefinitionDefaults, service_from_json};
 use crate::registry::{LocalService, LocalState};
 use crate::supervise::Tasks;
+use crate::unix_socket;
 
 const SVIDS: &str = "/SpiffeWorkloadAPI/FetchX509SVID";
 const BUNDLES: &str = "/SpiffeWorkloadAPI/FetchX509Bundles";
@@ -64,7 +65,8 @@ impl Bench {
         let (metrics, stop) = (Metrics::new(), CancellationToken::new());
         let tasks = Tasks::new(CancellationToken::new());
         let dir = tempfile::tempdir().unwrap();
-        let listening = socket::bind(&WorkloadConfig { socket: dir.path().join("w"), group: None }).unwrap();
+        let listening =
+            unix_socket::bind(&WorkloadConfig { socket: dir.path().join("w"), group: None }.socket()).unwrap();
         let source = Arc::new(Source::new(registry.subscribe(), Arc::clone(&identity), stop.clone()));
         let meter = metrics::Meter::new(&metrics).unwrap();
         tasks.spawn("workload-api", serve::run(listening, source, meter, tasks.clone()));

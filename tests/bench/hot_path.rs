@@ -14,6 +14,7 @@ use weft::model::{MemberStatus, ServiceName};
 use weft::pki::PeerIdentity;
 use weft::proxy::measured;
 use weft::routing::{Balancer, ConnectBackoff, Tried};
+use weft::traffic::{Asked, Chain, Entries, Ready, Traffic};
 
 use super::{name, publisher, service};
 
@@ -183,4 +184,55 @@ pub(crate) fn authorize(c: &mut Criterion) {
             bencher.iter(|| measured::is_authorized(table, black_box(&peer), black_box(&service), black_box(&request)));
         });
     }
+}
+
+/// A chain of `count` routes of every kind, of which none takes the path of the last one.
+fn routed(count: usize) -> Chain {
+    let route = |at: usize| {
+        let http = match at * 20 / count {
+            0..8 => json!({"PathExact": format!("/shop/{at}/cart")}),
+            8..14 => json!({"PathPrefix": format!("/api/v{at}/")}),
+            14..16 => json!({"PathRegex": format!("/v[0-9]+/res{at}(/.*)?")}),
+            16..18 => json!({"Header": [{"Name": "x-tenant", "Exact": format!("tenant-{at}")}], "PathPrefix": "/"}),
+            18 => json!({"QueryParam": [{"Name": "item", "Exact": at.to_string()}]}),
+            _ => {
+                json!({"PathPrefix": format!("/z{at}"), "Methods": ["GET"], "Header": [{"Name": "x-team", "Prefix": "sh"}]})
+            }
+        };
+        json!({"Match": {"HTTP": http}, "Destination": {"Service": format!("web-{}", at % 50)}})
+    };
+    let entry = json!({"Routes": (0..count).map(route).collect::<Vec<Value>>()});
+    let mut entries = Entries::default();
+    entries.add("service-router", "web", Ready::new("service-router", &entry).expect("a valid router"));
+    entries.chain(&"web".parse().expect("a valid name")).expect("a valid chain")
+}
+
+/// Finds the route of a request among 10 and 1,000: the first rule, one by header, one by expression, the last, none; and
+/// asks for the chain of a service that has none.
+pub(crate) fn chain(c: &mut Criterion) {
+    let with = |tenant: &'static str| -> HeaderMap {
+        let usual = HEADERS.map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value)));
+        usual.into_iter().chain([(HeaderName::from_static("x-tenant"), HeaderValue::from_static(tenant))]).collect()
+    };
+    for count in [100, 1_000] {
+        let chain = routed(count);
+        let headers = if count == 100 { with("tenant-85") } else { with("tenant-850") };
+        let (none, last) = (with("none"), format!("/z{}/x", count - 1));
+        let regex = format!("/v42/res{}/items/7", count * 3 / 4);
+        for (kind, path, headers, want) in [
+            ("first_exact", "/shop/0/cart", &none, Some(0)),
+            ("header", "/elsewhere", &headers, Some(count * 85 / 100)),
+            ("regex", &*regex, &none, Some(count * 3 / 4)),
+            ("last_prefix", &*last, &none, Some(count - 1)),
+            ("none", "/elsewhere/of/some/length", &none, None),
+        ] {
+            let asked = Asked { method: "GET", path, query: Some("item=none&page=2"), headers };
+            assert_eq!(chain.route(&asked).expect("a route").at, want, "{kind}");
+            c.bench_function(&format!("chain/{count}_routes_{kind}"), |bencher| {
+                bencher.iter(|| chain.route(black_box(&asked)).is_some());
+            });
+        }
+    }
+    let (traffic, service) = (Traffic::default(), "web".parse().expect("a valid name"));
+    c.bench_function("chain/no_entries", |bencher| bencher.iter(|| black_box(&traffic).chain(&service).is_some()));
 }

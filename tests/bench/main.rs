@@ -136,6 +136,7 @@ criterion_group!(
     hot_path::route,
     hot_path::hosts,
     hot_path::authorize,
+    hot_path::chain,
     codec,
     merge,
     identity::identity,

@@ -5,6 +5,7 @@ use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use crate::lab::Host;
 
@@ -21,7 +22,13 @@ impl App {
     /// Starts an HTTP app that answers every request with `<name> <method> <path> <xfcc>` and keeps connections open.
     pub(crate) fn http(host: Option<&Host>, addr: SocketAddr, name: &str) -> Self {
         let name = name.to_owned();
-        Self::start(host, addr, move |stream| answer_http(stream, &name))
+        Self::start(host, addr, move |stream| answer_http(stream, &name, 200, Duration::ZERO))
+    }
+
+    /// Like [`App::http`], with another status, after a while.
+    pub(crate) fn http_as(host: Option<&Host>, addr: SocketAddr, name: &str, status: u16, delay: Duration) -> Self {
+        let name = name.to_owned();
+        Self::start(host, addr, move |stream| answer_http(stream, &name, status, delay))
     }
 
     /// Starts an HTTP app that answers every request with 503 and counts them.
@@ -96,7 +103,8 @@ impl Drop for App {
     }
 }
 
-fn answer_http(stream: TcpStream, name: &str) {
+/// A path that begins with `/hang` takes three seconds more.
+fn answer_http(stream: TcpStream, name: &str, status: u16, delay: Duration) {
     let Ok(mut writer) = stream.try_clone() else { return };
     let mut reader = BufReader::new(stream);
     loop {
@@ -130,7 +138,8 @@ fn answer_http(stream: TcpStream, name: &str) {
         let (method, path) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
         let text = format!("{name} {method} {path} {xfcc} {}", String::from_utf8_lossy(&body));
         let answer =
-            format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\nContent-Type: text/plain\r\n\r\n{text}", text.len());
+            format!("HTTP/1.1 {status} OK\r\nContent-Length: {}\r\nContent-Type: text/plain\r\n\r\n{text}", text.len());
+        std::thread::sleep(if path.starts_with("/hang") { delay + Duration::from_secs(3) } else { delay });
         if writer.write_all(answer.as_bytes()).is_err() {
             return;
         }

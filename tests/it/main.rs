@@ -19,6 +19,9 @@
 mod agent;
 mod app;
 mod checks;
+mod cli;
+mod clients;
+mod crowd;
 mod dns;
 mod docs;
 mod http;
@@ -34,6 +37,8 @@ mod netns_faults;
 mod netns_identity;
 mod netns_policy;
 mod netns_threats;
+mod netns_traffic;
+mod schema;
 #[path = "../sim/mod.rs"]
 mod sim;
 mod simulated;

@@ -24,6 +24,7 @@ use super::{Dial, Limits};
 const SLOW: u8 = 1;
 const QUIET: u8 = 2;
 const IDLE: u8 = 3;
+const CUT: u8 = 4;
 /// Longest round of the watchman: a connection rests after one to two of them without a request.
 const ROUND: Duration = Duration::from_millis(250);
 /// Connections that are gone are taken out of the list from this length on.
@@ -53,6 +54,7 @@ impl Activity {
         match self.end.load(Ordering::Relaxed) {
             SLOW => Some(End::Slow),
             QUIET => Some(End::Quiet),
+            CUT => Some(End::Cut),
             IDLE => {
                 self.end.store(0, Ordering::Relaxed);
                 self.is_at_rest().then_some(End::Idle)
@@ -73,6 +75,11 @@ impl Activity {
         let readable = self.unless_ended(pin!(stream.readable())).await;
         self.rests.store(false, Ordering::Relaxed);
         matches!(readable, Ok(Ok(())))
+    }
+
+    /// Has the connection reset, whatever is under way.
+    pub(crate) fn cut(&self) {
+        self.tell(CUT);
     }
 
     fn tell(&self, end: u8) {
@@ -199,6 +206,8 @@ pub(crate) enum End {
     Quiet,
     /// Nothing is under way: the connection may rest.
     Idle,
+    /// A fault: reset at once.
+    Cut,
 }
 
 /// Looks after the callers' connections of one worker.

@@ -56,6 +56,8 @@ pub(crate) enum Reason {
     RateLimited(OverRate),
     /// The agent stops.
     Draining,
+    /// It fails on purpose.
+    Fault,
 }
 
 impl Reason {
@@ -75,6 +77,7 @@ impl Reason {
             Self::Overflow(_) => "overflow",
             Self::RateLimited(_) => "rate_limited",
             Self::Draining => "draining",
+            Self::Fault => "fault",
         }
     }
 }

@@ -15,11 +15,12 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::StatusCode;
-use http::header::{self, HeaderMap, HeaderValue};
+use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::request::Parts;
 use http_body::Body;
 use hyper::body::Incoming;
 use quinn::RecvStream;
+use tokio::time::Instant;
 use tracing::debug;
 
 use super::activity::Busy;
@@ -34,17 +35,18 @@ use crate::model::ServiceName;
 use crate::proxy::head::{HeadError, HeadWriter, Inbox, Payload, ResponseHead};
 use crate::proxy::worker::within;
 use crate::proxy::{Lease, OpenError, Opened, StreamKind, Tried};
-use crate::routing::{Limited, Observer, Outcome, Retry};
+use crate::routing::{self, Limited, Observer, Outcome};
+use crate::traffic::retry::Retry;
 
 /// A request's body while attempts may still need it again.
-struct Upload {
+pub(super) struct Upload {
     body: RefCell<Incoming>,
     /// Encoded frames, for another attempt.
-    replay: RefCell<Vec<Bytes>>,
+    pub(super) replay: RefCell<Vec<Bytes>>,
     replay_bytes: Cell<usize>,
-    replayable: Cell<bool>,
+    pub(super) replayable: Cell<bool>,
     /// The body came to its end.
-    ended: Cell<bool>,
+    pub(super) ended: Cell<bool>,
     _busy: Option<Busy>,
 }
 
@@ -87,11 +89,13 @@ async fn upload<D: Dial>(worker: Rc<D>, upload: Rc<Upload>, mut send: TunnelSend
 }
 
 /// How one attempt failed.
-enum Failed {
+pub(super) enum Failed {
     /// The request did not reach an app: another instance may take it.
     Unreached(Refusal),
     /// The stream broke with nothing answered: only what is idempotent may be tried again.
     Silent(Refusal),
+    /// It answered what the route tries again; the answer may still be passed on.
+    Answered(Box<Answer>),
     Final(Refusal),
 }
 
@@ -99,7 +103,7 @@ enum Failed {
 pub(super) async fn attempts<D: Dial>(worker: &Rc<D>, call: &Call<'_>, body: Incoming) -> Result<Answer, Refusal> {
     let state = worker.http();
     let destination = &call.target.caller.destination;
-    let head = encode_head(state, call)?;
+    let head = encode_head(state, call, None)?;
     let limit = TimeLimit::of(&call.parts.headers, state.limits.response);
     let pending = match call.payload {
         Payload::Frames => Some(begin_upload(body, &call.parts.headers, state, call.uploads.take()).await?),
@@ -108,7 +112,7 @@ pub(super) async fn attempts<D: Dial>(worker: &Rc<D>, call: &Call<'_>, body: Inc
     let mut tried = Tried::with_key(key::of_request(&**worker, call));
     let mut failure = None;
     // Held to the end: repeating a request may not make an outage worse.
-    let mut retries: Vec<Retry> = Vec::new();
+    let mut retries: Vec<routing::Retry> = Vec::new();
     for _ in 0..ATTEMPTS_MAX {
         let opened = match worker.open(&call.target.caller, StreamKind::Http, &mut tried).await {
             Ok(opened) => opened,
@@ -121,23 +125,19 @@ pub(super) async fn attempts<D: Dial>(worker: &Rc<D>, call: &Call<'_>, body: Inc
         };
         let Opened { send, recv, preamble, instance, lease } = opened;
         let (observer, sent_at) = (lease.observer().cloned(), clock::now());
-        let attempt = Attempt { worker, call, head: head.clone(), pending: pending.as_ref(), limit };
+        let attempt = Attempt { worker, call, head: head.clone(), pending: pending.as_ref(), limit, again: None };
         let outcome = attempt.run(TunnelSend::new(send), recv, preamble, lease).await;
         if let Some(observer) = &observer {
-            let took = clock::now() - sent_at;
-            match outcome_of(&outcome, call) {
-                Some(outcome) => worker.observe(observer, outcome, took),
-                None if outcome.is_ok() => observer.time(took, clock::now()),
-                None => {}
-            }
+            observe(&**worker, (observer, sent_at), &outcome, call);
         }
         match &outcome {
             Err(Failed::Unreached(_)) => worker.connect_failed(&instance),
             Ok(_) => worker.connected(&instance),
-            Err(Failed::Silent(_) | Failed::Final(_)) => {}
+            Err(Failed::Silent(_) | Failed::Answered(_) | Failed::Final(_)) => {}
         }
         let (refusal, again) = match outcome {
             Ok(answer) => return Ok(answer),
+            Err(Failed::Answered(answer)) => return Ok(*answer),
             Err(Failed::Final(refusal)) => return Err(refusal),
             Err(Failed::Unreached(refusal)) => (refusal, true),
             Err(Failed::Silent(refusal)) => {
@@ -158,7 +158,7 @@ pub(super) async fn attempts<D: Dial>(worker: &Rc<D>, call: &Call<'_>, body: Inc
 }
 
 /// Takes what is there of the body.
-async fn begin_upload(
+pub(super) async fn begin_upload(
     mut body: Incoming,
     headers: &HeaderMap,
     state: &HttpState,
@@ -180,8 +180,12 @@ async fn begin_upload(
     }))
 }
 
-/// Encodes a request's head, with what weft adds.
-fn encode_head(state: &HttpState, call: &Call<'_>) -> Result<Bytes, Refusal> {
+/// Encodes a request's head, with what weft adds; `left` is a header about the time that is left.
+pub(super) fn encode_head(
+    state: &HttpState,
+    call: &Call<'_>,
+    left: Option<&(HeaderName, String)>,
+) -> Result<Bytes, Refusal> {
     let Parts { method, uri, headers, .. } = call.parts;
     let hops = headers::next_hop(headers)?;
     let authority = call.authority.as_ref().map_or(&[][..], |authority| authority.as_str().as_bytes());
@@ -194,6 +198,9 @@ fn encode_head(state: &HttpState, call: &Call<'_>) -> Result<Bytes, Refusal> {
         }
         let mut digits = [0; 3];
         writer.header(&headers::HOPS, decimal(hops, &mut digits));
+        if let Some((name, value)) = left {
+            writer.header(name, value.as_bytes());
+        }
         if !headers.contains_key(headers::REQUEST_ID) {
             let id = uuid::Builder::from_random_bytes(rand::random()).into_uuid();
             writer.header(&headers::REQUEST_ID, id.hyphenated().encode_lower(&mut [0; 36]).as_bytes());
@@ -226,7 +233,7 @@ fn decimal(number: u8, digits: &mut [u8; 3]) -> &[u8] {
 
 /// How long a response's head is awaited.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum TimeLimit {
+pub(super) enum TimeLimit {
     /// A gRPC stream may answer with its first message, whenever that comes.
     None,
     /// From the end of the request.
@@ -236,7 +243,7 @@ enum TimeLimit {
 }
 
 impl TimeLimit {
-    fn of(headers: &HeaderMap, limit: Duration) -> Self {
+    pub(super) fn of(headers: &HeaderMap, limit: Duration) -> Self {
         if !headers::is_grpc(headers) {
             return Self::AfterRequest(limit);
         }
@@ -261,7 +268,7 @@ impl TimeLimit {
 }
 
 /// Parses `grpc-timeout`: at most 8 digits and a unit.
-fn grpc_timeout(text: &str) -> Option<Duration> {
+pub(super) fn grpc_timeout(text: &str) -> Option<Duration> {
     let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
     if digits.len() > 8 || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
         return None;
@@ -279,16 +286,18 @@ fn grpc_timeout(text: &str) -> Option<Duration> {
 }
 
 /// One try at one instance.
-struct Attempt<'a, D> {
-    worker: &'a Rc<D>,
-    call: &'a Call<'a>,
-    head: Bytes,
-    pending: Option<&'a Rc<Upload>>,
-    limit: TimeLimit,
+pub(super) struct Attempt<'a, D> {
+    pub(super) worker: &'a Rc<D>,
+    pub(super) call: &'a Call<'a>,
+    pub(super) head: Bytes,
+    pub(super) pending: Option<&'a Rc<Upload>>,
+    pub(super) limit: TimeLimit,
+    /// Which answers are tried again.
+    pub(super) again: Option<&'a Retry>,
 }
 
 impl<D: Dial> Attempt<'_, D> {
-    async fn run(
+    pub(super) async fn run(
         self,
         mut send: TunnelSend,
         mut recv: RecvStream,
@@ -322,6 +331,12 @@ impl<D: Dial> Attempt<'_, D> {
             self.in_time(answer, &mut uploading).await
         };
         let head = result?;
+        // While the body still goes up its end is not known: then what was answered stands.
+        if uploading.is_none()
+            && self.again.is_some_and(|retry| retry.covers_answer(head.status.as_u16(), grpc_of(&head)))
+        {
+            return Err(Failed::Answered(Box::new(Answer { head, recv, inbox, send: kept, limit: None, lease })));
+        }
         if let Some(pending) = self.pending {
             pending.settle();
         }
@@ -334,7 +349,7 @@ impl<D: Dial> Attempt<'_, D> {
                 }
             });
         }
-        Ok(Answer { head, recv, inbox, send: kept, lease })
+        Ok(Answer { head, recv, inbox, send: kept, limit: None, lease })
     }
 
     /// Waits for the answer while the body goes up.
@@ -414,6 +429,14 @@ impl<D: Dial> Attempt<'_, D> {
     }
 }
 
+/// Returns the gRPC status of an answer that is nothing but its head.
+pub(super) fn grpc_of(head: &ResponseHead) -> Option<u8> {
+    if head.payload != Payload::Empty {
+        return None;
+    }
+    head.headers.get("grpc-status")?.to_str().ok()?.parse().ok()
+}
+
 fn malformed_body() -> Refusal {
     Refusal {
         status: StatusCode::BAD_REQUEST,
@@ -423,7 +446,7 @@ fn malformed_body() -> Refusal {
     }
 }
 
-fn unreachable(destination: &ServiceName, why: &str) -> Refusal {
+pub(super) fn unreachable(destination: &ServiceName, why: &str) -> Refusal {
     Refusal {
         status: StatusCode::SERVICE_UNAVAILABLE,
         flag: Flag::ConnectFailure,
@@ -441,15 +464,32 @@ fn overflow(destination: &ServiceName, what: Limited) -> Refusal {
     }
 }
 
+/// Notes how an attempt ended that was `sent_at` then.
+pub(super) fn observe<D: Dial>(
+    worker: &D,
+    (observer, sent_at): (&Observer, Instant),
+    attempt: &Result<Answer, Failed>,
+    call: &Call<'_>,
+) {
+    let now = clock::now();
+    match outcome_of(attempt, call) {
+        Some(outcome) => worker.observe(observer, outcome, now - sent_at),
+        None if attempt.is_ok() => observer.time(now - sent_at, now),
+        None => {}
+    }
+}
+
 /// Judges an attempt by what came of it; none: it says nothing of the instance.
 fn outcome_of(attempt: &Result<Answer, Failed>, call: &Call<'_>) -> Option<Outcome> {
+    let of_head = |head: &ResponseHead| match head.headers.get("grpc-status") {
+        Some(status) => Some(grpc_outcome(status)),
+        // It is said after the last message.
+        None if headers::is_grpc(&call.parts.headers) && head.status == StatusCode::OK => None,
+        None => Some(Outcome::of_status(head.status.as_u16())),
+    };
     match attempt {
-        Ok(Answer { head, .. }) => match head.headers.get("grpc-status") {
-            Some(status) => Some(grpc_outcome(status)),
-            // It is said after the last message.
-            None if headers::is_grpc(&call.parts.headers) && head.status == StatusCode::OK => None,
-            None => Some(Outcome::of_status(head.status.as_u16())),
-        },
+        Ok(answer) => of_head(&answer.head),
+        Err(Failed::Answered(answer)) => of_head(&answer.head),
         Err(Failed::Unreached(_) | Failed::Silent(_)) => Some(Outcome::GatewayFailure),
         Err(Failed::Final(refusal)) => matches!(refusal.flag, Flag::Reset | Flag::Timeout | Flag::ConnectFailure)
             .then_some(Outcome::GatewayFailure),
@@ -461,7 +501,7 @@ pub(super) fn grpc_outcome(status: &HeaderValue) -> Outcome {
     Outcome::of_grpc(status.to_str().ok().and_then(|text| text.parse().ok()).unwrap_or(2))
 }
 
-fn open_refusal(destination: &ServiceName, error: OpenError) -> Refusal {
+pub(super) fn open_refusal(destination: &ServiceName, error: OpenError) -> Refusal {
     let status = StatusCode::SERVICE_UNAVAILABLE;
     match error {
         OpenError::UnknownService => Refusal {

@@ -4,12 +4,14 @@ use std::cell::Cell;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use quinn::{RecvStream, SendStream, VarInt, WriteError};
+use tokio::time::{Instant, Sleep};
 
 use super::activity::Busy;
 use super::attempt::grpc_outcome;
@@ -38,6 +40,9 @@ pub(crate) enum BodyError {
     /// The app's or caller's side failed.
     #[error("the app aborted the message")]
     App(#[source] hyper::Error),
+    /// The response took longer than its route allows.
+    #[error("the response did not come in time")]
+    TimedOut,
     /// The peer wants no more, or the tunnel broke.
     #[error("the mesh peer stopped reading")]
     Write(#[source] WriteError),
@@ -98,7 +103,38 @@ pub(crate) struct TunnelBody {
     /// Bytes that the message's `content-length` still promises.
     promised: Option<u64>,
     failed: bool,
+    limit: Option<Box<BodyLimit>>,
     lease: Lease,
+}
+
+/// How long a response may take.
+#[derive(Debug)]
+pub(crate) struct BodyLimit {
+    deadline: Option<Instant>,
+    idle: Option<Duration>,
+    sleep: Pin<Box<Sleep>>,
+}
+
+impl BodyLimit {
+    /// Ends at `deadline`, and after `idle` without a byte; none: neither.
+    pub(crate) fn new(deadline: Option<Instant>, idle: Option<Duration>, now: Instant) -> Option<Box<Self>> {
+        let due = Self::due(deadline, idle, now)?;
+        Some(Box::new(Self { deadline, idle, sleep: Box::pin(tokio::time::sleep_until(due)) }))
+    }
+
+    fn due(deadline: Option<Instant>, idle: Option<Duration>, now: Instant) -> Option<Instant> {
+        let idle = idle.map(|idle| now + idle);
+        deadline.into_iter().chain(idle).min()
+    }
+
+    /// Notes that bytes came.
+    fn touch(&mut self) {
+        if self.idle.is_some()
+            && let Some(due) = Self::due(self.deadline, self.idle, crate::clock::now())
+        {
+            self.sleep.as_mut().reset(due);
+        }
+    }
 }
 
 impl TunnelBody {
@@ -120,6 +156,12 @@ impl TunnelBody {
     /// Holds the tunnel while the body is read.
     pub(crate) fn holding(mut self, lease: Lease) -> Self {
         self.lease = lease;
+        self
+    }
+
+    /// Ends early at `limit`.
+    pub(crate) fn limited(mut self, limit: Option<Box<BodyLimit>>) -> Self {
+        self.limit = limit;
         self
     }
 
@@ -160,7 +202,7 @@ impl TunnelBody {
         self.failed = true;
         self.recv = None;
         if let Some((mut exchange, _busy)) = self.exchange.take() {
-            exchange.finish(Flag::Reset);
+            exchange.finish(if matches!(error, BodyError::TimedOut) { Flag::Timeout } else { Flag::Reset });
         }
         error
     }
@@ -226,6 +268,9 @@ impl Body for TunnelBody {
                     if let Err(error) = this.pass(&frame, cx) {
                         return Poll::Ready(Some(Err(this.fail(error))));
                     }
+                    if let Some(limit) = &mut this.limit {
+                        limit.touch();
+                    }
                     return Poll::Ready(Some(Ok(frame)));
                 }
                 Ok(None) if this.recv.is_none() => {
@@ -238,7 +283,14 @@ impl Body for TunnelBody {
                 Ok(None) => match this.fill(cx) {
                     Poll::Ready(Ok(())) => {}
                     Poll::Ready(Err(error)) => return Poll::Ready(Some(Err(this.fail(error)))),
-                    Poll::Pending => return Poll::Pending,
+                    Poll::Pending => {
+                        let over = this.limit.as_mut().is_some_and(|limit| limit.sleep.as_mut().poll(cx).is_ready());
+                        return if over {
+                            Poll::Ready(Some(Err(this.fail(BodyError::TimedOut))))
+                        } else {
+                            Poll::Pending
+                        };
+                    }
                 },
                 Err(error) => return Poll::Ready(Some(Err(this.fail(BodyError::Malformed(error))))),
             }

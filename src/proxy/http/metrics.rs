@@ -38,6 +38,8 @@ pub(crate) struct HttpMetrics {
     pub(super) limited: IntCounterVec,
     /// What is counted of decisions, over streams as well.
     pub(crate) policy: PolicySeries,
+    /// What chains did to requests.
+    pub(crate) traffic: TrafficSeries,
 }
 
 impl HttpMetrics {
@@ -55,7 +57,50 @@ impl HttpMetrics {
         let duration = metrics.add(HistogramVec::new(duration.buckets(BUCKETS.to_vec()), &LABELS)?)?;
         let limited = Opts::new("weft_http_rate_limited_total", "Requests refused by the rate limits of a service.");
         let limited = metrics.add(IntCounterVec::new(limited, &["destination_service"])?)?;
-        Ok(Self { requests, duration, limited, policy: PolicySeries::register(metrics)? })
+        let (policy, traffic) = (PolicySeries::register(metrics)?, TrafficSeries::register(metrics)?);
+        Ok(Self { requests, duration, limited, policy, traffic })
+    }
+}
+
+/// What chains of config entries did to requests. Labels: services that entries name, and words of this module.
+#[derive(Debug, Clone)]
+pub(crate) struct TrafficSeries {
+    /// By destination and reason.
+    pub(crate) retries: IntCounterVec,
+    /// By destination.
+    pub(crate) saved: IntCounterVec,
+    /// By destination and reason.
+    pub(crate) not_retried: IntCounterVec,
+    /// By destination and outcome.
+    pub(crate) mirrored: IntCounterVec,
+    /// By destination and kind.
+    pub(crate) faults: IntCounterVec,
+}
+
+impl TrafficSeries {
+    fn register(metrics: &Metrics) -> Result<Self, prometheus::Error> {
+        let add =
+            |name: &str, help: &str, labels: &[&str]| metrics.add(IntCounterVec::new(Opts::new(name, help), labels)?);
+        let by = |second: &'static str| ["destination_service", second];
+        Ok(Self {
+            retries: add(
+                "weft_http_retries_total",
+                "Attempts after the first one, by a route's conditions.",
+                &by("reason"),
+            )?,
+            saved: add(
+                "weft_http_retries_saved_total",
+                "Requests that a retry brought an answer that no condition is about.",
+                &["destination_service"],
+            )?,
+            not_retried: add(
+                "weft_http_retries_refused_total",
+                "Failed attempts that were not tried again, though a condition is about them.",
+                &by("reason"),
+            )?,
+            mirrored: add("weft_http_mirrored_total", "Requests that a mirror was to get a copy of.", &by("outcome"))?,
+            faults: add("weft_http_faults_total", "Faults injected on purpose.", &by("kind"))?,
+        })
     }
 }
 
@@ -84,6 +129,12 @@ pub(crate) enum Flag {
     RateLimited,
     /// The caller went away.
     CallerGone,
+    /// It failed on purpose.
+    Fault,
+    /// It waited on purpose.
+    Delay,
+    /// The last answer of all retries was passed on.
+    RetriesExhausted,
 }
 
 impl Flag {
@@ -101,6 +152,9 @@ impl Flag {
             Self::Overflow => "UO",
             Self::RateLimited => "RL",
             Self::CallerGone => "DC",
+            Self::Fault => "FI",
+            Self::Delay => "DI",
+            Self::RetriesExhausted => "URX",
         }
     }
 }
@@ -211,12 +265,22 @@ pub(crate) struct Exchange {
     edge: Rc<Edge>,
     started: Instant,
     outcome: Outcome,
+    /// What stands for a good end.
+    good: Flag,
+    /// Another counts in its place.
+    is_moved: bool,
 }
 
 impl Exchange {
     /// Starts the clock.
     pub(crate) fn new(edge: Rc<Edge>, started: Instant) -> Self {
-        Self { edge, started, outcome: Outcome { status: 0, grpc: None, flag: Flag::CallerGone } }
+        Self {
+            edge,
+            started,
+            outcome: Outcome { status: 0, grpc: None, flag: Flag::CallerGone },
+            good: Flag::None,
+            is_moved: false,
+        }
     }
 
     /// Notes the response's head.
@@ -233,14 +297,27 @@ impl Exchange {
         }
     }
 
+    /// Counts in place of `other`, which counts nothing.
+    pub(crate) fn take_over(&mut self, other: &mut Self) {
+        (self.good, other.is_moved) = (other.good, true);
+    }
+
+    /// Notes what is said of it if it ends well.
+    pub(crate) fn ends_well_as(&mut self, flag: Flag) {
+        self.good = flag;
+    }
+
     /// Notes how it ended.
     pub(crate) fn finish(&mut self, flag: Flag) {
-        self.outcome.flag = flag;
+        self.outcome.flag = if flag == Flag::None { self.good } else { flag };
     }
 }
 
 impl Drop for Exchange {
     fn drop(&mut self) {
+        if self.is_moved {
+            return;
+        }
         let seconds = crate::clock::now().saturating_duration_since(self.started).as_secs_f64();
         self.edge.record(self.outcome, seconds);
     }

@@ -9,7 +9,7 @@
 //!
 //! Invariants: a message that is not whole at its end is aborted on the other side, never shortened; no header that
 //! frames a message crosses the tunnel; the caller's identity comes from the tunnel's certificate alone.
-//! Not here: choosing instances and tunnels (`proxy`), intentions, retries of answered requests, limits per route.
+//! Not here: choosing instances and tunnels (`proxy`), intentions, what entries say about a request (`traffic`).
 
 mod activity;
 mod answer;
@@ -22,27 +22,30 @@ pub(super) mod key;
 pub(crate) mod metrics;
 pub(crate) mod outbound;
 mod pool;
+mod routed;
 mod upgrade;
 
 #[cfg(test)]
 mod tests;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::time::Duration;
 
 use self::activity::Watchman;
-use self::metrics::{Edge, EdgeCache, HttpMetrics};
+use self::metrics::{Edge, EdgeCache, HttpMetrics, TrafficSeries};
 use self::pool::Pool;
 use super::authorize::PolicyMetrics;
 use super::head::RequestHead;
 use super::metrics::Reporter;
-use super::{Caller, OpenError, Opened, StreamKind, Tried, Worker};
+use super::{Caller, OpenError, Opened, Source, StreamKind, Tried, Worker};
 use crate::catalogue::{Instance, SnapshotReader};
 use crate::model::ServiceName;
 use crate::pki::PeerIdentity;
 use crate::routing::{Observer, Outcome, OverRate, Rates, key_of};
+use crate::traffic::Resolved;
+use crate::traffic::retry::Budget;
 use crate::upstream::{self, RateKey};
 use bytes::{Bytes, BytesMut};
 use foldhash::HashMap;
@@ -55,6 +58,14 @@ pub(crate) trait Dial: 'static {
     fn open(
         self: &Rc<Self>,
         caller: &Caller,
+        kind: StreamKind,
+        tried: &mut Tried,
+    ) -> impl Future<Output = Result<Opened, OpenError>>;
+    /// Opens a stream to an instance of a target that `tried` does not hold yet.
+    fn open_to(
+        self: &Rc<Self>,
+        source: &Source,
+        to: &Resolved,
         kind: StreamKind,
         tried: &mut Tried,
     ) -> impl Future<Output = Result<Opened, OpenError>>;
@@ -81,6 +92,16 @@ pub(crate) trait Dial: 'static {
 impl Dial for Worker {
     async fn open(self: &Rc<Self>, caller: &Caller, kind: StreamKind, tried: &mut Tried) -> Result<Opened, OpenError> {
         Worker::open(self, caller, kind, tried).await
+    }
+
+    async fn open_to(
+        self: &Rc<Self>,
+        source: &Source,
+        to: &Resolved,
+        kind: StreamKind,
+        tried: &mut Tried,
+    ) -> Result<Opened, OpenError> {
+        Worker::open_to(self, source, to, kind, tried).await
     }
 
     fn connected(&self, instance: &Instance) {
@@ -160,6 +181,12 @@ pub(crate) struct HttpState {
     policy: PolicyMetrics,
     limited: IntCounterVec,
     rates: Arc<Rates>,
+    /// What chains did to requests.
+    traffic: TrafficSeries,
+    /// Retries that are granted, by destination.
+    budgets: RefCell<HashMap<ServiceName, Budget>>,
+    /// Copies that are on their way to mirrors.
+    mirrors: Rc<Cell<usize>>,
     pool: Rc<Pool>,
     pub(crate) watchman: Rc<Watchman>,
     scratch: RefCell<BytesMut>,
@@ -180,6 +207,9 @@ impl HttpState {
             policy: metrics.policy.of_worker(),
             limited: metrics.limited.clone(),
             rates: Arc::new(Rates::new(crate::clock::now())),
+            traffic: metrics.traffic.clone(),
+            budgets: RefCell::default(),
+            mirrors: Rc::default(),
             edges: EdgeCache::new(metrics),
             pool: Rc::default(),
             watchman: Rc::default(),

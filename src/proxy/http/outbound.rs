@@ -16,7 +16,6 @@
 //! 1024 stream errors of the caller's.
 
 use std::cell::{Cell, RefCell};
-use std::convert::Infallible;
 use std::net::IpAddr;
 use std::pin::Pin;
 use std::rc::Rc;
@@ -40,10 +39,11 @@ use super::Dial;
 use super::activity::{Activity, Busy, End, Speaks, Watched};
 use super::answer::{Reason, Refusal};
 use super::attempt::attempts;
-use super::body::{TunnelBody, TunnelSend};
+use super::body::{BodyLimit, TunnelBody, TunnelSend};
 use super::headers;
 use super::metrics::{Edge, Exchange, Flag};
 use super::pool::WorkerExec;
+use super::routed;
 use super::upgrade::{self, Raw};
 use crate::authz::Request as Asked;
 use crate::model::ServiceName;
@@ -64,18 +64,23 @@ const HOST_SUFFIXES: [&str; 3] = [".service.consul", ".service.weft", ".weft"];
 /// Where a request goes and what counts it.
 pub(super) struct Target {
     pub(super) caller: Caller,
-    edge: Rc<Edge>,
+    pub(super) edge: Rc<Edge>,
 }
 
+/// A request that gets no answer: its HTTP/2 stream is reset.
+#[derive(Debug, thiserror::Error)]
+#[error("a fault resets the stream")]
+pub(super) struct Cut;
+
 /// What the requests of one connection share.
-struct Connection<D> {
-    worker: Rc<D>,
+pub(super) struct Connection<D> {
+    pub(super) worker: Rc<D>,
     /// None: by Host.
     fixed: Option<Rc<Target>>,
     /// The last Host and its target: callers mostly stay with one.
     last: RefCell<Option<(Authority, Rc<Target>)>>,
-    activity: Arc<Activity>,
-    from: Option<IpAddr>,
+    pub(super) activity: Arc<Activity>,
+    pub(super) from: Option<IpAddr>,
 }
 
 /// Serves a caller's connection until it ends.
@@ -111,7 +116,7 @@ pub(crate) async fn serve<D: Dial>(worker: Rc<D>, stream: TcpStream, route: Rout
     });
     let service = service_fn(move |request| {
         let connection = Rc::clone(&connection);
-        async move { Ok::<_, Infallible>(request_of(&connection, request).await) }
+        async move { request_of(&connection, request).await }
     });
     let ended = if speaks_h2 {
         let mut builder = http2::Builder::new(WorkerExec(Rc::clone(&worker)));
@@ -140,6 +145,12 @@ pub(crate) async fn serve<D: Dial>(worker: Rc<D>, stream: TcpStream, route: Rout
             match activity.unless_ended(Pin::new(&mut *served)).await {
                 Ok(ended) => break ended,
                 Err(End::Slow) => return debug!("caller's request head did not arrive in time"),
+                Err(End::Cut) => {
+                    // RST, not FIN: that is the fault.
+                    let parts = served.into_parts();
+                    let _closed = parts.map(|parts| parts.io.stream().set_zero_linger());
+                    return;
+                }
                 Err(End::Quiet) => {
                     Pin::new(&mut *served).graceful_shutdown();
                     break served.await;
@@ -176,7 +187,7 @@ async fn begins_with_preface(stream: &TcpStream) -> std::io::Result<bool> {
     }
 }
 
-fn edge_of<D: Dial>(worker: &D, caller: &Caller) -> Rc<Edge> {
+pub(super) fn edge_of<D: Dial>(worker: &D, caller: &Caller) -> Rc<Edge> {
     let source = match &caller.source {
         Source::Service(name) => Some(name),
         Source::Node => None,
@@ -202,7 +213,9 @@ impl<D: Dial> Connection<D> {
             return Ok(Rc::clone(target));
         }
         let Some(name) = service_of_host(authority.host()) else { return Err(unknown_host(authority.host())) };
-        if !self.worker.snapshot().peek().services.contains_key(&name) {
+        let snapshot = self.worker.snapshot().peek();
+        // A name that only entries know may lead to another service.
+        if !snapshot.services.contains_key(&name) && snapshot.traffic.chain(&name).is_none() {
             return Err(refusal(
                 StatusCode::SERVICE_UNAVAILABLE,
                 Reason::UnknownService,
@@ -238,7 +251,10 @@ pub(super) struct Call<'a> {
 }
 
 /// Answers one request.
-async fn request_of<D: Dial>(connection: &Connection<D>, mut request: Request<Incoming>) -> Response<TunnelBody> {
+async fn request_of<D: Dial>(
+    connection: &Connection<D>,
+    mut request: Request<Incoming>,
+) -> Result<Response<TunnelBody>, Cut> {
     let busy = Busy::new(&connection.activity);
     let started = crate::clock::now();
     let grpc = headers::is_grpc(request.headers());
@@ -252,52 +268,72 @@ async fn request_of<D: Dial>(connection: &Connection<D>, mut request: Request<In
                 Some(target) => Rc::clone(&target.edge),
                 None => connection.worker.http().edge(Reporter::Source, None, None),
             };
-            return refuse_request(Exchange::new(edge, started), refusal, (version, grpc));
+            return Ok(refuse_request(Exchange::new(edge, started), refusal, (version, grpc)));
         }
     };
-    let mut exchange = Exchange::new(Rc::clone(&target.edge), started);
-    if let Err(refusal) = admit(&*connection.worker, &target.caller, &request) {
-        return refuse_request(exchange, refusal, (version, grpc));
+    let chain = connection.worker.snapshot().peek().traffic.chain(&target.caller.destination).cloned();
+    if let Some(chain) = chain {
+        // In a box: a request that no entry is about has no room for it.
+        return Box::pin(routed::answer(connection, chain, (request, authority, target), (busy, started))).await;
     }
-    let payload = match (request.body().is_end_stream(), headers::upgrade(request.headers())) {
-        (true, Some(_)) => Payload::Upgrade,
-        (true, None) => Payload::Empty,
-        (false, _) => Payload::Frames,
-    };
+    let mut exchange = Exchange::new(Rc::clone(&target.edge), started);
+    let asked = Asked { method: request.method().as_str(), path: request.uri().path(), headers: request.headers() };
+    if let Err(refusal) = admit(&*connection.worker, &target.caller, &asked) {
+        return Ok(refuse_request(exchange, refusal, (version, grpc)));
+    }
+    let payload = payload_of(&request);
     let upgraded = (payload == Payload::Upgrade).then(|| hyper::upgrade::on(&mut request));
     let (parts, body) = request.into_parts();
     let uploads = (payload == Payload::Frames).then(|| Busy::new(&connection.activity));
     let (from, cookie) = (connection.from, Cell::default());
     let call = Call { parts: &parts, authority, target, payload, from, cookie, uploads: Cell::new(uploads) };
-    match attempts(&connection.worker, &call, body).await {
+    Ok(match attempts(&connection.worker, &call, body).await {
         Err(refusal) => refuse_request(exchange, refusal, (version, grpc)),
         Ok(mut answer) => {
-            let bodiless = matches!(answer.head.status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
-            if bodiless || parts.method == Method::HEAD {
-                answer.head.payload = Payload::Empty;
-            }
-            if let Some(cookie) = call.cookie.take() {
-                answer.head.headers.append(header::SET_COOKIE, cookie);
-            }
-            exchange.status(answer.head.status);
-            if grpc {
-                exchange.grpc(&answer.head.headers);
-            }
+            begin_answer(&mut answer, &call, &mut exchange, grpc);
             respond(&connection.worker, answer, exchange, upgraded, busy)
         }
+    })
+}
+
+/// How a request's body comes.
+pub(super) fn payload_of(request: &Request<Incoming>) -> Payload {
+    match (request.body().is_end_stream(), headers::upgrade(request.headers())) {
+        (true, Some(_)) => Payload::Upgrade,
+        (true, None) => Payload::Empty,
+        (false, _) => Payload::Frames,
+    }
+}
+
+/// Notes an answer's head, gives the caller the cookie that was made for it, and notes that some answers have no body
+/// whatever they say.
+pub(super) fn begin_answer(answer: &mut Answer, call: &Call<'_>, exchange: &mut Exchange, grpc: bool) {
+    let bodiless = matches!(answer.head.status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
+    if bodiless || call.parts.method == Method::HEAD {
+        answer.head.payload = Payload::Empty;
+    }
+    if let Some(cookie) = call.cookie.take() {
+        answer.head.headers.append(header::SET_COOKIE, cookie);
+    }
+    exchange.status(answer.head.status);
+    if grpc {
+        exchange.grpc(&answer.head.headers);
     }
 }
 
 /// Asks the intentions before anything is dialled: the destination would refuse as well, later.
-fn admit<D: Dial>(worker: &D, caller: &Caller, request: &Request<Incoming>) -> Result<(), Refusal> {
+pub(super) fn admit<D: Dial>(worker: &D, caller: &Caller, asked: &Asked<'_>) -> Result<(), Refusal> {
     let ends = (caller.source.service(), &caller.destination);
-    let asked = Asked { method: request.method().as_str(), path: request.uri().path(), headers: request.headers() };
-    let decided = worker.http().policy().request(&worker.snapshot().peek().policy, Reporter::Source, ends, &asked);
+    let decided = worker.http().policy().request(&worker.snapshot().peek().policy, Reporter::Source, ends, asked);
     decided.map_err(|denied| Refusal::denied(denied.text(ends.0, ends.1)))
 }
 
 /// Refuses a request; one that breaks HTTP's rules ends its HTTP/1.1 connection, for what follows it is in doubt.
-fn refuse_request(exchange: Exchange, refusal: Refusal, (version, grpc): (Version, bool)) -> Response<TunnelBody> {
+pub(super) fn refuse_request(
+    exchange: Exchange,
+    refusal: Refusal,
+    (version, grpc): (Version, bool),
+) -> Response<TunnelBody> {
     let in_doubt = matches!(refusal.reason, Reason::BadRequest | Reason::HeadTooLarge);
     let mut response = refuse(exchange, refusal, grpc);
     if in_doubt && version < Version::HTTP_2 {
@@ -321,18 +357,20 @@ pub(super) struct Answer {
     pub(super) inbox: Inbox,
     /// On an upgrade: the other direction.
     pub(super) send: Option<TunnelSend>,
+    /// How long its body may take.
+    pub(super) limit: Option<Box<BodyLimit>>,
     pub(super) lease: Lease,
 }
 
 /// Hands the answer to hyper.
-fn respond<D: Dial>(
+pub(super) fn respond<D: Dial>(
     worker: &Rc<D>,
     answer: Answer,
     mut exchange: Exchange,
     upgraded: Option<OnUpgrade>,
     busy: Busy,
 ) -> Response<TunnelBody> {
-    let Answer { head, mut recv, mut inbox, send, lease } = answer;
+    let Answer { head, mut recv, mut inbox, send, limit, lease } = answer;
     let ResponseHead { payload, status, headers } = head;
     let switches = status == StatusCode::SWITCHING_PROTOCOLS;
     let body = match (payload, send.zip(upgraded)) {
@@ -359,7 +397,9 @@ fn respond<D: Dial>(
             let text = "the destination switched protocols unasked".to_owned();
             return refuse(exchange, Refusal::reset(text), false);
         }
-        (Payload::Frames, _) => TunnelBody::stream(recv, inbox, &headers, Some((exchange, busy))).holding(lease),
+        (Payload::Frames, _) => {
+            TunnelBody::stream(recv, inbox, &headers, Some((exchange, busy))).limited(limit).holding(lease)
+        }
         _ => {
             // Reads the FIN that came with the head: dropping the stream before it would send STOP_SENDING.
             let _fin = futures_util::FutureExt::now_or_never(recv.read_chunk(1, true));

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use serde_json::{Map, Value};
 
-use super::{DefinitionError, duration};
+use super::DefinitionError;
+use crate::model::duration;
 
 /// Values nested deeper than this are never taken for empty.
 const EMPTY_DEPTH_MAX: usize = 16;

@@ -10,7 +10,6 @@
 //! Not here: Consul's JSON on the way out (`api`).
 
 mod check;
-mod duration;
 mod fields;
 mod service;
 
@@ -22,9 +21,9 @@ use std::time::Duration;
 use crate::model::{CheckId, HealthStatus, InstanceId, Protocol, ServiceName, ServiceRecord};
 
 pub use self::check::check_from_json;
-#[cfg(any(test, fuzzing))]
-pub(crate) use self::duration::parse as duration_from_text;
 pub use self::service::service_from_json;
+#[cfg(any(test, fuzzing))]
+pub(crate) use crate::model::duration::parse as duration_from_text;
 
 /// Output that is kept of a check, in bytes (Consul's default and weft's bound).
 pub const OUTPUT_BYTES_MAX: usize = 4096;

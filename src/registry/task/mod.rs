@@ -4,6 +4,7 @@
 //! published; its status reaches the disk with the others of the same second. What is published changes in place, check
 //! by check: ten thousand checks make a thousand results a second.
 
+mod changes;
 mod orders;
 mod publish;
 
@@ -119,6 +120,8 @@ pub(super) struct Task {
     /// Checks whose status is not on disk yet.
     unwritten: BTreeSet<CheckId>,
     write_at: Option<Instant>,
+    /// Counts with each write of statuses.
+    changes: changes::ChangeLog,
     index: u64,
     tools: Arc<Tools>,
     runners: Runners,
@@ -159,6 +162,7 @@ impl Task {
             batch: Vec::new(),
             unwritten: BTreeSet::new(),
             write_at: None,
+            changes: changes::ChangeLog::default(),
             index: params.first_index,
             tools,
             runners,
@@ -457,8 +461,10 @@ impl Task {
         if change == Change::Status {
             // The status line; an app's whole page belongs into the API's answer, not into the log.
             let (status, output) = (check.state.status(), check.state.output().lines().next().unwrap_or_default());
-            let output: String = output.chars().take(LOGGED_CHARS_MAX).collect();
-            info!(check = %report.id, %before, %status, output, "check changed");
+            if self.changes.admit(status) {
+                let output: String = output.chars().take(LOGGED_CHARS_MAX).collect();
+                info!(check = %report.id, %before, %status, output, "check changed");
+            }
         }
         self.note_change(&report.id, change);
     }
@@ -477,7 +483,7 @@ impl Task {
                 // Counted anew, so that a disk that fails is not asked again at once.
                 check.state.postpone_deregistration(now);
             }
-            if change == Change::Status {
+            if change == Change::Status && self.changes.admit(check.state.status()) {
                 info!(check = %id, "TTL of check expired");
             }
             self.note_change(&id, change);
@@ -496,6 +502,10 @@ impl Task {
 
     async fn write_statuses(&mut self) {
         self.write_at = None;
+        if let Some(more) = self.changes.end() {
+            let changes::Counts { passing, warning, critical } = more;
+            info!(count = more.all(), passing, warning, critical, "more checks changed within the same second");
+        }
         let statuses: Vec<_> =
             self.unwritten.iter().filter_map(|id| Some((id.clone(), self.checks.get(id)?.state.status()))).collect();
         if statuses.is_empty() {

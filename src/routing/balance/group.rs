@@ -160,7 +160,7 @@ impl Group {
         let interval_end = ask.now + common.guard.borrow().ejection.interval;
         let mut group = Self {
             origin: origin(ask, hash),
-            balance: Arc::clone(ask.snapshot.upstreams.balance(&ask.service.name)),
+            balance: Arc::clone(ask.snapshot.upstreams.balance(ask.destination)),
             interval_end,
             common: Rc::new(common),
             seats: HashMap::default(),
@@ -200,8 +200,8 @@ impl Group {
             return;
         }
         if !is_same_table {
-            self.balance = Arc::clone(ask.snapshot.upstreams.balance(&ask.service.name));
-            *self.common.guard.borrow_mut() = Arc::clone(ask.snapshot.upstreams.guard(ask.source, &ask.service.name));
+            self.balance = Arc::clone(ask.snapshot.upstreams.balance(ask.destination));
+            *self.common.guard.borrow_mut() = Arc::clone(ask.snapshot.upstreams.guard(ask.source, ask.destination));
         }
         if !is_same_service {
             self.seat(ask.service, Some(now));

@@ -140,7 +140,9 @@ pub struct Ask<'a> {
     pub snapshot: &'a Snapshot,
     /// The calling service; none: the node itself.
     pub source: Option<&'a ServiceName>,
-    /// The called one.
+    /// The called one: its settings hold.
+    pub destination: &'a ServiceName,
+    /// Its instances, or some of them under a name of their own.
     pub service: &'a ServiceEntry,
     /// What is to be carried.
     pub flow: Flow,
@@ -349,6 +351,7 @@ fn better<'a>(best: Found<'a>, found: Found<'a>) -> Found<'a> {
     if best.0 <= found.0 { best } else { found }
 }
 
+/// The caller, if it has settings of its own; the name of the instances: the service's, or that of a choice among them.
 type GroupKey = (Option<ServiceName>, ServiceName);
 
 /// Picks instances. One per worker: no lock, and no state of another worker but counts.
@@ -386,7 +389,8 @@ impl Balancer {
     ) -> Result<Picked, NoInstance> {
         let unknown = || NoInstance::UnknownService { service: name.clone() };
         let service = snapshot.services.get(name).ok_or_else(unknown)?;
-        self.pick(&Ask { snapshot, source: None, service, flow: Flow::Request, now }, tried, backoff)
+        let ask = Ask { snapshot, source: None, destination: name, service, flow: Flow::Request, now };
+        self.pick(&ask, tried, backoff)
     }
 
     /// Picks the next instance: those in `tried` only if there is no other, those in `backoff` only if there is no other
@@ -404,7 +408,7 @@ impl Balancer {
             let most = if ask.flow == Flow::Request { limits.requests } else { limits.connections };
             let what = ask.flow.limited();
             if !common.usage.take(what, most) {
-                return Err(NoInstance::Overflow { service: ask.service.name.clone(), what });
+                return Err(NoInstance::Overflow { service: ask.destination.clone(), what });
             }
             if is_trial && let Standing::Open { until } = place.seat.standing.get() {
                 place.seat.standing.set(Standing::HalfOpen { until });
@@ -458,7 +462,8 @@ impl Balancer {
 
     /// Drops the groups of services that `snapshot` does not have.
     pub fn forget_vanished(&mut self, snapshot: &Snapshot) {
-        self.groups.retain(|(_, name), _| snapshot.services.contains_key(name));
+        // A choice of instances is in no catalogue: it stays as long as its service.
+        self.groups.retain(|_, group| snapshot.services.contains_key(&group.common.service));
     }
 
     /// Takes what was ejected or came back since the last time.
@@ -469,10 +474,10 @@ impl Balancer {
 
     /// Returns the service's group, as it is at this moment.
     fn group(&mut self, ask: &Ask<'_>) -> &mut Group {
-        let name = &ask.service.name;
+        let name = ask.destination;
         // Names are shared pointers: looking up by entry copies nothing.
         let source = if ask.snapshot.upstreams.has_caller(ask.source) { ask.source.cloned() } else { None };
-        let key = (source, name.clone());
+        let key = (source, ask.service.name.clone());
         if self.groups.len() >= SERVICES_MAX && !self.groups.contains_key(&key) {
             self.groups.clear();
         }
@@ -491,7 +496,8 @@ impl Balancer {
                 let common = Common {
                     service: name.clone(),
                     guard: RefCell::new(Arc::clone(ask.snapshot.upstreams.guard(ask.source, name))),
-                    usage: shared.usage(entry.key()),
+                    // All choices of a service's instances count together.
+                    usage: shared.usage(&(entry.key().0.clone(), name.clone())),
                     fit: std::cell::Cell::new(0),
                     out: std::cell::Cell::new(0),
                     is_stale: std::cell::Cell::new(false),

@@ -62,8 +62,8 @@ impl Bench {
     pub(super) fn try_pick(&mut self, tried: &Tried) -> Result<Picked, NoInstance> {
         let service = Arc::clone(&self.snapshot.services["web"]);
         let source: ServiceName = "api".parse().unwrap();
-        let ask =
-            Ask { snapshot: &self.snapshot, source: Some(&source), service: &service, flow: self.flow, now: self.now };
+        let (destination, flow, now) = (&service.name, self.flow, self.now);
+        let ask = Ask { snapshot: &self.snapshot, source: Some(&source), destination, service: &service, flow, now };
         self.balancer.pick(&ask, tried, &self.backoff)
     }
 
@@ -98,8 +98,8 @@ impl Bench {
     fn view(&mut self) -> GroupView {
         let service = Arc::clone(&self.snapshot.services["web"]);
         let source: ServiceName = "api".parse().unwrap();
-        let ask =
-            Ask { snapshot: &self.snapshot, source: Some(&source), service: &service, flow: self.flow, now: self.now };
+        let (destination, flow, now) = (&service.name, self.flow, self.now);
+        let ask = Ask { snapshot: &self.snapshot, source: Some(&source), destination, service: &service, flow, now };
         self.balancer.view(&ask)
     }
 
@@ -232,12 +232,57 @@ fn groups_of_vanished_services_are_dropped_and_their_number_is_bounded() {
     for at in 0..=SERVICES_MAX {
         let mut other = service(1, [instance("a", PASSING, 1)]);
         other.name = format!("s{at}").parse().unwrap();
-        let ask = Ask { snapshot: &bench.snapshot, source: None, service: &other, flow: Flow::Request, now: bench.now };
+        let (destination, now) = (&other.name, bench.now);
+        let flow = Flow::Request;
+        let ask = Ask { snapshot: &bench.snapshot, source: None, destination, service: &other, flow, now };
         bench.balancer.pick(&ask, &Tried::new(), &bench.backoff).unwrap();
         assert!(bench.balancer.groups.len() <= SERVICES_MAX);
     }
     bench.balancer.forget_vanished(&Snapshot::empty("here".parse().unwrap()));
     assert!(bench.balancer.groups.is_empty());
+}
+
+#[test]
+fn a_choice_of_instances_has_turns_and_ejections_of_its_own_and_its_services_settings_and_limits() {
+    let mut bench = Bench::with(
+        0,
+        &json!({"LoadBalancer": {"Policy": "round_robin"}}),
+        &json!({"Limits": {"MaxConcurrentRequests": 2}}),
+        many(3),
+    );
+    let web: ServiceName = "web".parse().unwrap();
+    let source: ServiceName = "api".parse().unwrap();
+    let mut choice = service(1, many(2));
+    choice.name = "web..0123456789abcdef".parse().unwrap();
+    let (now, flow) = (bench.now, Flow::Request);
+    let Bench { balancer, snapshot, backoff, .. } = &mut bench;
+    let ask = Ask { snapshot, source: Some(&source), destination: &web, service: &choice, flow, now };
+    let mut count = std::collections::BTreeMap::new();
+    for _ in 0..10 {
+        let picked = balancer.pick(&ask, &Tried::new(), backoff).unwrap();
+        *count.entry(node(&picked.instance)).or_insert(0) += 1;
+    }
+    assert_eq!(count.into_values().collect::<Vec<_>>(), [5, 5], "in turn, as the service's resolver says");
+    // Requests to the choice and to all of the service are under way together.
+    let whole = Arc::clone(&snapshot.services["web"]);
+    let of_all = Ask { service: &whole, ..ask };
+    let held =
+        [balancer.pick(&ask, &Tried::new(), backoff).unwrap(), balancer.pick(&of_all, &Tried::new(), backoff).unwrap()];
+    let over = balancer.pick(&ask, &Tried::new(), backoff).unwrap_err();
+    assert_eq!(over, NoInstance::Overflow { service: web.clone(), what: Limited::Requests });
+    drop(held);
+    // What is ejected stays so while the service is there, and is told under the service's name.
+    let sick = balancer.pick(&ask, &Tried::new(), backoff).unwrap();
+    for _ in 0..5 {
+        sick.load.observer().observe(Outcome::GatewayFailure, Duration::ZERO, now);
+    }
+    let notices = balancer.take_notices();
+    assert_eq!(notices.iter().map(|notice| &notice.service).collect::<Vec<_>>(), [&web]);
+    balancer.forget_vanished(snapshot);
+    let out = balancer.view(&ask).seats.iter().filter(|seat| seat.standing != Standing::Closed).count();
+    assert_eq!(out, 1);
+    balancer.forget_vanished(&Snapshot::empty("here".parse().unwrap()));
+    assert!(balancer.groups.is_empty());
 }
 
 #[test]
@@ -250,6 +295,7 @@ fn who_is_asked_for_next_is_who_comes_next() {
             let ask = Ask {
                 snapshot: &bench.snapshot,
                 source: Some(&source),
+                destination: &service.name,
                 service: &service,
                 flow: Flow::Request,
                 now: bench.now,
@@ -488,7 +534,8 @@ fn a_call_that_changes_nothing_allocates_nothing() {
         let tried = Tried::with_key(Some(9));
         let Bench { balancer, snapshot, backoff, now, flow } = &mut bench;
         let mut call = || {
-            let ask = Ask { snapshot, source: Some(&source), service: &service, flow: *flow, now: *now };
+            let destination = &service.name;
+            let ask = Ask { snapshot, source: Some(&source), destination, service: &service, flow: *flow, now: *now };
             let picked = balancer.pick(&ask, &tried, backoff).unwrap();
             let observer = picked.load.observer().clone();
             drop(picked.load.wait());

@@ -1,4 +1,4 @@
-//! The socket's file: made with its mode from the first moment on, and removed only where it is safe.
+//! A unix socket's file: made with its mode from the first moment on, and removed only where it is safe.
 //!
 //! The mode is set on the socket before it gets its name: Linux makes the file with it, so there is no moment at which
 //! others could connect. A file that is there already is removed if it is a socket of the agent's own user that nobody
@@ -14,8 +14,6 @@ use std::path::{Path, PathBuf};
 use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::net::UnixListener;
 
-use super::{WorkloadConfig, WorkloadError};
-
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 128;
 /// The agent's user alone.
@@ -23,9 +21,65 @@ const MODE_ALONE: u32 = 0o600;
 /// The group's members too.
 const MODE_GROUP: u32 = 0o660;
 
+/// Longest path of a unix socket, in bytes: `sun_path` has 108 with the closing zero.
+pub const SOCKET_PATH_BYTES_MAX: usize = 107;
+
+/// Where a socket is, and who may connect.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SocketConfig {
+    /// The path: absolute, at most [`SOCKET_PATH_BYTES_MAX`] bytes.
+    pub path: PathBuf,
+    /// A group of this host whose members may connect; none: the agent's user and root alone.
+    pub group: Option<String>,
+    /// The configuration key of the path, which errors name.
+    pub key: &'static str,
+}
+
+/// Why a socket is not opened.
+#[derive(Debug, thiserror::Error)]
+pub enum SocketError {
+    /// The path is in use.
+    #[error("another process serves {}: give each agent a {key} of its own", path.display())]
+    InUse {
+        /// The path.
+        path: PathBuf,
+        /// Where it is configured.
+        key: &'static str,
+    },
+    /// Something stands in the way that is not removed.
+    #[error("{} is {what}; nothing was removed: choose another {key}, or move it away", path.display())]
+    Occupied {
+        /// The path.
+        path: PathBuf,
+        /// What is there.
+        what: &'static str,
+        /// Where it is configured.
+        key: &'static str,
+    },
+    /// There is no such group.
+    #[error("this host has no group `{name}`, which may connect to {key}: correct its name, or make the group")]
+    Group {
+        /// Its name.
+        name: String,
+        /// Where the socket is configured.
+        key: &'static str,
+    },
+    /// The operating system refuses.
+    #[error("cannot {action} the socket {}; its directory must exist and be the agent's to write", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
 /// A bound socket; its file is removed when this is dropped, if it is still the one that was made.
 #[derive(Debug)]
-pub(super) struct Listening {
+pub struct Listening {
     listener: UnixListener,
     path: PathBuf,
     /// Device and inode of the file.
@@ -33,7 +87,8 @@ pub(super) struct Listening {
 }
 
 impl Listening {
-    pub(super) fn listener(&self) -> &UnixListener {
+    /// Accepts connections.
+    pub fn listener(&self) -> &UnixListener {
         &self.listener
     }
 }
@@ -47,12 +102,15 @@ impl Drop for Listening {
     }
 }
 
-/// Opens the socket of `config`.
-pub(super) fn bind(config: &WorkloadConfig) -> Result<Listening, WorkloadError> {
-    let path = &config.socket;
-    let failed = |action| move |source| WorkloadError::Socket { action, path: path.clone(), source };
-    let group = config.group.as_deref().map(group_id).transpose()?;
-    make_way(path)?;
+/// Opens the socket of `config`, inside a tokio runtime.
+///
+/// # Errors
+/// [`SocketError`]; what stood there is left alone.
+pub fn bind(config: &SocketConfig) -> Result<Listening, SocketError> {
+    let path = &config.path;
+    let failed = |action| move |source| SocketError::Io { action, path: path.clone(), source };
+    let group = config.group.as_deref().map(|name| group_id(name, config.key)).transpose()?;
+    make_way(path, config.key)?;
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None).map_err(failed("make"))?;
     let socket = with_mode(socket, MODE_ALONE).map_err(failed("make"))?;
     socket.bind(&SockAddr::unix(path).map_err(failed("name"))?).map_err(failed("bind"))?;
@@ -74,22 +132,22 @@ fn with_mode(socket: Socket, mode: u32) -> io::Result<Socket> {
     Ok(Socket::from(OwnedFd::from(file)))
 }
 
-fn group_id(name: &str) -> Result<u32, WorkloadError> {
+fn group_id(name: &str, key: &'static str) -> Result<u32, SocketError> {
     if let Ok(number) = name.parse() {
         return Ok(number);
     }
     let found = nix::unistd::Group::from_name(name).ok().flatten();
-    found.map(|group| group.gid.as_raw()).ok_or_else(|| WorkloadError::Group(name.to_owned()))
+    found.map(|group| group.gid.as_raw()).ok_or_else(|| SocketError::Group { name: name.to_owned(), key })
 }
 
 /// Removes the socket that an earlier run left.
-fn make_way(path: &Path) -> Result<(), WorkloadError> {
-    let failed = |action| move |source| WorkloadError::Socket { action, path: path.to_owned(), source };
+fn make_way(path: &Path, key: &'static str) -> Result<(), SocketError> {
+    let failed = |action| move |source| SocketError::Io { action, path: path.to_owned(), source };
     let found = match fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         found => found.map_err(failed("look at"))?,
     };
-    let occupied = |what| Err(WorkloadError::Occupied { path: path.to_owned(), what });
+    let occupied = |what| Err(SocketError::Occupied { path: path.to_owned(), what, key });
     if !found.file_type().is_socket() {
         return occupied("no socket");
     }
@@ -104,7 +162,7 @@ fn make_way(path: &Path) -> Result<(), WorkloadError> {
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         // It listens, or its queue is full: somebody is there.
-        Ok(()) | Err(_) => Err(WorkloadError::InUse { path: path.to_owned() }),
+        Ok(()) | Err(_) => Err(SocketError::InUse { path: path.to_owned(), key }),
     }
 }
 
@@ -112,8 +170,8 @@ fn make_way(path: &Path) -> Result<(), WorkloadError> {
 mod tests {
     use super::*;
 
-    fn at(path: PathBuf) -> WorkloadConfig {
-        WorkloadConfig { socket: path, group: None }
+    fn at(path: PathBuf) -> SocketConfig {
+        SocketConfig { path, group: None, key: "x.socket" }
     }
 
     #[tokio::test]
@@ -126,11 +184,11 @@ mod tests {
         drop(listening);
         assert!(!path.exists());
         let gid = nix::unistd::getegid().as_raw().to_string();
-        let listening = bind(&WorkloadConfig { group: Some(gid), ..at(path.clone()) }).unwrap();
+        let listening = bind(&SocketConfig { group: Some(gid), ..at(path.clone()) }).unwrap();
         assert_eq!(mode(), 0o660);
         drop(listening);
-        let nobody = bind(&WorkloadConfig { group: Some("no-such-group-here".to_owned()), ..at(path.clone()) });
-        assert!(matches!(nobody, Err(WorkloadError::Group(_))));
+        let nobody = bind(&SocketConfig { group: Some("no-such-group-here".to_owned()), ..at(path.clone()) });
+        assert!(matches!(nobody, Err(SocketError::Group { .. })));
         assert!(!path.exists(), "nothing is made before the group is known");
     }
 
@@ -142,17 +200,17 @@ mod tests {
         drop(StdUnixListener::bind(&path).unwrap());
         assert!(path.exists());
         let first = bind(&at(path.clone())).unwrap();
-        assert!(matches!(bind(&at(path.clone())), Err(WorkloadError::InUse { .. })));
+        assert!(matches!(bind(&at(path.clone())), Err(SocketError::InUse { .. })));
         drop(first);
 
         fs::write(&path, "precious").unwrap();
-        assert!(matches!(bind(&at(path.clone())), Err(WorkloadError::Occupied { what: "no socket", .. })));
+        assert!(matches!(bind(&at(path.clone())), Err(SocketError::Occupied { what: "no socket", .. })));
         assert_eq!(fs::read(&path).unwrap(), b"precious");
         fs::remove_file(&path).unwrap();
         let target = temp.path().join("other.sock");
         drop(StdUnixListener::bind(&target).unwrap());
         std::os::unix::fs::symlink(&target, &path).unwrap();
-        assert!(matches!(bind(&at(path.clone())), Err(WorkloadError::Occupied { what: "no socket", .. })));
+        assert!(matches!(bind(&at(path.clone())), Err(SocketError::Occupied { what: "no socket", .. })));
         assert!(target.exists());
 
         let lost = bind(&at(temp.path().join("no/such/dir.sock"))).unwrap_err();

@@ -6,7 +6,10 @@ use std::time::Duration;
 const NANOS_MAX: f64 = 9.223_372_036_854_775e18;
 
 /// Parses a duration; negative ones are refused.
-pub(crate) fn parse(text: &str) -> Result<Duration, String> {
+///
+/// # Errors
+/// A sentence that names the text.
+pub fn parse(text: &str) -> Result<Duration, String> {
     let bad = || format!("`{text}` is no duration; write it like 10s, 500ms or 1h30m");
     let unsigned = text.strip_prefix('+').unwrap_or(text);
     if unsigned == "0" {
@@ -30,7 +33,7 @@ pub(crate) fn parse(text: &str) -> Result<Duration, String> {
 }
 
 /// Returns the duration of `nanos` nanoseconds, if it is one.
-pub(super) fn from_nanos(nanos: f64) -> Option<Duration> {
+pub fn from_nanos(nanos: f64) -> Option<Duration> {
     let is_inside = nanos.is_finite() && (0.0..=NANOS_MAX).contains(&nanos);
     // Microseconds are exact up to 285 years in the 53 bits of a float's mantissa; no timer is finer.
     is_inside.then(|| Duration::try_from_secs_f64(nanos / 1e9).ok()).flatten()

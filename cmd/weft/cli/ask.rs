@@ -1,0 +1,114 @@
+//! Verbs that ask or order a running agent, and `validate`.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+
+use super::{ClientArgs, ListArgs};
+
+#[derive(Debug, Args)]
+pub(crate) struct JoinArgs {
+    /// Names, addresses, host:port.
+    #[arg(required = true, value_name = "ADDR")]
+    pub(crate) addresses: Vec<String>,
+    #[command(flatten)]
+    pub(crate) client: ClientArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ForceLeaveArgs {
+    /// The member's name.
+    pub(crate) node: String,
+    /// Forgets the member and its records as well.
+    #[arg(long)]
+    pub(crate) prune: bool,
+    #[command(flatten)]
+    pub(crate) client: ClientArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct MaintArgs {
+    /// Takes it out of service.
+    #[arg(long, conflicts_with = "disable")]
+    pub(crate) enable: bool,
+    /// Takes it back in.
+    #[arg(long)]
+    pub(crate) disable: bool,
+    /// The service's ID. Default: the node as a whole.
+    #[arg(long, value_name = "ID")]
+    pub(crate) service: Option<String>,
+    /// Shown as the check's notes.
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) reason: Option<String>,
+    #[command(flatten)]
+    pub(crate) client: ClientArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ValidateArgs {
+    /// Config files and directories, in the order in which they are merged.
+    #[arg(required = true, value_name = "PATH")]
+    pub(crate) paths: Vec<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum CatalogVerb {
+    /// Lists the datacenters.
+    #[command(after_help = "Example:\n  weft catalog datacenters")]
+    Datacenters(ListArgs),
+    /// Lists the nodes, or those that have a service.
+    #[command(after_help = "Examples:\n  weft catalog nodes\n  weft catalog nodes -service=web -node-meta=rack=a1")]
+    Nodes(NodesArgs),
+    /// Lists the services with their tags, of the mesh or of a node.
+    #[command(after_help = "Examples:\n  weft catalog services -format=json\n  weft catalog services -node=web-1")]
+    Services(ServicesArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct NodesArgs {
+    /// Only nodes with an instance of this service.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) service: Option<String>,
+    /// Only nodes whose meta has KEY=VALUE; repeatable.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(crate) node_meta: Vec<String>,
+    #[command(flatten)]
+    pub(crate) list: ListArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ServicesArgs {
+    /// Only the services of this node.
+    #[arg(long, value_name = "NAME", conflicts_with = "node_meta")]
+    pub(crate) node: Option<String>,
+    /// Only services of nodes whose meta has KEY=VALUE; repeatable.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(crate) node_meta: Vec<String>,
+    #[command(flatten)]
+    pub(crate) list: ListArgs,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ServicesVerb {
+    /// Registers every service that the files define.
+    #[command(after_help = "Example:\n  weft services register web.hcl db.json")]
+    Register {
+        /// Files with service{} or services[] (*.hcl, *.json).
+        #[arg(required = true, value_name = "FILE")]
+        files: Vec<PathBuf>,
+        #[command(flatten)]
+        client: ClientArgs,
+    },
+    /// Deregisters a service by its ID.
+    #[command(after_help = "Examples:\n  weft services deregister web-1\n  weft services deregister -id web-1")]
+    Deregister {
+        /// The service's ID.
+        #[arg(value_name = "ID", required_unless_present = "id_flag")]
+        id: Option<String>,
+        /// The service's ID, as a flag.
+        #[arg(long = "id", id = "id_flag", value_name = "ID", conflicts_with = "id")]
+        id_flag: Option<String>,
+        #[command(flatten)]
+        client: ClientArgs,
+    },
+}

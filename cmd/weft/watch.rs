@@ -1,0 +1,140 @@
+//! `weft watch`: blocking queries of one view, and a program that is run at each change.
+
+use std::io::Write as _;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use serde_json::Value;
+
+use crate::cli::{WatchArgs, WatchedKind};
+use crate::client::{Client, segment};
+use crate::failure::Failure;
+
+/// How long one query waits: Consul's default.
+const WAIT: Duration = Duration::from_mins(5);
+/// The pause after a failure, doubled by each further one up to [`PAUSE_MAX`].
+const PAUSE: Duration = Duration::from_secs(1);
+const PAUSE_MAX: Duration = Duration::from_secs(30);
+
+/// Prints the view once, or runs a program for each of its states.
+pub(crate) fn watch(args: &WatchArgs) -> Result<(), Failure> {
+    let path = path(args)?;
+    let client = Client::new(&args.client)?;
+    let Some((program, words)) = args.program.split_first() else {
+        println!("{:#}", client.get(&path)?);
+        return Ok(());
+    };
+    let (mut index, mut pause) = (0, PAUSE);
+    let mut shown: Option<Value> = None;
+    loop {
+        match client.get_after(&path, index, WAIT) {
+            Ok((value, newest)) => {
+                pause = PAUSE;
+                // Going back means another agent, or one that started anew: its state counts from the beginning.
+                index = if newest < index { 0 } else { newest };
+                if shown.as_ref() != Some(&value) {
+                    run(program, words, &value, newest)?;
+                    shown = Some(value);
+                }
+            }
+            // Nobody is there who could mend it by typing: it goes on once the agent is back.
+            Err(failure) => {
+                eprintln!("{failure}\n  asking again in {pause:?}");
+                std::thread::sleep(pause);
+                pause = (pause * 2).min(PAUSE_MAX);
+            }
+        }
+    }
+}
+
+/// Runs the program to its end, with the state on its standard input; how it ended is reported and changes nothing.
+fn run(program: &str, words: &[String], value: &Value, index: u64) -> Result<(), Failure> {
+    let index = index.to_string();
+    let mut child = Command::new(program)
+        .args(words)
+        .env("WEFT_INDEX", &index)
+        .env("CONSUL_INDEX", &index)
+        .stdin(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("cannot run {program}"))?;
+    if let Some(mut input) = child.stdin.take() {
+        // A program that does not read its input closes it: no matter.
+        let _closed = writeln!(input, "{value}");
+    }
+    let status = child.wait().with_context(|| format!("cannot wait for {program}"))?;
+    if !status.success() {
+        eprintln!("warning: {program} ended with {status}");
+    }
+    Ok(())
+}
+
+/// The endpoint of the view.
+fn path(args: &WatchArgs) -> Result<String, Failure> {
+    let needs =
+        |flag: &str, value: &Option<String>| {
+            value.as_deref().filter(|value| !value.is_empty()).map(segment).ok_or_else(|| {
+                Failure::text("the view is not named in full").hint(format!("give {flag} with this -type"))
+            })
+        };
+    let instances = |group: &str| -> Result<String, Failure> {
+        let tags = args.tag.iter().map(|tag| format!("tag={}", segment(tag)));
+        let asked: Vec<String> = args.passingonly.then(|| "passing=1".to_owned()).into_iter().chain(tags).collect();
+        let asked = if asked.is_empty() { String::new() } else { format!("?{}", asked.join("&")) };
+        Ok(format!("/v1/health/{group}/{}{asked}", needs("-service", &args.service)?))
+    };
+    Ok(match args.kind {
+        WatchedKind::Services => "/v1/catalog/services".to_owned(),
+        WatchedKind::Nodes => "/v1/catalog/nodes".to_owned(),
+        WatchedKind::Service => instances("service")?,
+        WatchedKind::ConnectService => instances("connect")?,
+        WatchedKind::Checks => match &args.service {
+            Some(_) => format!("/v1/health/checks/{}", needs("-service", &args.service)?),
+            None => format!("/v1/health/state/{}", segment(args.state.as_deref().unwrap_or("any"))),
+        },
+        WatchedKind::Event => match &args.name {
+            Some(name) => format!("/v1/event/list?name={}", segment(name)),
+            None => "/v1/event/list".to_owned(),
+        },
+        WatchedKind::Key => format!("/v1/kv/{}", needs("-key", &args.key)?),
+        WatchedKind::Keyprefix => format!("/v1/kv/{}?recurse", needs("-prefix", &args.prefix)?),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::*;
+    use crate::cli::{Cli, Verb};
+
+    #[test]
+    fn each_view_is_an_endpoint_and_a_missing_name_is_said() {
+        #[track_caller]
+        fn check(words: &str, want: Result<&str, &str>) {
+            let words = words.split(' ').map(Into::into);
+            let argv = ["weft".into(), "watch".into()].into_iter().chain(words);
+            let Verb::Watch(args) = Cli::parse_from(crate::argv::normalize(argv)).verb else { panic!("no watch") };
+            let got = path(&args).map_err(|failure| failure.to_string());
+            match want {
+                Ok(want) => assert_eq!(got.as_deref(), Ok(want)),
+                Err(flag) => assert!(got.as_ref().is_err_and(|text| text.contains(flag)), "{got:?}"),
+            }
+        }
+        check("-type=services", Ok("/v1/catalog/services"));
+        check("-type nodes", Ok("/v1/catalog/nodes"));
+        check("-type=service -service=web", Ok("/v1/health/service/web"));
+        check(
+            "-type=service -service=a/b -passingonly -tag=v1 -tag=x",
+            Ok("/v1/health/service/a%2Fb?passing=1&tag=v1&tag=x"),
+        );
+        check("-type=service", Err("-service"));
+        check("-type=connect_service -service=web", Ok("/v1/health/connect/web"));
+        check("-type=checks", Ok("/v1/health/state/any"));
+        check("-type=checks -state=critical", Ok("/v1/health/state/critical"));
+        check("-type=checks -service=web", Ok("/v1/health/checks/web"));
+        check("-type=event -name=deploy", Ok("/v1/event/list?name=deploy"));
+        check("-type=key", Err("-key"));
+        check("-type=keyprefix -prefix=a/", Ok("/v1/kv/a%2F?recurse"));
+    }
+}

@@ -1,0 +1,250 @@
+//! How clients come in: tokens with rights, TLS, compressed answers, idle and slow connections.
+
+use std::io::Read as _;
+use std::sync::Arc;
+
+use axum::body::Body;
+use flate2::read::GzDecoder;
+use http::{Method, Request, StatusCode};
+use http_body_util::BodyExt as _;
+use hyper::service::Service as _;
+use hyper_util::service::TowerToHyperService;
+use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::{ClientConfig, RootCertStore};
+use serde_json::{Value, json};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::net::{TcpStream, UnixStream};
+use tokio::task::JoinSet;
+use tokio_rustls::TlsConnector;
+
+use super::fake::{Bench, node_entry, service};
+use super::routes::ROUTES;
+use super::{ApiConfig, ApiError, ApiToken, Certificate, HttpsConfig, Right, secure, serve};
+use crate::model::{HealthStatus, MemberStatus};
+use crate::pki::Plane;
+use crate::unix_socket::SocketConfig;
+
+/// Sends a GET and reads the answer up to the end of the connection.
+async fn asked<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, path: &str) -> String {
+    let request = format!("GET {path} HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).await.unwrap();
+    String::from_utf8(answer).unwrap()
+}
+
+fn on_loopback(https: Option<HttpsConfig>) -> ApiConfig {
+    ApiConfig {
+        listen: vec!["127.0.0.1:0".parse().unwrap()],
+        https,
+        socket: None,
+        tokens: Vec::new(),
+        names: Vec::new(),
+    }
+}
+
+#[tokio::test]
+async fn each_endpoint_takes_the_right_that_it_needs_and_no_less() {
+    let rights = [Right::Read, Right::Services, Right::Operator];
+    let tokens = rights.map(|right| ApiToken::new(right.as_str(), right)).to_vec();
+    let bench = Bench::with_tokens(tokens, 2);
+    for route in ROUTES {
+        let path = route.path.replace("{*entry}", "service-defaults/x").replace("{service}", "web");
+        let path = path
+            .split('{')
+            .map(|part| part.split_once('}').map_or(part, |(_, rest)| rest))
+            .collect::<Vec<_>>()
+            .join("x");
+        for right in rights.into_iter().filter(|right| *right < route.right) {
+            let answer = bench.call(route.method.clone(), &format!("{path}?token={}", right.as_str()), "").await;
+            assert_eq!(answer.status, StatusCode::FORBIDDEN, "{} {path} with {right:?}", route.method);
+            assert!(answer.text.contains(route.right.as_str()), "{}", answer.text);
+        }
+        // What is not read is not for readers.
+        let is_writing = ![Method::GET, Method::POST].contains(&route.method) && !path.ends_with("/authorize");
+        assert!(!is_writing || route.right > Right::Read, "{} {path}", route.method);
+    }
+    let get = |token: &str| bench.get(&format!("/v1/agent/services?token={token}"));
+    assert_eq!(get("read").await.status, StatusCode::OK);
+    let body = r#"{"Name": "x"}"#;
+    let register = |token: &str| bench.put(&format!("/v1/agent/service/register?token={token}"), body);
+    assert_eq!(register("services").await.status, StatusCode::OK);
+    assert_eq!(register("read").await.status, StatusCode::FORBIDDEN);
+    assert_eq!(bench.put("/v1/agent/leave?token=services", "").await.status, StatusCode::FORBIDDEN);
+    assert!(!bench.leave.is_cancelled());
+    assert_eq!(bench.put("/v1/agent/leave?token=operator", "").await.status, StatusCode::OK);
+    let leaf = "/v1/agent/connect/ca/leaf/web?token=";
+    assert_eq!(bench.get(&format!("{leaf}read")).await.status, StatusCode::FORBIDDEN, "it has a private key");
+    assert_eq!(bench.get(&format!("{leaf}services")).await.status, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn long_answers_are_compressed_for_those_who_take_it() {
+    let bench = Bench::new();
+    bench.publish(|next| {
+        let nodes: Vec<_> = (1..=50).map(|number| node_entry(number, MemberStatus::Alive)).collect();
+        let web = service("web", &nodes, HealthStatus::Passing, next.index);
+        next.services.insert(web.name.clone(), Arc::new(web));
+    });
+    let ask = |path: &str, codings: &str| {
+        let request = Request::get(path).header("accept-encoding", codings).body(Body::empty()).unwrap();
+        let service = TowerToHyperService::new(bench.router.clone());
+        async move {
+            let (parts, body) = service.call(request).await.unwrap().into_parts();
+            (parts.headers, body.collect().await.unwrap().to_bytes())
+        }
+    };
+    let path = "/v1/health/service/web";
+    let (plain, whole) = ask(path, "identity, gzip;q=0").await;
+    assert!(!plain.contains_key("content-encoding"));
+    assert_eq!(plain["vary"], "Accept-Encoding");
+    for codings in ["gzip", "deflate, GZIP;q=0.5", "br;q=1.0, gzip; q=0.8"] {
+        let (headers, packed) = ask(path, codings).await;
+        assert_eq!(headers["content-encoding"], "gzip", "{codings}");
+        assert!(packed.len() * 5 < whole.len(), "{} of {}", packed.len(), whole.len());
+        let mut read = Vec::new();
+        GzDecoder::new(&*packed).read_to_end(&mut read).unwrap();
+        assert_eq!(read, whole);
+        assert_eq!(headers["x-consul-index"], plain["x-consul-index"]);
+    }
+    assert!(!ask("/v1/status/leader", "gzip").await.0.contains_key("content-encoding"), "a short one is not worth it");
+}
+
+#[tokio::test]
+async fn idle_connections_and_slow_heads_keep_nobody_out() {
+    const SEATS: usize = 8;
+    let bench = Bench::new();
+    let listening = serve::bind(&on_loopback(None), None).await.unwrap();
+    let addr = listening.addrs[0];
+    let mut server = JoinSet::new();
+    server.spawn(serve::run(listening, bench.router.clone(), SEATS, bench.stop.clone()));
+    // One that waits for a change: it is under way and keeps its seat.
+    let mut waiting = TcpStream::connect(addr).await.unwrap();
+    let request = format!("GET /v1/health/service/web?index=1003 HTTP/1.1\r\nhost: {addr}\r\n\r\n");
+    waiting.write_all(request.as_bytes()).await.unwrap();
+    while !bench.metrics.render().unwrap().contains("weft_api_blocking_queries 1") {
+        tokio::task::yield_now().await;
+    }
+    let mut others = Vec::new();
+    for number in 0..10 * SEATS {
+        let mut stream = TcpStream::connect(addr).await.unwrap();
+        match number % 3 {
+            0 => {}
+            1 => stream.write_all(b"GET / HTTP/1.1\r\nx-slow: ").await.unwrap(),
+            _ => stream.write_all(format!("GET / HTTP/1.1\r\nhost: {addr}\r\n\r\n").as_bytes()).await.unwrap(),
+        }
+        others.push(stream);
+        let answer = asked(TcpStream::connect(addr).await.unwrap(), "/v1/status/leader").await;
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    }
+    // A head without end is cut, not kept.
+    let mut flood = TcpStream::connect(addr).await.unwrap();
+    let mut sent = 0;
+    let line = [b"x: ".as_slice(), &[b'y'; 8000], b"\r\n"].concat();
+    if flood.write_all(b"GET / HTTP/1.1\r\n").await.is_ok() {
+        while sent < 100 * line.len() && flood.write_all(&line).await.is_ok() {
+            sent += line.len();
+        }
+    }
+    let mut answer = Vec::new();
+    let _reset = flood.read_to_end(&mut answer).await;
+    assert!(answer.is_empty() || answer.starts_with(b"HTTP/1.1 431"), "{}", String::from_utf8_lossy(&answer));
+    let answer = asked(TcpStream::connect(addr).await.unwrap(), "/v1/status/leader").await;
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    assert!(bench.metrics.render().unwrap().contains("weft_api_blocking_queries 1"), "it still waits");
+    drop(others);
+    bench.stop.cancel();
+    let mut answer = String::new();
+    waiting.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.contains("x-consul-index: 1003"), "{answer}");
+    server.join_next().await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn https_shows_the_node_s_own_identity_or_the_operator_s_certificate() {
+    let bench = Bench::new();
+    let temp = tempfile::tempdir().unwrap();
+    let made = rcgen::generate_simple_self_signed(["mesh.example".to_owned()]).unwrap();
+    let (chain, key) = (temp.path().join("cert.pem"), temp.path().join("key.pem"));
+    std::fs::write(&chain, made.cert.pem()).unwrap();
+    std::fs::write(&key, made.signing_key.serialize_pem()).unwrap();
+    let files = Certificate::Files { chain: chain.clone(), key: key.clone() };
+
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from(made.cert.der().to_vec())).unwrap();
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let by_name = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+    let by_name = Arc::new(by_name.with_root_certificates(roots).with_no_client_auth());
+    let own = bench.identity.client_config(Plane::Tunnel, &bench.identity.node_svid(), None).unwrap();
+    let mut by_spiffe = ClientConfig::clone(&own);
+    by_spiffe.alpn_protocols = vec![b"http/1.1".to_vec()];
+    for (certificate, client) in [(files.clone(), by_name), (Certificate::Own, Arc::new(by_spiffe))] {
+        let tls = secure::server(&certificate, &bench.identity).unwrap();
+        let config = on_loopback(Some(HttpsConfig { addr: "127.0.0.1:0".parse().unwrap(), certificate }));
+        let listening = serve::bind(&config, Some(tls)).await.unwrap();
+        let addr = listening.addrs[1];
+        let mut server = JoinSet::new();
+        server.spawn(serve::run(listening, bench.router.clone(), 8, bench.stop.clone()));
+        let name = ServerName::try_from("mesh.example").unwrap();
+        let stream = TlsConnector::from(client).connect(name, TcpStream::connect(addr).await.unwrap()).await.unwrap();
+        let answer = asked(stream, "/v1/status/leader").await;
+        assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("\"10.0.0.1:8301\""), "{answer}");
+        // Without TLS there is nothing to be had at this port.
+        let mut plain = TcpStream::connect(addr).await.unwrap();
+        plain.write_all(b"GET / HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n").await.unwrap();
+        let mut answer = Vec::new();
+        let _reset = plain.read_to_end(&mut answer).await;
+        assert!(!answer.starts_with(b"HTTP"), "{answer:?}");
+    }
+    std::fs::write(&key, "nothing").unwrap();
+    let refused = secure::server(&files, &bench.identity).unwrap_err();
+    assert!(matches!(&refused, ApiError::Certificate { path, .. } if *path == key), "{refused}");
+    assert!(refused.to_string().contains("tls.https.key_file"), "{refused}");
+}
+
+#[tokio::test]
+async fn the_host_the_metrics_and_the_monitor_answer_in_consul_s_shapes() {
+    let bench = Bench::new();
+    let host = bench.get("/v1/agent/host").await.json();
+    assert!(host["Memory"]["total"].as_u64().unwrap() > 0 && host["Host"]["os"] == "linux", "{host}");
+    let metrics = bench.get("/v1/agent/metrics").await.json();
+    let named = |list: &str, name: &str| -> Value {
+        let found = metrics[list].as_array().unwrap().iter().find(|one| one["Name"] == name);
+        found.cloned().unwrap_or_else(|| panic!("{list} has no {name}: {metrics}"))
+    };
+    assert_eq!(named("Gauges", "weft_api_blocking_queries")["Value"], 0.0);
+    let hosts = named("Counters", "weft_api_requests_total");
+    assert_eq!((&hosts["Count"], &hosts["Labels"]), (&json!(1), &json!({"code": "200", "endpoint": "/v1/agent/host"})));
+    assert_eq!(named("Samples", "weft_api_request_duration_seconds")["Count"], 1);
+    assert!(metrics["Timestamp"].as_str().unwrap().ends_with(" +0000 UTC"));
+    for (query, text) in [("loglevel=loud", "Unknown log level: loud"), ("loglevel=off", "Unknown log level: off")] {
+        let answer = bench.get(&format!("/v1/agent/monitor?{query}")).await;
+        assert_eq!((answer.status, answer.text.as_str()), (StatusCode::BAD_REQUEST, text));
+    }
+    assert_eq!(bench.get("/v1/agent/metrics?format=xml").await.status, StatusCode::BAD_REQUEST);
+}
+
+#[tokio::test]
+async fn the_unix_socket_asks_for_a_token_and_not_for_a_host() {
+    let bench = Bench::with(Some("s3cret"), 2);
+    let temp = tempfile::tempdir().unwrap();
+    let socket = SocketConfig { path: temp.path().join("http.sock"), group: None, key: "addresses.http" };
+    let config = ApiConfig { socket: Some(socket.clone()), ..on_loopback(None) };
+    let listening = serve::bind(&config, None).await.unwrap();
+    let twice = serve::bind(&config, None).await.err().unwrap();
+    assert!(twice.to_string().contains("addresses.http"), "{twice}");
+    let mut server = JoinSet::new();
+    server.spawn(serve::run(listening, bench.router.clone(), 8, bench.stop.clone()));
+    for (host, token, status) in [("anything", "s3cret", "200"), ("localhost", "wrong", "403")] {
+        let mut stream = UnixStream::connect(&socket.path).await.unwrap();
+        let request =
+            format!("GET /v1/status/leader?token={token} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{answer}");
+    }
+    bench.stop.cancel();
+    server.join_next().await.unwrap().unwrap();
+    assert!(!socket.path.exists(), "it goes with the agent");
+}

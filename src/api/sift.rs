@@ -1,0 +1,199 @@
+//! `?filter=`: what clients may ask of each kind of record.
+//!
+//! A filter is parsed before a query waits, so that a bad one is refused at once, and again after it: regular expressions are
+//! large, and thousands of queries wait at a time.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+
+use super::call::{Call, Refusal};
+use super::shape::{self, Check};
+use crate::catalogue::{Instance, NodeEntry};
+use crate::filter::{Fields, Filter, Kind, Value};
+use crate::registry::ServiceDefinition;
+
+/// Parses the query's filter for records of the type `T`; without one everything passes.
+///
+/// # Errors
+/// 400 naming what is wrong and what exists.
+pub(super) fn filter<T: Fields>(call: &Call) -> Result<Filter, Refusal> {
+    let text = call.query.first("filter").unwrap_or_default();
+    Filter::parse::<T>(text).map_err(|error| Refusal::bad(format!("Invalid filter: {error}")))
+}
+
+impl Fields for NodeEntry {
+    const FIELDS: &'static [(&'static str, Kind)] = &[
+        ("Address", Kind::Text),
+        ("Datacenter", Kind::Text),
+        ("ID", Kind::Text),
+        ("Meta", Kind::Pairs),
+        ("Node", Kind::Text),
+    ];
+
+    fn value(&self, name: &str) -> Value<'_> {
+        match name {
+            "Address" => Value::Text(Cow::Owned(self.info.mesh_addr.ip().to_string())),
+            "Datacenter" => Value::text(&self.info.datacenter),
+            "ID" => Value::text(&self.info.id),
+            "Meta" => Value::Pairs(&self.info.meta),
+            "Node" => Value::text(self.info.name.as_str()),
+            _ => Value::Absent,
+        }
+    }
+}
+
+/// An instance as `catalog/service` lists it.
+pub(super) struct Listed<'a>(pub(super) &'a Instance);
+
+impl Fields for Listed<'_> {
+    const FIELDS: &'static [(&'static str, Kind)] = &[
+        ("Address", Kind::Text),
+        ("Datacenter", Kind::Text),
+        ("ID", Kind::Text),
+        ("Node", Kind::Text),
+        ("NodeMeta", Kind::Pairs),
+        ("ServiceAddress", Kind::Text),
+        ("ServiceEnableTagOverride", Kind::Flag),
+        ("ServiceID", Kind::Text),
+        ("ServiceKind", Kind::Text),
+        ("ServiceMeta", Kind::Pairs),
+        ("ServiceName", Kind::Text),
+        ("ServicePort", Kind::Number),
+        ("ServiceTaggedAddresses", Kind::Addresses),
+        ("ServiceTags", Kind::Texts),
+        ("ServiceWeights.Passing", Kind::Number),
+        ("ServiceWeights.Warning", Kind::Number),
+    ];
+
+    fn value(&self, name: &str) -> Value<'_> {
+        match name {
+            "Address" | "Datacenter" | "ID" | "Node" => self.0.node.value(name),
+            "NodeMeta" => Value::Pairs(&self.0.node.info.meta),
+            "ServiceName" => self.0.value("Service.Service"),
+            _ => match name.split_at_checked("Service".len()) {
+                Some(("Service", rest)) => self.0.value(&format!("Service.{rest}")),
+                _ => Value::Absent,
+            },
+        }
+    }
+}
+
+/// An instance among its node's services.
+pub(super) struct OfNode<'a>(pub(super) &'a Instance);
+
+/// The fields of a service where nothing but services stands.
+const SERVICE_FIELDS: &[(&str, Kind)] = &[
+    ("Address", Kind::Text),
+    ("EnableTagOverride", Kind::Flag),
+    ("ID", Kind::Text),
+    ("Kind", Kind::Text),
+    ("Meta", Kind::Pairs),
+    ("Port", Kind::Number),
+    ("Service", Kind::Text),
+    ("TaggedAddresses", Kind::Addresses),
+    ("Tags", Kind::Texts),
+    ("Weights.Passing", Kind::Number),
+    ("Weights.Warning", Kind::Number),
+];
+
+impl Fields for OfNode<'_> {
+    const FIELDS: &'static [(&'static str, Kind)] = SERVICE_FIELDS;
+
+    fn value(&self, name: &str) -> Value<'_> {
+        self.0.value(&format!("Service.{name}"))
+    }
+}
+
+/// A service of this agent, or its synthetic proxy.
+pub(super) struct Own<'a> {
+    pub(super) definition: &'a ServiceDefinition,
+    /// The port of the mesh, for the proxy; none for the service itself.
+    pub(super) mesh_port: Option<u16>,
+}
+
+impl Fields for Own<'_> {
+    const FIELDS: &'static [(&'static str, Kind)] = SERVICE_FIELDS;
+
+    fn value(&self, name: &str) -> Value<'_> {
+        let record = &self.definition.record;
+        match (name, self.mesh_port) {
+            ("ID", Some(_)) => Value::Text(Cow::Owned(shape::sidecar_id(record.id.as_str()))),
+            ("Service", Some(_)) => Value::Text(Cow::Owned(shape::sidecar_id(record.name.as_str()))),
+            ("Kind", Some(_)) => Value::text(shape::CONNECT_PROXY),
+            ("Port", Some(port)) => Value::Number(u64::from(port)),
+            ("ID", None) => Value::text(record.id.as_str()),
+            ("Service", None) => Value::text(record.name.as_str()),
+            ("Kind", None) => Value::text(&record.kind),
+            ("Port", None) => Value::Number(u64::from(record.port)),
+            ("TaggedAddresses", None) => Value::Addresses(&record.tagged_addresses),
+            ("Address", _) => Value::text(&record.address),
+            ("EnableTagOverride", _) => Value::Flag(record.enable_tag_override),
+            ("Meta", _) => Value::Pairs(&record.meta),
+            ("Tags", _) => Value::Texts(&record.tags),
+            ("Weights.Passing", _) => Value::Number(u64::from(record.weights.passing)),
+            ("Weights.Warning", _) => Value::Number(u64::from(record.weights.warning)),
+            _ => Value::Absent,
+        }
+    }
+}
+
+impl Fields for Check<'_> {
+    const FIELDS: &'static [(&'static str, Kind)] = &[
+        ("CheckID", Kind::Text),
+        ("Name", Kind::Text),
+        ("Node", Kind::Text),
+        ("Notes", Kind::Text),
+        ("Output", Kind::Text),
+        ("ServiceID", Kind::Text),
+        ("ServiceName", Kind::Text),
+        ("ServiceTags", Kind::Texts),
+        ("Status", Kind::Text),
+        ("Type", Kind::Text),
+    ];
+
+    fn value(&self, name: &str) -> Value<'_> {
+        match name {
+            "CheckID" => Value::text(self.id),
+            "Name" => Value::text(self.name),
+            "Node" => Value::text(self.node),
+            "Notes" => Value::text(self.notes),
+            "Output" => Value::text(self.output),
+            "ServiceID" => Value::text(self.service_id),
+            "ServiceName" => Value::text(self.service_name),
+            "ServiceTags" => Value::Texts(self.service_tags),
+            "Status" => Value::text(self.status),
+            "Type" => Value::text(self.r#type),
+            _ => Value::Absent,
+        }
+    }
+}
+
+/// A member, as `agent/members` lists it.
+pub(super) struct Member {
+    pub(super) name: String,
+    pub(super) addr: String,
+    pub(super) port: u16,
+    pub(super) status: u8,
+    pub(super) tags: BTreeMap<String, String>,
+}
+
+impl Fields for Member {
+    const FIELDS: &'static [(&'static str, Kind)] = &[
+        ("Addr", Kind::Text),
+        ("Name", Kind::Text),
+        ("Port", Kind::Number),
+        ("Status", Kind::Number),
+        ("Tags", Kind::Pairs),
+    ];
+
+    fn value(&self, name: &str) -> Value<'_> {
+        match name {
+            "Addr" => Value::text(&self.addr),
+            "Name" => Value::text(&self.name),
+            "Port" => Value::Number(u64::from(self.port)),
+            "Status" => Value::Number(u64::from(self.status)),
+            "Tags" => Value::Pairs(&self.tags),
+            _ => Value::Absent,
+        }
+    }
+}

@@ -1,0 +1,256 @@
+//! The keys of the HTTP API beside its address: `ports.https`, `tls.https`, `addresses.http`, `unix_sockets` and `api_token`.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+
+use serde_json::{Map, Value};
+
+use super::problem::{Problem, Source};
+use super::raw::{Given, Raw};
+use crate::api::{ApiToken, Certificate, HttpsConfig, Right};
+use crate::unix_socket::{SOCKET_PATH_BYTES_MAX, SocketConfig};
+
+/// Most tokens: one for each team and tool, not one for each user. Each request is held against all.
+const API_TOKENS_MAX: usize = 64;
+/// Hexadecimal digits of a SHA-256 digest.
+const DIGEST_DIGITS: usize = 64;
+
+/// What files and flags say of HTTPS and tokens.
+#[derive(Debug, Default)]
+pub(crate) struct RawHttpApi {
+    port: Option<Given<i64>>,
+    cert_file: Option<Given<String>>,
+    key_file: Option<Given<String>>,
+    pub(super) address: Option<Given<String>>,
+    group: Option<Given<String>>,
+    pub(crate) tokens: Vec<Given<Value>>,
+}
+
+impl Raw {
+    /// Takes `ports.https`; as with Consul, -1 turns it off.
+    pub(super) fn add_https_port(&mut self, source: &Source, key: &str, value: &Value) {
+        match value.as_i64() {
+            Some(port) => {
+                self.http_api.port = Some(Given { value: port, source: source.clone(), key: key.to_owned() });
+            }
+            None => self.mistyped(source, key, value, "must be a whole number"),
+        }
+    }
+
+    /// Takes the block `unix_sockets`, of which weft has `group`.
+    pub(super) fn add_unix_sockets(&mut self, source: &Source, value: Value) {
+        let Value::Object(map) = value else {
+            return self.mistyped(source, "unix_sockets", &value, "must be a block of texts");
+        };
+        for (name, value) in map {
+            let key = format!("unix_sockets.{name}");
+            match name.as_str() {
+                "group" => self.text(source, &key, value, |raw| &mut raw.http_api.group),
+                "user" | "mode" => {
+                    self.warn(
+                        source,
+                        &key,
+                        "has no effect: the socket is the agent's user's, and its group's if unix_sockets.group is set",
+                    );
+                }
+                _ => self.unknown(source, &key),
+            }
+        }
+    }
+
+    /// Takes what `tls.https` says of the certificate out of its block.
+    pub(super) fn add_https_files(&mut self, source: &Source, block: &mut Map<String, Value>) {
+        if let Some(value) = block.remove("cert_file") {
+            self.text(source, "tls.https.cert_file", value, |raw| &mut raw.http_api.cert_file);
+        }
+        if let Some(value) = block.remove("key_file") {
+            self.text(source, "tls.https.key_file", value, |raw| &mut raw.http_api.key_file);
+        }
+    }
+}
+
+/// Resolves where HTTPS is served; none if it is off, as it is unless a port is named.
+pub(super) fn https(raw: &RawHttpApi, client: IpAddr, problems: &mut Vec<Problem>) -> Option<HttpsConfig> {
+    let certificate = match (&raw.cert_file, &raw.key_file) {
+        (Some(chain), Some(key)) => {
+            for given in [chain, key] {
+                if !PathBuf::from(&given.value).is_file() {
+                    problems.push(given.problem("must be a file in PEM"));
+                }
+            }
+            Certificate::Files { chain: PathBuf::from(&chain.value), key: PathBuf::from(&key.value) }
+        }
+        (None, None) => Certificate::Own,
+        (Some(given), None) => {
+            problems.push(given.problem("needs tls.https.key_file too"));
+            Certificate::Own
+        }
+        (None, Some(given)) => {
+            problems.push(given.problem("needs tls.https.cert_file too"));
+            Certificate::Own
+        }
+    };
+    let port = raw.port.as_ref()?;
+    match u16::try_from(port.value) {
+        Ok(number) if number > 0 => Some(HttpsConfig { addr: SocketAddr::new(client, number), certificate }),
+        _ if port.value == -1 => None,
+        _ => {
+            problems.push(port.problem("must be a port, 1 to 65535, or -1 to turn it off; Consul's is 8501"));
+            None
+        }
+    }
+}
+
+/// Resolves the unix socket: `addresses.http = "unix:///run/weft/http.sock"`.
+pub(super) fn socket(raw: &RawHttpApi, problems: &mut Vec<Problem>) -> Option<SocketConfig> {
+    let Some(given) = &raw.address else {
+        if let Some(group) = &raw.group {
+            problems.push(group.problem("has no effect without addresses.http = \"unix:///…\""));
+        }
+        return None;
+    };
+    let path = PathBuf::from(given.value.strip_prefix("unix://").unwrap_or_default());
+    if !path.is_absolute() || path.as_os_str().len() > SOCKET_PATH_BYTES_MAX || path.file_name().is_none() {
+        problems.push(given.problem(format!(
+            "must be unix:// and an absolute path of at most {SOCKET_PATH_BYTES_MAX} bytes; client_addr is the IP address of the API"
+        )));
+    }
+    if let Some(group) = raw.group.as_ref().filter(|group| group.value.is_empty()) {
+        problems.push(group.problem("must be the name or number of a group"));
+    }
+    Some(SocketConfig { path, group: raw.group.as_ref().map(|group| group.value.clone()), key: "addresses.http" })
+}
+
+/// Resolves the tokens: each block has `right` and `sha256`, and may have `description`.
+pub(super) fn tokens(given: Vec<Given<Value>>, problems: &mut Vec<Problem>) -> Vec<ApiToken> {
+    if let Some(last) = given.get(API_TOKENS_MAX) {
+        let rule = format!("is one of {}; at most {API_TOKENS_MAX} are allowed", given.len());
+        problems.push(Problem::new(last.source.clone(), last.key.clone(), None, rule));
+    }
+    let mut tokens = Vec::new();
+    for block in given {
+        let refuse = |key: &str, rule: &str| {
+            Problem::new(block.source.clone(), format!("{}.{key}", block.key), None, rule.to_owned())
+        };
+        let fields = block.value.as_object().cloned().unwrap_or_default();
+        let unknown = fields.keys().find(|key| !["right", "sha256", "description"].contains(&key.as_str()));
+        if let Some(key) = unknown {
+            problems.push(refuse(key, "is not known: a token has right, sha256 and description"));
+        }
+        let text = |key: &str| fields.get(key).and_then(Value::as_str).unwrap_or_default();
+        let right = text("right").parse::<Right>();
+        let digest = digest(text("sha256"));
+        if right.is_err() {
+            problems.push(refuse("right", "must be \"read\", \"services\" or \"operator\""));
+        }
+        if digest.is_none() {
+            problems.push(refuse(
+                "sha256",
+                "must be the SHA-256 digest of the token, 64 hexadecimal digits: printf %s TOKEN | sha256sum",
+            ));
+        }
+        if let (Ok(right), Some(digest)) = (right, digest) {
+            tokens.push(ApiToken::from_digest(digest, right));
+        }
+    }
+    tokens
+}
+
+fn digest(text: &str) -> Option<[u8; 32]> {
+    if text.len() != DIGEST_DIGITS || !text.is_ascii() {
+        return None;
+    }
+    let mut digest = [0; 32];
+    for (byte, digits) in digest.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
+        *byte = u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()?;
+    }
+    Some(digest)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn block(value: Value) -> Given<Value> {
+        Given { value, source: Source::Flag("-x"), key: "api_token".to_owned() }
+    }
+
+    #[test]
+    fn a_token_is_a_right_and_a_digest_and_everything_else_is_named() {
+        #[track_caller]
+        fn check(value: Value, want: Result<Right, &str>) {
+            let (written, mut problems) = (value.to_string(), Vec::new());
+            let tokens = tokens(vec![block(value)], &mut problems);
+            match want {
+                Ok(right) => {
+                    assert!(problems.is_empty(), "{problems:?}");
+                    assert_eq!(tokens[0].right(), right);
+                }
+                Err(part) => {
+                    let said: Vec<String> = problems.iter().map(ToString::to_string).collect();
+                    assert!(said.iter().any(|problem| problem.contains(part)), "{written}: {said:?}");
+                }
+            }
+        }
+        let sha256 = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08";
+        check(json!({"right": "read", "sha256": sha256, "description": "dashboards"}), Ok(Right::Read));
+        check(json!({"right": "operator", "sha256": sha256.to_ascii_uppercase()}), Ok(Right::Operator));
+        check(json!({"right": "write", "sha256": sha256}), Err("(api_token.right): must be \"read\""));
+        check(json!({"sha256": sha256}), Err("api_token.right"));
+        check(json!({"right": "read", "sha256": "test"}), Err("sha256sum"));
+        check(json!({"right": "read", "sha256": "+".repeat(64)}), Err("sha256sum"));
+        check(json!({"right": "read", "sha256": sha256, "token": "test"}), Err("api_token.token"));
+        let mut problems = Vec::new();
+        let made = tokens(vec![block(json!({"right": "services", "sha256": sha256}))], &mut problems);
+        assert_eq!(made, [ApiToken::new("test", Right::Services)], "the digest is that of the token");
+        let many = vec![block(json!({"right": "read", "sha256": sha256})); API_TOKENS_MAX + 1];
+        tokens(many, &mut problems);
+        assert!(problems[0].to_string().contains("at most 64"), "{problems:?}");
+    }
+
+    #[test]
+    fn a_socket_is_a_path_and_an_address_is_no_socket() {
+        let given =
+            |key: &str, value: &str| Given { value: value.to_owned(), source: Source::Flag("-x"), key: key.to_owned() };
+        let read = |address: Option<&str>, group: Option<&str>| {
+            let raw = RawHttpApi {
+                address: address.map(|text| given("addresses.http", text)),
+                group: group.map(|text| given("unix_sockets.group", text)),
+                ..RawHttpApi::default()
+            };
+            let mut problems = Vec::new();
+            let socket = socket(&raw, &mut problems);
+            (socket, problems.iter().map(ToString::to_string).collect::<String>())
+        };
+        let (socket, problems) = read(Some("unix:///run/weft/http.sock"), Some("weft"));
+        assert_eq!((socket.unwrap().path, problems.as_str()), (PathBuf::from("/run/weft/http.sock"), ""));
+        for bad in ["127.0.0.1", "unix://http.sock", "unix:///", &format!("unix:///{}", "x".repeat(107))] {
+            assert!(read(Some(bad), None).1.contains("must be unix:// and an absolute path"), "{bad}");
+        }
+        assert!(read(None, Some("weft")).1.contains("has no effect without addresses.http"));
+        assert_eq!(read(None, None), (None, String::new()));
+    }
+
+    #[test]
+    fn https_is_off_until_a_port_is_named() {
+        let client = IpAddr::from([127, 0, 0, 1]);
+        let port = |value| Some(Given { value, source: Source::Flag("-x"), key: "ports.https".to_owned() });
+        let mut problems = Vec::new();
+        assert_eq!(https(&RawHttpApi::default(), client, &mut problems), None);
+        assert_eq!(https(&RawHttpApi { port: port(-1), ..RawHttpApi::default() }, client, &mut problems), None);
+        let own = https(&RawHttpApi { port: port(8501), ..RawHttpApi::default() }, client, &mut problems).unwrap();
+        assert_eq!(own, HttpsConfig { addr: SocketAddr::new(client, 8501), certificate: Certificate::Own });
+        assert!(problems.is_empty());
+        https(&RawHttpApi { port: port(70_000), ..RawHttpApi::default() }, client, &mut problems);
+        let cert =
+            Given { value: "/no/such".to_owned(), source: Source::Flag("-x"), key: "tls.https.cert_file".to_owned() };
+        https(&RawHttpApi { cert_file: Some(cert), ..RawHttpApi::default() }, client, &mut problems);
+        let said: Vec<String> = problems.iter().map(ToString::to_string).collect();
+        assert!(
+            said[0].contains("(ports.https) = 70000: must be a port") && said[1].contains("tls.https.key_file"),
+            "{said:?}"
+        );
+    }
+}

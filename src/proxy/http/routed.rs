@@ -1,0 +1,570 @@
+//! Requests to a service that config entries are about: faults, route, rewriting, retries, mirror.
+//!
+//! ```text
+//!   chain -> fault? -> route -> redirect
+//!                        \--> leg -> rewrite -> intentions -> attempts (deadline, budget, backoff) -> answer, rewritten
+//!                                                                \-- copy --> mirror, whose answer nobody waits for
+//! ```
+//!
+//! Invariants: a request that no entry is about never comes here; intentions are asked about the service that is called in
+//! the end, with the path and headers that it gets; an attempt follows another only within the deadline, and within the
+//! budget and the limit of retries under way unless nothing had reached an app; a mirror delays nothing and has bounds of its own.
+//! Not here: what the entries mean (`traffic`), one attempt (`attempt`).
+
+use std::cell::Cell;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use http::request::Parts;
+use http::uri::{Authority, PathAndQuery};
+use http::{Request, Response, StatusCode, Uri};
+use hyper::body::Incoming;
+use tokio::time::Instant;
+use tracing::debug;
+
+use super::activity::Busy;
+use super::answer::{Reason, Refusal};
+use super::attempt::{self, Attempt, Failed, TimeLimit, Upload};
+use super::body::{BodyLimit, TunnelBody, TunnelSend};
+use super::metrics::{Exchange, Flag};
+use super::outbound::{self, Answer, Call, Connection, Cut, Target};
+use super::{ATTEMPTS_MAX, Dial, HttpState, headers, key};
+use crate::authz::Request as Admitted;
+use crate::clock;
+use crate::model::ServiceName;
+use crate::proxy::head::{Inbox, Payload};
+use crate::proxy::{Caller, OpenError, Opened, Source, StreamKind, Tried};
+use crate::routing::{self, Observer};
+use crate::traffic::retry::RETRY_AFTER_MAX;
+use crate::traffic::{Abort, Action, Asked, Chain, Forward, Leg, Redirect, Resolved, Route, is_hit};
+
+/// Milliseconds that a caller gives a request, and that are left of them at the destination.
+const TIMEOUT: HeaderName = HeaderName::from_static("x-request-timeout-ms");
+const GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
+/// A gRPC server's word on retries (gRPC A6): milliseconds to wait, or a negative number for none.
+const PUSHBACK: HeaderName = HeaderName::from_static("grpc-retry-pushback-ms");
+/// Copies on their way to mirrors at once, per worker; more requests are not copied.
+const MIRRORS_MAX: usize = 256;
+/// A copy is given up after this long.
+const MIRROR_TIME_MAX: Duration = Duration::from_secs(15);
+/// Bytes that are read of a mirror's answer, so that its app sees no broken connection.
+const MIRROR_ANSWER_BYTES_MAX: usize = 1024 * 1024;
+/// Destinations with a retry budget; beyond it all budgets start anew.
+const BUDGETS_MAX: usize = 4096;
+
+/// How a request goes on.
+struct Plan<'c> {
+    route: &'c Route,
+    forward: &'c Forward,
+    leg: &'c Leg,
+    source: &'c Source,
+    /// When all must be over, and of what length that time was.
+    deadline: Option<(Instant, Duration)>,
+    grpc: bool,
+}
+
+/// Answers a request to a service that has a chain.
+///
+/// # Errors
+/// [`Cut`] if a fault resets its HTTP/2 stream.
+pub(super) async fn answer<D: Dial>(
+    connection: &Connection<D>,
+    chain: Arc<Chain>,
+    (mut request, authority, target): (Request<Incoming>, Option<Authority>, Rc<Target>),
+    (busy, started): (Busy, Instant),
+) -> Result<Response<TunnelBody>, Cut> {
+    let worker = &connection.worker;
+    let grpc = headers::is_grpc(request.headers());
+    let how = (request.version(), grpc);
+    let mut exchange = Exchange::new(Rc::clone(&target.edge), started);
+    if let Some(faults) = &chain.faults {
+        let (delay, abort) = faults.strike(&asked(&request), (rand::random(), rand::random()));
+        let count = |kind| worker.http().traffic.faults.with_label_values(&[chain.service.as_str(), kind]).inc();
+        if let Some(delay) = delay {
+            count("delay");
+            exchange.ends_well_as(Flag::Delay);
+            tokio::time::sleep(delay).await;
+        }
+        if let Some(abort) = abort {
+            count(if *abort == Abort::Reset { "reset" } else { "abort" });
+            return break_off(connection, exchange, abort, (how, chain.service.as_str())).await;
+        }
+    }
+    let Some(route) = chain.route(&asked(&request)) else { return Err(Cut) };
+    let forward = match &route.action {
+        Action::Redirect(redirect) => return Ok(redirected(exchange, redirect, route, (&request, authority.as_ref()))),
+        Action::Forward(forward) => &**forward,
+    };
+    let Some(leg) = forward.split.leg(request.headers(), rand::random()) else { return Err(Cut) };
+    let destination = &leg.to.target.service;
+    let source = &target.caller.source;
+    let target = if *destination == target.caller.destination {
+        Rc::clone(&target)
+    } else {
+        let caller = Caller { source: source.clone(), destination: destination.clone() };
+        let target = Rc::new(Target { edge: outbound::edge_of(&**worker, &caller), caller });
+        let mut counted = Exchange::new(Rc::clone(&target.edge), started);
+        counted.take_over(&mut exchange);
+        exchange = counted;
+        target
+    };
+    let payload = outbound::payload_of(&request);
+    let upgraded = (payload == Payload::Upgrade).then(|| hyper::upgrade::on(&mut request));
+    let (mut parts, body) = request.into_parts();
+    let deadline = deadline(&mut parts.headers, forward, &leg.to, grpc);
+    let authority = rewrite(&mut parts, authority, (route, forward, leg));
+    let admitted = Admitted { method: parts.method.as_str(), path: parts.uri.path(), headers: &parts.headers };
+    if let Err(refusal) = outbound::admit(&**worker, &target.caller, &admitted) {
+        return Ok(outbound::refuse_request(exchange, refusal, how));
+    }
+    let uploads = (payload == Payload::Frames).then(|| Busy::new(&connection.activity));
+    let plan = Plan { route, forward, leg, source, deadline, grpc };
+    let (from, cookie, uploads) = (connection.from, Cell::default(), Cell::new(uploads));
+    let call = Call { parts: &parts, authority, target: Rc::clone(&target), payload, from, cookie, uploads };
+    Ok(match attempts(worker, &call, &plan, (body, &mut exchange)).await {
+        Err(refusal) => outbound::refuse_request(exchange, refusal, how),
+        Ok(mut answer) => {
+            leg.response_headers.apply(&mut answer.head.headers);
+            forward.response_headers.apply(&mut answer.head.headers);
+            answer.limit = BodyLimit::new(deadline.map(|(at, _)| at), forward.idle_timeout, clock::now());
+            outbound::begin_answer(&mut answer, &call, &mut exchange, grpc);
+            outbound::respond(worker, answer, exchange, upgraded, busy)
+        }
+    })
+}
+
+fn asked(request: &Request<Incoming>) -> Asked<'_> {
+    let uri = request.uri();
+    Asked { method: request.method().as_str(), path: uri.path(), query: uri.query(), headers: request.headers() }
+}
+
+/// Fails a request on purpose.
+async fn break_off<D: Dial>(
+    connection: &Connection<D>,
+    mut exchange: Exchange,
+    abort: &Abort,
+    (how, service): ((http::Version, bool), &str),
+) -> Result<Response<TunnelBody>, Cut> {
+    let text = format!("a fault was injected on purpose: see config entry service-faults {service}");
+    let refusal = |status| Refusal { status, flag: Flag::Fault, reason: Reason::Fault, text };
+    match abort {
+        Abort::Http(code) => {
+            let status = StatusCode::from_u16(*code).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
+            Ok(outbound::refuse_request(exchange, refusal(status), how))
+        }
+        Abort::Grpc(code) => {
+            let mut response = refusal(StatusCode::OK).into_response(true);
+            response.headers_mut().insert("grpc-status", HeaderValue::from(u16::from(*code)));
+            exchange.finish(Flag::Fault);
+            exchange.status(response.status());
+            exchange.grpc(response.headers());
+            Ok(response)
+        }
+        Abort::Reset => {
+            exchange.finish(Flag::Fault);
+            drop(exchange);
+            if how.0 == http::Version::HTTP_2 {
+                return Err(Cut);
+            }
+            connection.activity.cut();
+            std::future::pending().await
+        }
+    }
+}
+
+/// Sends the caller elsewhere.
+fn redirected(
+    mut exchange: Exchange,
+    redirect: &Redirect,
+    route: &Route,
+    (request, authority): (&Request<Incoming>, Option<&Authority>),
+) -> Response<TunnelBody> {
+    let own = request.uri().path_and_query().map_or("/", PathAndQuery::as_str);
+    let path = redirect.path.clone().or_else(|| route.path(own)).unwrap_or_else(|| own.to_owned());
+    let host = redirect.host.as_deref().or_else(|| authority.map(Authority::as_str));
+    // `//name/…` alone would name another host (RFC 3986 §4.2).
+    let is_elsewhere = redirect.host.is_some() || redirect.scheme.is_some() || path.starts_with("//");
+    let location = match host.filter(|_| is_elsewhere) {
+        Some(host) => format!("{}://{host}{path}", redirect.scheme.as_deref().unwrap_or("http")),
+        None => path,
+    };
+    let mut response = Response::new(TunnelBody::text(Bytes::from(format!("{location}\n"))));
+    *response.status_mut() = StatusCode::from_u16(redirect.code).unwrap_or(StatusCode::FOUND);
+    if let Ok(location) = HeaderValue::try_from(location) {
+        response.headers_mut().insert(header::LOCATION, location);
+    }
+    exchange.status(response.status());
+    exchange.finish(Flag::None);
+    response
+}
+
+/// Changes what is sent as the route and the leg say; returns the authority.
+fn rewrite(
+    parts: &mut Parts,
+    authority: Option<Authority>,
+    (route, forward, leg): (&Route, &Forward, &Leg),
+) -> Option<Authority> {
+    let path = parts.uri.path_and_query().and_then(|path| route.path(path.as_str()));
+    if let Some(path) = path.and_then(|path| PathAndQuery::try_from(path).ok()) {
+        parts.uri = Uri::from(path);
+    }
+    forward.request_headers.apply(&mut parts.headers);
+    leg.request_headers.apply(&mut parts.headers);
+    let host = forward.host.as_deref().and_then(|host| Authority::try_from(host).ok());
+    host.or(authority)
+}
+
+/// Takes the caller's own time limit out of its headers; returns the shorter of that and the route's.
+fn deadline(headers: &mut HeaderMap, forward: &Forward, to: &Resolved, grpc: bool) -> Option<(Instant, Duration)> {
+    let asked = if grpc {
+        headers.remove(GRPC_TIMEOUT).and_then(|value| attempt::grpc_timeout(value.to_str().ok()?))
+    } else {
+        let millis = headers.remove(TIMEOUT).and_then(|value| value.to_str().ok()?.parse().ok());
+        millis.map(Duration::from_millis)
+    };
+    let limit = forward.request_timeout.or(to.request_timeout).into_iter().chain(asked).min()?;
+    Some((clock::now() + limit.min(Duration::from_hours(24)), limit))
+}
+
+/// The header that tells the destination what is left of the time.
+fn time_left(plan: &Plan<'_>, now: Instant) -> Option<(HeaderName, String)> {
+    let (at, _) = plan.deadline?;
+    let millis = at.saturating_duration_since(now).as_millis().max(1);
+    // At most 8 digits: 24 h have 86,400,000 ms.
+    Some(if plan.grpc { (GRPC_TIMEOUT, format!("{millis}m")) } else { (TIMEOUT, millis.to_string()) })
+}
+
+/// What is known of the attempts of one request.
+struct Record {
+    tried: Tried,
+    /// Takes notes of the last one, and when that was sent.
+    last: Option<(Observer, Instant)>,
+}
+
+/// What one attempt was.
+enum Outcome {
+    Answered(Box<Answer>),
+    /// Nothing had reached an app.
+    Unreached(Refusal),
+    /// There is no instance that was not tried.
+    NoneLeft(Refusal),
+    /// It broke, or took too long.
+    Silent(Refusal, &'static str),
+    /// It answered what is tried again.
+    Poor(Box<Answer>),
+    Final(Refusal),
+}
+
+/// Sends the request until an answer stands.
+async fn attempts<D: Dial>(
+    worker: &Rc<D>,
+    call: &Call<'_>,
+    plan: &Plan<'_>,
+    (body, exchange): (Incoming, &mut Exchange),
+) -> Result<Answer, Refusal> {
+    let state = worker.http();
+    let destination = &plan.leg.to.target.service;
+    let pending = match call.payload {
+        Payload::Frames => Some(attempt::begin_upload(body, &call.parts.headers, state, call.uploads.take()).await?),
+        Payload::Empty | Payload::Upgrade => None,
+    };
+    mirror(worker, call, plan, pending.as_deref());
+    let retry = plan.forward.retry.as_ref();
+    if retry.is_some() {
+        state.budget(destination, |budget| budget.deposit(clock::now()));
+    }
+    let times = retry.map_or(0, |retry| retry.times);
+    let key = key::of_request(&**worker, call);
+    let mut record = Record { tried: Tried::with_key(key), last: None };
+    let (mut retries, mut unreached) = (0, 0);
+    // Held to the end: repeating a request may not make an outage worse.
+    let mut leaves: Vec<routing::Retry> = Vec::new();
+    let (mut kept, mut not_reached): (Option<Box<Answer>>, Option<Refusal>) = (None, None);
+    let failure = loop {
+        let (failure, reason, answer) = match attempt_once(worker, call, plan, (pending.as_ref(), &mut record)).await {
+            Outcome::Answered(answer) => {
+                if retries > 0 {
+                    state.traffic.saved.with_label_values(&[destination.as_str()]).inc();
+                }
+                return Ok(*answer);
+            }
+            Outcome::Final(refusal) => break refusal,
+            Outcome::Unreached(refusal) => {
+                unreached += 1;
+                if unreached < ATTEMPTS_MAX.max(usize::try_from(times).unwrap_or(0) + 1)
+                    && may_replay(pending.as_deref())
+                {
+                    not_reached = Some(refusal);
+                    continue;
+                }
+                break refusal;
+            }
+            // All were tried: one that failed may do better by now, one that was not reached hardly.
+            Outcome::NoneLeft(_) if retries > 0 && record.tried.count() > 0 && not_reached.is_none() => {
+                record.tried = Tried::with_key(key);
+                continue;
+            }
+            Outcome::NoneLeft(refusal) => break not_reached.unwrap_or(refusal),
+            Outcome::Silent(refusal, reason) => (refusal, reason, None),
+            Outcome::Poor(answer) => {
+                let status = answer.head.status;
+                let refusal = Refusal::reset(format!("service `{destination}` answered {status} to the last attempt"));
+                (refusal, "status", Some(answer))
+            }
+        };
+        let is_asked_for = match retry {
+            Some(retry) => answer.is_some() || retry.covers_reset(),
+            None => call.parts.method.is_idempotent() && record.tried.count() < ATTEMPTS_MAX,
+        };
+        let wait = answer.as_ref().map_or(Ok(None), |answer| asked_wait(&answer.head.headers));
+        kept = answer.or(kept);
+        if !is_asked_for {
+            break failure;
+        }
+        let backoff = retry.map_or(Duration::ZERO, |retry| retry.backoff(retries + 1, rand::random()));
+        let refused = match wait {
+            _ if !may_replay(pending.as_deref()) => Some("body"),
+            _ if retry.is_some() && retries >= times => Some("times"),
+            Err(()) => Some("pushback"),
+            Ok(wait) if !fits(plan, wait.unwrap_or(backoff)) => Some("deadline"),
+            Ok(_) if retry.is_some() && !state.budget(destination, |budget| budget.withdraw(clock::now())) => {
+                Some("budget")
+            }
+            Ok(_) => match record.last.as_ref().map(|(observer, _)| observer.retry()) {
+                Some(None) => Some("limit"),
+                leave => {
+                    leaves.extend(leave.flatten());
+                    None
+                }
+            },
+        };
+        if let Some(why) = refused {
+            state.traffic.not_retried.with_label_values(&[destination.as_str(), why]).inc();
+            break failure;
+        }
+        if let Some(answer) = &mut kept {
+            // Its call is over: what is kept of it holds the tunnel alone.
+            answer.lease = answer.lease.clone();
+        }
+        retries += 1;
+        state.traffic.retries.with_label_values(&[destination.as_str(), reason]).inc();
+        debug!(service = %destination, reason, retries, "another attempt follows");
+        let wait = wait.ok().flatten().unwrap_or(backoff);
+        if !wait.is_zero() {
+            tokio::time::sleep(wait).await;
+        }
+    };
+    // What an app said is a better answer than one of weft's own.
+    match kept {
+        Some(answer) if failure.flag != Flag::Timeout => {
+            exchange.ends_well_as(Flag::RetriesExhausted);
+            Ok(*answer)
+        }
+        _ => Err(failure),
+    }
+}
+
+fn may_replay(pending: Option<&Upload>) -> bool {
+    pending.is_none_or(|upload| upload.replayable.get())
+}
+
+fn fits(plan: &Plan<'_>, wait: Duration) -> bool {
+    plan.deadline.is_none_or(|(at, _)| clock::now() + wait < at)
+}
+
+/// The wait that an answer asks for before another attempt.
+///
+/// # Errors
+/// It wants none, or one that is too long.
+fn asked_wait(headers: &HeaderMap) -> Result<Option<Duration>, ()> {
+    let number = |name: &HeaderName| headers.get(name)?.to_str().ok()?.trim().parse::<i64>().ok();
+    let wait = match (number(&PUSHBACK), number(&header::RETRY_AFTER)) {
+        (Some(millis), _) => Duration::from_millis(u64::try_from(millis).map_err(|_| ())?),
+        (None, Some(seconds)) => Duration::from_secs(u64::try_from(seconds).map_err(|_| ())?),
+        (None, None) => return Ok(None),
+    };
+    if wait > RETRY_AFTER_MAX { Err(()) } else { Ok(Some(wait)) }
+}
+
+/// Tries one instance, within what is left of the time.
+async fn attempt_once<D: Dial>(
+    worker: &Rc<D>,
+    call: &Call<'_>,
+    plan: &Plan<'_>,
+    (pending, record): (Option<&Rc<Upload>>, &mut Record),
+) -> Outcome {
+    let now = clock::now();
+    record.last = None;
+    let per_try = plan.forward.per_try_timeout.map(|limit| now + limit);
+    let whole = plan.deadline.map(|(at, _)| at);
+    let trying = Box::pin(try_instance(worker, call, plan, (pending, &mut *record)));
+    let Some(end) = per_try.into_iter().chain(whole).min() else { return trying.await };
+    let ended = tokio::time::timeout_at(end, trying).await;
+    if let (Err(_), Some((observer, sent_at))) = (&ended, &record.last) {
+        worker.observe(observer, routing::Outcome::GatewayFailure, clock::now() - *sent_at);
+    }
+    match ended {
+        Ok(outcome) => outcome,
+        Err(_) if per_try.is_some_and(|at| whole.is_none_or(|whole| at < whole)) => {
+            Outcome::Silent(too_late(plan, "PerTryTimeout", plan.forward.per_try_timeout), "timeout")
+        }
+        Err(_) => Outcome::Final(too_late(plan, "timeout", plan.deadline.map(|(_, limit)| limit))),
+    }
+}
+
+fn too_late(plan: &Plan<'_>, what: &str, limit: Option<Duration>) -> Refusal {
+    let route = plan.route.at.map_or_else(|| "no route".to_owned(), |at| format!("route {at}"));
+    let (target, limit) = (&plan.leg.to.target.id, limit.unwrap_or_default());
+    Refusal {
+        status: StatusCode::GATEWAY_TIMEOUT,
+        flag: Flag::Timeout,
+        reason: Reason::Timeout,
+        text: format!("`{target}` did not answer within {limit:?}, the {what} of the request ({route} of its router)"),
+    }
+}
+
+async fn try_instance<D: Dial>(
+    worker: &Rc<D>,
+    call: &Call<'_>,
+    plan: &Plan<'_>,
+    (pending, record): (Option<&Rc<Upload>>, &mut Record),
+) -> Outcome {
+    let (state, resolved) = (worker.http(), &plan.leg.to);
+    let destination = &resolved.target.service;
+    let opened = match worker.open_to(plan.source, resolved, StreamKind::Http, &mut record.tried).await {
+        Ok(opened) => opened,
+        Err(OpenError::Unreachable { node, reason }) => {
+            return Outcome::Unreached(attempt::unreachable(destination, &format!("node {node}: {reason}")));
+        }
+        Err(error @ OpenError::NoInstance { .. }) => return Outcome::NoneLeft(no_instance(resolved, error)),
+        Err(error @ OpenError::Overflow(_)) => return Outcome::Final(attempt::open_refusal(destination, error)),
+        Err(error) => return Outcome::Final(no_instance(resolved, error)),
+    };
+    let Opened { send, recv, preamble, instance, lease } = opened;
+    let head = match attempt::encode_head(state, call, time_left(plan, clock::now()).as_ref()) {
+        Ok(head) => head,
+        Err(refusal) => return Outcome::Final(refusal),
+    };
+    // With a deadline for all of it, nothing else limits one part.
+    let limit = match (plan.deadline, plan.forward.idle_timeout) {
+        (Some(_), None) => TimeLimit::None,
+        (_, idle) => TimeLimit::of(&call.parts.headers, idle.unwrap_or(state.limits.response)),
+    };
+    let again = plan.forward.retry.as_ref().filter(|retry| retry.times > 0);
+    let attempt = Attempt { worker, call, head, pending, limit, again };
+    record.last = lease.observer().map(|observer| (observer.clone(), clock::now()));
+    let outcome = attempt.run(TunnelSend::new(send), recv, preamble, lease).await;
+    if let Some((observer, sent_at)) = &record.last {
+        attempt::observe(&**worker, (observer, *sent_at), &outcome, call);
+    }
+    match &outcome {
+        Err(Failed::Unreached(_)) => worker.connect_failed(&instance),
+        Ok(_) | Err(Failed::Answered(_)) => worker.connected(&instance),
+        Err(Failed::Silent(_) | Failed::Final(_)) => {}
+    }
+    match outcome {
+        Ok(answer) => Outcome::Answered(Box::new(answer)),
+        Err(Failed::Unreached(refusal)) => Outcome::Unreached(refusal),
+        Err(Failed::Silent(refusal)) => Outcome::Silent(refusal, "reset"),
+        Err(Failed::Answered(answer)) => Outcome::Poor(answer),
+        Err(Failed::Final(refusal)) => Outcome::Final(refusal),
+    }
+}
+
+fn no_instance(resolved: &Resolved, error: OpenError) -> Refusal {
+    let mut refusal = attempt::open_refusal(&resolved.target.service, error);
+    if resolved.target.view.is_some() || !resolved.failover.is_empty() {
+        let others: Vec<&str> = resolved.failover.iter().map(|target| &*target.id).collect();
+        let failover = if others.is_empty() { String::new() } else { format!(", nor has {}", others.join(", ")) };
+        refusal.text = format!("target `{}` has no instance that can take the request{failover}", resolved.target.id);
+    }
+    refusal
+}
+
+impl HttpState {
+    /// Asks the retry budget of a destination.
+    fn budget<T>(&self, destination: &ServiceName, ask: impl FnOnce(&mut crate::traffic::retry::Budget) -> T) -> T {
+        let mut budgets = self.budgets.borrow_mut();
+        if budgets.len() >= BUDGETS_MAX && !budgets.contains_key(destination) {
+            budgets.clear();
+        }
+        ask(budgets.entry(destination.clone()).or_default())
+    }
+}
+
+/// Counts a copy on its way.
+struct Copying(Rc<Cell<usize>>);
+
+impl Drop for Copying {
+    fn drop(&mut self) {
+        self.0.set(self.0.get().saturating_sub(1));
+    }
+}
+
+/// Sends a copy of a share of the requests elsewhere; nobody waits for it. A body is copied if it was there with the head,
+/// 16 KiB at most: waiting for more would hold what the original has sent already.
+fn mirror<D: Dial>(worker: &Rc<D>, call: &Call<'_>, plan: &Plan<'_>, pending: Option<&Upload>) {
+    let Some(mirror) = plan.forward.mirror.as_ref().filter(|mirror| is_hit(mirror.share, rand::random())) else {
+        return;
+    };
+    let state = worker.http();
+    let service = mirror.to.service.clone();
+    let count = {
+        let mirrored = state.traffic.mirrored.clone();
+        move |outcome: &str| mirrored.with_label_values(&[service.as_str(), outcome]).inc()
+    };
+    if pending.is_some_and(|upload| !upload.ended.get()) || call.payload == Payload::Upgrade {
+        return count("body_too_long");
+    }
+    if state.mirrors.get() >= MIRRORS_MAX {
+        return count("too_many");
+    }
+    let Ok(head) = attempt::encode_head(state, call, None) else { return count("failed") };
+    state.mirrors.set(state.mirrors.get() + 1);
+    let copying = Copying(Rc::clone(&state.mirrors));
+    let frames = pending.map(|upload| upload.replay.borrow().clone()).unwrap_or_default();
+    let to =
+        Resolved { target: Arc::clone(&mirror.to), failover: Vec::new(), connect_timeout: None, request_timeout: None };
+    let (source, sending) = (plan.source.clone(), Rc::clone(worker));
+    worker.spawn_untracked(async move {
+        let _copying = copying;
+        let copy = Box::pin(copy(&sending, &source, &to, (head, frames)));
+        let is_sent = tokio::time::timeout(MIRROR_TIME_MAX, copy).await.ok().flatten().is_some();
+        count(if is_sent { "sent" } else { "failed" });
+    });
+}
+
+/// Sends a copy and reads its answer to the end, or to the bound.
+async fn copy<D: Dial>(
+    worker: &Rc<D>,
+    source: &Source,
+    to: &Resolved,
+    (head, frames): (Bytes, Vec<Bytes>),
+) -> Option<()> {
+    let opened = worker.open_to(source, to, StreamKind::Http, &mut Tried::default()).await.ok()?;
+    let Opened { send, mut recv, preamble, lease, .. } = opened;
+    let _lease = lease;
+    let mut send = TunnelSend::new(send);
+    let mut chunks = vec![preamble, head];
+    chunks.extend(frames);
+    send.write(&mut chunks).await.ok()?;
+    send.finish();
+    let mut read: usize = 0;
+    let mut inbox = Inbox::default();
+    while let Some(chunk) = recv.read_chunk(usize::MAX, true).await.ok()? {
+        if read == 0 {
+            inbox.push(chunk.bytes.clone());
+            if inbox.take_u8() != Some(0) {
+                return None;
+            }
+        }
+        read = read.saturating_add(chunk.bytes.len());
+        if read > MIRROR_ANSWER_BYTES_MAX {
+            break;
+        }
+    }
+    (read > 0).then_some(())
+}

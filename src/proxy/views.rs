@@ -1,0 +1,52 @@
+//! The instances of a target: those of its service that belong to its subset and datacenter, chosen once per change.
+
+use std::sync::Arc;
+
+use foldhash::HashMap;
+
+use crate::catalogue::ServiceEntry;
+use crate::model::ServiceName;
+use crate::traffic::Target;
+
+/// Most targets that one worker keeps a choice for; beyond it all are chosen anew.
+const VIEWS_MAX: usize = 4096;
+
+/// What was chosen, and from what.
+struct View {
+    target: Arc<Target>,
+    service: Arc<ServiceEntry>,
+    chosen: Arc<ServiceEntry>,
+}
+
+/// The choices of one worker.
+#[derive(Default)]
+pub(super) struct Views {
+    by_name: HashMap<ServiceName, View>,
+    made: u64,
+}
+
+impl Views {
+    /// Returns the instances of `service` that `target` takes, seen from a node in datacenter `here`. They stand in an entry
+    /// of their own name, under which the balancer keeps their turn; its `modify_index` is the choice's, not the service's.
+    pub(super) fn of(&mut self, target: &Arc<Target>, service: &Arc<ServiceEntry>, here: &str) -> Arc<ServiceEntry> {
+        let Some(name) = &target.view else { return Arc::clone(service) };
+        let is_newest = |view: &&View| Arc::ptr_eq(&view.service, service) && Arc::ptr_eq(&view.target, target);
+        if let Some(view) = self.by_name.get(name).filter(is_newest) {
+            return Arc::clone(&view.chosen);
+        }
+        if self.by_name.len() >= VIEWS_MAX {
+            self.by_name.clear();
+        }
+        self.made += 1;
+        let taken = service.instances.iter().filter(|instance| target.takes(instance, here));
+        let chosen = Arc::new(ServiceEntry {
+            name: name.clone(),
+            protocol: service.protocol,
+            instances: taken.cloned().collect(),
+            modify_index: self.made,
+        });
+        let (target, service) = (Arc::clone(target), Arc::clone(service));
+        self.by_name.insert(name.clone(), View { target, service, chosen: Arc::clone(&chosen) });
+        chosen
+    }
+}

@@ -1,0 +1,454 @@
+//! From config entries to one chain per service.
+//!
+//! ```text
+//!   Ready (one entry, by itself) --add--> Entries --chain--> router -> splitters, flattened -> resolvers, redirects followed
+//! ```
+//!
+//! Consul's order: a router's destination goes on to the splitter of the service that it names, or with a subset straight to
+//! its resolver; a split goes on to the splitter of another service, and to the resolver of its own; a redirect goes on to the
+//! resolver of the other service; a failover target has no failover of its own.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use serde_json::Value;
+
+use super::chain::{
+    Action, Chain, Faults, Forward, Leg, Mirror, Resolved, Route, SHARES, Split, Subset, Target, stable_hash,
+};
+use super::entry::{
+    Defaults, Destination, Entry, HeaderEdit, Place, Resolver, Route as Rule, Splitter, SubsetRule, Then,
+};
+use super::fields::Problems;
+use super::matcher::{Matcher, TextTest};
+use super::read::read;
+use crate::model::{Protocol, ServiceName};
+
+/// Longest way of splitters into splitters, and of redirects: far above what people can follow.
+const DEPTH_MAX: usize = 8;
+/// Most legs of one split once its splitters are flattened.
+const LEGS_MAX: usize = 256;
+
+/// A router, ready.
+#[derive(Debug)]
+pub struct Router {
+    pub(super) matcher: Matcher,
+    routes: Vec<Rule>,
+    /// As they were written, for people.
+    pub(super) written: Vec<Value>,
+}
+
+/// An entry that is valid by itself, its expressions compiled.
+#[derive(Debug, Clone)]
+pub enum Ready {
+    /// `service-router`
+    Router(Arc<Router>),
+    /// `service-splitter`
+    Splitter(Arc<Splitter>),
+    /// `service-resolver`
+    Resolver(Arc<Resolver>),
+    /// `service-defaults` and `proxy-defaults`
+    Defaults(Defaults),
+    /// `service-faults`
+    Faults(Arc<Faults>),
+    /// Nothing acts on it.
+    Other,
+}
+
+impl Ready {
+    /// Reads an entry and compiles its expressions.
+    ///
+    /// # Errors
+    /// Every problem at once, each with its field's path.
+    pub fn new(kind: &str, value: &Value) -> Result<Self, Problems> {
+        let compiled = |path: &str, made: Result<Matcher, crate::authz::CompileError>| {
+            made.map_err(|error| {
+                let mut problems = Problems::default();
+                problems.add(path, format!("cannot be compiled: {error}"));
+                problems
+            })
+        };
+        Ok(match read(kind, value)? {
+            Entry::Router(routes) => {
+                let matcher = compiled("Routes", Matcher::new(routes.iter().map(|route| &route.when)))?;
+                let fields = value.as_object().into_iter().flatten();
+                let written =
+                    fields.filter(|(key, _)| key.eq_ignore_ascii_case("routes")).find_map(|(_, list)| list.as_array());
+                Self::Router(Arc::new(Router { matcher, routes, written: written.cloned().unwrap_or_default() }))
+            }
+            Entry::Splitter(splitter) => Self::Splitter(Arc::new(splitter)),
+            Entry::Resolver(resolver) => Self::Resolver(Arc::new(*resolver)),
+            Entry::Defaults(defaults) => Self::Defaults(defaults),
+            Entry::Faults(faults) => {
+                let matcher = compiled("Faults", Matcher::new(faults.iter().map(|fault| &fault.when)))?;
+                Self::Faults(Arc::new(Faults { matcher, faults }))
+            }
+            Entry::Other => Self::Other,
+        })
+    }
+}
+
+/// All entries that are in force.
+#[derive(Debug, Clone, Default)]
+pub struct Entries {
+    routers: BTreeMap<ServiceName, Arc<Router>>,
+    splitters: BTreeMap<ServiceName, Arc<Splitter>>,
+    resolvers: BTreeMap<ServiceName, Arc<Resolver>>,
+    defaults: BTreeMap<ServiceName, Defaults>,
+    faults: BTreeMap<ServiceName, Arc<Faults>>,
+    global: Defaults,
+}
+
+impl Entries {
+    /// Adds an entry, in place of the one of its kind and name.
+    pub fn add(&mut self, kind: &str, name: &str, entry: Ready) {
+        if kind == "proxy-defaults" {
+            if let Ready::Defaults(defaults) = entry {
+                self.global = defaults;
+            }
+            return;
+        }
+        let Ok(name) = name.parse() else { return };
+        match entry {
+            Ready::Router(router) => drop(self.routers.insert(name, router)),
+            Ready::Splitter(splitter) => drop(self.splitters.insert(name, splitter)),
+            Ready::Resolver(resolver) => drop(self.resolvers.insert(name, resolver)),
+            Ready::Defaults(defaults) => drop(self.defaults.insert(name, defaults)),
+            Ready::Faults(faults) => drop(self.faults.insert(name, faults)),
+            Ready::Other => {}
+        }
+    }
+
+    /// Takes an entry out.
+    pub fn remove(&mut self, kind: &str, name: &str) {
+        match kind {
+            "service-router" => drop(self.routers.remove(name)),
+            "service-splitter" => drop(self.splitters.remove(name)),
+            "service-resolver" => drop(self.resolvers.remove(name)),
+            "service-defaults" => drop(self.defaults.remove(name)),
+            "service-faults" => drop(self.faults.remove(name)),
+            "proxy-defaults" => self.global = Defaults::default(),
+            _ => {}
+        }
+    }
+
+    /// Whether nothing is said.
+    pub fn is_empty(&self) -> bool {
+        self.services().next().is_none() && self.defaults.is_empty() && self.global == Defaults::default()
+    }
+
+    /// The services that have a chain, some of them twice.
+    pub fn services(&self) -> impl Iterator<Item = &ServiceName> {
+        let of_requests = self.routers.keys().chain(self.splitters.keys());
+        of_requests.chain(self.resolvers.keys()).chain(self.faults.keys())
+    }
+
+    pub(super) fn has_protocols(&self) -> bool {
+        self.global.protocol.is_some() || self.defaults.values().any(|defaults| defaults.protocol.is_some())
+    }
+
+    /// How a service's traffic is parsed, if an entry says so.
+    pub fn protocol(&self, service: &ServiceName) -> Option<Protocol> {
+        self.defaults.get(service).and_then(|defaults| defaults.protocol).or(self.global.protocol)
+    }
+
+    /// Compiles the chain of a service.
+    ///
+    /// # Errors
+    /// Every reference that leads nowhere or in a circle.
+    pub fn chain(&self, service: &ServiceName) -> Result<Chain, Problems> {
+        let mut problems = Problems::default();
+        if self.protocol(service) == Some(Protocol::Tcp) {
+            for (kind, is_there) in [
+                ("service-router", self.routers.contains_key(service)),
+                ("service-splitter", self.splitters.contains_key(service)),
+            ] {
+                if is_there {
+                    problems.add(
+                        format!("{kind}:{service}"),
+                        "needs requests, and service-defaults say that the protocol is tcp",
+                    );
+                }
+            }
+        }
+        let router = self.routers.get(service).cloned();
+        let mut routes = Vec::new();
+        for (at, rule) in router.iter().flat_map(|router| router.routes.iter().enumerate()) {
+            let path = format!("service-router:{service} Routes[{at}]");
+            routes.push(self.route(service, at, rule, &path, &mut problems));
+        }
+        let split = self.split(service, None, &format!("service {service}"), &mut problems);
+        let rest = Destination::default();
+        routes.push(Route { at: None, rewrite: None, action: Action::Forward(Box::new(forward(&rest, split, None))) });
+        let stream = self.resolve(service, None, &mut Way::new(format!("service {service}")), &mut problems);
+        let chain =
+            Chain { service: service.clone(), faults: self.faults.get(service).cloned(), router, routes, stream };
+        problems.or(chain)
+    }
+
+    fn route(&self, service: &ServiceName, at: usize, rule: &Rule, path: &str, problems: &mut Problems) -> Route {
+        let taken = match &rule.when.path {
+            Some(TextTest::Prefix(text) | TextTest::Exact(text)) => text.len(),
+            _ => 0,
+        };
+        match &rule.then {
+            Then::Redirect(redirect) => {
+                let rewrite = redirect.prefix_rewrite.clone().map(|put| (taken, put));
+                Route { at: Some(at), rewrite, action: Action::Redirect(redirect.clone()) }
+            }
+            Then::Forward(to) => {
+                let split = self.split(to.service.as_ref().unwrap_or(service), to.subset.as_deref(), path, problems);
+                let mirror = to.mirror.as_ref().map(|mirror| {
+                    let mut way = Way::new(format!("{path}.Destination.Mirror"));
+                    let resolved = self.resolve(&mirror.service, mirror.subset.as_deref(), &mut way, problems);
+                    Mirror { to: Arc::clone(&resolved.target), share: mirror.share }
+                });
+                let rewrite = to.prefix_rewrite.clone().map(|put| (taken, put));
+                Route { at: Some(at), rewrite, action: Action::Forward(Box::new(forward(to, split, mirror))) }
+            }
+        }
+    }
+
+    /// Where the requests to a service go: its splitter, or with a subset straight to its resolver.
+    fn split(&self, service: &ServiceName, subset: Option<&str>, path: &str, problems: &mut Problems) -> Arc<Split> {
+        let mut split = Split { legs: Vec::new(), sticky: None };
+        if subset.is_some() {
+            let to = self.resolve(service, subset, &mut Way::new(path.to_owned()), problems);
+            split.legs.push(leg(SHARES, to, HeaderEdit::default(), HeaderEdit::default()));
+        } else {
+            let edits = (HeaderEdit::default(), HeaderEdit::default());
+            self.flatten(service, SHARES, &edits, &mut Way::new(path.to_owned()), &mut split, problems);
+        }
+        // What rounding left over.
+        if let Some(last) = split.legs.last_mut() {
+            last.until = SHARES;
+        }
+        if split.legs.len() > LEGS_MAX {
+            problems.add(path, format!("is split into {} parts; at most {LEGS_MAX} are allowed", split.legs.len()));
+        }
+        Arc::new(split)
+    }
+
+    /// Adds the legs of a service's splitter, those of the splitters that it leads to among them.
+    fn flatten(
+        &self,
+        service: &ServiceName,
+        share: u64,
+        edits: &(HeaderEdit, HeaderEdit),
+        way: &mut Way,
+        into: &mut Split,
+        problems: &mut Problems,
+    ) {
+        let begun = |into: &Split| into.legs.last().map_or(0, |leg| leg.until);
+        let Some(splitter) = self.splitters.get(service) else {
+            let to = self.resolve(service, None, &mut way.clone(), problems);
+            into.legs.push(leg(begun(into) + share, to, edits.0.clone(), edits.1.clone()));
+            return;
+        };
+        if !way.enter("service-splitter", service, problems) || into.legs.len() > LEGS_MAX {
+            return;
+        }
+        into.sticky = into.sticky.take().or_else(|| splitter.sticky.clone());
+        for (at, split) in splitter.splits.iter().enumerate() {
+            let next = split.service.as_ref().unwrap_or(service);
+            let share = u64::try_from(u128::from(share) * u128::from(split.weight) / 10_000).unwrap_or(0);
+            // The outer splitter's edits of a request come first, and those of a response last.
+            let edits = (join(&edits.0, &split.request_headers), join(&split.response_headers, &edits.1));
+            if split.subset.is_some() || next == service {
+                let mut own = Way::new(format!("service-splitter:{service} Splits[{at}]"));
+                let to = self.resolve(next, split.subset.as_deref(), &mut own, problems);
+                into.legs.push(leg(begun(into) + share, to, edits.0, edits.1));
+            } else {
+                self.flatten(next, share, &edits, way, into, problems);
+            }
+        }
+        way.seen.pop();
+    }
+
+    /// Follows the resolver of a service.
+    fn resolve(
+        &self,
+        service: &ServiceName,
+        subset: Option<&str>,
+        way: &mut Way,
+        problems: &mut Problems,
+    ) -> Arc<Resolved> {
+        let Some(resolver) = self.resolvers.get(service) else {
+            if let Some(subset) = subset {
+                problems.add(
+                    &*way.path,
+                    format!("names subset {subset:?} of service {service}, which has no service-resolver"),
+                );
+            }
+            return Arc::new(Resolved {
+                target: Arc::new(target(service, None, None)),
+                failover: Vec::new(),
+                connect_timeout: None,
+                request_timeout: None,
+            });
+        };
+        let has_entered = way.enter("service-resolver", service, problems);
+        if let (Some(redirect), true) = (&resolver.redirect, has_entered) {
+            return self.redirected(service, resolver, redirect, way, problems);
+        }
+        let subset = subset.or(resolver.default_subset.as_deref());
+        let rule = self.subset_of(service, subset, &way.path, problems);
+        let places = subset.and_then(|subset| resolver.failover.get(subset)).or_else(|| resolver.failover.get("*"));
+        let is_own = |place: &Place| place.service.as_ref().is_none_or(|name| name == service);
+        // A failover to other datacenters only makes sense for what stays in this one.
+        let stays = places.is_some_and(|places| places.iter().any(|place| is_own(place) && place.datacenter.is_some()));
+        let failover = places.into_iter().flatten().map(|place| {
+            let (name, own) = (place.service.as_ref().unwrap_or(service), place.subset.as_deref());
+            if let (true, Some(datacenter)) = (is_own(place), &place.datacenter) {
+                let own = own.or(subset);
+                let rule = self.subset_of(service, own, &way.path, problems);
+                return Arc::new(target(service, own.zip(rule), Some(datacenter.clone())));
+            }
+            let path = format!("service-resolver:{service} Failover");
+            if is_own(place) {
+                let rule = self.subset_of(service, own.or(resolver.default_subset.as_deref()), &path, problems);
+                return Arc::new(target(service, own.or(resolver.default_subset.as_deref()).zip(rule), None));
+            }
+            let mut way = Way { path, seen: way.seen.clone() };
+            let found = Arc::clone(&self.resolve(name, own, &mut way, problems).target);
+            match &place.datacenter {
+                None => found,
+                Some(_) => Arc::new(in_datacenter(&found, place.datacenter.clone())),
+            }
+        });
+        let failover = failover.collect();
+        Arc::new(Resolved {
+            target: Arc::new(target(service, subset.zip(rule), stays.then(String::new))),
+            failover,
+            connect_timeout: resolver.connect_timeout,
+            request_timeout: resolver.request_timeout,
+        })
+    }
+
+    fn redirected(
+        &self,
+        service: &ServiceName,
+        resolver: &Resolver,
+        redirect: &Place,
+        way: &mut Way,
+        problems: &mut Problems,
+    ) -> Arc<Resolved> {
+        let next = redirect.service.as_ref().unwrap_or(service);
+        let mut found = if next == service {
+            let rule = self.subset_of(service, redirect.subset.as_deref(), &way.path, problems);
+            let target = Arc::new(target(service, redirect.subset.as_deref().zip(rule), None));
+            Resolved {
+                target,
+                failover: Vec::new(),
+                connect_timeout: resolver.connect_timeout,
+                request_timeout: resolver.request_timeout,
+            }
+        } else {
+            way.path = format!("service-resolver:{service} Redirect");
+            Resolved::clone(&self.resolve(next, redirect.subset.as_deref(), way, problems))
+        };
+        if redirect.datacenter.is_some() {
+            found.target = Arc::new(in_datacenter(&found.target, redirect.datacenter.clone()));
+        }
+        Arc::new(found)
+    }
+
+    fn subset_of<'e>(
+        &'e self,
+        service: &ServiceName,
+        subset: Option<&str>,
+        path: &str,
+        problems: &mut Problems,
+    ) -> Option<&'e SubsetRule> {
+        let subset = subset?;
+        let rule = self.resolvers.get(service).and_then(|resolver| resolver.subsets.get(subset));
+        if rule.is_none() {
+            problems
+                .add(path, format!("names subset {subset:?}, which the service-resolver of {service} does not have"));
+        }
+        rule
+    }
+}
+
+/// Where a compilation is, for problems and against circles.
+#[derive(Clone)]
+struct Way {
+    path: String,
+    seen: Vec<(&'static str, ServiceName)>,
+}
+
+impl Way {
+    fn new(path: String) -> Self {
+        Self { path, seen: Vec::new() }
+    }
+
+    /// Goes into an entry; false: it would go round, or too deep.
+    fn enter(&mut self, kind: &'static str, service: &ServiceName, problems: &mut Problems) -> bool {
+        let is_seen = self.seen.iter().any(|(known, name)| *known == kind && name == service);
+        self.seen.push((kind, service.clone()));
+        if !is_seen && self.seen.len() <= DEPTH_MAX {
+            return true;
+        }
+        let names: Vec<String> = self.seen.iter().map(|(kind, name)| format!("{kind}:{name}")).collect();
+        self.seen.pop();
+        let what = if is_seen { "leads in a circle" } else { "leads through too many entries" };
+        problems.add(&*self.path, format!("{what}: {}", names.join(" -> ")));
+        false
+    }
+}
+
+fn leg(until: u64, to: Arc<Resolved>, request_headers: HeaderEdit, response_headers: HeaderEdit) -> Leg {
+    Leg { until, to, request_headers, response_headers }
+}
+
+fn join(first: &HeaderEdit, then: &HeaderEdit) -> HeaderEdit {
+    let mut joined = first.clone();
+    joined.add.extend(then.add.iter().cloned());
+    joined.set.extend(then.set.iter().cloned());
+    joined.remove.extend(then.remove.iter().cloned());
+    joined
+}
+
+fn forward(to: &Destination, split: Arc<Split>, mirror: Option<Mirror>) -> Forward {
+    Forward {
+        split,
+        host: to.host_rewrite.clone(),
+        request_timeout: to.request_timeout,
+        per_try_timeout: to.per_try_timeout,
+        idle_timeout: to.idle_timeout,
+        retry: to.retry.clone(),
+        mirror,
+        request_headers: to.request_headers.clone(),
+        response_headers: to.response_headers.clone(),
+    }
+}
+
+fn target(service: &ServiceName, subset: Option<(&str, &SubsetRule)>, datacenter: Option<String>) -> Target {
+    let subset = subset.map(|(name, rule)| Subset {
+        name: name.to_owned(),
+        filter: rule.filter.clone(),
+        only_passing: rule.only_passing,
+    });
+    named(Target { service: service.clone(), subset, datacenter, view: None, id: String::new() })
+}
+
+fn in_datacenter(found: &Target, datacenter: Option<String>) -> Target {
+    named(Target { datacenter, ..found.clone() })
+}
+
+/// Gives a target its id, and a view where it takes some of its service's instances only.
+fn named(mut target: Target) -> Target {
+    let subset = target.subset.as_ref().map(|subset| format!("{}.", subset.name)).unwrap_or_default();
+    let datacenter = match target.datacenter.as_deref() {
+        None => String::new(),
+        Some("") => ".local".to_owned(),
+        Some(name) => format!(".{name}"),
+    };
+    target.id = format!("{subset}{}{datacenter}", target.service);
+    if target.subset.is_some() || target.datacenter.is_some() {
+        // No id of a target is longer than a name may be; `..` is in no name that people give.
+        let start: String = target.service.as_str().chars().take(40).collect();
+        target.view = format!("{start}..{:016x}", stable_hash(target.id.as_bytes())).parse().ok();
+    }
+    target
+}

@@ -1,0 +1,259 @@
+//! What is tried again, after how long, and how often at most.
+//!
+//! ```text
+//!   attempt -- failed, answered --> Retry::asks_for? -- yes --> Budget::withdraw -- yes --> backoff --> next attempt
+//! ```
+//!
+//! Invariants: a backoff is drawn from 0 to its step (full jitter), and its step is at most `most`; within any window of
+//! 10 s the retries that a budget grants are at most 20 % of the requests plus 10 a second, so that retries end where all
+//! requests fail.
+//! A pure core. Not here: whether a body can be sent again, which instance is next (`proxy`).
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+/// First step of the backoff: Envoy's default.
+pub const BASE: Duration = Duration::from_millis(25);
+/// The longest step is this many times the first one: Envoy's default.
+const MOST_FACTOR: u32 = 10;
+/// Share of the requests that may be retries, as in Linkerd and Finagle.
+const BUDGET_PERCENT: u64 = 20;
+/// Retries a second that are granted to a service with few requests.
+const BUDGET_FLOOR: u64 = 10;
+/// Seconds over which requests and retries are counted.
+const WINDOW_SECONDS: usize = 10;
+/// A server that asks for a longer wait is not asked again: the caller can wait as well.
+pub const RETRY_AFTER_MAX: Duration = Duration::from_secs(10);
+
+/// When an attempt is followed by another. Connect failures always are, as nothing was sent to an app.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Condition {
+    /// The instance could not be connected.
+    ConnectFailure,
+    /// The stream broke before an answer; an attempt that took too long counts as one.
+    Reset,
+    /// Any status from 500 on, and what `Reset` covers.
+    ServerError,
+    /// 502, 503 or 504, and what `Reset` covers.
+    GatewayError,
+    /// 409.
+    Conflict,
+    /// 429.
+    TooManyRequests,
+    /// This status.
+    Status(u16),
+    /// This `grpc-status`, in an answer that is nothing but its head.
+    Grpc(u8),
+}
+
+impl std::str::FromStr for Condition {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Ok(match text {
+            "connect-failure" | "refused-stream" => Self::ConnectFailure,
+            "reset" | "reset-before-request" => Self::Reset,
+            "5xx" => Self::ServerError,
+            "gateway-error" => Self::GatewayError,
+            "retriable-4xx" => Self::Conflict,
+            "envoy-ratelimited" => Self::TooManyRequests,
+            "cancelled" => Self::Grpc(1),
+            "deadline-exceeded" => Self::Grpc(4),
+            "resource-exhausted" => Self::Grpc(8),
+            "internal" => Self::Grpc(13),
+            "unavailable" => Self::Grpc(14),
+            _ => {
+                return Err("must be one of 5xx, gateway-error, reset, reset-before-request, connect-failure, refused-stream, \
+                            retriable-4xx, envoy-ratelimited, cancelled, deadline-exceeded, internal, resource-exhausted, \
+                            unavailable"
+                    .to_owned());
+            }
+        })
+    }
+}
+
+/// What a route tries again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Retry {
+    /// How often at most, beyond the first attempt.
+    pub times: u32,
+    /// When, in order.
+    pub conditions: Vec<Condition>,
+    /// First step of the backoff.
+    pub base: Duration,
+    /// Longest step.
+    pub most: Duration,
+}
+
+impl Retry {
+    /// Fills in what is left open.
+    pub fn new(times: u32, conditions: Vec<Condition>, base: Option<Duration>, most: Option<Duration>) -> Self {
+        let base = base.unwrap_or(BASE.min(most.unwrap_or(BASE)));
+        Self { times, conditions, base, most: most.unwrap_or(base * MOST_FACTOR) }
+    }
+
+    /// Whether an answer with this status asks for another attempt; `grpc` is its `grpc-status` if it is nothing but a head.
+    pub fn covers_answer(&self, status: u16, grpc: Option<u8>) -> bool {
+        self.conditions.iter().any(|condition| match condition {
+            Condition::ServerError => status >= 500,
+            Condition::GatewayError => (502..=504).contains(&status),
+            Condition::Conflict => status == 409,
+            Condition::TooManyRequests => status == 429,
+            Condition::Status(code) => status == *code,
+            Condition::Grpc(code) => grpc == Some(*code),
+            Condition::ConnectFailure | Condition::Reset => false,
+        })
+    }
+
+    /// Whether a stream that broke without an answer asks for another attempt.
+    pub fn covers_reset(&self) -> bool {
+        use Condition::{GatewayError, Reset, ServerError};
+        self.conditions.iter().any(|condition| matches!(condition, Reset | ServerError | GatewayError))
+    }
+
+    /// The wait before attempt `number` (1 is the first retry); `draw` is uniform over its range.
+    pub fn backoff(&self, number: u32, draw: u32) -> Duration {
+        let doubled = self.base.saturating_mul(1u32.checked_shl(number.saturating_sub(1)).unwrap_or(u32::MAX));
+        let step = doubled.min(self.most);
+        step.mul_f64(f64::from(draw) / f64::from(u32::MAX))
+    }
+}
+
+/// One second's counts.
+#[derive(Debug, Clone, Copy, Default)]
+struct Second {
+    requests: u64,
+    retries: u64,
+}
+
+/// How many retries one destination is still granted; one per worker and destination.
+#[derive(Debug, Clone, Default)]
+pub struct Budget {
+    seconds: [Second; WINDOW_SECONDS],
+    /// The second that is counted, since `origin`.
+    current: u64,
+    origin: Option<Instant>,
+}
+
+impl Budget {
+    /// Counts a request.
+    pub fn deposit(&mut self, now: Instant) {
+        if let Some(second) = self.turn(now) {
+            second.requests += 1;
+        }
+    }
+
+    /// Grants a retry, or not.
+    pub fn withdraw(&mut self, now: Instant) -> bool {
+        self.turn(now);
+        let sum = |of: fn(&Second) -> u64| self.seconds.iter().map(of).sum::<u64>();
+        let granted = sum(|second| second.requests) * BUDGET_PERCENT / 100 + BUDGET_FLOOR * WINDOW_SECONDS as u64;
+        if sum(|second| second.retries) >= granted {
+            return false;
+        }
+        if let Some(second) = self.turn(now) {
+            second.retries += 1;
+        }
+        true
+    }
+
+    /// Forgets the seconds that have passed; returns the current one.
+    fn turn(&mut self, now: Instant) -> Option<&mut Second> {
+        let origin = *self.origin.get_or_insert(now);
+        let second = now.saturating_duration_since(origin).as_secs();
+        let window = WINDOW_SECONDS as u64;
+        for passed in self.current + 1..=second.min(self.current + window) {
+            if let Some(place) = self.seconds.get_mut(usize::try_from(passed % window).unwrap_or(0)) {
+                *place = Second::default();
+            }
+        }
+        self.current = self.current.max(second);
+        self.seconds.get_mut(usize::try_from(self.current % window).unwrap_or(0))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn start() -> Instant {
+        crate::clock::now()
+    }
+
+    fn retry(conditions: &[&str]) -> Retry {
+        Retry::new(3, conditions.iter().map(|text| text.parse().unwrap()).collect(), None, None)
+    }
+
+    #[test]
+    fn conditions_cover_what_their_names_say() {
+        #[track_caller]
+        fn check(condition: &str, answers: &[u16], is_reset: bool) {
+            let retry = retry(&[condition]);
+            let found: Vec<u16> = (200..600).filter(|status| retry.covers_answer(*status, None)).collect();
+            assert_eq!(found, answers, "{condition}");
+            assert_eq!(retry.covers_reset(), is_reset, "{condition}");
+        }
+        check("5xx", &(500..600).collect::<Vec<_>>(), true);
+        check("gateway-error", &[502, 503, 504], true);
+        check("reset", &[], true);
+        check("connect-failure", &[], false);
+        check("retriable-4xx", &[409], false);
+        check("envoy-ratelimited", &[429], false);
+        check("unavailable", &[], false);
+        assert!(retry(&["unavailable"]).covers_answer(200, Some(14)));
+        assert!(!retry(&["unavailable"]).covers_answer(200, Some(13)));
+        assert!(Retry::new(1, vec![Condition::Status(418)], None, None).covers_answer(418, None));
+        assert!("6xx".parse::<Condition>().unwrap_err().contains("gateway-error"));
+    }
+
+    #[test]
+    fn a_budget_ends_retries_where_everything_fails_and_grants_again_as_time_passes() {
+        let (mut budget, begun) = (Budget::default(), start());
+        for _ in 0..1_000 {
+            budget.deposit(begun);
+        }
+        let granted = (0..1_000).filter(|_| budget.withdraw(begun)).count();
+        assert_eq!(granted, 300, "20 % of 1,000 and 10 a second over 10 s");
+        let later = begun + Duration::from_secs(9);
+        assert!(!budget.withdraw(later));
+        let all_old = begun + Duration::from_secs(10);
+        assert_eq!((0..1_000).filter(|_| budget.withdraw(all_old)).count(), 100);
+        let much_later = begun + Duration::from_secs(100_000);
+        assert_eq!((0..1_000).filter(|_| budget.withdraw(much_later)).count(), 100);
+    }
+
+    proptest! {
+        #[test]
+        fn a_backoff_is_within_its_step(base in 1u64..1000, factor in 1u32..20, number in 1u32..40, draw: u32) {
+            let base = Duration::from_millis(base);
+            let retry = Retry::new(3, Vec::new(), Some(base), Some(base * factor));
+            let wait = retry.backoff(number, draw);
+            prop_assert!(wait <= base * factor);
+            prop_assert!(number > 20 || wait <= base * 2u32.pow(number - 1));
+            prop_assert_eq!(retry.backoff(number, 0), Duration::ZERO);
+        }
+
+        #[test]
+        fn a_budget_never_grants_more_than_its_share(steps in prop::collection::vec((0u64..3_000, any::<bool>()), 1..600)) {
+            let (mut budget, begun) = (Budget::default(), start());
+            let (mut now, mut requests, mut retries): (u64, Vec<u64>, Vec<u64>) = (0, vec![0], Vec::new());
+            budget.deposit(begun);
+            for (wait, is_retry) in steps {
+                now += wait / 100;
+                let at = begun + Duration::from_millis(now);
+                if !is_retry {
+                    budget.deposit(at);
+                    requests.push(now);
+                } else if budget.withdraw(at) {
+                    retries.push(now);
+                }
+                // Whole seconds are counted: a window holds 9 s at least.
+                let within = |all: &[u64]| all.iter().filter(|then| now / 1000 < **then / 1000 + 10).count();
+                prop_assert!(within(&retries) <= within(&requests) / 5 + 100);
+            }
+        }
+    }
+}

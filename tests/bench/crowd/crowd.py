@@ -1,0 +1,105 @@
+"""Opens idle, slow and flooding connections to an agent on 127.0.0.1:8500 and measures what others wait for an answer.
+
+Usage: crowd.py PID IDLE
+"""
+
+import re
+import socket
+import sys
+import threading
+import time
+
+ADDRESS = ("127.0.0.1", 8500)
+SLOW, FLOODERS, ASKED = 200, 4, 300
+ASK = b"GET /v1/catalog/services HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+pid, idle = int(sys.argv[1]), int(sys.argv[2])
+stop = threading.Event()
+
+
+def connect():
+    return socket.create_connection(ADDRESS, timeout=10)
+
+
+def ask():
+    begun = time.monotonic()
+    with connect() as stream:
+        stream.sendall(ASK)
+        answer = b""
+        while piece := stream.recv(65536):
+            answer += piece
+    assert answer.startswith(b"HTTP/1.1 200 "), answer[:100]
+    return time.monotonic() - begun
+
+
+def measure(what):
+    times, lost = [], 0
+    for _ in range(ASKED):
+        try:
+            times.append(ask())
+        except OSError:
+            lost += 1
+            if lost == 3:
+                break
+    times.sort()
+    kib = int(re.search(r"VmRSS:\s+(\d+)", open(f"/proc/{pid}/status").read())[1])
+    shown = "nobody is answered"
+    if times:
+        p50, p99 = (1e3 * times[min(int(len(times) * q), len(times) - 1)] for q in (0.5, 0.99))
+        shown = f"p50 {p50:.2f} ms, p99 {p99:.2f} ms"
+    print(f"{what:34} {shown}, {lost} without an answer; the agent holds {kib / 1024:.0f} MiB", flush=True)
+
+
+def drip(streams):
+    """A byte of a head now and then: never whole."""
+    while not stop.wait(0.5):
+        for stream in streams:
+            try:
+                stream.send(b"x")
+            except OSError:
+                pass
+
+
+def flood():
+    """Headers without an end, again and again."""
+    line = b"X-Flood: " + b"y" * 8000 + b"\r\n"
+    while not stop.is_set():
+        try:
+            with connect() as stream:
+                stream.sendall(b"GET / HTTP/1.1\r\n")
+                for _ in range(1000):
+                    stream.sendall(line)
+        except OSError:
+            pass
+
+
+for _ in range(100):
+    try:
+        ask()
+        break
+    except OSError:
+        time.sleep(0.1)
+measure("alone")
+held = []
+try:
+    for _ in range(idle):
+        held.append(connect())
+except OSError as error:
+    print(f"only {len(held)} idle connections: {error}")
+measure(f"{len(held)} idle")
+slow = []
+for _ in range(SLOW):
+    try:
+        slow.append(connect())
+        slow[-1].sendall(b"GET / HTTP/1.1\r\nX-Slow: ")
+    except OSError:
+        pass
+threads = [threading.Thread(target=drip, args=(slow,))]
+threads[0].start()
+measure(f"and {len(slow)} that send a head by bytes")
+threads += [threading.Thread(target=flood) for _ in range(FLOODERS)]
+for thread in threads[1:]:
+    thread.start()
+measure(f"and {FLOODERS} that send heads without end")
+stop.set()
+for thread in threads:
+    thread.join()

@@ -1,0 +1,333 @@
+//! The command line: verbs against a real agent; those whose endpoints are still to come against a stand-in that says what
+//! Consul says.
+
+use std::fs;
+use std::net::TcpListener;
+use std::os::unix::net::UnixListener;
+use std::process::{Command, Output, Stdio};
+
+use tempfile::TempDir;
+
+use crate::agent::{Agent, Ca, Spec, WEFT, loopback_ip, path, weft, weft_ok};
+use crate::clients::Running;
+use crate::wait::until;
+
+#[track_caller]
+fn assert_says(text: &str, words: &[&str]) {
+    for word in words {
+        assert!(text.contains(word), "`{word}` is missing in:\n{text}");
+    }
+}
+
+fn stderr(out: &Output) -> String {
+    String::from_utf8_lossy(&out.stderr).into_owned()
+}
+
+/// An issuer of its own on this run's address `last`, with a service `web` and node meta.
+#[track_caller]
+fn alone(last: u8) -> (Ca, Agent, String) {
+    let ca = Ca::init("cli.test");
+    let dir = TempDir::new().unwrap();
+    let meta = dir.path().join("meta.hcl");
+    fs::write(&meta, "node_meta {\n  rack = \"a1\"\n}\n").unwrap();
+    let args = ["-issuer", path(&ca.issuer()), "-config-file", path(&meta)].map(str::to_owned);
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let agent = Agent::start(&Spec::loopback(last, "n1", &args));
+    let check = r#"{"TTL":"1h","Status":"passing"}"#;
+    agent.put_ok(
+        "/v1/agent/service/register",
+        &format!(r#"{{"ID":"web-1","Name":"web","Port":80,"Tags":["v1"],"Check":{check}}}"#),
+    );
+    agent.wait_passing("web", &["web-1"]);
+    let at = format!("-http-addr={}", agent.api);
+    (ca, agent, at)
+}
+
+/// What a stand-in saw of one request, and its answer.
+fn serve_once(stream: &mut (impl std::io::Read + std::io::Write), answer: &str) -> String {
+    let mut seen = Vec::new();
+    let mut piece = [0; 4096];
+    while !seen.windows(4).any(|w| w == b"\r\n\r\n") {
+        let read = stream.read(&mut piece).unwrap();
+        assert!(read > 0, "the request ended early");
+        seen.extend_from_slice(&piece[..read]);
+    }
+    let text = String::from_utf8_lossy(&seen).into_owned();
+    let length = text.lines().find_map(|line| line.to_ascii_lowercase().strip_prefix("content-length: ")?.parse().ok());
+    let head = seen.windows(4).position(|w| w == b"\r\n\r\n").unwrap() + 4;
+    while seen.len() < head + length.unwrap_or(0) {
+        let read = stream.read(&mut piece).unwrap();
+        seen.extend_from_slice(&piece[..read]);
+    }
+    let head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close";
+    write!(stream, "{head}\r\nContent-Length: {}\r\n\r\n{answer}", answer.len()).unwrap();
+    String::from_utf8_lossy(&seen).into_owned()
+}
+
+/// Runs a verb against a stand-in that gives these answers, one a request; returns the output and the requests.
+#[track_caller]
+fn against(answers: &[&str], words: &[&str]) -> (String, Vec<String>) {
+    let listener = TcpListener::bind((loopback_ip(230), 0)).unwrap();
+    let at = format!("-http-addr={}", listener.local_addr().unwrap());
+    std::thread::scope(|scope| {
+        let seen = scope.spawn(|| {
+            let serve = |answer: &&str| serve_once(&mut listener.accept().unwrap().0, answer);
+            answers.iter().map(serve).collect::<Vec<String>>()
+        });
+        let out = weft_ok(&[words, &[at.as_str()]].concat());
+        (out, seen.join().unwrap())
+    })
+}
+
+#[test]
+fn lists_are_aligned_narrowed_and_the_same_in_json() {
+    let (_ca, agent, at) = alone(220);
+    let ip = agent.api.ip().to_string();
+    let nodes = weft_ok(&["catalog", "nodes", &at]);
+    let columns: Vec<usize> = nodes.lines().map(|line| line.find("dc1").or_else(|| line.find("DC")).unwrap()).collect();
+    assert_eq!(columns[0], columns[1], "the header stands over its column:\n{nodes}");
+    assert_says(&weft_ok(&["catalog", "nodes", "-service=web", &at]), &["n1", &ip]);
+    assert!(!weft_ok(&["catalog", "nodes", "-service=nobody", &at]).contains("n1"));
+    assert_says(&weft_ok(&["catalog", "nodes", "-node-meta=rack=a1", &at]), &["n1"]);
+    assert!(!weft_ok(&["catalog", "nodes", "-node-meta=rack=b2", &at]).contains("n1"));
+    assert_eq!(weft_ok(&["catalog", "services", "-node-meta=rack=a1", &at]), "Service  Tags\nweb      v1\n");
+    assert_eq!(weft_ok(&["catalog", "datacenters", &at]), "dc1\n");
+    let json: serde_json::Value =
+        serde_json::from_str(&weft_ok(&["catalog", "services", "-format=json", &at])).unwrap();
+    assert_eq!(json, serde_json::json!({"web": ["v1"]}));
+    assert_says(&weft_ok(&["info", &at]), &["n1"]);
+    weft_ok(&["maint", "-enable", "-service=web-1", "-reason=disk", &at]);
+    assert_eq!(weft_ok(&["maint", &at]), "service web-1: disk\n");
+    weft_ok(&["maint", "-disable", "-service=web-1", &at]);
+    assert_eq!(weft_ok(&["maint", &at]), "");
+}
+
+#[test]
+fn a_ca_s_lists_are_tables_or_json() {
+    let ca = Ca::init("cli.test");
+    ca.token("web-*", "web", "1h");
+    let dir = ca.dir();
+    let nobody = format!("-http-addr={}:8500", loopback_ip(229));
+    for words in [&["ca", "issuer", "list"][..], &["ca", "operator", "list"], &["token", "list"]] {
+        let words = [words, &["-ca", path(&dir), &nobody]].concat();
+        let table = weft_ok(&words);
+        let json: serde_json::Value =
+            serde_json::from_str(&weft_ok(&[&words[..], &["-format=json"]].concat())).unwrap();
+        assert_eq!(json.as_array().unwrap().len(), table.lines().count() - 1, "{table}\n{json}");
+        let states = json.as_array().unwrap().iter().all(|row| row["State"] == "good");
+        assert!(states, "{json}");
+    }
+}
+
+#[test]
+fn a_watch_prints_once_or_runs_its_program_at_each_change() {
+    let (_ca, agent, at) = alone(221);
+    let once: serde_json::Value =
+        serde_json::from_str(&weft_ok(&["watch", "-type=service", "-service=web", "-passingonly", &at])).unwrap();
+    assert_eq!(once[0]["Service"]["ID"], "web-1");
+
+    let dir = TempDir::new().unwrap();
+    let file = dir.path().join("seen");
+    // Each state is a line: the index, then the JSON.
+    let program = format!("{{ printf '%s ' \"$WEFT_INDEX\"; cat; }} >> {}", path(&file));
+    let words = ["watch", "-type=service", "-service=web", "-passingonly", &at, "--", "sh", "-c", &program];
+    let _watch = Running::start(Command::new(WEFT).args(words));
+    let states = || {
+        let text = fs::read_to_string(&file).unwrap_or_default();
+        let complete = text.lines().filter(|line| line.ends_with(']')).map(|line| {
+            let (index, json) = line.split_once(' ').unwrap();
+            let json: serde_json::Value = serde_json::from_str(json).unwrap();
+            let ids = json.as_array().unwrap().iter().map(|one| one["Service"]["ID"].as_str().unwrap().to_owned());
+            (index.parse::<u64>().unwrap(), ids.collect::<Vec<String>>())
+        });
+        complete.collect::<Vec<(u64, Vec<String>)>>()
+    };
+    let wait = |want: &[&[&str]]| {
+        until(&format!("the program ran for {want:?}"), || {
+            let seen = states();
+            if seen.iter().map(|(_, ids)| ids).eq(want.iter()) { Ok(()) } else { Err(format!("{seen:?}")) }
+        });
+    };
+    wait(&[&["web-1"]]);
+    agent.put_ok("/v1/agent/check/fail/service:web-1", "");
+    wait(&[&["web-1"], &[]]);
+    agent.put_ok("/v1/agent/check/pass/service:web-1", "");
+    wait(&[&["web-1"], &[], &["web-1"]]);
+    let indexes: Vec<u64> = states().iter().map(|(index, _)| *index).collect();
+    assert!(indexes.is_sorted() && indexes[0] > 0, "{indexes:?}");
+}
+
+#[test]
+fn top_and_debug_show_a_real_agent() {
+    let (_ca, _agent, at) = alone(222);
+    assert_eq!(weft_ok(&["top", "-count=1", "-interval=100ms", "-format=json", &at]).trim(), "[]");
+    assert_says(&weft_ok(&["top", "-count=1", "-interval=100ms", &at]), &["Source", "Req/s", "p99"]);
+    let dir = TempDir::new().unwrap();
+    let out = dir.path().join("kept");
+    assert_says(&weft_ok(&["debug", "-duration=100ms", "-output", path(&out), &at]), &[path(&out)]);
+    assert_says(&fs::read_to_string(out.join("self.json")).unwrap(), &["\"NodeName\": \"n1\""]);
+    assert_says(&fs::read_to_string(out.join("checks.json")).unwrap(), &["service:web-1"]);
+    assert_says(&fs::read_to_string(out.join("metrics-last.txt")).unwrap(), &["weft_membership_members"]);
+    let again = weft(&["debug", "-duration=1ms", "-output", path(&out), &at]);
+    assert_eq!(again.status.code(), Some(1));
+    assert_says(&stderr(&again), &["-output"]);
+}
+
+#[test]
+fn event_rtt_and_monitor_speak_consul_s_endpoints() {
+    let (out, seen) =
+        against(&[r#"{"ID":"e-1","Name":"deploy"}"#], &["event", "-name=deploy", "-service=web", "v 1.4"]);
+    assert_eq!(out, "Event ID: e-1\n");
+    assert!(seen[0].starts_with("PUT /v1/event/fire/deploy?service=web HTTP/1.1\r\n"), "{}", seen[0]);
+    assert!(seen[0].ends_with("\r\n\r\nv 1.4"), "{}", seen[0]);
+
+    let coordinate = |node: &str, x: f64| {
+        format!(r#"{{"Node":"{node}","Coord":{{"Vec":[{x},0],"Error":0.1,"Adjustment":0,"Height":0.0005}}}}"#)
+    };
+    let nodes = format!("[{},{}]", coordinate("a", 0.001), coordinate("b", 0.004));
+    let (out, seen) = against(&[&nodes], &["rtt", "a", "b"]);
+    assert_eq!(out, "Estimated a <-> b rtt: 4.000 ms\n");
+    assert!(seen[0].starts_with("GET /v1/coordinate/nodes "), "{}", seen[0]);
+    let (out, _) = against(&[r#"{"Config":{"NodeName":"b"}}"#, &nodes], &["rtt", "a"]);
+    assert_eq!(out, "Estimated a <-> b rtt: 4.000 ms\n");
+
+    let (out, seen) = against(&["line 1\nline 2\n"], &["monitor", "-log-level=debug", "-log-json"]);
+    assert_eq!(out, "line 1\nline 2\n");
+    assert!(seen[0].starts_with("GET /v1/agent/monitor?loglevel=debug&logjson=true "), "{}", seen[0]);
+}
+
+#[test]
+fn address_and_token_come_from_flags_then_weft_s_then_consul_s_variables() {
+    let dir = TempDir::new().unwrap();
+    let socket = dir.path().join("api.sock");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let at = format!("unix://{}", path(&socket));
+    let ask = |set: &dyn Fn(&mut Command)| {
+        let mut command = Command::new(WEFT);
+        command.args(["catalog", "datacenters"]).stdin(Stdio::null());
+        for name in ["WEFT_HTTP_ADDR", "WEFT_HTTP_TOKEN", "CONSUL_HTTP_ADDR", "CONSUL_HTTP_TOKEN"] {
+            command.env_remove(name);
+        }
+        set(&mut command);
+        std::thread::scope(|scope| {
+            let seen = scope.spawn(|| serve_once(&mut listener.accept().unwrap().0, r#"["dc7"]"#));
+            let out = command.output().unwrap();
+            assert_eq!(String::from_utf8_lossy(&out.stdout), "dc7\n", "{}", stderr(&out));
+            seen.join().unwrap().to_ascii_lowercase()
+        })
+    };
+    let nobody = "127.0.0.1:1";
+    assert_says(&ask(&|c| _ = c.env("WEFT_HTTP_ADDR", &at).env("CONSUL_HTTP_ADDR", nobody)), &["host: localhost\r\n"]);
+    let seen = ask(&|c| _ = c.env("CONSUL_HTTP_ADDR", &at).env("CONSUL_HTTP_TOKEN", "t-consul"));
+    assert_says(&seen, &["x-consul-token: t-consul\r\n"]);
+    let seen = ask(&|c| {
+        c.env("WEFT_HTTP_ADDR", nobody)
+            .env("WEFT_HTTP_TOKEN", "t-env")
+            .arg(format!("-http-addr={at}"))
+            .arg("-token=t-flag");
+    });
+    assert_says(&seen, &["x-consul-token: t-flag\r\n"]);
+}
+
+#[test]
+fn failures_say_what_to_do_and_end_with_their_code() {
+    let (_ca, _agent, at) = alone(223);
+    #[track_caller]
+    fn check(words: &[&str], code: i32, says: &[&str]) {
+        let out = weft(words);
+        assert_eq!(out.status.code(), Some(code), "{words:?}: {}", stderr(&out));
+        assert_says(&stderr(&out), says);
+    }
+    check(&["nonsense"], 2, &["Usage"]);
+    check(&["watch", "-type=nonsense"], 2, &["keyprefix"]);
+    check(&["watch", "-type=service", &at], 1, &["-service"]);
+    check(&["members", "-http-addr=ftp://x"], 1, &["host:port", "unix:///"]);
+    check(&["members", "-http-addr=unix:///nowhere.sock"], 1, &["unix:///nowhere.sock", "weft agent"]);
+    check(&["services", "deregister", "nobody", &at], 1, &["404", "Unknown service ID"]);
+    check(&["watch", "-type=key", "-key=a", &at], 1, &["501", "api/README.md"]);
+    check(&["force-leave", "nobody", &at], 1, &["nobody"]);
+    check(&["completion", "tcsh"], 2, &["bash", "zsh", "fish"]);
+    check(&["top", "-interval=0s", &at], 1, &["-interval"]);
+}
+
+#[test]
+fn completions_complete_and_manual_pages_are_there() {
+    let bash = weft_ok(&["completion", "bash"]);
+    let script = format!(
+        "{bash}\nCOMP_WORDS=(weft cat); COMP_CWORD=1; _weft weft cat weft; echo \"${{COMPREPLY[*]}}\"\n\
+         COMP_WORDS=(weft catalog n); COMP_CWORD=2; _weft weft n catalog; echo \"${{COMPREPLY[*]}}\"\n\
+         COMP_WORDS=(weft watch --pass); COMP_CWORD=2; _weft weft --pass watch; echo \"${{COMPREPLY[*]}}\"\n"
+    );
+    // Longer than an argument may be.
+    let dir = TempDir::new().unwrap();
+    let file = dir.path().join("script");
+    fs::write(&file, script).unwrap();
+    let out = Command::new("bash").arg(&file).output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&out.stdout), "catalog\nnodes\n--passingonly\n", "{}", stderr(&out));
+    assert_says(&weft_ok(&["completion", "zsh"]), &["#compdef weft", "force-leave"]);
+    assert_says(&weft_ok(&["completion", "fish"]), &["complete -c weft", "force-leave"]);
+
+    let dir = TempDir::new().unwrap();
+    let man = dir.path().join("man1");
+    weft_ok(&["man", path(&man)]);
+    for page in
+        ["weft.1", "weft-agent.1", "weft-catalog-nodes.1", "weft-intention-check.1", "weft-ca-operator-create.1"]
+    {
+        let text = fs::read_to_string(man.join(page)).unwrap_or_else(|e| panic!("{page}: {e}"));
+        assert_says(&text, &[".TH", ".SH SYNOPSIS"]);
+    }
+}
+
+#[test]
+fn a_part_of_a_configuration_can_be_validated() {
+    let dir = TempDir::new().unwrap();
+    let write = |name: &str, text: &str| {
+        let file = dir.path().join(name);
+        fs::write(&file, text).unwrap();
+        path(&file).to_owned()
+    };
+    let services = write(
+        "services.hcl",
+        "service {\n  name = \"web\"\n  port = 80\n  check {\n    http = \"http://127.0.0.1/\"\n    interval = \"10s\"\n  }\n}\n",
+    );
+    let out = weft(&["validate", &services]);
+    assert!(out.status.success(), "{}", stderr(&out));
+    assert_says(&String::from_utf8_lossy(&out.stdout), &["Configuration is valid!"]);
+    assert_says(&stderr(&out), &["part of a configuration", "data_dir"]);
+    // What it does say must be right, and what it lacks is no noise beside that.
+    let wrong = write("wrong.hcl", "service {\n  name = \"web\"\n  prot = 80\n}\n");
+    let out = weft(&["validate", &services, &wrong]);
+    assert_eq!(out.status.code(), Some(1));
+    assert_says(&stderr(&out), &["wrong.hcl:", "prot"]);
+    assert!(!stderr(&out).contains("data_dir"), "{}", stderr(&out));
+    // Warnings are not lost on a part.
+    let server = write("server.json", r#"{"server": true}"#);
+    assert_says(&stderr(&weft(&["validate", &server])), &["warning:", "server"]);
+}
+
+#[test]
+fn a_mass_change_of_checks_is_a_few_lines_and_a_count() {
+    let ca = Ca::init("cli.test");
+    let dir = TempDir::new().unwrap();
+    // Nobody listens there; a refused connection is critical at once.
+    let nobody = TcpListener::bind((loopback_ip(225), 0)).unwrap().local_addr().unwrap();
+    let checks: Vec<String> = (0..200)
+        .map(|n| format!(r#"{{"id": "c{n}", "name": "c", "tcp": "{nobody}", "interval": "1s", "status": "passing"}}"#))
+        .collect();
+    let file = dir.path().join("checks.json");
+    fs::write(&file, format!(r#"{{"checks": [{}]}}"#, checks.join(","))).unwrap();
+    let issuer = ca.issuer();
+    let agent = Agent::start(&Spec::loopback(224, "n1", &["-issuer", path(&issuer), "-config-file", path(&file)]));
+    until("all are critical", || {
+        let list = agent.get("/v1/agent/checks");
+        let critical = list.as_object().unwrap().values().filter(|check| check["Status"] == "critical").count();
+        if critical == 200 { Ok(()) } else { Err(critical.to_string()) }
+    });
+    let log = until("the count is logged", || {
+        let log = agent.log();
+        if log.contains("more checks changed") { Ok(log) } else { Err(log) }
+    });
+    let lines = log.lines().filter(|line| line.contains("check changed")).count();
+    // They turn within a second or, on a busy machine, some.
+    assert!(lines <= 100, "{lines} lines of their own");
+}

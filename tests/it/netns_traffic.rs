@@ -1,0 +1,258 @@
+//! What config entries make of requests, on real agents: routes, splits, subsets, failover, retries, timeouts, faults, mirrors.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::agent::{Agent, Ca, Spec, path};
+use crate::app::App;
+use crate::http::Answer;
+use crate::lab::Lab;
+use crate::netns_identity::{weft_on, weft_on_ok};
+use crate::netns_policy::{metric, operator};
+use crate::wait::until;
+
+const ALLOW: &str = "-default-intention-policy=allow";
+const CALLER: &str = r#"{"Name":"caller","Port":1,"Connect":{"SidecarService":{"Proxy":{"Upstreams":[
+    {"DestinationName":"web","LocalBindPort":9393}]}}}}"#;
+
+/// Three agents: `n1` issues and calls, `n2` and `n3` serve.
+struct Cluster {
+    n1: Agent,
+    n2: Agent,
+    n3: Agent,
+    operator: PathBuf,
+    ca: Ca,
+    lab: Lab,
+}
+
+impl Cluster {
+    fn start() -> Option<Self> {
+        let lab = Lab::new(3)?;
+        let ca = Ca::init("lab.test");
+        let issuer = ca.issuer();
+        let n1 = Agent::start(&Spec::on(&lab.host(1), "n1", &["-issuer", path(&issuer), ALLOW]));
+        let token = ca.token("n*", "web,shadow,caller", "1h");
+        let join = ["-join", "10.77.0.1", "-token", &token, ALLOW];
+        let n2 = Agent::start(&Spec::on(&lab.host(2), "n2", &join));
+        let n3 = Agent::start(&Spec::on(&lab.host(3), "n3", &join));
+        for agent in [&n1, &n2, &n3] {
+            agent.wait_members(&["n1=1", "n2=1", "n3=1"]);
+        }
+        n1.put_ok("/v1/agent/service/register", CALLER);
+        let operator = operator(&ca, "alice", "config");
+        Some(Self { n1, n2, n3, operator, ca, lab })
+    }
+
+    /// Registers an instance of `name` on host `number`, and starts its app.
+    fn serve(&self, number: usize, name: &str, id: &str, app: (u16, u16, Duration)) -> App {
+        let (port, status, delay) = app;
+        let addr = format!("127.0.0.1:{port}").parse().unwrap();
+        let app = App::http_as(Some(&self.lab.host(number)), addr, id, status, delay);
+        let agent = if number == 2 { &self.n2 } else { &self.n3 };
+        let body = json!({"Name": name, "ID": id, "Port": port, "Protocol": "http", "Meta": {"version": id}});
+        agent.put_ok("/v1/agent/service/register", &body.to_string());
+        app
+    }
+
+    /// Writes an entry with `weft config write`, in force on the caller's agent when it returns.
+    #[track_caller]
+    fn write(&self, entry: &Value) {
+        let file = self.file(entry);
+        weft_on_ok(&self.lab.host(1), &["config", "write", path(&file), "-operator", path(&self.operator)]);
+    }
+
+    fn file(&self, entry: &Value) -> PathBuf {
+        let file = self.ca.dir().join("entry.json");
+        std::fs::write(&file, entry.to_string()).unwrap();
+        file
+    }
+
+    #[track_caller]
+    fn delete(&self, kind: &str, name: &str) {
+        let args = ["config", "delete", "-kind", kind, "-name", name, "-operator", path(&self.operator)];
+        weft_on_ok(&self.lab.host(1), &args);
+    }
+
+    fn try_call(&self, target: &str, headers: &[(&str, &str)]) -> Result<Answer, String> {
+        let headers = [&[("host", "web")], headers].concat();
+        self.n1.call("127.0.0.1:9393".parse().unwrap(), "GET", target, &headers, "")
+    }
+
+    #[track_caller]
+    fn call(&self, target: &str, headers: &[(&str, &str)]) -> Answer {
+        self.try_call(target, headers).unwrap()
+    }
+
+    /// The id of the instance that answers.
+    #[track_caller]
+    fn who(&self, target: &str, headers: &[(&str, &str)]) -> String {
+        let answer = self.call(target, headers);
+        assert_eq!(answer.status, 200, "{}", answer.body);
+        answer.body.split(' ').next().unwrap().to_owned()
+    }
+}
+
+fn resolver(more: &Value) -> Value {
+    let mut entry = json!({"Kind": "service-resolver", "Name": "web", "DefaultSubset": "v1", "Subsets": {
+        "v1": {"Filter": "Service.Meta.version == v1"}, "v2": {"Filter": "Service.Meta.version == v2"}}});
+    entry.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    entry
+}
+
+fn router(routes: &Value) -> Value {
+    json!({"Kind": "service-router", "Name": "web", "Routes": routes})
+}
+
+#[test]
+fn requests_are_routed_split_and_failed_over_as_config_entries_say() {
+    let Some(cluster) = Cluster::start() else { return };
+    let _v1 = cluster.serve(2, "web", "v1", (7001, 200, Duration::ZERO));
+    let _v2 = cluster.serve(3, "web", "v2", (7002, 200, Duration::ZERO));
+    cluster.n1.wait_passing("web", &["v1", "v2"]);
+
+    // By header to a subset; everything else to the default one; rewritten and redirected.
+    cluster.write(&resolver(&json!({})));
+    cluster.write(&router(&json!([
+        {"Match": {"HTTP": {"Header": [{"Name": "x-canary", "Exact": "1"}]}}, "Destination": {"ServiceSubset": "v2"}},
+        {"Match": {"HTTP": {"PathPrefix": "/api/"}}, "Destination": {"PrefixRewrite": "/inner/"}},
+        {"Match": {"HTTP": {"PathExact": "/old"}}, "Redirect": {"Code": 301, "Path": "/new"}},
+    ])));
+    for _ in 0..20 {
+        assert_eq!(cluster.who("/", &[]), "v1");
+        assert_eq!(cluster.who("/", &[("x-canary", "1")]), "v2");
+    }
+    let rewritten = cluster.call("/api/x?y=1", &[]);
+    assert!(rewritten.body.starts_with("v1 GET /inner/x?y=1 "), "{}", rewritten.body);
+    let redirect = cluster.call("/old", &[]);
+    assert_eq!((redirect.status, redirect.header("location")), (301, Some("/new")));
+
+    // A tenth goes to the other: 600 calls, 60 expected, four standard deviations (29) on either side.
+    cluster.write(&json!({"Kind": "service-splitter", "Name": "web", "Sticky": {"Header": "x-user"},
+        "Splits": [{"Weight": 90, "ServiceSubset": "v1"}, {"Weight": 10, "ServiceSubset": "v2"}]}));
+    let met = (0..600).filter(|_| cluster.who("/", &[]) == "v2").count();
+    assert!((31..=89).contains(&met), "{met} of 600 went to v2, with a weight of 10 %");
+    let first = cluster.who("/", &[("x-user", "ann")]);
+    assert!((0..30).all(|_| cluster.who("/", &[("x-user", "ann")]) == first), "a caller moves");
+
+    // Every agent shows the same chain, and `weft why` has it.
+    until("n3 shows the chain", || {
+        let shown = cluster.n3.try_get("/v1/discovery-chain/web")?.json();
+        let splits = shown.pointer("/Chain/Nodes/splitter:web/Splits").cloned().unwrap_or_default();
+        let want =
+            json!([{"Weight": 90.0, "NextNode": "resolver:v1.web"}, {"Weight": 10.0, "NextNode": "resolver:v2.web"}]);
+        if splits == want { Ok(()) } else { Err(shown.to_string()) }
+    });
+    let why = cluster.n1.get("/v1/mesh/why?source=caller&destination=web&method=GET&path=/");
+    assert_eq!(why.pointer("/Chain/Chain/StartNode"), Some(&json!("router:web")), "{why:#}");
+
+    // What leads nowhere is refused where it is written, with every problem and its field.
+    let bad = json!({"Kind": "service-splitter", "Name": "web", "Colour": 1, "Splits": [{"Weight": 50, "ServiceSubset": "v9"}]});
+    let refuse = |entry: &Value| {
+        let file = cluster.file(entry);
+        let out =
+            weft_on(&cluster.lab.host(1), &["config", "write", path(&file), "-operator", path(&cluster.operator)]);
+        assert!(!out.status.success());
+        String::from_utf8_lossy(&out.stderr).into_owned()
+    };
+    let said = refuse(&bad);
+    assert!(said.contains("Colour is no field") && said.contains("weights of 100 together"), "{said}");
+    let bad = json!({"Kind": "service-splitter", "Name": "web", "Splits": [{"Weight": 100, "ServiceSubset": "v9"}]});
+    assert!(refuse(&bad).contains("names subset \"v9\""));
+
+    // Without its instances a subset fails over, and comes back.
+    cluster.write(&resolver(&json!({"Failover": {"v2": {"ServiceSubset": "v1"}}})));
+    cluster.n3.put_ok("/v1/agent/service/maintenance/v2?enable=true", "");
+    until("v2 fails over to v1", || match cluster.try_call("/", &[("x-canary", "1")]) {
+        Ok(answer) if answer.status == 200 && answer.body.starts_with("v1 ") => Ok(()),
+        other => Err(format!("{:?}", other.map(|answer| answer.body))),
+    });
+    cluster.n3.put_ok("/v1/agent/service/maintenance/v2?enable=false", "");
+    until("v2 is back", || match cluster.who("/", &[("x-canary", "1")]).as_str() {
+        "v2" => Ok(()),
+        other => Err(other.to_owned()),
+    });
+}
+
+#[test]
+fn retries_save_requests_timeouts_say_why_and_a_fault_goes_by_one_command() {
+    let Some(cluster) = Cluster::start() else { return };
+    let _good = cluster.serve(2, "web", "good", (7001, 200, Duration::ZERO));
+    let _bad = cluster.serve(3, "web", "bad", (7002, 503, Duration::ZERO));
+    let _shadow = cluster.serve(3, "shadow", "shadow", (7003, 200, Duration::from_secs(2)));
+    cluster.n1.wait_passing("web", &["bad", "good"]);
+    cluster.n1.wait_passing("shadow", &["shadow"]);
+
+    let failed = |count: usize| (0..count).filter(|_| cluster.call("/", &[]).status != 200).count();
+    assert!(failed(40) > 5, "half of the instances answer 503");
+    cluster.write(&router(&json!([{"Match": {"HTTP": {"PathPrefix": "/"}}, "Destination": {
+        "NumRetries": 2, "RetryOnStatusCodes": [503], "RetryBackoff": {"BaseInterval": "1ms"}, "RequestTimeout": "700ms"}}])));
+    assert_eq!(failed(100), 0, "a retry meets the other instance");
+    assert!(metric(&cluster.n1, "weft_http_retries_saved_total{destination_service=\"web\"}") >= 20.0);
+
+    let begun = Instant::now();
+    let late = cluster.call("/hang", &[]);
+    assert!(begun.elapsed() < Duration::from_millis(2500), "{:?}", begun.elapsed());
+    assert_eq!((late.status, late.header("x-weft-reason")), (504, Some("timeout")), "{}", late.body);
+    assert!(late.body.contains("did not answer within 700ms"), "{}", late.body);
+
+    // On and off by one command each.
+    cluster.write(
+        &json!({"Kind": "service-faults", "Name": "web", "Faults": [{"Abort": {"Percent": 100, "HTTPStatus": 418}}]}),
+    );
+    let broken = cluster.call("/", &[]);
+    assert_eq!((broken.status, broken.header("x-weft-reason")), (418, Some("fault")), "{}", broken.body);
+    cluster.delete("service-faults", "web");
+    assert_eq!(failed(10), 0);
+
+    // A mirror that takes two seconds slows nothing.
+    cluster.write(&router(&json!([{"Match": {"HTTP": {"PathPrefix": "/"}}, "Destination": {
+        "NumRetries": 2, "RetryOnStatusCodes": [503], "Mirror": {"Service": "shadow", "Percent": 100}}}])));
+    let begun = Instant::now();
+    assert_eq!(failed(10), 0);
+    assert!(begun.elapsed() < Duration::from_secs(2), "ten requests took {:?} with a mirror of 2 s", begun.elapsed());
+    until("the mirror got its copies", || {
+        let sent = metric(&cluster.n1, "weft_http_mirrored_total{destination_service=\"shadow\",outcome=\"sent\"}");
+        if sent >= 10.0 { Ok(()) } else { Err(format!("{sent} copies")) }
+    });
+}
+
+#[test]
+fn entries_change_under_load_and_no_request_is_lost() {
+    let Some(cluster) = Cluster::start() else { return };
+    let _v1 = cluster.serve(2, "web", "v1", (7001, 200, Duration::ZERO));
+    let _v2 = cluster.serve(3, "web", "v2", (7002, 200, Duration::ZERO));
+    cluster.n1.wait_passing("web", &["v1", "v2"]);
+    cluster.write(&resolver(&json!({})));
+    let done = AtomicBool::new(false);
+    let (called, lost) = std::thread::scope(|scope| {
+        let load = scope.spawn(|| {
+            let (mut called, mut lost) = (0u32, Vec::new());
+            while !done.load(Ordering::Relaxed) {
+                called += 1;
+                match cluster.try_call("/", &[]) {
+                    Ok(answer) if answer.status == 200 => {}
+                    Ok(answer) => lost.push(format!("{} {}", answer.status, answer.body)),
+                    Err(why) => lost.push(why),
+                }
+            }
+            (called, lost)
+        });
+        for at in 0..12 {
+            let (first, second) = if at % 2 == 0 { ("v1", "v2") } else { ("v2", "v1") };
+            cluster.write(&json!({"Kind": "service-splitter", "Name": "web",
+                "Splits": [{"Weight": 99.99, "ServiceSubset": first}, {"Weight": 0.01, "ServiceSubset": second}]}));
+            cluster.write(&router(
+                &json!([{"Match": {"HTTP": {"PathPrefix": "/"}}, "Destination": {"RequestTimeout": "20s"}}]),
+            ));
+            cluster.delete("service-router", "web");
+        }
+        cluster.delete("service-splitter", "web");
+        done.store(true, Ordering::Relaxed);
+        load.join().unwrap()
+    });
+    assert_eq!(lost, Vec::<String>::new(), "of {called}");
+    assert!(called > 100, "{called}");
+}
