@@ -133,11 +133,6 @@ pub(super) const REFUSED: &[(&str, StatusCode, &str)] = &[
         "this version of weft has no prepared queries; GET /v1/health/service/:name?passing&near=_agent answers most of them",
     ),
     (
-        "/v1/discovery-chain/",
-        StatusCode::NOT_IMPLEMENTED,
-        "this version of weft shows no discovery chains; GET /v1/mesh/why explains a call",
-    ),
-    (
         "/v1/catalog/register",
         StatusCode::NOT_IMPLEMENTED,
         "this version of weft has no external nodes: register at an agent, PUT /v1/agent/service/register",
