@@ -28,5 +28,6 @@ pub mod telemetry;
 pub mod traffic;
 pub mod transport;
 pub mod unix_socket;
+pub mod upstream;
 pub mod wire;
 pub mod workload;

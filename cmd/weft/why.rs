@@ -99,6 +99,41 @@ fn caller(answer: &Value, lines: &mut Vec<String>) {
     }
 }
 
+/// Says how a worker balances, and which instances it treats in another way than the rest.
+fn balancing(worker: &str, view: &Value) -> Vec<String> {
+    let is_set = |value: &Value, key: &str| value.get(key) == Some(&Value::Bool(true));
+    let limit = |of: &str| {
+        let limit = part(part(view, "Limits"), of);
+        format!("{} of {}", text(limit, "UnderWay"), text(limit, "Most"))
+    };
+    let mut lines = vec![format!(
+        "  worker {worker} balances by {}; under way from here: {} requests, {} connections",
+        text(view, "Policy"),
+        limit("Requests"),
+        limit("Connections")
+    )];
+    if is_set(view, "Panics") {
+        lines.push(format!("  worker {worker}: too few instances are left, ejections are not looked at"));
+    }
+    for one in list(view, "Instances") {
+        let (id, node, breaker) = (text(&one, "ID"), text(&one, "Node"), text(&one, "Breaker"));
+        match breaker.as_str() {
+            "open" => lines.push(format!(
+                "  worker {worker}: breaker of {id} on {node} is open for {} s more: it failed",
+                text(&one, "OpenForSeconds")
+            )),
+            "half-open" => {
+                lines.push(format!("  worker {worker}: breaker of {id} on {node} is half-open: one request tries it"));
+            }
+            _ if is_set(&one, "LoweredByReports") => {
+                lines.push(format!("  worker {worker}: {id} on {node} gets a tenth: other nodes ejected it"));
+            }
+            _ => {}
+        }
+    }
+    lines
+}
+
 fn policy(policy: &Value, lines: &mut Vec<String>) {
     lines.push("\nIntentions, the most exact first:".to_owned());
     for one in list(policy, "Considered") {
@@ -147,9 +182,9 @@ fn instances(answer: &Value, lines: &mut Vec<String>) {
         }
     }
     lines.extend(shown);
-    lines.push("  breakers: there are none yet; what cannot be connected is left out for a while".to_owned());
     for one in list(answer, "Workers") {
         let worker = text(&one, "Worker");
+        lines.extend(balancing(&worker, part(&one, "Balancing")));
         for tunnel in list(&one, "Tunnels") {
             let (peer, ends) = (text(&tunnel, "Peer"), text(&tunnel, "Ends"));
             lines.push(format!("  worker {worker} has a tunnel to {peer}, whose certificate ends {ends}"));

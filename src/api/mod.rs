@@ -77,7 +77,7 @@ use crate::unix_socket::{SocketConfig, SocketError};
 
 pub use guard::{ApiToken, Right};
 pub use secure::{Certificate, HttpsConfig};
-pub use why::{Inspect, WorkerView};
+pub use why::{BalancerView, Inspect, SeatView, WorkerView};
 
 use index::ListIndexes;
 use meter::Meter;

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use serde_json::{Value, json};
@@ -32,8 +33,48 @@ pub struct WorkerView {
     pub why_none: String,
     /// Instances that it could not connect lately.
     pub backing_off: Vec<(NodeName, InstanceId)>,
+    /// What it knows of the instances.
+    pub balancer: BalancerView,
     /// Its tunnels for such calls: node, who answered there, and when that certificate ends.
     pub tunnels: Vec<(NodeName, String, UnixSeconds)>,
+}
+
+/// What one worker knows of the instances of a call.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct BalancerView {
+    /// How calls are spread.
+    pub policy: &'static str,
+    /// Keys have a table.
+    pub has_table: bool,
+    /// Too few instances are left: ejections are not looked at.
+    pub panics: bool,
+    /// Under way from this agent: connections, waiting calls, requests, repeated requests.
+    pub under_way: [u32; 4],
+    /// The most of each.
+    pub most: [u32; 4],
+    /// The instances.
+    pub seats: Vec<SeatView>,
+}
+
+/// What one worker knows of an instance.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SeatView {
+    /// Where it runs.
+    pub node: NodeName,
+    /// Which one.
+    pub instance: InstanceId,
+    /// `closed` (takes calls), `open` (ejected), `half-open` (one request tries it).
+    pub breaker: &'static str,
+    /// How much longer it is ejected.
+    pub out_for: Option<Duration>,
+    /// Calls under way.
+    pub pending: u32,
+    /// How many may be, where that is found out by its answers.
+    pub adaptive_limit: Option<u32>,
+    /// What an answer is expected to take.
+    pub delay: Option<Duration>,
+    /// Its share is lowered by reports of other nodes.
+    pub is_lowered: bool,
 }
 
 /// Asks the data plane's workers what they would do with a call.
@@ -233,6 +274,9 @@ fn instance(call: &Call, one: &Instance, workers: &[WorkerView], certificates: &
         _ if !workers.is_empty() && backing_off.len() == workers.len() => {
             "last: it could not be connected lately".to_owned()
         }
+        _ if !workers.is_empty() && breaker(workers, &key) == "open" => {
+            "ejected: it failed; one request tries it when its time is over".to_owned()
+        }
         HealthStatus::Warning => "takes calls, by its weight while it warns".to_owned(),
         HealthStatus::Passing => "takes calls".to_owned(),
     };
@@ -248,11 +292,19 @@ fn instance(call: &Call, one: &Instance, workers: &[WorkerView], certificates: &
         "Why": why,
         "NextOfWorkers": next,
         "BackingOffOnWorkers": backing_off,
-        // Nothing opens one yet: what cannot be connected is left out for a while, per worker.
-        "Breaker": "none",
+        "Breaker": breaker(workers, &key),
+        "ReportedBy": call.shared.snapshot.load().reports.by(&key.0, &key.1),
         "Certificate": certificate.map(|shown| chain(call, shown)),
         "RecordsAgeSeconds": certificate.map(age),
     })
+}
+
+/// The worst that the workers say of an instance.
+fn breaker(workers: &[WorkerView], (node, id): &(NodeName, InstanceId)) -> &'static str {
+    let seats = workers.iter().flat_map(|view| &view.balancer.seats);
+    let of = seats.filter(|seat| seat.node == *node && seat.instance == *id).map(|seat| seat.breaker);
+    let rank = |word: &&str| ["closed", "half-open", "open"].iter().position(|known| known == word);
+    of.max_by_key(rank).unwrap_or("closed")
 }
 
 /// How long ago a node signed its records, if it counts the members as this one does (leases grow with the mesh).
@@ -268,7 +320,32 @@ fn worker(view: &WorkerView) -> Value {
         "Worker": view.worker,
         "Next": view.next.as_ref().map(|(node, id)| json!({"Node": node, "ID": id})),
         "WhyNone": view.why_none,
+        "Balancing": balancing(&view.balancer),
         "Tunnels": tunnels.collect::<Vec<Value>>(),
+    })
+}
+
+fn balancing(view: &BalancerView) -> Value {
+    let seat = |seat: &SeatView| {
+        json!({
+            "Node": seat.node,
+            "ID": seat.instance,
+            "Breaker": seat.breaker,
+            "OpenForSeconds": seat.out_for.map(|left| left.as_secs()),
+            "UnderWay": seat.pending,
+            "AdaptiveLimit": seat.adaptive_limit,
+            "ExpectedMs": seat.delay.map(|delay| (delay.as_secs_f64() * 1e6).round() / 1e3),
+            "LoweredByReports": seat.is_lowered,
+        })
+    };
+    let [connections, pending, requests, retries] =
+        std::array::from_fn(|at| json!({"UnderWay": view.under_way.get(at), "Most": view.most.get(at)}));
+    json!({
+        "Policy": view.policy,
+        "HasTable": view.has_table,
+        "Panics": view.panics,
+        "Limits": {"Connections": connections, "Pending": pending, "Requests": requests, "Retries": retries},
+        "Instances": view.seats.iter().map(seat).collect::<Vec<Value>>(),
     })
 }
 

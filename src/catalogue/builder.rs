@@ -13,11 +13,12 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::{Instance, LocalView, NodeEntry, ServiceEntry, Snapshot};
+use super::{Instance, LocalView, NodeEntry, Reports, ServiceEntry, Snapshot};
 use crate::authz::{Action, Table};
 use crate::model::{CheckRecord, HealthStatus, InstanceId, MemberStatus, NodeName, ServiceName};
 use crate::replica::NodeState;
 use crate::traffic::Traffic;
+use crate::upstream;
 
 /// Most services remembered after their last instance went. Enough for a day of one new name every 20 s; beyond it the
 /// oldest is forgotten, and a blocking query on it waits like one on a name that never was.
@@ -39,6 +40,8 @@ pub struct Builder {
     view: Arc<LocalView>,
     policy: Arc<Table>,
     policy_index: u64,
+    upstreams: Arc<upstream::Table>,
+    reports: Arc<Reports>,
     traffic: Arc<Traffic>,
     traffic_index: u64,
     /// What became of a service's instances since the last snapshot; none: gone.
@@ -59,6 +62,8 @@ impl Builder {
             view: Arc::default(),
             policy: Arc::new(Table::empty(Action::Allow)),
             policy_index: first_index.max(1),
+            upstreams: Arc::default(),
+            reports: Arc::default(),
             traffic: Arc::default(),
             traffic_index: first_index.max(1),
             touched: BTreeMap::new(),
@@ -71,6 +76,8 @@ impl Builder {
     pub fn set_node(&mut self, name: &NodeName, state: Option<&NodeState>, status: MemberStatus) {
         match state.and_then(|state| self.node_entry(name, state, status)) {
             Some((node, state)) => {
+                let ejected = if status == MemberStatus::Alive { state.ejections() } else { &[] };
+                self.set_reports(name, ejected);
                 self.set_instances(&node, state);
                 self.set_entry(node);
             }
@@ -82,6 +89,20 @@ impl Builder {
     pub fn set_local(&mut self, view: LocalView) {
         if *self.view != view {
             self.view = Arc::new(view);
+            self.is_changed = true;
+        }
+    }
+
+    /// Takes over how instances are called.
+    pub fn set_upstreams(&mut self, upstreams: Arc<upstream::Table>) {
+        self.upstreams = upstreams;
+        self.is_changed = true;
+    }
+
+    /// Takes over which instances `node` has ejected.
+    fn set_reports(&mut self, node: &NodeName, ejected: &[(NodeName, InstanceId)]) {
+        if !self.reports.is_of(node, ejected) {
+            self.reports = Arc::new(self.reports.with(node, ejected));
             self.is_changed = true;
         }
     }
@@ -119,6 +140,8 @@ impl Builder {
             local: Arc::clone(&self.view),
             policy: Arc::clone(&self.policy),
             policy_index: self.policy_index,
+            upstreams: Arc::clone(&self.upstreams),
+            reports: Arc::clone(&self.reports),
             traffic: Arc::clone(&self.traffic),
             traffic_index: self.traffic_index,
         }))
@@ -202,6 +225,7 @@ impl Builder {
     }
 
     fn forget(&mut self, name: &NodeName) {
+        self.set_reports(name, &[]);
         if self.nodes.remove(name).is_some() {
             self.is_changed = true;
         }

@@ -10,6 +10,7 @@
 //! Not here: deciding who is alive (`membership`), picking an instance (`routing`).
 
 pub mod builder;
+mod reports;
 pub mod virtual_ip;
 
 use std::collections::BTreeMap;
@@ -20,6 +21,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
 pub use self::builder::Builder;
+pub use self::reports::Reports;
 pub use self::virtual_ip::VirtualIps;
 use crate::authz::{Action, Table};
 use crate::model::{
@@ -27,6 +29,7 @@ use crate::model::{
     ServiceRecord,
 };
 use crate::traffic::Traffic;
+use crate::upstream;
 
 /// Everything that a node knows of the mesh at one moment.
 #[derive(Debug, Clone)]
@@ -47,6 +50,10 @@ pub struct Snapshot {
     pub policy: Arc<Table>,
     /// Index of the last change to `policy`.
     pub policy_index: u64,
+    /// How instances are called: balancing, limits, ejection.
+    pub upstreams: Arc<upstream::Table>,
+    /// Which instances the nodes have ejected.
+    pub reports: Arc<Reports>,
     /// What operators say about requests.
     pub traffic: Arc<Traffic>,
     /// Index of the last change to `traffic`.
@@ -65,6 +72,8 @@ impl Snapshot {
             local: Arc::new(LocalView::default()),
             policy: Arc::new(Table::empty(Action::Allow)),
             policy_index: 1,
+            upstreams: Arc::default(),
+            reports: Arc::default(),
             traffic: Arc::default(),
             traffic_index: 1,
         }

@@ -32,12 +32,13 @@ use crate::catalogue::builder::Builder;
 use crate::catalogue::{Publisher, Snapshot, SnapshotReader};
 use crate::clock;
 use crate::membership::{ForceLeaveError, MeshId, PACKET_BYTES_MAX, Profile};
-use crate::model::{NodeName, SpiffeId};
+use crate::model::{EjectionsRecord, Entry, EntryKey, NodeName, SpiffeId};
 use crate::pki::Identity;
 use crate::registry::Publication;
 use crate::replica;
 use crate::store::StoredPeer;
 use crate::transport::{Accepted, ControlTransport, Refusals};
+use crate::upstream;
 use crate::wire::{self, WireError};
 
 /// Most messages from connections that wait; datagrams past it are dropped, streams wait.
@@ -99,7 +100,14 @@ enum Event {
     /// Hosts that are said to refuse packets of the mesh port.
     Refused(Vec<SocketAddr>),
     Policy,
+    Upstreams,
     Wake,
+}
+
+/// What the documents make of themselves, for the data plane.
+pub(super) struct Rules {
+    pub(super) policy: watch::Receiver<Compiled>,
+    pub(super) upstreams: watch::Receiver<Arc<upstream::Table>>,
 }
 
 /// The task's state.
@@ -113,8 +121,11 @@ pub(super) struct Actor {
     identity: Arc<Identity>,
     publication: watch::Receiver<Arc<Publication>>,
     has_publication_ended: bool,
-    policy: watch::Receiver<Compiled>,
+    rules: Rules,
     has_policy_ended: bool,
+    has_upstreams_ended: bool,
+    ejections: watch::Receiver<Arc<EjectionsRecord>>,
+    has_ejections_ended: bool,
     commands: mpsc::Receiver<Command>,
     incoming: mpsc::Receiver<Accepted>,
     inputs: mpsc::Receiver<Input>,
@@ -157,7 +168,7 @@ impl Actor {
         params: GossipParams,
         commands: mpsc::Receiver<Command>,
         documents: mpsc::Sender<documents::Order>,
-        policy: watch::Receiver<Compiled>,
+        rules: Rules,
         metrics: GossipMetrics,
     ) -> (Self, watch::Receiver<Arc<Members>>, SnapshotReader) {
         let now = clock::now();
@@ -188,8 +199,11 @@ impl Actor {
             identity: params.identity,
             publication: params.publication,
             has_publication_ended: false,
-            policy,
+            rules,
             has_policy_ended: false,
+            has_upstreams_ended: false,
+            ejections: params.ejections,
+            has_ejections_ended: false,
             commands,
             incoming: params.incoming,
             inputs,
@@ -209,6 +223,7 @@ impl Actor {
         };
         actor.builder.set_local(publication.view.clone());
         actor.take_policy();
+        actor.take_upstreams();
         actor.settle(now);
         let reader = actor.publisher.reader();
         (actor, members_reader, reader)
@@ -265,7 +280,15 @@ impl Actor {
                 Event::Publication
             }
             addrs = self.refusals.next(&mut self.refused_until) => Event::Refused(addrs),
-            changed = self.policy.changed(), if !self.has_policy_ended => {
+            changed = self.ejections.changed(), if !self.has_ejections_ended => {
+                self.has_ejections_ended = changed.is_err();
+                Event::Publication
+            }
+            changed = self.rules.upstreams.changed(), if !self.has_upstreams_ended => {
+                self.has_upstreams_ended = changed.is_err();
+                Event::Upstreams
+            }
+            changed = self.rules.policy.changed(), if !self.has_policy_ended => {
                 self.has_policy_ended = changed.is_err();
                 Event::Policy
             }
@@ -282,10 +305,16 @@ impl Actor {
             Event::Publication => {
                 let publication = Arc::clone(&self.publication.borrow_and_update());
                 self.builder.set_local(publication.view.clone());
-                self.turn(now, |engine, turn| engine.handle_records(publication.records.clone(), turn));
+                let ejections = Arc::clone(&self.ejections.borrow_and_update());
+                let mut records = publication.records.clone();
+                if !ejections.instances.is_empty() {
+                    records.insert(EntryKey::Ejections, Entry::Ejections(ejections));
+                }
+                self.turn(now, |engine, turn| engine.handle_records(records, turn));
             }
             Event::Refused(addrs) => addrs.into_iter().for_each(|addr| self.refusal_heard(addr, now)),
             Event::Policy => self.take_policy(),
+            Event::Upstreams => self.take_upstreams(),
             // What is due runs afterwards.
             Event::Stop | Event::Wake => {}
         }
@@ -293,9 +322,15 @@ impl Actor {
 
     /// Publishes the newest table of intentions, and the newest chains, with the next snapshot.
     fn take_policy(&mut self) {
-        let Compiled { table, traffic } = self.policy.borrow_and_update().clone();
+        let Compiled { table, traffic } = self.rules.policy.borrow_and_update().clone();
         self.builder.set_policy(table);
         self.builder.set_traffic(traffic);
+    }
+
+    /// Publishes the newest settings of how instances are called with the next snapshot.
+    fn take_upstreams(&mut self) {
+        let table = Arc::clone(&self.rules.upstreams.borrow_and_update());
+        self.builder.set_upstreams(table);
     }
 
     /// Hands over what has arrived: it counts before anybody is taken for silent. One queue's length at most.

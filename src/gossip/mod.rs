@@ -51,7 +51,7 @@ pub use self::links::LINKS_MAX;
 use crate::catalogue::SnapshotReader;
 use crate::clock::UnixSeconds;
 use crate::metrics::Metrics;
-use crate::model::{Generation, MemberStatus, NodeInfo, NodeName};
+use crate::model::{EjectionsRecord, Generation, MemberStatus, NodeInfo, NodeName};
 use crate::pki::{CertificateFacts, Identity, SpkiHash};
 use crate::registry;
 use crate::store::StoredPeer;
@@ -157,6 +157,8 @@ pub struct GossipParams {
     pub identity: Arc<Identity>,
     /// What is registered here.
     pub publication: watch::Receiver<Arc<registry::Publication>>,
+    /// The instances that this node has ejected.
+    pub ejections: watch::Receiver<Arc<EjectionsRecord>>,
     /// The first snapshot's index.
     pub first_index: u64,
     /// Where to join, as the operator wrote it (`-join`).
@@ -215,12 +217,14 @@ impl Gossip {
         // The data plane begins with what is on disk: nothing passes that was denied before the restart.
         let first = compiler.compile(&documents::views(&documents.set));
         let (tables, table) = watch::channel(first);
-        let (actor, members, reader) = actor::Actor::new(params, received, orders.0.clone(), table, gossip_metrics);
+        let (settings, upstreams) = watch::channel(Arc::new(policy::upstreams(&documents::views(&documents.set))));
+        let rules = actor::Rules { policy: table, upstreams };
+        let (actor, members, reader) = actor::Actor::new(params, received, orders.0.clone(), rules, gossip_metrics);
         let task = documents::Task::new(documents, around, members.clone(), orders, metrics);
         let (task, documents) = task.map_err(StartError::Metrics)?;
         tasks.spawn("gossip", actor.run());
         tasks.spawn("documents", task.run());
-        tasks.spawn("policy", policy::run(compiler, documents.view.clone(), tables, stop));
+        tasks.spawn("policy", policy::run(compiler, documents.view.clone(), (tables, settings), stop));
         Ok((GossipHandle { commands, members, documents }, reader))
     }
 }

@@ -25,8 +25,9 @@ use super::traffic::Chains;
 use crate::authz::{Action, CompileError, Guard, Intention, Origin, Quarantined, Table};
 use crate::clock;
 use crate::metrics::Metrics;
-use crate::policy::DocumentKind;
+use crate::policy::{DocumentKind, entry_ends};
 use crate::traffic::Traffic;
+use crate::upstream;
 
 /// Most time of the processor for one intention: a hundred times what a large one takes.
 const WORK_MAX: Duration = Duration::from_millis(100);
@@ -174,16 +175,33 @@ impl Compiler {
     }
 }
 
+/// Compiles what the config entries say of how instances are called.
+pub(super) fn upstreams(documents: &[Arc<DocumentView>]) -> upstream::Table {
+    let entry = |view: &'_ Arc<DocumentView>| {
+        let DocumentBody::Config(Some(value)) = &view.body else { return None };
+        let (kind, name) = entry_ends(&view.digest.id.name)?;
+        Some((kind.to_owned(), name.to_owned(), value.clone()))
+    };
+    let entries: Vec<_> = documents.iter().filter_map(entry).collect();
+    upstream::table(entries.iter().map(|(kind, name, value)| (kind.as_str(), name.as_str(), value)))
+}
+
 /// Makes a table of each new set of documents, until `stop`.
 pub(super) async fn run(
     mut compiler: Compiler,
     mut documents: watch::Receiver<Arc<DocumentsView>>,
-    tables: watch::Sender<Compiled>,
+    (tables, settings): (watch::Sender<Compiled>, watch::Sender<Arc<upstream::Table>>),
     stop: CancellationToken,
 ) {
-    let mut seen = Vec::new();
+    let (mut seen, mut seen_entries) = (Vec::new(), Vec::new());
     loop {
         let view = Arc::clone(&documents.borrow_and_update());
+        let entries = view.documents.iter().filter(|view| view.digest.id.kind == DocumentKind::Config);
+        let digests: Vec<(u64, u64)> = entries.map(|view| (view.digest.version, view.digest.hash)).collect();
+        if digests != seen_entries {
+            settings.send_replace(Arc::new(upstreams(&view.documents)));
+            seen_entries = digests;
+        }
         let said = view.documents.iter().filter(|view| view.digest.id.kind.is_policy());
         let digests: Vec<(DocumentKind, u64, u64)> =
             said.map(|view| (view.digest.id.kind, view.digest.version, view.digest.hash)).collect();

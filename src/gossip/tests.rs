@@ -96,6 +96,7 @@ fn start_with(issuer: &crate::pki::Issuer, name: &str, generation: u64, seeds: V
         incoming,
         identity,
         publication: publications,
+        ejections: watch::channel(Arc::default()).1,
         first_index: 1,
         seeds,
         links_max,

@@ -197,6 +197,16 @@ pub struct CheckRecord {
     pub kind: Box<str>,
 }
 
+/// Ejections of a node that it tells of: more say that the node itself is sick.
+pub const EJECTIONS_MAX: usize = 32;
+
+/// Instances that a node has ejected: a hint for others, which they weigh (`routing`).
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EjectionsRecord {
+    /// At most [`EJECTIONS_MAX`] count, in order.
+    pub instances: Box<[(NodeName, InstanceId)]>,
+}
+
 /// Names one record of a node.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum EntryKey {
@@ -206,6 +216,8 @@ pub enum EntryKey {
     Service(InstanceId),
     /// A check.
     Check(CheckId),
+    /// The instances that the node has ejected.
+    Ejections,
 }
 
 /// One record of a node; shared by all that hold it.
@@ -217,6 +229,8 @@ pub enum Entry {
     Service(Arc<ServiceRecord>),
     /// A check.
     Check(Arc<CheckRecord>),
+    /// The instances that the node has ejected.
+    Ejections(Arc<EjectionsRecord>),
 }
 
 impl Entry {
@@ -226,6 +240,7 @@ impl Entry {
             Self::Node(_) => EntryKey::Node,
             Self::Service(service) => EntryKey::Service(service.id.clone()),
             Self::Check(check) => EntryKey::Check(check.id.clone()),
+            Self::Ejections(_) => EntryKey::Ejections,
         }
     }
 }

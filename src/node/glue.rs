@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use super::reload::Reloader;
-use crate::api::{Inspect, Reload, TokenUse};
+use crate::api::{BalancerView, Inspect, Reload, SeatView, TokenUse};
 use crate::authz::Action;
 use crate::clock::{self, UnixSeconds};
 use crate::gossip::{DocumentStore, DocumentsHandle, DocumentsParams, GossipHandle, PeerStore};
@@ -20,6 +20,7 @@ use crate::model::{MemberStatus, NodeInfo, NodeName};
 use crate::pki::{Identity, IssuerCell, Plane, TrustBundle};
 use crate::policy::{Document, DocumentSet, Refused};
 use crate::proxy::{Inspector, OpenTunnel, Question, WorkerView};
+use crate::routing::{GroupView, Standing};
 use crate::store::{Store, StoreError, StoredPeer};
 use crate::supervise::Tasks;
 use crate::telemetry::Chain;
@@ -178,6 +179,37 @@ impl TokenLedger for TokenFile {
     }
 }
 
+/// Shows what a worker knows of the instances of a call.
+fn balancer(group: &GroupView) -> BalancerView {
+    let now = clock::now();
+    let breaker = |standing| match standing {
+        Standing::Closed => ("closed", None),
+        Standing::Open { until } => ("open", Some(until.saturating_duration_since(now))),
+        Standing::HalfOpen { .. } => ("half-open", None),
+    };
+    let seats = group.seats.iter().map(|seat| {
+        let (breaker, out_for) = breaker(seat.standing);
+        SeatView {
+            node: seat.node.clone(),
+            instance: seat.instance.clone(),
+            breaker,
+            out_for,
+            pending: seat.pending,
+            adaptive_limit: seat.adaptive_limit,
+            delay: seat.delay,
+            is_lowered: seat.is_lowered,
+        }
+    });
+    BalancerView {
+        policy: group.algorithm,
+        has_table: group.has_table,
+        panics: group.panics,
+        under_way: group.under_way,
+        most: group.most,
+        seats: seats.collect(),
+    }
+}
+
 /// Lets the API ask the data plane.
 pub(super) fn inspect(inspector: Inspector) -> Inspect {
     let shape = |view: WorkerView| {
@@ -189,6 +221,7 @@ pub(super) fn inspect(inspector: Inspector) -> Inspect {
             next: view.next.clone(),
             why_none: view.why_none.clone(),
             backing_off: view.backing_off.clone(),
+            balancer: balancer(&view.group),
             tunnels: tunnels.collect(),
         }
     };

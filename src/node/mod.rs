@@ -181,6 +181,7 @@ impl Node {
         control.register(&metrics).map_err(part("transport's metrics"))?;
         let connections = glue::Connections::new(&control, &metrics).map_err(part("identity's metrics"))?;
         let (incoming_tx, incoming) = mpsc::channel(gossip::INCOMING_MAX);
+        let (ejected, ejections) = watch::channel(Arc::default());
         let params = GossipParams {
             node: info.clone(),
             generation,
@@ -188,6 +189,7 @@ impl Node {
             incoming,
             identity: Arc::clone(&identity),
             publication,
+            ejections,
             first_index,
             seeds: config.join.clone(),
             links_max: gossip::LINKS_MAX,
@@ -214,7 +216,7 @@ impl Node {
             snapshot: snapshot.clone(),
         };
         tasks.spawn("renewal", renewal.run(stop.clone()));
-        let proxy = Proxy::start(ProxyParams {
+        let mut proxy = Proxy::start(ProxyParams {
             sockets: sockets.workers,
             reset_key,
             identity: Arc::clone(&identity),
@@ -226,6 +228,9 @@ impl Node {
             drain_timeout: config.drain_timeout,
         })
         .map_err(part("data plane"))?;
+        let (ledger, tables) = proxy.beside(snapshot.clone(), ejected);
+        tasks.spawn("ejections", until(stop.clone(), ledger));
+        tasks.spawn("hash_tables", until(stop.clone(), tables));
 
         let mut node = Self {
             name: config.node_name.clone(),

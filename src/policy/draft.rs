@@ -1,7 +1,7 @@
 //! What an operator is about to sign: the next version of an intention or a config entry.
 
 use super::document::{Content, Document, DocumentError, DocumentId, DocumentKind};
-use super::written::{ConfigBody, IntentionBody, check_entry};
+use super::written::{ConfigBody, IntentionBody, check_written};
 use crate::authz::{CompileError, Guard, Intention, Origin, Party};
 use crate::clock::UnixSeconds;
 use crate::model::{NodeName, OperatorScope, Right};
@@ -87,7 +87,7 @@ impl Draft {
     /// # Errors
     /// [`DraftError::Document`] saying what it must be like.
     pub fn entry(text: String) -> Result<Self, DraftError> {
-        let (kind, name) = check_entry(&text)?;
+        let (kind, name) = check_written(&text)?;
         Self::of_entry(&kind, &name, Some(text))
     }
 

@@ -7,6 +7,8 @@ use serde_json::Value;
 
 use super::document::{DocumentError, DocumentName, decode_body};
 use crate::authz::{Intention, Party};
+use crate::traffic;
+use crate::upstream;
 use crate::wire;
 
 /// Largest config entry, in bytes of its JSON.
@@ -96,6 +98,30 @@ fn is_entry_name(name: &str) -> bool {
 /// # Errors
 /// [`DocumentError::Entry`] saying what it must be like.
 pub fn check_entry(text: &str) -> Result<(String, String), DocumentError> {
+    let (kind, name, value) = entry_head(text)?;
+    upstream::check(&kind, &value).map_err(|problems| {
+        let named: Vec<String> = problems.iter().map(ToString::to_string).collect();
+        DocumentError::Entry(named.join("; "))
+    })?;
+    Ok((kind, name))
+}
+
+/// Reads kind, name and JSON of an entry that is to be written, and holds it against what every entry must be like. Where
+/// how instances are called is wrong, what is wrong with its requests is named, too: one write shows all there is to mend.
+///
+/// # Errors
+/// [`DocumentError::Entry`].
+pub(super) fn check_written(text: &str) -> Result<(String, String), DocumentError> {
+    let (kind, name, value) = entry_head(text)?;
+    let Err(problems) = upstream::check(&kind, &value) else { return Ok((kind, name)) };
+    let mut named: Vec<String> = problems.iter().map(ToString::to_string).collect();
+    if let Err(others) = traffic::Ready::new(&kind, &value) {
+        named.extend(others.0.iter().map(ToString::to_string));
+    }
+    Err(DocumentError::Entry(named.join("; ")))
+}
+
+fn entry_head(text: &str) -> Result<(String, String, Value), DocumentError> {
     let bad = |rule: &str| DocumentError::Entry(rule.to_owned());
     if text.len() > ENTRY_BYTES_MAX {
         return Err(bad("a config entry has at most 32 KiB"));
@@ -123,8 +149,21 @@ pub fn check_entry(text: &str) -> Result<(String, String), DocumentError> {
         return Err(bad("the Name of proxy-defaults is \"global\""));
     }
     if is_entry_name(&name) {
-        Ok((kind, name))
+        Ok((kind, name, Value::Object(fields)))
     } else {
         Err(bad("Name must be 1 to 63 letters, digits, `-`, `_`, `.`"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_wrong_with_balancing_and_with_requests_is_named_at_once() {
+        let text =
+            r#"{"Kind":"service-resolver","Name":"web","LoadBalancer":{"Policy":"best"},"ConnectTimeout":"soon"}"#;
+        let said = check_written(text).unwrap_err().to_string();
+        assert!(said.contains("LoadBalancer.Policy") && said.contains("ConnectTimeout"), "{said}");
     }
 }

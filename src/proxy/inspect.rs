@@ -9,6 +9,7 @@ use super::open::OpenTunnel;
 use super::worker::Worker;
 use crate::clock;
 use crate::model::{InstanceId, NodeName, ServiceName};
+use crate::routing::{Ask, Flow, GroupView};
 
 /// Questions that wait for one worker.
 const QUESTIONS_MAX: usize = 4;
@@ -35,6 +36,8 @@ pub struct WorkerView {
     pub why_none: String,
     /// Instances that it could not connect lately, and leaves out while there are others.
     pub backing_off: Vec<(NodeName, InstanceId)>,
+    /// What it knows of the instances.
+    pub group: GroupView,
     /// The tunnels that it holds for such calls.
     pub tunnels: Vec<OpenTunnel>,
 }
@@ -87,7 +90,11 @@ fn answer(worker: &Worker, question: &Question) -> WorkerView {
         None => view.why_none = format!("no service `{}` is registered in the mesh", question.destination),
         Some(service) => {
             let now = clock::now();
-            match worker.next(service, now) {
+            let source = question.source.as_ref();
+            let flow = if service.protocol.is_http() { Flow::Request } else { Flow::Connection };
+            let ask = Ask { snapshot: &snapshot, source, destination: &service.name, service, flow, now };
+            view.group = worker.group(&ask);
+            match worker.next(&ask) {
                 Ok(instance) => view.next = Some((instance.node.info.name.clone(), instance.record.id.clone())),
                 Err(why) => view.why_none = why.to_string(),
             }

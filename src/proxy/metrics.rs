@@ -9,6 +9,7 @@ use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts};
 use super::relay::Count;
 use crate::metrics::Metrics;
 use crate::model::ServiceName;
+use crate::routing::Limited;
 
 const EDGE_LABELS: [&str; 3] = ["reporter", "source_service", "destination_service"];
 /// Pairs whose handles one worker keeps; beyond it the cache starts again (the series stay).
@@ -40,6 +41,10 @@ pub(crate) struct ProxyMetrics {
     pub(crate) listeners_failed: IntGauge,
     /// Panics of worker tasks.
     pub(crate) panics: IntCounter,
+    /// Instances taken out of the rotation.
+    pub(super) ejections: IntCounterVec,
+    /// Calls beyond a limit.
+    limited: IntCounterVec,
 }
 
 impl ProxyMetrics {
@@ -91,8 +96,25 @@ impl ProxyMetrics {
             )?)?,
             listeners_failed: metrics
                 .add(IntGauge::new("weft_proxy_listeners_failed", "Upstream ports that cannot be bound.")?)?,
+            ejections: counters(
+                "weft_balancer_ejections_total",
+                "Instances taken out of the rotation by this agent's workers.",
+                &["cause"],
+            )?,
+            limited: counters(
+                "weft_balancer_overflow_total",
+                "Calls refused because as much was under way as the limits allow.",
+                &["limit"],
+            )?,
             panics: metrics.add(IntCounter::new("weft_proxy_panics_total", "Panics caught in worker tasks.")?)?,
         })
+    }
+}
+
+impl ProxyMetrics {
+    /// Counts a call that a limit refused.
+    pub(super) fn overflowed(&self, what: Limited) {
+        self.limited.with_label_values(&[what.as_str()]).inc();
     }
 }
 

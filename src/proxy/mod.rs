@@ -13,6 +13,7 @@
 mod authorize;
 mod calls;
 mod dead;
+mod ejections;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
 pub(crate) mod head;
@@ -40,14 +41,16 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use self::metrics::ProxyMetrics;
 use self::worker::Setup;
 use crate::catalogue::SnapshotReader;
+use crate::clock;
 use crate::metrics::Metrics;
+use crate::model::EjectionsRecord;
 use crate::pki::Identity;
 use crate::transport::{BindError, Credentials, Lane, LiveConnections, MeshPort, NodeCredentials};
 
@@ -58,6 +61,7 @@ pub(crate) use tunnel::Lease;
 pub(crate) use worker::{Caller, OpenError, Opened, Route, Source, Worker};
 
 pub(crate) use crate::routing::Tried;
+use crate::routing::{NOTICES_MAX, Notice, Rates, Shared};
 
 /// A local port that cannot be bound is tried again after this long: people wait for it, and a try costs nothing.
 const LISTENER_RETRY: Duration = Duration::from_secs(5);
@@ -183,6 +187,9 @@ fn start(params: StartParams, metrics: &Metrics) -> Result<ProxyHandle, ProxyErr
     let died = Arc::new(watch::Sender::new(None));
     let drain = params.stop.child_token();
     let draining = TaskTracker::new();
+    let balancing = Arc::<Shared>::default();
+    let rates = Arc::new(Rates::new(clock::now()));
+    let (notices, noticed) = mpsc::channel(NOTICES_MAX);
     let workers = u8::try_from(params.sockets.len()).unwrap_or(u8::MAX);
     let mut handle = ProxyHandle {
         threads: Vec::new(),
@@ -191,12 +198,17 @@ fn start(params: StartParams, metrics: &Metrics) -> Result<ProxyHandle, ProxyErr
         listeners,
         open: OpenTunnels::default(),
         inspector: Inspector::default(),
+        balancing: Arc::clone(&balancing),
+        noticed,
     };
     for (index, port) in (0..workers).zip(params.sockets) {
         let (questions_sender, questions) = inspect::queue();
         handle.inspector.0.push(questions_sender);
         let setup = Setup {
             questions,
+            balancing: Arc::clone(&balancing),
+            rates: Arc::clone(&rates),
+            notices: notices.clone(),
             port,
             lane: Lane::Worker { index, workers },
             index: usize::from(index),
@@ -238,6 +250,8 @@ pub struct ProxyHandle {
     listeners: Arc<watch::Sender<Listeners>>,
     open: OpenTunnels,
     inspector: Inspector,
+    balancing: Arc<Shared>,
+    noticed: mpsc::Receiver<Notice>,
 }
 
 /// Tells when a worker dies. Cheap to clone.
@@ -272,6 +286,17 @@ impl ProxyHandle {
     /// Returns how the local ports fare, and wakes at each change.
     pub fn listeners(&self) -> watch::Receiver<Listeners> {
         self.listeners.subscribe()
+    }
+
+    /// Returns the two tasks beside the workers: one that publishes to `ejected` what they ejected, one that makes the
+    /// tables of hashes for what `snapshot` shows. They end with the workers, or when they are dropped.
+    pub fn beside(
+        &mut self,
+        snapshot: SnapshotReader,
+        ejected: watch::Sender<Arc<EjectionsRecord>>,
+    ) -> (impl Future<Output = ()> + Send + use<>, impl Future<Output = ()> + Send + use<>) {
+        let noticed = std::mem::replace(&mut self.noticed, mpsc::channel(1).1);
+        (ejections::tell(noticed, ejected), ejections::tables(Arc::clone(&self.balancing), snapshot))
     }
 
     /// Returns a watch over the workers, which outlives the handle.

@@ -1,19 +1,25 @@
 //! TCP from a local app into the mesh.
 
+use std::net::IpAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::net::TcpStream;
 use tracing::debug;
 
+use super::http;
 use super::metrics::Reporter;
 use super::preamble::{StreamKind, StreamStatus};
 use super::relay::{self, CODE_RESET, Sending, Tcp};
 use super::tunnel::Lease;
 use super::worker::{Caller, OpenError, Opened, Worker};
-use crate::routing::Tried;
+use crate::clock;
+use crate::model::ServiceName;
+use crate::routing::{Outcome, Tried};
 use crate::traffic::Resolved;
+use crate::upstream::HashField;
 
 /// Attempts of one connection, over different instances.
 const ATTEMPTS_MAX: usize = 3;
@@ -30,6 +36,7 @@ pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream, caller: Caller)
         let destination = to.as_ref().map_or(&caller.destination, |to| &to.target.service);
         worker.http.policy().stream(table, Reporter::Source, source, destination)
     };
+    let from = stream.peer_addr().ok().map(|addr| addr.ip());
     let tcp = Tcp::new(stream);
     if let Err(denied) = decided {
         debug!(rule = %denied.rule, service = %caller.destination, "a caller is denied");
@@ -38,7 +45,7 @@ pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream, caller: Caller)
         return counted.ends("RBAC");
     }
     // In a box: the connection lasts longer, and has no room for what led to it.
-    match Box::pin(connect(&worker, &caller, to.as_deref())).await {
+    match Box::pin(connect(&worker, &caller, (to.as_deref(), from))).await {
         Ok((send, recv, _lease)) => {
             let ending = relay::relay(tcp, send, recv, &*edge, relay::IDLE_TIMEOUT).await;
             counted.ends(ending.flag());
@@ -51,9 +58,10 @@ pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream, caller: Caller)
 async fn connect(
     worker: &Rc<Worker>,
     caller: &Caller,
-    to: Option<&Resolved>,
+    (to, from): (Option<&Resolved>, Option<IpAddr>),
 ) -> Result<(Sending, quinn::RecvStream, Lease), &'static str> {
-    let mut tried = Tried::default();
+    let destination = to.map_or(&caller.destination, |to| &to.target.service);
+    let mut tried = Tried::with_key(key_of_stream(worker, destination, from));
     let mut flag = None;
     for _ in 0..ATTEMPTS_MAX {
         let opened = match to {
@@ -69,17 +77,27 @@ async fn connect(
             }
             Err(OpenError::UnknownService) => return Err("NR"),
             Err(OpenError::NoInstance { .. }) => return Err(flag.unwrap_or("UH")),
+            Err(OpenError::Overflow(_)) => return Err("UO"),
             Err(OpenError::Draining) => return Err("DR"),
         };
-        let (instance, lease) = (Arc::clone(&opened.instance), opened.lease.clone());
-        match establish(opened).await {
+        let Opened { send, recv, preamble, instance, lease } = opened;
+        let begun = clock::now();
+        let established = establish(send, recv, preamble).await;
+        let observe = |outcome| {
+            if let Some(observer) = lease.observer() {
+                worker.observe(observer, outcome, clock::now() - begun);
+            }
+        };
+        match established {
             Ok((send, recv)) => {
                 worker.connected(&instance);
+                observe(Outcome::Success);
                 return Ok((send, recv, lease));
             }
             Err(Some(status)) if !status.may_retry() => return Err("RBAC"),
             Err(status) => {
                 worker.connect_failed(&instance);
+                observe(Outcome::GatewayFailure);
                 debug!(service = %caller.destination, ?status, "instance was not connected");
                 flag = Some("UF");
             }
@@ -88,9 +106,20 @@ async fn connect(
     Err(flag.unwrap_or("UF"))
 }
 
+/// Returns the key of a connection, where its service is balanced by the caller's address: nothing else is known of it.
+fn key_of_stream(worker: &Worker, destination: &ServiceName, from: Option<IpAddr>) -> Option<u64> {
+    let snapshot = worker.snapshot().peek();
+    let balance = snapshot.upstreams.balance(destination);
+    let by_address = balance.hash.iter().any(|policy| policy.field == HashField::SourceIp);
+    by_address.then(|| from.map(http::key::key_of_ip)).flatten()
+}
+
 /// Sends the preamble and waits for the status: no byte of the app is at stake yet, so another attempt is safe.
-async fn establish(opened: Opened) -> Result<(Sending, quinn::RecvStream), Option<StreamStatus>> {
-    let Opened { send, mut recv, preamble, .. } = opened;
+async fn establish(
+    send: quinn::SendStream,
+    mut recv: quinn::RecvStream,
+    preamble: Bytes,
+) -> Result<(Sending, quinn::RecvStream), Option<StreamStatus>> {
     let mut send = Sending::new(send);
     let mut byte = [0];
     let exchange = async {

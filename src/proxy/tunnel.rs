@@ -21,6 +21,7 @@ use super::open::{Entry, OpenTunnel, OpenTunnels};
 use crate::clock::{self, UnixSeconds};
 use crate::model::{Generation, NodeName, ServiceName};
 use crate::pki::PeerIdentity;
+use crate::routing::{Load, Observer};
 use crate::transport::{ConnectError, Dialled, LiveEntry, WorkerEndpoint};
 
 /// Slots of one worker: 35 KB each side, 36 MB in all.
@@ -58,9 +59,30 @@ pub(crate) struct Tunnel {
     _live: Option<LiveEntry>,
 }
 
-/// Held by whoever uses a stream of a tunnel: while one does, the tunnel stays under watch (`transport::LiveConnections`).
-/// None where tests have no tunnel.
-pub(crate) type Lease = Option<Rc<Tunnel>>;
+/// Held by whoever uses a stream of a tunnel: while one does, the tunnel stays under watch (`transport::LiveConnections`),
+/// and the call counts as under way at its instance. A copy keeps the tunnel alone. Empty where tests have no tunnel.
+#[derive(Debug, Default)]
+pub(crate) struct Lease {
+    tunnel: Option<Rc<Tunnel>>,
+    load: Option<Load>,
+}
+
+impl Lease {
+    pub(crate) fn new(tunnel: Rc<Tunnel>, load: Load) -> Self {
+        Self { tunnel: Some(tunnel), load: Some(load) }
+    }
+
+    /// Returns what takes notes of the call.
+    pub(crate) fn observer(&self) -> Option<&Observer> {
+        self.load.as_ref().map(Load::observer)
+    }
+}
+
+impl Clone for Lease {
+    fn clone(&self) -> Self {
+        Self { tunnel: self.tunnel.clone(), load: None }
+    }
+}
 
 impl Tunnel {
     fn is_usable(&self) -> bool {

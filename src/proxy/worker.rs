@@ -35,7 +35,10 @@ use super::{Died, Listeners, ProxyError, authorize, dead, inbound, inspect, list
 use crate::catalogue::{Instance, ServiceEntry, SnapshotReader};
 use crate::clock;
 use crate::model::{HealthStatus, NodeName, ServiceName};
-use crate::routing::{Balancer, ConnectBackoff, NoInstance, Tried};
+use crate::routing::{
+    Ask, Balancer, ConnectBackoff, Flow, GroupView, Limited, NoInstance, Notice, Observer, Outcome, Picked, Rates,
+    Shared, Tried,
+};
 use crate::traffic::{Resolved, Target};
 use crate::transport::{Credentials, Lane, LiveConnections, MeshPort, WorkerEndpoint};
 
@@ -83,6 +86,9 @@ pub(crate) struct Caller {
     pub(crate) destination: ServiceName,
 }
 
+/// Who calls which service, and how.
+type Ends<'a> = (&'a Source, &'a ServiceName, StreamKind);
+
 /// Where a local connection leads.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Route {
@@ -126,6 +132,8 @@ pub(crate) enum OpenError {
         /// Why.
         reason: String,
     },
+    /// As much is under way as the limits allow.
+    Overflow(Limited),
     /// This agent stops.
     Draining,
 }
@@ -150,6 +158,9 @@ pub(super) struct Setup {
     pub(super) draining: TaskTracker,
     pub(super) listeners: Arc<watch::Sender<Listeners>>,
     pub(super) questions: mpsc::Receiver<inspect::Asked>,
+    pub(super) balancing: Arc<Shared>,
+    pub(super) rates: Arc<Rates>,
+    pub(super) notices: mpsc::Sender<Notice>,
     pub(super) died: Arc<watch::Sender<Died>>,
 }
 
@@ -179,6 +190,7 @@ pub(crate) struct Worker {
     tunnels: Tunnels,
     balancer: RefCell<Balancer>,
     backoff: RefCell<ConnectBackoff>,
+    notices: mpsc::Sender<Notice>,
     /// Instances of the targets that chains lead to.
     views: RefCell<Views>,
     tasks: TaskTracker,
@@ -243,7 +255,7 @@ impl Worker {
             listener_retry: setup.listener_retry,
             listeners: setup.listeners,
             edges: Edges::new(setup.metrics.clone()),
-            http: HttpState::new(setup.http_metrics),
+            http: HttpState::new(setup.http_metrics).sharing(setup.rates),
             connections: Rc::default(),
             streams: Rc::default(),
             responded_at: Cell::new(None),
@@ -253,8 +265,9 @@ impl Worker {
             tunnels: Tunnels::new(setup.metrics.clone(), setup.open),
             metrics: setup.metrics,
             // Neither the workers of a node nor the nodes move in step.
-            balancer: RefCell::new(Balancer::new(rand::random())),
+            balancer: RefCell::new(Balancer::with_shared(rand::random(), setup.balancing)),
             backoff: RefCell::default(),
+            notices: setup.notices,
             views: RefCell::default(),
             tasks: TaskTracker::new(),
             draining: setup.draining,
@@ -320,11 +333,13 @@ impl Worker {
         }
         let service = self.snapshot.peek().services.get(&caller.destination).cloned();
         let service = service.ok_or(OpenError::UnknownService)?;
-        let instance = self.pick(&service, tried)?;
-        self.dial(&caller.source, &caller.destination, instance, kind).await
+        let to = (&caller.source, &caller.destination, kind);
+        let picked = self.pick(to, &service, tried)?;
+        self.dial(to, picked, None).await
     }
 
     /// Opens a stream to an instance of the first target of `to` that has one which `tried` does not hold; adds it there.
+    /// A target with as much under way as its limits allow has one: what is too much for it goes nowhere else.
     ///
     /// # Cancel safety
     /// As [`Worker::open`].
@@ -340,8 +355,10 @@ impl Worker {
         }
         let mut first = None;
         for target in std::iter::once(&to.target).chain(&to.failover) {
-            match self.instances(target).and_then(|service| self.pick(&service, tried)) {
-                Ok(instance) => return self.dial(source, &target.service, instance, kind).await,
+            let ends = (source, &target.service, kind);
+            match self.instances(target).and_then(|service| self.pick(ends, &service, tried)) {
+                Ok(picked) => return self.dial(ends, picked, to.connect_timeout).await,
+                Err(error @ OpenError::Overflow(_)) => return Err(error),
                 Err(error) => first = first.or(Some(error)),
             }
         }
@@ -359,24 +376,45 @@ impl Worker {
         Ok(self.views.borrow_mut().of(target, service, here))
     }
 
-    /// Picks an instance that `tried` does not hold, and adds it there.
-    fn pick(&self, service: &ServiceEntry, tried: &mut Tried) -> Result<Arc<Instance>, OpenError> {
-        let picked = self.balancer.borrow_mut().pick(service, tried, &self.backoff.borrow(), clock::now());
-        // The balancer comes back to what was tried where there is nothing else; one call meets an instance once.
-        let fresh = picked.ok().filter(|instance| !tried.contains(instance));
-        let instance = fresh.ok_or_else(|| no_instance(service))?;
-        tried.add(Arc::clone(&instance));
-        Ok(instance)
+    /// Picks an instance of `service`, which are those of `destination` or some of them, that `tried` does not hold, and adds
+    /// it there.
+    fn pick(
+        &self,
+        (source, destination, kind): Ends<'_>,
+        service: &ServiceEntry,
+        tried: &mut Tried,
+    ) -> Result<Picked, OpenError> {
+        let snapshot = self.snapshot.peek();
+        let flow = match kind {
+            StreamKind::Http => Flow::Request,
+            StreamKind::Tcp => Flow::Connection,
+        };
+        let (source, now) = (source.service(), clock::now());
+        let ask = Ask { snapshot: &snapshot, source, destination, service, flow, now };
+        let picked = self.balancer.borrow_mut().pick(&ask, tried, &self.backoff.borrow());
+        match picked {
+            // The balancer comes back to what was tried where there is nothing else; one call meets an instance once.
+            Ok(picked) if !tried.contains(&picked.instance) => {
+                tried.add(Arc::clone(&picked.instance));
+                Ok(picked)
+            }
+            Err(NoInstance::Overflow { what, .. }) => {
+                self.metrics.overflowed(what);
+                Err(OpenError::Overflow(what))
+            }
+            Ok(_) | Err(_) => Err(no_instance(service)),
+        }
     }
 
-    /// Opens a stream to `instance` of `destination`.
+    /// Opens a stream to the picked instance of `destination`, within `limit` if there is one.
     async fn dial(
         self: &Rc<Self>,
-        source: &Source,
-        destination: &ServiceName,
-        instance: Arc<Instance>,
-        kind: StreamKind,
+        (source, destination, kind): Ends<'_>,
+        Picked { instance, load }: Picked,
+        limit: Option<Duration>,
     ) -> Result<Opened, OpenError> {
+        let waiting = load.wait().ok_or(OpenError::Overflow(Limited::Pending));
+        let waiting = waiting.inspect_err(|_| self.metrics.overflowed(Limited::Pending))?;
         let node = &instance.node.info;
         let unreachable = |reason| OpenError::Unreachable { node: node.name.clone(), reason };
         let key = TunnelKey {
@@ -385,10 +423,44 @@ impl Worker {
             addr: node.mesh_addr,
             generation: instance.node.generation,
         };
-        let opened = self.stream(&key, destination).await;
-        let ((send, recv), tunnel) = opened.inspect_err(|_| self.connect_failed(&instance)).map_err(unreachable)?;
+        let opening = self.stream(&key, destination);
+        let opened = match limit {
+            None => opening.await,
+            Some(limit) => {
+                let opened = within(limit, opening).await;
+                opened.unwrap_or_else(|| Err(format!("no connection within {limit:?}, the connect timeout")))
+            }
+        };
+        drop(waiting);
+        let failed = |_: &String| {
+            self.connect_failed(&instance);
+            self.observe(load.observer(), Outcome::GatewayFailure, Duration::ZERO);
+        };
+        let ((send, recv), tunnel) = opened.inspect_err(failed).map_err(unreachable)?;
         let preamble = Preamble { kind, instance: instance.record.id.clone(), service: destination.clone() }.encode();
-        Ok(Opened { send, recv, preamble, instance, lease: Some(tunnel) })
+        Ok(Opened { send, recv, preamble, instance, lease: Lease::new(tunnel, load) })
+    }
+
+    /// Notes how a call ended, and tells what that did to the instance.
+    pub(crate) fn observe(&self, observer: &Observer, outcome: Outcome, took: Duration) {
+        observer.observe(outcome, took, clock::now());
+        self.tell_notices();
+    }
+
+    /// Passes on what was ejected or came back.
+    pub(super) fn tell_notices(&self) {
+        for notice in self.balancer.borrow().take_notices() {
+            let Notice { service, node, instance, until, cause } = &notice;
+            if let Some(until) = until {
+                let out_for = until.saturating_duration_since(clock::now());
+                self.metrics.ejections.with_label_values(&[cause.as_str()]).inc();
+                info!(%service, %node, %instance, cause = cause.as_str(), ?out_for, "instance is ejected: it fails");
+            } else {
+                info!(%service, %node, %instance, "ejected instance is back: a request succeeded");
+            }
+            // The agent's ledger is behind by hundreds: others do without the hint.
+            let _untold = self.notices.try_send(notice);
+        }
     }
 
     /// Notes that `instance` could not be connected: it is left out for a while if there are others.
@@ -403,8 +475,13 @@ impl Worker {
     }
 
     /// Tells whom the next call to `service` goes to.
-    pub(super) fn next(&self, service: &ServiceEntry, now: Instant) -> Result<Arc<Instance>, NoInstance> {
-        self.balancer.borrow().peek(service, &self.backoff.borrow(), now)
+    pub(super) fn next(&self, ask: &Ask<'_>) -> Result<Arc<Instance>, NoInstance> {
+        self.balancer.borrow_mut().peek(ask, &self.backoff.borrow())
+    }
+
+    /// Shows what this worker knows of the instances of a call.
+    pub(super) fn group(&self, ask: &Ask<'_>) -> GroupView {
+        self.balancer.borrow_mut().view(ask)
     }
 
     /// Tells whether `instance` could not be connected lately.

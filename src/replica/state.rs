@@ -7,8 +7,8 @@ use std::sync::Arc;
 use super::head::{Base, Change, Delta, Digest, NodeHead};
 use crate::clock::UnixSeconds;
 use crate::model::{
-    CheckId, CheckRecord, Entry, EntryKey, Generation, InstanceId, NodeInfo, NodeName, ServeScope, ServiceName,
-    ServiceRecord,
+    CheckId, CheckRecord, EJECTIONS_MAX, EjectionsRecord, Entry, EntryKey, Generation, InstanceId, NodeInfo, NodeName,
+    ServeScope, ServiceName, ServiceRecord,
 };
 use crate::wire::{self, WireError};
 
@@ -29,6 +29,7 @@ pub struct NodeState {
     services: Box<[Held<ServiceRecord>]>,
     /// By id.
     checks: Box<[Held<CheckRecord>]>,
+    ejections: Option<Held<EjectionsRecord>>,
     withheld: Withheld,
     /// Removed keys with the version that removed them (or a later one), oldest first.
     grave: VecDeque<(u64, EntryKey)>,
@@ -76,6 +77,7 @@ pub(super) struct Draft {
     info: Option<Held<NodeInfo>>,
     services: BTreeMap<InstanceId, Held<ServiceRecord>>,
     checks: BTreeMap<CheckId, Held<CheckRecord>>,
+    ejections: Option<Held<EjectionsRecord>>,
     withheld: Withheld,
     grave: VecDeque<(u64, EntryKey)>,
     grave_floor: u64,
@@ -94,6 +96,7 @@ impl Draft {
             info,
             services: state.services.iter().map(|held| (held.record.id.clone(), held.clone())).collect(),
             checks: state.checks.iter().map(|held| (held.record.id.clone(), held.clone())).collect(),
+            ejections: state.ejections.clone(),
             withheld: Withheld::default(),
             grave: state.grave.clone(),
             grave_floor: state.grave_floor,
@@ -106,6 +109,7 @@ impl Draft {
             Entry::Node(record) => self.info = Some(Held { version, record }),
             Entry::Service(record) => drop(self.services.insert(record.id.clone(), Held { version, record })),
             Entry::Check(record) => drop(self.checks.insert(record.id.clone(), Held { version, record })),
+            Entry::Ejections(record) => self.ejections = Some(Held { version, record }),
         }
     }
 
@@ -115,6 +119,7 @@ impl Draft {
             EntryKey::Node => self.info = None,
             EntryKey::Service(id) => drop(self.services.remove(id)),
             EntryKey::Check(id) => drop(self.checks.remove(id)),
+            EntryKey::Ejections => self.ejections = None,
         }
         self.grave.push_back((version, key));
         while self.grave.len() > grave_max {
@@ -126,8 +131,8 @@ impl Draft {
 
     /// Encodes every entry with the version that changed it, in order of key: what the state hash covers.
     pub(super) fn encode(&self) -> Result<Vec<u8>, WireError> {
-        let entries: Vec<(u64, Entry)> =
-            entries(self.info.clone(), self.services.values(), self.checks.values()).collect();
+        let single = (self.info.clone(), self.ejections.clone());
+        let entries: Vec<(u64, Entry)> = entries(single, self.services.values(), self.checks.values()).collect();
         wire::encode(&entries)
     }
 
@@ -159,12 +164,13 @@ impl Draft {
         names: &mut Names,
     ) -> NodeState {
         self.share_texts(names);
-        let Self { info, services, checks, withheld, mut grave, grave_floor } = self;
+        let Self { info, services, checks, ejections, withheld, mut grave, grave_floor } = self;
         // A key that came back needs no removal.
         grave.retain(|(_, key)| match key {
             EntryKey::Node => info.is_none(),
             EntryKey::Service(id) => !services.contains_key(id),
             EntryKey::Check(id) => !checks.contains_key(id),
+            EntryKey::Ejections => ejections.is_none(),
         });
         let (info_version, info) = info.map_or((0, None), |held| (held.version, Some(held.record)));
         NodeState {
@@ -175,6 +181,7 @@ impl Draft {
             info_version,
             services: services.into_values().collect(),
             checks: checks.into_values().collect(),
+            ejections,
             withheld,
             grave,
             grave_floor,
@@ -230,13 +237,15 @@ impl Names {
 
 /// Returns entries with the version that changed each, in order of key.
 fn entries<'a>(
-    info: Option<Held<NodeInfo>>,
+    (info, ejections): (Option<Held<NodeInfo>>, Option<Held<EjectionsRecord>>),
     services: impl Iterator<Item = &'a Held<ServiceRecord>>,
     checks: impl Iterator<Item = &'a Held<CheckRecord>>,
 ) -> impl Iterator<Item = (u64, Entry)> {
     let info = info.into_iter().map(|held| (held.version, Entry::Node(held.record)));
     let services = services.map(|held| (held.version, Entry::Service(Arc::clone(&held.record))));
-    info.chain(services).chain(checks.map(|held| (held.version, Entry::Check(Arc::clone(&held.record)))))
+    let checks = checks.map(|held| (held.version, Entry::Check(Arc::clone(&held.record))));
+    let ejections = ejections.into_iter().map(|held| (held.version, Entry::Ejections(held.record)));
+    info.chain(services).chain(checks).chain(ejections)
 }
 
 impl NodeState {
@@ -267,6 +276,12 @@ impl NodeState {
         records.filter(|record| !self.withheld.checks.contains(&record.id))
     }
 
+    /// Returns the instances that it has ejected.
+    pub fn ejections(&self) -> &[(NodeName, InstanceId)] {
+        let instances = self.ejections.as_ref().map(|held| &*held.record.instances).unwrap_or_default();
+        instances.get(..EJECTIONS_MAX).unwrap_or(instances)
+    }
+
     /// Returns the keys of what the node published outside its scope.
     pub fn withheld(&self) -> impl Iterator<Item = EntryKey> {
         let services = self.withheld.services.iter().cloned().map(EntryKey::Service);
@@ -280,7 +295,7 @@ impl NodeState {
 
     fn entries(&self) -> impl Iterator<Item = (u64, Entry)> {
         let info = self.info.clone().map(|record| Held { version: self.info_version, record });
-        entries(info, self.services.iter(), self.checks.iter())
+        entries((info, self.ejections.clone()), self.services.iter(), self.checks.iter())
     }
 
     /// Tells whether `entry` stands under its key.
@@ -289,6 +304,7 @@ impl NodeState {
             Entry::Node(info) => self.info.as_ref() == Some(info),
             Entry::Service(service) => find(&self.services, |record| record.id.cmp(&service.id)) == Some(service),
             Entry::Check(check) => find(&self.checks, |record| record.id.cmp(&check.id)) == Some(check),
+            Entry::Ejections(ejections) => self.ejections.as_ref().map(|held| &held.record) == Some(ejections),
         }
     }
 

@@ -1,21 +1,38 @@
-//! Picks the instance that a connection or request goes to.
+//! Picks the instance that a connection or request goes to, and keeps what is sick or too much away.
 //!
 //! ```text
-//!   Snapshot -- service --> Balancer::pick (weights, status) -- Tried, ConnectBackoff leave out --> Instance
-//!                              ^                                             ^
-//!                              `--- one per worker, nothing shared ----------'  failed / succeeded
+//!   Snapshot {service, upstreams, reports} --> Balancer::pick --> Picked {instance, Load}
+//!                                                ^    ^             | Observer: outcome, time
+//!          Tried, ConnectBackoff leave out ------'    `-- Seat -----'   --> ejected: Notice --> the node's own records
+//!   Shared {counts, tables of hashes}, Rates: of all workers, in atomics
 //! ```
 //!
-//! Invariants: a critical instance is never picked; over one turn every instance is picked as often as its weight says;
-//! what was tried or just failed is left out as long as there is anything else; nothing is allocated unless the service
-//! changed since the last pick. State is bounded and local to one worker.
+//! Invariants: a critical instance is never picked; in turns every instance is picked as often as its weight says; what was
+//! tried or just failed is left out as long as there is anything else; an ejected instance is picked for one trial alone
+//! once its time is over, unless too few others are left; what is counted is given back; nothing is allocated unless
+//! something changed since the last pick. State is bounded, and local to one worker but for counts, tables and buckets.
 //! Not here: how often to try (`proxy`), who is healthy (`catalogue`), connecting (`transport`).
 
 mod backoff;
 mod balance;
+mod draw;
+mod gradient;
+mod load;
+mod rate;
+mod seat;
+mod tables;
+mod usage;
 
 pub use self::backoff::{BACKOFF_INSTANCES_MAX, BACKOFF_MAX, BACKOFF_START, ConnectBackoff};
-pub use self::balance::{Balancer, NoInstance, SERVICES_MAX, TRIED_MAX, Tried};
+pub use self::balance::{
+    Ask, Balancer, GroupView, NoInstance, Picked, REPORTERS_MIN, SERVICES_MAX, SeatView, TRIED_MAX, Tried, ZONE_META,
+};
+pub use self::draw::key_of;
+pub use self::load::{DECAY, PENALTY};
+pub use self::rate::{KEYS_MAX, OverRate, Rates};
+pub use self::seat::{Cause, Flow, Load, NOTICES_MAX, Notice, Observer, Outcome, Retry, Standing, Waiting};
+pub use self::tables::{HashTable, MAGLEV_PLACES, MEMBERS_MAX, Member, TABLES_MAX};
+pub use self::usage::{Limited, PAIRS_MAX, Shared};
 
 #[cfg(test)]
 mod test_support {

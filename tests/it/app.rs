@@ -3,7 +3,7 @@
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -29,6 +29,24 @@ impl App {
     pub(crate) fn http_as(host: Option<&Host>, addr: SocketAddr, name: &str, status: u16, delay: Duration) -> Self {
         let name = name.to_owned();
         Self::start(host, addr, move |stream| answer_http(stream, &name, status, delay))
+    }
+
+    /// Starts an HTTP app that answers every request with 503 and counts them.
+    pub(crate) fn broken(host: Option<&Host>, addr: SocketAddr) -> (Self, Arc<AtomicUsize>) {
+        let count = Arc::new(AtomicUsize::new(0));
+        let counting = Arc::clone(&count);
+        let app = Self::start(host, addr, move |mut stream| {
+            let Ok(reading) = stream.try_clone() else { return };
+            let mut lines = BufReader::new(reading).lines();
+            // A head without a body each: it ends with an empty line.
+            while lines.by_ref().map_while(Result::ok).any(|line| line.is_empty()) {
+                counting.fetch_add(1, Ordering::SeqCst);
+                if stream.write_all(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n").is_err() {
+                    return;
+                }
+            }
+        });
+        (app, count)
     }
 
     /// Starts a TCP app that speaks first (`hello from <name>\n`), then echoes until the peer's end, then says `bye\n`.

@@ -30,6 +30,7 @@ mod interop;
 mod lab;
 mod loopback;
 mod netns_bad_input;
+mod netns_balancing;
 mod netns_cluster;
 mod netns_documents;
 mod netns_faults;

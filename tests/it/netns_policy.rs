@@ -189,7 +189,7 @@ fn a_denied_caller_hears_a_clear_answer_and_a_change_cuts_what_is_open() {
         "spiffe://lab.test/svc/caller/node/n3",
         "chain of n2: node until",
         "<- root until",
-        "breakers: there are none yet",
+        "balances by peak_ewma; under way from here: 0 of 1024 requests,",
         "compared",
         "To let it pass",
     ] {

@@ -107,6 +107,7 @@ impl Insider {
             incoming,
             identity: Arc::clone(&identity),
             publication,
+            ejections: tokio::sync::watch::channel(Arc::default()).1,
             first_index: 1,
             seeds: vec!["10.77.0.1".to_owned()],
             links_max: gossip::LINKS_MAX,

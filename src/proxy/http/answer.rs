@@ -1,25 +1,34 @@
 //! Answers that weft gives itself.
 
 use bytes::Bytes;
-use http::header::{self, HeaderName, HeaderValue};
+use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::{Response, StatusCode};
 
 use super::body::TunnelBody;
 use super::metrics::Flag;
+use crate::model::ServiceName;
+use crate::routing::{Limited, OverRate};
 
 /// Says why weft answered itself, in one word.
 pub(crate) const REASON: HeaderName = HeaderName::from_static("x-weft-reason");
+/// What is left of a limit, and the limit (draft-ietf-httpapi-ratelimit-headers-10).
+const RATE_LIMIT: HeaderName = HeaderName::from_static("ratelimit");
+const RATE_LIMIT_POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
+/// Says which limit refused a request (Envoy's `x-envoy-overloaded`).
+pub(crate) const OVERFLOW: HeaderName = HeaderName::from_static("x-weft-overflow");
 /// gRPC's UNAVAILABLE: what its clients retry by.
 const GRPC_UNAVAILABLE: &str = "14";
 /// gRPC's DEADLINE_EXCEEDED.
 const GRPC_DEADLINE: &str = "4";
 /// gRPC's PERMISSION_DENIED.
 const GRPC_DENIED: &str = "7";
+/// gRPC's RESOURCE_EXHAUSTED.
+const GRPC_EXHAUSTED: &str = "8";
 /// gRPC's INTERNAL: the request itself was refused.
 const GRPC_INTERNAL: &str = "13";
 
 /// Why weft answered itself.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Reason {
     /// The request breaks HTTP's rules.
     BadRequest,
@@ -41,6 +50,10 @@ pub(crate) enum Reason {
     Timeout,
     /// The destination does not admit the caller.
     Forbidden,
+    /// As much is under way as the limits allow; the word is the limit's.
+    Overflow(Limited),
+    /// Over a rate limit.
+    RateLimited(OverRate),
     /// The agent stops.
     Draining,
     /// It fails on purpose.
@@ -61,9 +74,36 @@ impl Reason {
             Self::Reset => "reset",
             Self::Timeout => "timeout",
             Self::Forbidden => "forbidden",
+            Self::Overflow(_) => "overflow",
+            Self::RateLimited(_) => "rate_limited",
             Self::Draining => "draining",
             Self::Fault => "fault",
         }
+    }
+}
+
+impl Reason {
+    /// Returns the headers that say more: which limit, and when to come again.
+    fn headers(self) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        match self {
+            Self::Overflow(what) => drop(headers.insert(OVERFLOW, HeaderValue::from_static(what.as_str()))),
+            Self::RateLimited(OverRate { rate, retry_after }) => {
+                // Whole seconds, rounded up: who comes then is let through.
+                let seconds = retry_after.as_secs() + u64::from(retry_after.subsec_nanos() > 0);
+                let window = (f64::from(rate.burst) / rate.per_second).ceil();
+                let texts = [
+                    (header::RETRY_AFTER, seconds.to_string()),
+                    (RATE_LIMIT, format!("\"weft\";r=0;t={seconds}")),
+                    (RATE_LIMIT_POLICY, format!("\"weft\";q={};w={window}", rate.burst)),
+                ];
+                for (name, text) in texts {
+                    headers.extend(HeaderValue::try_from(text).map(|value| (name, value)));
+                }
+            }
+            _ => {}
+        }
+        headers
     }
 }
 
@@ -91,14 +131,26 @@ impl Refusal {
         Self { status: StatusCode::FORBIDDEN, flag: Flag::Denied, reason: Reason::Forbidden, text }
     }
 
+    /// Over a rate limit: 429.
+    pub(crate) fn rate_limited(service: &ServiceName, over: OverRate) -> Self {
+        Self {
+            status: StatusCode::TOO_MANY_REQUESTS,
+            flag: Flag::RateLimited,
+            reason: Reason::RateLimited(over),
+            text: format!("service `{service}` takes {} requests a second", over.rate.per_second),
+        }
+    }
+
     /// Renders the answer; gRPC callers get a trailers-only response with a gRPC status.
     pub(crate) fn into_response(self, grpc: bool) -> Response<TunnelBody> {
         let reason = HeaderValue::from_static(self.reason.as_str());
+        let reason_headers = self.reason.headers();
         if grpc {
             let code = match self.flag {
                 Flag::Refused => GRPC_INTERNAL,
                 Flag::Denied => GRPC_DENIED,
                 Flag::Timeout => GRPC_DEADLINE,
+                Flag::RateLimited => GRPC_EXHAUSTED,
                 _ => GRPC_UNAVAILABLE,
             };
             let mut response = Response::new(TunnelBody::default());
@@ -107,6 +159,7 @@ impl Refusal {
             headers.insert("grpc-status", HeaderValue::from_static(code));
             headers.insert("grpc-message", HeaderValue::from_static(self.reason.as_str()));
             headers.insert(REASON, reason);
+            headers.extend(reason_headers);
             return response;
         }
         let mut response = Response::new(TunnelBody::text(Bytes::from(format!("weft: {}\n", self.text))));
@@ -114,6 +167,7 @@ impl Refusal {
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
         headers.insert(REASON, reason);
+        headers.extend(reason_headers);
         response
     }
 }

@@ -15,11 +15,12 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::StatusCode;
-use http::header::{self, HeaderMap, HeaderName};
+use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::request::Parts;
 use http_body::Body;
 use hyper::body::Incoming;
 use quinn::RecvStream;
+use tokio::time::Instant;
 use tracing::debug;
 
 use super::activity::Busy;
@@ -28,11 +29,13 @@ use super::body::{self, BodyError, TunnelSend};
 use super::headers;
 use super::metrics::Flag;
 use super::outbound::{Answer, Call};
-use super::{ATTEMPTS_MAX, Dial, HttpState, REPLAY_BYTES_MAX};
+use super::{ATTEMPTS_MAX, Dial, HttpState, REPLAY_BYTES_MAX, key};
+use crate::clock;
 use crate::model::ServiceName;
 use crate::proxy::head::{HeadError, HeadWriter, Inbox, Payload, ResponseHead};
 use crate::proxy::worker::within;
 use crate::proxy::{Lease, OpenError, Opened, StreamKind, Tried};
+use crate::routing::{self, Limited, Observer, Outcome};
 use crate::traffic::retry::Retry;
 
 /// A request's body while attempts may still need it again.
@@ -106,8 +109,10 @@ pub(super) async fn attempts<D: Dial>(worker: &Rc<D>, call: &Call<'_>, body: Inc
         Payload::Frames => Some(begin_upload(body, &call.parts.headers, state, call.uploads.take()).await?),
         Payload::Empty | Payload::Upgrade => None,
     };
-    let mut tried = Tried::default();
+    let mut tried = Tried::with_key(key::of_request(&**worker, call));
     let mut failure = None;
+    // Held to the end: repeating a request may not make an outage worse.
+    let mut retries: Vec<routing::Retry> = Vec::new();
     for _ in 0..ATTEMPTS_MAX {
         let opened = match worker.open(&call.target.caller, StreamKind::Http, &mut tried).await {
             Ok(opened) => opened,
@@ -119,8 +124,12 @@ pub(super) async fn attempts<D: Dial>(worker: &Rc<D>, call: &Call<'_>, body: Inc
             Err(error) => return Err(failure.unwrap_or_else(|| open_refusal(destination, error))),
         };
         let Opened { send, recv, preamble, instance, lease } = opened;
+        let (observer, sent_at) = (lease.observer().cloned(), clock::now());
         let attempt = Attempt { worker, call, head: head.clone(), pending: pending.as_ref(), limit, again: None };
         let outcome = attempt.run(TunnelSend::new(send), recv, preamble, lease).await;
+        if let Some(observer) = &observer {
+            observe(&**worker, (observer, sent_at), &outcome, call);
+        }
         match &outcome {
             Err(Failed::Unreached(_)) => worker.connect_failed(&instance),
             Ok(_) => worker.connected(&instance),
@@ -131,7 +140,13 @@ pub(super) async fn attempts<D: Dial>(worker: &Rc<D>, call: &Call<'_>, body: Inc
             Err(Failed::Answered(answer)) => return Ok(*answer),
             Err(Failed::Final(refusal)) => return Err(refusal),
             Err(Failed::Unreached(refusal)) => (refusal, true),
-            Err(Failed::Silent(refusal)) => (refusal, call.parts.method.is_idempotent()),
+            Err(Failed::Silent(refusal)) => {
+                let again = call.parts.method.is_idempotent();
+                let leave = observer.as_ref().filter(|_| again).and_then(Observer::retry);
+                let has_leave = observer.is_none() || leave.is_some();
+                retries.extend(leave);
+                (refusal, again && has_leave)
+            }
         };
         if !again || !pending.as_ref().is_none_or(|upload| upload.replayable.get()) {
             return Err(refusal);
@@ -440,6 +455,52 @@ pub(super) fn unreachable(destination: &ServiceName, why: &str) -> Refusal {
     }
 }
 
+fn overflow(destination: &ServiceName, what: Limited) -> Refusal {
+    Refusal {
+        status: StatusCode::SERVICE_UNAVAILABLE,
+        flag: Flag::Overflow,
+        reason: Reason::Overflow(what),
+        text: format!("service `{destination}` has as many {} under way from here as its limits allow", what.as_str()),
+    }
+}
+
+/// Notes how an attempt ended that was `sent_at` then.
+pub(super) fn observe<D: Dial>(
+    worker: &D,
+    (observer, sent_at): (&Observer, Instant),
+    attempt: &Result<Answer, Failed>,
+    call: &Call<'_>,
+) {
+    let now = clock::now();
+    match outcome_of(attempt, call) {
+        Some(outcome) => worker.observe(observer, outcome, now - sent_at),
+        None if attempt.is_ok() => observer.time(now - sent_at, now),
+        None => {}
+    }
+}
+
+/// Judges an attempt by what came of it; none: it says nothing of the instance.
+fn outcome_of(attempt: &Result<Answer, Failed>, call: &Call<'_>) -> Option<Outcome> {
+    let of_head = |head: &ResponseHead| match head.headers.get("grpc-status") {
+        Some(status) => Some(grpc_outcome(status)),
+        // It is said after the last message.
+        None if headers::is_grpc(&call.parts.headers) && head.status == StatusCode::OK => None,
+        None => Some(Outcome::of_status(head.status.as_u16())),
+    };
+    match attempt {
+        Ok(answer) => of_head(&answer.head),
+        Err(Failed::Answered(answer)) => of_head(&answer.head),
+        Err(Failed::Unreached(_) | Failed::Silent(_)) => Some(Outcome::GatewayFailure),
+        Err(Failed::Final(refusal)) => matches!(refusal.flag, Flag::Reset | Flag::Timeout | Flag::ConnectFailure)
+            .then_some(Outcome::GatewayFailure),
+    }
+}
+
+/// Judges a `grpc-status`; what is no code counts as 2, UNKNOWN.
+pub(super) fn grpc_outcome(status: &HeaderValue) -> Outcome {
+    Outcome::of_grpc(status.to_str().ok().and_then(|text| text.parse().ok()).unwrap_or(2))
+}
+
 pub(super) fn open_refusal(destination: &ServiceName, error: OpenError) -> Refusal {
     let status = StatusCode::SERVICE_UNAVAILABLE;
     match error {
@@ -456,6 +517,7 @@ pub(super) fn open_refusal(destination: &ServiceName, error: OpenError) -> Refus
             text: format!("service `{destination}` has no healthy instance ({critical} of {total} are critical)"),
         },
         OpenError::Unreachable { node, reason } => unreachable(destination, &format!("node {node}: {reason}")),
+        OpenError::Overflow(what) => overflow(destination, what),
         OpenError::Draining => Refusal {
             status,
             flag: Flag::NoHealthy,

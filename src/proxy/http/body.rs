@@ -14,6 +14,7 @@ use quinn::{RecvStream, SendStream, VarInt, WriteError};
 use tokio::time::{Instant, Sleep};
 
 use super::activity::Busy;
+use super::attempt::grpc_outcome;
 use super::metrics::{Exchange, Flag};
 use super::{COPY_BYTES_MAX, FIRST_BYTES_MAX, HttpState};
 use crate::proxy::Lease;
@@ -227,6 +228,9 @@ impl TunnelBody {
     fn pass(&mut self, frame: &Frame<Bytes>, cx: &mut Context<'_>) -> Result<(), BodyError> {
         if let (Some(trailers), Some((exchange, _))) = (frame.trailers_ref(), &mut self.exchange) {
             exchange.grpc(trailers);
+            if let (Some(observer), Some(status)) = (self.lease.observer(), trailers.get("grpc-status")) {
+                observer.judge(grpc_outcome(status), crate::clock::now());
+            }
         }
         if let (Some(data), Some(promised)) = (frame.data_ref(), &mut self.promised) {
             let left = promised.checked_sub(data.len() as u64);

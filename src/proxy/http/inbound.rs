@@ -108,6 +108,16 @@ async fn exchange<D: Dial>(worker: &Rc<D>, stream: Stream, on_admitted: impl FnO
         exchange.status(refusal.status);
         return refuse(state, &mut send, refusal, is_grpc).await;
     }
+    let admitted = {
+        let table = &worker.snapshot().peek().upstreams;
+        state.admit_rate(table, &local.service, peer.id.service(), &head)
+    };
+    if let Err(over) = admitted {
+        let refusal = Refusal::rate_limited(&local.service, over);
+        exchange.finish(refusal.flag);
+        exchange.status(refusal.status);
+        return refuse(state, &mut send, refusal, is_grpc).await;
+    }
     on_admitted(block.clone());
     let is_upgrade = head.payload == Payload::Upgrade;
     let (request_body, raw) = match head.payload {

@@ -34,6 +34,8 @@ const UNKNOWN_LABEL: &str = "_unknown";
 pub(crate) struct HttpMetrics {
     requests: IntCounterVec,
     duration: HistogramVec,
+    /// Requests over a rate limit.
+    pub(super) limited: IntCounterVec,
     /// What is counted of decisions, over streams as well.
     pub(crate) policy: PolicySeries,
     /// What chains did to requests.
@@ -53,8 +55,10 @@ impl HttpMetrics {
         );
         let requests = metrics.add(IntCounterVec::new(requests, &LABELS)?)?;
         let duration = metrics.add(HistogramVec::new(duration.buckets(BUCKETS.to_vec()), &LABELS)?)?;
+        let limited = Opts::new("weft_http_rate_limited_total", "Requests refused by the rate limits of a service.");
+        let limited = metrics.add(IntCounterVec::new(limited, &["destination_service"])?)?;
         let (policy, traffic) = (PolicySeries::register(metrics)?, TrafficSeries::register(metrics)?);
-        Ok(Self { requests, duration, policy, traffic })
+        Ok(Self { requests, duration, limited, policy, traffic })
     }
 }
 
@@ -119,6 +123,10 @@ pub(crate) enum Flag {
     Reset,
     /// No answer in time.
     Timeout,
+    /// As much is under way as the limits allow.
+    Overflow,
+    /// Over a rate limit.
+    RateLimited,
     /// The caller went away.
     CallerGone,
     /// It failed on purpose.
@@ -141,6 +149,8 @@ impl Flag {
             Self::ConnectFailure => "UF",
             Self::Reset => "UR",
             Self::Timeout => "UT",
+            Self::Overflow => "UO",
+            Self::RateLimited => "RL",
             Self::CallerGone => "DC",
             Self::Fault => "FI",
             Self::Delay => "DI",

@@ -18,6 +18,7 @@ mod body;
 mod headers;
 pub(crate) mod inbound;
 mod io;
+pub(super) mod key;
 pub(crate) mod metrics;
 pub(crate) mod outbound;
 mod pool;
@@ -29,22 +30,27 @@ mod tests;
 
 use std::cell::{Cell, RefCell};
 use std::rc::{Rc, Weak};
+use std::sync::Arc;
 use std::time::Duration;
 
 use self::activity::Watchman;
 use self::metrics::{Edge, EdgeCache, HttpMetrics, TrafficSeries};
 use self::pool::Pool;
 use super::authorize::PolicyMetrics;
+use super::head::RequestHead;
 use super::metrics::Reporter;
 use super::{Caller, OpenError, Opened, Source, StreamKind, Tried, Worker};
 use crate::catalogue::{Instance, SnapshotReader};
 use crate::model::ServiceName;
 use crate::pki::PeerIdentity;
+use crate::routing::{Observer, Outcome, OverRate, Rates, key_of};
 use crate::traffic::Resolved;
 use crate::traffic::retry::Budget;
+use crate::upstream::{self, RateKey};
 use bytes::{Bytes, BytesMut};
 use foldhash::HashMap;
 use http::HeaderValue;
+use prometheus::IntCounterVec;
 
 /// What HTTP needs of its worker. [`Worker`] is one; the tests' loopback pair is the other.
 pub(crate) trait Dial: 'static {
@@ -67,6 +73,10 @@ pub(crate) trait Dial: 'static {
     fn connected(&self, _instance: &Instance) {}
     /// Notes that the app of `instance` was not reached: others come first for a while.
     fn connect_failed(&self, _instance: &Instance) {}
+    /// Notes how a call ended.
+    fn observe(&self, observer: &Observer, outcome: Outcome, took: Duration) {
+        observer.observe(outcome, took, crate::clock::now());
+    }
     /// The catalogue.
     fn snapshot(&self) -> &SnapshotReader;
     /// Runs a task on the worker's thread; the worker ends it at the end of the drain.
@@ -100,6 +110,10 @@ impl Dial for Worker {
 
     fn connect_failed(&self, instance: &Instance) {
         Worker::connect_failed(self, instance);
+    }
+
+    fn observe(&self, observer: &Observer, outcome: Outcome, took: Duration) {
+        Worker::observe(self, observer, outcome, took);
     }
 
     fn snapshot(&self) -> &SnapshotReader {
@@ -165,6 +179,8 @@ pub(crate) struct HttpState {
     limits: Limits,
     edges: EdgeCache,
     policy: PolicyMetrics,
+    limited: IntCounterVec,
+    rates: Arc<Rates>,
     /// What chains did to requests.
     traffic: TrafficSeries,
     /// Retries that are granted, by destination.
@@ -189,6 +205,8 @@ impl HttpState {
         Self {
             limits,
             policy: metrics.policy.of_worker(),
+            limited: metrics.limited.clone(),
+            rates: Arc::new(Rates::new(crate::clock::now())),
             traffic: metrics.traffic.clone(),
             budgets: RefCell::default(),
             mirrors: Rc::default(),
@@ -198,6 +216,29 @@ impl HttpState {
             scratch: RefCell::default(),
             peers: RefCell::default(),
         }
+    }
+
+    /// Shares the buckets of rate limits with other workers.
+    pub(crate) fn sharing(self, rates: Arc<Rates>) -> Self {
+        Self { rates, ..self }
+    }
+
+    /// Holds a request against the limits of its service at this instance.
+    fn admit_rate(
+        &self,
+        table: &upstream::Table,
+        service: &ServiceName,
+        source: Option<&ServiceName>,
+        head: &RequestHead,
+    ) -> Result<(), OverRate> {
+        let Some(rules) = table.rates(service) else { return Ok(()) };
+        let key = |key: &RateKey| match key {
+            RateKey::All => 0,
+            RateKey::Source => source.map_or(1, |source| key_of(source.as_str().as_bytes())),
+            RateKey::Header(name) => head.headers.get(name).map_or(1, |value| key_of(value.as_bytes())),
+        };
+        let admitted = self.rates.admit(service, rules, head.path.path(), key, crate::clock::now());
+        admitted.inspect_err(|_| self.limited.with_label_values(&[service.as_str()]).inc())
     }
 
     /// Begins the drain: every caller's connection ends after its current requests (`Connection: close`, GOAWAY).

@@ -16,6 +16,7 @@
 //! 1024 stream errors of the caller's.
 
 use std::cell::{Cell, RefCell};
+use std::net::IpAddr;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -79,6 +80,7 @@ pub(super) struct Connection<D> {
     /// The last Host and its target: callers mostly stay with one.
     last: RefCell<Option<(Authority, Rc<Target>)>>,
     pub(super) activity: Arc<Activity>,
+    pub(super) from: Option<IpAddr>,
 }
 
 /// Serves a caller's connection until it ends.
@@ -103,12 +105,14 @@ pub(crate) async fn serve<D: Dial>(worker: Rc<D>, stream: TcpStream, route: Rout
     };
     let speaks = if speaks_h2 { Speaks::Http2 } else { Speaks::Http1 };
     let activity = state.watchman.add(&worker, speaks);
+    let from = stream.peer_addr().ok().map(|addr| addr.ip());
     let io = Watched::new(stream, &activity);
     let connection = Rc::new(Connection {
         worker: Rc::clone(&worker),
         fixed,
         last: RefCell::default(),
         activity: Arc::clone(&activity),
+        from,
     });
     let service = service_fn(move |request| {
         let connection = Rc::clone(&connection);
@@ -238,6 +242,10 @@ pub(super) struct Call<'a> {
     pub(super) authority: Option<Authority>,
     pub(super) target: Rc<Target>,
     pub(super) payload: Payload,
+    /// Where the caller is.
+    pub(super) from: Option<IpAddr>,
+    /// A cookie that the caller gets with the answer.
+    pub(super) cookie: Cell<Option<HeaderValue>>,
     /// Keeps the connection from resting while a body comes, also after the answer.
     pub(super) uploads: Cell<Option<Busy>>,
 }
@@ -277,11 +285,12 @@ async fn request_of<D: Dial>(
     let upgraded = (payload == Payload::Upgrade).then(|| hyper::upgrade::on(&mut request));
     let (parts, body) = request.into_parts();
     let uploads = (payload == Payload::Frames).then(|| Busy::new(&connection.activity));
-    let call = Call { parts: &parts, authority, target, payload, uploads: Cell::new(uploads) };
+    let (from, cookie) = (connection.from, Cell::default());
+    let call = Call { parts: &parts, authority, target, payload, from, cookie, uploads: Cell::new(uploads) };
     Ok(match attempts(&connection.worker, &call, body).await {
         Err(refusal) => refuse_request(exchange, refusal, (version, grpc)),
         Ok(mut answer) => {
-            begin_answer(&mut answer, &parts.method, &mut exchange, grpc);
+            begin_answer(&mut answer, &call, &mut exchange, grpc);
             respond(&connection.worker, answer, exchange, upgraded, busy)
         }
     })
@@ -296,11 +305,15 @@ pub(super) fn payload_of(request: &Request<Incoming>) -> Payload {
     }
 }
 
-/// Notes an answer's head, and that some have no body whatever they say.
-pub(super) fn begin_answer(answer: &mut Answer, method: &Method, exchange: &mut Exchange, grpc: bool) {
+/// Notes an answer's head, gives the caller the cookie that was made for it, and notes that some answers have no body
+/// whatever they say.
+pub(super) fn begin_answer(answer: &mut Answer, call: &Call<'_>, exchange: &mut Exchange, grpc: bool) {
     let bodiless = matches!(answer.head.status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
-    if bodiless || method == Method::HEAD {
+    if bodiless || call.parts.method == Method::HEAD {
         answer.head.payload = Payload::Empty;
+    }
+    if let Some(cookie) = call.cookie.take() {
+        answer.head.headers.append(header::SET_COOKIE, cookie);
     }
     exchange.status(answer.head.status);
     if grpc {

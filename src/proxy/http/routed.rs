@@ -8,7 +8,7 @@
 //!
 //! Invariants: a request that no entry is about never comes here; intentions are asked about the service that is called in
 //! the end, with the path and headers that it gets; an attempt follows another only within the deadline, and within the
-//! budget unless nothing had reached an app; a mirror delays nothing and has bounds of its own.
+//! budget and the limit of retries under way unless nothing had reached an app; a mirror delays nothing and has bounds of its own.
 //! Not here: what the entries mean (`traffic`), one attempt (`attempt`).
 
 use std::cell::Cell;
@@ -31,13 +31,13 @@ use super::attempt::{self, Attempt, Failed, TimeLimit, Upload};
 use super::body::{BodyLimit, TunnelBody, TunnelSend};
 use super::metrics::{Exchange, Flag};
 use super::outbound::{self, Answer, Call, Connection, Cut, Target};
-use super::{ATTEMPTS_MAX, Dial, HttpState, headers};
+use super::{ATTEMPTS_MAX, Dial, HttpState, headers, key};
 use crate::authz::Request as Admitted;
 use crate::clock;
 use crate::model::ServiceName;
 use crate::proxy::head::{Inbox, Payload};
-use crate::proxy::worker::within;
 use crate::proxy::{Caller, OpenError, Opened, Source, StreamKind, Tried};
+use crate::routing::{self, Observer};
 use crate::traffic::retry::RETRY_AFTER_MAX;
 use crate::traffic::{Abort, Action, Asked, Chain, Forward, Leg, Redirect, Resolved, Route, is_hit};
 
@@ -122,14 +122,15 @@ pub(super) async fn answer<D: Dial>(
     }
     let uploads = (payload == Payload::Frames).then(|| Busy::new(&connection.activity));
     let plan = Plan { route, forward, leg, source, deadline, grpc };
-    let call = Call { parts: &parts, authority, target: Rc::clone(&target), payload, uploads: Cell::new(uploads) };
+    let (from, cookie, uploads) = (connection.from, Cell::default(), Cell::new(uploads));
+    let call = Call { parts: &parts, authority, target: Rc::clone(&target), payload, from, cookie, uploads };
     Ok(match attempts(worker, &call, &plan, (body, &mut exchange)).await {
         Err(refusal) => outbound::refuse_request(exchange, refusal, how),
         Ok(mut answer) => {
             leg.response_headers.apply(&mut answer.head.headers);
             forward.response_headers.apply(&mut answer.head.headers);
             answer.limit = BodyLimit::new(deadline.map(|(at, _)| at), forward.idle_timeout, clock::now());
-            outbound::begin_answer(&mut answer, &parts.method, &mut exchange, grpc);
+            outbound::begin_answer(&mut answer, &call, &mut exchange, grpc);
             outbound::respond(worker, answer, exchange, upgraded, busy)
         }
     })
@@ -238,6 +239,13 @@ fn time_left(plan: &Plan<'_>, now: Instant) -> Option<(HeaderName, String)> {
     Some(if plan.grpc { (GRPC_TIMEOUT, format!("{millis}m")) } else { (TIMEOUT, millis.to_string()) })
 }
 
+/// What is known of the attempts of one request.
+struct Record {
+    tried: Tried,
+    /// Takes notes of the last one, and when that was sent.
+    last: Option<(Observer, Instant)>,
+}
+
 /// What one attempt was.
 enum Outcome {
     Answered(Box<Answer>),
@@ -271,12 +279,16 @@ async fn attempts<D: Dial>(
         state.budget(destination, |budget| budget.deposit(clock::now()));
     }
     let times = retry.map_or(0, |retry| retry.times);
-    let (mut tried, mut retries, mut unreached, mut made) = (Tried::default(), 0, 0, 0);
+    let key = key::of_request(&**worker, call);
+    let mut record = Record { tried: Tried::with_key(key), last: None };
+    let (mut retries, mut unreached, mut made) = (0, 0, 0);
+    // Held to the end: repeating a request may not make an outage worse.
+    let mut leaves: Vec<routing::Retry> = Vec::new();
     let (mut kept, mut not_reached): (Option<Box<Answer>>, Option<Refusal>) = (None, None);
     // What another attempt followed: where nobody is left to ask, it says more than that.
     let mut last = None;
     let failure = loop {
-        let (failure, reason, answer) = match attempt_once(worker, call, plan, (pending.as_ref(), &mut tried)).await {
+        let (failure, reason, answer) = match attempt_once(worker, call, plan, (pending.as_ref(), &mut record)).await {
             Outcome::Answered(answer) => {
                 if retries > 0 {
                     state.traffic.saved.with_label_values(&[destination.as_str()]).inc();
@@ -295,8 +307,10 @@ async fn attempts<D: Dial>(
                 break refusal;
             }
             // All were tried: one that failed may do better by now, one that was not reached hardly.
-            Outcome::NoneLeft(_) if retry.is_some() && retries > 0 && tried.count() > 0 && not_reached.is_none() => {
-                tried = Tried::default();
+            Outcome::NoneLeft(_)
+                if retry.is_some() && retries > 0 && record.tried.count() > 0 && not_reached.is_none() =>
+            {
+                record.tried = Tried::with_key(key);
                 continue;
             }
             Outcome::NoneLeft(refusal) => break last.or(not_reached).unwrap_or(refusal),
@@ -326,20 +340,24 @@ async fn attempts<D: Dial>(
             Ok(_) if retry.is_some() && !state.budget(destination, |budget| budget.withdraw(clock::now())) => {
                 Some("budget")
             }
-            Ok(_) => None,
+            Ok(_) => match record.last.as_ref().map(|(observer, _)| observer.retry()) {
+                Some(None) => Some("limit"),
+                leave => {
+                    leaves.extend(leave.flatten());
+                    None
+                }
+            },
         };
         if let Some(why) = refused {
             state.traffic.not_retried.with_label_values(&[destination.as_str(), why]).inc();
             break failure;
         }
+        end_call(kept.as_deref_mut());
         last = Some(failure);
         retries += 1;
         state.traffic.retries.with_label_values(&[destination.as_str(), reason]).inc();
         debug!(service = %destination, reason, retries, "another attempt follows");
-        let wait = wait.ok().flatten().unwrap_or(backoff);
-        if !wait.is_zero() {
-            tokio::time::sleep(wait).await;
-        }
+        pause(wait.ok().flatten().unwrap_or(backoff)).await;
     };
     // What an app said is a better answer than one of weft's own.
     match kept {
@@ -348,6 +366,19 @@ async fn attempts<D: Dial>(
             Ok(*answer)
         }
         _ => Err(failure),
+    }
+}
+
+async fn pause(wait: Duration) {
+    if !wait.is_zero() {
+        tokio::time::sleep(wait).await;
+    }
+}
+
+/// The call of an answer that is kept is over: what is kept of it holds the tunnel alone.
+fn end_call(kept: Option<&mut Answer>) {
+    if let Some(answer) = kept {
+        answer.lease = answer.lease.clone();
     }
 }
 
@@ -378,14 +409,19 @@ async fn attempt_once<D: Dial>(
     worker: &Rc<D>,
     call: &Call<'_>,
     plan: &Plan<'_>,
-    (pending, tried): (Option<&Rc<Upload>>, &mut Tried),
+    (pending, record): (Option<&Rc<Upload>>, &mut Record),
 ) -> Outcome {
     let now = clock::now();
+    record.last = None;
     let per_try = plan.forward.per_try_timeout.map(|limit| now + limit);
     let whole = plan.deadline.map(|(at, _)| at);
-    let trying = Box::pin(try_instance(worker, call, plan, (pending, tried)));
+    let trying = Box::pin(try_instance(worker, call, plan, (pending, &mut *record)));
     let Some(end) = per_try.into_iter().chain(whole).min() else { return trying.await };
-    match tokio::time::timeout_at(end, trying).await {
+    let ended = tokio::time::timeout_at(end, trying).await;
+    if let (Err(_), Some((observer, sent_at))) = (&ended, &record.last) {
+        worker.observe(observer, routing::Outcome::GatewayFailure, clock::now() - *sent_at);
+    }
+    match ended {
         Ok(outcome) => outcome,
         Err(_) if per_try.is_some_and(|at| whole.is_none_or(|whole| at < whole)) => {
             Outcome::Silent(too_late(plan, "PerTryTimeout", plan.forward.per_try_timeout), "timeout")
@@ -409,26 +445,18 @@ async fn try_instance<D: Dial>(
     worker: &Rc<D>,
     call: &Call<'_>,
     plan: &Plan<'_>,
-    (pending, tried): (Option<&Rc<Upload>>, &mut Tried),
+    (pending, record): (Option<&Rc<Upload>>, &mut Record),
 ) -> Outcome {
     let (state, resolved) = (worker.http(), &plan.leg.to);
     let destination = &resolved.target.service;
-    let opening = worker.open_to(plan.source, resolved, StreamKind::Http, tried);
-    let opened = match resolved.connect_timeout {
-        None => Some(opening.await),
-        Some(limit) => within(limit, opening).await,
-    };
-    let opened = match opened {
-        Some(Ok(opened)) => opened,
-        Some(Err(OpenError::Unreachable { node, reason })) => {
+    let opened = match worker.open_to(plan.source, resolved, StreamKind::Http, &mut record.tried).await {
+        Ok(opened) => opened,
+        Err(OpenError::Unreachable { node, reason }) => {
             return Outcome::Unreached(attempt::unreachable(destination, &format!("node {node}: {reason}")));
         }
-        None => {
-            let why = format!("no connection within {:?}", resolved.connect_timeout.unwrap_or_default());
-            return Outcome::Unreached(attempt::unreachable(destination, &why));
-        }
-        Some(Err(error @ OpenError::NoInstance { .. })) => return Outcome::NoneLeft(no_instance(resolved, error)),
-        Some(Err(error)) => return Outcome::Final(no_instance(resolved, error)),
+        Err(error @ OpenError::NoInstance { .. }) => return Outcome::NoneLeft(no_instance(resolved, error)),
+        Err(error @ OpenError::Overflow(_)) => return Outcome::Final(attempt::open_refusal(destination, error)),
+        Err(error) => return Outcome::Final(no_instance(resolved, error)),
     };
     let Opened { send, recv, preamble, instance, lease } = opened;
     let head = match attempt::encode_head(state, call, time_left(plan, clock::now()).as_ref()) {
@@ -442,7 +470,11 @@ async fn try_instance<D: Dial>(
     };
     let again = plan.forward.retry.as_ref().filter(|retry| retry.times > 0);
     let attempt = Attempt { worker, call, head, pending, limit, again };
+    record.last = lease.observer().map(|observer| (observer.clone(), clock::now()));
     let outcome = attempt.run(TunnelSend::new(send), recv, preamble, lease).await;
+    if let Some((observer, sent_at)) = &record.last {
+        attempt::observe(&**worker, (observer, *sent_at), &outcome, call);
+    }
     match &outcome {
         Err(Failed::Unreached(_)) => worker.connect_failed(&instance),
         Ok(_) | Err(Failed::Answered(_)) => worker.connected(&instance),

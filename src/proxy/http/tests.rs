@@ -31,7 +31,7 @@ use crate::model::{
     Generation, HealthStatus, MemberStatus, NodeInfo, Protocol, ServeScope, ServiceRecord, SpiffeId, TextMap, Weights,
 };
 use crate::proxy::head::HEADERS_MAX;
-use crate::proxy::{Route, Source};
+use crate::proxy::{Lease, Route, Source};
 
 /// A worker whose instances are fixed connections, tried in turn.
 struct Loopback {
@@ -60,7 +60,7 @@ impl Dial for Loopback {
             recv,
             preamble: Bytes::from_static(b"P!"),
             instance: Arc::clone(&self.instance),
-            lease: None,
+            lease: Lease::default(),
         })
     }
 
