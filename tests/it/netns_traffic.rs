@@ -185,6 +185,16 @@ fn retries_save_requests_timeouts_say_why_and_a_fault_goes_by_one_command() {
     cluster.n1.wait_passing("web", &["bad", "good"]);
     cluster.n1.wait_passing("shadow", &["shadow"]);
 
+    // In turns and without ejection, or the sick instance would soon see no request.
+    cluster.write(&json!({"Kind": "service-resolver", "Name": "web", "LoadBalancer": {"Policy": "round_robin"}}));
+    cluster.write(&json!({"Kind": "service-defaults", "Name": "caller", "UpstreamConfig": {"Defaults": {
+        "PassiveHealthCheck": {"EnforcingConsecutive5xx": 0}}}}));
+    until("the caller takes turns", || {
+        let why = cluster.n1.get("/v1/mesh/why?source=caller&destination=web");
+        let workers = why["Workers"].as_array().cloned().unwrap_or_default();
+        let all = workers.iter().all(|worker| worker["Balancing"]["Policy"] == "round_robin");
+        if all && !workers.is_empty() { Ok(()) } else { Err(why["Workers"].to_string()) }
+    });
     let failed = |count: usize| (0..count).filter(|_| cluster.call("/", &[]).status != 200).count();
     assert!(failed(40) > 5, "half of the instances answer 503");
     cluster.write(&router(&json!([{"Match": {"HTTP": {"PathPrefix": "/"}}, "Destination": {
