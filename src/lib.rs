@@ -12,6 +12,7 @@ pub mod filter;
 pub mod fuzz;
 pub mod gossip;
 pub mod join;
+pub mod lww;
 pub mod membership;
 pub mod metrics;
 pub mod model;

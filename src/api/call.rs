@@ -43,6 +43,8 @@ pub(super) enum Reply {
     Json { body: Vec<u8>, meta: Meta },
     /// 200 with text.
     Text { body: String, content_type: &'static str },
+    /// A status with bytes, at an index.
+    Bytes { status: StatusCode, body: Vec<u8>, content_type: &'static str, meta: Meta },
     /// 200 with text that goes on until the client or the agent has enough.
     Stream { body: Body, content_type: &'static str },
     /// A status that is the answer itself.
@@ -56,6 +58,19 @@ pub(super) struct Meta {
     pub(super) index: Option<u64>,
     /// `X-Consul-ContentHash`.
     pub(super) content_hash: Option<String>,
+}
+
+impl Meta {
+    fn write(self, headers: &mut HeaderMap) {
+        if let Some(index) = self.index {
+            headers.insert("x-consul-index", HeaderValue::from(index));
+            headers.insert("x-consul-knownleader", HeaderValue::from_static("true"));
+            headers.insert("x-consul-lastcontact", HeaderValue::from_static("0"));
+        }
+        if let Some(hash) = self.content_hash.and_then(|hash| HeaderValue::try_from(hash).ok()) {
+            headers.insert("x-consul-contenthash", hash);
+        }
+    }
 }
 
 impl Reply {
@@ -94,17 +109,20 @@ impl Reply {
                 response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
                 *response.body_mut() = Body::from(body);
             }
+            Self::Bytes { status, body, content_type, meta } => {
+                *response.status_mut() = status;
+                let headers = response.headers_mut();
+                headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
+                // They are a client's own: a browser must neither guess nor run them.
+                headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+                headers.insert(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static("sandbox"));
+                meta.write(headers);
+                *response.body_mut() = Body::from(body);
+            }
             Self::Json { body, meta } => {
                 let headers = response.headers_mut();
                 headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-                if let Some(index) = meta.index {
-                    headers.insert("x-consul-index", HeaderValue::from(index));
-                    headers.insert("x-consul-knownleader", HeaderValue::from_static("true"));
-                    headers.insert("x-consul-lastcontact", HeaderValue::from_static("0"));
-                }
-                if let Some(hash) = meta.content_hash.and_then(|hash| HeaderValue::try_from(hash).ok()) {
-                    headers.insert("x-consul-contenthash", hash);
-                }
+                meta.write(headers);
                 coding.write(&mut response, body);
             }
         }

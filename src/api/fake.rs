@@ -18,12 +18,16 @@ use tokio_util::sync::CancellationToken;
 
 use super::index::ListIndexes;
 use super::meter::Meter;
-use super::seam::{GossipOrder, Membership, Registry, RegistryOrder};
+use super::seam::{GossipOrder, Membership, Records, Registry, RegistryOrder};
 use super::watchers::{self, Watchers};
 use super::{ApiConfig, ApiToken, CertificateFacts, ListenerState, NodeFacts, Right, Shared, guard, routes};
 use crate::catalogue::{Instance, NodeEntry, Publisher, ServiceEntry, Snapshot};
 use crate::clock::{self, UnixSeconds};
-use crate::gossip::{DocumentsView, GossipError, MemberView, Members, NodeCertificates, OfferError, Spread};
+use crate::gossip::{
+    Answer as RecordsAnswer, DocumentsView, GossipError, MemberView, Members, NodeCertificates, OfferError, SharedError,
+    Space, Spread, Write,
+};
+use crate::lww::{Keep, Limits, Scope, Table};
 use crate::metrics::Metrics;
 use crate::model::{
     CheckRecord, Generation, HealthStatus, MemberStatus, NodeInfo, NodeName, Protocol, ServiceRecord, TextMap, Weights,
@@ -98,11 +102,83 @@ impl Membership for FakeMembers {
     }
 }
 
+/// What all agents share, on this one alone: a key-value store of 1 MiB and the events.
+pub(super) struct FakeRecords {
+    tables: Mutex<BTreeMap<Space, Table>>,
+    changes: watch::Sender<()>,
+}
+
+impl FakeRecords {
+    fn new() -> Self {
+        let limits = |space| Limits {
+            bytes_max: 1024 * 1024,
+            rows_max: if space == Space::Event { 256 } else { 1000 },
+            key_bytes_max: 512,
+            value_bytes_max: 512 * 1024,
+            tombstones_max: 100,
+            tombstone_lease_ms: 1_000_000,
+            keep: if space == Space::Event { Keep::Newest } else { Keep::All },
+        };
+        let tables = Space::ALL.into_iter().map(|space| (space, Table::new(limits(space), 5))).collect();
+        Self { tables: Mutex::new(tables), changes: watch::Sender::new(()) }
+    }
+
+    /// Turns the key-value store off.
+    pub(super) fn turn_off(&self) {
+        self.tables.lock().unwrap().remove(&Space::Kv);
+    }
+
+    fn index(&self, space: Space, scope: &Scope) -> u64 {
+        self.tables.lock().unwrap().get(&space).map_or(u64::MAX, |table| table.index_of(scope))
+    }
+}
+
+impl Records for FakeRecords {
+    fn read(&self, space: Space, scope: Scope) -> BoxFuture<'_, Result<RecordsAnswer, SharedError>> {
+        let tables = self.tables.lock().unwrap();
+        let answer = tables.get(&space).ok_or(SharedError::Off).map(|table| RecordsAnswer {
+            rows: table.read(&scope).map(|(key, row, _)| (Arc::clone(key), row.clone())).collect(),
+            index: table.index_of(&scope),
+            newest: table.index(),
+        });
+        Box::pin(async move { answer })
+    }
+
+    fn changed(&self, space: Space, scope: Scope, index: u64) -> BoxFuture<'_, Result<(), SharedError>> {
+        let mut changes = self.changes.subscribe();
+        Box::pin(async move {
+            while self.index(space, &scope) <= index {
+                changes.changed().await.map_err(|_| SharedError::Closed)?;
+            }
+            Ok(())
+        })
+    }
+
+    fn write(&self, space: Space, write: Write) -> BoxFuture<'_, Result<(), SharedError>> {
+        let (node, now_ms) = ("n1".parse().unwrap(), clock::wall_ms());
+        let mut tables = self.tables.lock().unwrap();
+        let written = tables.get_mut(&space).ok_or(SharedError::Off).and_then(|table| {
+            match write {
+                Write::Put { key, body } => drop(table.put(&key, body, &node, now_ms)?),
+                Write::Delete(scope) => {
+                    let keys: Vec<Arc<str>> = table.read(&scope).map(|(key, ..)| Arc::clone(key)).collect();
+                    keys.iter().for_each(|key| drop(table.delete(key, &node, now_ms)));
+                }
+            }
+            table.purge(now_ms);
+            Ok(())
+        });
+        self.changes.send_replace(());
+        Box::pin(async move { written })
+    }
+}
+
 /// An API over fakes: two nodes, `web-1` of `web` on each, a TTL check on the first.
 pub(super) struct Bench {
     pub(super) router: Router,
     pub(super) registry: Arc<FakeRegistry>,
     pub(super) members: Arc<FakeMembers>,
+    pub(super) records: Arc<FakeRecords>,
     pub(super) publisher: Publisher,
     pub(super) identity: Arc<Identity>,
     pub(super) leave: CancellationToken,
@@ -151,6 +227,7 @@ impl Bench {
         });
         let members =
             Arc::new(FakeMembers { members: members(), orders: Mutex::default(), verdict: Mutex::new(Ok(())) });
+        let records = Arc::new(FakeRecords::new());
         let publisher = Publisher::new(Arc::new(snapshot()));
         let (leave, stop) = (CancellationToken::new(), CancellationToken::new());
         let (metrics, identity) = (Metrics::new(), identity());
@@ -161,6 +238,7 @@ impl Bench {
             defaults_ip: "127.0.0.7".parse().unwrap(),
             registry: Arc::<FakeRegistry>::clone(&registry),
             membership: Arc::<FakeMembers>::clone(&members),
+            records: Arc::<FakeRecords>::clone(&records),
             snapshot: publisher.reader(),
             certificates: Arc::new(certificates),
             authority: Arc::<Identity>::clone(&identity),
@@ -188,7 +266,7 @@ impl Bench {
         let router = routes::router(&shared);
         let mut tasks = JoinSet::new();
         tasks.spawn(watchers::run(shared));
-        Self { _tasks: tasks, router, registry, members, publisher, identity, leave, stop, metrics }
+        Self { _tasks: tasks, router, registry, members, records, publisher, identity, leave, stop, metrics }
     }
 
     pub(super) fn send(&self, request: Request<Body>) -> impl Future<Output = Answer> + Send + 'static + use<> {

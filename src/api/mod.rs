@@ -23,17 +23,20 @@ mod connect;
 mod definition;
 mod documents;
 mod entry;
+mod event;
 mod guard;
 mod health;
 mod host;
 mod index;
 mod intention;
+mod kv;
 mod maintain;
 mod mesh;
 mod meter;
 mod monitor;
 mod near;
 mod query;
+mod records;
 mod routes;
 mod seam;
 mod secure;
@@ -81,7 +84,7 @@ pub use why::{BalancerView, Inspect, SeatView, WorkerView};
 
 use index::ListIndexes;
 use meter::Meter;
-use seam::{Authority, Membership, Registry};
+use seam::{Authority, Membership, Records, Registry};
 use watchers::Watchers;
 
 /// Largest request body, in bytes: Consul's bound for registrations is of this size.
@@ -256,6 +259,7 @@ impl Api {
             guard: guard::Guard::new(&config, &node.name),
             defaults_ip: upstream_ip(&config.listen),
             registry: Arc::new(registry),
+            records: Arc::new(gossip.shared().clone()),
             membership: Arc::new(gossip),
             snapshot,
             certificates,
@@ -296,6 +300,8 @@ struct Shared {
     defaults_ip: IpAddr,
     registry: Arc<dyn Registry>,
     membership: Arc<dyn Membership>,
+    /// What all agents share.
+    records: Arc<dyn Records>,
     snapshot: SnapshotReader,
     certificates: Certificates,
     authority: Arc<dyn Authority>,

@@ -16,8 +16,8 @@ use super::call::{Call, Coding, Handler, Refusal, Reply, TEXT};
 use super::guard::{Arrival, Right};
 use super::query::Query;
 use super::{
-    BODY_BYTES_MAX, Shared, agent, catalog, check, connect, documents, entry, health, host, intention, maintain, mesh,
-    monitor, near, status, why,
+    BODY_BYTES_MAX, Shared, agent, catalog, check, connect, documents, entry, event, health, host, intention, kv, maintain,
+    mesh, monitor, near, status, why,
 };
 use crate::clock;
 
@@ -106,6 +106,14 @@ pub(super) const ROUTES: &[Route] = &[
     route!(GET "/v1/coordinate/datacenters" near::datacenters),
     route!(GET "/v1/coordinate/nodes" near::nodes),
     route!(GET "/v1/coordinate/node/{name}" near::node),
+    route!(GET "/v1/kv/" kv::get),
+    route!(PUT "/v1/kv/" kv::put, Services),
+    route!(DELETE "/v1/kv/" kv::delete, Services),
+    route!(GET "/v1/kv/{*key}" kv::get),
+    route!(PUT "/v1/kv/{*key}" kv::put, Services),
+    route!(DELETE "/v1/kv/{*key}" kv::delete, Services),
+    route!(PUT "/v1/event/fire/{name}" event::fire),
+    route!(GET "/v1/event/list" event::list),
     route!(GET "/v1/status/leader" status::leader),
     route!(GET "/v1/status/peers" status::peers),
     route!(GET "/v1/mesh/info" mesh::info),
@@ -126,7 +134,6 @@ pub(super) const REFUSED: &[(&str, StatusCode, &str)] = &[
         StatusCode::NOT_IMPLEMENTED,
         "weft measures round trips by itself: no client sets a coordinate",
     ),
-    ("/v1/event/", StatusCode::NOT_IMPLEMENTED, "this version of weft has no user events"),
     (
         "/v1/query",
         StatusCode::NOT_IMPLEMENTED,
@@ -154,11 +161,6 @@ pub(super) const REFUSED: &[(&str, StatusCode, &str)] = &[
         "needs consensus; weft has none: every agent holds its own records, there is no one state to save",
     ),
     ("/v1/operator/", StatusCode::NOT_IMPLEMENTED, "needs consensus; weft has none: there are no servers to operate"),
-    (
-        "/v1/kv/",
-        StatusCode::NOT_IMPLEMENTED,
-        "needs consensus; weft has none: keep keys and values in a store that is made for it",
-    ),
 ];
 
 /// Makes the router.

@@ -7,7 +7,11 @@ use std::time::Duration;
 use futures_util::future::BoxFuture;
 use tokio::sync::watch;
 
-use crate::gossip::{DocumentsView, GossipError, GossipHandle, Members, NodeCertificates, OfferError, Spread};
+use crate::gossip::{
+    Answer, DocumentsView, GossipError, GossipHandle, Members, NodeCertificates, OfferError, SharedError, SharedHandle,
+    Space, Spread, Write,
+};
+use crate::lww::Scope;
 use crate::model::{CheckId, HealthStatus, InstanceId, NodeName, ServiceName};
 use crate::pki::{PkiError, Svid, TrustBundle};
 use crate::registry::{CheckDefinition, LocalState, RegistryError, RegistryHandle, ServiceDefinition};
@@ -64,6 +68,30 @@ pub(super) trait Authority: Send + Sync {
     fn svid(&self, service: &ServiceName) -> Result<(Arc<Svid>, u64), PkiError>;
     /// Wakes after each change to either.
     fn subscribe(&self) -> watch::Receiver<()>;
+}
+
+/// What all agents share, as the API sees it.
+pub(super) trait Records: Send + Sync {
+    /// What `scope` holds here.
+    fn read(&self, space: Space, scope: Scope) -> BoxFuture<'_, Result<Answer, SharedError>>;
+    /// Ends once the index of `scope` is above `index`.
+    fn changed(&self, space: Space, scope: Scope, index: u64) -> BoxFuture<'_, Result<(), SharedError>>;
+    /// Carries out `write`; done when it is on disk.
+    fn write(&self, space: Space, write: Write) -> BoxFuture<'_, Result<(), SharedError>>;
+}
+
+impl Records for SharedHandle {
+    fn read(&self, space: Space, scope: Scope) -> BoxFuture<'_, Result<Answer, SharedError>> {
+        Box::pin(Self::read(self, space, scope))
+    }
+
+    fn changed(&self, space: Space, scope: Scope, index: u64) -> BoxFuture<'_, Result<(), SharedError>> {
+        Box::pin(Self::changed(self, space, scope, index))
+    }
+
+    fn write(&self, space: Space, write: Write) -> BoxFuture<'_, Result<(), SharedError>> {
+        Box::pin(Self::write(self, space, write))
+    }
 }
 
 /// What a client may ask of gossip.

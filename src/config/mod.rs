@@ -71,6 +71,10 @@ pub const RECONNECT_TIMEOUT_MAX: Duration = Duration::from_hours(24 * 90);
 pub const WORKERS_MAX: usize = 128;
 /// Most join addresses: a seed list, not an inventory.
 pub const JOIN_MAX: usize = 256;
+/// Smallest key-value store, in bytes: one value of the largest size.
+pub const KV_BYTES_MIN: u64 = 1024 * 1024;
+/// Largest key-value store, in bytes: every agent holds it in memory.
+pub const KV_BYTES_MAX: u64 = 1024 * 1024 * 1024;
 /// Most pairs of node meta: Consul's bound.
 pub const NODE_META_MAX: usize = 64;
 /// Longest key of node meta, in bytes: Consul's bound.
@@ -129,6 +133,8 @@ pub struct Config {
     pub drain_timeout: Duration,
     /// How long a failed member is remembered and called, [`RECONNECT_TIMEOUT_MIN`] at least.
     pub reconnect_timeout: Duration,
+    /// Most bytes of keys and values that clients may write in the whole mesh; none: the key-value store is off.
+    pub kv_bytes_max: Option<u64>,
     /// Where the SPIFFE Workload API listens; none: it is off.
     pub workload_api: Option<WorkloadConfig>,
     /// Services from files, ids unique.

@@ -86,6 +86,8 @@ pub(crate) struct Raw {
     pub(crate) leave_on_terminate: Option<Given<bool>>,
     pub(crate) drain_timeout: Option<Given<Duration>>,
     pub(crate) reconnect_timeout: Option<Given<Duration>>,
+    pub(crate) kv_enabled: Option<Given<bool>>,
+    pub(crate) kv_bytes_max: Option<Given<u64>>,
     pub(crate) workload_socket: Option<Given<String>>,
     pub(crate) workload_group: Option<Given<String>>,
     pub(crate) enable_script_checks: Option<Given<bool>>,
@@ -153,6 +155,7 @@ impl Raw {
             "node_meta" => self.node_meta(source, value),
             "ports" => self.ports(source, value),
             "workload_api" => self.workload(source, value),
+            "kv" => self.kv(source, value),
             "domain" | "alt_domain" | "recursors" | "addresses" | "dns_config" => self.add_dns(source, key, value),
             "unix_sockets" => self.add_unix_sockets(source, value),
             "api_token" | "api_tokens" => self.definitions(source, key, value, |raw| &mut raw.http_api.tokens),
@@ -320,6 +323,20 @@ impl Raw {
             }
             for key in inner.keys().map(|inner| format!("{key}.{inner}")) {
                 self.warn(source, &key, "has no effect: the mesh has certificates of its own (weft ca init)");
+            }
+        }
+    }
+
+    fn kv(&mut self, source: &Source, value: Value) {
+        let Value::Object(map) = value else {
+            return self.mistyped(source, "kv", &value, "must be a block, such as kv { enabled = true }");
+        };
+        for (name, value) in map {
+            let key = format!("kv.{name}");
+            match name.as_str() {
+                "enabled" => self.switch(source, &key, &value, |raw| &mut raw.kv_enabled),
+                "bytes_max" => self.count(source, &key, &value, |raw| &mut raw.kv_bytes_max),
+                _ => self.unknown(source, &key),
             }
         }
     }

@@ -15,13 +15,14 @@ use super::http_api;
 use super::raw::{Given, Raw};
 use super::{
     ADMIN_TOKEN_BYTES_MIN, Config, ConfigError, DATACENTER_DEFAULT, DNS_PORT_DEFAULT, DRAIN_TIMEOUT_DEFAULT,
-    DRAIN_TIMEOUT_MAX, HTTP_PORT_DEFAULT, Host, IdentitySource, JOIN_MAX, MESH_PORT_DEFAULT, Mode,
+    DRAIN_TIMEOUT_MAX, HTTP_PORT_DEFAULT, Host, IdentitySource, JOIN_MAX, KV_BYTES_MAX, KV_BYTES_MIN, MESH_PORT_DEFAULT, Mode,
     NODE_META_KEY_BYTES_MAX, NODE_META_MAX, NODE_META_VALUE_BYTES_MAX, OnTerminate, PolicyAuthority, Problem,
     RECONNECT_TIMEOUT_DEFAULT, RECONNECT_TIMEOUT_MAX, RECONNECT_TIMEOUT_MIN, SHARED_HTTP_PORT_DEFAULT, Secret, Source,
     Storage, TRUST_DOMAIN_DEV, Validated, WORKERS_MAX,
 };
 use crate::authz::Action;
 use crate::dns::DnsConfig;
+use crate::gossip::KV_BYTES_DEFAULT;
 use crate::model::{NodeName, ServeScope, TrustDomain};
 use crate::registry::definition::{DefinitionDefaults, DefinitionError, check_from_json, service_from_json};
 use crate::registry::{CheckDefinition, CheckSettings, ScriptPolicy, ServiceDefinition};
@@ -88,6 +89,7 @@ pub(super) fn dev(node: NodeName, ip: IpAddr) -> Config {
         on_terminate: OnTerminate::Leave,
         drain_timeout: DRAIN_TIMEOUT_DEFAULT,
         reconnect_timeout: RECONNECT_TIMEOUT_DEFAULT,
+        kv_bytes_max: None,
         workload_api: None,
         services: Vec::new(),
         checks: Vec::new(),
@@ -148,6 +150,7 @@ impl Resolver<'_> {
         let workers = self.workers();
         let drain_timeout = self.drain_timeout();
         let reconnect_timeout = self.reconnect_timeout();
+        let kv_bytes_max = self.kv_bytes_max();
         let workload_api = self.workload_api();
         let dns = dns::resolve(std::mem::take(&mut self.raw.dns), addresses.http.ip(), &mut self.problems);
         let log_filter = self.parsed(self.raw.log_level.clone()).unwrap_or_default();
@@ -181,6 +184,7 @@ impl Resolver<'_> {
             on_terminate: if leaves { OnTerminate::Leave } else { OnTerminate::Stay },
             drain_timeout,
             reconnect_timeout,
+            kv_bytes_max,
             workload_api,
             services,
             checks,
@@ -206,6 +210,19 @@ impl Resolver<'_> {
 
     fn refuse<T: Display>(&mut self, given: &Given<T>, rule: impl Into<String>) {
         self.problems.push(given.problem(rule));
+    }
+
+    /// The key-value store is off unless it is turned on.
+    fn kv_bytes_max(&mut self) -> Option<u64> {
+        let bytes_max = match self.raw.kv_bytes_max.clone() {
+            Some(given) if !(KV_BYTES_MIN..=KV_BYTES_MAX).contains(&given.value) => {
+                self.refuse(&given, format!("must be {KV_BYTES_MIN} to {KV_BYTES_MAX} bytes"));
+                KV_BYTES_DEFAULT
+            }
+            Some(given) => given.value,
+            None => KV_BYTES_DEFAULT,
+        };
+        self.raw.kv_enabled.as_ref().is_some_and(|given| given.value).then_some(bytes_max)
     }
 
     fn node_name(&mut self) -> Option<NodeName> {

@@ -42,13 +42,14 @@ pub struct Target {
 }
 
 /// Every target.
-pub const TARGETS: [Target; 17] = [
+pub const TARGETS: [Target; 18] = [
     Target { name: "extension", run: crate::pki::fuzz::extension },
     Target { name: "chain", run: crate::pki::fuzz::chain },
     Target { name: "token", run: crate::pki::fuzz::token },
     Target { name: "join", run: crate::pki::fuzz::join },
     Target { name: "operator", run: |bytes| said(crate::pki::fuzz::operator(bytes)) },
     Target { name: "document", run: documents::document },
+    Target { name: "shared", run: |bytes| said(crate::gossip::fuzz_shared(bytes)) },
     Target { name: "documents", run: |bytes| said(crate::gossip::fuzz_documents(bytes)) },
     Target { name: "intention", run: |bytes| said(documents::intention(bytes)) },
     Target { name: "entry", run: |bytes| said(documents::entry(bytes)) },

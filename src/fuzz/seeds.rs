@@ -138,6 +138,7 @@ fn the_corpus_is_written_anew() {
     let documents = documents(&to, &by_root, &by_operator, &rotation);
     joins(&to, &issuer, &authority, &token, &documents);
     gossip(&to, &authority, &documents);
+    shared(&to);
     packets(&to);
     streams(&to);
     dns(&to);
@@ -370,6 +371,7 @@ fn gossip(to: &Writer, authority: &NodeAuthority, documents: &[Document; 5]) {
     exchange("sync", 0, Message::Request(Ask::Sync { set_hash: 5, farewells: farewells.clone() }));
     exchange("documents", 0, Message::Request(Ask::Documents(vec![1, 2, 3])));
     let digests = vec![whole.digest(), none.clone()];
+    exchange("shared", 0, Message::Request(Ask::Shared(vec![1, 2, 3])));
     exchange("held", 1, Message::Held(Held { buckets: vec![0, 255], digests: digests.clone() }));
     exchange("taking", 2, Message::Deltas(vec![whole.clone(), change.clone()]));
     let entry = |standing| MemberEntry { id: id.clone(), incarnation: 3, standing };
@@ -394,6 +396,25 @@ fn gossip(to: &Writer, authority: &NodeAuthority, documents: &[Document; 5]) {
     to.say("documents", "equal", 2, &(5_u64, None::<Vec<u8>>));
     to.say("documents", "differ", 2, &(5_u64, Some(digests.clone())));
     to.say("documents", "given", 3, &(list, digests));
+}
+
+/// The forms of `gossip::shared::carry`, field by field: its types are its own. An enum is its variant's number and fields.
+fn shared(to: &Writer) {
+    let stamp = (1_800_000_000_000_u64, 3_u32, "n1");
+    let head = ("app/one", stamp, Some((7_u64, 5_u32)));
+    let summary = (9_u64, 1_800_000_000_000_u64, 5_u64, 0_u64);
+    to.say("shared", "push", 0, &(0_u32, 0_u32, head));
+    to.say("shared", "push-deletion", 0, &(0_u32, 1_u32, "q", stamp, None::<(u64, u32)>));
+    to.say("shared", "compare", 0, &(1_u32, 2_u32, summary));
+    to.say("shared", "send", 1, &0_u32);
+    to.say("shared", "refused", 1, &(3_u32, "no"));
+    to.say("shared", "same", 2, &1_u32);
+    to.say("shared", "differs", 2, &(2_u32, summary, vec![1_u64; 256]));
+    to.say("shared", "digests", 3, &(0_u32, 200_u8, Some([7_u8; 16])));
+    to.say("shared", "want", 3, &(1_u32, [7_u8; 16]));
+    to.say("shared", "take", 3, &(2_u32, head));
+    to.say("shared", "page", 4, &(vec![([7_u8; 16], stamp, 11_u64, false)], true));
+    to.say("shared", "head", 5, &Some(head));
 }
 
 fn length_of(bytes: &[u8]) -> Vec<u8> {

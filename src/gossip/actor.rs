@@ -17,11 +17,10 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
 use self::evidence::{Challenge, Holder, Watches};
-use super::documents;
 use super::engine::{
     self, Ending, Engine, Exchange, Incumbent, JoinCause, Message, Output, Request, Stage, Step, Turn,
 };
-use super::exchange::{self, ExchangeError};
+use super::exchange::{self, Desks, ExchangeError};
 use super::links::{Links, Sent};
 use super::metrics::GossipMetrics;
 use super::policy::Compiled;
@@ -147,7 +146,7 @@ pub(super) struct Actor {
     refusals: Refusals,
     /// The newest refusal that was looked at.
     refused_until: Option<Instant>,
-    documents: mpsc::Sender<documents::Order>,
+    desks: Desks,
 }
 
 impl std::fmt::Debug for Actor {
@@ -167,7 +166,7 @@ impl Actor {
     pub(super) fn new(
         params: GossipParams,
         commands: mpsc::Receiver<Command>,
-        documents: mpsc::Sender<documents::Order>,
+        desks: Desks,
         rules: Rules,
         metrics: GossipMetrics,
     ) -> (Self, watch::Receiver<Arc<Members>>, SnapshotReader) {
@@ -440,10 +439,10 @@ impl Actor {
     /// Reads everything that comes on `connection`.
     fn watch(&mut self, peer: &NodeName, connection: Connection) {
         let (peer, inputs, metrics) = (peer.clone(), self.inputs_sender.clone(), self.metrics.clone());
-        let documents = self.documents.clone();
+        let desks = self.desks.clone();
         self.work.spawn(async move {
             let stable_id = connection.stable_id();
-            read_connection(peer.clone(), connection, inputs, documents, metrics).await;
+            read_connection(peer.clone(), connection, inputs, desks, metrics).await;
             Done::ConnectionEnded(peer, stable_id)
         });
     }
@@ -618,7 +617,7 @@ async fn read_connection(
     peer: NodeName,
     connection: Connection,
     inputs: mpsc::Sender<Input>,
-    documents: mpsc::Sender<documents::Order>,
+    desks: Desks,
     metrics: GossipMetrics,
 ) {
     let mut streams = JoinSet::new();
@@ -637,9 +636,9 @@ async fn read_connection(
             }
             stream = connection.accept_bi(), if has_room => {
                 let Ok(stream) = stream else { return };
-                let (peer, inputs, documents) = (peer.clone(), inputs.clone(), documents.clone());
+                let (peer, inputs, desks) = (peer.clone(), inputs.clone(), desks.clone());
                 streams.spawn(async move {
-                    if let Err(error) = exchange::serve(peer.clone(), stream, inputs, documents).await {
+                    if let Err(error) = exchange::serve(peer.clone(), stream, inputs, desks).await {
                         debug!(%peer, error = error.explain(None), "exchange failed");
                     }
                 });

@@ -16,10 +16,18 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::actor::Input;
 use super::documents;
+use super::shared;
 use super::engine::{HelloReply, Message, Request, Stage, Step};
 use crate::membership::MeshId;
 use crate::model::NodeName;
 use crate::wire::{self, FRAME_BYTES_MAX, WireError};
+
+/// Where streams that are no exchange of the engine's are brought.
+#[derive(Debug, Clone)]
+pub(super) struct Desks {
+    pub(super) documents: mpsc::Sender<documents::Order>,
+    pub(super) shared: shared::Desk,
+}
 
 /// Longest time of one stream, in virtue of which a stalled peer holds nothing for ever.
 pub(super) const TIME_MAX: Duration = Duration::from_secs(10);
@@ -175,14 +183,19 @@ pub(super) async fn serve(
     peer: NodeName,
     streams: (SendStream, RecvStream),
     actor: mpsc::Sender<Input>,
-    documents: mpsc::Sender<documents::Order>,
+    desks: Desks,
 ) -> Result<(), ExchangeError> {
     let mut talk = Talk { send: streams.0, recv: streams.1 };
     let first = within(talk.hear(Stage::Asked)).await?;
-    if let Message::Request(Request::Documents(said)) = first {
-        return documents::serve(peer, said, (&mut talk.send, &mut talk.recv), &documents).await;
+    match first {
+        Message::Request(Request::Documents(said)) => {
+            documents::serve(peer, said, (&mut talk.send, &mut talk.recv), &desks.documents).await
+        }
+        Message::Request(Request::Shared(said)) => {
+            shared::serve(peer, said, (&mut talk.send, &mut talk.recv), &desks.shared).await
+        }
+        first => within(talk.run(&peer, Stage::Asked, Some(first), &actor)).await.map(drop),
     }
-    within(talk.run(&peer, Stage::Asked, Some(first), &actor)).await.map(drop)
 }
 
 #[cfg(test)]
@@ -219,6 +232,10 @@ mod tests {
         let accept = async { listener.accept().await.unwrap().await.unwrap() };
         let (dialled, accepted) = tokio::join!(dial, accept);
         Pair { dialer: dialled, listener: accepted, _endpoints: [dialer, listener] }
+    }
+
+    fn desks() -> Desks {
+        Desks { documents: documents::queue().0, shared: shared::queue().0 }
     }
 
     fn id() -> MeshId {
@@ -285,7 +302,7 @@ mod tests {
         let listener = pair.listener.clone();
         tasks.spawn(async move {
             while let Ok(streams) = listener.accept_bi().await {
-                serve(id().name, streams, far.clone(), documents::queue().0).await.unwrap();
+                serve(id().name, streams, far.clone(), desks()).await.unwrap();
             }
         });
         let first = Message::Request(Request::Sync { set_hash: 7, farewells: Vec::new() });
@@ -306,7 +323,7 @@ mod tests {
             let (mut send, _recv) = pair.dialer.open_bi().await.unwrap();
             send.write_all(frame).await.unwrap();
             let streams = pair.listener.accept_bi().await.unwrap();
-            let result = serve(id().name, streams, actor.clone(), documents::queue().0).await;
+            let result = serve(id().name, streams, actor.clone(), desks()).await;
             assert!(matches!(result, Err(ExchangeError::Wire(_))), "{result:?}");
         }
         assert!(pair.listener.close_reason().is_none());

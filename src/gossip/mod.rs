@@ -26,6 +26,8 @@ mod links;
 mod metrics;
 mod policy;
 mod pulse;
+mod reach;
+mod shared;
 mod targets;
 #[cfg(test)]
 mod tests;
@@ -43,11 +45,17 @@ use tokio_util::sync::CancellationToken;
 
 #[cfg(any(test, fuzzing))]
 pub(crate) use self::documents::fuzz_documents;
+#[cfg(any(test, fuzzing))]
+pub(crate) use self::shared::fuzz_shared;
 pub use self::documents::{
     ClockSkew, DocumentBody, DocumentStore, DocumentView, DocumentsHandle, DocumentsParams, DocumentsView, OfferError,
     OnTrust, Spread,
 };
 pub use self::links::LINKS_MAX;
+pub use self::shared::{
+    Answer, Changes, EVENT_BYTES_MAX, EVENTS_MAX, Externals, KV_BYTES_DEFAULT, KV_KEY_BYTES_MAX, KV_VALUE_BYTES_MAX,
+    SharedError, SharedHandle, SharedParams, SharedStore, Space, Write,
+};
 use crate::catalogue::SnapshotReader;
 use crate::clock::UnixSeconds;
 use crate::metrics::Metrics;
@@ -198,12 +206,14 @@ impl Gossip {
     pub fn start(
         params: GossipParams,
         documents: DocumentsParams,
+        shared: SharedParams,
         metrics: &Metrics,
         tasks: &Tasks,
     ) -> Result<(GossipHandle, SnapshotReader), StartError> {
         let gossip_metrics = metrics::GossipMetrics::new(metrics).map_err(StartError::Metrics)?;
         let (commands, received) = mpsc::channel(COMMANDS_MAX);
         let orders = documents::queue();
+        let (desk, shared_orders) = shared::queue();
         let around = documents::Around {
             own: params.node.name.clone(),
             identity: Arc::clone(&params.identity),
@@ -212,20 +222,31 @@ impl Gossip {
             interval: params.sync_interval,
             stop: params.stop.clone(),
         };
-        let stop = params.stop.clone();
+        let (stop, first_index) = (params.stop.clone(), params.first_index);
         let mut compiler = policy::Compiler::new(documents.default_policy, metrics).map_err(StartError::Metrics)?;
         // The data plane begins with what is on disk: nothing passes that was denied before the restart.
         let first = compiler.compile(&documents::views(&documents.set));
         let (tables, table) = watch::channel(first);
         let (settings, upstreams) = watch::channel(Arc::new(policy::upstreams(&documents::views(&documents.set))));
+        let desks = exchange::Desks { documents: orders.0.clone(), shared: desk.clone() };
         let rules = actor::Rules { policy: table, upstreams };
-        let (actor, members, reader) = actor::Actor::new(params, received, orders.0.clone(), rules, gossip_metrics);
+        let (actor, members, reader) = actor::Actor::new(params, received, desks, rules, gossip_metrics);
+        let task = shared::Task::new(
+            shared,
+            around.clone(),
+            first_index,
+            members.clone(),
+            (desk.orders, shared_orders),
+            metrics,
+        );
+        let (shared_task, shared) = task.map_err(StartError::Metrics)?;
         let task = documents::Task::new(documents, around, members.clone(), orders, metrics);
         let (task, documents) = task.map_err(StartError::Metrics)?;
         tasks.spawn("gossip", actor.run());
         tasks.spawn("documents", task.run());
+        tasks.spawn("shared", shared_task.run());
         tasks.spawn("policy", policy::run(compiler, documents.view.clone(), (tables, settings), stop));
-        Ok((GossipHandle { commands, members, documents }, reader))
+        Ok((GossipHandle { commands, members, documents, shared }, reader))
     }
 }
 
@@ -264,9 +285,15 @@ pub struct GossipHandle {
     commands: mpsc::Sender<Command>,
     members: watch::Receiver<Arc<Members>>,
     documents: DocumentsHandle,
+    shared: SharedHandle,
 }
 
 impl GossipHandle {
+    /// Talks to the owner of the shared maps.
+    pub fn shared(&self) -> &SharedHandle {
+        &self.shared
+    }
+
     /// Talks to the owner of the signed documents.
     pub fn documents(&self) -> &DocumentsHandle {
         &self.documents

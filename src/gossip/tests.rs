@@ -24,6 +24,27 @@ impl PeerStore for Kept {
 #[derive(Default)]
 struct Documents(Mutex<BTreeMap<String, Vec<u8>>>);
 
+/// Keeps shared records in memory.
+#[derive(Debug, Default)]
+struct Rows(Mutex<BTreeMap<String, Vec<u8>>>);
+
+impl SharedStore for Rows {
+    fn rows(&self) -> Result<Vec<(String, Vec<u8>)>, String> {
+        Ok(self.0.lock().unwrap().clone().into_iter().collect())
+    }
+
+    fn write(&self, changes: &Changes) -> Result<(), String> {
+        let mut rows = self.0.lock().unwrap();
+        for (name, bytes) in changes {
+            match bytes {
+                Some(bytes) => rows.insert(name.clone(), bytes.clone()),
+                None => rows.remove(name),
+            };
+        }
+        Ok(())
+    }
+}
+
 impl DocumentStore for Documents {
     fn put(&self, key: &str, bytes: &[u8]) -> Result<(), String> {
         self.0.lock().unwrap().insert(key.to_owned(), bytes.to_vec());
@@ -113,7 +134,8 @@ fn start_with(issuer: &crate::pki::Issuer, name: &str, generation: u64, seeds: V
         on_trust: Arc::new(|_, _| {}),
     };
     let metrics = Metrics::new();
-    let (handle, reader) = Gossip::start(params, documents, &metrics, &tasks).unwrap();
+    let shared = SharedParams { kv_bytes_max: Some(KV_BYTES_DEFAULT), store: Arc::new(Rows::default()) };
+    let (handle, reader) = Gossip::start(params, documents, shared, &metrics, &tasks).unwrap();
     Agent { handle, reader, publication, addr, transport, metrics, stop, deaf, tasks }
 }
 

@@ -13,7 +13,9 @@ use super::reload::Reloader;
 use crate::api::{BalancerView, Inspect, Reload, SeatView, TokenUse};
 use crate::authz::Action;
 use crate::clock::{self, UnixSeconds};
-use crate::gossip::{DocumentStore, DocumentsHandle, DocumentsParams, GossipHandle, PeerStore};
+use crate::gossip::{
+    Changes, DocumentStore, DocumentsHandle, DocumentsParams, GossipHandle, PeerStore, SharedParams, SharedStore,
+};
 use crate::join::{JoinDirectory, JoinServer, JoinTrust, TokenLedger};
 use crate::metrics::Metrics;
 use crate::model::{MemberStatus, NodeInfo, NodeName};
@@ -55,6 +57,24 @@ impl DocumentStore for DocumentFile {
     fn remove(&self, key: &str) -> Result<(), String> {
         self.0.remove_document(key).map_err(|err| Chain(&err).to_string())
     }
+}
+
+/// Keeps the records that all agents share on disk.
+struct SharedFile(Store);
+
+impl SharedStore for SharedFile {
+    fn rows(&self) -> Result<Vec<(String, Vec<u8>)>, String> {
+        self.0.shared().map_err(|err| Chain(&err).to_string())
+    }
+
+    fn write(&self, changes: &Changes) -> Result<(), String> {
+        self.0.write_shared(changes).map_err(|err| Chain(&err).to_string())
+    }
+}
+
+/// What the shared maps need.
+pub(super) fn shared(store: &Store, kv_bytes_max: Option<u64>) -> SharedParams {
+    SharedParams { kv_bytes_max, store: Arc::new(SharedFile(store.clone())) }
 }
 
 /// Reads the documents of the last run, as far as they still count for a node that believes `base`.

@@ -200,7 +200,8 @@ impl Node {
             stop: stop.clone(),
         };
         let documents = glue::documents(documents, &store, &connections, &issuer, config.default_policy);
-        let (gossip, snapshot) = Gossip::start(params, documents, &metrics, &tasks).map_err(part("gossip"))?;
+        let shared = glue::shared(&store, config.kv_bytes_max);
+        let (gossip, snapshot) = Gossip::start(params, documents, shared, &metrics, &tasks).map_err(part("gossip"))?;
         let joins = glue::join_server(&issuer, &identity, &gossip, &info, &store);
         tasks.spawn("aliases", until(stop.clone(), registry.clone().follow_catalogue(snapshot.clone())));
         tasks.spawn("accept", glue::accept(control.clone(), incoming_tx, joins, tasks.clone(), stop.clone()));

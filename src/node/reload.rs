@@ -114,6 +114,7 @@ fn restart_keys(old: &Config, new: &Config) -> Vec<&'static str> {
         ("drain_timeout", old.drain_timeout != new.drain_timeout),
         ("reconnect_timeout", old.reconnect_timeout != new.reconnect_timeout),
         ("workload_api", old.workload_api != new.workload_api),
+        ("kv", old.kv_bytes_max != new.kv_bytes_max),
         ("log_json", old.log_format != new.log_format),
     ];
     differs.into_iter().filter(|(_, differs)| *differs).map(|(key, _)| key).collect()

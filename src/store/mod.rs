@@ -4,6 +4,7 @@
 //!   generation, node id, name, reset key, identity, peers -> `meta`
 //!   services, checks, check statuses, token uses, documents -> a table each
 //!                                                    all of it wire::encode'd
+//!   records that all agents share -> `shared`, bytes as `gossip::shared` writes them
 //! ```
 //!
 //! Invariants: a write is on disk (fsync) when its call returns, whole or not at all; the file is readable by its
@@ -58,6 +59,8 @@ const CHECKS: Table = TableDefinition::new("checks");
 const STATUSES: Table = TableDefinition::new("check_statuses");
 const TOKENS: Table = TableDefinition::new("token_uses");
 const DOCUMENTS: Table = TableDefinition::new("documents");
+/// Raw bytes: values are larger than a message.
+const SHARED: Table = TableDefinition::new("shared");
 
 const GENERATION: &str = "generation";
 const NODE_ID: &str = "node_id";
@@ -167,7 +170,7 @@ impl Store {
         let database = RwLock::new(Some(open_checked(&path, open)?));
         let store = Self { inner: Arc::new(Inner { path, database, kind, has_failed: AtomicBool::new(false) }) };
         store.write(|transaction| {
-            for table in [META, SERVICES, CHECKS, STATUSES, TOKENS, DOCUMENTS] {
+            for table in [META, SERVICES, CHECKS, STATUSES, TOKENS, DOCUMENTS, SHARED] {
                 transaction.open_table(table)?;
             }
             Ok(())
@@ -401,6 +404,31 @@ impl Store {
         self.remove(DOCUMENTS, key)
     }
 
+    /// Returns the records that all agents share, in order of name.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails.
+    pub fn shared(&self) -> Result<Vec<(String, Vec<u8>)>, StoreError> {
+        self.rows(SHARED)
+    }
+
+    /// Puts records that all agents share in place, or removes them where there are no bytes, in one commit.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails; nothing is changed then.
+    pub fn write_shared(&self, changes: &[(String, Option<Vec<u8>>)]) -> Result<(), StoreError> {
+        self.write(|transaction| {
+            let mut table = transaction.open_table(SHARED)?;
+            for (name, bytes) in changes {
+                match bytes {
+                    Some(bytes) => table.insert(name.as_str(), bytes.as_slice())?,
+                    None => table.remove(name.as_str())?,
+                };
+            }
+            Ok(())
+        })
+    }
+
     /// Counts one use of token `id` by `key` and returns how many there were before (issuers); none if the same key used
     /// it within the last ten minutes: then nothing is counted.
     ///
@@ -517,6 +545,14 @@ impl Store {
     }
 
     fn values<T: DeserializeOwned>(&self, table: Table) -> Result<Vec<(String, T)>, StoreError> {
+        let decode_row = |(key, bytes): (String, Vec<u8>)| {
+            let value = decode(&self.inner.path, table, &key, &bytes)?;
+            Ok((key, value))
+        };
+        self.rows(table)?.into_iter().map(decode_row).collect()
+    }
+
+    fn rows(&self, table: Table) -> Result<Vec<(String, Vec<u8>)>, StoreError> {
         let read = |database: &Database| -> Result<Vec<(String, Vec<u8>)>, redb::Error> {
             let table = database.begin_read()?.open_table(table)?;
             let mut rows = Vec::new();
@@ -526,12 +562,7 @@ impl Store {
             }
             Ok(rows)
         };
-        let rows = self.with(read)?;
-        let decode_row = |(key, bytes): (String, Vec<u8>)| {
-            let value = decode(&self.inner.path, table, &key, &bytes)?;
-            Ok((key, value))
-        };
-        rows.into_iter().map(decode_row).collect()
+        self.with(read)
     }
 
     fn put<T: Serialize + ?Sized>(&self, table: Table, key: &str, value: &T) -> Result<(), StoreError> {

@@ -4,7 +4,6 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use quinn::Connection;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom as _;
 use rand::{RngExt as _, SeedableRng as _};
@@ -26,6 +25,7 @@ use super::{
 };
 use crate::clock::{self, UnixSeconds};
 use crate::gossip::exchange::ExchangeError;
+use crate::gossip::reach::reach;
 use crate::gossip::{Command, MemberView, Members};
 use crate::metrics::Metrics;
 use crate::model::{MemberStatus, NodeName};
@@ -88,7 +88,8 @@ enum Origin<'a> {
     Peer(&'a NodeName),
 }
 
-/// What gossip gives the task.
+/// What gossip gives the tasks of documents and of shared maps.
+#[derive(Clone)]
 pub(in crate::gossip) struct Around {
     pub(in crate::gossip) own: NodeName,
     pub(in crate::gossip) identity: Arc<Identity>,
@@ -645,24 +646,6 @@ impl Task {
         };
         self.view.send_replace(Arc::new(view));
     }
-}
-
-/// Finds the open connection to `peer`, or dials one and hands it to gossip.
-async fn reach(
-    gossip: mpsc::Sender<Command>,
-    transport: ControlTransport,
-    peer: MemberView,
-) -> Result<Connection, ExchangeError> {
-    let (reply, answer) = oneshot::channel();
-    gossip.send(Command::Link(peer.name.clone(), reply)).await.map_err(|_| ExchangeError::Closed)?;
-    if let Some(connection) = answer.await.map_err(|_| ExchangeError::Closed)? {
-        return Ok(connection);
-    }
-    let dialled = transport.connect(peer.addr, Some(peer.name.clone())).await;
-    let (connection, _) = dialled.map_err(|error| ExchangeError::Unreachable(error.to_string()))?;
-    let adopt = Command::Adopt { peer: peer.name, addr: peer.addr, connection: connection.clone() };
-    gossip.send(adopt).await.map_err(|_| ExchangeError::Closed)?;
-    Ok(connection)
 }
 
 /// Whether an honest peer may bring what is refused so, and refusing it cost no check of signatures: clocks differ, or there

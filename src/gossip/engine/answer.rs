@@ -59,7 +59,7 @@ impl Engine {
                 let buckets = SyncReply::Buckets(self.replica.bucket_hashes());
                 Step::Say(Message::Sync(buckets), Stage::Comparing)
             }
-            Request::Documents(_) => Step::Done,
+            Request::Documents(_) | Request::Shared(_) => Step::Done,
         }
     }
 

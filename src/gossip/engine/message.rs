@@ -46,6 +46,8 @@ pub enum Request {
     },
     /// Says something about signed documents; the carrier hands it to `gossip::documents`.
     Documents(Vec<u8>),
+    /// Says something about shared maps; the carrier hands it to `gossip::shared`.
+    Shared(Vec<u8>),
 }
 
 /// The answer to a hello.

@@ -1,0 +1,386 @@
+//! What two agents say about shared maps, on one bidirectional stream.
+//!
+//! ```text
+//!   Push(head)       -> Verdict: Send -> value -> Verdict
+//!   Compare(summary) -> Off | Same | Differs(summary, buckets)
+//!        then the beginner asks, as often as it takes:
+//!        Digests(bucket, after) -> page     Want(key) -> head, value     Take(head) -> Verdict [value -> Verdict]
+//!        End
+//! ```
+//! A value follows its head in raw frames of at most [`CHUNK_BYTES`]; its length is in the head, and bounded.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use quinn::{Connection, RecvStream, SendStream};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use tokio::sync::{mpsc, oneshot};
+
+use super::{Desk, KV_VALUE_BYTES_MAX, Order, Space};
+use crate::gossip::engine::{Message, Request};
+use crate::gossip::exchange::{ExchangeError, ended};
+use crate::lww::{BUCKETS, Body, Digest, KeyHash, Plan, Record, Stamp, Summary};
+use crate::model::NodeName;
+use crate::wire::{self, FRAME_BYTES_MAX, WireError};
+
+/// Longest comparison; what is left then is for the next one.
+pub(super) const COMPARE_TIME_MAX: Duration = Duration::from_secs(30);
+/// Longest time that one value or one answer takes.
+const STEP_TIME_MAX: Duration = Duration::from_secs(10);
+/// Largest piece of a value.
+const CHUNK_BYTES: usize = 128 * 1024;
+/// Most digests in one frame, each at most 110 bytes long.
+const PAGE_DIGESTS: usize = 1024;
+/// Most frames of digests of one bucket: twice the keys that a map holds may hash to one.
+const PAGES_MAX: usize = 160;
+
+/// The first frame's content.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum Said {
+    Push { space: Space, head: Head },
+    Compare { space: Space, summary: Summary },
+}
+
+/// A record without its value.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(in crate::gossip) struct Head {
+    pub(super) key: String,
+    pub(super) stamp: Stamp,
+    /// The flags, and the length of the value in bytes; none: it was deleted.
+    pub(super) body: Option<(u64, u32)>,
+}
+
+impl Head {
+    fn of(record: &Record) -> Self {
+        let length = |body: &Arc<Body>| u32::try_from(body.value.len()).unwrap_or(u32::MAX);
+        let body = record.body.as_ref().map(|body| (body.flags, length(body)));
+        Self { key: record.key.to_string(), stamp: record.stamp.clone(), body }
+    }
+
+    fn with(self, value: Vec<u8>) -> Record {
+        let body = self.body.map(|(flags, _)| Arc::new(Body { flags, value }));
+        Record { key: self.key.into(), stamp: self.stamp, body }
+    }
+
+    pub(super) fn value_bytes(&self) -> Option<usize> {
+        self.body.map(|(_, length)| usize::try_from(length).unwrap_or(usize::MAX))
+    }
+}
+
+/// What is made of a record.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(in crate::gossip) enum Verdict {
+    /// The value is wanted.
+    Send,
+    /// It is held, from now on or from before.
+    Held,
+    /// A newer one is held.
+    Older,
+    /// It is refused, for this reason.
+    Refused(String),
+    /// The map is off.
+    Off,
+}
+
+/// The answer to a comparison.
+#[derive(Debug, Serialize, Deserialize)]
+pub(in crate::gossip) enum Compared {
+    /// The map is off.
+    Off,
+    /// Nothing differs.
+    Same,
+    /// These do.
+    Differs { summary: Summary, buckets: Vec<u64> },
+}
+
+/// A question of the beginner of a comparison.
+#[derive(Debug, Serialize, Deserialize)]
+enum Ask {
+    Digests { bucket: u8, after: Option<KeyHash> },
+    Want(KeyHash),
+    Take(Head),
+    End,
+}
+
+/// Some digests of a bucket.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub(in crate::gossip) struct Page {
+    pub(super) digests: Vec<Digest>,
+    pub(super) is_last: bool,
+}
+
+/// A question for the task.
+#[derive(Debug)]
+pub(in crate::gossip) enum Asked {
+    /// Would this be taken? None: the map is off.
+    Judge(Space, Head, oneshot::Sender<Verdict>),
+    Take(NodeName, Space, Record, oneshot::Sender<Verdict>),
+    Compared(Space, Summary, oneshot::Sender<Compared>),
+    /// How this node presents itself, with its buckets; none: the map is off.
+    Summary(Space, oneshot::Sender<Option<(Summary, Vec<u64>)>>),
+    Digests(Space, u8, Option<KeyHash>, oneshot::Sender<Page>),
+    Record(Space, KeyHash, oneshot::Sender<Option<Record>>),
+    Plan(Space, Summary, u8, Vec<Digest>, oneshot::Sender<Plan>),
+}
+
+impl Asked {
+    pub(super) fn page(space: Space, bucket: u8, after: Option<KeyHash>, reply: oneshot::Sender<Page>) -> Self {
+        Self::Digests(space, bucket, after, reply)
+    }
+}
+
+/// How many digests a page has.
+pub(super) fn page_digests() -> usize {
+    PAGE_DIGESTS
+}
+
+async fn ask<T>(
+    task: &mpsc::Sender<Order>,
+    question: impl FnOnce(oneshot::Sender<T>) -> Asked,
+) -> Result<T, ExchangeError> {
+    let (reply, answer) = oneshot::channel();
+    task.send(Order::Peer(question(reply))).await.map_err(|_| ExchangeError::Closed)?;
+    answer.await.map_err(|_| ExchangeError::Closed)
+}
+
+async fn say<T: Serialize>(send: &mut SendStream, value: &T) -> Result<(), ExchangeError> {
+    Ok(wire::write_frame(send, &wire::encode(value)?).await?)
+}
+
+async fn hear<T: DeserializeOwned>(recv: &mut RecvStream) -> Result<T, ExchangeError> {
+    let frame = within(wire::read_frame(recv, FRAME_BYTES_MAX)).await??;
+    Ok(wire::decode(&frame, FRAME_BYTES_MAX)?)
+}
+
+async fn within<T>(step: impl Future<Output = T>) -> Result<T, ExchangeError> {
+    tokio::time::timeout(STEP_TIME_MAX, step).await.map_err(|_| ExchangeError::Late)
+}
+
+async fn say_value(send: &mut SendStream, record: &Record) -> Result<(), ExchangeError> {
+    let Some(body) = &record.body else { return Ok(()) };
+    for chunk in body.value.chunks(CHUNK_BYTES) {
+        wire::write_frame(send, chunk).await?;
+    }
+    Ok(())
+}
+
+/// Reads the value that `head` announces.
+async fn hear_value(recv: &mut RecvStream, head: Head) -> Result<Record, ExchangeError> {
+    let bytes = head.value_bytes().unwrap_or(0);
+    if bytes > KV_VALUE_BYTES_MAX {
+        return Err(WireError::TooLarge { bytes, bytes_max: KV_VALUE_BYTES_MAX }.into());
+    }
+    let mut value = Vec::new();
+    let read = async {
+        while value.len() < bytes {
+            let chunk = wire::read_frame(recv, CHUNK_BYTES.min(bytes - value.len())).await?;
+            if chunk.is_empty() {
+                return Err(WireError::Empty);
+            }
+            value.extend_from_slice(&chunk);
+        }
+        Ok(())
+    };
+    within(read).await??;
+    Ok(head.with(value))
+}
+
+async fn open(connection: &Connection, said: &Said) -> Result<(SendStream, RecvStream), ExchangeError> {
+    let (mut send, recv) = connection.open_bi().await?;
+    let first = Message::Request(Request::Shared(wire::encode(said)?));
+    wire::write_frame(&mut send, &first.encode()?).await?;
+    Ok((send, recv))
+}
+
+/// Pushes a record: its head, and its value if that is wanted.
+pub(super) async fn push(connection: &Connection, space: Space, record: &Record) -> Result<Verdict, ExchangeError> {
+    let (mut send, mut recv) = open(connection, &Said::Push { space, head: Head::of(record) }).await?;
+    let mut verdict = hear(&mut recv).await?;
+    if verdict == Verdict::Send {
+        say_value(&mut send, record).await?;
+        verdict = hear(&mut recv).await?;
+    }
+    let _finished_before = send.finish();
+    Ok(verdict)
+}
+
+/// What a comparison told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Compare {
+    /// The map is off there, or here.
+    Off,
+    /// Both sides held the same.
+    Equal,
+    /// They did not; and whether they do now, as far as is known.
+    Differed { is_even: bool },
+}
+
+/// Compares one map with a peer and evens out what there is time for.
+pub(super) async fn compare(
+    connection: &Connection,
+    peer: &NodeName,
+    space: Space,
+    task: &mpsc::Sender<Order>,
+) -> Result<Compare, ExchangeError> {
+    let Some((summary, own)) = ask(task, |reply| Asked::Summary(space, reply)).await? else { return Ok(Compare::Off) };
+    let (mut send, mut recv) = open(connection, &Said::Compare { space, summary }).await?;
+    let compared = hear(&mut recv).await?;
+    let outcome = match compared {
+        Compared::Off => Compare::Off,
+        Compared::Same => Compare::Equal,
+        Compared::Differs { summary, buckets } => {
+            let mut even = Even { send: &mut send, recv: &mut recv, peer, space, task, summary, is_even: true };
+            let differing = own.iter().zip(&buckets).zip(0..BUCKETS).filter(|((own, other), _)| own != other);
+            for bucket in differing.filter_map(|(_, at)| u8::try_from(at).ok()) {
+                even.bucket(bucket).await?;
+            }
+            let is_even = even.is_even;
+            say(&mut send, &Ask::End).await?;
+            Compare::Differed { is_even }
+        }
+    };
+    let _finished_before = send.finish();
+    ended(&mut recv).await;
+    Ok(outcome)
+}
+
+/// One side of a comparison that found a difference.
+struct Even<'a> {
+    send: &'a mut SendStream,
+    recv: &'a mut RecvStream,
+    peer: &'a NodeName,
+    space: Space,
+    task: &'a mpsc::Sender<Order>,
+    summary: Summary,
+    is_even: bool,
+}
+
+impl Even<'_> {
+    async fn bucket(&mut self, bucket: u8) -> Result<(), ExchangeError> {
+        let (mut digests, mut after, space) = (Vec::new(), None, self.space);
+        for _ in 0..PAGES_MAX {
+            say(self.send, &Ask::Digests { bucket, after }).await?;
+            let page: Page = hear(self.recv).await?;
+            after = page.digests.last().map(|digest| digest.key);
+            digests.extend(page.digests);
+            if page.is_last || after.is_none() {
+                break;
+            }
+        }
+        let summary = self.summary;
+        let plan = ask(self.task, |reply| Asked::Plan(space, summary, bucket, digests, reply)).await?;
+        for key in plan.pull {
+            say(self.send, &Ask::Want(key)).await?;
+            let head: Option<Head> = hear(self.recv).await?;
+            // It went meanwhile: the next comparison tells.
+            let Some(head) = head else { continue };
+            let record = hear_value(self.recv, head).await?;
+            let peer = self.peer.clone();
+            let verdict = ask(self.task, |reply| Asked::Take(peer, space, record, reply)).await?;
+            self.is_even &= matches!(verdict, Verdict::Held | Verdict::Older);
+        }
+        for key in plan.give {
+            let Some(record) = ask(self.task, |reply| Asked::Record(space, key, reply)).await? else { continue };
+            say(self.send, &Ask::Take(Head::of(&record))).await?;
+            let mut verdict: Verdict = hear(self.recv).await?;
+            if verdict == Verdict::Send {
+                say_value(self.send, &record).await?;
+                verdict = hear(self.recv).await?;
+            }
+            self.is_even &= matches!(verdict, Verdict::Held | Verdict::Older);
+        }
+        Ok(())
+    }
+}
+
+/// Answers what `peer` says about shared maps; `first` is the content of its first frame.
+pub(in crate::gossip) async fn serve(
+    peer: NodeName,
+    first: Vec<u8>,
+    (send, recv): (&mut SendStream, &mut RecvStream),
+    desk: &Desk,
+) -> Result<(), ExchangeError> {
+    let answered = async {
+        match wire::decode::<Said>(&first, FRAME_BYTES_MAX)? {
+            Said::Push { space, head } => take(&peer, space, head, (&mut *send, &mut *recv), desk).await?,
+            Said::Compare { space, summary } => {
+                let compared = ask(&desk.orders, |reply| Asked::Compared(space, summary, reply)).await?;
+                say(send, &compared).await?;
+                if matches!(compared, Compared::Differs { .. }) {
+                    answer_questions(&peer, space, (&mut *send, &mut *recv), desk).await?;
+                }
+            }
+        }
+        let _finished_before = send.finish();
+        ended(recv).await;
+        Ok(())
+    };
+    tokio::time::timeout(COMPARE_TIME_MAX, answered).await.unwrap_or(Err(ExchangeError::Late))
+}
+
+async fn answer_questions(
+    peer: &NodeName,
+    space: Space,
+    (send, recv): (&mut SendStream, &mut RecvStream),
+    desk: &Desk,
+) -> Result<(), ExchangeError> {
+    let task = &desk.orders;
+    loop {
+        match hear(recv).await? {
+            Ask::Digests { bucket, after } => {
+                let page = ask(task, |reply| Asked::page(space, bucket, after, reply)).await?;
+                say(send, &page).await?;
+            }
+            Ask::Want(key) => {
+                let record = ask(task, |reply| Asked::Record(space, key, reply)).await?;
+                say(send, &record.as_ref().map(Head::of)).await?;
+                if let Some(record) = record {
+                    say_value(send, &record).await?;
+                }
+            }
+            Ask::Take(head) => take(peer, space, head, (&mut *send, &mut *recv), desk).await?,
+            Ask::End => return Ok(()),
+        }
+    }
+}
+
+/// Judges a record by its head and takes it, with its value, if it is news.
+async fn take(
+    peer: &NodeName,
+    space: Space,
+    head: Head,
+    (send, recv): (&mut SendStream, &mut RecvStream),
+    desk: &Desk,
+) -> Result<(), ExchangeError> {
+    let judged = head.clone();
+    let mut verdict = ask(&desk.orders, |reply| Asked::Judge(space, judged, reply)).await?;
+    if verdict == Verdict::Send {
+        let has_value = head.body.is_some();
+        // A place for as long as the value is read: it is at most ten seconds.
+        let place = if has_value { desk.places.acquire().await.ok() } else { None };
+        if has_value {
+            say(send, &verdict).await?;
+        }
+        let record = hear_value(recv, head).await?;
+        let peer = peer.clone();
+        verdict = ask(&desk.orders, |reply| Asked::Take(peer, space, record, reply)).await?;
+        drop(place);
+    }
+    say(send, &verdict).await
+}
+
+/// A message about shared maps: the first byte says which, the rest is a frame; whether it decodes. See `crate::fuzz`.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(bytes: &[u8]) -> bool {
+    use crate::fuzz::stable;
+    let Some((kind, frame)) = bytes.split_first() else { return false };
+    match kind {
+        0 => stable::<Said>(frame, FRAME_BYTES_MAX).is_some(),
+        1 => stable::<Verdict>(frame, FRAME_BYTES_MAX).is_some(),
+        2 => stable::<Compared>(frame, FRAME_BYTES_MAX).is_some(),
+        3 => stable::<Ask>(frame, FRAME_BYTES_MAX).is_some(),
+        4 => stable::<Page>(frame, FRAME_BYTES_MAX).is_some(),
+        _ => stable::<Option<Head>>(frame, FRAME_BYTES_MAX).is_some(),
+    }
+}

@@ -1,0 +1,617 @@
+//! The task: `select -> apply`.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom as _;
+use rand::{RngExt as _, SeedableRng as _};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, error, warn};
+
+use super::carry::{self, Asked, Compare, Compared, Page, Verdict};
+use super::disk::{self, Stored, Times};
+use super::{
+    Answer, COMPARES_MAX, Changes, Externals, FORWARDS, KV_BYTES_DEFAULT, ORIGIN_PUSHES, Order, PUSH_TIME_MAX,
+    PUSHES_MAX, PUSHES_WAITING_MAX, SharedError, SharedHandle, SharedMetrics, SharedParams, SharedStore, Space,
+    WAITERS_MAX, WRITING_BYTES_MAX, Write,
+};
+use crate::clock;
+use crate::gossip::documents::Around;
+use crate::gossip::exchange::ExchangeError;
+use crate::gossip::reach::reach;
+use crate::gossip::{Command, MemberView, Members};
+use crate::lww::{Merged, Record, Refused, Scope, Table};
+use crate::metrics::Metrics;
+use crate::model::{MemberStatus, NodeName};
+use crate::transport::ControlTransport;
+
+/// How many members a node compares with when it finds the first others alive.
+const JOIN_COMPARES: usize = 3;
+/// How many times rarer comparisons are while the last ones found nothing.
+const QUIET_FACTOR: u32 = 6;
+/// What is known of other replicas goes to disk this often.
+const TIMES_KEPT_EVERY: Duration = Duration::from_mins(1);
+
+/// A push that waits. The record is read when it begins: a newer one may have come.
+#[derive(Debug, Clone)]
+struct Push {
+    to: MemberView,
+    space: Space,
+    key: Arc<str>,
+}
+
+#[derive(Debug)]
+struct Waiter {
+    scope: Scope,
+    index: u64,
+    reply: oneshot::Sender<()>,
+}
+
+type WriteReply = oneshot::Sender<Result<(), SharedError>>;
+
+#[derive(Debug)]
+enum Done {
+    Pushed(NodeName, Space, Result<carry::Verdict, ExchangeError>),
+    Compared(NodeName, Result<Vec<(Space, Compare)>, ExchangeError>),
+    Written(Vec<WriteReply>, Result<(), String>),
+}
+
+#[derive(Debug)]
+enum Event {
+    Stop,
+    Order(Order),
+    Done(Done),
+    Members,
+    Wake,
+}
+
+/// The task's state.
+pub(in crate::gossip) struct Task {
+    own: NodeName,
+    tables: BTreeMap<Space, Table>,
+    waiters: BTreeMap<Space, Vec<Waiter>>,
+    store: Arc<dyn SharedStore>,
+    transport: ControlTransport,
+    gossip: mpsc::Sender<Command>,
+    orders: mpsc::Receiver<Order>,
+    orders_sender: mpsc::Sender<Order>,
+    members: watch::Receiver<Arc<Members>>,
+    have_members_ended: bool,
+    known_alive: BTreeSet<NodeName>,
+    externals: watch::Sender<Externals>,
+    metrics: SharedMetrics,
+    rng: StdRng,
+    work: JoinSet<Done>,
+    waiting_pushes: VecDeque<Push>,
+    pushes: usize,
+    compares: BTreeSet<NodeName>,
+    /// What goes to the disk next, and who waits for it; one write runs at a time.
+    changes: BTreeMap<String, Option<Vec<u8>>>,
+    changed_bytes: usize,
+    writers: Vec<WriteReply>,
+    is_writing: bool,
+    times_kept_at: Instant,
+    interval: Duration,
+    next_compare: Instant,
+    is_quiet: bool,
+    stop: CancellationToken,
+}
+
+impl Task {
+    pub(in crate::gossip) fn new(
+        params: SharedParams,
+        around: Around,
+        first_index: u64,
+        members: watch::Receiver<Arc<Members>>,
+        (orders_sender, orders): (mpsc::Sender<Order>, mpsc::Receiver<Order>),
+        metrics: &Metrics,
+    ) -> Result<(Self, SharedHandle), prometheus::Error> {
+        let (externals, external_reader) = watch::channel(Externals::default());
+        let handle = SharedHandle { orders: orders_sender.clone(), externals: external_reader };
+        let (tables, unwanted) = load(&params, first_index);
+        let mut task = Self {
+            own: around.own,
+            tables,
+            waiters: BTreeMap::new(),
+            store: params.store,
+            transport: around.transport,
+            gossip: around.gossip,
+            orders,
+            orders_sender,
+            members,
+            have_members_ended: false,
+            known_alive: BTreeSet::new(),
+            externals,
+            metrics: SharedMetrics::new(metrics)?,
+            rng: StdRng::seed_from_u64(rand::random()),
+            work: JoinSet::new(),
+            waiting_pushes: VecDeque::new(),
+            pushes: 0,
+            compares: BTreeSet::new(),
+            changes: unwanted.into_iter().map(|name| (name, None)).collect(),
+            changed_bytes: 0,
+            writers: Vec::new(),
+            is_writing: false,
+            times_kept_at: clock::now(),
+            interval: around.interval,
+            next_compare: clock::now() + around.interval,
+            is_quiet: false,
+            stop: around.stop,
+        };
+        task.show_externals();
+        for (space, table) in &task.tables {
+            task.metrics.show(*space, table);
+        }
+        Ok((task, handle))
+    }
+
+    pub(in crate::gossip) async fn run(mut self) {
+        loop {
+            match self.select().await {
+                Event::Stop => break,
+                Event::Order(order) => self.order(order),
+                Event::Done(done) => self.done(done),
+                Event::Members => self.members_changed(),
+                Event::Wake => {}
+            }
+            let now = clock::now();
+            if self.next_compare <= now {
+                self.tick(now);
+            }
+            self.start_write();
+            self.start_pushes();
+        }
+        self.work.shutdown().await;
+        // What peers brought is answered already; clients whose write is under way hear that the agent stops.
+        let (changes, store) = (self.take_changes(), self.store);
+        if !changes.is_empty()
+            && let Ok(Err(error)) = tokio::task::spawn_blocking(move || store.write(&changes)).await
+        {
+            error!(error, "shared records could not be kept on disk; others bring them again");
+        }
+    }
+
+    /// Waits for the next event. Cancel safe: every branch is.
+    async fn select(&mut self) -> Event {
+        let has_room = self.changed_bytes < WRITING_BYTES_MAX;
+        tokio::select! {
+            () = self.stop.cancelled() => Event::Stop,
+            Some(done) = self.work.join_next() => match done {
+                Ok(done) => Event::Done(done),
+                Err(error) => {
+                    error!(%error, "work on shared records failed");
+                    Event::Wake
+                }
+            },
+            Some(order) = self.orders.recv(), if has_room => Event::Order(order),
+            changed = self.members.changed(), if !self.have_members_ended => {
+                self.have_members_ended = changed.is_err();
+                Event::Members
+            }
+            () = tokio::time::sleep_until(self.next_compare) => Event::Wake,
+        }
+    }
+
+    // Orders.
+
+    fn order(&mut self, order: Order) {
+        match order {
+            Order::Read(space, scope, reply) => answer(reply, self.read(space, &scope)),
+            Order::Wait(space, scope, index, reply) => self.wait(space, scope, index, reply),
+            Order::Write(space, write, reply) => match self.write(space, write) {
+                Ok(()) => self.writers.push(reply),
+                Err(error) => answer(reply, Err(error)),
+            },
+            Order::Peer(asked) => self.asked(asked),
+        }
+    }
+
+    fn read(&self, space: Space, scope: &Scope) -> Result<Answer, SharedError> {
+        let table = self.tables.get(&space).ok_or(SharedError::Off)?;
+        let rows = table.read(scope).map(|(key, row, _)| (Arc::clone(key), row.clone())).collect();
+        Ok(Answer { rows, index: table.index_of(scope), newest: table.index() })
+    }
+
+    fn wait(&mut self, space: Space, scope: Scope, index: u64, reply: oneshot::Sender<()>) {
+        let Some(table) = self.tables.get(&space) else { return };
+        if table.index_of(&scope) > index {
+            return answer(reply, ());
+        }
+        let waiters = self.waiters.entry(space).or_default();
+        if waiters.len() >= WAITERS_MAX {
+            waiters.retain(|waiter| !waiter.reply.is_closed());
+        }
+        // Dropping the reply says that there is no place.
+        if waiters.len() < WAITERS_MAX {
+            waiters.push(Waiter { scope, index, reply });
+        }
+    }
+
+    fn write(&mut self, space: Space, write: Write) -> Result<(), SharedError> {
+        let now_ms = clock::wall_ms();
+        let table = self.tables.get_mut(&space).ok_or(SharedError::Off)?;
+        let written = match write {
+            Write::Put { key, body } => table.put(&key, body, &self.own, now_ms).map(|record| vec![record]),
+            Write::Delete(scope) => {
+                let keys: Vec<Arc<str>> = table.read(&scope).map(|(key, ..)| Arc::clone(key)).collect();
+                Ok(keys.iter().filter_map(|key| table.delete(key, &self.own, now_ms)).collect())
+            }
+        };
+        let label = if written.is_ok() { "ok" } else { "refused" };
+        self.metrics.writes.with_label_values(&[space.as_str(), label]).inc();
+        for record in written? {
+            self.changed(space, &record.key);
+            self.spread(space, &record.key, None);
+        }
+        Ok(())
+    }
+
+    fn asked(&mut self, asked: Asked) {
+        match asked {
+            Asked::Judge(space, head, reply) => {
+                let verdict = self.tables.get(&space).map_or(Verdict::Off, |table| {
+                    let judged = table.would_take(&head.key, &head.stamp, head.value_bytes(), clock::wall_ms());
+                    match judged {
+                        Ok(Merged::Taken) => Verdict::Send,
+                        Ok(Merged::Known) => Verdict::Held,
+                        Ok(Merged::Older) => Verdict::Older,
+                        Err(refused) => Verdict::Refused(refused.to_string()),
+                    }
+                });
+                let is_known = self.tables.get(&space).and_then(|table| table.row(&head.key));
+                let is_known = is_known.is_some_and(|row| row.stamp == head.stamp);
+                answer(reply, if is_known && verdict == Verdict::Send { Verdict::Held } else { verdict });
+            }
+            Asked::Take(peer, space, record, reply) => answer(reply, self.take(&peer, space, record)),
+            Asked::Compared(space, theirs, reply) => answer(reply, self.compared(space, &theirs)),
+            Asked::Summary(space, reply) => {
+                let table = self.tables.get(&space);
+                answer(reply, table.map(|table| (table.summary(), table.buckets().to_vec())));
+            }
+            Asked::Digests(space, bucket, after, reply) => {
+                let page = self.tables.get(&space).map(|table| table.digests(bucket, after, carry::page_digests()));
+                let (digests, is_last) = page.unwrap_or((Vec::new(), true));
+                answer(reply, Page { digests, is_last });
+            }
+            Asked::Record(space, key, reply) => {
+                answer(reply, self.tables.get(&space).and_then(|table| table.record(&key)));
+            }
+            Asked::Plan(space, theirs, bucket, digests, reply) => {
+                let plan = self.tables.get_mut(&space).map(|table| table.plan(&theirs, bucket, &digests));
+                let plan = plan.unwrap_or_default();
+                if !plan.dropped.is_empty() {
+                    warn!(
+                        space = space.as_str(),
+                        records = plan.dropped.len(),
+                        "this node was away for longer than deletions are remembered: records that the others no longer have were dropped"
+                    );
+                }
+                for key in &plan.dropped {
+                    self.changed(space, key);
+                }
+                answer(reply, plan);
+            }
+        }
+    }
+
+    /// Takes a peer's record.
+    fn take(&mut self, peer: &NodeName, space: Space, record: Record) -> Verdict {
+        let Some(table) = self.tables.get_mut(&space) else { return Verdict::Off };
+        let key = Arc::clone(&record.key);
+        let merged = table.merge(record, clock::wall_ms());
+        let label = match &merged {
+            Ok(Merged::Taken) => "taken",
+            Ok(Merged::Known) => "known",
+            Ok(Merged::Older) => "older",
+            Err(Refused::Full { .. }) => "full",
+            Err(_) => "refused",
+        };
+        self.metrics.taken.with_label_values(&[space.as_str(), label]).inc();
+        match merged {
+            Ok(Merged::Taken) => {
+                self.changed(space, &key);
+                self.spread(space, &key, Some(peer));
+                Verdict::Held
+            }
+            Ok(Merged::Known) => Verdict::Held,
+            Ok(Merged::Older) => Verdict::Older,
+            Err(refused) => {
+                debug!(%peer, space = space.as_str(), error = %refused, "a peer's shared record is refused");
+                Verdict::Refused(refused.to_string())
+            }
+        }
+    }
+
+    fn compared(&mut self, space: Space, theirs: &crate::lww::Summary) -> Compared {
+        let Some(table) = self.tables.get_mut(&space) else { return Compared::Off };
+        let summary = table.summary();
+        if summary.set_hash == theirs.set_hash {
+            table.synced(clock::wall_ms());
+            return Compared::Same;
+        }
+        Compared::Differs { summary, buckets: table.buckets().to_vec() }
+    }
+
+    // What follows from a change.
+
+    /// Notes that `key` is another: for the disk, for those who wait, for the metrics.
+    fn changed(&mut self, space: Space, key: &str) {
+        let Some(table) = self.tables.get_mut(&space) else { return };
+        let purged = table.purge(clock::wall_ms());
+        let keys = purged.iter().map(|key| &**key).chain([key]);
+        if space.is_durable() {
+            for key in keys.clone() {
+                let bytes = table.row(key).map(disk::row);
+                self.changed_bytes += bytes.as_ref().map_or(0, Vec::len);
+                self.changes.insert(disk::name(space, key), bytes);
+            }
+            if !purged.is_empty() {
+                self.changes.insert(disk::times_name(space), Some(disk::times(times(table))));
+            }
+        }
+        self.metrics.show(space, table);
+        let table = &*table;
+        let keys: Vec<&str> = keys.collect();
+        if let Some(waiters) = self.waiters.get_mut(&space) {
+            let is_touched = |waiter: &mut Waiter| keys.iter().any(|key| waiter.scope.covers(key));
+            for waiter in waiters.extract_if(.., is_touched).collect::<Vec<_>>() {
+                if table.index_of(&waiter.scope) > waiter.index {
+                    answer(waiter.reply, ());
+                } else {
+                    waiters.push(waiter);
+                }
+            }
+        }
+        if space == Space::External {
+            self.show_externals();
+        }
+    }
+
+    fn show_externals(&self) {
+        let Some(table) = self.tables.get(&Space::External) else { return };
+        let all = Scope::Prefix(String::new());
+        let shown = table.read(&all).map(|(key, _, body)| (Arc::clone(key), Arc::clone(body))).collect();
+        self.externals.send_replace(Arc::new(shown));
+    }
+
+    fn take_changes(&mut self) -> Changes {
+        self.changed_bytes = 0;
+        std::mem::take(&mut self.changes).into_iter().collect()
+    }
+
+    /// Brings what has changed to the disk, unless a write runs.
+    fn start_write(&mut self) {
+        if self.is_writing || (self.changes.is_empty() && self.writers.is_empty()) {
+            return;
+        }
+        self.is_writing = true;
+        let (changes, writers) = (self.take_changes(), std::mem::take(&mut self.writers));
+        let store = Arc::clone(&self.store);
+        self.work.spawn_blocking(move || {
+            let written = if changes.is_empty() { Ok(()) } else { store.write(&changes) };
+            Done::Written(writers, written)
+        });
+    }
+
+    // Spreading.
+
+    fn alive(&self) -> Vec<MemberView> {
+        let members = self.members.borrow();
+        let others = members.members.iter().filter(|member| member.name != self.own);
+        others.filter(|member| member.status == MemberStatus::Alive).cloned().collect()
+    }
+
+    /// Pushes the record of `key`: an own one to many, one that `from` brought to a few others.
+    fn spread(&mut self, space: Space, key: &Arc<str>, from: Option<&NodeName>) {
+        let mut others = self.alive();
+        others.retain(|member| Some(&member.name) != from);
+        let most = if from.is_none() { ORIGIN_PUSHES } else { FORWARDS };
+        let chosen: Vec<MemberView> = others.sample(&mut self.rng, most).cloned().collect();
+        for to in chosen {
+            if self.waiting_pushes.len() < PUSHES_WAITING_MAX {
+                self.waiting_pushes.push_back(Push { to, space, key: Arc::clone(key) });
+            } else {
+                self.is_quiet = false;
+            }
+        }
+    }
+
+    fn start_pushes(&mut self) {
+        while self.pushes < PUSHES_MAX {
+            let Some(Push { to, space, key }) = self.waiting_pushes.pop_front() else { return };
+            let hash = crate::lww::key_hash(&key);
+            let Some(record) = self.tables.get(&space).and_then(|table| table.record(&hash)) else { continue };
+            self.pushes += 1;
+            let (name, reach) = (to.name.clone(), reach(self.gossip.clone(), self.transport.clone(), to));
+            self.work.spawn(async move {
+                let pushed = async {
+                    let connection = reach.await?;
+                    carry::push(&connection, space, &record).await
+                };
+                let result = tokio::time::timeout(PUSH_TIME_MAX, pushed).await.unwrap_or(Err(ExchangeError::Late));
+                Done::Pushed(name, space, result)
+            });
+        }
+    }
+
+    fn done(&mut self, done: Done) {
+        match done {
+            Done::Pushed(to, space, result) => {
+                self.pushes = self.pushes.saturating_sub(1);
+                let label = match &result {
+                    Ok(Verdict::Held | Verdict::Older | Verdict::Off) => "ok",
+                    Ok(Verdict::Send | Verdict::Refused(_)) => "refused",
+                    Err(_) => "failed",
+                };
+                self.metrics.pushes.with_label_values(&[label]).inc();
+                match result {
+                    Ok(Verdict::Refused(reason)) => {
+                        debug!(peer = %to, space = space.as_str(), reason, "peer refuses a shared record");
+                    }
+                    Ok(_) => {}
+                    Err(error) => {
+                        // The comparisons bring it.
+                        self.is_quiet = false;
+                        debug!(peer = %to, error = error.explain(None), "shared record was not pushed");
+                    }
+                }
+            }
+            Done::Compared(peer, result) => self.comparison_ended(&peer, result),
+            Done::Written(writers, written) => {
+                self.is_writing = false;
+                if let Err(error) = &written {
+                    error!(error, "shared records count but are not on disk");
+                }
+                for writer in writers {
+                    answer(writer, written.clone().map_err(SharedError::Store));
+                }
+            }
+        }
+    }
+
+    fn comparison_ended(&mut self, peer: &NodeName, result: Result<Vec<(Space, Compare)>, ExchangeError>) {
+        self.compares.remove(peer);
+        self.metrics.comparisons.with_label_values(&[if result.is_ok() { "ok" } else { "failed" }]).inc();
+        let compared = match result {
+            Ok(compared) => compared,
+            Err(error) => {
+                self.is_quiet = false;
+                return debug!(%peer, error = error.explain(None), "shared records were not compared");
+            }
+        };
+        let now_ms = clock::wall_ms();
+        for (space, compare) in &compared {
+            if matches!(compare, Compare::Equal | Compare::Differed { is_even: true })
+                && let Some(table) = self.tables.get_mut(space)
+            {
+                table.synced(now_ms);
+            }
+        }
+        self.is_quiet = !compared.iter().any(|(_, compare)| matches!(compare, Compare::Differed { .. }));
+        if !self.is_quiet {
+            self.next_compare = self.next_compare.min(clock::now() + self.interval);
+        }
+    }
+
+    fn members_changed(&mut self) {
+        self.members.mark_unchanged();
+        let alive = self.alive();
+        let asked: Vec<MemberView> = if self.known_alive.is_empty() {
+            alive.sample(&mut self.rng, JOIN_COMPARES).cloned().collect()
+        } else {
+            let share = (alive.len() / JOIN_COMPARES).max(1);
+            let fresh = alive.iter().filter(|member| !self.known_alive.contains(&member.name));
+            fresh.filter(|_| self.rng.random_range(0..share) == 0).cloned().collect()
+        };
+        self.known_alive = alive.into_iter().map(|member| member.name).collect();
+        for peer in asked {
+            self.compare(peer);
+        }
+    }
+
+    /// Lets go what is over, compares with a random member.
+    fn tick(&mut self, now: Instant) {
+        let pause = self.interval * if self.is_quiet { QUIET_FACTOR } else { 1 };
+        self.next_compare = now + pause.mul_f64(self.rng.random_range(0.75..1.25));
+        let is_due = now.saturating_duration_since(self.times_kept_at) >= TIMES_KEPT_EVERY;
+        for (space, table) in self.tables.iter_mut().filter(|(space, _)| space.is_durable()) {
+            let purged = table.purge(clock::wall_ms());
+            self.changes.extend(purged.iter().map(|key| (disk::name(*space, key), None)));
+            if is_due || !purged.is_empty() {
+                self.changes.insert(disk::times_name(*space), Some(disk::times(times(table))));
+            }
+            self.metrics.show(*space, table);
+        }
+        if is_due {
+            self.times_kept_at = now;
+            for waiters in self.waiters.values_mut() {
+                waiters.retain(|waiter| !waiter.reply.is_closed());
+            }
+        }
+        if let Some(peer) = self.partner() {
+            self.compare(peer);
+        }
+    }
+
+    /// Returns a member to compare with: a neighbour where the mesh is large, one that a connection leads to if there is one.
+    fn partner(&mut self) -> Option<MemberView> {
+        let mut alive = self.alive();
+        let near = self.members.borrow().neighbours.clone();
+        alive.retain(|member| near.is_empty() || near.contains(&member.name));
+        let reached = self.transport.live().nodes();
+        let linked: Vec<&MemberView> = alive.iter().filter(|member| reached.contains(&member.name)).collect();
+        let chosen = linked.choose(&mut self.rng).copied();
+        chosen.or_else(|| alive.choose(&mut self.rng)).cloned()
+    }
+
+    fn compare(&mut self, peer: MemberView) {
+        if self.compares.len() >= COMPARES_MAX || !self.compares.insert(peer.name.clone()) {
+            return;
+        }
+        let (name, orders) = (peer.name.clone(), self.orders_sender.clone());
+        let reach = reach(self.gossip.clone(), self.transport.clone(), peer);
+        let spaces: Vec<Space> = self.tables.keys().copied().collect();
+        self.work.spawn(async move {
+            let compared = async {
+                let connection = reach.await?;
+                let mut outcomes = Vec::new();
+                for space in spaces {
+                    outcomes.push((space, carry::compare(&connection, &name, space, &orders).await?));
+                }
+                Ok(outcomes)
+            };
+            let result = tokio::time::timeout(carry::COMPARE_TIME_MAX, compared).await;
+            Done::Compared(name.clone(), result.unwrap_or(Err(ExchangeError::Late)))
+        });
+    }
+}
+
+fn times(table: &Table) -> Times {
+    let summary = table.summary();
+    Times { synced_ms: summary.synced_ms, purged_ms: summary.purged_ms }
+}
+
+/// Reads the rows of the last run, and the names of those that are unreadable.
+fn load(params: &SharedParams, first_index: u64) -> (BTreeMap<Space, Table>, Vec<String>) {
+    let is_on = |space: &Space| *space != Space::Kv || params.kv_bytes_max.is_some();
+    let kv_bytes_max = params.kv_bytes_max.unwrap_or(KV_BYTES_DEFAULT);
+    let limits = |space: Space| space.limits(kv_bytes_max);
+    let spaces = Space::ALL.into_iter().filter(is_on);
+    let mut tables: BTreeMap<Space, Table> =
+        spaces.map(|space| (space, Table::new(limits(space), first_index))).collect();
+    let mut unwanted = Vec::new();
+    let rows = params.store.rows().unwrap_or_else(|error| {
+        error!(error, "shared records of the last run cannot be read; others bring them again");
+        Vec::new()
+    });
+    for (name, bytes) in rows {
+        match disk::read(&name, &bytes) {
+            Some(Stored::Row { space, record, created, modified }) => {
+                // Of a map that is off: kept for the day when it is on again.
+                if let Some(table) = tables.get_mut(&space) {
+                    table.restore(record, created, modified);
+                }
+            }
+            Some(Stored::Times(space, times)) => {
+                if let Some(table) = tables.get_mut(&space) {
+                    table.restore_times(times.synced_ms, times.purged_ms);
+                }
+            }
+            None => {
+                warn!(record = name, "a shared record on disk is unreadable and is removed; others bring it again");
+                unwanted.push(name);
+            }
+        }
+    }
+    (tables, unwanted)
+}
+
+/// Answers if the other side still waits.
+fn answer<T>(reply: oneshot::Sender<T>, value: T) {
+    let _unwanted = reply.send(value);
+}
