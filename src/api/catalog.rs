@@ -188,7 +188,7 @@ fn sidecars(shared: &Shared, snapshot: &Snapshot, local: &LocalState) -> Vec<Arc
 
 /// Makes the synthetic proxy of `owner`: its node's mesh port, as healthy as the owner. None for a name or id that is too
 /// long for its suffix.
-fn proxy(owner: &Instance) -> Option<Arc<Instance>> {
+pub(super) fn proxy(owner: &Instance) -> Option<Arc<Instance>> {
     let proxy = ServiceRecord {
         id: shape::sidecar_id(owner.record.id.as_str()).parse().ok()?,
         name: shape::sidecar_id(owner.record.name.as_str()).parse().ok()?,

@@ -37,17 +37,20 @@ async fn entries(call: Call, pick: Pick) -> Result<Reply, Refusal> {
     if let Some(trips) = trips {
         trips.order(&mut instances, |instance| instance.node.info.name.as_str());
     }
-    let entries = instances.iter().map(|instance| {
-        let local = catalog::local_of(&call.shared, &instance.node, &local);
-        let mut checks = node_checks(&instance.node, local);
-        checks.extend(instance_checks(instance, local));
-        json!({
-            "Node": shape::node(&instance.node),
-            "Service": shape::health_service(instance, local),
-            "Checks": checks,
-        })
-    });
+    let entries = instances.iter().map(|instance| entry(&call.shared, instance, &local));
     Reply::at_index(&call, &entries.collect::<Vec<Value>>(), index)
+}
+
+/// An instance with its node and its checks.
+pub(super) fn entry(shared: &Shared, instance: &Instance, local: &LocalState) -> Value {
+    let local = catalog::local_of(shared, &instance.node, local);
+    let mut checks = node_checks(&instance.node, local);
+    checks.extend(instance_checks(instance, local));
+    json!({
+        "Node": shape::node(&instance.node),
+        "Service": shape::health_service(instance, local),
+        "Checks": checks,
+    })
 }
 
 /// `GET /v1/health/checks/:name`: the checks of one service's instances.

@@ -35,6 +35,8 @@ mod mesh;
 mod meter;
 mod monitor;
 mod near;
+mod prepared;
+mod prepared_definition;
 mod query;
 mod records;
 mod routes;

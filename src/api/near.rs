@@ -41,7 +41,7 @@ impl RoundTrips {
     }
 
     /// Measures.
-    async fn now(call: &Call) -> Result<Self, Refusal> {
+    pub(super) async fn now(call: &Call) -> Result<Self, Refusal> {
         let mut measured = call.shared.membership.round_trips().await?;
         measured.insert(call.shared.node.name.clone(), Duration::ZERO);
         Ok(Self(measured))

@@ -17,7 +17,7 @@ use super::guard::{Arrival, Right};
 use super::query::Query;
 use super::{
     BODY_BYTES_MAX, Shared, agent, catalog, check, connect, documents, entry, event, health, host, intention, kv, maintain,
-    mesh, monitor, near, status, why,
+    mesh, monitor, near, prepared, status, why,
 };
 use crate::clock;
 
@@ -112,6 +112,13 @@ pub(super) const ROUTES: &[Route] = &[
     route!(GET "/v1/kv/{*key}" kv::get),
     route!(PUT "/v1/kv/{*key}" kv::put, Services),
     route!(DELETE "/v1/kv/{*key}" kv::delete, Services),
+    route!(GET "/v1/query" prepared::list),
+    route!(POST "/v1/query" prepared::create),
+    route!(GET "/v1/query/{id}" prepared::one),
+    route!(PUT "/v1/query/{id}" prepared::update),
+    route!(DELETE "/v1/query/{id}" prepared::delete),
+    route!(GET "/v1/query/{id}/execute" prepared::execute),
+    route!(GET "/v1/query/{id}/explain" prepared::explain),
     route!(PUT "/v1/event/fire/{name}" event::fire),
     route!(GET "/v1/event/list" event::list),
     route!(GET "/v1/status/leader" status::leader),
@@ -133,11 +140,6 @@ pub(super) const REFUSED: &[(&str, StatusCode, &str)] = &[
         "/v1/coordinate/update",
         StatusCode::NOT_IMPLEMENTED,
         "weft measures round trips by itself: no client sets a coordinate",
-    ),
-    (
-        "/v1/query",
-        StatusCode::NOT_IMPLEMENTED,
-        "this version of weft has no prepared queries; GET /v1/health/service/:name?passing&near=_agent answers most of them",
     ),
     (
         "/v1/catalog/register",

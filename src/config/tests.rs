@@ -39,6 +39,24 @@ fn every_problem_of_every_source_is_reported_in_one_run() {
 }
 
 #[test]
+fn the_key_value_store_is_off_unless_it_is_turned_on_within_its_bounds() {
+    let bytes_max = |kv: Value| load_json(Mode::Dev, json!({"kv": kv})).unwrap().kv_bytes_max;
+    assert_eq!(load_json(Mode::Dev, json!({})).unwrap().kv_bytes_max, None);
+    assert_eq!(bytes_max(json!({"enabled": false, "bytes_max": 2_000_000})), None);
+    assert_eq!(bytes_max(json!({"enabled": true})), Some(16 * 1024 * 1024));
+    assert_eq!(bytes_max(json!({"enabled": true, "bytes_max": 2_000_000})), Some(2_000_000));
+    for (kv, want) in [
+        (json!({"enabled": true, "bytes_max": 1000}), "kv.bytes_max = 1000: must be 1048576 to 1073741824 bytes"),
+        (json!({"enabled": "yes"}), "kv.enabled"),
+        (json!({"cas": true}), "kv.cas: is not known"),
+        (json!(true), "must be a block, such as kv { enabled = true }"),
+    ] {
+        let text = load_json(Mode::Dev, json!({"kv": kv})).unwrap_err().to_string();
+        assert!(text.contains(want), "missing {want:?} in:\n{text}");
+    }
+}
+
+#[test]
 fn each_rule_between_keys_is_named_with_what_to_do() {
     #[track_caller]
     fn check(mode: Mode, value: Value, want: &str) {

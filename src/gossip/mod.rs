@@ -53,7 +53,7 @@ pub use self::documents::{
 };
 pub use self::links::LINKS_MAX;
 pub use self::shared::{
-    Answer, Changes, EVENT_BYTES_MAX, EVENTS_MAX, Externals, KV_BYTES_DEFAULT, KV_KEY_BYTES_MAX, KV_VALUE_BYTES_MAX,
+    Answer, Changes, EVENT_BYTES_MAX, EVENTS_MAX, KV_BYTES_DEFAULT, KV_KEY_BYTES_MAX, KV_VALUE_BYTES_MAX,
     SharedError, SharedHandle, SharedParams, SharedStore, Space, Write,
 };
 use crate::catalogue::SnapshotReader;

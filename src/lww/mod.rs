@@ -1,4 +1,4 @@
-//! Last-writer-wins maps that every agent holds: keys and values, prepared queries, user events, external nodes.
+//! Last-writer-wins maps that every agent holds: keys and values, prepared queries, user events.
 //!
 //! ```text
 //!   put, delete --> stamp (hybrid clock, node) --> row     Summary -> buckets -> digests -> plan: pull, give, drop

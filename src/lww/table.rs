@@ -428,7 +428,14 @@ impl Table {
         }
     }
 
-    /// Lets tombstones go whose time is over or that are too many, and the oldest rows of a map that keeps the newest;
+    /// Whether there is more than [`Self::purge`] would leave, the time aside. Cheap.
+    pub fn is_over(&self) -> bool {
+        let tombstones = self.rows.len().saturating_sub(self.live);
+        let has_rows_too_many = self.limits.keep == Keep::Newest && self.live > self.limits.rows_max;
+        tombstones > self.limits.tombstones_max || has_rows_too_many
+    }
+
+    /// Lets tombstones go whose time is over or that are too many (then an eighth more, so that it is seldom), and the oldest rows of a map that keeps the newest;
     /// returns the keys that left.
     pub fn purge(&mut self, now_ms: u64) -> Vec<Arc<str>> {
         let tombstones = self.rows.len().saturating_sub(self.live);
@@ -439,7 +446,8 @@ impl Table {
             dead.extend(all.map(|(key, row)| (row.stamp.ms, Arc::clone(key))));
             dead.sort_unstable();
         }
-        let too_many = dead.len().saturating_sub(self.limits.tombstones_max);
+        let most = self.limits.tombstones_max;
+        let too_many = if dead.len() > most { dead.len() - (most - most / 8) } else { 0 };
         let over = dead.iter().filter(|(ms, _)| ms.saturating_add(lease_ms) < now_ms).count();
         dead.truncate(too_many.max(over));
         let mut left = Vec::with_capacity(dead.len());

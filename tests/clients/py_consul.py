@@ -44,6 +44,34 @@ class Watch(threading.Thread):
         print("saw", [instance for _, instance, _ in want], flush=True)
 
 
+def keys_and_values(first, second):
+    """The key-value store, which this mesh has turned on, from one agent to the other."""
+    assert first.kv.put("app/one", "1", flags=7) is True
+    assert first.kv.put("app/two", b"\x00\xff") is True
+    index, one = first.kv.get("app/one")
+    assert (one["Value"], one["Flags"], one["Key"]) == (b"1", 7, "app/one"), one
+    deadline = time.monotonic() + 30
+    while second.kv.get("app/", keys=True)[1] != ["app/one", "app/two"]:
+        assert time.monotonic() < deadline, second.kv.get("app/", keys=True)
+        time.sleep(0.05)
+    assert second.kv.get("app/two")[1]["Value"] == b"\x00\xff"
+    assert [entry["Key"] for entry in second.kv.get("app/", recurse=True)[1]] == ["app/one", "app/two"]
+    assert second.kv.get("", keys=True, separator="/")[1] == ["app/"]
+    # A wait ends with the change, also with a deletion.
+    index, _ = second.kv.get("app/one")
+    assert first.kv.delete("app/one") is True
+    _, gone = second.kv.get("app/one", index=index, wait="30s")
+    assert gone is None, gone
+    for refused in (lambda: first.kv.put("app/one", "1", cas=0), lambda: first.kv.put("x" * 513, "1")):
+        try:
+            answer = refused()
+        except consul.ConsulException:
+            continue
+        raise AssertionError(answer)
+    assert first.kv.delete("app/", recurse=True) is True
+    assert first.kv.get("app/", keys=True)[1] is None
+
+
 def main():
     names = [first.agent.self()["Config"]["NodeName"], second.agent.self()["Config"]["NodeName"]]
     assert sorted(m["Name"] for m in first.agent.members()) == sorted(names)
@@ -106,6 +134,8 @@ def main():
         assert "501" in str(error) and "needs consensus" in str(error), repr(error)
     else:
         raise AssertionError(f"a session was made: {answer}")
+
+    keys_and_values(first, second)
 
     print("kill the second", flush=True)
     watch.wait(both[:1])

@@ -108,6 +108,7 @@ impl Drop for Running {
 /// Two agents of one mesh, on this run's addresses `last` and the next.
 struct Pair {
     _ca: Ca,
+    _files: TempDir,
     first: Agent,
     second: Agent,
 }
@@ -115,14 +116,17 @@ struct Pair {
 impl Pair {
     #[track_caller]
     fn start(last: u8) -> Self {
-        let ca = Ca::init("clients.test");
-        let first = Agent::start(&Spec::loopback(last, "n1", &["-issuer", path(&ca.issuer())]));
+        let (ca, files) = (Ca::init("clients.test"), TempDir::new().unwrap());
+        let kv = files.path().join("kv.hcl");
+        fs::write(&kv, "kv { enabled = true }\n").unwrap();
+        let with_kv = ["-config-file", path(&kv)];
+        let first = Agent::start(&Spec::loopback(last, "n1", &[&["-issuer", path(&ca.issuer())][..], &with_kv].concat()));
         let token = ca.token("n2", "*", "1h");
         let seed = loopback_ip(last).to_string();
-        let second = Agent::start(&Spec::loopback(last + 1, "n2", &["-join", &seed, "-token", &token]));
+        let second = Agent::start(&Spec::loopback(last + 1, "n2", &[&["-join", &seed, "-token", &token][..], &with_kv].concat()));
         first.wait_members(&["n1=1", "n2=1"]);
         second.wait_members(&["n1=1", "n2=1"]);
-        Self { _ca: ca, first, second }
+        Self { _ca: ca, _files: files, first, second }
     }
 
     fn addresses(&self) -> [String; 2] {

@@ -36,6 +36,7 @@ mod netns_documents;
 mod netns_faults;
 mod netns_identity;
 mod netns_policy;
+mod netns_shared;
 mod netns_threats;
 mod netns_traffic;
 mod schema;

@@ -31,7 +31,7 @@ const STEP_TIME_MAX: Duration = Duration::from_secs(10);
 /// Largest piece of a value.
 const CHUNK_BYTES: usize = 128 * 1024;
 /// Most digests in one frame, each at most 110 bytes long.
-const PAGE_DIGESTS: usize = 1024;
+pub(super) const PAGE_DIGESTS: usize = 1024;
 /// Most frames of digests of one bucket: twice the keys that a map holds may hash to one.
 const PAGES_MAX: usize = 160;
 
@@ -124,17 +124,6 @@ pub(in crate::gossip) enum Asked {
     Plan(Space, Summary, u8, Vec<Digest>, oneshot::Sender<Plan>),
 }
 
-impl Asked {
-    pub(super) fn page(space: Space, bucket: u8, after: Option<KeyHash>, reply: oneshot::Sender<Page>) -> Self {
-        Self::Digests(space, bucket, after, reply)
-    }
-}
-
-/// How many digests a page has.
-pub(super) fn page_digests() -> usize {
-    PAGE_DIGESTS
-}
-
 async fn ask<T>(
     task: &mpsc::Sender<Order>,
     question: impl FnOnce(oneshot::Sender<T>) -> Asked,
@@ -196,7 +185,7 @@ async fn open(connection: &Connection, said: &Said) -> Result<(SendStream, RecvS
 /// Pushes a record: its head, and its value if that is wanted.
 pub(super) async fn push(connection: &Connection, space: Space, record: &Record) -> Result<Verdict, ExchangeError> {
     let (mut send, mut recv) = open(connection, &Said::Push { space, head: Head::of(record) }).await?;
-    let mut verdict = hear(&mut recv).await?;
+    let mut verdict: Verdict = hear(&mut recv).await?;
     if verdict == Verdict::Send {
         say_value(&mut send, record).await?;
         verdict = hear(&mut recv).await?;
@@ -225,7 +214,7 @@ pub(super) async fn compare(
 ) -> Result<Compare, ExchangeError> {
     let Some((summary, own)) = ask(task, |reply| Asked::Summary(space, reply)).await? else { return Ok(Compare::Off) };
     let (mut send, mut recv) = open(connection, &Said::Compare { space, summary }).await?;
-    let compared = hear(&mut recv).await?;
+    let compared: Compared = hear(&mut recv).await?;
     let outcome = match compared {
         Compared::Off => Compare::Off,
         Compared::Same => Compare::Equal,
@@ -327,9 +316,9 @@ async fn answer_questions(
 ) -> Result<(), ExchangeError> {
     let task = &desk.orders;
     loop {
-        match hear(recv).await? {
+        match hear::<Ask>(recv).await? {
             Ask::Digests { bucket, after } => {
-                let page = ask(task, |reply| Asked::page(space, bucket, after, reply)).await?;
+                let page = ask(task, |reply| Asked::Digests(space, bucket, after, reply)).await?;
                 say(send, &page).await?;
             }
             Ask::Want(key) => {

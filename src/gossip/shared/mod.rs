@@ -1,5 +1,5 @@
-//! The owner of what all agents hold in common and any of them may write: keys and values, prepared queries, user events,
-//! external nodes.
+//! The owner of what all agents hold in common and any of them may write: keys and values, prepared queries, user
+//! events.
 //!
 //! ```text
 //!   API --write--> lww::Table --> disk --> answer          readers, watchers <-- orders
@@ -20,13 +20,12 @@ mod carry;
 mod disk;
 mod task;
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 
 #[cfg(any(test, fuzzing))]
 pub(crate) use self::carry::fuzz as fuzz_shared;
@@ -75,10 +74,7 @@ pub const EVENT_BYTES_MAX: usize = 4096;
 /// Most prepared queries, and the largest, in bytes.
 const QUERIES_MAX: usize = 1024;
 const QUERY_BYTES_MAX: usize = 16 * 1024;
-/// Most external nodes, and the largest with its services and checks, in bytes.
-const EXTERNALS_MAX: usize = 4096;
-const EXTERNAL_BYTES_MAX: usize = 64 * 1024;
-/// Most bytes of prepared queries, and of external nodes.
+/// Most bytes of prepared queries, and of events.
 const RECORDS_BYTES_MAX: u64 = 4 * 1024 * 1024;
 
 /// Which map.
@@ -90,13 +86,11 @@ pub enum Space {
     Query,
     /// User events, by id; in memory alone.
     Event,
-    /// Nodes without an agent, by name.
-    External,
 }
 
 impl Space {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Kv, Self::Query, Self::Event, Self::External];
+    pub const ALL: [Self; 3] = [Self::Kv, Self::Query, Self::Event];
 
     /// Its name in metrics and on disk.
     pub fn as_str(self) -> &'static str {
@@ -104,7 +98,6 @@ impl Space {
             Self::Kv => "kv",
             Self::Query => "query",
             Self::Event => "event",
-            Self::External => "external",
         }
     }
 
@@ -135,7 +128,6 @@ impl Space {
             Self::Event => {
                 Limits { rows_max: EVENTS_MAX, value_bytes_max: EVENT_BYTES_MAX, keep: Keep::Newest, ..limits }
             }
-            Self::External => Limits { rows_max: EXTERNALS_MAX, value_bytes_max: EXTERNAL_BYTES_MAX, ..limits },
         }
     }
 }
@@ -230,11 +222,7 @@ pub(super) enum Order {
 #[derive(Debug, Clone)]
 pub struct SharedHandle {
     orders: mpsc::Sender<Order>,
-    externals: watch::Receiver<Externals>,
 }
-
-/// External nodes as they were written, by name.
-pub type Externals = Arc<BTreeMap<Arc<str>, Arc<Body>>>;
 
 impl SharedHandle {
     /// What `scope` of `space` holds here.
@@ -271,11 +259,6 @@ impl SharedHandle {
         let (reply, answer) = oneshot::channel();
         self.orders.send(Order::Write(space, write, reply)).await.map_err(|_| SharedError::Closed)?;
         answer.await.map_err(|_| SharedError::Closed)?
-    }
-
-    /// The external nodes; wakes at each change.
-    pub fn externals(&self) -> watch::Receiver<Externals> {
-        self.externals.clone()
     }
 }
 

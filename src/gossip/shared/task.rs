@@ -16,7 +16,7 @@ use tracing::{debug, error, warn};
 use super::carry::{self, Asked, Compare, Compared, Page, Verdict};
 use super::disk::{self, Stored, Times};
 use super::{
-    Answer, COMPARES_MAX, Changes, Externals, FORWARDS, KV_BYTES_DEFAULT, ORIGIN_PUSHES, Order, PUSH_TIME_MAX,
+    Answer, COMPARES_MAX, Changes, FORWARDS, KV_BYTES_DEFAULT, ORIGIN_PUSHES, Order, PUSH_TIME_MAX,
     PUSHES_MAX, PUSHES_WAITING_MAX, SharedError, SharedHandle, SharedMetrics, SharedParams, SharedStore, Space,
     WAITERS_MAX, WRITING_BYTES_MAX, Write,
 };
@@ -83,7 +83,6 @@ pub(in crate::gossip) struct Task {
     members: watch::Receiver<Arc<Members>>,
     have_members_ended: bool,
     known_alive: BTreeSet<NodeName>,
-    externals: watch::Sender<Externals>,
     metrics: SharedMetrics,
     rng: StdRng,
     work: JoinSet<Done>,
@@ -111,10 +110,9 @@ impl Task {
         (orders_sender, orders): (mpsc::Sender<Order>, mpsc::Receiver<Order>),
         metrics: &Metrics,
     ) -> Result<(Self, SharedHandle), prometheus::Error> {
-        let (externals, external_reader) = watch::channel(Externals::default());
-        let handle = SharedHandle { orders: orders_sender.clone(), externals: external_reader };
+        let handle = SharedHandle { orders: orders_sender.clone() };
         let (tables, unwanted) = load(&params, first_index);
-        let mut task = Self {
+        let task = Self {
             own: around.own,
             tables,
             waiters: BTreeMap::new(),
@@ -126,7 +124,6 @@ impl Task {
             members,
             have_members_ended: false,
             known_alive: BTreeSet::new(),
-            externals,
             metrics: SharedMetrics::new(metrics)?,
             rng: StdRng::seed_from_u64(rand::random()),
             work: JoinSet::new(),
@@ -143,7 +140,6 @@ impl Task {
             is_quiet: false,
             stop: around.stop,
         };
-        task.show_externals();
         for (space, table) in &task.tables {
             task.metrics.show(*space, table);
         }
@@ -166,7 +162,15 @@ impl Task {
             self.start_write();
             self.start_pushes();
         }
+        while self.is_writing {
+            match self.work.join_next().await {
+                Some(Ok(done)) => self.done(done),
+                Some(Err(error)) => error!(%error, "work on shared records failed"),
+                None => break,
+            }
+        }
         self.work.shutdown().await;
+        self.keep_times();
         // What peers brought is answered already; clients whose write is under way hear that the agent stops.
         let (changes, store) = (self.take_changes(), self.store);
         if !changes.is_empty()
@@ -274,7 +278,7 @@ impl Task {
                 answer(reply, table.map(|table| (table.summary(), table.buckets().to_vec())));
             }
             Asked::Digests(space, bucket, after, reply) => {
-                let page = self.tables.get(&space).map(|table| table.digests(bucket, after, carry::page_digests()));
+                let page = self.tables.get(&space).map(|table| table.digests(bucket, after, carry::PAGE_DIGESTS));
                 let (digests, is_last) = page.unwrap_or((Vec::new(), true));
                 answer(reply, Page { digests, is_last });
             }
@@ -342,7 +346,7 @@ impl Task {
     /// Notes that `key` is another: for the disk, for those who wait, for the metrics.
     fn changed(&mut self, space: Space, key: &str) {
         let Some(table) = self.tables.get_mut(&space) else { return };
-        let purged = table.purge(clock::wall_ms());
+        let purged = if table.is_over() { table.purge(clock::wall_ms()) } else { Vec::new() };
         let keys = purged.iter().map(|key| &**key).chain([key]);
         if space.is_durable() {
             for key in keys.clone() {
@@ -367,16 +371,13 @@ impl Task {
                 }
             }
         }
-        if space == Space::External {
-            self.show_externals();
-        }
     }
 
-    fn show_externals(&self) {
-        let Some(table) = self.tables.get(&Space::External) else { return };
-        let all = Scope::Prefix(String::new());
-        let shown = table.read(&all).map(|(key, _, body)| (Arc::clone(key), Arc::clone(body))).collect();
-        self.externals.send_replace(Arc::new(shown));
+    /// Lets what is known of other replicas go to the disk.
+    fn keep_times(&mut self) {
+        for (space, table) in self.tables.iter().filter(|(space, _)| space.is_durable()) {
+            self.changes.insert(disk::times_name(*space), Some(disk::times(times(table))));
+        }
     }
 
     fn take_changes(&mut self) -> Changes {
@@ -522,12 +523,13 @@ impl Task {
         for (space, table) in self.tables.iter_mut().filter(|(space, _)| space.is_durable()) {
             let purged = table.purge(clock::wall_ms());
             self.changes.extend(purged.iter().map(|key| (disk::name(*space, key), None)));
-            if is_due || !purged.is_empty() {
+            if !purged.is_empty() {
                 self.changes.insert(disk::times_name(*space), Some(disk::times(times(table))));
             }
             self.metrics.show(*space, table);
         }
         if is_due {
+            self.keep_times();
             self.times_kept_at = now;
             for waiters in self.waiters.values_mut() {
                 waiters.retain(|waiter| !waiter.reply.is_closed());

@@ -1,0 +1,171 @@
+//! What all agents share, between real agents: keys and values over a split and a crash, events, prepared queries.
+
+use std::path::PathBuf;
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::agent::{Agent, Ca, Spec, path};
+use crate::lab::{Host, Lab};
+use crate::wait::until;
+
+/// The largest value, in bytes.
+const VALUE_BYTES_MAX: usize = 512 * 1024;
+
+/// A mesh of agents with a key-value store, whose first host issues.
+struct Mesh {
+    token: String,
+    dir: TempDir,
+    _ca: Ca,
+}
+
+impl Mesh {
+    fn new(lab: &Lab) -> (Self, Agent) {
+        let (ca, dir) = (Ca::init("lab.test"), TempDir::new().unwrap());
+        let mesh = Self { token: ca.token("n*", "*", "1h"), dir, _ca: ca };
+        let file = mesh.file();
+        std::fs::write(&file, "kv {\n  enabled = true\n}\n").unwrap();
+        let args = ["-issuer", path(&mesh._ca.issuer()), "-config-file", path(&file)];
+        let n1 = Agent::start(&Spec::on(&lab.host(1), "n1", &args));
+        (mesh, n1)
+    }
+
+    fn file(&self) -> PathBuf {
+        self.dir.path().join("kv.hcl")
+    }
+
+    fn spec<'a>(&self, host: &Host, name: &'a str) -> Spec<'a> {
+        let file = self.file();
+        Spec::on(host, name, &["-join", "10.77.0.1", "-token", &self.token, "-config-file", path(&file)])
+    }
+}
+
+/// The value of a key, raw; the status where there is none.
+fn value(agent: &Agent, key: &str) -> Result<String, String> {
+    let answer = agent.try_get(&format!("/v1/kv/{key}?raw"))?;
+    if answer.status == 200 { Ok(answer.body) } else { Err(answer.status.to_string()) }
+}
+
+#[track_caller]
+fn wait_value(agents: &[&Agent], key: &str, want: Result<&str, &str>) {
+    for agent in agents {
+        until(&format!("{} has {key}", agent.name), || {
+            let seen = value(agent, key);
+            let is_there = seen.as_deref().map_err(String::as_str) == want;
+            if is_there { Ok(()) } else { Err(seen.unwrap_or_else(|why| why).chars().take(80).collect()) }
+        });
+    }
+}
+
+#[track_caller]
+fn put(agent: &Agent, key: &str, value: &str) {
+    let answer = agent.put(&format!("/v1/kv/{key}"), value);
+    assert_eq!((answer.status, answer.body.as_str()), (200, "true"), "{key}");
+}
+
+#[track_caller]
+fn delete(agent: &Agent, key: &str) {
+    let answer = agent.call(agent.api, "DELETE", &format!("/v1/kv/{key}"), &[], "").unwrap();
+    assert_eq!((answer.status, answer.body.as_str()), (200, "true"), "{key}");
+}
+
+#[test]
+fn keys_spread_outlive_a_split_with_the_newest_and_a_crash_and_what_was_deleted_stays_so() {
+    let Some(lab) = Lab::new(4) else { return };
+    let (mesh, n1) = Mesh::new(&lab);
+    let [n2, n3] = [(2, "n2"), (3, "n3")].map(|(at, name)| Agent::start(&mesh.spec(&lab.host(at), name)));
+    for agent in [&n1, &n2, &n3] {
+        agent.wait_members(&["n1=1", "n2=1", "n3=1"]);
+    }
+    put(&n1, "app/flag", "on");
+    put(&n2, "app/gone", "soon");
+    let large = "x".repeat(VALUE_BYTES_MAX);
+    put(&n3, "large", &large);
+    wait_value(&[&n1, &n2, &n3], "app/flag", Ok("on"));
+    wait_value(&[&n1, &n2, &n3], "app/gone", Ok("soon"));
+    wait_value(&[&n1, &n2, &n3], "large", Ok(&large));
+
+    // A change under the prefix ends a wait on another agent.
+    let index = n3.try_get("/v1/kv/app/?recurse").unwrap().header("x-consul-index").unwrap().to_owned();
+    let woken = std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| n3.try_get(&format!("/v1/kv/app/?recurse&index={index}&wait=60s")).unwrap());
+        put(&n1, "app/woken", "1");
+        waiting.join().unwrap()
+    });
+    assert_eq!(woken.json().as_array().unwrap().len(), 3, "{}", woken.body);
+
+    lab.split(&[lab.host(3)], &[lab.host(1), lab.host(2)]);
+    n1.wait_members(&["n1=1", "n2=1", "n3=4"]);
+    put(&n1, "app/flag", "from n1");
+    delete(&n1, "app/gone");
+    put(&n3, "app/flag", "from n3, later");
+    put(&n3, "app/alone", "3");
+    wait_value(&[&n2], "app/flag", Ok("from n1"));
+    wait_value(&[&n2], "app/gone", Err("404"));
+    wait_value(&[&n3], "app/gone", Ok("soon"));
+    lab.heal(&lab.host(3));
+    for agent in [&n1, &n2, &n3] {
+        agent.wait_members(&["n1=1", "n2=1", "n3=1"]);
+    }
+    wait_value(&[&n1, &n2, &n3], "app/flag", Ok("from n3, later"));
+    wait_value(&[&n1, &n2, &n3], "app/gone", Err("404"));
+    wait_value(&[&n1, &n2, &n3], "app/alone", Ok("3"));
+
+    // What was answered is on disk: an agent that was killed has it before it meets anybody.
+    put(&n2, "app/kept", "by n2");
+    let dir = n2.kill();
+    lab.cut(&lab.host(2));
+    let n2 = Agent::spawn(&mesh.spec(&lab.host(2), "n2"), dir);
+    n2.wait_ready();
+    for (key, want) in [("app/kept", Ok("by n2")), ("app/flag", Ok("from n3, later")), ("app/gone", Err("404"))] {
+        assert_eq!(value(&n2, key).as_deref().map_err(String::as_str), want, "{key}");
+    }
+    assert_eq!(value(&n2, "large").unwrap().len(), VALUE_BYTES_MAX);
+    lab.heal(&lab.host(2));
+
+    // A newcomer gets all of it; one without the store says so, and holds nothing of it.
+    let args = ["-join", "10.77.0.1", "-token", &mesh.token];
+    let without = Agent::start(&Spec::on(&lab.host(4), "n4", &args));
+    let refused = without.try_get("/v1/kv/app/flag").unwrap();
+    assert_eq!(refused.status, 501);
+    assert!(refused.body.contains("kv { enabled = true }"), "{}", refused.body);
+    let dir = without.kill();
+    let newcomer = Agent::spawn(&mesh.spec(&lab.host(4), "n4"), dir);
+    newcomer.wait_ready();
+    wait_value(&[&newcomer], "app/flag", Ok("from n3, later"));
+    wait_value(&[&newcomer], "large", Ok(&large));
+}
+
+#[test]
+fn events_and_prepared_queries_are_known_to_every_agent() {
+    let Some(lab) = Lab::new(3) else { return };
+    let (mesh, n1) = Mesh::new(&lab);
+    let [n2, n3] = [(2, "n2"), (3, "n3")].map(|(at, name)| Agent::start(&mesh.spec(&lab.host(at), name)));
+    for agent in [&n1, &n2, &n3] {
+        agent.wait_members(&["n1=1", "n2=1", "n3=1"]);
+    }
+    n2.put_ok("/v1/agent/service/register", r#"{"ID":"web-1","Name":"web","Port":80}"#);
+    let fired = n1.put("/v1/event/fire/deploy?service=^web$", "v2").json();
+    let names = |agent: &Agent| -> Vec<String> {
+        let list = agent.get("/v1/event/list");
+        list.as_array().unwrap().iter().map(|event| event["Name"].as_str().unwrap().to_owned()).collect()
+    };
+    until("the event is on the node with the service", || {
+        let list = n2.get("/v1/event/list");
+        if list[0]["ID"] == fired["ID"] { Ok(()) } else { Err(list.to_string()) }
+    });
+    n1.put("/v1/event/fire/all", "").json();
+    until("everybody has an event for everybody", || {
+        let seen = names(&n3);
+        if seen == ["all"] { Ok(()) } else { Err(format!("{seen:?}")) }
+    });
+
+    let query = json!({"Name": "web-anywhere", "Service": {"Service": "web"}}).to_string();
+    let made = n1.call(n1.api, "POST", "/v1/query", &[], &query).unwrap();
+    assert_eq!(made.status, 200, "{}", made.body);
+    until("another agent executes the query", || {
+        let answer = n3.try_get("/v1/query/web-anywhere/execute")?;
+        let nodes = if answer.status == 200 { answer.json()["Nodes"].clone() } else { Value::Null };
+        if nodes[0]["Node"]["Node"] == "n2" { Ok(()) } else { Err(format!("{} {}", answer.status, answer.body)) }
+    });
+}
