@@ -24,8 +24,8 @@ use super::{ApiConfig, ApiToken, CertificateFacts, ListenerState, NodeFacts, Rig
 use crate::catalogue::{Instance, NodeEntry, Publisher, ServiceEntry, Snapshot};
 use crate::clock::{self, UnixSeconds};
 use crate::gossip::{
-    Answer as RecordsAnswer, DocumentsView, GossipError, MemberView, Members, NodeCertificates, OfferError, SharedError,
-    Space, Spread, Write,
+    Answer as RecordsAnswer, DocumentsView, GossipError, MemberView, Members, NodeCertificates, OfferError,
+    SharedError, Space, Spread, Write,
 };
 use crate::lww::{Keep, Limits, Scope, Table};
 use crate::metrics::Metrics;

@@ -362,7 +362,7 @@ async fn what_is_no_endpoint_is_refused_with_its_reason() {
     refused(&bench.get("/v1/connect/nonsense").await, 404, unknown);
     refused(&bench.get("/v1/catalog/nodes/").await, 404, unknown);
     refused(&bench.get("/v1/acl/tokens").await, 401, "ACL support disabled");
-    for path in ["/v1/kv/a", "/v1/session/create", "/v1/txn", "/v1/snapshot", "/v1/operator/raft/configuration"] {
+    for path in ["/v1/session/create", "/v1/txn", "/v1/snapshot", "/v1/operator/raft/configuration"] {
         let answer = bench.get(path).await;
         assert_eq!(answer.status, StatusCode::NOT_IMPLEMENTED, "{path}");
         assert!(answer.text.starts_with("needs consensus; weft has none"), "{path}");

@@ -234,7 +234,8 @@ fn takes(query: &ServiceQuery, instance: &Instance) -> bool {
         None => has(tag),
     });
     let node_meta = query.node_meta.iter().all(|(key, value)| node.info.meta.get(key) == Some(value));
-    let service_meta = query.service_meta.iter().all(|(key, value)| record.meta.get(key).is_some_and(|own| **own == **value));
+    let service_meta =
+        query.service_meta.iter().all(|(key, value)| record.meta.get(key).is_some_and(|own| **own == **value));
     let status = if query.ignore_check_ids.is_empty() {
         instance.status
     } else {
@@ -293,10 +294,18 @@ mod tests {
     async fn a_template_takes_the_names_that_begin_so_the_longest_first() {
         let bench = Bench::new();
         let template = json!({"Type": "name_prefix_match", "Regexp": "^geo-(.*)-(.*)$"});
-        made(&bench, json!({"Name": "geo-", "Template": template,
-            "Service": {"Service": "${match(2)}", "Tags": ["${match(1)}"]}})).await;
-        made(&bench, json!({"Name": "", "Template": {"Type": "name_prefix_match"},
-            "Service": {"Service": "${name.full}"}})).await;
+        made(
+            &bench,
+            json!({"Name": "geo-", "Template": template,
+            "Service": {"Service": "${match(2)}", "Tags": ["${match(1)}"]}}),
+        )
+        .await;
+        made(
+            &bench,
+            json!({"Name": "", "Template": {"Type": "name_prefix_match"},
+            "Service": {"Service": "${name.full}"}}),
+        )
+        .await;
         let explained = bench.get("/v1/query/geo-v1-web/explain").await.json();
         assert_eq!(explained["Query"]["Service"]["Service"], "web");
         assert_eq!(explained["Query"]["Service"]["Tags"], json!(["v1"]));
@@ -309,8 +318,12 @@ mod tests {
     #[tokio::test]
     async fn an_empty_place_fails_over_to_the_next() {
         let bench = Bench::new();
-        made(&bench, json!({"Name": "q", "Service": {"Service": "nobody",
-            "Failover": {"Datacenters": ["dc7"], "Targets": [{"Service": "web"}]}}})).await;
+        made(
+            &bench,
+            json!({"Name": "q", "Service": {"Service": "nobody",
+            "Failover": {"Datacenters": ["dc7"], "Targets": [{"Service": "web"}]}}}),
+        )
+        .await;
         let answer = bench.get("/v1/query/q/execute").await.json();
         assert_eq!(answer["Failovers"], 2);
         assert_eq!(answer["Nodes"].as_array().unwrap().len(), 2);

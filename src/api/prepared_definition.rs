@@ -133,7 +133,9 @@ impl Definition {
             return Err("Invalid query: Must provide a service name to query".to_owned());
         }
         if !matches!(service.near.as_str(), "" | "_agent") {
-            return Err("Invalid query: Near is \"_agent\" or empty: an agent measures its own round trips only".to_owned());
+            return Err(
+                "Invalid query: Near is \"_agent\" or empty: an agent measures its own round trips only".to_owned()
+            );
         }
         match self.template.kind.as_str() {
             "" if self.template.regexp.is_empty() => {}
@@ -144,7 +146,8 @@ impl Definition {
             return Err("Invalid query: DNS.TTL is a duration, such as \"10s\"".to_owned());
         }
         let lists = [service.tags.len(), service.ignore_check_ids.len(), failover.datacenters.len()];
-        let is_long = lists.into_iter().chain([failover.targets.len(), failover.nearest_n]).any(|count| count > LIST_MAX);
+        let is_long =
+            lists.into_iter().chain([failover.targets.len(), failover.nearest_n]).any(|count| count > LIST_MAX);
         if is_long || service.node_meta.len() > LIST_MAX || service.service_meta.len() > LIST_MAX {
             return Err(format!("Invalid query: each list has at most {LIST_MAX} entries"));
         }
@@ -221,7 +224,9 @@ fn interpolate(text: &str, (name, prefix, suffix): (&str, &str, &str), captures:
             "name.full" => rendered.push_str(name),
             "name.prefix" => rendered.push_str(prefix),
             "name.suffix" => rendered.push_str(suffix),
-            _ => rendered.push_str(&captured.map(|found| String::from_utf8_lossy(found.as_bytes())).unwrap_or_default()),
+            _ => {
+                rendered.push_str(&captured.map(|found| String::from_utf8_lossy(found.as_bytes())).unwrap_or_default())
+            }
         }
         rest = after;
     }

@@ -16,8 +16,8 @@ use super::call::{Call, Coding, Handler, Refusal, Reply, TEXT};
 use super::guard::{Arrival, Right};
 use super::query::Query;
 use super::{
-    BODY_BYTES_MAX, Shared, agent, catalog, check, connect, documents, entry, event, health, host, intention, kv, maintain,
-    mesh, monitor, near, prepared, status, why,
+    BODY_BYTES_MAX, Shared, agent, catalog, check, connect, documents, entry, event, health, host, intention, kv,
+    maintain, mesh, monitor, near, prepared, status, why,
 };
 use crate::clock;
 

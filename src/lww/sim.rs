@@ -111,7 +111,9 @@ impl Mesh {
     fn round(&mut self, ms: u64) {
         for at in 0..self.agents.len() {
             let others: Vec<usize> = (0..self.agents.len())
-                .filter(|&other| other != at && self.agents[other].is_on && self.agents[other].side == self.agents[at].side)
+                .filter(|&other| {
+                    other != at && self.agents[other].is_on && self.agents[other].side == self.agents[at].side
+                })
                 .collect();
             if self.agents[at].is_on && !others.is_empty() {
                 let other = others[self.rng.random_range(0..others.len())];

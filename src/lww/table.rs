@@ -178,7 +178,9 @@ pub enum Refused {
         bytes_max: usize,
     },
     /// There is no room.
-    #[error("{bytes} of {bytes_max} bytes and {rows} of {rows_max} keys are in use: delete some, or raise the limit on every agent")]
+    #[error(
+        "{bytes} of {bytes_max} bytes and {rows} of {rows_max} keys are in use: delete some, or raise the limit on every agent"
+    )]
     Full {
         /// What is in use.
         bytes: u64,
@@ -308,7 +310,7 @@ impl Table {
     /// # Errors
     /// [`Refused`]; nothing is changed then.
     pub fn put(&mut self, key: &str, body: Body, node: &NodeName, now_ms: u64) -> Result<Record, Refused> {
-        self.fits(key, Some(&body), 1)?;
+        self.has_room(key, Some(body.value.len()), 1)?;
         let record = Record { key: key.into(), stamp: self.clock.tick(now_ms, node), body: Some(Arc::new(body)) };
         self.set(record.clone());
         Ok(record)
@@ -323,7 +325,13 @@ impl Table {
     }
 
     /// What [`Self::merge`] would say of a record of this stamp, for which no value was seen.
-    pub fn would_take(&self, key: &str, stamp: &Stamp, value_bytes: Option<usize>, now_ms: u64) -> Result<Merged, Refused> {
+    pub fn would_take(
+        &self,
+        key: &str,
+        stamp: &Stamp,
+        value_bytes: Option<usize>,
+        now_ms: u64,
+    ) -> Result<Merged, Refused> {
         if stamp.ms > now_ms.saturating_add(AHEAD_MS_MAX) {
             return Err(Refused::Ahead { ahead_ms: stamp.ms.saturating_sub(now_ms) });
         }
@@ -363,10 +371,6 @@ impl Table {
         Ok(Merged::Taken)
     }
 
-    fn fits(&self, key: &str, body: Option<&Body>, factor: u64) -> Result<(), Refused> {
-        self.has_room(key, body.map(|body| body.value.len()), factor)
-    }
-
     fn has_room(&self, key: &str, value_bytes: Option<usize>, factor: u64) -> Result<(), Refused> {
         let Limits { bytes_max, rows_max, key_bytes_max, value_bytes_max, keep, .. } = self.limits;
         if key.is_empty() || key.len() > key_bytes_max {
@@ -382,7 +386,9 @@ impl Table {
         let rows = self.live + usize::from(held.is_none());
         let rows_most = (rows_max as u64).saturating_mul(factor);
         // Who frees some may go on writing, though others filled it beyond the bound.
-        let is_full = wanted > bytes_max.saturating_mul(factor) && wanted > self.bytes || rows as u64 > rows_most && held.is_none();
+        let has_no_bytes = wanted > bytes_max.saturating_mul(factor) && wanted > self.bytes;
+        let has_no_rows = rows as u64 > rows_most && held.is_none();
+        let is_full = has_no_bytes || has_no_rows;
         if keep == Keep::All && is_full {
             return Err(Refused::Full { bytes: self.bytes, bytes_max, rows: self.live, rows_max });
         }
@@ -530,7 +536,8 @@ impl Table {
                 Some(row) => (&row.stamp, row.sum) < (&digest.stamp, digest.sum),
                 // What it could have missed the deletion of, and what is deleted and forgotten here.
                 None => {
-                    let is_lost = (are_behind && !am_behind || digest.is_deleted) && digest.stamp.ms <= own.purged_ms;
+                    let is_suspect = digest.is_deleted || (are_behind && !am_behind);
+                    let is_lost = is_suspect && digest.stamp.ms <= own.purged_ms;
                     !is_lost && digest.stamp.ms >= own.oldest_ms
                 }
             };

@@ -120,10 +120,15 @@ impl Pair {
         let kv = files.path().join("kv.hcl");
         fs::write(&kv, "kv { enabled = true }\n").unwrap();
         let with_kv = ["-config-file", path(&kv)];
-        let first = Agent::start(&Spec::loopback(last, "n1", &[&["-issuer", path(&ca.issuer())][..], &with_kv].concat()));
+        let first =
+            Agent::start(&Spec::loopback(last, "n1", &[&["-issuer", path(&ca.issuer())][..], &with_kv].concat()));
         let token = ca.token("n2", "*", "1h");
         let seed = loopback_ip(last).to_string();
-        let second = Agent::start(&Spec::loopback(last + 1, "n2", &[&["-join", &seed, "-token", &token][..], &with_kv].concat()));
+        let second = Agent::start(&Spec::loopback(
+            last + 1,
+            "n2",
+            &[&["-join", &seed, "-token", &token][..], &with_kv].concat(),
+        ));
         first.wait_members(&["n1=1", "n2=1"]);
         second.wait_members(&["n1=1", "n2=1"]);
         Self { _ca: ca, _files: files, first, second }

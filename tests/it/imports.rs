@@ -152,8 +152,18 @@ fn pure_cores_read_no_clock_and_name_no_task_socket_or_source_of_randomness() {
     const FORBIDDEN: [&str; 6] = ["clock::now", "clock::wall", "rand::random", "rand::rng()", "std::net::Udp", "quinn"];
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut problems = Vec::new();
-    const CORES: [&str; 10] =
-        ["membership", "replica", "gossip/engine", "policy", "authz", "routing", "upstream", "filter", "traffic", "lww"];
+    const CORES: [&str; 10] = [
+        "membership",
+        "replica",
+        "gossip/engine",
+        "policy",
+        "authz",
+        "routing",
+        "upstream",
+        "filter",
+        "traffic",
+        "lww",
+    ];
     for core in CORES {
         for file in rust_files(&root.join(core)) {
             let source = fs::read_to_string(&file).unwrap();

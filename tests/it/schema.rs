@@ -48,17 +48,18 @@ fn whatever_the_document_allows_is_answered_as_it_says() {
     let Some([schemathesis]) = found("schemathesis", [installed("py/bin/schemathesis")]) else { return };
     let Some(nowhere) = Nowhere::new() else { return };
     let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
-    let ca = Ca::init("schema.test");
+    let (ca, dir) = (Ca::init("schema.test"), TempDir::new().unwrap());
+    let kv = dir.path().join("kv.hcl");
+    std::fs::write(&kv, "kv { enabled = true }\n").unwrap();
     let agent = Agent::start(&Spec {
         name: "n1",
         host: Some(nowhere.0.clone()),
         bind: loopback,
         client: loopback,
-        args: vec!["-issuer".to_owned(), path(&ca.issuer()).to_owned()],
+        args: ["-issuer", path(&ca.issuer()), "-config-file", path(&kv)].map(str::to_owned).to_vec(),
         wrap: Vec::new(),
     });
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let dir = TempDir::new().unwrap();
     let begun = Instant::now();
     let out = Command::new("timeout")
         .arg(LONGEST.as_secs().to_string())

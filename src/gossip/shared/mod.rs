@@ -118,12 +118,9 @@ impl Space {
             keep: Keep::All,
         };
         match self {
-            Self::Kv => Limits {
-                bytes_max: kv_bytes_max,
-                rows_max: KV_KEYS_MAX,
-                value_bytes_max: KV_VALUE_BYTES_MAX,
-                ..limits
-            },
+            Self::Kv => {
+                Limits { bytes_max: kv_bytes_max, rows_max: KV_KEYS_MAX, value_bytes_max: KV_VALUE_BYTES_MAX, ..limits }
+            }
             Self::Query => limits,
             Self::Event => {
                 Limits { rows_max: EVENTS_MAX, value_bytes_max: EVENT_BYTES_MAX, keep: Keep::Newest, ..limits }
@@ -167,7 +164,9 @@ impl fmt::Debug for SharedParams {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SharedError {
     /// The map is off on this agent.
-    #[error("the key-value store is off on this agent: set `kv {{ enabled = true }}` in its configuration and restart it")]
+    #[error(
+        "weft's key-value store is off on this agent: set `kv {{ enabled = true }}` in its configuration and restart it"
+    )]
     Off,
     /// The write does not fit.
     #[error(transparent)]
@@ -292,9 +291,8 @@ impl SharedMetrics {
     fn new(metrics: &Metrics) -> Result<Self, prometheus::Error> {
         use prometheus::{IntCounterVec, IntGaugeVec, Opts};
         let gauge = |name: &str, help: &str| metrics.add(IntGaugeVec::new(Opts::new(name, help), &["space"])?);
-        let counter = |name: &str, help: &str, labels: &[&str]| {
-            metrics.add(IntCounterVec::new(Opts::new(name, help), labels)?)
-        };
+        let counter =
+            |name: &str, help: &str, labels: &[&str]| metrics.add(IntCounterVec::new(Opts::new(name, help), labels)?);
         Ok(Self {
             records: gauge("weft_shared_records", "Records that all agents share, without deletions.")?,
             bytes: gauge("weft_shared_bytes", "Bytes of the records that all agents share, as limits count them.")?,
@@ -304,11 +302,7 @@ impl SharedMetrics {
                 "Writes of this agent's clients to shared records.",
                 &["space", "result"],
             )?,
-            taken: counter(
-                "weft_shared_received_total",
-                "Shared records that peers brought.",
-                &["space", "result"],
-            )?,
+            taken: counter("weft_shared_received_total", "Shared records that peers brought.", &["space", "result"])?,
             pushes: counter("weft_shared_pushes_total", "Shared records pushed to members.", &["result"])?,
             comparisons: counter(
                 "weft_shared_comparisons_total",

@@ -16,9 +16,9 @@ use tracing::{debug, error, warn};
 use super::carry::{self, Asked, Compare, Compared, Page, Verdict};
 use super::disk::{self, Stored, Times};
 use super::{
-    Answer, COMPARES_MAX, Changes, FORWARDS, KV_BYTES_DEFAULT, ORIGIN_PUSHES, Order, PUSH_TIME_MAX,
-    PUSHES_MAX, PUSHES_WAITING_MAX, SharedError, SharedHandle, SharedMetrics, SharedParams, SharedStore, Space,
-    WAITERS_MAX, WRITING_BYTES_MAX, Write,
+    Answer, COMPARES_MAX, Changes, FORWARDS, KV_BYTES_DEFAULT, ORIGIN_PUSHES, Order, PUSH_TIME_MAX, PUSHES_MAX,
+    PUSHES_WAITING_MAX, SharedError, SharedHandle, SharedMetrics, SharedParams, SharedStore, Space, WAITERS_MAX,
+    WRITING_BYTES_MAX, Write,
 };
 use crate::clock;
 use crate::gossip::documents::Around;
