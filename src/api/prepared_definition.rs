@@ -225,7 +225,8 @@ fn interpolate(text: &str, (name, prefix, suffix): (&str, &str, &str), captures:
             "name.prefix" => rendered.push_str(prefix),
             "name.suffix" => rendered.push_str(suffix),
             _ => {
-                rendered.push_str(&captured.map(|found| String::from_utf8_lossy(found.as_bytes())).unwrap_or_default())
+                let captured = captured.map(|found| String::from_utf8_lossy(found.as_bytes()));
+                rendered.push_str(&captured.unwrap_or_default());
             }
         }
         rest = after;

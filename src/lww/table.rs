@@ -337,11 +337,10 @@ impl Table {
         }
         let judged = match self.rows.get(key) {
             Some(row) if row.stamp > *stamp => Merged::Older,
-            // Its sum may be another: only the whole record tells.
-            Some(_) => Merged::Taken,
             None if value_bytes.is_none() && stamp.ms <= self.purged_ms => Merged::Older,
             None if stamp.ms < self.oldest_ms() => Merged::Older,
-            None => Merged::Taken,
+            // Of an equal stamp the sum may be another: only the whole record tells.
+            Some(_) | None => Merged::Taken,
         };
         if judged == Merged::Taken {
             self.has_room(key, value_bytes, PEERS_FACTOR)?;
@@ -532,14 +531,14 @@ impl Table {
         let mut plan = Plan::default();
         let theirs: BTreeMap<KeyHash, &Digest> = theirs.iter().map(|digest| (digest.key, digest)).collect();
         for (key, digest) in &theirs {
-            let wanted = match self.by_hash.get(key).and_then(|key| self.rows.get(key)) {
-                Some(row) => (&row.stamp, row.sum) < (&digest.stamp, digest.sum),
+            let held = self.by_hash.get(key).and_then(|key| self.rows.get(key));
+            let wanted = if let Some(row) = held {
+                (&row.stamp, row.sum) < (&digest.stamp, digest.sum)
+            } else {
                 // What it could have missed the deletion of, and what is deleted and forgotten here.
-                None => {
-                    let is_suspect = digest.is_deleted || (are_behind && !am_behind);
-                    let is_lost = is_suspect && digest.stamp.ms <= own.purged_ms;
-                    !is_lost && digest.stamp.ms >= own.oldest_ms
-                }
+                let is_suspect = digest.is_deleted || (are_behind && !am_behind);
+                let is_lost = is_suspect && digest.stamp.ms <= own.purged_ms;
+                !is_lost && digest.stamp.ms >= own.oldest_ms
             };
             if wanted && bucket_of(key) == bucket {
                 plan.pull.push(*key);
@@ -549,7 +548,6 @@ impl Table {
         for digest in mine {
             match theirs.get(&digest.key) {
                 Some(held) if (&held.stamp, held.sum) >= (&digest.stamp, digest.sum) => {}
-                Some(_) => plan.give.push(digest.key),
                 None if digest.stamp.ms < other.oldest_ms => {}
                 None if digest.stamp.ms > other.purged_ms => plan.give.push(digest.key),
                 None if digest.is_deleted => {}
@@ -558,7 +556,7 @@ impl Table {
                     self.vanish(&key);
                     plan.dropped.push(key);
                 }
-                None => plan.give.push(digest.key),
+                Some(_) | None => plan.give.push(digest.key),
             }
         }
         plan

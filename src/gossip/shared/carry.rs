@@ -219,12 +219,13 @@ pub(super) async fn compare(
         Compared::Off => Compare::Off,
         Compared::Same => Compare::Equal,
         Compared::Differs { summary, buckets } => {
-            let mut even = Even { send: &mut send, recv: &mut recv, peer, space, task, summary, is_even: true };
+            let mut levelling =
+                Levelling { send: &mut send, recv: &mut recv, peer, space, task, summary, is_even: true };
             let differing = own.iter().zip(&buckets).zip(0..BUCKETS).filter(|((own, other), _)| own != other);
             for bucket in differing.filter_map(|(_, at)| u8::try_from(at).ok()) {
-                even.bucket(bucket).await?;
+                levelling.bucket(bucket).await?;
             }
-            let is_even = even.is_even;
+            let is_even = levelling.is_even;
             say(&mut send, &Ask::End).await?;
             Compare::Differed { is_even }
         }
@@ -235,7 +236,7 @@ pub(super) async fn compare(
 }
 
 /// One side of a comparison that found a difference.
-struct Even<'a> {
+struct Levelling<'a> {
     send: &'a mut SendStream,
     recv: &'a mut RecvStream,
     peer: &'a NodeName,
@@ -245,7 +246,7 @@ struct Even<'a> {
     is_even: bool,
 }
 
-impl Even<'_> {
+impl Levelling<'_> {
     async fn bucket(&mut self, bucket: u8) -> Result<(), ExchangeError> {
         let (mut digests, mut after, space) = (Vec::new(), None, self.space);
         for _ in 0..PAGES_MAX {
