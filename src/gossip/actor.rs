@@ -218,7 +218,7 @@ impl Actor {
             asked: BTreeSet::new(),
             doubted: BTreeSet::new(),
             challenges: 0,
-            documents,
+            desks,
         };
         actor.builder.set_local(publication.view.clone());
         actor.take_policy();

@@ -20,7 +20,9 @@ use rustls::{DigitallySignedStruct, NamedGroup, SignatureScheme};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use weft::clock;
-use weft::gossip::{self, DocumentStore, DocumentsParams, Gossip, GossipParams, PeerStore};
+use weft::gossip::{
+    self, Changes, DocumentStore, DocumentsParams, Gossip, GossipParams, PeerStore, SharedParams, SharedStore,
+};
 use weft::metrics::Metrics;
 use weft::model::{Entry, EntryKey, Generation, NodeInfo};
 use weft::pki::{ALPN_GOSSIP, Identity, Issuer, Plane, Svid};
@@ -60,6 +62,16 @@ impl DocumentStore for Nowhere {
     }
 
     fn remove(&self, _key: &str) -> Result<(), String> {
+        Ok(())
+    }
+}
+
+impl SharedStore for Nowhere {
+    fn rows(&self) -> Result<Vec<(String, Vec<u8>)>, String> {
+        Ok(Vec::new())
+    }
+
+    fn write(&self, _changes: &Changes) -> Result<(), String> {
         Ok(())
     }
 }
@@ -122,7 +134,8 @@ impl Insider {
         let documents =
             DocumentsParams { set, store: Arc::new(Nowhere), on_trust: Arc::new(|_, _| {}), default_policy };
         let tasks = Tasks::new(stop.clone());
-        let _gossip = Gossip::start(params, documents, &Metrics::new(), &tasks).unwrap();
+        let shared = SharedParams { kv_bytes_max: None, store: Arc::new(Nowhere) };
+        let _gossip = Gossip::start(params, documents, shared, &Metrics::new(), &tasks).unwrap();
         loop {
             tokio::select! {
                 () = stop.cancelled() => break,
