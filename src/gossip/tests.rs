@@ -6,6 +6,7 @@ use std::sync::Mutex;
 use super::*;
 use crate::catalogue::LocalView;
 use crate::clock;
+use crate::lww::{Row, Scope};
 use crate::model::{Entry, EntryKey, Protocol, ServeScope, ServiceName, ServiceRecord, TextMap, Weights};
 use crate::pki::Plane;
 use crate::policy::DocumentSet;
@@ -399,4 +400,46 @@ async fn agents_with_fewer_links_than_peers_close_the_least_recently_used_and_st
     for agent in agents {
         agent.kill().await;
     }
+}
+
+/// Waits until `wanted` holds of the keys that `agent` has.
+async fn sees_keys(agent: &Agent, wanted: impl Fn(&BTreeMap<String, usize>) -> bool) {
+    let (shared, all) = (agent.handle.shared(), Scope::Prefix(String::new()));
+    let waiting = async {
+        loop {
+            let answer = shared.read(Space::Kv, all.clone()).await.unwrap();
+            let value_bytes = |row: &Row| row.body.as_ref().map_or(0, |body| body.value.len());
+            let keys = answer.rows.iter().map(|(key, row)| (key.to_string(), value_bytes(row))).collect();
+            if wanted(&keys) {
+                return;
+            }
+            shared.changed(Space::Kv, all.clone(), answer.index).await.unwrap();
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), waiting).await.expect("the keys come");
+}
+
+#[tokio::test]
+async fn a_write_reaches_the_others_whole_a_late_joiner_by_comparison_and_a_deletion_too() {
+    let ca = crate::pki::ephemeral(&"td".parse().unwrap(), clock::wall()).unwrap();
+    let put = |key: &str, bytes: usize| Write::Put {
+        key: key.to_owned(),
+        body: crate::lww::Body { flags: 0, value: vec![7; bytes] },
+    };
+    let a = start(&ca, "a", 1, Vec::new());
+    let seed = a.addr.to_string();
+    for at in 0..300 {
+        a.handle.shared().write(Space::Kv, put(&format!("k/{at}"), 100)).await.unwrap();
+    }
+    a.handle.shared().write(Space::Kv, put("large", KV_VALUE_BYTES_MAX)).await.unwrap();
+    let b = start(&ca, "b", 1, vec![seed]);
+    sees_keys(&b, |keys| keys.len() == 301 && keys["large"] == KV_VALUE_BYTES_MAX).await;
+
+    b.handle.shared().write(Space::Kv, put("by b", 0)).await.unwrap();
+    sees_keys(&a, |keys| keys.contains_key("by b")).await;
+    b.handle.shared().write(Space::Kv, Write::Delete(Scope::Prefix("k/".to_owned()))).await.unwrap();
+    sees_keys(&a, |keys| keys.len() == 2).await;
+    let refused = a.handle.shared().write(Space::Kv, put("larger", KV_VALUE_BYTES_MAX + 1)).await;
+    assert!(matches!(refused, Err(SharedError::Refused(_))), "{refused:?}");
+    tokio::join!(a.kill(), b.kill());
 }
