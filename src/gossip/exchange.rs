@@ -16,8 +16,8 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::actor::Input;
 use super::documents;
-use super::shared;
 use super::engine::{HelloReply, Message, Request, Stage, Step};
+use super::shared;
 use crate::membership::MeshId;
 use crate::model::NodeName;
 use crate::wire::{self, FRAME_BYTES_MAX, WireError};

@@ -45,16 +45,16 @@ use tokio_util::sync::CancellationToken;
 
 #[cfg(any(test, fuzzing))]
 pub(crate) use self::documents::fuzz_documents;
-#[cfg(any(test, fuzzing))]
-pub(crate) use self::shared::fuzz_shared;
 pub use self::documents::{
     ClockSkew, DocumentBody, DocumentStore, DocumentView, DocumentsHandle, DocumentsParams, DocumentsView, OfferError,
     OnTrust, Spread,
 };
 pub use self::links::LINKS_MAX;
+#[cfg(any(test, fuzzing))]
+pub(crate) use self::shared::fuzz_shared;
 pub use self::shared::{
-    Answer, Changes, EVENT_BYTES_MAX, EVENTS_MAX, KV_BYTES_DEFAULT, KV_KEY_BYTES_MAX, KV_VALUE_BYTES_MAX,
-    SharedError, SharedHandle, SharedParams, SharedStore, Space, Write,
+    Answer, Changes, EVENT_BYTES_MAX, EVENTS_MAX, KV_BYTES_DEFAULT, KV_KEY_BYTES_MAX, KV_VALUE_BYTES_MAX, SharedError,
+    SharedHandle, SharedParams, SharedStore, Space, Write,
 };
 use crate::catalogue::SnapshotReader;
 use crate::clock::UnixSeconds;
