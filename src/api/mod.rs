@@ -23,6 +23,8 @@ mod connect;
 mod definition;
 mod documents;
 mod entry;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod guard;
 mod health;
 mod host;
@@ -81,6 +83,7 @@ pub use why::{BalancerView, Inspect, SeatView, WorkerView};
 
 use index::ListIndexes;
 use meter::Meter;
+use near::Distances;
 use seam::{Authority, Membership, Registry};
 use watchers::Watchers;
 
@@ -271,6 +274,7 @@ impl Api {
             node,
             indexes: ListIndexes::default(),
             watchers: Watchers::default(),
+            distances: Distances::default(),
             blocking_queries_max: BLOCKING_QUERIES_MAX,
             leave: params.shutdown,
             stop: params.stop.clone(),
@@ -311,6 +315,7 @@ struct Shared {
     node: NodeFacts,
     indexes: ListIndexes,
     watchers: Watchers,
+    distances: Distances,
     blocking_queries_max: usize,
     leave: CancellationToken,
     stop: CancellationToken,

@@ -343,3 +343,44 @@ fn dns_can_be_moved_and_turned_off_and_says_which_port_is_taken() {
         assert!(log.contains(want), "`{want}` is missing in:\n{log}");
     }
 }
+
+#[test]
+fn a_reload_changes_how_names_are_answered_and_where_it_listens_takes_a_restart() {
+    if !has_clients() {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let resolver = loopback_ip(154);
+    let data = "  local-zone: \"example.test.\" static\n  local-data: \"www.example.test. 60 IN A 192.0.2.7\"\n";
+    let unbound = Running::unbound(&dir, resolver, data);
+    until("unbound answers", || {
+        let got = short(resolver, 5300, "www.example.test");
+        if got == ["192.0.2.7"] { Ok(()) } else { Err(format!("{got:?}")) }
+    });
+    let files = TempDir::new().unwrap();
+    let write = |text: &str| fs::write(files.path().join("dns.hcl"), text).unwrap();
+    write("dns_config {\n  node_ttl = \"7s\"\n}\n");
+    let (_ca, n1) = issuer(153, "n1", &["-config-dir", path(files.path())]);
+    let at = loopback_ip(153);
+    let ttl = || ask("dig", at, 8600, "+noall +answer n1.node.weft").split_whitespace().nth(1).map(str::to_owned);
+    assert_eq!(ttl().as_deref(), Some("7"));
+    assert_eq!(status(at, "www.example.test"), "REFUSED");
+    write(&format!("recursors = [\"{resolver}:5300\"]\nalt_domain = \"mesh\"\ndns_config {{\n  node_ttl = \"9s\"\n}}\n"));
+    n1.signal(nix::sys::signal::Signal::SIGHUP);
+    until("the new settings are in force", || if ttl().as_deref() == Some("9") { Ok(()) } else { Err(format!("{:?}", ttl())) });
+    assert_eq!(short(at, 8600, "www.example.test"), ["192.0.2.7"]);
+    assert_eq!(short(at, 8600, "n1.node.mesh"), [at.to_string()]);
+    assert_eq!(n1.put("/v1/agent/reload", "").body, "", "nothing differs");
+    // What recursors said outlives a reload that leaves them alone.
+    drop(unbound);
+    write(&format!("recursors = [\"{resolver}:5300\"]\nports {{\n  dns = 8699\n}}\n"));
+    let said = n1.put("/v1/agent/reload", "");
+    assert!(said.status == 200 && said.body.contains("ports.dns or addresses.dns changed"), "{}", said.body);
+    assert_eq!(short(at, 8600, "www.example.test"), ["192.0.2.7"]);
+    assert_eq!(ttl().as_deref(), Some("0"));
+    // What is wrong changes nothing.
+    write("dns_config {\n  near = \"n2\"\n}\n");
+    let said = n1.put("/v1/agent/reload", "");
+    assert!(said.status == 400 && said.body.contains("dns_config.near") && said.body.contains("`_ip`"), "{}", said.body);
+    assert_eq!(short(at, 8600, "www.example.test"), ["192.0.2.7"]);
+}
