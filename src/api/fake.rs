@@ -164,13 +164,12 @@ impl Bench {
             orders: Mutex::default(),
             verdict: Mutex::new(Ok(())),
         });
-        let members =
-            Arc::new(FakeMembers {
-                members: members(),
-                orders: Mutex::default(),
-                verdict: Mutex::new(Ok(())),
-                asked: Mutex::default(),
-            });
+        let members = Arc::new(FakeMembers {
+            members: members(),
+            orders: Mutex::default(),
+            verdict: Mutex::new(Ok(())),
+            asked: Mutex::default(),
+        });
         let publisher = Publisher::new(Arc::new(snapshot()));
         let (leave, stop) = (CancellationToken::new(), CancellationToken::new());
         let (metrics, identity) = (Metrics::new(), identity());

@@ -10,10 +10,10 @@ use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use serde_json::{Value, json};
 
 use super::call::{Call, Refusal, Reply};
-use super::{block, sift};
 use super::index::Topic;
 use super::query::{Blocking, refuse_tenancy};
 use super::write::{Expect, write};
+use super::{block, sift};
 use crate::authz::{self, Decision, Intention, Party, Request, ShapeError, Table};
 use crate::gossip::{DocumentBody, DocumentsView};
 use crate::model::ServiceName;

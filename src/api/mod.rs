@@ -89,7 +89,7 @@ use watchers::Watchers;
 
 /// Largest request body, in bytes: Consul's bound for registrations is of this size.
 pub const BODY_BYTES_MAX: usize = 1024 * 1024;
-/// Most blocking queries at once: each holds a task and a receiver, some 4 KiB, so 64 MiB in all.
+/// Most blocking queries at once: each holds 22 KiB with its connection (`tests/bench/watchers`), so 350 MiB in all.
 pub const BLOCKING_QUERIES_MAX: usize = 16_384;
 
 /// Where and for whom the API listens.

@@ -127,7 +127,8 @@ impl RoundTrips {
 /// Returns the node that the request comes from: by `X-Forwarded-For`, as a proxy says it, else by the connection's
 /// address; whoever comes from this host is at this agent's.
 fn asker(call: &Call) -> Option<NodeName> {
-    let said = call.headers.get("x-forwarded-for").and_then(|list| list.to_str().ok()?.split(',').next()?.trim().parse().ok());
+    let said =
+        call.headers.get("x-forwarded-for").and_then(|list| list.to_str().ok()?.split(',').next()?.trim().parse().ok());
     let ip: IpAddr = match said.or(call.peer) {
         Some(ip) if !ip.is_loopback() => ip,
         _ => return Some(call.shared.node.name.clone()),

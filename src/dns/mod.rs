@@ -311,8 +311,10 @@ impl Dns {
     /// long as they are the same ones.
     pub fn reload(&self, config: DnsConfig) {
         let before = self.settings.load();
-        let kept = before.recursor.as_ref().filter(|recursor| recursor.is_of(&config.recursors, config.recursor_timeout));
-        let new = || Recursor::new(config.recursors.clone(), config.recursor_timeout, Arc::clone(&self.meter)).map(Arc::new);
+        let kept =
+            before.recursor.as_ref().filter(|recursor| recursor.is_of(&config.recursors, config.recursor_timeout));
+        let new =
+            || Recursor::new(config.recursors.clone(), config.recursor_timeout, Arc::clone(&self.meter)).map(Arc::new);
         let recursor = kept.cloned().or_else(new);
         self.settings.store(Arc::new(Settings::new(config, self.datacenter.clone(), recursor)));
     }

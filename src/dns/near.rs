@@ -46,7 +46,9 @@ pub enum Near {
 
 /// Why a text names no such place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("must be `_agent` (this agent's round trips) or `_ip` (those of the node that asks), or left out for shuffled answers")]
+#[error(
+    "must be `_agent` (this agent's round trips) or `_ip` (those of the node that asks), or left out for shuffled answers"
+)]
 pub struct NearError;
 
 impl FromStr for Near {

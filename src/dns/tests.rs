@@ -43,7 +43,11 @@ impl Server {
     fn with(change: impl FnOnce(&mut DnsConfig), snapshot: Snapshot) -> Self {
         let mut config = DnsConfig::on(Vec::new());
         change(&mut config);
-        Self { responder: Responder::new(config, "dc1".to_owned()), zone: Zone::new(Arc::new(snapshot), None), trips: None }
+        Self {
+            responder: Responder::new(config, "dc1".to_owned()),
+            zone: Zone::new(Arc::new(snapshot), None),
+            trips: None,
+        }
     }
 
     /// The answer as it stands on the wire; none if the name is somebody else's.
@@ -464,8 +468,7 @@ fn the_next_question_sees_a_change_and_names_that_stay_keep_their_virtual_ips() 
     let second = cell.load();
     assert!(!Arc::ptr_eq(&first, &second));
     assert!(std::ptr::eq(first.virtuals(), second.virtuals()), "the names are the same: nothing is counted anew");
-    let server =
-        Server { zone: Zone::new(Arc::new(changed.clone()), Some(&second)), ..Server::new() };
+    let server = Server { zone: Zone::new(Arc::new(changed.clone()), Some(&second)), ..Server::new() };
     server.check("web.service.weft.", RecordType::A, &nothing(SOA));
     // A name that went is still reckoned with, and one that comes is added.
     changed.services.remove("web");

@@ -56,7 +56,12 @@ const LEAVE_TIME_MAX: Duration = Duration::from_millis(500);
 pub(super) enum Input {
     Packet(NodeName, Bytes),
     Unreadable(&'static str),
-    Heard { peer: NodeName, stage: Stage, message: Message, reply: oneshot::Sender<Step> },
+    Heard {
+        peer: NodeName,
+        stage: Stage,
+        message: Message,
+        reply: oneshot::Sender<Step>,
+    },
     /// A peer asks how far this node is from the others.
     RoundTrips(oneshot::Sender<BTreeMap<NodeName, Duration>>),
 }

@@ -166,10 +166,7 @@ mod tests {
         new.http_addr.set_port(1);
         dns.listen.clear();
         new.dns = Some(dns);
-        assert_eq!(
-            restart_keys(&old, &new),
-            ["datacenter", "client_addr or ports.http", "ports.dns or addresses.dns"]
-        );
+        assert_eq!(restart_keys(&old, &new), ["datacenter", "client_addr or ports.http", "ports.dns or addresses.dns"]);
         let kept = dns_in_force(old.dns.as_ref(), new.dns.as_ref()).unwrap();
         assert_eq!((kept.listen, kept.node_ttl_s), (old.dns.clone().unwrap().listen, 7), "at the old address");
         assert_eq!(dns_in_force(old.dns.as_ref(), None), old.dns, "a reload does not turn it off");

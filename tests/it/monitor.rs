@@ -6,6 +6,7 @@ use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpStream;
 use std::time::Duration;
 
+use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::agent::{Agent, Ca, Spec, path};
@@ -22,7 +23,8 @@ impl Listener {
     fn ask(agent: &Agent, query: &str) -> (String, Self) {
         let stream = TcpStream::connect(agent.api).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
-        write!(&stream, "GET /v1/agent/monitor?{query} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").unwrap();
+        write!(&stream, "GET /v1/agent/monitor?{query} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            .unwrap();
         let mut listener = Self(BufReader::new(stream));
         let status = listener.line();
         while !listener.line().is_empty() {}
@@ -46,6 +48,7 @@ impl Listener {
     fn read_to(&mut self, part: &str) -> Vec<String> {
         let mut seen = Vec::new();
         while !seen.last().is_some_and(|line: &String| line.contains(part)) {
+            // Each line is a chunk (RFC 9112 §7.1), with its size before it.
             seen.push(self.line());
         }
         seen
@@ -76,6 +79,13 @@ fn a_monitor_hears_lines_as_they_come_at_its_level_and_its_place_is_free_once_it
     assert!(!lines.iter().any(|line| line.contains(" DEBUG ")), "{lines:?}");
     let lines = warn.read_to("takes a restart");
     assert!(lines.iter().filter(|line| !line.is_empty()).all(|line| !line.contains(" INFO ")), "{lines:?}");
+
+    // One JSON object a line, as a collector wants it; the command line reads it, too.
+    let mut json = open("logjson=true");
+    agent.put_ok("/v1/agent/reload", "");
+    let lines = json.read_to("configuration is reloaded");
+    let line: Value = serde_json::from_str(lines.last().unwrap()).unwrap();
+    assert_eq!((&line["level"], &line["fields"]["message"]), (&"INFO".into(), &"configuration is reloaded".into()));
 
     // All places are taken: the next client is told, with a status of its own.
     let held: Vec<Listener> = (3..MONITORS).map(|_| open("")).collect();

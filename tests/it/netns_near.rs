@@ -27,7 +27,8 @@ fn instances_nearest_to_this_agent_to_another_or_to_the_asker_come_first() {
     let ca = Ca::init("near.test");
     let files = TempDir::new().unwrap();
     let write = |near: &str| {
-        let text = format!("addresses {{\n  dns = \"127.0.0.1 10.77.0.1\"\n}}\ndns_config {{\n  near = \"{near}\"\n}}\n");
+        let text =
+            format!("addresses {{\n  dns = \"127.0.0.1 10.77.0.1\"\n}}\ndns_config {{\n  near = \"{near}\"\n}}\n");
         fs::write(files.path().join("dns.hcl"), text).unwrap();
     };
     write("_agent");
