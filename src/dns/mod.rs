@@ -43,7 +43,6 @@ use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
-use self::answer::Responder;
 use self::limit::Sources;
 use self::metrics::Meter;
 use self::near::Distances;
