@@ -198,7 +198,7 @@ pub(super) fn resolve(raw: RawDns, client: IpAddr, problems: &mut Vec<Problem>) 
         }
     }
     config.enable_truncate = raw.enable_truncate.is_some_and(|given| given.value);
-    config.near = check.parsed(raw.near.as_ref());
+    config.near = check.parsed(raw.near.as_ref().filter(|given| !given.value.is_empty()));
     config.only_passing = raw.only_passing.is_some_and(|given| given.value);
     (!config.listen.is_empty()).then_some(config)
 }

@@ -89,7 +89,7 @@ impl Reloader {
         // What takes a restart is compared with what runs, so it is named again at the next reload.
         let Config { services, checks, scripts, check_settings, log_filter, warnings, .. } = new;
         info!(services = services.len(), checks = checks.len(), log_level = %log_filter, "configuration is reloaded");
-        *current = Config { services, checks, scripts, check_settings, log_filter, warnings, dns, ..current.clone() };
+        *current = Config { dns, services, checks, scripts, check_settings, log_filter, warnings, ..current.clone() };
         Ok(notes)
     }
 }
