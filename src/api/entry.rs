@@ -7,8 +7,9 @@ use serde_json::{Value, json};
 
 use super::call::{Call, Refusal, Reply};
 use super::query::refuse_tenancy;
-use super::service_intentions;
+use super::sift::{self, Listing};
 use super::write::{Expect, write};
+use super::{intention, service_intentions};
 use crate::catalogue::Snapshot;
 use crate::gossip::{DocumentBody, DocumentsView};
 use crate::model::ServiceName;
@@ -59,15 +60,18 @@ pub(super) async fn put(call: Call) -> Result<Reply, Refusal> {
 
 /// `GET /v1/config/:kind` and `/v1/config/:kind/:name`
 pub(super) async fn read(call: Call) -> Result<Reply, Refusal> {
-    refuse_tenancy(&call)?;
-    let view = call.shared.membership.documents();
-    let index = call.shared.snapshot.load().index;
     let (kind, name) = path(&call)?;
-    let found = if kind == service_intentions::KIND {
+    drop(sift::filter::<Listing<'_>>(&call)?);
+    let index = intention::changed(&call).await?;
+    let filter = sift::filter::<Listing<'_>>(&call)?;
+    let view = call.shared.membership.documents();
+    let mut found = if kind == service_intentions::KIND {
         service_intentions::held(&view, name)
     } else {
         held(&view, |of, own| of == kind && name.is_none_or(|name| name == own))
     };
+    // A name is filter enough.
+    found.retain(|entry| name.is_some() || filter.is_match(&Listing::of(entry)));
     match (name, found.first()) {
         (None, _) => Reply::at_index(&call, &found, index),
         (Some(_), Some(entry)) => Reply::at_index(&call, entry, index),
@@ -110,11 +114,12 @@ fn fits(call: &Call, draft: &Draft, value: Option<&Value>) -> Result<(), Refusal
 
 /// `GET /v1/discovery-chain/:service`
 pub(super) async fn discovery_chain(call: Call) -> Result<Reply, Refusal> {
-    refuse_tenancy(&call)?;
-    let snapshot = call.shared.snapshot.load();
     let service: ServiceName =
         call.argument.parse().map_err(|error| Refusal::bad(format!("Invalid service name: {error}")))?;
-    Reply::at_index(&call, &chain(&snapshot, &service)?, snapshot.traffic_index)
+    // Chains are compiled of the same documents as intentions, in the same turn.
+    let index = intention::changed(&call).await?;
+    let snapshot = call.shared.snapshot.load();
+    Reply::at_index(&call, &chain(&snapshot, &service)?, index)
 }
 
 /// Shows what becomes of the requests to a service.

@@ -23,6 +23,8 @@ mod connect;
 mod definition;
 mod documents;
 mod entry;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod guard;
 mod health;
 mod host;
@@ -81,12 +83,13 @@ pub use why::{BalancerView, Inspect, SeatView, WorkerView};
 
 use index::ListIndexes;
 use meter::Meter;
+use near::Distances;
 use seam::{Authority, Membership, Registry};
 use watchers::Watchers;
 
 /// Largest request body, in bytes: Consul's bound for registrations is of this size.
 pub const BODY_BYTES_MAX: usize = 1024 * 1024;
-/// Most blocking queries at once: each holds a task and a receiver, some 4 KiB, so 64 MiB in all.
+/// Most blocking queries at once: each holds 22 KiB with its connection (`tests/bench/watchers`), so 350 MiB in all.
 pub const BLOCKING_QUERIES_MAX: usize = 16_384;
 
 /// Where and for whom the API listens.
@@ -271,6 +274,7 @@ impl Api {
             node,
             indexes: ListIndexes::default(),
             watchers: Watchers::default(),
+            distances: Distances::default(),
             blocking_queries_max: BLOCKING_QUERIES_MAX,
             leave: params.shutdown,
             stop: params.stop.clone(),
@@ -311,6 +315,7 @@ struct Shared {
     node: NodeFacts,
     indexes: ListIndexes,
     watchers: Watchers,
+    distances: Distances,
     blocking_queries_max: usize,
     leave: CancellationToken,
     stop: CancellationToken,

@@ -30,7 +30,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
-use super::guard::Arrival;
+use super::guard::{Arrival, Peer};
 use super::{ApiConfig, ApiError, BLOCKING_QUERIES_MAX};
 use crate::clock;
 use crate::unix_socket;
@@ -55,7 +55,7 @@ enum Door {
 
 /// Who came in.
 enum Visitor {
-    Tcp(TcpStream, Option<TlsAcceptor>),
+    Tcp(TcpStream, Peer, Option<TlsAcceptor>),
     Unix(UnixStream),
 }
 
@@ -63,8 +63,8 @@ impl Door {
     async fn accept(&self) -> io::Result<Visitor> {
         match self {
             Self::Tcp(listener, tls) => {
-                let (stream, _peer) = listener.accept().await?;
-                Ok(Visitor::Tcp(stream, tls.clone()))
+                let (stream, peer) = listener.accept().await?;
+                Ok(Visitor::Tcp(stream, Peer(peer.ip().to_canonical()), tls.clone()))
             }
             Self::Unix(listening) => Ok(Visitor::Unix(listening.listener().accept().await?.0)),
         }
@@ -168,10 +168,11 @@ async fn accept_all(door: Door, router: Router, seats: Arc<Seats>, stop: Cancell
 
 /// Shakes hands where the door is for TLS, then serves.
 async fn connection(visitor: Visitor, router: Router, from: Arrival, seat: Arc<Seat>, stop: CancellationToken) {
-    let (stream, tls) = match visitor {
-        Visitor::Unix(stream) => return serve(stream, router, from, &seat, stop).await,
-        Visitor::Tcp(stream, tls) => (stream, tls),
+    let (stream, peer, tls) = match visitor {
+        Visitor::Unix(stream) => return serve(stream, router, (from, None), &seat, stop).await,
+        Visitor::Tcp(stream, peer, tls) => (stream, peer, tls),
     };
+    let from = (from, Some(peer));
     // Answers are single writes: waiting to fill a packet only adds delay. A failure changes nothing else.
     let _unset = stream.set_nodelay(true);
     let Some(tls) = tls else { return serve(stream, router, from, &seat, stop).await };
@@ -188,13 +189,17 @@ async fn connection(visitor: Visitor, router: Router, from: Arrival, seat: Arc<S
 }
 
 /// Serves one connection; after `stop` the request under way is its last.
-async fn serve<S>(stream: S, router: Router, from: Arrival, seat: &Arc<Seat>, stop: CancellationToken)
+async fn serve<S>(stream: S, router: Router, from: (Arrival, Option<Peer>), seat: &Arc<Seat>, stop: CancellationToken)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let service = TowerToHyperService::new(router);
     let service = service_fn(move |mut request: http::Request<hyper::body::Incoming>| {
-        request.extensions_mut().insert(from);
+        let (arrival, peer) = from;
+        request.extensions_mut().insert(arrival);
+        if let Some(peer) = peer {
+            request.extensions_mut().insert(peer);
+        }
         let answered = service.call(request.map(Body::new));
         let busy = seat.work();
         async move {

@@ -42,7 +42,7 @@ pub struct Target {
 }
 
 /// Every target.
-pub const TARGETS: [Target; 17] = [
+pub const TARGETS: [Target; 18] = [
     Target { name: "extension", run: crate::pki::fuzz::extension },
     Target { name: "chain", run: crate::pki::fuzz::chain },
     Target { name: "token", run: crate::pki::fuzz::token },
@@ -59,6 +59,7 @@ pub const TARGETS: [Target; 17] = [
     Target { name: "head", run: crate::proxy::fuzz::head },
     Target { name: "definition", run: crate::registry::fuzz::definition },
     Target { name: "dns", run: crate::dns::fuzz::message },
+    Target { name: "query", run: crate::api::fuzz::query },
     Target { name: "filter", run: |bytes| said(crate::filter::fuzz::expression(bytes)) },
 ];
 

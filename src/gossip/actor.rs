@@ -3,7 +3,7 @@
 mod events;
 mod evidence;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -56,7 +56,14 @@ const LEAVE_TIME_MAX: Duration = Duration::from_millis(500);
 pub(super) enum Input {
     Packet(NodeName, Bytes),
     Unreadable(&'static str),
-    Heard { peer: NodeName, stage: Stage, message: Message, reply: oneshot::Sender<Step> },
+    Heard {
+        peer: NodeName,
+        stage: Stage,
+        message: Message,
+        reply: oneshot::Sender<Step>,
+    },
+    /// A peer asks how far this node is from the others.
+    RoundTrips(oneshot::Sender<BTreeMap<NodeName, Duration>>),
 }
 
 /// Who waits for the end of an attempt to join; nobody, if the engine began it.
@@ -566,6 +573,7 @@ impl Actor {
                 self.metrics.received_bytes.inc_by(packet.len() as u64);
                 self.turn(now, |engine, turn| engine.handle_packet(&from, &packet, turn));
             }
+            Input::RoundTrips(reply) => answer(reply, self.links.round_trips()),
             Input::Unreadable(reason) => self.metrics.refused.with_label_values(&[reason]).inc(),
             Input::Heard { peer, message: Message::Request(Request::Hello(id)), reply, .. } => {
                 self.greeted(Challenge { peer, id, reply }, now);

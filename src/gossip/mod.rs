@@ -40,6 +40,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tracing::debug;
 
 #[cfg(any(test, fuzzing))]
 pub(crate) use self::documents::fuzz_documents;
@@ -311,6 +312,20 @@ impl GossipHandle {
     /// Cancelling forgets the answer.
     pub async fn round_trips(&self) -> Result<BTreeMap<NodeName, Duration>, GossipError> {
         self.order(Command::RoundTrips).await
+    }
+
+    /// The round trips that the agent of `peer` measures, as it tells them, within a second; none if there is no
+    /// connection to it or it does not answer.
+    ///
+    /// # Errors
+    /// [`GossipError::Closed`].
+    /// # Cancel safety
+    /// Cancelling forgets the answer.
+    pub async fn round_trips_of(&self, peer: NodeName) -> Result<Option<BTreeMap<NodeName, Duration>>, GossipError> {
+        let connection = self.order(|reply| Command::Link(peer.clone(), reply)).await?;
+        let Some(connection) = connection else { return Ok(None) };
+        let told = exchange::round_trips(&connection).await;
+        Ok(told.inspect_err(|error| debug!(%peer, error = error.explain(None), "a peer told no round trips")).ok())
     }
 
     /// The certificates under which nodes publish, in order of node.

@@ -97,7 +97,7 @@ fn part<E: Into<Box<dyn std::error::Error + Send + Sync>>>(part: &'static str) -
 pub struct Node {
     name: NodeName,
     api: Vec<SocketAddr>,
-    dns: Vec<SocketAddr>,
+    dns: Option<Arc<Dns>>,
     gossip: GossipHandle,
     registry: RegistryHandle,
     snapshot: SnapshotReader,
@@ -235,7 +235,7 @@ impl Node {
         let mut node = Self {
             name: config.node_name.clone(),
             api: Vec::new(),
-            dns: Vec::new(),
+            dns: None,
             gossip,
             registry,
             snapshot,
@@ -270,11 +270,15 @@ impl Node {
             .map_err(part("SPIFFE Workload API"))
     }
 
-    fn start_dns(&self, config: &Config, metrics: &Metrics) -> Result<Vec<SocketAddr>, NodeError> {
+    fn start_dns(&self, config: &Config, metrics: &Metrics) -> Result<Option<Arc<Dns>>, NodeError> {
         let datacenter = config.datacenter.clone();
-        let Some(config) = config.dns.clone() else { return Ok(Vec::new()) };
+        let Some(config) = config.dns.clone() else { return Ok(None) };
         let (snapshot, tasks, stop) = (self.snapshot.clone(), &self.tasks, self.stop.clone());
-        Dns::start(DnsParams { config, datacenter, snapshot, metrics, tasks, stop }).map_err(part("DNS"))
+        let round_trips = Arc::new(glue::MeasuredBy { gossip: self.gossip.clone(), here: self.name.clone() });
+        let params = DnsParams { config, datacenter, snapshot, round_trips, metrics, tasks, stop };
+        let dns = Arc::new(Dns::start(params).map_err(part("DNS"))?);
+        self.reloader.add_dns(Arc::clone(&dns));
+        Ok(Some(dns))
     }
 
     fn tell_policy(&self) {
@@ -360,7 +364,7 @@ impl Node {
 
     /// Where its DNS listens; nowhere if it is off.
     pub fn dns(&self) -> &[SocketAddr] {
-        &self.dns
+        self.dns.as_ref().map(|dns| dns.listening()).unwrap_or_default()
     }
 
     /// Talks to its membership.
