@@ -618,7 +618,7 @@ async fn a_socket_serves_requests_until_the_stop() {
     let listening = serve::bind(&config, None).await.unwrap();
     let addr = listening.addrs[0];
     let mut server = tokio::task::JoinSet::new();
-    server.spawn(serve::run(listening, bench.router.clone(), 8, bench.stop.clone()));
+    server.spawn(serve::run(listening, bench.router.clone(), serve::Limits::default(), bench.stop.clone()));
     let mut client = tokio::net::TcpStream::connect(addr).await.unwrap();
     let request = format!("GET /v1/health/service/web?index=1003 HTTP/1.1\r\nHost: {addr}\r\n\r\n");
     client.write_all(request.as_bytes()).await.unwrap();

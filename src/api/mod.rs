@@ -283,7 +283,7 @@ impl Api {
         let router = routes::router(&shared);
         params.tasks.spawn("api watchers", watchers::run(shared));
         let bound = listening.addrs.clone();
-        params.tasks.spawn("api", serve::run(listening, router, serve::CONNECTIONS_MAX, params.stop));
+        params.tasks.spawn("api", serve::run(listening, router, serve::Limits::default(), params.stop));
         Ok(bound)
     }
 }

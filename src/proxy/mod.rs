@@ -10,6 +10,7 @@
 //! gossip changes nothing here, the last snapshot is served.
 //! Not here: who is in the mesh (`gossip`), what is registered (`registry`), which instance is best (`routing`).
 
+mod announce;
 mod authorize;
 mod calls;
 mod dead;

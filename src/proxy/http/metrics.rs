@@ -36,6 +36,8 @@ pub(crate) struct HttpMetrics {
     duration: HistogramVec,
     /// Requests over a rate limit.
     pub(super) limited: IntCounterVec,
+    /// Callers' connections that ended because a request's framing was in doubt, by reason.
+    pub(super) malformed: IntCounterVec,
     /// What is counted of decisions, over streams as well.
     pub(crate) policy: PolicySeries,
     /// What chains did to requests.
@@ -57,8 +59,11 @@ impl HttpMetrics {
         let duration = metrics.add(HistogramVec::new(duration.buckets(BUCKETS.to_vec()), &LABELS)?)?;
         let limited = Opts::new("weft_http_rate_limited_total", "Requests refused by the rate limits of a service.");
         let limited = metrics.add(IntCounterVec::new(limited, &["destination_service"])?)?;
+        let malformed = "Requests refused before they were read, for it is in doubt where they end.";
+        let malformed = Opts::new("weft_http_malformed_total", malformed);
+        let malformed = metrics.add(IntCounterVec::new(malformed, &["reason"])?)?;
         let (policy, traffic) = (PolicySeries::register(metrics)?, TrafficSeries::register(metrics)?);
-        Ok(Self { requests, duration, limited, policy, traffic })
+        Ok(Self { requests, duration, limited, malformed, policy, traffic })
     }
 }
 

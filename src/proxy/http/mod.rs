@@ -15,6 +15,7 @@ mod activity;
 mod answer;
 mod attempt;
 mod body;
+mod gate;
 mod headers;
 pub(crate) mod inbound;
 mod io;
@@ -180,6 +181,7 @@ pub(crate) struct HttpState {
     edges: EdgeCache,
     policy: PolicyMetrics,
     limited: IntCounterVec,
+    malformed: IntCounterVec,
     rates: Arc<Rates>,
     /// What chains did to requests.
     traffic: TrafficSeries,
@@ -206,6 +208,7 @@ impl HttpState {
             limits,
             policy: metrics.policy.of_worker(),
             limited: metrics.limited.clone(),
+            malformed: metrics.malformed.clone(),
             rates: Arc::new(Rates::new(crate::clock::now())),
             traffic: metrics.traffic.clone(),
             budgets: RefCell::default(),

@@ -112,7 +112,7 @@ pub(super) async fn answer<D: Dial>(
         target
     };
     let payload = outbound::payload_of(&request);
-    let upgraded = (payload == Payload::Upgrade).then(|| hyper::upgrade::on(&mut request));
+    let upgraded = outbound::Upgrading::of(&mut request, payload);
     let (mut parts, body) = request.into_parts();
     let deadline = deadline(&mut parts.headers, forward, &leg.to, grpc);
     let authority = rewrite(&mut parts, authority, (route, forward, leg));
@@ -123,7 +123,8 @@ pub(super) async fn answer<D: Dial>(
     let uploads = (payload == Payload::Frames).then(|| Busy::new(&connection.activity));
     let plan = Plan { route, forward, leg, source, deadline, grpc };
     let (from, cookie, uploads) = (connection.from, Cell::default(), Cell::new(uploads));
-    let call = Call { parts: &parts, authority, target: Rc::clone(&target), payload, from, cookie, uploads };
+    let activity = &*connection.activity;
+    let call = Call { parts: &parts, authority, target: Rc::clone(&target), payload, from, cookie, uploads, activity };
     Ok(match attempts(worker, &call, &plan, (body, &mut exchange)).await {
         Err(refusal) => outbound::refuse_request(exchange, refusal, how),
         Ok(mut answer) => {
@@ -270,7 +271,7 @@ async fn attempts<D: Dial>(
     let state = worker.http();
     let destination = &plan.leg.to.target.service;
     let pending = match call.payload {
-        Payload::Frames => Some(attempt::begin_upload(body, &call.parts.headers, state, call.uploads.take()).await?),
+        Payload::Frames => Some(attempt::begin_upload(body, call.parts, state, call.uploads.take()).await?),
         Payload::Empty | Payload::Upgrade => None,
     };
     mirror(worker, call, plan, pending.as_deref());

@@ -84,7 +84,9 @@ impl Mesh {
 
 /// Adds an instance of `web`.
 pub(super) fn serve(local: &mut LocalView, id: &str, app_addr: SocketAddr) {
-    let instance = LocalInstance { service: name("web"), app_addr, protocol: Protocol::Tcp };
+    // An id says that its app asks for the header.
+    let wants_proxy_header = id.ends_with("-announced");
+    let instance = LocalInstance { service: name("web"), app_addr, protocol: Protocol::Tcp, wants_proxy_header };
     local.instances.insert(id.parse().unwrap(), instance);
 }
 

@@ -58,7 +58,7 @@ async fn web(answers: &[&'static str], entries: &[(&str, &str, Value)]) -> Setup
     Setup { worker, port, messages }
 }
 
-fn say(worker: &Loopback, list: &[(&str, &str, Value)]) {
+pub(super) fn say(worker: &Loopback, list: &[(&str, &str, Value)]) {
     let mut entries = Entries::default();
     for (kind, name, value) in list {
         entries.add(kind, name, Ready::new(kind, value).unwrap());
@@ -70,7 +70,7 @@ fn say(worker: &Loopback, list: &[(&str, &str, Value)]) {
 }
 
 /// A router of `web` with one route for all.
-fn route(destination: &Value) -> (&'static str, &'static str, Value) {
+pub(super) fn route(destination: &Value) -> (&'static str, &'static str, Value) {
     ("service-router", "web", json!({"Routes": [{"Match": {"HTTP": {"PathPrefix": "/"}}, "Destination": destination}]}))
 }
 
