@@ -40,8 +40,8 @@ use crate::routing::{
     Shared, Tried, Turn, WAIT_MAX,
 };
 use crate::traffic::{Resolved, Target};
-use crate::upstream::Priority;
 use crate::transport::{Credentials, Lane, LiveConnections, MeshPort, WorkerEndpoint};
+use crate::upstream::Priority;
 
 /// Connections that one worker holds from local apps, and streams from peers: 5 KB each when idle.
 pub(super) const CONNECTIONS_MAX: usize = 16_384;
@@ -383,17 +383,18 @@ impl Worker {
         service: impl Fn() -> Result<Arc<ServiceEntry>, OpenError>,
         tried: &RefCell<Tried>,
     ) -> Result<Picked, OpenError> {
-        let mut picked = self.pick(ends, &*service()?, &mut tried.borrow_mut());
-        if matches!(picked, Err(OpenError::Overflow(Limited::Instances)))
-            && let Some(entered) = self.enter(ends, &*service()?, &tried.borrow())
-        {
+        let mut picked = self.pick(ends, &service()?, &mut tried.borrow_mut());
+        if matches!(picked, Err(OpenError::Overflow(Limited::Instances))) {
+            let entered = self.enter(ends, &service()?, &tried.borrow());
             picked = match entered {
-                Ok(turn) => self.wait_in_turn(ends, service, tried, &turn).await,
-                Err(what) => Err(OpenError::Overflow(what)),
+                Some(Ok(turn)) => self.wait_in_turn(ends, service, tried, &turn).await,
+                Some(Err(what)) => Err(OpenError::Overflow(what)),
+                None => picked,
             };
         }
+        let is_spare = tried.borrow().priority == Priority::Spare;
         // What is spare is left out without a word.
-        if let (Err(OpenError::Overflow(what)), true) = (&picked, tried.borrow().priority != Priority::Spare) {
+        if let (Err(OpenError::Overflow(what)), false) = (&picked, is_spare) {
             self.metrics.overflowed(*what);
         }
         picked
@@ -586,7 +587,8 @@ impl Worker {
         // A dial has a time limit of its own, and all who wait for it learn how it ended.
         let tunnel = self.tunnel(key, destination).await.map_err(Unopened::Failed)?;
         let left = || until.saturating_duration_since(clock::now()).max(STREAM_WAIT_MIN);
-        match within(left(), tunnel.connection.open_bi()).await {
+        let opened = within(left(), tunnel.connection.open_bi()).await;
+        match opened {
             Some(Ok(streams)) => return Ok((streams, tunnel)),
             Some(Err(_lost)) => self.tunnels.forget(key, &tunnel),
             None => return Err(Unopened::Full),

@@ -159,11 +159,11 @@ mod tests {
 
     #[test]
     fn a_burst_may_wait_as_long_as_an_answer_takes_and_a_queue_that_lasts_hardly() {
+        use Priority::{High, Normal};
         let (mut queue, now) = (Queue::default(), crate::clock::now());
         let patience = |queue: &Queue, priority, typical: u32, after: u32| {
             queue.patience(priority, MS * typical, now + MS * after)
         };
-        use Priority::{High, Normal};
         assert_eq!(patience(&queue, Normal, 1, 0), MS * 100);
         assert_eq!(patience(&queue, Normal, 400, 0), MS * 400);
         assert_eq!(patience(&queue, Normal, 60_000, 0), WAIT_MAX);
@@ -186,7 +186,8 @@ mod tests {
     #[test]
     fn the_most_urgent_is_called_first_and_equals_in_order() {
         let (mut queue, now) = (Queue::default(), crate::clock::now());
-        let keys = [Priority::Normal, Priority::High, Priority::Normal, Priority::High].map(|one| queue.enter(one, now));
+        let keys =
+            [Priority::Normal, Priority::High, Priority::Normal, Priority::High].map(|one| queue.enter(one, now));
         let mut called = Vec::new();
         for _ in 0..5 {
             assert!(queue.call().is_none(), "nobody left a waker");

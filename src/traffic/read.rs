@@ -337,7 +337,8 @@ fn hedge(mut object: Object<'_>, when: &Match, problems: &mut Problems) -> Optio
         matches!(&**method, "GET" | "HEAD" | "OPTIONS" | "TRACE") || writes.iter().any(|write| write == &**method)
     };
     if !when.methods.is_empty() && !when.methods.iter().any(covers) {
-        problems.add(object.path_of("Writes"), "must name one of the route's Methods: none of them is hedged otherwise");
+        problems
+            .add(object.path_of("Writes"), "must name one of the route's Methods: none of them is hedged otherwise");
     }
     let path = object.path_of("Delay");
     let delay = delay(&mut object, &path, problems);

@@ -443,7 +443,10 @@ fn a_route_says_when_and_what_it_hedges() {
     let hedge = |delay, requests, writes| Hedge { delay, requests, writes };
     check(&json!({"Delay": "50ms"}), &hedge(Delay::Fixed(Duration::from_millis(50)), 2, Vec::new()));
     let writes = vec![http::Method::PUT, http::Method::DELETE];
-    check(&json!({"delay": "p95", "max_requests": 3, "Writes": ["PUT", "DELETE"]}), &hedge(Delay::Percentile(95), 3, writes));
+    check(
+        &json!({"delay": "p95", "max_requests": 3, "Writes": ["PUT", "DELETE"]}),
+        &hedge(Delay::Percentile(95), 3, writes),
+    );
 }
 
 #[test]

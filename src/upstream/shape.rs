@@ -9,8 +9,8 @@ use serde_json::Value;
 
 use super::read::{Fields, Problems};
 use super::{
-    Algorithm, Balance, Callers, Ejection, Guard, HashField, HashPolicy, InPanic, Limits, MadeCookie, Priority, RING_POINTS,
-    RING_POINTS_MAX, Rate, RateKey, RatePath, RateRule, RateRules, SuccessRate, Table,
+    Algorithm, Balance, Callers, Ejection, Guard, HashField, HashPolicy, InPanic, Limits, MadeCookie, Priority,
+    RING_POINTS, RING_POINTS_MAX, Rate, RateKey, RatePath, RateRule, RateRules, SuccessRate, Table,
 };
 use crate::model::ServiceName;
 
@@ -289,7 +289,8 @@ fn read_limits(path: &str, value: &Value, problems: &mut Problems) -> Limits {
     // What may claim little is little.
     let priority = usual.unwrap_or(standard.priority.min(priority_max));
     if priority > priority_max {
-        problems.add(fields.at("Priority"), format!("= {priority} must not be higher than PriorityMax = {priority_max}"));
+        problems
+            .add(fields.at("Priority"), format!("= {priority} must not be higher than PriorityMax = {priority_max}"));
     }
     let limits = Limits {
         connections: fields.number("MaxConnections", 0..=COUNT_MAX, problems).unwrap_or(standard.connections),

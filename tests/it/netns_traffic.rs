@@ -249,7 +249,8 @@ fn a_hedge_takes_the_tail_of_a_slow_instance_whose_app_sees_its_callers_leave() 
     };
     assert!(worst(4) >= SLOW, "half of the instances take 2 s");
 
-    let hedge = |hedge: Value| router(&json!([{"Match": {"HTTP": {"PathPrefix": "/"}}, "Destination": {"Hedge": hedge}}]));
+    let hedge =
+        |hedge: Value| router(&json!([{"Match": {"HTTP": {"PathPrefix": "/"}}, "Destination": {"Hedge": hedge}}]));
     let file = cluster.file(&hedge(json!({"Delay": "0ms", "MaxRequests": 9, "Writes": ["POST"]})));
     let args = ["config", "write", path(&file), "-operator", path(&cluster.operator)];
     let out = weft_on(&cluster.lab.host(1), &args);

@@ -93,7 +93,12 @@ pub(crate) trait Dial: 'static {
 }
 
 impl Dial for Worker {
-    async fn open(self: &Rc<Self>, caller: &Caller, kind: StreamKind, tried: &RefCell<Tried>) -> Result<Opened, OpenError> {
+    async fn open(
+        self: &Rc<Self>,
+        caller: &Caller,
+        kind: StreamKind,
+        tried: &RefCell<Tried>,
+    ) -> Result<Opened, OpenError> {
         Worker::open(self, caller, kind, tried).await
     }
 

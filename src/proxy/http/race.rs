@@ -22,10 +22,12 @@ use super::outbound::Call;
 use super::routed::{Outcome, Plan, Try, attempt_once, may_replay};
 use super::{Dial, HttpState};
 use crate::clock;
+use crate::proxy::Tried;
 use crate::proxy::head::Payload;
-use crate::routing::{self, Priority};
+use crate::routing;
 use crate::traffic::Resolved;
 use crate::traffic::hedge::{Answers, Delay, Hedge};
+use crate::upstream::Priority;
 
 /// How a race ended.
 pub(super) struct Ended {
@@ -34,6 +36,20 @@ pub(super) struct Ended {
     pub(super) by: Rc<Try>,
     /// A copy was answered first.
     pub(super) is_copy: bool,
+    /// Which instances were tried by any of them.
+    pub(super) tried: Tried,
+}
+
+/// Sends a request, and no copy.
+pub(super) async fn alone<D: Dial>(
+    worker: &Rc<D>,
+    call: &Call<'_>,
+    plan: &Plan<'_>,
+    (pending, one): (Option<&Rc<Upload>>, Rc<Try>),
+) -> Ended {
+    let outcome = attempt_once(worker, call, plan, (&plan.leg.to, pending), &one).await;
+    let tried = if matches!(outcome, Outcome::Answered(_)) { Tried::new() } else { one.tried.take() };
+    Ended { outcome, by: one, is_copy: false, tried }
 }
 
 /// Sends a request, and copies of it as its route says, until one is answered or all failed.
@@ -45,8 +61,7 @@ pub(super) async fn race<D: Dial>(
 ) -> Ended {
     let hedge = plan.forward.hedge.as_ref();
     let Some(hedge) = hedge.filter(|hedge| call.payload != Payload::Upgrade && hedge.covers(&call.parts.method)) else {
-        let outcome = attempt_once(worker, call, plan, (&plan.leg.to, pending), &first).await;
-        return Ended { outcome, by: first, is_copy: false };
+        return alone(worker, call, plan, (pending, first)).await;
     };
     let state = worker.http();
     let begun = clock::now();
@@ -55,10 +70,9 @@ pub(super) async fn race<D: Dial>(
         Delay::Percentile(_) => state.answers(&plan.series(), |answers| hedge.wait(Some(answers), begun)),
     };
     // A copy has no place in a failover: it is to be quick, not to be answered at any price.
-    let alone = Resolved { failover: Vec::new(), ..Resolved::clone(&plan.leg.to) };
-    let start = |one: Rc<Try>, to| {
-        Box::pin(async move { (attempt_once(worker, call, plan, (to, pending), &one).await, one) })
-    };
+    let near = Resolved { failover: Vec::new(), ..Resolved::clone(&plan.leg.to) };
+    let start =
+        |one: Rc<Try>, to| Box::pin(async move { (attempt_once(worker, call, plan, (to, pending), &one).await, one) });
     let mut under_way = FuturesUnordered::new();
     under_way.push(start(Rc::clone(&first), &*plan.leg.to));
     let mut race = Race { plan, hedge, first, copies: Vec::new(), leaves: Vec::new(), failed: None, may_send: true };
@@ -69,19 +83,18 @@ pub(super) async fn race<D: Dial>(
             Some((outcome, by)) = under_way.next() => {
                 if matches!(outcome, Outcome::Answered(_)) {
                     race.settle(state, &by, begun);
-                    let is_copy = race.is_copy(&by);
-                    return Ended { outcome, by, is_copy };
+                    return Ended { is_copy: race.is_copy(&by), tried: Tried::new(), outcome, by };
                 }
                 race.lose(state, outcome, by);
                 if under_way.is_empty()
                     && let Some((outcome, by)) = race.failed.take()
                 {
-                    return Ended { is_copy: false, outcome, by };
+                    return Ended { is_copy: false, tried: race.tried(), outcome, by };
                 }
             },
-            () = async { match &mut due { Some(due) => due.await, None => std::future::pending().await } } => {
+            () = async { match &mut due { Some(due) => due.await, None => std::future::pending().await } }, if race.may_send => {
                 if let Some(copy) = race.copy(state, pending.map(|pending| &**pending)) {
-                    under_way.push(start(copy, &alone));
+                    under_way.push(start(copy, &near));
                 }
                 due = wait.filter(|_| race.may_send).map(|wait| Box::pin(tokio::time::sleep(wait)));
             }
@@ -105,6 +118,11 @@ struct Race<'r> {
 impl Race<'_> {
     fn is_copy(&self, one: &Rc<Try>) -> bool {
         !Rc::ptr_eq(one, &self.first)
+    }
+
+    /// Which instances were tried: each copy begins with what those before it have tried.
+    fn tried(&self) -> Tried {
+        self.copies.last().unwrap_or(&self.first).tried.borrow().clone()
     }
 
     fn count(&self, state: &HttpState, outcome: &str) {
@@ -131,9 +149,7 @@ impl Race<'_> {
             return None;
         }
         self.leaves.extend(leave.flatten());
-        let mut tried = self.copies.last().unwrap_or(&self.first).tried.borrow().clone();
-        tried.priority = Priority::Spare;
-        let copy = Try::after(tried);
+        let copy = Try::after(self.tried().of(Priority::Spare));
         self.copies.push(Rc::clone(&copy));
         self.may_send = u32::try_from(self.copies.len()).is_ok_and(|copies| copies + 1 < self.hedge.requests);
         Some(copy)
@@ -145,7 +161,16 @@ impl Race<'_> {
         if self.is_copy(&by) {
             let is_refused = matches!(&outcome, Outcome::Final(refusal) if refusal.flag == Flag::Overflow);
             let is_alone = matches!(outcome, Outcome::NoneLeft(_));
-            self.count(state, if is_alone { "no_instance" } else if is_refused { "limit" } else { "failed" });
+            self.count(
+                state,
+                if is_alone {
+                    "no_instance"
+                } else if is_refused {
+                    "limit"
+                } else {
+                    "failed"
+                },
+            );
             // It was not sent: that says nothing of the request, and the first try goes on.
             if is_refused || is_alone {
                 return;

@@ -31,7 +31,7 @@ use super::attempt::{self, Attempt, Failed, TimeLimit, Upload};
 use super::body::{BodyLimit, TunnelBody, TunnelSend};
 use super::metrics::{Exchange, Flag};
 use super::outbound::{self, Answer, Call, Connection, Cut, Target};
-use super::race::{Ended, race};
+use super::race::{Ended, alone, race};
 use super::{ATTEMPTS_MAX, Dial, HttpState, headers, key};
 use crate::authz::Request as Admitted;
 use crate::clock;
@@ -42,6 +42,7 @@ use crate::routing::{self, Observer};
 use crate::traffic::hedge::Answers;
 use crate::traffic::retry::RETRY_AFTER_MAX;
 use crate::traffic::{Abort, Action, Asked, Chain, Forward, Leg, Redirect, Resolved, Route, is_hit};
+use crate::upstream::Priority;
 
 /// Milliseconds that a caller gives a request, and that are left of them at the destination.
 const TIMEOUT: HeaderName = HeaderName::from_static("x-request-timeout-ms");
@@ -133,7 +134,6 @@ pub(super) async fn answer<D: Dial>(
     let plan = Plan { route, forward, leg, source, deadline, grpc };
     let (from, cookie, uploads) = (connection.from, Cell::default(), Cell::new(uploads));
     let priority = connection.priority(&target.caller, &parts.headers);
-    let target = Rc::clone(&target);
     let call = Call { parts: &parts, authority, target, payload, from, priority, cookie, uploads };
     Ok(match attempts(worker, &call, &plan, (body, &mut exchange)).await {
         Err(refusal) => outbound::refuse_request(exchange, refusal, how),
@@ -322,13 +322,14 @@ async fn attempts<D: Dial>(
     let failure = loop {
         let one = Try::after(std::mem::take(&mut tried));
         // The first attempt alone is hedged.
-        let Ended { outcome, by: one, is_copy } = if retries == 0 && not_reached.is_none() {
+        let is_hedged = plan.forward.hedge.is_some() && retries == 0 && not_reached.is_none();
+        let ended = if is_hedged {
             Box::pin(race(worker, call, plan, (pending.as_ref(), one))).await
         } else {
-            let outcome = attempt_once(worker, call, plan, (&plan.leg.to, pending.as_ref()), &one).await;
-            Ended { outcome, by: one, is_copy: false }
+            alone(worker, call, plan, (pending.as_ref(), one)).await
         };
-        tried = one.tried.borrow().clone().of(call.priority);
+        let Ended { outcome, by: one, is_copy, tried: so_far } = ended;
+        tried = so_far.of(call.priority);
         let (failure, reason, answer) = match outcome {
             Outcome::Answered(answer) => {
                 if is_copy {
@@ -351,9 +352,7 @@ async fn attempts<D: Dial>(
                 break refusal;
             }
             // All were tried: one that failed may do better by now, one that was not reached hardly.
-            Outcome::NoneLeft(_)
-                if retry.is_some() && retries > 0 && tried.count() > 0 && not_reached.is_none() =>
-            {
+            Outcome::NoneLeft(_) if retry.is_some() && retries > 0 && tried.count() > 0 && not_reached.is_none() => {
                 tried = begin();
                 continue;
             }
@@ -556,7 +555,11 @@ fn no_instance(resolved: &Resolved, error: OpenError) -> Refusal {
 
 impl HttpState {
     /// Asks the retry budget of a destination.
-    pub(super) fn budget<T>(&self, destination: &ServiceName, ask: impl FnOnce(&mut crate::traffic::retry::Budget) -> T) -> T {
+    pub(super) fn budget<T>(
+        &self,
+        destination: &ServiceName,
+        ask: impl FnOnce(&mut crate::traffic::retry::Budget) -> T,
+    ) -> T {
         let mut budgets = self.budgets.borrow_mut();
         if budgets.len() >= BUDGETS_MAX && !budgets.contains_key(destination) {
             budgets.clear();
@@ -623,7 +626,9 @@ async fn copy<D: Dial>(
     to: &Resolved,
     (head, frames): (Bytes, Vec<Bytes>),
 ) -> Option<()> {
-    let opened = worker.open_to(source, to, StreamKind::Http, &RefCell::default()).await.ok()?;
+    // A copy for a mirror gives way to whatever matters.
+    let tried = Tried::new().of(Priority::Spare);
+    let opened = worker.open_to(source, to, StreamKind::Http, &RefCell::new(tried)).await.ok()?;
     let Opened { send, mut recv, preamble, lease, .. } = opened;
     let _lease = lease;
     let mut send = TunnelSend::new(send);

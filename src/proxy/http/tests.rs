@@ -115,8 +115,7 @@ impl Loopback {
     /// Picks among the connections from here on as a worker does: in turn, guarded by `guard`.
     fn balance(&self, guard: &serde_json::Value) {
         let instances = (0..self.tunnels.borrow().len()).map(|at| numbered(&self.instance, at)).collect();
-        let entry =
-            ServiceEntry { name: "web".parse().unwrap(), protocol: Protocol::Http, instances, modify_index: 2 };
+        let entry = ServiceEntry { name: "web".parse().unwrap(), protocol: Protocol::Http, instances, modify_index: 2 };
         let resolver = serde_json::json!({"LoadBalancer": {"Policy": "round_robin"}});
         let defaults = serde_json::json!({"UpstreamConfig": {"Defaults": guard}});
         crate::upstream::check("service-defaults", &defaults).unwrap();
@@ -133,8 +132,7 @@ impl Loopback {
         let snapshot = self.reader.load();
         let service = &snapshot.services["web"];
         let (source, now) = (caller.source.service(), crate::clock::now());
-        let ask =
-            Ask { snapshot: &snapshot, source, destination: &service.name, service, flow: Flow::Request, now };
+        let ask = Ask { snapshot: &snapshot, source, destination: &service.name, service, flow: Flow::Request, now };
         let mut balancer = self.balancer.borrow_mut();
         let picked = balancer.as_mut().unwrap().pick(&ask, &tried.borrow(), &ConnectBackoff::new());
         drop(balancer);

@@ -420,7 +420,8 @@ impl Balancer {
         let group = self.group(ask);
         let overflow = |what| NoInstance::Overflow { service: ask.destination.clone(), what };
         // Who comes late does not pass those who wait; who would not wait is refused.
-        let is_late = ask.flow == Flow::Request && !tried.is_called && group.common.queue.borrow().is_before(tried.priority);
+        let is_late =
+            ask.flow == Flow::Request && !tried.is_called && group.common.queue.borrow().is_before(tried.priority);
         let picked = if is_late {
             Err(overflow(if tried.priority.waits() { Limited::Instances } else { Limited::Priority }))
         } else {

@@ -352,7 +352,8 @@ fn at_three_times_the_capacity_nine_tenths_of_it_are_answered_in_time() {
 #[test]
 fn a_queue_carries_bursts_that_a_limit_alone_would_refuse() {
     // As much as the servers are, at nine tenths of what they bear: Erlang's loss would be a quarter of it.
-    let limits = |pending: u32| json!({"MaxRequestsPerInstance": 8, "MaxPendingRequests": pending, "PriorityMax": "normal"});
+    let limits =
+        |pending: u32| json!({"MaxRequestsPerInstance": 8, "MaxPendingRequests": pending, "PriorityMax": "normal"});
     let (without, with) = (overload(&limits(0), 0.9), overload(&limits(1_024), 0.9));
     println!("at nine tenths of the capacity: {without:?} without a queue, {with:?} with one");
     assert!(without.served["normal"] < 0.92, "{without:?}");

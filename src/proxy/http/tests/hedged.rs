@@ -6,6 +6,7 @@ use super::routed::{HANG, OK, UNAVAILABLE, ask, counts, route, say, scripted};
 use super::*;
 use crate::routing::Cause;
 
+const LATE_BAD: &str = "lateHTTP/1.1 503 No\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
 const LATE: &str = "lateHTTP/1.1 200 OK\r\ncontent-length: 5\r\nconnection: close\r\n\r\nfirst";
 
 /// A worker whose balancer takes turns between apps, the first app first.
@@ -86,12 +87,8 @@ fn only_what_may_be_repeated_is_sent_twice_and_writes_only_where_it_is_said() {
             assert!(app.recv().await.unwrap().ends_with("\r\n\r\nbody"));
         }
         // A body that is not whole cannot be sent again.
-        let mut setup = balanced(
-            &[&[LATE], &[OK]],
-            &json!({"Hedge": {"Delay": "50ms", "Writes": ["PUT"]}}),
-            &json!({}),
-        )
-        .await;
+        let mut setup =
+            balanced(&[&[LATE], &[OK]], &json!({"Hedge": {"Delay": "50ms", "Writes": ["PUT"]}}), &json!({})).await;
         let mut stream = TcpStream::connect(setup.port).await.unwrap();
         stream.write_all(b"PUT /x HTTP/1.1\r\nhost: web\r\ncontent-length: 4\r\n\r\nbo").await.unwrap();
         while !setup.worker.metrics.render().unwrap().contains(&hedged("body")) {
@@ -123,7 +120,6 @@ fn a_race_that_nobody_wins_is_followed_by_a_retry_that_is_not_hedged() {
     run(async {
         let destination = json!({"Hedge": {"Delay": "50ms"}, "NumRetries": 1, "RetryOn": ["5xx"],
             "RetryBackoff": {"BaseInterval": "1ms"}});
-        const LATE_BAD: &str = "lateHTTP/1.1 503 No\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
         let mut setup = balanced(&[&[LATE_BAD], &[LATE_BAD], &[LATE]], &destination, &json!({})).await;
         let answer = ask(setup.port, "GET / HTTP/1.1").await;
         assert!(answer.ends_with("first"), "{answer}");
@@ -154,7 +150,7 @@ fn attempts_of_a_route_with_retries_eject_the_instance_that_fails() {
 #[test]
 fn an_attempt_that_takes_too_long_counts_as_a_failure_of_its_instance() {
     run(async {
-        let destination = json!({"PerTryTimeout": "20ms", "NumRetries": 1, "RetryOn": ["reset"],
+        let destination = json!({"PerTryTimeout": "500ms", "NumRetries": 1, "RetryOn": ["reset"],
             "RetryBackoff": {"BaseInterval": "1ms"}});
         let guard = json!({"PassiveHealthCheck": {"MaxFailures": 2}});
         let setup = balanced(&[&[HANG], &[OK]], &destination, &guard).await;
@@ -172,11 +168,11 @@ fn with_few_instances_retries_are_as_many_as_the_route_says() {
         let destination = json!({"NumRetries": 3, "RetryOn": ["5xx"], "RetryBackoff": {"BaseInterval": "1ms"}});
         let guard = json!({"PassiveHealthCheck": {"MaxFailures": 0}});
         for count in [1, 2] {
-            let apps: Vec<&'static [&'static str]> = vec![&[UNAVAILABLE]; count];
+            let bad: &'static [&'static str] = &[UNAVAILABLE];
+            let apps = vec![bad; count];
             let mut setup = balanced(&apps, &destination, &guard).await;
             assert!(ask(setup.port, "GET / HTTP/1.1").await.starts_with("HTTP/1.1 503"));
-            let met: usize =
-                setup.apps.iter_mut().map(|app| std::iter::from_fn(|| app.try_recv().ok()).count()).sum();
+            let met: usize = setup.apps.iter_mut().map(|app| std::iter::from_fn(|| app.try_recv().ok()).count()).sum();
             assert_eq!(met, 4, "of {count} instances");
         }
         // Apps that refuse connections: each is asked once, and nobody a second time.
@@ -206,10 +202,7 @@ fn what_a_limit_refuses_says_which_and_low_priorities_are_refused_first() {
         for (level, refused_first) in [("sheddable", 3), ("low", 4), ("normal", 4), ("high", 5)] {
             while held.len() < refused_first {
                 let mut stream = TcpStream::connect(setup.port).await.unwrap();
-                stream
-                    .write_all(b"GET / HTTP/1.1\r\nhost: web\r\nx-weft-priority: high\r\n\r\n")
-                    .await
-                    .unwrap();
+                stream.write_all(b"GET / HTTP/1.1\r\nhost: web\r\nx-weft-priority: high\r\n\r\n").await.unwrap();
                 let head = setup.apps[0].recv().await.unwrap();
                 assert!(head.contains("x-weft-priority: high\r\n"), "{head}");
                 held.push(stream);
@@ -221,7 +214,7 @@ fn what_a_limit_refuses_says_which_and_low_priorities_are_refused_first() {
         }
         // gRPC gets UNAVAILABLE, with the same header.
         let answer = ask(setup.port, "POST / HTTP/1.1\r\ncontent-type: application/grpc").await;
-        assert!(answer.contains("grpc-status: 14\r\n") && answer.contains("x-weft-overflow: priority"), "{answer}");
+        assert!(answer.contains("grpc-status: 14\r\n") && answer.contains("x-weft-overflow: requests"), "{answer}");
     });
 }
 

@@ -51,7 +51,8 @@ pub(super) async fn scripted(answers: &[&'static str]) -> (SocketAddr, mpsc::Rec
 }
 
 pub(super) const OK: &str = "HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\nx-app: 1\r\n\r\nok";
-pub(super) const UNAVAILABLE: &str = "HTTP/1.1 503 Service Unavailable\r\ncontent-length: 3\r\nconnection: close\r\n\r\nbad";
+pub(super) const UNAVAILABLE: &str =
+    "HTTP/1.1 503 Service Unavailable\r\ncontent-length: 3\r\nconnection: close\r\n\r\nbad";
 pub(super) const HANG: &str = "hang";
 
 /// A worker whose web is the scripted app, and what entries say of it.
@@ -136,8 +137,10 @@ fn only_what_the_conditions_name_is_tried_again() {
         counts(&setup.worker, "weft_http_retries_refused_total{destination_service=\"web\",reason=\"pushback\"}", 1);
         // Nor is one whose word on retries is no number, or one below zero.
         for word in ["soon", "-1", ""] {
-            let later = format!("HTTP/1.1 503 Later\r\ncontent-length: 0\r\ngrpc-retry-pushback-ms: {word}\r\n\r\n");
-            let setup = web(&[String::leak(later), OK], &[gateway()]).await;
+            let later: &'static str = String::leak(format!(
+                "HTTP/1.1 503 Later\r\ncontent-length: 0\r\ngrpc-retry-pushback-ms: {word}\r\n\r\n"
+            ));
+            let setup = web(&[later, OK], &[gateway()]).await;
             assert!(ask(setup.port, "GET / HTTP/1.1").await.starts_with("HTTP/1.1 503"), "{word:?}");
         }
         // An app that breaks off is answered for with 502: a gateway's error.
