@@ -143,7 +143,7 @@ pub(crate) enum OpenError {
 enum Unopened {
     /// It could not be dialled, or broke.
     Failed(String),
-    /// It has as many streams as the peer allows; another instance may do better.
+    /// It has as many streams as the peer allows.
     Full,
 }
 
@@ -506,8 +506,11 @@ impl Worker {
         drop(waiting);
         let ((send, recv), tunnel) = match opened {
             Ok(opened) => opened,
-            // As much is under way there as may be: no fault of the instance.
-            Err(Unopened::Full) => return Err(unreachable(format!("the tunnel to {} has no free stream", node.name))),
+            // As much is under way there as may be: no fault of the instance, and the caller has waited long enough.
+            Err(Unopened::Full) => {
+                self.metrics.overflowed(Limited::Pending);
+                return Err(OpenError::Overflow(Limited::Pending));
+            }
             Err(Unopened::Failed(reason)) => {
                 self.connect_failed(&instance);
                 self.observe(load.observer(), Outcome::GatewayFailure, Duration::ZERO);
