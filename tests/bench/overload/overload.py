@@ -64,14 +64,18 @@ def rss_mib(pid):
 
 
 class Callers:
-    """Sends requests at the times of a Poisson process; a connection that is free is used again."""
+    """Sends requests at the times of a Poisson process; a connection that is free is used again. What ends after the first third
+    of the run and before its end counts."""
 
     def __init__(self, pid, rate, seconds):
         self.pid, self.rate, self.seconds = pid, rate, seconds
         self.free, self.took, self.refused, self.lost, self.most = [], [], [], 0, 0.0
         self.good, self.sent = {}, {}
 
-    async def ask(self, priority, counts):
+    def counts(self, moment):
+        return self.start + self.seconds / 3 <= moment < self.start + self.seconds
+
+    async def ask(self, priority):
         begun = time.monotonic()
         pair = None
         try:
@@ -84,10 +88,10 @@ class Callers:
         except (OSError, TimeoutError, asyncio.IncompleteReadError):
             if pair:
                 pair[1].transport.abort()
-            self.lost += counts
+            self.lost += self.counts(time.monotonic())
             return
         self.free.append(pair)
-        if not counts:
+        if not self.counts(time.monotonic()):
             return
         took = time.monotonic() - begun
         if head.startswith(b"HTTP/1.1 200"):
@@ -97,15 +101,14 @@ class Callers:
             self.refused.append(took)
 
     async def run(self):
-        start = time.monotonic()
-        warm = start + self.seconds / 3
-        due, tasks, draw = start, set(), random.Random(7)
-        while due < start + self.seconds:
+        self.start = time.monotonic()
+        due, tasks, draw = self.start, set(), random.Random(7)
+        while due < self.start + self.seconds:
             await asyncio.sleep(max(0, due - time.monotonic()))
-            priority, counts = draw.choice(PRIORITIES), due >= warm
-            if counts:
+            priority = draw.choice(PRIORITIES)
+            if self.counts(due):
                 self.sent[priority] = self.sent.get(priority, 0) + 1
-            task = asyncio.create_task(self.ask(priority, counts))
+            task = asyncio.create_task(self.ask(priority))
             tasks.add(task)
             task.add_done_callback(tasks.discard)
             if draw.random() < 0.01:
