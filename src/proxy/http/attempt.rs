@@ -461,12 +461,16 @@ pub(super) fn unreachable(destination: &ServiceName, why: &str) -> Refusal {
 }
 
 fn overflow(destination: &ServiceName, what: Limited) -> Refusal {
-    Refusal {
-        status: StatusCode::SERVICE_UNAVAILABLE,
-        flag: Flag::Overflow,
-        reason: Reason::Overflow(what),
-        text: format!("service `{destination}` has as many {} under way from here as its limits allow", what.as_str()),
-    }
+    let text = match what {
+        Limited::Priority => {
+            format!("service `{destination}` is so busy that only requests of a higher x-weft-priority are sent there")
+        }
+        Limited::Instances => {
+            format!("every instance of service `{destination}` has as many requests from here as it may, for too long")
+        }
+        _ => format!("service `{destination}` has as many {} under way from here as its limits allow", what.as_str()),
+    };
+    Refusal { status: StatusCode::SERVICE_UNAVAILABLE, flag: Flag::Overflow, reason: Reason::Overflow(what), text }
 }
 
 /// Notes how an attempt ended that was `sent_at` then.
