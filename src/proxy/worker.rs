@@ -383,9 +383,10 @@ impl Worker {
         service: impl Fn() -> Result<Arc<ServiceEntry>, OpenError>,
         tried: &RefCell<Tried>,
     ) -> Result<Picked, OpenError> {
-        let mut picked = self.pick(ends, &service()?, &mut tried.borrow_mut());
+        let found = service()?;
+        let mut picked = self.pick(ends, &found, &mut tried.borrow_mut());
         if matches!(picked, Err(OpenError::Overflow(Limited::Instances))) {
-            let entered = self.enter(ends, &service()?, &tried.borrow());
+            let entered = self.enter(ends, &found, &tried.borrow());
             picked = match entered {
                 Some(Ok(turn)) => self.wait_in_turn(ends, service, tried, &turn).await,
                 Some(Err(what)) => Err(OpenError::Overflow(what)),
