@@ -54,7 +54,7 @@ pub(super) async fn put(call: Call) -> Result<Reply, Refusal> {
         return Reply::json(&call, &service_intentions::put(&call, &value, expect).await?);
     }
     let draft = Draft::entry(value.to_string())?;
-    fits(&call, &draft, Some(&value))?;
+    fits(&call, &draft, Some(value)).await?;
     Reply::json(&call, &write(&call.shared, draft, expect).await?)
 }
 
@@ -93,23 +93,28 @@ pub(super) async fn delete(call: Call) -> Result<Reply, Refusal> {
         let view = call.shared.membership.documents();
         let is_there = !held(&view, |of, own| of == kind && own == name).is_empty();
         let draft = Draft::no_entry(kind, name)?;
-        fits(&call, &draft, None)?;
+        fits(&call, &draft, None).await?;
         !is_there || write(&call.shared, draft, expect).await?
     };
     if call.query.has("cas") { Reply::json(&call, &is_done) } else { Reply::json(&call, &json!({})) }
 }
 
-/// Holds what is to be written, or deleted, against itself and all other entries.
-fn fits(call: &Call, draft: &Draft, value: Option<&Value>) -> Result<(), Refusal> {
+/// Holds what is to be written, or deleted, against itself and all other entries: off the threads of the control plane, for
+/// compiling a few hundred expressions takes a while.
+async fn fits(call: &Call, draft: &Draft, value: Option<Value>) -> Result<(), Refusal> {
     let view = call.shared.membership.documents();
-    let others = view.documents.iter().filter_map(|view| {
-        let DocumentBody::Config(Some(entry)) = &view.body else { return None };
-        let (kind, name) = entry_ends(&view.digest.id.name)?;
-        Some((kind, name, entry))
-    });
-    let Some((kind, name)) = entry_ends(&draft.id().name) else { return Ok(()) };
-    traffic::check_write(others, (kind, name, value))
-        .map_err(|problems| Refusal::bad(format!("Invalid config entry: {problems}")))
+    let id = draft.id().name.clone();
+    let check = move || {
+        let others = view.documents.iter().filter_map(|view| {
+            let DocumentBody::Config(Some(entry)) = &view.body else { return None };
+            let (kind, name) = entry_ends(&view.digest.id.name)?;
+            Some((kind, name, entry))
+        });
+        let Some((kind, name)) = entry_ends(&id) else { return Ok(()) };
+        traffic::check_write(others, (kind, name, value.as_ref()))
+    };
+    let checked = tokio::task::spawn_blocking(check).await.map_err(|error| Refusal::internal(error.to_string()))?;
+    checked.map_err(|problems| Refusal::bad(format!("Invalid config entry: {problems}")))
 }
 
 /// `GET /v1/discovery-chain/:service`

@@ -222,6 +222,7 @@ fn balancer(group: &GroupView) -> BalancerView {
         has_table: group.has_table,
         panics: group.panics,
         under_way: group.under_way,
+        waiting: group.waiting,
         most: group.most,
         seats: seats.collect(),
     }

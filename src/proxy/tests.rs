@@ -3,6 +3,7 @@
 mod bounds;
 mod bytes;
 mod harness;
+mod limits;
 mod listeners;
 mod nat;
 

@@ -432,6 +432,7 @@ fn forward(to: &Destination, split: Arc<Split>, mirror: Option<Mirror>) -> Forwa
         per_try_timeout: to.per_try_timeout,
         idle_timeout: to.idle_timeout,
         retry: to.retry.clone(),
+        hedge: to.hedge.clone(),
         mirror,
         request_headers: to.request_headers.clone(),
         response_headers: to.response_headers.clone(),

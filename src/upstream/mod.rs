@@ -10,6 +10,7 @@
 //! part that is not given has weft's default; a compiled table never changes.
 //! Not here: what the settings do (`routing`), which entries count (`policy`), routes and splits.
 
+mod priority;
 mod read;
 mod shape;
 
@@ -19,6 +20,7 @@ use std::time::Duration;
 
 use crate::model::ServiceName;
 
+pub use self::priority::Priority;
 pub use self::shape::{Problem, balance, check, limits, passive_health_check, rate_limits, table};
 
 /// Which instance takes the next call.
@@ -153,11 +155,24 @@ pub struct Limits {
     pub per_instance: Option<u32>,
     /// Finds out how many calls each instance bears at once, and sends it no more.
     pub is_adaptive: bool,
+    /// What a request matters that claims nothing.
+    pub priority: Priority,
+    /// What a request may claim to matter at most.
+    pub priority_max: Priority,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { connections: 1024, pending: 1024, requests: 1024, retries: 1024, per_instance: None, is_adaptive: false }
+        Self {
+            connections: 1024,
+            pending: 1024,
+            requests: 1024,
+            retries: 1024,
+            per_instance: None,
+            is_adaptive: false,
+            priority: Priority::Normal,
+            priority_max: Priority::Normal,
+        }
     }
 }
 

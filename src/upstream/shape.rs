@@ -9,8 +9,8 @@ use serde_json::Value;
 
 use super::read::{Fields, Problems};
 use super::{
-    Algorithm, Balance, Callers, Ejection, Guard, HashField, HashPolicy, InPanic, Limits, MadeCookie, RING_POINTS,
-    RING_POINTS_MAX, Rate, RateKey, RatePath, RateRule, RateRules, SuccessRate, Table,
+    Algorithm, Balance, Callers, Ejection, Guard, HashField, HashPolicy, InPanic, Limits, MadeCookie, Priority,
+    RING_POINTS, RING_POINTS_MAX, Rate, RateKey, RatePath, RateRule, RateRules, SuccessRate, Table,
 };
 use crate::model::ServiceName;
 
@@ -280,6 +280,18 @@ fn read_guard(fields: &mut Fields<'_>, path: &str, problems: &mut Problems) -> O
 fn read_limits(path: &str, value: &Value, problems: &mut Problems) -> Limits {
     let mut fields = Fields::of(path, value, problems);
     let standard = Limits::default();
+    let mut priority = |name: &str, problems: &mut Problems| {
+        let text = fields.text(name, problems)?;
+        text.parse::<Priority>().map_err(|rule| problems.add(fields.at(name), rule)).ok()
+    };
+    let (usual, highest) = (priority("Priority", problems), priority("PriorityMax", problems));
+    let priority_max = highest.unwrap_or(standard.priority_max);
+    // What may claim little is little.
+    let priority = usual.unwrap_or(standard.priority.min(priority_max));
+    if priority > priority_max {
+        problems
+            .add(fields.at("Priority"), format!("= {priority} must not be higher than PriorityMax = {priority_max}"));
+    }
     let limits = Limits {
         connections: fields.number("MaxConnections", 0..=COUNT_MAX, problems).unwrap_or(standard.connections),
         pending: fields.number("MaxPendingRequests", 0..=COUNT_MAX, problems).unwrap_or(standard.pending),
@@ -287,6 +299,8 @@ fn read_limits(path: &str, value: &Value, problems: &mut Problems) -> Limits {
         retries: fields.number("MaxConcurrentRetries", 0..=COUNT_MAX, problems).unwrap_or(standard.retries),
         per_instance: fields.number("MaxRequestsPerInstance", 1..=COUNT_MAX, problems),
         is_adaptive: fields.flag("AdaptiveConcurrency", problems).unwrap_or_default(),
+        priority,
+        priority_max,
     };
     fields.finish(problems);
     limits
@@ -432,6 +446,11 @@ mod tests {
         assert_eq!((read.interval, read.consecutive, read.percent_max), (Duration::from_secs(2), 7, 10));
         let read = limits(&json!({"MaxConnections": 512})).unwrap();
         assert_eq!((read.connections, read.requests, read.retries), (512, 1024, 1024));
+        assert_eq!((read.priority, read.priority_max), (Priority::Normal, Priority::Normal));
+        let read = limits(&json!({"PriorityMax": "low"})).unwrap();
+        assert_eq!((read.priority, read.priority_max), (Priority::Low, Priority::Low));
+        let read = limits(&json!({"PriorityMax": "high"})).unwrap();
+        assert_eq!((read.priority, read.priority_max), (Priority::Normal, Priority::High));
         let read = rate_limits(&json!({"InstanceLevel": {"RequestsPerSecond": 10, "Per": "source",
             "Routes": [{"PathPrefix": "/slow", "RequestsPerSecond": 0.5, "RequestsMaxBurst": 2}]}}))
         .unwrap();
@@ -460,7 +479,7 @@ mod tests {
                 "LoadBalancer.Zones",
             ]
         );
-        let bad = json!({"UpstreamConfig": {"Defaults": {"Limits": {"MaxConnections": -1}, "Protocol": "http"},
+        let bad = json!({"UpstreamConfig": {"Defaults": {"Limits": {"MaxConnections": -1, "Priority": "high"}, "Protocol": "http"},
             "Overrides": [{"Name": "", "PassiveHealthCheck": {"MaxEjectionPercent": 101, "EnforcingConsecutive5xx": 50}}]},
             "RateLimits": {"InstanceLevel": {"RequestsMaxBurst": 1, "Routes": [{"RequestsPerSecond": 1}]}}});
         assert_eq!(
@@ -469,6 +488,7 @@ mod tests {
                 "RateLimits.InstanceLevel.RequestsPerSecond",
                 "RateLimits.InstanceLevel.Routes[0]",
                 "UpstreamConfig.Defaults.Limits.MaxConnections",
+                "UpstreamConfig.Defaults.Limits.Priority",
                 "UpstreamConfig.Overrides[0].Name",
                 "UpstreamConfig.Overrides[0].PassiveHealthCheck.EnforcingConsecutive5xx",
                 "UpstreamConfig.Overrides[0].PassiveHealthCheck.MaxEjectionPercent",

@@ -30,6 +30,7 @@ use super::body::{self, BodyError, TunnelSend};
 use super::headers;
 use super::metrics::Flag;
 use super::outbound::{Answer, Call};
+use super::priority::PRIORITY;
 use super::{ATTEMPTS_MAX, Dial, HttpState, REPLAY_BYTES_MAX, key};
 use crate::clock;
 use crate::model::ServiceName;
@@ -38,6 +39,7 @@ use crate::proxy::worker::within;
 use crate::proxy::{Lease, OpenError, Opened, StreamKind, Tried};
 use crate::routing::{self, Limited, Observer, Outcome};
 use crate::traffic::retry::Retry;
+use crate::upstream::Priority;
 
 /// A request's body while attempts may still need it again.
 pub(super) struct Upload {
@@ -153,12 +155,12 @@ pub(super) async fn attempts<D: Dial>(worker: &Rc<D>, call: &Call<'_>, body: Inc
         Payload::Frames => Some(begin_upload(body, call.parts, state, call.uploads.take()).await?),
         Payload::Empty | Payload::Upgrade => None,
     };
-    let mut tried = Tried::with_key(key::of_request(&**worker, call));
+    let tried = RefCell::new(Tried::with_key(key::of_request(&**worker, call)).of(call.priority));
     let mut failure = None;
     // Held to the end: repeating a request may not make an outage worse.
     let mut retries: Vec<routing::Retry> = Vec::new();
     for _ in 0..ATTEMPTS_MAX {
-        let opened = match worker.open(&call.target.caller, StreamKind::Http, &mut tried).await {
+        let opened = match worker.open(&call.target.caller, StreamKind::Http, &tried).await {
             Ok(opened) => opened,
             Err(OpenError::Unreachable { node, reason }) => {
                 failure = Some(unreachable(destination, &format!("node {node}: {reason}")));
@@ -243,6 +245,9 @@ pub(super) fn encode_head(
         }
         let mut digits = [0; 3];
         writer.header(&headers::HOPS, decimal(hops, &mut digits));
+        if call.priority != Priority::Normal {
+            writer.header(&PRIORITY, call.priority.as_str().as_bytes());
+        }
         if let Some((name, value)) = left {
             writer.header(name, value.as_bytes());
         }
@@ -530,12 +535,16 @@ pub(super) fn unreachable(destination: &ServiceName, why: &str) -> Refusal {
 }
 
 fn overflow(destination: &ServiceName, what: Limited) -> Refusal {
-    Refusal {
-        status: StatusCode::SERVICE_UNAVAILABLE,
-        flag: Flag::Overflow,
-        reason: Reason::Overflow(what),
-        text: format!("service `{destination}` has as many {} under way from here as its limits allow", what.as_str()),
-    }
+    let text = match what {
+        Limited::Priority => {
+            format!("service `{destination}` is so busy that only requests of a higher x-weft-priority are sent there")
+        }
+        Limited::Instances => {
+            format!("every instance of service `{destination}` has as many requests from here as it may, for too long")
+        }
+        _ => format!("service `{destination}` has as many {} under way from here as its limits allow", what.as_str()),
+    };
+    Refusal { status: StatusCode::SERVICE_UNAVAILABLE, flag: Flag::Overflow, reason: Reason::Overflow(what), text }
 }
 
 /// Notes how an attempt ended that was `sent_at` then.

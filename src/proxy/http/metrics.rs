@@ -77,6 +77,8 @@ pub(crate) struct TrafficSeries {
     /// By destination and reason.
     pub(crate) not_retried: IntCounterVec,
     /// By destination and outcome.
+    pub(crate) hedges: IntCounterVec,
+    /// By destination and outcome.
     pub(crate) mirrored: IntCounterVec,
     /// By destination and kind.
     pub(crate) faults: IntCounterVec,
@@ -102,6 +104,11 @@ impl TrafficSeries {
                 "weft_http_retries_refused_total",
                 "Failed attempts that were not tried again, though a condition is about them.",
                 &by("reason"),
+            )?,
+            hedges: add(
+                "weft_http_hedges_total",
+                "Copies of requests that went to another instance before the first one was answered, or were to.",
+                &by("outcome"),
             )?,
             mirrored: add("weft_http_mirrored_total", "Requests that a mirror was to get a copy of.", &by("outcome"))?,
             faults: add("weft_http_faults_total", "Faults injected on purpose.", &by("kind"))?,
@@ -140,6 +147,8 @@ pub(crate) enum Flag {
     Delay,
     /// The last answer of all retries was passed on.
     RetriesExhausted,
+    /// A hedge's copy was answered first.
+    HedgeWon,
 }
 
 impl Flag {
@@ -160,6 +169,7 @@ impl Flag {
             Self::Fault => "FI",
             Self::Delay => "DI",
             Self::RetriesExhausted => "URX",
+            Self::HedgeWon => "HW",
         }
     }
 }

@@ -25,7 +25,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::header::{self, HeaderValue};
+use http::header::{self, HeaderMap, HeaderValue};
 use http::request::Parts;
 use http::uri::Authority;
 use http::{Method, Request, Response, StatusCode, Version};
@@ -46,13 +46,14 @@ use super::body::{BodyLimit, TunnelBody, TunnelSend};
 use super::headers;
 use super::metrics::{Edge, Exchange, Flag};
 use super::pool::WorkerExec;
-use super::routed;
 use super::upgrade::{self, Raw};
+use super::{priority, routed};
 use crate::authz::Request as Asked;
 use crate::model::ServiceName;
 use crate::proxy::head::{HEAD_BYTES_MAX, Inbox, Payload, ResponseHead};
 use crate::proxy::metrics::Reporter;
 use crate::proxy::{Caller, Lease, Route, Source};
+use crate::upstream::Priority;
 
 /// Concurrent requests of one HTTP/2 caller.
 const H2_STREAMS_MAX: u32 = 256;
@@ -234,6 +235,15 @@ impl<D: Dial> Connection<D> {
     }
 }
 
+impl<D: Dial> Connection<D> {
+    /// How much a request with `headers` matters.
+    pub(super) fn priority(&self, caller: &Caller, headers: &HeaderMap) -> Priority {
+        let snapshot = self.worker.snapshot().peek();
+        let guard = snapshot.upstreams.guard(caller.source.service(), &caller.destination);
+        priority::of_request(headers, &guard.limits, self.from)
+    }
+}
+
 /// Returns the service that a host names (hosts ignore case; names are taken in lower case).
 pub(in crate::proxy) fn service_of_host(host: &str) -> Option<ServiceName> {
     let host = host.to_ascii_lowercase();
@@ -249,6 +259,8 @@ pub(super) struct Call<'a> {
     pub(super) payload: Payload,
     /// Where the caller is.
     pub(super) from: Option<IpAddr>,
+    /// How much it matters.
+    pub(super) priority: Priority,
     /// A cookie that the caller gets with the answer.
     pub(super) cookie: Cell<Option<HeaderValue>>,
     /// Keeps the connection from resting while a body comes, also after the answer.
@@ -321,7 +333,8 @@ async fn answer_of<D: Dial>(
     let uploads = (payload == Payload::Frames).then(|| Busy::new(&connection.activity));
     let (from, cookie) = (connection.from, Cell::default());
     let (uploads, activity) = (Cell::new(uploads), &*connection.activity);
-    let call = Call { parts: &parts, authority, target, payload, from, cookie, uploads, activity };
+    let priority = connection.priority(&target.caller, &parts.headers);
+    let call = Call { parts: &parts, authority, target, payload, from, priority, cookie, uploads, activity };
     Ok(match attempts(&connection.worker, &call, body).await {
         Err(refusal) => refuse_request(exchange, refusal, (version, grpc)),
         Ok(mut answer) => {

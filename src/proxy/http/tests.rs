@@ -2,6 +2,7 @@
 
 mod edge;
 mod floods;
+mod hedged;
 mod rest;
 mod routed;
 
@@ -34,6 +35,7 @@ use crate::model::{
 };
 use crate::proxy::head::HEADERS_MAX;
 use crate::proxy::{Lease, Route, Source};
+use crate::routing::{Ask, Balancer, ConnectBackoff, Flow, NoInstance};
 
 /// A worker whose instances are fixed connections, tried in turn.
 struct Loopback {
@@ -44,10 +46,20 @@ struct Loopback {
     tunnels: RefCell<Vec<quinn::Connection>>,
     next: Cell<usize>,
     instance: Arc<Instance>,
+    /// Picks as a worker does, if there is one.
+    balancer: RefCell<Option<Balancer>>,
 }
 
 impl Dial for Loopback {
-    async fn open(self: &Rc<Self>, _: &Caller, _: StreamKind, _: &mut Tried) -> Result<Opened, OpenError> {
+    async fn open(
+        self: &Rc<Self>,
+        caller: &Caller,
+        _: StreamKind,
+        tried: &RefCell<Tried>,
+    ) -> Result<Opened, OpenError> {
+        if self.balancer.borrow().is_some() {
+            return self.open_picked(caller, tried).await;
+        }
         let turn = self.next.replace(self.next.get() + 1);
         let tunnel = {
             let tunnels = self.tunnels.borrow();
@@ -71,7 +83,7 @@ impl Dial for Loopback {
         source: &Source,
         to: &Resolved,
         kind: StreamKind,
-        tried: &mut Tried,
+        tried: &RefCell<Tried>,
     ) -> Result<Opened, OpenError> {
         if to.target.service.as_str() == "shadow" {
             self.next.set(1);
@@ -102,6 +114,43 @@ impl Dial for Loopback {
 }
 
 impl Loopback {
+    /// Picks among the connections from here on as a worker does: in turn, guarded by `guard`.
+    fn balance(&self, guard: &serde_json::Value) {
+        let instances = (0..self.tunnels.borrow().len()).map(|at| numbered(&self.instance, at)).collect();
+        let entry = ServiceEntry { name: "web".parse().unwrap(), protocol: Protocol::Http, instances, modify_index: 2 };
+        let resolver = serde_json::json!({"LoadBalancer": {"Policy": "round_robin"}});
+        let defaults = serde_json::json!({"UpstreamConfig": {"Defaults": guard}});
+        crate::upstream::check("service-defaults", &defaults).unwrap();
+        let entries = [("service-resolver", "web", &resolver), ("service-defaults", "api", &defaults)];
+        self.publisher.publish(Arc::new(Snapshot {
+            services: BTreeMap::from([("web".parse().unwrap(), Arc::new(entry))]),
+            upstreams: Arc::new(crate::upstream::table(entries)),
+            ..Snapshot::clone(&self.reader.load())
+        }));
+        self.balancer.replace(Some(Balancer::new(0)));
+    }
+
+    async fn open_picked(&self, caller: &Caller, tried: &RefCell<Tried>) -> Result<Opened, OpenError> {
+        let snapshot = self.reader.load();
+        let service = &snapshot.services["web"];
+        let (source, now) = (caller.source.service(), crate::clock::now());
+        let ask = Ask { snapshot: &snapshot, source, destination: &service.name, service, flow: Flow::Request, now };
+        let mut balancer = self.balancer.borrow_mut();
+        let picked = balancer.as_mut().unwrap().pick(&ask, &tried.borrow(), &ConnectBackoff::new());
+        drop(balancer);
+        let picked = match picked {
+            Ok(picked) if !tried.borrow().contains(&picked.instance) => picked,
+            Err(NoInstance::Overflow { what, .. }) => return Err(OpenError::Overflow(what)),
+            _ => return Err(OpenError::NoInstance { total: service.instances.len(), critical: 0 }),
+        };
+        tried.borrow_mut().add(Arc::clone(&picked.instance));
+        let at: usize = picked.instance.record.id.as_str().trim_start_matches("web-").parse().unwrap();
+        let tunnel = self.tunnels.borrow()[at].clone();
+        let (send, recv) = tunnel.open_bi().await.unwrap();
+        let (preamble, lease) = (Bytes::from_static(b"P!"), Lease::of_load(picked.load));
+        Ok(Opened { send, recv, preamble, instance: picked.instance, lease })
+    }
+
     fn new(limits: Limits) -> Rc<Self> {
         let metrics = Metrics::new();
         let http = HttpState::with_limits(HttpMetrics::register(&metrics).unwrap(), limits);
@@ -117,7 +166,8 @@ impl Loopback {
             ..Snapshot::empty("n1".parse().unwrap())
         }));
         let reader = publisher.reader();
-        Rc::new(Self { http, metrics, publisher, reader, tunnels: RefCell::default(), next: Cell::new(0), instance })
+        let (tunnels, next, balancer) = (RefCell::default(), Cell::new(0), RefCell::new(None));
+        Rc::new(Self { http, metrics, publisher, reader, tunnels, next, instance, balancer })
     }
 
     /// Adds an instance that the test itself serves at the far end of the returned tunnel.
@@ -216,6 +266,13 @@ fn instance() -> Arc<Instance> {
     };
     let (record, status) = (Arc::new(record), HealthStatus::Passing);
     Arc::new(Instance { node, record, checks: Box::default(), status, create_index: 1, modify_index: 1 })
+}
+
+/// `instance` under another id.
+fn numbered(instance: &Instance, number: usize) -> Arc<Instance> {
+    let mut instance = instance.clone();
+    Arc::make_mut(&mut instance.record).id = format!("web-{number}").parse().unwrap();
+    Arc::new(instance)
 }
 
 type AppBody = UnsyncBoxBody<Bytes, std::io::Error>;
