@@ -105,3 +105,22 @@ impl Core {
         true
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::membership::BROADCAST_BYTES_MAX;
+    use crate::model::Generation;
+    use crate::wire;
+
+    #[test]
+    fn a_report_of_one_limit_is_as_small_as_the_simulation_of_shares_takes_it_to_be() {
+        let life = Life { generation: Generation { number: 70_000, nonce: u64::MAX }, renewals: 0 };
+        let demand = Demand { limits: [(u64::MAX, 8)].into() };
+        let node = "web-1234".parse().unwrap();
+        let claim = DemandClaim { node, life, number: 1000, demand, signature: vec![1; 72] };
+        let bytes = wire::encode(&Broadcast::Said(Statement::Demand(claim))).unwrap();
+        // Two bytes of length stand before it in a packet.
+        assert!(bytes.len() + 2 <= 140 && bytes.len() <= BROADCAST_BYTES_MAX, "{}", bytes.len());
+    }
+}

@@ -38,10 +38,32 @@ struct Host {
     quotas: Quotas,
     rates: Rates,
     carry: f64,
-    /// Authors and numbers of reports that wait, and how often each was sent.
-    queue: Vec<(usize, u32, u8)>,
+    /// Reports that wait: how often each was sent, and whose; what was sent least goes first.
+    queue: BTreeSet<(u8, usize)>,
+    /// How often the report of each author was sent, where it waits.
+    waiting: Vec<Option<u8>>,
     /// The newest number heard of each author.
     seen: Vec<u32>,
+}
+
+impl Host {
+    fn wait(&mut self, author: usize) {
+        if let Some(sent) = self.waiting[author].replace(0) {
+            self.queue.remove(&(sent, author));
+        }
+        self.queue.insert((0, author));
+    }
+
+    /// Takes what fits a packet.
+    fn pack(&mut self) -> Vec<(usize, u32)> {
+        let fits: Vec<_> = self.queue.iter().take(PACKET_ROOM / REPORT_BYTES).copied().collect();
+        for (sent, author) in &fits {
+            self.queue.remove(&(*sent, *author));
+            self.waiting[*author] = (sent + 1 < COPIES).then_some(sent + 1);
+            self.queue.extend(self.waiting[*author].map(|sent| (sent, *author)));
+        }
+        fits.into_iter().map(|(_, author)| (author, self.seen[author])).collect()
+    }
 }
 
 /// What a run showed.
@@ -82,7 +104,7 @@ impl Mesh {
         let host = |at: usize| {
             let mut quotas = Quotas::new(name(at), seed ^ at as u64, began);
             quotas.set_mates(mates.clone(), began);
-            Host { quotas, rates: Rates::new(began), carry: 0.0, queue: Vec::new(), seen: vec![0; count] }
+            Host { quotas, rates: Rates::new(began), carry: 0.0, queue: BTreeSet::new(), waiting: vec![None; count], seen: vec![0; count] }
         };
         Self {
             hosts: (0..count).map(host).collect(),
@@ -126,7 +148,7 @@ impl Mesh {
         if let Some(report) = divided.report {
             host.seen[at] += 1;
             let number = host.seen[at];
-            host.queue.push((at, number, 0));
+            host.wait(at);
             self.reports.remove(&(at, number.saturating_sub(1)));
             self.reports.insert((at, number), report);
             self.spreading.insert(at, (number, now, 1));
@@ -143,18 +165,12 @@ impl Mesh {
             to += usize::from(to >= at);
             let apart = self.are_apart(at, to);
             let latency = MS * u32::try_from(1 + self.draw.below(30)).unwrap();
-            let host = &mut self.hosts[at];
-            // What was sent least goes first.
-            host.queue.sort_by_key(|(_, _, sent)| *sent);
-            let fits = (PACKET_ROOM / REPORT_BYTES).min(host.queue.len());
-            for (author, number, sent) in &mut host.queue[..fits] {
-                *sent += 1;
-                if !apart {
-                    self.flights.push((self.now + latency, to, *author, *number));
-                }
+            let packed = self.hosts[at].pack();
+            self.bytes += (PACKET_HEAD + packed.len() * REPORT_BYTES) as u64;
+            if !apart {
+                let due = self.now + latency;
+                self.flights.extend(packed.into_iter().map(|(author, number)| (due, to, author, number)));
             }
-            host.queue.retain(|(_, _, sent)| *sent < COPIES);
-            self.bytes += (PACKET_HEAD + fits * REPORT_BYTES) as u64;
         }
     }
 
@@ -167,8 +183,7 @@ impl Mesh {
                 continue;
             }
             host.seen[author] = number;
-            host.queue.retain(|(other, ..)| *other != author);
-            host.queue.push((author, number, 0));
+            host.wait(author);
             if let Some(report) = self.reports.get(&(author, number)) {
                 host.quotas.handle_demand(&name(author), report, now);
             }
@@ -280,4 +295,112 @@ fn twenty_nodes_stay_within_the_bound_and_use_the_limit() {
 #[ignore = "takes a minute; run by hand for the figures"]
 fn a_thousand_nodes_stay_within_the_bound_and_use_the_limit() {
     show(1000);
+}
+
+/// The share of each of `demands` (of the whole limit; 0: silent), where all count alike.
+fn divided(demands: &[f64]) -> Vec<f64> {
+    let codes: Vec<u8> = demands.iter().map(|part| code_of(part.min(1.0))).collect();
+    let limit = |own: usize| {
+        let asked = Asked { limit: 1, service: web(), per_second: 1.0, count: 0 };
+        let mut limit = Limit::new(&asked, start());
+        limit.granted = codes[own];
+        for (_, code) in codes.iter().enumerate().filter(|(at, _)| *at != own) {
+            limit.bins[usize::from(*code)] += 1;
+        }
+        limit
+    };
+    (0..demands.len()).map(|own| limit(own).part(demands.len())).collect()
+}
+
+#[track_caller]
+fn close(found: &[f64], wanted: &[f64]) {
+    let is_close = found.iter().zip(wanted).all(|(a, b)| (a - b).abs() < 0.02);
+    assert!(is_close && found.len() == wanted.len(), "{found:?} is not {wanted:?}");
+}
+
+#[test]
+fn shares_are_what_is_asked_up_to_a_common_level_and_equal_parts_of_the_rest() {
+    close(&divided(&[0.0, 0.0, 0.0, 0.0]), &[0.25; 4]);
+    close(&divided(&[1.0, 1.0, 1.0, 1.0]), &[0.25; 4]);
+    close(&divided(&[1.0, 0.0, 0.0, 0.0]), &[0.9625, 0.0125, 0.0125, 0.0125]);
+    // An eighth and a quarter are exact; the two others divide what is left.
+    close(&divided(&[0.125, 0.25, 1.0, 1.0]), &[0.125, 0.25, 0.3125, 0.3125]);
+    // Half is asked for; of the other half each gets a quarter.
+    close(&divided(&[0.5, 0.0, 0.0, 0.0]), &[0.5 + 0.115, 0.0125 + 0.115, 0.0125 + 0.115, 0.0125 + 0.115]);
+    close(&divided(&[0.3]), &[1.0]);
+}
+
+#[test]
+fn a_liar_takes_no_more_than_what_is_above_equal_parts() {
+    let shares = divided(&[1.0, 0.25, 0.25, 0.25]);
+    assert!(shares.iter().all(|share| (share - 0.25).abs() < 1e-9), "{shares:?}");
+    // A limit that is named again and again counts once, and a code that there is not counts as nothing.
+    let mut quotas = Quotas::new(name(0), 1, start());
+    quotas.set_mates(mates(4), start());
+    let asked = [Asked { limit: 1, service: web(), per_second: 100.0, count: 0 }];
+    quotas.tick(&asked, start());
+    let lie = Demand { limits: vec![(1, 0); 32].into() };
+    quotas.handle_demand(&name(1), &lie, start());
+    quotas.handle_demand(&name(9), &lie, start());
+    quotas.handle_demand(&name(2), &Demand { limits: [(1, SILENT)].into() }, start());
+    let limit = &quotas.limits[&1];
+    assert_eq!((limit.bins[0], limit.bins.iter().take(255).sum::<u16>()), (1, 1), "a stranger's word, or one word 32 times");
+}
+
+#[test]
+fn the_own_demand_counts_when_others_have_had_time_to_hear_of_it_and_theirs_at_once() {
+    let mut quotas = Quotas::new(name(0), 1, start());
+    quotas.set_mates(mates(2), start());
+    let asked = |count| [Asked { limit: 1, service: web(), per_second: 100.0, count }];
+    let at = |ms: u64| start() + Duration::from_millis(ms);
+    for tick in 0..40 {
+        quotas.tick(&asked(0), at(tick * 250));
+    }
+    let (mut reported, mut raised) = (None, None);
+    for tick in 40..80 {
+        let turn = quotas.tick(&asked(100), at(tick * 250));
+        reported = reported.or(turn.report.map(|_| tick));
+        raised = raised.or((turn.shares[0].1 > 60.0).then_some(tick));
+    }
+    let (reported, raised) = (reported.unwrap(), raised.unwrap());
+    assert!(reported <= 42, "{reported}");
+    let held = Duration::from_millis((raised - reported) * 250);
+    assert!(held >= hold(2) && held <= hold(2) + Duration::from_secs(3), "{held:?}");
+    quotas.handle_demand(&name(1), &Demand { limits: [(1, 0)].into() }, at(20_000));
+    let share = quotas.tick(&asked(100), at(20_000)).shares[0].1;
+    assert!((share - 50.0).abs() < 0.1, "{share}");
+    // It fails: what it said is void. Alone, nobody has to be told.
+    quotas.set_mates(mates(1), at(20_250));
+    let turn = quotas.tick(&asked(0), at(20_250));
+    assert!((turn.shares[0].1 - 100.0).abs() < 0.1 && turn.report.is_none());
+}
+
+proptest! {
+    #[test]
+    fn shares_are_never_more_than_the_limit_together_and_none_is_below_its_floor(
+        demands in prop::collection::vec(prop_oneof![Just(0.0), 0.0..1.5_f64, 0.0..0.01_f64], 1..40),
+    ) {
+        let shares = divided(&demands);
+        let sum: f64 = shares.iter().sum();
+        prop_assert!(sum <= 1.0 + 1e-9, "{sum}");
+        prop_assert!(sum >= 0.95 - 1e-9, "{sum} of the limit is given out");
+        for share in &shares {
+            prop_assert!(*share >= floor(demands.len()) - 1e-12, "{share}");
+        }
+    }
+
+    /// What the bound rests on: a share falls with others' demand and rises with the own.
+    #[test]
+    fn a_share_falls_with_others_demand(
+        mut demands in prop::collection::vec(prop_oneof![Just(0.0), 0.0..1.0_f64], 2..20),
+        more in 0.0..1.0_f64,
+    ) {
+        let before = divided(&demands);
+        demands[0] += more;
+        let after = divided(&demands);
+        prop_assert!(after[0] >= before[0] - 1e-9);
+        for (before, after) in before.iter().zip(&after).skip(1) {
+            prop_assert!(after <= &(before + 1e-9), "{after} after {before}");
+        }
+    }
 }

@@ -147,8 +147,13 @@ impl Buckets {
     fn set_part(&self, at: usize, rate: Rate, share: f64, now: u64) {
         let (Some(slot), Some(part)) = (self.slots.get(at), self.parts.get(at)) else { return };
         let each = nanos(1.0 / share).max(1);
-        let before = part.each.swap(each, Ordering::Relaxed);
-        if before == 0 || before == each {
+        let before = match part.each.swap(each, Ordering::Relaxed) {
+            // The first share: what nobody has asked of yet begins full.
+            0 if slot.empties.load(Ordering::Relaxed) <= now => return,
+            0 => nanos(UNKNOWN_PART / rate.per_second),
+            before => before,
+        };
+        if before == each {
             return;
         }
         let (was, is) = (depth(before, rate), depth(each, rate));
@@ -340,6 +345,67 @@ mod tests {
             assert!(admit(&rates, &rules, "/", key, Duration::from_secs(10)).is_ok());
         }
         assert!((1..=1_000).all(|key| admit(&rates, &rules, "/", key, Duration::from_secs(20)).is_ok()));
+    }
+
+    #[test]
+    fn a_share_that_moves_makes_no_requests_and_loses_none() {
+        let rate = Rate { per_second: 100.0, burst: 50 };
+        let rule = RateRule { path: RatePath::Any, key: RateKey::All, rate, scope: RateScope::Cluster };
+        let rules = Arc::new(RateRules { rules: vec![rule] });
+        let (rates, web) = (Rates::new(now()), "web".parse().unwrap());
+        let set = |share: f64, at: Duration| {
+            let buckets = rates.take_asked(&web, &rules);
+            rates.set_share(&buckets[0], share, now() + at);
+            buckets[0].asked.count
+        };
+        let passed = |times: usize, at: Duration| (0..times).filter(|_| admit(&rates, &rules, "/", 0, at).is_ok()).count();
+        // Before anybody has said a share, one request passes, and what is refused comes again soon.
+        assert_eq!(passed(5, MS), 1);
+        assert!(admit(&rates, &rules, "/", 0, MS).unwrap_err().retry_after <= RETRY_MAX);
+        assert_eq!(set(50.0, MS * 2), 6);
+        assert_eq!(passed(5, MS * 2), 0, "the first share is of what is left");
+        // Half of the limit: half of the burst, half a second later.
+        assert_eq!(passed(100, MS * 1_002), 25);
+        for share in [100.0, 1.0, 100.0, 5.0, 100.0] {
+            set(share, MS * 1_002);
+            assert_eq!(passed(100, MS * 1_002), 0, "made by a share of {share}");
+        }
+        assert_eq!(passed(100, MS * 1_102), 10);
+        // Ten are left; with a tenth of the limit five fit, and they stay when it is all again.
+        assert_eq!(passed(0, MS * 1_202), 0);
+        set(10.0, MS * 1_202);
+        set(100.0, MS * 1_202);
+        assert_eq!(passed(100, MS * 1_202), 5);
+    }
+
+    #[test]
+    fn a_bucket_that_nobody_asked_of_begins_full() {
+        let rate = Rate { per_second: 100.0, burst: 50 };
+        let rule = RateRule { path: RatePath::Any, key: RateKey::All, rate, scope: RateScope::Cluster };
+        let rules = Arc::new(RateRules { rules: vec![rule] });
+        let (rates, web) = (Rates::new(now()), "web".parse().unwrap());
+        rates.set_share(&rates.take_asked(&web, &rules)[0], 50.0, now() + MS);
+        assert_eq!((0..100).filter(|_| admit(&rates, &rules, "/", 0, MS).is_ok()).count(), 25);
+    }
+
+    #[test]
+    fn limits_of_the_mesh_have_a_number_for_each_caller_that_is_the_same_everywhere() {
+        let rate = Rate { per_second: 100.0, burst: 50 };
+        let rule = RateRule { path: RatePath::Any, key: RateKey::Source, rate, scope: RateScope::Cluster };
+        let rules = Arc::new(RateRules { rules: vec![rule] });
+        let numbers = |keys: &[u64]| {
+            let rates = Rates::new(now());
+            for key in keys {
+                let _passed = admit(&rates, &rules, "/", *key, MS);
+            }
+            let asked = rates.take_asked(&"web".parse().unwrap(), &rules);
+            let mut numbers: Vec<u64> = asked.iter().map(|bucket| bucket.asked.limit).collect();
+            numbers.sort_unstable();
+            numbers
+        };
+        assert_eq!(numbers(&[1, 2, 3]), numbers(&[3, 1, 2]));
+        assert_eq!(numbers(&[1, 2, 3]).len(), 3);
+        assert_eq!(numbers(&[]).len(), 0);
     }
 
     #[test]
