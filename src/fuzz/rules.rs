@@ -58,7 +58,10 @@ pub(super) fn entries(bytes: &[u8]) -> bool {
     if let Some((last, others)) = held.split_last() {
         let others = others.iter().map(|(kind, name, value)| (kind.as_str(), name.as_str(), value));
         let written = check_write(others, (&last.0, &last.1, Some(&last.2)));
-        assert!(!are_good || !traffic.quarantined().is_empty() || written.is_ok(), "good entries are refused: {written:?}");
+        assert!(
+            !are_good || !traffic.quarantined().is_empty() || written.is_ok(),
+            "good entries are refused: {written:?}"
+        );
     }
     are_good && traffic.quarantined().is_empty()
 }
@@ -71,7 +74,8 @@ fn follow(chain: &Chain) {
     headers.insert("cookie", HeaderValue::from_static("stay=1; other"));
     for (path, query) in [("/", None), ("/a/b", Some("x=1&y")), ("*", None), ("", Some("")), ("/%2e/", Some("=&=="))] {
         for method in ["GET", "POST", "M-SEARCH"] {
-            let route = chain.route(&Asked { method, path, query, headers: &headers }).expect("a route for every request");
+            let route =
+                chain.route(&Asked { method, path, query, headers: &headers }).expect("a route for every request");
             let _rewritten = route.path(path);
             let Action::Forward(forward) = &route.action else { continue };
             assert_eq!(forward.split.legs.last().expect("a leg").until, SHARES, "shares that are not whole");

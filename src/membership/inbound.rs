@@ -24,7 +24,8 @@ impl Core {
             return Err(Refused::TooLarge);
         }
         // What this node passes on itself it has taken in: in a storm that is most of what comes.
-        let inspected = packet::inspect(packet, |item| self.news.holds(item) || self.reports.holds(item)).map_err(|_| Refused::Malformed)?;
+        let inspected = packet::inspect(packet, |item| self.news.holds(item) || self.reports.holds(item))
+            .map_err(|_| Refused::Malformed)?;
         let Inspected { src, src_incarnation, dst, set_hash, suspected, body, broadcasts } = inspected;
         if src.name != *sender {
             return Err(Refused::Sender);

@@ -32,7 +32,9 @@ use crate::gossip::{self, Gossip, GossipHandle, GossipParams};
 use crate::metrics::Metrics;
 use crate::model::{Generation, NodeInfo, NodeName};
 use crate::pki::{DocumentKey, Identity};
-use crate::proxy::{self, ListenerState, OpenTunnel, OpenTunnels, Proxy, ProxyError, ProxyHandle, ProxyHealth, ProxyParams};
+use crate::proxy::{
+    self, ListenerState, OpenTunnel, OpenTunnels, Proxy, ProxyError, ProxyHandle, ProxyHealth, ProxyParams,
+};
 use crate::registry::{Publication, Registry, RegistryHandle, RegistryParams};
 use crate::store::{Store, StoreError};
 use crate::supervise::{TaskFailure, Tasks};
@@ -183,7 +185,7 @@ impl Node {
         let (incoming_tx, incoming) = mpsc::channel(gossip::INCOMING_MAX);
         let (ejected, ejections) = watch::channel(Arc::default());
         let (asked, demand) = watch::channel(Arc::default());
-        let (demands, reports) = mpsc::channel(proxy::DEMANDS_MAX);
+        let (demands, reports) = mpsc::channel(proxy::REPORTS_MAX);
         let params = GossipParams {
             node: info.clone(),
             generation,

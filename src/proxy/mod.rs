@@ -57,8 +57,8 @@ use crate::transport::{BindError, Credentials, Lane, LiveConnections, MeshPort, 
 
 pub use inspect::{Inspector, Question, WorkerView};
 pub use open::{OpenTunnel, OpenTunnels};
-pub use shares::REPORTS_MAX as DEMANDS_MAX;
 pub(crate) use preamble::StreamKind;
+pub use shares::REPORTS_MAX;
 pub(crate) use tunnel::Lease;
 pub(crate) use worker::{Caller, OpenError, Opened, Route, Source, Worker};
 

@@ -60,7 +60,7 @@ mod tests {
 
     use super::*;
     use crate::model::Protocol;
-    use crate::traffic::{Entries, Ready};
+    use crate::traffic::{Entries, Ready, Traffic};
 
     fn targets(filter: &str) -> [Arc<Target>; 2] {
         let mut entries = Entries::default();
@@ -68,7 +68,8 @@ mod tests {
         entries.add("service-resolver", "web", Ready::new("service-resolver", &subsets).unwrap());
         let redirect = json!({"Redirect": {"Service": "web", "ServiceSubset": "v2"}});
         entries.add("service-resolver", "shop", Ready::new("service-resolver", &redirect).unwrap());
-        ["web", "shop"].map(|name| Arc::clone(&entries.chain(&name.parse().unwrap()).unwrap().stream.target))
+        let traffic = Traffic::new(entries, &Traffic::default(), Vec::new());
+        ["web", "shop"].map(|name| Arc::clone(&traffic.chain(&name.parse().unwrap()).unwrap().stream.target))
     }
 
     #[test]

@@ -48,7 +48,7 @@ const SLOW_TICKS: f64 = 16.0;
 const REST_MIN: Duration = Duration::from_millis(500);
 /// Reports of changes that all mates of a limit together send in a second, and repetitions.
 const CHANGES_PER_SECOND: u32 = 25;
-const REPEATS_PER_SECOND: u32 = 10;
+const REPEATS_PER_SECOND: u32 = 4;
 /// Shortest time between two repetitions.
 const REPEAT_MIN: Duration = Duration::from_secs(30);
 /// A report that is not repeated in so many times counts no longer.

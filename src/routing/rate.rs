@@ -299,7 +299,12 @@ mod tests {
     const MS: Duration = Duration::from_millis(1);
 
     fn rules(key: &RateKey, per_second: f64, burst: u32) -> Arc<RateRules> {
-        let rule = |path, per_second| RateRule { path, key: key.clone(), rate: Rate { per_second, burst }, scope: RateScope::Node };
+        let rule = |path, per_second| RateRule {
+            path,
+            key: key.clone(),
+            rate: Rate { per_second, burst },
+            scope: RateScope::Node,
+        };
         let slow = rule(RatePath::Prefix("/slow".to_owned()), per_second / 10.0);
         Arc::new(RateRules { rules: vec![slow, rule(RatePath::Any, per_second)] })
     }
@@ -358,7 +363,8 @@ mod tests {
             rates.set_share(&buckets[0], share, now() + at);
             buckets[0].asked.count
         };
-        let passed = |times: usize, at: Duration| (0..times).filter(|_| admit(&rates, &rules, "/", 0, at).is_ok()).count();
+        let passed =
+            |times: usize, at: Duration| (0..times).filter(|_| admit(&rates, &rules, "/", 0, at).is_ok()).count();
         // Before anybody has said a share, one request passes, and what is refused comes again soon.
         assert_eq!(passed(5, MS), 1);
         assert!(admit(&rates, &rules, "/", 0, MS).unwrap_err().retry_after <= RETRY_MAX);

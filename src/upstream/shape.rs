@@ -9,8 +9,8 @@ use serde_json::Value;
 
 use super::read::{Fields, Problems};
 use super::{
-    Algorithm, Balance, Callers, Ejection, Guard, HashField, HashPolicy, InPanic, Limits, MadeCookie, RING_POINTS,
-    PathRegex, RING_POINTS_MAX, Rate, RateKey, RatePath, RateRule, RateRules, RateScope, SuccessRate, Table,
+    Algorithm, Balance, Callers, Ejection, Guard, HashField, HashPolicy, InPanic, Limits, MadeCookie, PathRegex,
+    RING_POINTS, RING_POINTS_MAX, Rate, RateKey, RatePath, RateRule, RateRules, RateScope, SuccessRate, Table,
 };
 use crate::model::ServiceName;
 
@@ -427,7 +427,10 @@ fn read_rates(value: &Value, problems: &mut Problems) -> RateRules {
             if let RatePath::Regex(_) = on {
                 regexes += 1;
                 if regexes > RATE_REGEXES_MAX {
-                    problems.add(route.at("PathRegex"), format!("is one too many: at most {RATE_REGEXES_MAX} in a service"));
+                    problems.add(
+                        route.at("PathRegex"),
+                        format!("is one too many: at most {RATE_REGEXES_MAX} in a service"),
+                    );
                 }
             }
             rules.extend(read_rate(&mut route, &path, on, problems));
@@ -483,7 +486,8 @@ fn read_rate(fields: &mut Fields<'_>, path: &str, on: RatePath, problems: &mut P
         Some("cluster") => {
             if matches!(key, RateKey::Header(_)) {
                 // Any caller could make up values without end, and each would be a limit that all nodes speak of.
-                problems.add(fields.at("Scope"), "must be node where Per is a header: cluster is for source, or for all");
+                problems
+                    .add(fields.at("Scope"), "must be node where Per is a header: cluster is for source, or for all");
             }
             RateScope::Cluster
         }
@@ -589,7 +593,8 @@ mod tests {
         };
         let said = named(json!({"PathRegex": "/a(", "RequestsPerSecond": 1}));
         assert!(said.contains("Routes[0].PathRegex cannot be used"), "{said}");
-        let said = named(json!({"PathPrefix": "/a", "RequestsPerSecond": 1, "Scope": "cluster", "Per": "header:x-user"}));
+        let said =
+            named(json!({"PathPrefix": "/a", "RequestsPerSecond": 1, "Scope": "cluster", "Per": "header:x-user"}));
         assert!(said.contains("Scope must be node where Per is a header"), "{said}");
         let said = named(json!({"PathPrefix": "/a", "PathRegex": "/b", "RequestsPerSecond": 1, "Scope": "world"}));
         assert!(said.contains("needs one of") && said.contains("Scope must be node or cluster"), "{said}");
@@ -621,7 +626,9 @@ mod tests {
     fn what_weft_does_nothing_with_is_refused_unless_it_says_nothing() {
         let upstream = |value: Value| check("service-defaults", &json!({"UpstreamConfig": {"Defaults": value}}));
         assert!(upstream(json!({"MeshGateway": {"Mode": ""}, "ConnectTimeoutMs": 0, "Protocol": ""})).is_ok());
-        for (name, value) in [("MeshGateway", json!({"Mode": "local"})), ("ConnectTimeoutMs", json!(5)), ("Limit", json!({}))] {
+        for (name, value) in
+            [("MeshGateway", json!({"Mode": "local"})), ("ConnectTimeoutMs", json!(5)), ("Limit", json!({}))]
+        {
             let problems = upstream(json!({ name: value })).unwrap_err();
             assert_eq!(problems[0].field, format!("UpstreamConfig.Defaults.{name}"));
         }

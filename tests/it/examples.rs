@@ -34,7 +34,9 @@ impl Terminal {
         let bin = Path::new(WEFT).parent().unwrap();
         let path = format!("{}:{}", bin.display(), std::env::var("PATH").unwrap());
         let mut command = Command::new("bash");
-        command.current_dir(dir).env("PATH", path).env_remove("WEFT_HTTP_ADDR").process_group(0);
+        // Without a terminal curl shows a meter.
+        fs::write(dir.join(".curlrc"), "silent\nshow-error\n").unwrap();
+        command.current_dir(dir).env("CURL_HOME", dir).env("PATH", path).env_remove("WEFT_HTTP_ADDR").process_group(0);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
         let mut shell = host.run(|| command.spawn().expect("bash starts"));
         let mut keys = shell.stdin.take().unwrap();
@@ -52,7 +54,8 @@ impl Terminal {
         let (began, mut said) = (Instant::now(), String::new());
         loop {
             let left = (2 * PATIENCE).saturating_sub(began.elapsed());
-            let line = self.lines.recv_timeout(left).unwrap_or_else(|_| panic!("`{command}` does not end; it said: {said}"));
+            let line =
+                self.lines.recv_timeout(left).unwrap_or_else(|_| panic!("`{command}` does not end; it said: {said}"));
             if line == MARK {
                 return said.trim_end().to_owned();
             }
@@ -145,7 +148,8 @@ fn every_entry_of_examples_and_of_the_pages_about_entries_is_taken() {
         let text = fs::read_to_string(examples().parent().unwrap().join("api").join(page)).unwrap();
         for block in text.split("```json\n").skip(1) {
             let block = block.split("```").next().unwrap();
-            entries.push((page.to_owned(), serde_json::from_str(block).unwrap_or_else(|error| panic!("{page}: {error}"))));
+            entries
+                .push((page.to_owned(), serde_json::from_str(block).unwrap_or_else(|error| panic!("{page}: {error}"))));
         }
     }
     assert!(entries.len() >= 10, "{}", entries.len());
@@ -286,7 +290,8 @@ fn the_pages_about_three_hosts_and_balancing_do_what_they_say() {
     write(&mut terminal, "web-rate.json");
     until("the rate is limited", || {
         let said = terminal.say(command(&balancing, "retry-after"));
-        let is_told = said.lines().any(|line| line.strip_prefix("429 ").is_some_and(|after| after.parse::<u32>().is_ok()));
+        let is_told =
+            said.lines().any(|line| line.strip_prefix("429 ").is_some_and(|after| after.parse::<u32>().is_ok()));
         if is_told { Ok(()) } else { Err(said) }
     });
     write(&mut terminal, "web-cluster.json");

@@ -252,7 +252,9 @@ fn three_nodes_share_one_limit_and_one_that_is_asked_alone_gets_nearly_all_of_it
     // Each node by itself would let through 60 a second, 180 together.
     let (passed, refused, took) = storm(&cluster, Duration::from_secs(8));
     let (whole, bound) = (LIMIT * took.as_secs_f64(), LIMIT * took.as_secs_f64() + BURST + 3.0);
-    println!("all three are asked: {passed} of {whole:.0} passed in {took:?}, {refused} were refused; bound {bound:.0}");
+    println!(
+        "all three are asked: {passed} of {whole:.0} passed in {took:?}, {refused} were refused; bound {bound:.0}"
+    );
     assert!(passed <= bound, "{passed} passed, {bound} are the bound");
     assert!(passed >= 0.7 * whole, "{passed} passed of {whole} that may");
 
