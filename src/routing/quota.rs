@@ -40,9 +40,11 @@ const SILENT: u8 = u8::MAX;
 /// A report follows a demand that rose by 19 % or fell by 30 %.
 const RISE_STEPS: u8 = 2;
 const FALL_STEPS: u8 = 4;
-/// Ticks that a demand is averaged over at once, so that a rise is seen within 2 s, and ticks of the slow average that it
+/// Ticks that a demand is averaged over at once, so that a rise is seen within 1 s, and ticks of the slow average that it
 /// falls with: 4 s.
-const WINDOW_TICKS: usize = 8;
+const WINDOW_TICKS: usize = 4;
+/// A rise is told when it has been measured whole, so that one report says it all; sooner where the next may soon follow.
+const SETTLE_MAX: Duration = Duration::from_secs(1);
 const SLOW_TICKS: f64 = 16.0;
 /// Shortest time between two reports of a node.
 const REST_MIN: Duration = Duration::from_millis(500);
@@ -162,7 +164,7 @@ impl Limit {
     /// Requests a second.
     fn demand(&self) -> f64 {
         let sum: f64 = self.window.iter().map(|count| f64::from(*count)).sum();
-        #[expect(clippy::cast_precision_loss, reason = "eight at most")]
+        #[expect(clippy::cast_precision_loss, reason = "a few")]
         let mean = sum / (TICK.as_secs_f64() * WINDOW_TICKS as f64);
         mean.max(self.slow)
     }
@@ -296,6 +298,8 @@ pub struct Quotas {
     mates: BTreeMap<ServiceName, Arc<BTreeSet<NodeName>>>,
     told: BTreeMap<NodeName, (Demand, Instant)>,
     reported_at: Option<Instant>,
+    /// Since when there is something to tell.
+    news_since: Option<Instant>,
     repeat_at: Instant,
     expire_at: Instant,
     /// The greatest number of mates.
@@ -313,6 +317,7 @@ impl Quotas {
             mates: BTreeMap::new(),
             told: BTreeMap::new(),
             reported_at: None,
+            news_since: None,
             repeat_at: now,
             expire_at: now,
             most: 1,
@@ -467,9 +472,15 @@ impl Quotas {
         }
         let is_news = self.limits.values().any(|limit| limit.is_news(mates(limit)));
         let is_told = self.limits.values().any(|limit| limit.told_last() != SILENT);
-        if !is_news && !(is_told && now >= self.repeat_at) {
+        let since = *self.news_since.get_or_insert(now);
+        if !is_news {
+            self.news_since = None;
+        }
+        let is_due = is_news && now.saturating_duration_since(since) >= rest(self.most).min(SETTLE_MAX);
+        if !is_due && !(is_told && now >= self.repeat_at) {
             return None;
         }
+        self.news_since = None;
         let mut codes: Vec<(u8, u64)> = self
             .limits
             .iter()
