@@ -107,6 +107,20 @@ pub struct Asked {
     pub per_second: f64,
     /// Requests, let through or not.
     pub count: u32,
+    /// Whether it is divided though nobody asks: it is not one of many callers'.
+    is_lasting: bool,
+}
+
+impl Asked {
+    /// What was asked of a limit of all callers together.
+    pub fn of_all(limit: u64, service: ServiceName, per_second: f64, count: u32) -> Self {
+        Self { limit, service, per_second, count, is_lasting: true }
+    }
+
+    /// What was asked of the limit of one caller.
+    pub fn of_one(limit: u64, service: ServiceName, per_second: f64, count: u32) -> Self {
+        Self { limit, service, per_second, count, is_lasting: false }
+    }
 }
 
 /// What follows from a tick.
@@ -434,6 +448,9 @@ impl Quotas {
 
     fn open(&mut self, asked: &Asked, now: Instant) {
         if !self.limits.contains_key(&asked.limit) {
+            if asked.count == 0 && !asked.is_lasting {
+                return;
+            }
             if self.limits.len() >= LIMITS_MAX {
                 return;
             }
@@ -451,7 +468,8 @@ impl Quotas {
             return;
         }
         self.expire_at = now + REPEAT_MIN;
-        let lasts = repeat(self.most) * (REPEATS_MISSED_MAX + 1);
+        // Where this node has no limit itself, it keeps what it hears for the time when it may have.
+        let lasts = repeat(self.most.max(self.told.len())) * (REPEATS_MISSED_MAX + 1);
         let is_over = |at: &Instant| now.saturating_duration_since(*at) >= lasts;
         let over: Vec<NodeName> =
             self.told.iter().filter(|(_, (_, at))| is_over(at)).map(|(node, _)| node.clone()).collect();

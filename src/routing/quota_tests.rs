@@ -336,7 +336,7 @@ fn a_thousand_nodes_stay_within_the_bound_and_use_the_limit() {
 fn divided(demands: &[f64]) -> Vec<f64> {
     let codes: Vec<u8> = demands.iter().map(|part| code_of(part.min(1.0))).collect();
     let limit = |own: usize| {
-        let asked = Asked { limit: 1, service: web(), per_second: 1.0, count: 0 };
+        let asked = Asked::of_all(1, web(), 1.0, 0);
         let mut limit = Limit::new(&asked, start());
         limit.granted = codes[own];
         for (_, code) in codes.iter().enumerate().filter(|(at, _)| *at != own) {
@@ -372,7 +372,7 @@ fn a_liar_takes_no_more_than_what_is_above_equal_parts() {
     // A limit that is named again and again counts once, and a code that there is not counts as nothing.
     let mut quotas = Quotas::new(name(0), 1, start());
     quotas.set_mates(mates(4), start());
-    let asked = [Asked { limit: 1, service: web(), per_second: 100.0, count: 0 }];
+    let asked = [Asked::of_all(1, web(), 100.0, 0)];
     quotas.tick(&asked, start());
     let lie = Demand { limits: vec![(1, 0); 32].into() };
     quotas.handle_demand(&name(1), &lie, start());
@@ -390,7 +390,7 @@ fn a_liar_takes_no_more_than_what_is_above_equal_parts() {
 fn the_own_demand_counts_when_others_have_had_time_to_hear_of_it_and_theirs_at_once() {
     let mut quotas = Quotas::new(name(0), 1, start());
     quotas.set_mates(mates(2), start());
-    let asked = |count| [Asked { limit: 1, service: web(), per_second: 100.0, count }];
+    let asked = |count| [Asked::of_all(1, web(), 100.0, count)];
     let at = |ms: u64| start() + Duration::from_millis(ms);
     for tick in 0..40 {
         quotas.tick(&asked(0), at(tick * 250));
@@ -412,6 +412,23 @@ fn the_own_demand_counts_when_others_have_had_time_to_hear_of_it_and_theirs_at_o
     quotas.set_mates(mates(1), at(20_250));
     let turn = quotas.tick(&asked(0), at(20_250));
     assert!((turn.shares[0].1 - 100.0).abs() < 0.1 && turn.report.is_none());
+}
+
+#[test]
+fn a_caller_s_limit_is_forgotten_when_it_rests_and_the_limit_of_all_is_not() {
+    let mut quotas = Quotas::new(name(0), 1, start());
+    quotas.set_mates(mates(2), start());
+    let at = |seconds: u64| start() + Duration::from_secs(seconds);
+    let turn = quotas.tick(&[Asked::of_all(1, web(), 10.0, 0), Asked::of_one(2, web(), 10.0, 1)], at(0));
+    assert_eq!(turn.shares.iter().map(|(limit, _)| *limit).collect::<Vec<_>>(), [1, 2]);
+    let idle = [Asked::of_all(1, web(), 10.0, 0), Asked::of_one(2, web(), 10.0, 0)];
+    let mut last = Vec::new();
+    for second in 1..200 {
+        last = quotas.tick(&idle, at(second)).shares;
+    }
+    assert_eq!(last.iter().map(|(limit, _)| *limit).collect::<Vec<_>>(), [1]);
+    // What is not divided has the floor.
+    assert!((quotas.floor(&web(), 10.0) - 0.25).abs() < 1e-9);
 }
 
 proptest! {

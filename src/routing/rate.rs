@@ -249,7 +249,8 @@ impl Rates {
                 }
                 let number = if limit.key == RateKey::All { buckets.number } else { mix(buckets.number ^ key) };
                 let (service, per_second) = (service.clone(), limit.rate.per_second);
-                let asked_of = Asked { limit: number, service, per_second, count };
+                let of = if limit.key == RateKey::All { Asked::of_all } else { Asked::of_one };
+                let asked_of = of(number, service, per_second, count);
                 asked.push(SharedBucket { asked: asked_of, service: Arc::clone(&held), rule, at });
             }
         }
