@@ -43,8 +43,9 @@ const FALL_STEPS: u8 = 4;
 /// Ticks that a demand is averaged over at once, so that a rise is seen within 1 s, and ticks of the slow average that it
 /// falls with: 4 s.
 const WINDOW_TICKS: usize = 4;
-/// A rise is told when it has been measured whole, so that one report says it all; sooner where the next may soon follow.
-const SETTLE_MAX: Duration = Duration::from_secs(1);
+/// A change is told when it has lasted, so that one report says it all and noise says nothing; sooner where the next report
+/// may soon follow.
+const SETTLE_MAX: Duration = Duration::from_secs(4);
 const SLOW_TICKS: f64 = 16.0;
 /// Shortest time between two reports of a node.
 const REST_MIN: Duration = Duration::from_millis(500);

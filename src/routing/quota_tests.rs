@@ -264,7 +264,7 @@ type Offered = Box<dyn Fn(usize, f64) -> f64>;
 fn show(count: usize) {
     let nodes = count as f64;
     let (limit, each) = (10.0 * nodes, 10.0);
-    let seconds = if count > 100 { 100 } else { 40 };
+    let seconds = if count > 100 { 70 } else { 40 };
     let never = |_: f64| None;
     let half = |at: f64| (15.0..25.0).contains(&at).then_some(count / 2);
     println!(
