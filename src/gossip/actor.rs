@@ -22,7 +22,7 @@ use super::engine::{
     self, Ending, Engine, Exchange, Incumbent, JoinCause, Message, Output, Request, Stage, Step, Turn,
 };
 use super::exchange::{self, ExchangeError};
-use super::links::{Links, Sent};
+use super::links::{Dial, Links, Sent};
 use super::metrics::GossipMetrics;
 use super::policy::Compiled;
 use super::targets::{self, DialError, Outcome, Thorough};
@@ -66,6 +66,8 @@ type JoinReply = Option<oneshot::Sender<Result<usize, GossipError>>>;
 #[derive(Debug)]
 enum Done {
     Dialled(MeshId, Result<Connection, DialError>),
+    /// The peer's own connection came first.
+    Superseded(NodeName),
     Joined(Outcome, JoinReply),
     Exchanged {
         peer: NodeName,
@@ -395,7 +397,7 @@ impl Actor {
             Command::Adopt { peer, addr, connection } => {
                 self.metrics.dials.with_label_values(&["ok"]).inc();
                 self.watch(&peer, connection.clone());
-                let waiting = self.links.dialled(&peer, addr, connection);
+                let waiting = self.links.adopted(&peer, addr, connection);
                 if let Some(id) = self.engine.membership().member(&peer).map(|member| member.id.clone()) {
                     self.resend(&id, waiting, now);
                 }
@@ -418,7 +420,7 @@ impl Actor {
         let reasons = reasons(&join.failed);
         for (peer, connection) in join.joined.iter().zip(connections) {
             self.watch(&peer.id.name, connection.clone());
-            let waiting = self.links.accepted(&peer.id.name, connection);
+            let waiting = self.links.accepted(&self.engine.membership().id().name, &peer.id.name, connection);
             self.resend(&peer.id, waiting, now);
         }
         self.turn(now, |engine, turn| engine.handle_joined(cause, join, turn));
@@ -447,7 +449,7 @@ impl Actor {
             return;
         }
         self.watch(&peer.node, accepted.connection.clone());
-        let waiting = self.links.accepted(&peer.node, accepted.connection);
+        let waiting = self.links.accepted(&self.engine.membership().id().name, &peer.node, accepted.connection);
         if let Some(id) = self.engine.membership().member(&peer.node).map(|member| member.id.clone()) {
             self.resend(&id, waiting, now);
         }
@@ -489,15 +491,26 @@ impl Actor {
             }
             Sent::Stream(..) => self.metrics.dropped.with_label_values(&["streams"]).inc(),
             Sent::Queued => {}
-            Sent::Dial(addr) => {
-                let (transport, to) = (self.transport.clone(), to.clone());
-                self.work.spawn(async move {
-                    let dialled = targets::dial(&transport, addr, Some(to.name.clone())).await;
-                    Done::Dialled(to, dialled.map(|(connection, _)| connection))
-                });
-            }
+            Sent::Dial(dial) => self.dial(dial),
             Sent::Dropped(reason) => self.metrics.dropped.with_label_values(&[reason]).inc(),
         }
+    }
+
+    fn dial_next(&mut self) {
+        while let Some(dial) = self.links.next_dial() {
+            self.dial(dial);
+        }
+    }
+
+    fn dial(&mut self, Dial { to, is_superseded }: Dial) {
+        let transport = self.transport.clone();
+        self.work.spawn(async move {
+            let dial = targets::dial(&transport, to.addr, Some(to.name.clone()));
+            match is_superseded.run_until_cancelled(dial).await {
+                Some(dialled) => Done::Dialled(to, dialled.map(|(connection, _)| connection)),
+                None => Done::Superseded(to.name),
+            }
+        });
     }
 
     fn begin(&mut self, peer: NodeName, exchange: Exchange, first: (Message, Stage), now: Instant) {
@@ -519,11 +532,16 @@ impl Actor {
 
     fn done(&mut self, done: Done, now: Instant) {
         match done {
+            Done::Superseded(peer) => {
+                self.links.dial_ended(&peer);
+                self.dial_next();
+            }
             Done::Dialled(to, Ok(connection)) => {
                 self.metrics.dials.with_label_values(&["ok"]).inc();
                 self.watch(&to.name, connection.clone());
                 let waiting = self.links.dialled(&to.name, to.addr, connection);
                 self.resend(&to, waiting, now);
+                self.dial_next();
             }
             Done::Dialled(to, Err(error)) => {
                 if matches!(error, DialError::Refused(_)) {
@@ -533,6 +551,7 @@ impl Actor {
                 self.metrics.dials.with_label_values(&["failed"]).inc();
                 let lost = self.links.dial_failed(&to.name, now);
                 self.metrics.dropped.with_label_values(&["no_link"]).inc_by(lost as u64);
+                self.dial_next();
             }
             Done::Joined(outcome, reply) => self.joined(outcome, reply, now),
             Done::Exchanged { peer, exchange, result } => {

@@ -29,6 +29,7 @@ use redb::{
     Builder, Database, DatabaseError, ReadableDatabase as _, ReadableTable as _, StorageError, TableDefinition,
 };
 use serde::{Serialize, de::DeserializeOwned};
+use tracing::warn;
 
 pub use self::error::StoreError;
 use crate::clock::{self, UnixSeconds};
@@ -47,6 +48,8 @@ const TOKEN_KEPT_AFTER_END: Duration = Duration::from_hours(24);
 /// A newcomer that lost the answer asks again within this time; later the same key is a use like any other, for a key
 /// that was stolen with its node must not live on by the token that brought it in.
 const TOKEN_REPEAT_WITHIN: Duration = Duration::from_mins(10);
+/// A commit that takes longer is told: on a healthy disk it takes milliseconds.
+const COMMIT_SLOW: Duration = Duration::from_secs(1);
 /// Most keys that are remembered of one token.
 const TOKEN_KEYS_MAX: usize = 64;
 
@@ -557,7 +560,12 @@ impl Store {
         self.with(|database| {
             let transaction = database.begin_write()?;
             let value = change(&transaction)?;
+            let begun = clock::now();
             transaction.commit()?;
+            let took = clock::now() - begun;
+            if took > COMMIT_SLOW {
+                warn!(?took, "the disk was slow to take a write: registrations and joins wait for it");
+            }
             Ok(value)
         })
     }

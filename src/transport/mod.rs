@@ -14,6 +14,7 @@
 //! Not here: what is sent (`gossip`, `proxy`), how certificates come to be (`pki`), which tunnels are kept (`proxy`).
 
 mod bind;
+mod congestion;
 mod control;
 mod credentials;
 mod error;

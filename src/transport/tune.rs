@@ -6,6 +6,7 @@ use std::time::Duration;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{ClientConfig, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, ServerConfig, TransportConfig, VarInt};
 
+use super::congestion::TolerantConfig;
 use super::steer::{self, Lane, SteeringIds};
 use crate::pki::Plane;
 
@@ -128,6 +129,7 @@ fn transport(plane: Plane, role: Role) -> Arc<TransportConfig> {
             let mut discovery = MtuDiscoveryConfig::default();
             discovery.upper_bound(MTU_BOUND_BYTES);
             config.mtu_discovery_config(Some(discovery));
+            config.congestion_controller_factory(Arc::new(TolerantConfig::default()));
         }
         Plane::Gossip => {
             config.max_concurrent_bidi_streams(GOSSIP_STREAMS.into()).max_concurrent_uni_streams(GOSSIP_STREAMS.into());

@@ -6,13 +6,16 @@ use std::sync::Arc;
 use rustls::pki_types::CertificateDer;
 use tracing::{error, info, warn};
 
-use super::{Actor, reasons};
+use super::Actor;
 use crate::gossip::engine::Event;
 use crate::gossip::{MemberView, Members, NodeCertificates};
 use crate::membership::MeshId;
 use crate::model::{MemberStatus, NodeName};
 use crate::pki::{facts_of, root_key_of};
 use crate::replica::{ApplyError, NodeState, Report};
+
+/// Reasons that one log line gives.
+const REASONS_LOGGED: usize = 3;
 
 impl Actor {
     pub(super) fn event(&mut self, event: Event) {
@@ -164,14 +167,24 @@ fn log_member(node: &NodeName, addr: Option<SocketAddr>, before: Option<MemberSt
     }
 }
 
+/// Returns the first reasons on one line, and how many more there are.
+fn first_reasons(failed: &[(String, String)]) -> String {
+    let mut reasons: Vec<_> =
+        failed.iter().take(REASONS_LOGGED).map(|(target, why)| format!("{target}: {why}")).collect();
+    if failed.len() > REASONS_LOGGED {
+        reasons.push(format!("and {} more", failed.len() - REASONS_LOGGED));
+    }
+    reasons.join("; ")
+}
+
 fn log_joined(in_vain: u32, peers: &[MeshId], failed: &[(String, String)]) {
     if !failed.is_empty() && peers.is_empty() {
         // It is tried for ever: every line but the first few would say the same.
         if in_vain.is_power_of_two() || in_vain == 0 {
-            warn!(targets = failed.len(), attempts = in_vain, reasons = reasons(failed), "could not join");
+            warn!(targets = failed.len(), attempts = in_vain, reasons = first_reasons(failed), "could not join");
         }
     } else if !failed.is_empty() {
-        info!(targets = failed.len(), reasons = reasons(failed), "joined, but not through all");
+        info!(targets = failed.len(), reasons = first_reasons(failed), "joined, but not through all");
     }
     for peer in peers {
         info!(peer = %peer.name, addr = %peer.addr, "joined through");
