@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
@@ -196,7 +197,7 @@ fn the_pages_about_traffic_do_what_they_say() {
     terminal.say(command(&splitting, "splitter.json"));
     let counts = terminal.say(command(&splitting, "seq 100"));
     let of = |version: &str| {
-        let line = counts.lines().find(|line| line.contains(version)).map(str::trim).unwrap_or("0");
+        let line = counts.lines().find(|line| line.contains(version)).map_or("0", str::trim);
         line.split(' ').next().unwrap().parse::<u32>().unwrap()
     };
     assert!(of("v1") + of("v2") == 100 && of("v1") >= 70, "{counts}");
