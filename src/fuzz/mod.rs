@@ -22,6 +22,7 @@
 mod documents;
 mod fixture;
 mod gossip;
+mod rules;
 #[cfg(test)]
 mod seeds;
 #[cfg(test)]
@@ -52,6 +53,7 @@ pub const TARGETS: [Target; 18] = [
     Target { name: "documents", run: |bytes| said(crate::gossip::fuzz_documents(bytes)) },
     Target { name: "intention", run: |bytes| said(documents::intention(bytes)) },
     Target { name: "entry", run: |bytes| said(documents::entry(bytes)) },
+    Target { name: "rules", run: |bytes| said(rules::entries(bytes)) },
     Target { name: "packet", run: crate::membership::fuzz::packet },
     Target { name: "exchange", run: gossip::exchange },
     Target { name: "delta", run: gossip::delta },

@@ -65,11 +65,12 @@ fn every_target_bears_its_corpus() {
 /// A corpus whose seeds are all refused at the first byte tests little: those that should be taken are.
 #[test]
 fn the_seeds_that_are_good_are_taken() {
-    let readers: [(&str, Reader); 5] = [
+    let readers: [(&str, Reader); 6] = [
         ("operator", crate::pki::fuzz::operator),
         ("documents", crate::gossip::fuzz_documents),
         ("intention", documents::intention),
         ("entry", documents::entry),
+        ("rules", rules::entries),
         ("filter", crate::filter::fuzz::expression),
     ];
     for (target, is_taken) in readers {

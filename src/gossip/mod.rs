@@ -52,7 +52,7 @@ pub use self::links::LINKS_MAX;
 use crate::catalogue::SnapshotReader;
 use crate::clock::UnixSeconds;
 use crate::metrics::Metrics;
-use crate::model::{EjectionsRecord, Generation, MemberStatus, NodeInfo, NodeName};
+use crate::model::{Demand, EjectionsRecord, Generation, MemberStatus, NodeInfo, NodeName};
 use crate::pki::{CertificateFacts, Identity, SpkiHash};
 use crate::registry;
 use crate::store::StoredPeer;
@@ -160,6 +160,10 @@ pub struct GossipParams {
     pub publication: watch::Receiver<Arc<registry::Publication>>,
     /// The instances that this node has ejected.
     pub ejections: watch::Receiver<Arc<EjectionsRecord>>,
+    /// What this node asks of limits that hold for the whole mesh.
+    pub demand: watch::Receiver<Arc<Demand>>,
+    /// Gets what others ask of them; one that does not fit is told again by its author.
+    pub demands: mpsc::Sender<(NodeName, Demand)>,
     /// The first snapshot's index.
     pub first_index: u64,
     /// Where to join, as the operator wrote it (`-join`).

@@ -32,7 +32,9 @@ use crate::gossip::{self, Gossip, GossipHandle, GossipParams};
 use crate::metrics::Metrics;
 use crate::model::{Generation, NodeInfo, NodeName};
 use crate::pki::{DocumentKey, Identity};
-use crate::proxy::{ListenerState, OpenTunnel, OpenTunnels, Proxy, ProxyError, ProxyHandle, ProxyHealth, ProxyParams};
+use crate::proxy::{
+    self, ListenerState, OpenTunnel, OpenTunnels, Proxy, ProxyError, ProxyHandle, ProxyHealth, ProxyParams,
+};
 use crate::registry::{Publication, Registry, RegistryHandle, RegistryParams};
 use crate::store::{Store, StoreError};
 use crate::supervise::{TaskFailure, Tasks};
@@ -182,6 +184,8 @@ impl Node {
         let connections = glue::Connections::new(&control, &metrics).map_err(part("identity's metrics"))?;
         let (incoming_tx, incoming) = mpsc::channel(gossip::INCOMING_MAX);
         let (ejected, ejections) = watch::channel(Arc::default());
+        let (asked, demand) = watch::channel(Arc::default());
+        let (demands, reports) = mpsc::channel(proxy::REPORTS_MAX);
         let params = GossipParams {
             node: info.clone(),
             generation,
@@ -190,6 +194,8 @@ impl Node {
             identity: Arc::clone(&identity),
             publication,
             ejections,
+            demand,
+            demands,
             first_index,
             seeds: config.join.clone(),
             links_max: gossip::LINKS_MAX,
@@ -230,6 +236,7 @@ impl Node {
         .map_err(part("data plane"))?;
         let (ledger, tables) = proxy.beside(snapshot.clone(), ejected);
         tasks.spawn("ejections", until(stop.clone(), ledger));
+        tasks.spawn("shares", until(stop.clone(), proxy.divides(snapshot.clone(), reports, asked)));
         tasks.spawn("hash_tables", until(stop.clone(), tables));
 
         let mut node = Self {

@@ -4,7 +4,7 @@
 //!   Snapshot {service, upstreams, reports} --> Balancer::pick --> Picked {instance, Load}
 //!                                                ^    ^             | Observer: outcome, time
 //!          Tried, ConnectBackoff leave out ------'    `-- Seat -----'   --> ejected: Notice --> the node's own records
-//!   Shared {counts, tables of hashes}, Rates: of all workers, in atomics
+//!   Shared {counts, tables of hashes}, Rates: of all workers, in atomics      quota: a node's share of the mesh's rates
 //! ```
 //!
 //! Invariants: a critical instance is never picked; in turns every instance is picked as often as its weight says; what was
@@ -19,6 +19,7 @@ mod draw;
 mod gradient;
 mod load;
 mod queue;
+pub mod quota;
 mod rate;
 mod seat;
 mod tables;
@@ -31,7 +32,7 @@ pub use self::balance::{
 pub use self::draw::key_of;
 pub use self::load::{DECAY, PENALTY};
 pub use self::queue::{Turn, WAIT_MAX};
-pub use self::rate::{KEYS_MAX, OverRate, Rates};
+pub use self::rate::{KEYS_MAX, OverRate, Rates, SHARED_KEYS_MAX, SharedBucket};
 pub use self::seat::{Cause, Flow, Load, NOTICES_MAX, Notice, Observer, Outcome, Retry, Standing, Waiting};
 pub use self::tables::{HashTable, MAGLEV_PLACES, MEMBERS_MAX, Member, TABLES_MAX};
 pub use self::usage::{Limited, PAIRS_MAX, Shared};

@@ -619,7 +619,7 @@ fn protocol(node: Option<Node<'_>>, problems: &mut Problems) -> Option<Protocol>
 fn defaults(object: &mut Object<'_>, problems: &mut Problems) -> Entry {
     let protocol = protocol(object.take("Protocol"), problems);
     // Read by what limits and ejects.
-    for name in ["UpstreamConfig", "RateLimits", "MaxInboundConnections"] {
+    for name in ["UpstreamConfig", "RateLimits"] {
         object.take(name);
     }
     object.refuse(
@@ -631,6 +631,8 @@ fn defaults(object: &mut Object<'_>, problems: &mut Problems) -> Entry {
             "Mode",
             "MutualTLSMode",
             "Destination",
+            // One tunnel carries the calls of a service from a node: there are no connections to count.
+            "MaxInboundConnections",
             "LocalConnectTimeoutMs",
             "LocalRequestTimeoutMs",
             "BalanceInboundConnections",
@@ -647,7 +649,8 @@ fn proxy_defaults(object: &mut Object<'_>, problems: &mut Problems) -> Entry {
         protocol = self::protocol(config.take("protocol"), problems);
         config.finish(problems);
     }
-    object.take("PrioritizeByLocality");
+    // Read by what balances.
+    object.leave("PrioritizeByLocality");
     object.refuse(
         &[
             "MeshGateway",

@@ -1,7 +1,7 @@
 //! How the instances of a service are called: what operators set, compiled once per change.
 //!
 //! ```text
-//!   service-resolver NAME  LoadBalancer                        -> Balance of calls to NAME
+//!   service-resolver NAME  LoadBalancer, PrioritizeByLocality  -> Balance of calls to NAME; of all: proxy-defaults
 //!   service-defaults NAME  UpstreamConfig.{Defaults,Overrides} -> Guard of calls from NAME: Limits, Ejection
 //!                          RateLimits                          -> RateRules of calls to NAME
 //! ```
@@ -18,6 +18,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::authz::{self, REGEX_INPUT_BYTES_MAX};
 use crate::model::ServiceName;
 
 pub use self::priority::Priority;
@@ -273,7 +274,39 @@ pub enum RatePath {
     Exact(String),
     /// Those that begin so.
     Prefix(String),
+    /// Those that an expression matches as a whole.
+    Regex(PathRegex),
 }
+
+/// An expression over paths, compiled. Equal if its text is.
+#[derive(Debug, Clone)]
+pub struct PathRegex {
+    text: String,
+    regex: regex::bytes::Regex,
+}
+
+impl PathRegex {
+    /// Compiles an expression within the bounds of those in intentions.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn new(text: &str) -> Result<Self, authz::CompileError> {
+        Ok(Self { text: text.to_owned(), regex: authz::whole(text)? })
+    }
+
+    /// As it was written.
+    pub fn as_str(&self) -> &str {
+        &self.text
+    }
+}
+
+impl PartialEq for PathRegex {
+    fn eq(&self, other: &Self) -> bool {
+        self.text == other.text
+    }
+}
+
+impl Eq for PathRegex {}
 
 impl RatePath {
     /// Tells whether the rule is about `path`.
@@ -282,8 +315,19 @@ impl RatePath {
             Self::Any => true,
             Self::Exact(exact) => path == exact,
             Self::Prefix(prefix) => path.starts_with(prefix.as_str()),
+            Self::Regex(regex) => path.len() <= REGEX_INPUT_BYTES_MAX && regex.regex.is_match(path.as_bytes()),
         }
     }
+}
+
+/// Where a rate holds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum RateScope {
+    /// At each node by itself.
+    #[default]
+    Node,
+    /// For all nodes that have an instance of the service, together.
+    Cluster,
 }
 
 /// One limit of requests.
@@ -295,6 +339,8 @@ pub struct RateRule {
     pub key: RateKey,
     /// How many.
     pub rate: Rate,
+    /// Where.
+    pub scope: RateScope,
 }
 
 /// The limits of requests to a service at one instance: the first rule whose path matches counts.
@@ -342,6 +388,11 @@ impl Table {
     /// Returns the limits of requests to `destination`, if there are any.
     pub fn rates(&self, destination: &ServiceName) -> Option<&Arc<RateRules>> {
         if self.rates.is_empty() { None } else { self.rates.get(destination) }
+    }
+
+    /// Returns the services with a limit that holds for the whole mesh.
+    pub fn shared_rates(&self) -> impl Iterator<Item = (&ServiceName, &Arc<RateRules>)> {
+        self.rates.iter().filter(|(_, rules)| rules.rules.iter().any(|rule| rule.scope == RateScope::Cluster))
     }
 
     /// Returns the services that are balanced by a key.
