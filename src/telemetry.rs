@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   tracing events -> Filter (level, or per-module directives) -> text | JSON -> stderr
-//!                 \-> weft's own, at the level of the chattiest monitor -> text -> monitors (none: nothing is written)
+//!                 \-> weft's own, at the level of the chattiest monitor -> text, JSON -> monitors (none: nothing is written)
 //! ```
 //!
 //! Invariants: standard output stays free for what a verb prints; colours appear on a terminal only.
@@ -98,22 +98,26 @@ pub fn init(filter: &Filter, format: LogFormat) -> Result<(), InitError> {
     let lines =
         tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal());
     let (for_log, log) = reload::Layer::new(EnvFilter::new(&filter.0));
-    let (for_monitors, monitors) = reload::Layer::new(Targets::new());
-    let monitor = tracing_subscriber::fmt::layer().with_writer(Broadcast).with_ansi(false).with_filter(for_monitors);
+    let (for_text, text) = reload::Layer::new(Targets::new());
+    let (for_json, json) = reload::Layer::new(Targets::new());
+    let text_monitor = tracing_subscriber::fmt::layer().with_writer(Broadcast(LogFormat::Text)).with_ansi(false);
+    let json_monitor = tracing_subscriber::fmt::layer().json().with_writer(Broadcast(LogFormat::Json));
+    let monitored = tracing_subscriber::registry()
+        .with(text_monitor.with_filter(for_text))
+        .with(json_monitor.with_filter(for_json));
     let begun = match format {
-        LogFormat::Text => tracing_subscriber::registry().with(monitor).with(lines.with_filter(for_log)).try_init(),
-        LogFormat::Json => {
-            tracing_subscriber::registry().with(monitor).with(lines.json().with_filter(for_log)).try_init()
-        }
+        LogFormat::Text => monitored.with(lines.with_filter(for_log)).try_init(),
+        LogFormat::Json => monitored.with(lines.json().with_filter(for_log)).try_init(),
     };
     begun.map_err(InitError)?;
     // There is one subscriber, so these are the first values.
     let _first = SWAP.set(Box::new(move |filter| log.reload(filter).is_ok()));
-    let _first = MONITORS.set(Monitors {
-        lines: broadcast::Sender::new(MONITOR_LINES_MAX),
-        levels: Mutex::default(),
-        set: Box::new(move |targets| monitors.reload(targets).is_ok()),
-    });
+    let of =
+        |set: Retarget| Monitors { lines: broadcast::Sender::new(MONITOR_LINES_MAX), levels: Mutex::default(), set };
+    let _first = MONITORS.set([
+        of(Box::new(move |targets| text.reload(targets).is_ok())),
+        of(Box::new(move |targets| json.reload(targets).is_ok())),
+    ]);
     Ok(())
 }
 
@@ -129,18 +133,29 @@ pub fn set_filter(filter: &Filter) -> bool {
 
 /// Lines that wait for a monitor that reads slowly; what is older is lost, and counted in its stead. 512 lines are some 100 KiB.
 const MONITOR_LINES_MAX: usize = 512;
-/// Most monitors at once: people, not collectors.
+/// Most monitors at once of either format: people, not collectors.
 const MONITORS_MAX: usize = 16;
 
-/// Who reads the log besides standard error.
+type Retarget = Box<dyn Fn(Targets) -> bool + Send + Sync>;
+
+/// Who reads the log besides standard error, in one format.
 struct Monitors {
     lines: broadcast::Sender<(Level, Bytes)>,
     /// How many there are of each level.
     levels: Mutex<BTreeMap<Level, usize>>,
-    set: Box<dyn Fn(Targets) -> bool + Send + Sync>,
+    set: Retarget,
 }
 
-static MONITORS: OnceLock<Monitors> = OnceLock::new();
+/// Of text, and of JSON.
+static MONITORS: OnceLock<[Monitors; 2]> = OnceLock::new();
+
+fn monitors(format: LogFormat) -> Option<&'static Monitors> {
+    let [text, json] = MONITORS.get()?;
+    Some(match format {
+        LogFormat::Text => text,
+        LogFormat::Json => json,
+    })
+}
 
 impl Monitors {
     /// Lets through what the chattiest monitor wants: weft's own events alone, since those of the libraries that carry the
@@ -181,12 +196,12 @@ pub fn level(name: &str) -> Option<Level> {
     }
 }
 
-/// Starts to read what weft logs at `level` and above, whatever the log's own filter is.
+/// Starts to read what weft logs at `level` and above in `format`, whatever the log's own filter and format are.
 ///
 /// # Errors
 /// [`MonitorError`].
-pub fn monitor(level: Level) -> Result<Monitor, MonitorError> {
-    let of = MONITORS.get().ok_or(MonitorError::NotLogging)?;
+pub fn monitor(level: Level, format: LogFormat) -> Result<Monitor, MonitorError> {
+    let of = monitors(format).ok_or(MonitorError::NotLogging)?;
     let mut levels = of.levels.lock().unwrap_or_else(PoisonError::into_inner);
     if levels.values().sum::<usize>() >= MONITORS_MAX {
         return Err(MonitorError::TooMany);
@@ -231,29 +246,29 @@ impl Drop for Monitor {
     }
 }
 
-/// Gives each line to the monitors.
-struct Broadcast;
+/// Gives each line to the monitors of its format.
+struct Broadcast(LogFormat);
 
 /// One line; the layer writes it in one piece.
-struct Line(Level);
+struct Line(LogFormat, Level);
 
 impl<'a> MakeWriter<'a> for Broadcast {
     type Writer = Line;
 
     fn make_writer(&'a self) -> Line {
-        Line(Level::ERROR)
+        Line(self.0, Level::ERROR)
     }
 
     fn make_writer_for(&'a self, event: &Metadata<'_>) -> Line {
-        Line(*event.level())
+        Line(self.0, *event.level())
     }
 }
 
 impl Write for Line {
     fn write(&mut self, line: &[u8]) -> std::io::Result<usize> {
-        if let Some(monitors) = MONITORS.get() {
+        if let Some(monitors) = monitors(self.0) {
             // Without a monitor nobody takes it.
-            let _taken = monitors.lines.send((self.0, Bytes::copy_from_slice(line)));
+            let _taken = monitors.lines.send((self.1, Bytes::copy_from_slice(line)));
         }
         Ok(line.len())
     }
@@ -304,8 +319,9 @@ mod tests {
         // The process's one subscriber: no other unit test starts it.
         init(&"off".parse().unwrap(), LogFormat::Text).unwrap();
         tracing::warn!("nobody listens");
-        let mut all = monitor(Level::DEBUG).unwrap();
-        let mut some = monitor(level("WARN").unwrap()).unwrap();
+        let mut all = monitor(Level::DEBUG, LogFormat::Text).unwrap();
+        let mut some = monitor(level("WARN").unwrap(), LogFormat::Text).unwrap();
+        let mut json = monitor(Level::INFO, LogFormat::Json).unwrap();
         tracing::debug!(peer = "n2", "a detail");
         tracing::warn!("a warning");
         tracing::warn!(target: "hyper", "not weft's");
@@ -314,10 +330,13 @@ mod tests {
         assert!(first.contains("a detail") && first.contains("n2") && first.ends_with('\n'), "{first}");
         assert!(text(all.next().await.unwrap()).contains("a warning"));
         assert!(text(some.next().await.unwrap()).contains("a warning"));
-        drop((all, some));
+        let line: serde_json::Value = serde_json::from_str(&text(json.next().await.unwrap())).unwrap();
+        assert_eq!((&line["level"], &line["fields"]["message"]), (&"WARN".into(), &"a warning".into()));
+        drop((all, some, json));
         assert!(!tracing::enabled!(Level::ERROR), "without a monitor nothing is formatted");
-        let _places: Vec<Monitor> = (0..MONITORS_MAX).map(|_| monitor(Level::ERROR).unwrap()).collect();
-        assert!(matches!(monitor(Level::INFO), Err(MonitorError::TooMany)));
+        let _places: Vec<Monitor> =
+            (0..MONITORS_MAX).map(|_| monitor(Level::ERROR, LogFormat::Text).unwrap()).collect();
+        assert!(matches!(monitor(Level::INFO, LogFormat::Text), Err(MonitorError::TooMany)));
     }
 
     #[test]

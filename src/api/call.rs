@@ -1,6 +1,7 @@
 //! One request on its way through a handler, and what comes out of it.
 
 use std::io::Write as _;
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use axum::body::Body;
@@ -29,6 +30,8 @@ pub(super) struct Call {
     pub(super) shared: Arc<Shared>,
     pub(super) query: Query,
     pub(super) headers: HeaderMap,
+    /// Where the connection comes from; none by the unix socket.
+    pub(super) peer: Option<IpAddr>,
     /// The path's parameter, decoded; empty where the path has none.
     pub(super) argument: String,
     pub(super) body: Bytes,

@@ -16,6 +16,7 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::task::JoinSet;
 use tokio_rustls::TlsConnector;
+use tokio_util::sync::CancellationToken;
 
 use super::fake::{Bench, node_entry, service};
 use super::routes::ROUTES;
@@ -117,7 +118,7 @@ async fn idle_connections_and_slow_heads_keep_nobody_out() {
     let listening = serve::bind(&on_loopback(None), None).await.unwrap();
     let addr = listening.addrs[0];
     let mut server = JoinSet::new();
-    server.spawn(serve::run(listening, bench.router.clone(), SEATS, bench.stop.clone()));
+    server.spawn(serve::run(listening, bench.router.clone(), seats(SEATS), bench.stop.clone()));
     // One that waits for a change: it is under way and keeps its seat.
     let mut waiting = TcpStream::connect(addr).await.unwrap();
     let request = format!("GET /v1/health/service/web?index=1003 HTTP/1.1\r\nhost: {addr}\r\n\r\n");
@@ -160,6 +161,80 @@ async fn idle_connections_and_slow_heads_keep_nobody_out() {
     server.join_next().await.unwrap().unwrap();
 }
 
+fn seats(connections_max: usize) -> serve::Limits {
+    serve::Limits { connections_max, ..serve::Limits::default() }
+}
+
+/// Waits until `answer` has come from a connection that got its seat while others are open.
+async fn in_time<T>(answer: impl Future<Output = T>) -> T {
+    // Far below the 30 s after which idle connections end by themselves.
+    tokio::time::timeout(std::time::Duration::from_secs(15), answer).await.expect("it gets a seat")
+}
+
+#[tokio::test]
+async fn a_newcomer_among_busy_connections_gets_the_seat_of_the_first_that_is_done() {
+    let bench = Bench::new();
+    let listening = serve::bind(&on_loopback(None), None).await.unwrap();
+    let addr = listening.addrs[0];
+    let mut server = JoinSet::new();
+    server.spawn(serve::run(listening, bench.router.clone(), seats(1), bench.stop.clone()));
+    let mut waiting = TcpStream::connect(addr).await.unwrap();
+    let request = format!("GET /v1/health/service/web?index=1003&wait=2s HTTP/1.1\r\nhost: {addr}\r\n\r\n");
+    waiting.write_all(request.as_bytes()).await.unwrap();
+    while !bench.metrics.render().unwrap().contains("weft_api_blocking_queries 1") {
+        tokio::task::yield_now().await;
+    }
+    // Nobody is idle when it comes, and the one that is done would be kept alive for 30 s.
+    let answer = in_time(asked(TcpStream::connect(addr).await.unwrap(), "/v1/status/leader")).await;
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    let mut first = String::new();
+    in_time(waiting.read_to_string(&mut first)).await.unwrap();
+    assert!(first.contains("x-consul-index: 1003"), "{first}");
+}
+
+/// Answers more than the buffers between two sockets hold.
+fn long_answers() -> axum::Router {
+    let body = vec![b'x'; LONG_BYTES];
+    axum::Router::new().fallback(move || std::future::ready(body.clone()))
+}
+
+const LONG_BYTES: usize = 24 << 20;
+
+#[tokio::test]
+async fn an_answer_that_is_read_slowly_is_not_cut_for_a_newcomer() {
+    let (listening, stop) = (serve::bind(&on_loopback(None), None).await.unwrap(), CancellationToken::new());
+    let addr = listening.addrs[0];
+    let mut server = JoinSet::new();
+    server.spawn(serve::run(listening, long_answers(), seats(1), stop.clone()));
+    let mut slow = TcpStream::connect(addr).await.unwrap();
+    slow.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+    let mut read = vec![0; 64 * 1024];
+    let mut count = slow.read(&mut read).await.unwrap();
+    let mut newcomer = JoinSet::new();
+    newcomer.spawn(async move { asked(TcpStream::connect(addr).await.unwrap(), "/").await.len() });
+    while count < LONG_BYTES {
+        let more = in_time(slow.read(&mut read)).await.unwrap();
+        assert!(more > 0, "cut after {count} bytes");
+        count += more;
+    }
+    assert!(in_time(newcomer.join_next()).await.unwrap().unwrap() > LONG_BYTES);
+}
+
+#[tokio::test]
+async fn an_answer_that_nobody_reads_gives_its_seat_up_when_it_is_needed() {
+    let (listening, stop) = (serve::bind(&on_loopback(None), None).await.unwrap(), CancellationToken::new());
+    let addr = listening.addrs[0];
+    let limits = serve::Limits { connections_max: 1, stalled_after: std::time::Duration::from_millis(100) };
+    let mut server = JoinSet::new();
+    server.spawn(serve::run(listening, long_answers(), limits, stop.clone()));
+    let mut stalled = TcpStream::connect(addr).await.unwrap();
+    stalled.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+    let mut start = [0; 8];
+    stalled.read_exact(&mut start).await.unwrap();
+    let answer = in_time(asked(TcpStream::connect(addr).await.unwrap(), "/")).await;
+    assert!(answer.len() > LONG_BYTES);
+}
+
 #[tokio::test]
 async fn https_shows_the_node_s_own_identity_or_the_operator_s_certificate() {
     let bench = Bench::new();
@@ -184,7 +259,7 @@ async fn https_shows_the_node_s_own_identity_or_the_operator_s_certificate() {
         let listening = serve::bind(&config, Some(tls)).await.unwrap();
         let addr = listening.addrs[1];
         let mut server = JoinSet::new();
-        server.spawn(serve::run(listening, bench.router.clone(), 8, bench.stop.clone()));
+        server.spawn(serve::run(listening, bench.router.clone(), serve::Limits::default(), bench.stop.clone()));
         let name = ServerName::try_from("mesh.example").unwrap();
         let stream = TlsConnector::from(client).connect(name, TcpStream::connect(addr).await.unwrap()).await.unwrap();
         let answer = asked(stream, "/v1/status/leader").await;
@@ -234,7 +309,7 @@ async fn the_unix_socket_asks_for_a_token_and_not_for_a_host() {
     let twice = serve::bind(&config, None).await.err().unwrap();
     assert!(twice.to_string().contains("addresses.http"), "{twice}");
     let mut server = JoinSet::new();
-    server.spawn(serve::run(listening, bench.router.clone(), 8, bench.stop.clone()));
+    server.spawn(serve::run(listening, bench.router.clone(), serve::Limits::default(), bench.stop.clone()));
     for (host, token, status) in [("anything", "s3cret", "200"), ("localhost", "wrong", "403")] {
         let mut stream = UnixStream::connect(&socket.path).await.unwrap();
         let request =

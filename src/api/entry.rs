@@ -7,8 +7,9 @@ use serde_json::{Value, json};
 
 use super::call::{Call, Refusal, Reply};
 use super::query::refuse_tenancy;
-use super::service_intentions;
+use super::sift::{self, Listing};
 use super::write::{Expect, write};
+use super::{intention, service_intentions};
 use crate::catalogue::Snapshot;
 use crate::gossip::{DocumentBody, DocumentsView};
 use crate::model::ServiceName;
@@ -53,21 +54,24 @@ pub(super) async fn put(call: Call) -> Result<Reply, Refusal> {
         return Reply::json(&call, &service_intentions::put(&call, &value, expect).await?);
     }
     let draft = Draft::entry(value.to_string())?;
-    fits(&call, &draft, Some(&value))?;
+    fits(&call, &draft, Some(value)).await?;
     Reply::json(&call, &write(&call.shared, draft, expect).await?)
 }
 
 /// `GET /v1/config/:kind` and `/v1/config/:kind/:name`
 pub(super) async fn read(call: Call) -> Result<Reply, Refusal> {
-    refuse_tenancy(&call)?;
-    let view = call.shared.membership.documents();
-    let index = call.shared.snapshot.load().index;
     let (kind, name) = path(&call)?;
-    let found = if kind == service_intentions::KIND {
+    drop(sift::filter::<Listing<'_>>(&call)?);
+    let index = intention::changed(&call).await?;
+    let filter = sift::filter::<Listing<'_>>(&call)?;
+    let view = call.shared.membership.documents();
+    let mut found = if kind == service_intentions::KIND {
         service_intentions::held(&view, name)
     } else {
         held(&view, |of, own| of == kind && name.is_none_or(|name| name == own))
     };
+    // A name is filter enough.
+    found.retain(|entry| name.is_some() || filter.is_match(&Listing::of(entry)));
     match (name, found.first()) {
         (None, _) => Reply::at_index(&call, &found, index),
         (Some(_), Some(entry)) => Reply::at_index(&call, entry, index),
@@ -89,32 +93,38 @@ pub(super) async fn delete(call: Call) -> Result<Reply, Refusal> {
         let view = call.shared.membership.documents();
         let is_there = !held(&view, |of, own| of == kind && own == name).is_empty();
         let draft = Draft::no_entry(kind, name)?;
-        fits(&call, &draft, None)?;
+        fits(&call, &draft, None).await?;
         !is_there || write(&call.shared, draft, expect).await?
     };
     if call.query.has("cas") { Reply::json(&call, &is_done) } else { Reply::json(&call, &json!({})) }
 }
 
-/// Holds what is to be written, or deleted, against itself and all other entries.
-fn fits(call: &Call, draft: &Draft, value: Option<&Value>) -> Result<(), Refusal> {
+/// Holds what is to be written, or deleted, against itself and all other entries: off the threads of the control plane, for
+/// compiling a few hundred expressions takes a while.
+async fn fits(call: &Call, draft: &Draft, value: Option<Value>) -> Result<(), Refusal> {
     let view = call.shared.membership.documents();
-    let others = view.documents.iter().filter_map(|view| {
-        let DocumentBody::Config(Some(entry)) = &view.body else { return None };
-        let (kind, name) = entry_ends(&view.digest.id.name)?;
-        Some((kind, name, entry))
-    });
-    let Some((kind, name)) = entry_ends(&draft.id().name) else { return Ok(()) };
-    traffic::check_write(others, (kind, name, value))
-        .map_err(|problems| Refusal::bad(format!("Invalid config entry: {problems}")))
+    let id = draft.id().name.clone();
+    let check = move || {
+        let others = view.documents.iter().filter_map(|view| {
+            let DocumentBody::Config(Some(entry)) = &view.body else { return None };
+            let (kind, name) = entry_ends(&view.digest.id.name)?;
+            Some((kind, name, entry))
+        });
+        let Some((kind, name)) = entry_ends(&id) else { return Ok(()) };
+        traffic::check_write(others, (kind, name, value.as_ref()))
+    };
+    let checked = tokio::task::spawn_blocking(check).await.map_err(|error| Refusal::internal(error.to_string()))?;
+    checked.map_err(|problems| Refusal::bad(format!("Invalid config entry: {problems}")))
 }
 
 /// `GET /v1/discovery-chain/:service`
 pub(super) async fn discovery_chain(call: Call) -> Result<Reply, Refusal> {
-    refuse_tenancy(&call)?;
-    let snapshot = call.shared.snapshot.load();
     let service: ServiceName =
         call.argument.parse().map_err(|error| Refusal::bad(format!("Invalid service name: {error}")))?;
-    Reply::at_index(&call, &chain(&snapshot, &service)?, snapshot.traffic_index)
+    // Chains are compiled of the same documents as intentions, in the same turn.
+    let index = intention::changed(&call).await?;
+    let snapshot = call.shared.snapshot.load();
+    Reply::at_index(&call, &chain(&snapshot, &service)?, index)
 }
 
 /// Shows what becomes of the requests to a service.

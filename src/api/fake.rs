@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::index::ListIndexes;
 use super::meter::Meter;
+use super::near::Distances;
 use super::seam::{GossipOrder, Membership, Records, Registry, RegistryOrder};
 use super::watchers::{self, Watchers};
 use super::{ApiConfig, ApiToken, CertificateFacts, ListenerState, NodeFacts, Right, Shared, guard, routes};
@@ -66,6 +67,8 @@ pub(super) struct FakeMembers {
     pub(super) members: Members,
     pub(super) orders: Mutex<Vec<GossipOrder>>,
     pub(super) verdict: Mutex<Result<(), GossipError>>,
+    /// Whose round trips were asked for.
+    pub(super) asked: Mutex<Vec<NodeName>>,
 }
 
 impl Membership for FakeMembers {
@@ -95,6 +98,18 @@ impl Membership for FakeMembers {
 
     fn round_trips(&self) -> BoxFuture<'_, Result<BTreeMap<NodeName, Duration>, GossipError>> {
         Box::pin(async { Ok(BTreeMap::from([("n2".parse().unwrap(), Duration::from_millis(3))])) })
+    }
+
+    /// `n2` is nearest to `n3`; nobody else can be asked.
+    fn round_trips_of(
+        &self,
+        peer: NodeName,
+    ) -> BoxFuture<'_, Result<Option<BTreeMap<NodeName, Duration>>, GossipError>> {
+        let measured = [("n3", 1), ("n0", 5), ("n1", 9)];
+        let told = measured.map(|(node, millis)| (node.parse().unwrap(), Duration::from_millis(millis)));
+        let told = (peer.as_str() == "n2").then(|| told.into());
+        self.asked.lock().unwrap().push(peer);
+        Box::pin(async move { Ok(told) })
     }
 
     fn certificates(&self) -> BoxFuture<'_, Result<Vec<NodeCertificates>, GossipError>> {
@@ -225,8 +240,12 @@ impl Bench {
             orders: Mutex::default(),
             verdict: Mutex::new(Ok(())),
         });
-        let members =
-            Arc::new(FakeMembers { members: members(), orders: Mutex::default(), verdict: Mutex::new(Ok(())) });
+        let members = Arc::new(FakeMembers {
+            members: members(),
+            orders: Mutex::default(),
+            verdict: Mutex::new(Ok(())),
+            asked: Mutex::default(),
+        });
         let records = Arc::new(FakeRecords::new());
         let publisher = Publisher::new(Arc::new(snapshot()));
         let (leave, stop) = (CancellationToken::new(), CancellationToken::new());
@@ -258,6 +277,7 @@ impl Bench {
             node,
             indexes: ListIndexes::default(),
             watchers: Watchers::default(),
+            distances: Distances::default(),
             blocking_queries_max,
             leave: leave.clone(),
             stop: stop.clone(),

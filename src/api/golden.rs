@@ -493,6 +493,24 @@ async fn a_wait_ends_in_its_time_and_at_once_for_a_foreign_index_or_a_stop() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_operators_sign_is_awaited_on_each_of_its_lists() {
+    let bench = Bench::new();
+    for path in [
+        "/v1/connect/intentions",
+        "/v1/config/service-defaults",
+        "/v1/config/service-intentions",
+        "/v1/discovery-chain/web",
+    ] {
+        let index = bench.get(path).await.index();
+        let mut waiting = tokio_test_task(bench.get(&format!("{path}?index={index}")));
+        bench.publish(|next| next.services.clear());
+        assert!(is_pending(&mut waiting).await, "{path}: a service is nothing to it");
+        let changed = bench.publish(|next| next.policy_index = next.index);
+        assert_eq!(waiting.await.unwrap().index(), changed, "{path}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn waiting_queries_are_bounded_and_counted() {
     let bench = Bench::new();
     let uri = "/v1/health/service/web?index=1003";
@@ -600,7 +618,7 @@ async fn a_socket_serves_requests_until_the_stop() {
     let listening = serve::bind(&config, None).await.unwrap();
     let addr = listening.addrs[0];
     let mut server = tokio::task::JoinSet::new();
-    server.spawn(serve::run(listening, bench.router.clone(), 8, bench.stop.clone()));
+    server.spawn(serve::run(listening, bench.router.clone(), serve::Limits::default(), bench.stop.clone()));
     let mut client = tokio::net::TcpStream::connect(addr).await.unwrap();
     let request = format!("GET /v1/health/service/web?index=1003 HTTP/1.1\r\nHost: {addr}\r\n\r\n");
     client.write_all(request.as_bytes()).await.unwrap();

@@ -95,6 +95,10 @@ pub(super) enum Arrival {
     Socket,
 }
 
+/// Where a connection comes from; set by `serve`, absent where it has no address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Peer(pub(super) IpAddr);
+
 /// Decides over each request before anything else looks at it.
 #[derive(Debug)]
 pub(super) struct Guard {

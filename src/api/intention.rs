@@ -9,11 +9,11 @@ use std::collections::BTreeMap;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use serde_json::{Value, json};
 
-use super::block;
 use super::call::{Call, Refusal, Reply};
 use super::index::Topic;
 use super::query::{Blocking, refuse_tenancy};
 use super::write::{Expect, write};
+use super::{block, sift};
 use crate::authz::{self, Decision, Intention, Party, Request, ShapeError, Table};
 use crate::gossip::{DocumentBody, DocumentsView};
 use crate::model::ServiceName;
@@ -38,8 +38,8 @@ fn shapes(found: &[(&Intention, u64)]) -> Vec<Value> {
     found.iter().map(|(intention, version)| authz::to_json(intention, *version)).collect()
 }
 
-/// Waits for a change of the intentions, if the request asks for one; returns their index.
-async fn changed(call: &Call) -> Result<u64, Refusal> {
+/// Waits for a change of what operators signed, if the request asks for one; returns its index.
+pub(super) async fn changed(call: &Call) -> Result<u64, Refusal> {
     refuse_tenancy(call)?;
     let blocking = Blocking::parse(&call.query)?;
     Ok(block::wait(call, blocking, Topic::Policy).await?.1)
@@ -47,14 +47,11 @@ async fn changed(call: &Call) -> Result<u64, Refusal> {
 
 /// `GET /v1/connect/intentions`
 pub(super) async fn list(call: Call) -> Result<Reply, Refusal> {
-    if call.query.given("filter").is_some() {
-        return Err(Refusal::bad(
-            "Invalid query parameter: \"filter\" is not supported by this version of weft; /match finds by name",
-        ));
-    }
+    drop(sift::filter::<Intention>(&call)?);
     let index = changed(&call).await?;
+    let filter = sift::filter::<Intention>(&call)?;
     let view = call.shared.membership.documents();
-    Reply::at_index(&call, &shapes(&held(&view, |_| true)), index)
+    Reply::at_index(&call, &shapes(&held(&view, |one| filter.is_match(one))), index)
 }
 
 /// `GET /v1/connect/intentions/exact?source=&destination=`

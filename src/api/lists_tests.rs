@@ -6,9 +6,11 @@ use http::StatusCode;
 use serde_json::{Value, json};
 
 use super::fake::{Bench, node_entry, service};
+use super::guard::Peer;
 use super::shape::Check;
-use super::sift::{Listed, Member, OfNode, Own};
-use crate::filter::Fields;
+use super::sift::{Listed, Listing, Member, OfNode, Own};
+use crate::authz;
+use crate::filter::{Fields, Filter};
 use crate::model::{HealthStatus, MemberStatus};
 
 /// Reads `path` and returns the texts at `pointer` of each record.
@@ -83,6 +85,9 @@ async fn a_bad_filter_is_refused_before_the_wait_and_says_what_exists() {
         "/v1/agent/services",
         "/v1/agent/checks",
         "/v1/agent/members",
+        "/v1/connect/intentions",
+        "/v1/config/service-defaults",
+        "/v1/config/service-intentions",
     ] {
         let answer = bench.get(&format!("{path}?index=1005&filter=Nope%20==%201")).await;
         assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{path}");
@@ -110,6 +115,8 @@ async fn every_kind_of_record_reads_each_of_its_fields() {
     check(&Own { definition: own, mesh_port: None });
     check(&Check::serf(&node));
     check(&Check::local(state.checks.values().next().unwrap(), "n1"));
+    check(&authz::from_json(&json!({"SourceName": "a", "DestinationName": "b", "Action": "allow"}), None).unwrap());
+    check(&Listing::of(&json!({"Kind": "service-defaults", "name": "web", "Meta": {"team": "a"}})));
     let (name, addr) = ("n1".to_owned(), "10.0.0.1".to_owned());
     check(&Member { name, addr, port: 8301, status: 1, tags: [("dc".to_owned(), "dc1".to_owned())].into() });
 }
@@ -117,13 +124,8 @@ async fn every_kind_of_record_reads_each_of_its_fields() {
 #[tokio::test]
 async fn near_this_agent_orders_by_measured_round_trips() {
     let bench = Bench::new();
-    bench.publish(|next| {
-        // n3 has no connection, so no measure; n0 comes first by name alone.
-        let nodes = [0, 1, 2, 3].map(|number| node_entry(number, MemberStatus::Alive));
-        let web = service("web", &nodes, HealthStatus::Passing, next.index);
-        next.services.insert(web.name.clone(), Arc::new(web));
-        next.nodes = nodes.iter().map(|node| (node.info.name.clone(), Arc::clone(node))).collect();
-    });
+    // n3 has no connection, so no measure; n0 comes first by name alone.
+    four(&bench);
     for (path, pointer) in [
         ("/v1/health/service/web", "/Node/Node"),
         ("/v1/catalog/service/web", "/Node"),
@@ -136,9 +138,64 @@ async fn near_this_agent_orders_by_measured_round_trips() {
             assert_eq!(listed(&bench, &near, pointer).await, ["n1", "n2", "n0", "n3"], "{near}");
         }
     }
-    let answer = bench.get("/v1/catalog/nodes?near=n2").await;
-    assert_eq!(answer.status, StatusCode::BAD_REQUEST);
-    assert!(answer.text.contains("say near=_agent, or ask that node's agent"), "{}", answer.text);
+    assert!(bench.members.asked.lock().unwrap().is_empty(), "nobody else was asked");
+}
+
+/// Four nodes, and an instance of `web` on each.
+fn four(bench: &Bench) {
+    bench.publish(|next| {
+        let nodes = [0, 1, 2, 3].map(|number| node_entry(number, MemberStatus::Alive));
+        let web = service("web", &nodes, HealthStatus::Passing, next.index);
+        next.services.insert(web.name.clone(), Arc::new(web));
+        next.nodes = nodes.iter().map(|node| (node.info.name.clone(), Arc::clone(node))).collect();
+    });
+}
+
+#[tokio::test(start_paused = true)]
+async fn near_another_node_is_what_that_node_measured_asked_once_in_a_while() {
+    let bench = Bench::new();
+    four(&bench);
+    let path = "/v1/health/service/web?near=n2";
+    for _ in 0..3 {
+        assert_eq!(listed(&bench, path, "/Node/Node").await, ["n2", "n3", "n0", "n1"]);
+    }
+    assert_eq!(listed(&bench, "/v1/catalog/nodes?near=n2", "/Node").await, ["n2", "n3", "n0", "n1"]);
+    assert_eq!(bench.members.asked.lock().unwrap().len(), 1, "one answer for all of them");
+    tokio::time::advance(std::time::Duration::from_secs(6)).await;
+    assert_eq!(listed(&bench, path, "/Node/Node").await, ["n2", "n3", "n0", "n1"]);
+    assert_eq!(bench.members.asked.lock().unwrap().len(), 2);
+    // One that cannot be asked comes first, the others stay in their order; one that is not there orders nothing.
+    assert_eq!(listed(&bench, "/v1/catalog/nodes?near=n3", "/Node").await, ["n3", "n0", "n1", "n2"]);
+    assert_eq!(listed(&bench, "/v1/catalog/nodes?near=n9", "/Node").await, ["n0", "n1", "n2", "n3"]);
+    assert_eq!(bench.members.asked.lock().unwrap().len(), 3);
+    assert_eq!(bench.get("/v1/catalog/nodes?near=a/b").await.status, StatusCode::BAD_REQUEST);
+}
+
+#[tokio::test]
+async fn near_ip_is_the_node_that_asks() {
+    let bench = Bench::new();
+    four(&bench);
+    let ask = |peer: Option<&str>, forwarded: Option<&str>| {
+        let mut request = http::Request::get("/v1/catalog/nodes?near=_ip");
+        if let Some(ip) = peer {
+            request = request.extension(Peer(ip.parse().unwrap()));
+        }
+        if let Some(list) = forwarded {
+            request = request.header("x-forwarded-for", list);
+        }
+        let answer = bench.send(request.body(axum::body::Body::empty()).unwrap());
+        async move {
+            let all = answer.await.json();
+            all.as_array().unwrap().iter().map(|node| node["Node"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+        }
+    };
+    let here = ["n1", "n2", "n0", "n3"];
+    assert_eq!(ask(None, None).await, here, "by the unix socket");
+    assert_eq!(ask(Some("127.0.0.1"), None).await, here);
+    assert_eq!(ask(Some("10.0.0.1"), None).await, here);
+    assert_eq!(ask(Some("10.0.0.2"), None).await, ["n2", "n3", "n0", "n1"]);
+    assert_eq!(ask(Some("127.0.0.1"), Some("10.0.0.2, 10.0.0.9")).await, ["n2", "n3", "n0", "n1"]);
+    assert_eq!(ask(Some("192.0.2.1"), None).await, ["n0", "n1", "n2", "n3"], "no node is there");
 }
 
 #[tokio::test]
@@ -197,4 +254,21 @@ async fn a_node_is_shown_with_its_services_by_id_or_in_a_list() {
     assert_eq!(only["Services"].as_array().unwrap().len(), 1);
     let unknown = bench.get("/v1/catalog/node/n9").await;
     assert_eq!((unknown.text.as_str(), unknown.index()), ("null", 1005));
+}
+
+#[test]
+fn intentions_and_config_entries_are_found_by_their_fields() {
+    #[track_caller]
+    fn check<T: Fields>(record: &T, filter: &str, want: bool) {
+        assert_eq!(Filter::parse::<T>(filter).unwrap().is_match(record), want, "{filter}");
+    }
+    let body = json!({"SourceName": "*", "DestinationName": "db", "Action": "deny", "Description": "old", "Meta": {"team": "a"}});
+    let deny = authz::from_json(&body, None).unwrap();
+    check(&deny, "DestinationName == db and SourceName == `*` and Precedence == 8", true);
+    check(&deny, "Action == allow or Meta.team != a", false);
+    let paths = json!({"SourceName": "a", "DestinationName": "db", "Permissions": [{"Action": "allow", "HTTP": {"PathExact": "/"}}]});
+    check(&authz::from_json(&paths, None).unwrap(), "Action is empty", true);
+    let entry = json!({"Kind": "service-defaults", "Name": "web", "protocol": "http", "meta": {"team": "a"}});
+    check(&Listing::of(&entry), "Name matches `^w` and Protocol == http and team in Meta", true);
+    check(&Listing::of(&entry), "Meta.team == b", false);
 }

@@ -24,6 +24,8 @@ mod definition;
 mod documents;
 mod entry;
 mod event;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod guard;
 mod health;
 mod host;
@@ -86,12 +88,13 @@ pub use why::{BalancerView, Inspect, SeatView, WorkerView};
 
 use index::ListIndexes;
 use meter::Meter;
+use near::Distances;
 use seam::{Authority, Membership, Records, Registry};
 use watchers::Watchers;
 
 /// Largest request body, in bytes: Consul's bound for registrations is of this size.
 pub const BODY_BYTES_MAX: usize = 1024 * 1024;
-/// Most blocking queries at once: each holds a task and a receiver, some 4 KiB, so 64 MiB in all.
+/// Most blocking queries at once: each holds 22 KiB with its connection (`tests/bench/watchers`), so 350 MiB in all.
 pub const BLOCKING_QUERIES_MAX: usize = 16_384;
 
 /// Where and for whom the API listens.
@@ -277,6 +280,7 @@ impl Api {
             node,
             indexes: ListIndexes::default(),
             watchers: Watchers::default(),
+            distances: Distances::default(),
             blocking_queries_max: BLOCKING_QUERIES_MAX,
             leave: params.shutdown,
             stop: params.stop.clone(),
@@ -285,7 +289,7 @@ impl Api {
         let router = routes::router(&shared);
         params.tasks.spawn("api watchers", watchers::run(shared));
         let bound = listening.addrs.clone();
-        params.tasks.spawn("api", serve::run(listening, router, serve::CONNECTIONS_MAX, params.stop));
+        params.tasks.spawn("api", serve::run(listening, router, serve::Limits::default(), params.stop));
         Ok(bound)
     }
 }
@@ -319,6 +323,7 @@ struct Shared {
     node: NodeFacts,
     indexes: ListIndexes,
     watchers: Watchers,
+    distances: Distances,
     blocking_queries_max: usize,
     leave: CancellationToken,
     stop: CancellationToken,

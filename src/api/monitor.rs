@@ -9,19 +9,15 @@ use http::StatusCode;
 
 use super::call::{Call, Refusal, Reply, TEXT};
 use super::query;
-use crate::telemetry;
+use crate::telemetry::{self, LogFormat};
 
 /// `GET /v1/agent/monitor?loglevel=`: `info` unless a level is named; `logjson` gives one object a line.
 pub(super) async fn monitor(call: Call) -> Result<Reply, Refusal> {
     query::refuse_tenancy(&call)?;
     let level = call.query.given("loglevel").unwrap_or(telemetry::FILTER_DEFAULT);
     let level = telemetry::level(level).ok_or_else(|| Refusal::bad(format!("Unknown log level: {level}")))?;
-    if call.query.switch("logjson")? {
-        return Err(Refusal::bad(
-            "Invalid query parameter: \"logjson\": the monitor writes text; set log_json for the agent's own log",
-        ));
-    }
-    let lines = telemetry::monitor(level).map_err(|error| {
+    let format = if call.query.switch("logjson")? { LogFormat::Json } else { LogFormat::Text };
+    let lines = telemetry::monitor(level, format).map_err(|error| {
         let status = match error {
             telemetry::MonitorError::TooMany => StatusCode::TOO_MANY_REQUESTS,
             telemetry::MonitorError::NotLogging => StatusCode::INTERNAL_SERVER_ERROR,

@@ -1,20 +1,27 @@
-//! How far the other nodes are: round trips that QUIC measures on gossip's connections. They order lists (`?near=_agent`)
-//! and stand behind Consul's network coordinates (`/v1/coordinate/…`).
+//! How far nodes are from each other: round trips that QUIC measures on gossip's connections. They order lists
+//! (`?near=_agent`, `?near=NODE`, `?near=_ip`) and stand behind Consul's network coordinates (`/v1/coordinate/…`).
 //!
-//! An agent measures its own round trips and nobody else's. As coordinates they are a star with this agent in the middle:
+//! An agent measures its own round trips. For an order from another node that node's agent is asked, once in [`KEPT`]
+//! however many wait for it; where it cannot be asked its own records come first and the others stay as they were.
+//! As coordinates the round trips are a star with this agent in the middle:
 //! every node at the origin, as high as its round trip, so that the distance from this agent is what was measured, and the
 //! distance of two others is the way through this agent: never less than the shortest one.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use http::StatusCode;
 use serde_json::{Value, json};
+use tokio::sync::OnceCell;
+use tokio::time::Instant;
 
 use super::call::{Call, Refusal, Reply};
 use super::index::Topic;
 use super::query::{Near, ReadOptions};
 use super::{block, catalog};
+use crate::clock;
 use crate::model::NodeName;
 
 /// The height that a node has at least, in seconds: Serf's, ten microseconds.
@@ -24,7 +31,37 @@ const ORIGIN: [f64; 8] = [0.0; 8];
 /// The error of a coordinate that was never measured: Vivaldi's start.
 const ERROR_UNMEASURED: f64 = 1.5;
 
-/// Round trips from this agent, by node.
+/// So long another node's answer orders lists: distances change slowly, and thousands of queries may wake at once.
+const KEPT: Duration = Duration::from_secs(5);
+/// Most nodes whose answers are kept; the one that was asked first goes first. Each has 20 KiB at most.
+const KEPT_MAX: usize = 64;
+
+/// What other nodes told of their round trips.
+#[derive(Debug, Default)]
+pub(super) struct Distances(Mutex<BTreeMap<NodeName, Told>>);
+
+#[derive(Debug, Clone)]
+struct Told {
+    asked: Instant,
+    /// Whoever comes while the node is asked waits for the same answer.
+    trips: Arc<OnceCell<RoundTrips>>,
+}
+
+impl Distances {
+    /// Returns the place of `node`'s answer: an empty one if it has to be asked.
+    fn of(&self, node: &NodeName, now: Instant) -> Arc<OnceCell<RoundTrips>> {
+        let mut told = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        told.retain(|_, one| now < one.asked + KEPT);
+        if !told.contains_key(node) && told.len() >= KEPT_MAX {
+            let first = told.iter().min_by_key(|(_, one)| one.asked).map(|(name, _)| name.clone());
+            told.remove(&first.unwrap_or_else(|| node.clone()));
+        }
+        let new = || Told { asked: now, trips: Arc::default() };
+        Arc::clone(&told.entry(node.clone()).or_insert_with(new).trips)
+    }
+}
+
+/// Round trips from one node, by node.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct RoundTrips(BTreeMap<NodeName, Duration>);
 
@@ -34,10 +71,31 @@ impl RoundTrips {
     /// # Errors
     /// 503 if the agent stops.
     pub(super) async fn wanted(call: &Call, options: &ReadOptions) -> Result<Option<Self>, Refusal> {
-        match options.near {
-            None => Ok(None),
-            Some(Near::Here) => Self::now(call).await.map(Some),
+        let from = match &options.near {
+            None => return Ok(None),
+            Some(Near::Here) => call.shared.node.name.clone(),
+            Some(Near::Node(name)) => name.clone(),
+            Some(Near::Asker) => match asker(call) {
+                Some(name) => name,
+                // As Consul: who is no node gets no order.
+                None => return Ok(None),
+            },
+        };
+        if from == call.shared.node.name { Self::now(call).await.map(Some) } else { Self::of(call, from).await }
+    }
+
+    /// Asks another node; none if there is none of that name.
+    async fn of(call: &Call, node: NodeName) -> Result<Option<Self>, Refusal> {
+        if !call.shared.snapshot.load().nodes.contains_key(&node) {
+            return Ok(None);
         }
+        let cell = call.shared.distances.of(&node, clock::now());
+        let ask = || async {
+            let mut told = call.shared.membership.round_trips_of(node.clone()).await?.unwrap_or_default();
+            told.insert(node.clone(), Duration::ZERO);
+            Ok::<Self, Refusal>(Self(told))
+        };
+        cell.get_or_try_init(ask).await.cloned().map(Some)
     }
 
     /// Measures.
@@ -52,6 +110,7 @@ impl RoundTrips {
         records.sort_by_key(|record| self.0.get(node(record)).copied().unwrap_or(Duration::MAX));
     }
 
+    /// The coordinate of `node`.
     fn coordinate(&self, node: &NodeName) -> Value {
         let measured = self.0.get(node).map(Duration::as_secs_f64);
         let height =
@@ -63,6 +122,19 @@ impl RoundTrips {
             "Coord": {"Vec": ORIGIN, "Error": error, "Adjustment": 0.0, "Height": height},
         })
     }
+}
+
+/// Returns the node that the request comes from: by `X-Forwarded-For`, as a proxy says it, else by the connection's
+/// address; whoever comes from this host is at this agent's.
+fn asker(call: &Call) -> Option<NodeName> {
+    let said =
+        call.headers.get("x-forwarded-for").and_then(|list| list.to_str().ok()?.split(',').next()?.trim().parse().ok());
+    let ip: IpAddr = match said.or(call.peer) {
+        Some(ip) if !ip.is_loopback() => ip,
+        _ => return Some(call.shared.node.name.clone()),
+    };
+    let snapshot = call.shared.snapshot.load();
+    snapshot.nodes.values().find(|node| node.info.mesh_addr.ip() == ip).map(|node| node.info.name.clone())
 }
 
 /// `GET /v1/coordinate/nodes`: every node that is shown, in order of name.

@@ -6,6 +6,7 @@ use axum::extract::Query as Form;
 use http::{StatusCode, Uri};
 
 use super::call::{Call, Refusal};
+use crate::model::NodeName;
 
 /// A blocking query waits so long where it names no time (Consul's default).
 const WAIT_DEFAULT: Duration = Duration::from_mins(5);
@@ -72,10 +73,14 @@ pub(super) struct Blocking {
 }
 
 /// Whose distances order an answer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Near {
     /// This agent's.
     Here,
+    /// Those of the node that the request comes from, by its address.
+    Asker,
+    /// Those of the node of this name.
+    Node(NodeName),
 }
 
 /// The options that every read of the catalogue takes.
@@ -119,11 +124,10 @@ impl ReadOptions {
         let near = match query.given("near") {
             None => None,
             Some(here) if here == "_agent" || here == call.shared.node.name.as_str() => Some(Near::Here),
-            Some(other) => {
-                return Err(Refusal::bad(format!(
-                    "Invalid near: {other:?}: an agent measures its own round trips only; say near=_agent, or ask that node's agent"
-                )));
-            }
+            Some("_ip") => Some(Near::Asker),
+            Some(other) => Some(Near::Node(
+                other.parse().map_err(|error| Refusal::bad(format!("Invalid near: {other:?}: {error}")))?,
+            )),
         };
         Ok(Self { blocking: Blocking::parse(query)?, datacenter: datacenter(call)?, near, node_meta })
     }

@@ -13,7 +13,7 @@ use http::{HeaderValue, Method, StatusCode, header};
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 
 use super::call::{Call, Coding, Handler, Refusal, Reply, TEXT};
-use super::guard::{Arrival, Right};
+use super::guard::{Arrival, Peer, Right};
 use super::query::Query;
 use super::{
     BODY_BYTES_MAX, Shared, agent, catalog, check, connect, documents, entry, event, health, host, intention, kv,
@@ -205,7 +205,8 @@ async fn answer(shared: Arc<Shared>, path: &'static str, request: Request) -> Re
     let argument = argument(&mut parts).await?;
     let body = read_body(&parts, body).await?;
     let coding = Coding::of(&parts.headers);
-    let call = Call { shared, query, headers: parts.headers, argument, body };
+    let peer = parts.extensions.get::<Peer>().map(|peer| peer.0);
+    let call = Call { shared, query, headers: parts.headers, peer, argument, body };
     Ok((route.handler)(call).await?.into_response(coding))
 }
 

@@ -113,6 +113,11 @@ pub(super) trait Membership: Send + Sync {
     fn documents(&self) -> Arc<DocumentsView>;
     /// Measured round trips to the nodes that connections lead to.
     fn round_trips(&self) -> BoxFuture<'_, Result<BTreeMap<NodeName, Duration>, GossipError>>;
+    /// What the agent of `peer` measured, as it tells it; none if it cannot be asked.
+    fn round_trips_of(
+        &self,
+        peer: NodeName,
+    ) -> BoxFuture<'_, Result<Option<BTreeMap<NodeName, Duration>>, GossipError>>;
     /// The certificates under which nodes publish.
     fn certificates(&self) -> BoxFuture<'_, Result<Vec<NodeCertificates>, GossipError>>;
 }
@@ -141,6 +146,13 @@ impl Membership for GossipHandle {
 
     fn round_trips(&self) -> BoxFuture<'_, Result<BTreeMap<NodeName, Duration>, GossipError>> {
         Box::pin(GossipHandle::round_trips(self))
+    }
+
+    fn round_trips_of(
+        &self,
+        peer: NodeName,
+    ) -> BoxFuture<'_, Result<Option<BTreeMap<NodeName, Duration>>, GossipError>> {
+        Box::pin(GossipHandle::round_trips_of(self, peer))
     }
 
     fn certificates(&self) -> BoxFuture<'_, Result<Vec<NodeCertificates>, GossipError>> {

@@ -4,15 +4,19 @@
 //!   TCP | TLS over TCP | unix socket -> seat (the oldest idle connection gives its up where all are taken) -> HTTP/1.1 -> router
 //! ```
 //!
-//! A connection is idle while no request of it is under way: before the first head is whole, and between requests. So
-//! thousands that only sit there, or send a head byte by byte, keep nobody out; a blocking query is under way and keeps its seat.
+//! A connection is idle while no request of it is under way: before the first head is whole, and between requests, once the
+//! answer has left. So thousands that only sit there, or send a head byte by byte, keep nobody out; a blocking query, a
+//! monitor and an answer that is being read keep their seat. A client that takes nothing of its answer for a while has a
+//! seat only as long as nobody else needs it.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
-use std::pin::pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::pin::{Pin, pin};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::Router;
@@ -22,7 +26,7 @@ use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use rustls::ServerConfig;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
@@ -30,7 +34,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
-use super::guard::Arrival;
+use super::guard::{Arrival, Peer};
 use super::{ApiConfig, ApiError, BLOCKING_QUERIES_MAX};
 use crate::clock;
 use crate::unix_socket;
@@ -47,6 +51,22 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 /// Pause after `accept` failed for want of descriptors or memory, so that the loop does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// What connections may take.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Limits {
+    /// Most connections at once, over all listeners.
+    pub(super) connections_max: usize,
+    /// An answer of which the client takes nothing for this long gives its seat up to whoever needs it: 10 s, for a client
+    /// that reads at all reads more often.
+    pub(super) stalled_after: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { connections_max: CONNECTIONS_MAX, stalled_after: Duration::from_secs(10) }
+    }
+}
+
 /// Where clients come in.
 enum Door {
     Tcp(TcpListener, Option<TlsAcceptor>),
@@ -55,7 +75,7 @@ enum Door {
 
 /// Who came in.
 enum Visitor {
-    Tcp(TcpStream, Option<TlsAcceptor>),
+    Tcp(TcpStream, Peer, Option<TlsAcceptor>),
     Unix(UnixStream),
 }
 
@@ -63,8 +83,8 @@ impl Door {
     async fn accept(&self) -> io::Result<Visitor> {
         match self {
             Self::Tcp(listener, tls) => {
-                let (stream, _peer) = listener.accept().await?;
-                Ok(Visitor::Tcp(stream, tls.clone()))
+                let (stream, peer) = listener.accept().await?;
+                Ok(Visitor::Tcp(stream, Peer(peer.ip().to_canonical()), tls.clone()))
             }
             Self::Unix(listening) => Ok(Visitor::Unix(listening.listener().accept().await?.0)),
         }
@@ -125,9 +145,9 @@ fn hint(error: &io::Error) -> &'static str {
     }
 }
 
-/// Serves at most `connections_max` at once until `stop`, then lets requests under way finish.
-pub(super) async fn run(listening: Listening, router: Router, connections_max: usize, stop: CancellationToken) {
-    let seats = Arc::new(Seats::new(connections_max));
+/// Serves within `limits` until `stop`, then lets requests under way finish.
+pub(super) async fn run(listening: Listening, router: Router, limits: Limits, stop: CancellationToken) {
+    let seats = Arc::new(Seats::new(limits));
     let mut acceptors = JoinSet::new();
     for door in listening.doors {
         acceptors.spawn(accept_all(door, router.clone(), Arc::clone(&seats), stop.clone()));
@@ -168,10 +188,11 @@ async fn accept_all(door: Door, router: Router, seats: Arc<Seats>, stop: Cancell
 
 /// Shakes hands where the door is for TLS, then serves.
 async fn connection(visitor: Visitor, router: Router, from: Arrival, seat: Arc<Seat>, stop: CancellationToken) {
-    let (stream, tls) = match visitor {
-        Visitor::Unix(stream) => return serve(stream, router, from, &seat, stop).await,
-        Visitor::Tcp(stream, tls) => (stream, tls),
+    let (stream, peer, tls) = match visitor {
+        Visitor::Unix(stream) => return serve(stream, router, (from, None), &seat, stop).await,
+        Visitor::Tcp(stream, peer, tls) => (stream, peer, tls),
     };
+    let from = (from, Some(peer));
     // Answers are single writes: waiting to fill a packet only adds delay. A failure changes nothing else.
     let _unset = stream.set_nodelay(true);
     let Some(tls) = tls else { return serve(stream, router, from, &seat, stop).await };
@@ -188,23 +209,27 @@ async fn connection(visitor: Visitor, router: Router, from: Arrival, seat: Arc<S
 }
 
 /// Serves one connection; after `stop` the request under way is its last.
-async fn serve<S>(stream: S, router: Router, from: Arrival, seat: &Arc<Seat>, stop: CancellationToken)
+async fn serve<S>(stream: S, router: Router, from: (Arrival, Option<Peer>), seat: &Arc<Seat>, stop: CancellationToken)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let service = TowerToHyperService::new(router);
     let service = service_fn(move |mut request: http::Request<hyper::body::Incoming>| {
-        request.extensions_mut().insert(from);
+        let (arrival, peer) = from;
+        request.extensions_mut().insert(arrival);
+        if let Some(peer) = peer {
+            request.extensions_mut().insert(peer);
+        }
         let answered = service.call(request.map(Body::new));
         let busy = seat.work();
         async move {
             let answer = answered.await.map_err(|never: Infallible| never);
-            drop(busy);
-            answer
+            answer.map(|answer| answer.map(|body| Answer { body, _busy: busy }))
         }
     });
     let mut builder = http1::Builder::new();
     builder.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT).max_buf_size(BUFFER_BYTES_MAX);
+    let stream = Seated { stream, seat: Arc::clone(seat), stall: None };
     let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
@@ -219,9 +244,103 @@ where
     }
 }
 
+/// An answer's body; the request is under way until hyper has taken all of it.
+struct Answer {
+    body: Body,
+    _busy: Busy,
+}
+
+impl http_body::Body for Answer {
+    type Data = <Body as http_body::Body>::Data;
+    type Error = <Body as http_body::Body>::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<http_body::Frame<Self::Data>, Self::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> http_body::SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// A connection; notes whether all that was written has left, and how long the client has taken nothing.
+struct Seated<S> {
+    stream: S,
+    seat: Arc<Seat>,
+    /// Runs while a write waits.
+    stall: Option<Pin<Box<tokio::time::Sleep>>>,
+}
+
+impl<S> Seated<S> {
+    /// Notes what became of a write.
+    fn wrote<T>(&mut self, polled: Poll<T>, cx: &mut Context<'_>) -> Poll<T> {
+        if polled.is_ready() {
+            if self.stall.take().is_some() {
+                self.seat.goes_on();
+            }
+            return polled;
+        }
+        let after = self.seat.seats.limits.stalled_after;
+        let stall = self.stall.get_or_insert_with(|| Box::pin(tokio::time::sleep(after)));
+        if stall.as_mut().poll(cx).is_ready() {
+            self.seat.rest();
+        }
+        polled
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Seated<S> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Seated<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.seat.unflushed.store(true, Ordering::Relaxed);
+        let polled = Pin::new(&mut self.stream).poll_write(cx, bytes);
+        self.wrote(polled, cx)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // hyper flushes once its own buffer is empty; TLS may hold some back.
+        let polled = Pin::new(&mut self.stream).poll_flush(cx);
+        if polled.is_ready() && self.seat.unflushed.swap(false, Ordering::Relaxed) {
+            self.seat.settle();
+        }
+        self.wrote(polled, cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        pieces: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.seat.unflushed.store(true, Ordering::Relaxed);
+        let polled = Pin::new(&mut self.stream).poll_write_vectored(cx, pieces);
+        self.wrote(polled, cx)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+}
+
 /// The places for connections.
 #[derive(Debug)]
 struct Seats {
+    limits: Limits,
     places: Arc<Semaphore>,
     idle: Mutex<Idle>,
 }
@@ -232,14 +351,21 @@ struct Idle {
     /// Grows by one with each that becomes idle.
     next: u64,
     seats: BTreeMap<u64, CancellationToken>,
+    /// Newcomers that wait for a place.
+    waiting: usize,
 }
 
 impl Seats {
-    fn new(connections_max: usize) -> Self {
-        Self { places: Arc::new(Semaphore::new(connections_max)), idle: Mutex::default() }
+    fn new(limits: Limits) -> Self {
+        Self { limits, places: Arc::new(Semaphore::new(limits.connections_max)), idle: Mutex::default() }
     }
 
-    /// Takes a place; where none is free the connection that is idle for longest is closed, where none is idle it waits.
+    fn idle(&self) -> MutexGuard<'_, Idle> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a place; where none is free the connection that is idle for longest is closed, where none is idle the next one
+    /// that becomes so.
     ///
     /// # Cancel safety
     /// Cancelling takes no place; an idle connection may have been closed for it.
@@ -247,25 +373,41 @@ impl Seats {
         let place = match Arc::clone(&self.places).try_acquire_owned() {
             Ok(place) => place,
             Err(_none) => {
-                self.close_oldest();
+                let _waits = Waits::begin(self);
                 Arc::clone(&self.places).acquire_owned().await.expect("the semaphore is never closed")
             }
         };
         let seat = Seat {
             seats: Arc::clone(self),
             given_up: CancellationToken::new(),
+            requests: AtomicUsize::new(0),
+            unflushed: AtomicBool::new(false),
             number: Mutex::new(None),
             _place: place,
         };
-        seat.rest();
+        // Whoever waits at another door waits on: a newcomer that gave way at once would never be served.
+        seat.rest_among(&mut self.idle());
         Arc::new(seat)
     }
+}
 
-    fn close_oldest(&self) {
-        let oldest = self.idle.lock().unwrap_or_else(PoisonError::into_inner).seats.pop_first();
-        if let Some((_, given_up)) = oldest {
+/// A newcomer that waits for a place: closes the connection that is idle for longest, or has the next one closed.
+struct Waits<'a>(&'a Seats);
+
+impl<'a> Waits<'a> {
+    fn begin(seats: &'a Seats) -> Self {
+        let mut idle = seats.idle();
+        idle.waiting += 1;
+        if let Some((_, given_up)) = idle.seats.pop_first() {
             given_up.cancel();
         }
+        Self(seats)
+    }
+}
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        self.0.idle().waiting -= 1;
     }
 }
 
@@ -275,35 +417,61 @@ struct Seat {
     seats: Arc<Seats>,
     /// Cancelled when another connection gets the place.
     given_up: CancellationToken,
+    /// Under way, up to the end of their answers.
+    requests: AtomicUsize,
+    /// Something was written and has not left.
+    unflushed: AtomicBool,
     /// Its number among the idle ones; none while a request is under way.
     number: Mutex<Option<u64>>,
     _place: OwnedSemaphorePermit,
 }
 
 impl Seat {
-    /// Begins a request; the connection is idle again when the returned value is dropped.
+    /// Begins a request; it is over when the returned value is dropped.
     fn work(self: &Arc<Self>) -> Busy {
-        if let Some(number) = self.number.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            self.seats.idle.lock().unwrap_or_else(PoisonError::into_inner).seats.remove(&number);
-        }
+        self.requests.fetch_add(1, Ordering::Relaxed);
+        self.goes_on();
         Busy(Arc::clone(self))
     }
 
+    /// Takes the connection out of the idle ones.
+    fn goes_on(&self) {
+        let mut idle = self.seats.idle();
+        if let Some(number) = self.number.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            idle.seats.remove(&number);
+        }
+    }
+
+    /// Makes the connection idle once nothing is under way and everything has left.
+    fn settle(&self) {
+        if self.requests.load(Ordering::Relaxed) == 0 && !self.unflushed.load(Ordering::Relaxed) {
+            self.rest();
+        }
+    }
+
+    /// Puts the connection among the idle ones, or gives its place to one that waits.
     fn rest(&self) {
-        let mut idle = self.seats.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        let number = idle.next;
-        idle.next += 1;
-        idle.seats.insert(number, self.given_up.clone());
-        drop(idle);
-        *self.number.lock().unwrap_or_else(PoisonError::into_inner) = Some(number);
+        let mut idle = self.seats.idle();
+        if idle.waiting > 0 {
+            self.given_up.cancel();
+        } else {
+            self.rest_among(&mut idle);
+        }
+    }
+
+    fn rest_among(&self, idle: &mut Idle) {
+        let mut own = self.number.lock().unwrap_or_else(PoisonError::into_inner);
+        if own.is_none() {
+            *own = Some(idle.next);
+            idle.seats.insert(idle.next, self.given_up.clone());
+            idle.next += 1;
+        }
     }
 }
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        if let Some(number) = self.number.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            self.seats.idle.lock().unwrap_or_else(PoisonError::into_inner).seats.remove(&number);
-        }
+        self.goes_on();
     }
 }
 
@@ -312,6 +480,8 @@ struct Busy(Arc<Seat>);
 
 impl Drop for Busy {
     fn drop(&mut self) {
-        self.0.rest();
+        // hyper has the whole answer, and flushes it next: that settles it.
+        self.0.unflushed.store(true, Ordering::Relaxed);
+        self.0.requests.fetch_sub(1, Ordering::Relaxed);
     }
 }

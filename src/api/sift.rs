@@ -6,8 +6,11 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
+use serde_json::Value as Json;
+
 use super::call::{Call, Refusal};
 use super::shape::{self, Check};
+use crate::authz::{Intention, Rule};
 use crate::catalogue::{Instance, NodeEntry};
 use crate::filter::{Fields, Filter, Kind, Value};
 use crate::registry::ServiceDefinition;
@@ -193,6 +196,77 @@ impl Fields for Member {
             "Port" => Value::Number(u64::from(self.port)),
             "Status" => Value::Number(u64::from(self.status)),
             "Tags" => Value::Pairs(&self.tags),
+            _ => Value::Absent,
+        }
+    }
+}
+
+impl Fields for Intention {
+    const FIELDS: &'static [(&'static str, Kind)] = &[
+        ("Action", Kind::Text),
+        ("Description", Kind::Text),
+        ("DestinationNS", Kind::Text),
+        ("DestinationName", Kind::Text),
+        ("ID", Kind::Text),
+        ("Meta", Kind::Pairs),
+        ("Precedence", Kind::Number),
+        ("SourceNS", Kind::Text),
+        ("SourceName", Kind::Text),
+        ("SourceType", Kind::Text),
+    ];
+
+    fn value(&self, name: &str) -> Value<'_> {
+        match name {
+            // One with permissions has none: the text is empty, as Consul's is.
+            "Action" => Value::text(match &self.rule {
+                Rule::Action(action) => action.as_str(),
+                Rule::Permissions(_) => "",
+            }),
+            "Description" => Value::text(&self.description),
+            "DestinationNS" | "SourceNS" => Value::text("default"),
+            "DestinationName" => Value::text(self.destination.as_str()),
+            "ID" => Value::Text(Cow::Owned(self.id().to_string())),
+            "Meta" => Value::Pairs(&self.meta),
+            "Precedence" => Value::Number(u64::from(self.precedence())),
+            "SourceName" => Value::text(self.source.as_str()),
+            "SourceType" => Value::text("consul"),
+            _ => Value::Absent,
+        }
+    }
+}
+
+/// A config entry in a list: what entries of every kind have, and the protocol of those that say one.
+pub(super) struct Listing<'a> {
+    kind: &'a str,
+    name: &'a str,
+    protocol: &'a str,
+    meta: BTreeMap<String, String>,
+}
+
+impl<'a> Listing<'a> {
+    /// Reads them from the entry's shape; its own keys may be in any case.
+    pub(super) fn of(entry: &'a Json) -> Self {
+        let field = |wanted: &str| {
+            let mut fields = entry.as_object().into_iter().flatten();
+            fields.find(|(key, _)| key.eq_ignore_ascii_case(wanted)).map(|(_, value)| value)
+        };
+        let text = |name| field(name).and_then(Json::as_str).unwrap_or_default();
+        let pairs = field("Meta").and_then(Json::as_object).into_iter().flatten();
+        let meta = pairs.filter_map(|(key, value)| Some((key.clone(), value.as_str()?.to_owned()))).collect();
+        Self { kind: text("Kind"), name: text("Name"), protocol: text("Protocol"), meta }
+    }
+}
+
+impl Fields for Listing<'_> {
+    const FIELDS: &'static [(&'static str, Kind)] =
+        &[("Kind", Kind::Text), ("Meta", Kind::Pairs), ("Name", Kind::Text), ("Protocol", Kind::Text)];
+
+    fn value(&self, name: &str) -> Value<'_> {
+        match name {
+            "Kind" => Value::text(self.kind),
+            "Meta" => Value::Pairs(&self.meta),
+            "Name" => Value::text(self.name),
+            "Protocol" => Value::text(self.protocol),
             _ => Value::Absent,
         }
     }

@@ -19,27 +19,39 @@ use super::Shared;
 use super::index::{ListIndexes, Topic};
 use crate::catalogue::Snapshot;
 
-/// The watched topics, with the index of the last change that their watchers were woken for.
+/// The watched topics.
 #[derive(Debug, Default)]
 pub(super) struct Watchers {
-    topics: Mutex<HashMap<Topic, watch::Sender<u64>>>,
+    topics: Mutex<HashMap<Topic, Watched>>,
+}
+
+/// A topic that somebody watches.
+#[derive(Debug)]
+struct Watched {
+    /// The index of the last change that its watchers were woken for.
+    woken: watch::Sender<u64>,
+    /// How many watch it. Not asked of the channel: two that leave at once would each still count the other's end of it.
+    watchers: usize,
 }
 
 impl Watchers {
     /// Starts to watch `topic`, whose index is `seen`; the topic stops being watched with its last watcher.
     pub(super) fn watch(&self, topic: Topic, seen: u64) -> Watcher<'_> {
         let mut topics = self.topics.lock().unwrap_or_else(PoisonError::into_inner);
-        let sender = topics.entry(topic.clone()).or_insert_with(|| watch::Sender::new(seen));
-        let woken = sender.subscribe();
+        let fresh = || Watched { woken: watch::Sender::new(seen), watchers: 0 };
+        let watched = topics.entry(topic.clone()).or_insert_with(fresh);
+        watched.watchers += 1;
+        let woken = watched.woken.subscribe();
+        drop(topics);
         Watcher { of: self, topic, woken }
     }
 
     /// Wakes the watchers of every topic that changed.
     fn tell(&self, snapshot: &Snapshot, lists: &ListIndexes) {
         let topics = self.topics.lock().unwrap_or_else(PoisonError::into_inner);
-        for (topic, sender) in &*topics {
+        for (topic, watched) in &*topics {
             let index = topic.index(snapshot, lists);
-            sender.send_if_modified(|seen| {
+            watched.woken.send_if_modified(|seen| {
                 let is_news = index > *seen;
                 *seen = index.max(*seen);
                 is_news
@@ -71,8 +83,9 @@ impl Watcher<'_> {
 impl Drop for Watcher<'_> {
     fn drop(&mut self) {
         let mut topics = self.of.topics.lock().unwrap_or_else(PoisonError::into_inner);
-        // This watcher is still counted.
-        if topics.get(&self.topic).is_some_and(|sender| sender.receiver_count() <= 1) {
+        let Some(watched) = topics.get_mut(&self.topic) else { return };
+        watched.watchers -= 1;
+        if watched.watchers == 0 {
             topics.remove(&self.topic);
         }
     }
@@ -134,5 +147,25 @@ mod tests {
         assert_eq!(count(), 1);
         drop(second);
         assert_eq!(count(), 0);
+    }
+
+    #[test]
+    fn watchers_that_leave_at_once_leave_no_topic_behind() {
+        let watchers = Watchers::default();
+        let topic = || Topic::Service("web".to_owned());
+        for round in 0..5_000 {
+            let pair = [watchers.watch(topic(), 1), watchers.watch(topic(), 1)];
+            let gate = std::sync::Barrier::new(2);
+            std::thread::scope(|scope| {
+                for watcher in pair {
+                    let gate = &gate;
+                    scope.spawn(move || {
+                        gate.wait();
+                        drop(watcher);
+                    });
+                }
+            });
+            assert_eq!(watchers.topics.lock().unwrap().len(), 0, "round {round}");
+        }
     }
 }

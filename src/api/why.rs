@@ -52,6 +52,8 @@ pub struct BalancerView {
     pub under_way: [u32; 4],
     /// The most of each.
     pub most: [u32; 4],
+    /// Requests of this worker that wait for an instance.
+    pub waiting: usize,
     /// The instances.
     pub seats: Vec<SeatView>,
 }
@@ -344,6 +346,7 @@ fn balancing(view: &BalancerView) -> Value {
         "Policy": view.policy,
         "HasTable": view.has_table,
         "Panics": view.panics,
+        "Waiting": view.waiting,
         "Limits": {"Connections": connections, "Pending": pending, "Requests": requests, "Retries": retries},
         "Instances": view.seats.iter().map(seat).collect::<Vec<Value>>(),
     })

@@ -158,6 +158,8 @@ pub struct LocalInstance {
     pub app_addr: SocketAddr,
     /// How its traffic is parsed.
     pub protocol: Protocol,
+    /// Whether its TCP connections begin with a header of the PROXY protocol, version 2.
+    pub wants_proxy_header: bool,
 }
 
 /// Writes snapshots. One owner; readers are cloned from [`Publisher::reader`].

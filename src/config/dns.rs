@@ -46,6 +46,7 @@ pub(crate) struct RawDns {
     a_record_limit: Option<Given<u64>>,
     enable_truncate: Option<Given<bool>>,
     only_passing: Option<Given<bool>>,
+    near: Option<Given<String>>,
     soa_refresh: Option<Given<Duration>>,
     soa_retry: Option<Given<Duration>>,
     soa_expire: Option<Given<Duration>>,
@@ -113,6 +114,7 @@ impl Raw {
                 "a_record_limit" => self.count(source, &key, &value, |raw| &mut raw.dns.a_record_limit),
                 "enable_truncate" => self.switch(source, &key, &value, |raw| &mut raw.dns.enable_truncate),
                 "only_passing" => self.switch(source, &key, &value, |raw| &mut raw.dns.only_passing),
+                "near" => self.text(source, &key, value, |raw| &mut raw.dns.near),
                 "recursor_timeout" => self.duration(source, &key, &value, |raw| &mut raw.dns.recursor_timeout),
                 "soa" => self.soa(source, &key, value),
                 name if CONSUL_ONLY.contains(&name) => {
@@ -196,6 +198,7 @@ pub(super) fn resolve(raw: RawDns, client: IpAddr, problems: &mut Vec<Problem>) 
         }
     }
     config.enable_truncate = raw.enable_truncate.is_some_and(|given| given.value);
+    config.near = check.parsed(raw.near.as_ref().filter(|given| !given.value.is_empty()));
     config.only_passing = raw.only_passing.is_some_and(|given| given.value);
     (!config.listen.is_empty()).then_some(config)
 }

@@ -215,6 +215,7 @@ fn the_keys_of_dns_become_its_configuration() {
           a_record_limit = 2
           enable_truncate = true
           only_passing = true
+          near = "_ip"
           recursor_timeout = "500ms"
           soa { min_ttl = 7 }
           allow_stale = true
@@ -228,6 +229,7 @@ fn the_keys_of_dns_become_its_configuration() {
     assert_eq!((dns.node_ttl_s, dns.service_ttl.of("web"), dns.service_ttl.of("db")), (10, 60, 1));
     assert_eq!((dns.udp_answer_limit, dns.a_record_limit, dns.soa.minimum_s), (5, 2, 7));
     assert!(dns.enable_truncate && dns.only_passing);
+    assert_eq!(dns.near, Some(crate::dns::Near::Asker));
     assert_eq!(dns.recursor_timeout, Duration::from_millis(500));
     assert!(config.warnings.iter().any(|warning| warning.key == "dns_config.allow_stale"));
 
@@ -252,6 +254,7 @@ fn what_is_wrong_with_the_keys_of_dns_is_named() {
     check(json!({"recursors": ["0.0.0.0"]}), "must be an address that can be asked");
     check(json!({"addresses": {"dns": "localhost"}}), "addresses.dns = localhost: must be IP addresses");
     check(json!({"addresses": {"serf": "127.0.0.1"}}), "addresses.serf: is not known");
+    check(json!({"dns_config": {"near": "n2"}}), "dns_config.near = n2: must be `_agent`");
     check(json!({"dns_config": {"ttl": 1}}), "dns_config.ttl: is not known");
     check(
         json!({"dns_config": {"recursor_timeout": "1m"}}),

@@ -7,6 +7,7 @@
 
 use std::collections::HashSet;
 use std::net::IpAddr;
+use std::time::Duration;
 
 use hickory_proto::op::ResponseCode;
 use hickory_proto::rr::rdata::{CNAME, NS, PTR, SOA, SRV, TXT};
@@ -16,6 +17,7 @@ use rand::seq::SliceRandom as _;
 
 use super::message::{Answers, Request};
 use super::name::{self, Asked, Lookup, ServiceName};
+use super::near::Trips;
 use super::zone::{Pointer, Zone, own_address};
 use super::{DnsConfig, DomainName};
 use crate::catalogue::virtual_ip::is_virtual;
@@ -90,6 +92,8 @@ struct Task<'a, R> {
     zone: &'a Zone,
     request: &'a Request,
     domain: &'a Domain,
+    /// The order of instances, by their nodes.
+    trips: Option<&'a Trips>,
     rng: &'a mut R,
 }
 
@@ -102,8 +106,15 @@ impl Responder {
         Self { config, datacenter, domains, labels }
     }
 
-    /// Answers `request` from `zone`; none if the name is none of weft's. `rng` shuffles.
-    pub(super) fn answer(&self, zone: &Zone, request: &Request, rng: &mut impl Rng) -> Option<Answers> {
+    /// Answers `request` from `zone`; none if the name is none of weft's. `rng` shuffles; what `trips` has comes first, nearest
+    /// before all.
+    pub(super) fn answer(
+        &self,
+        zone: &Zone,
+        request: &Request,
+        trips: Option<&Trips>,
+        rng: &mut impl Rng,
+    ) -> Option<Answers> {
         let lower = request.query.name().to_lowercase();
         // What is no text, or has a dot inside of a label, is nobody's name.
         let label = |bytes| str::from_utf8(bytes).ok().filter(|label| !label.contains('.')).unwrap_or("\u{fffd}");
@@ -113,7 +124,7 @@ impl Responder {
             Lookup::Pointer(ip) => self.pointer(zone, request, ip),
             Lookup::Own(at, asked) => {
                 let domain = self.domains.get(at)?;
-                let mut task = Task { responder: self, zone, request, domain, rng };
+                let mut task = Task { responder: self, zone, request, domain, trips, rng };
                 let outcome = task.outcome(asked);
                 Some(task.answers(outcome))
             }
@@ -267,7 +278,7 @@ impl<'a, R: Rng> Task<'a, R> {
         Outcome::There(section)
     }
 
-    /// Returns the instances that `service` means, shuffled; none if not one of them is healthy.
+    /// Returns the instances that `service` means, shuffled or nearest first; none if not one of them is healthy.
     fn instances(&mut self, service: ServiceName<'_>) -> Option<Vec<&'a Instance>> {
         let zone = self.zone;
         let entry = zone.service(service.name)?;
@@ -288,6 +299,10 @@ impl<'a, R: Rng> Task<'a, R> {
             .filter(has_tag)
             .collect();
         found.shuffle(self.rng);
+        if let Some(trips) = self.trips {
+            // Stable: those that nobody measured, and equals, stay shuffled.
+            found.sort_by_key(|instance| trips.get(&instance.node.info.name).copied().unwrap_or(Duration::MAX));
+        }
         (!found.is_empty()).then_some(found)
     }
 

@@ -46,7 +46,7 @@ fn asked(bytes: &[u8], via: Via) {
         Decoded::Refuse(_, answer) => (answer, 4096),
         Decoded::Ask(request) => {
             let limit = usize::from(request.limit());
-            let answer = match responder.answer(zone, &request, &mut rng) {
+            let answer = match responder.answer(zone, &request, None, &mut rng) {
                 Some(answers) => encode(&request, answers, Recursion::Available),
                 None => encode_code(&request, ResponseCode::Refused, Recursion::None),
             };

@@ -6,6 +6,7 @@
 //!                   \-- limit: what strangers get
 //! ```
 //!
+//! With `dns_config.near` instances come nearest first (`near`). A reload puts new settings in place of the old ones between two questions.
 //! All of it runs on one thread of its own, so that a flood of queries takes nothing of gossip's or the API's time. `name`, `answer`, `message`,
 //! `zone`, `cache` and `limit` are pure.
 //!
@@ -21,6 +22,7 @@ mod limit;
 mod message;
 mod metrics;
 mod name;
+mod near;
 mod recurse;
 mod server;
 mod zone;
@@ -36,15 +38,17 @@ use std::str::FromStr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
-use self::answer::Responder;
 use self::limit::Sources;
 use self::metrics::Meter;
+use self::near::Distances;
+pub use self::near::{Near, NearError, RoundTrips, Trips};
 use self::recurse::Recursor;
-use self::server::{Places, Shared};
+use self::server::{Places, Settings, Shared};
 use self::zone::ZoneCell;
 use crate::catalogue::SnapshotReader;
 use crate::clock;
@@ -177,6 +181,8 @@ pub struct DnsConfig {
     pub enable_truncate: bool,
     /// Whether instances with a warning are left out.
     pub only_passing: bool,
+    /// From where instances are ordered by distance; none: they are shuffled.
+    pub near: Option<Near>,
     /// Times of the SOA record.
     pub soa: SoaTimes,
 }
@@ -196,6 +202,7 @@ impl DnsConfig {
             a_record_limit: 0,
             enable_truncate: false,
             only_passing: false,
+            near: None,
             soa: SoaTimes::default(),
         }
     }
@@ -209,6 +216,8 @@ pub struct DnsParams<'a> {
     pub datacenter: String,
     /// What it answers from.
     pub snapshot: SnapshotReader,
+    /// Tells how far nodes are.
+    pub round_trips: Arc<dyn RoundTrips>,
     /// Where its metrics go.
     pub metrics: &'a Metrics,
     /// Where its tasks are named and joined.
@@ -243,27 +252,35 @@ pub enum DnsError {
 
 /// The DNS server.
 #[derive(Debug)]
-pub struct Dns;
+pub struct Dns {
+    listening: Vec<SocketAddr>,
+    settings: Arc<ArcSwap<Settings>>,
+    datacenter: String,
+    meter: Arc<Meter>,
+}
 
 impl Dns {
-    /// Binds its sockets, serves them on a thread of its own, and returns where it listens.
+    /// Binds its sockets and serves them on a thread of its own until it is told to stop.
     ///
     /// Must be called inside a tokio runtime, which hears if the thread fails.
     ///
     /// # Errors
     /// [`DnsError`]; nothing is served then.
-    pub fn start(params: DnsParams<'_>) -> Result<Vec<SocketAddr>, DnsError> {
-        let DnsParams { config, datacenter, snapshot, metrics, tasks, stop } = params;
+    pub fn start(params: DnsParams<'_>) -> Result<Self, DnsError> {
+        let DnsParams { config, datacenter, snapshot, round_trips, metrics, tasks, stop } = params;
         let meter = Arc::new(Meter::new(metrics).map_err(DnsError::Metrics)?);
         let sockets: Vec<Bound> = config.listen.iter().map(|addr| Bound::on(*addr)).collect::<Result<_, _>>()?;
         let listening: Vec<SocketAddr> = sockets.iter().map(|bound| bound.addr).collect();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(DnsError::Thread)?;
         info!(listen = ?listening, domain = %config.domain, recursors = ?config.recursors, "DNS is up");
+        let recursor = Recursor::new(config.recursors.clone(), config.recursor_timeout, Arc::clone(&meter));
+        let settings = Settings::new(config, datacenter.clone(), recursor.map(Arc::new));
+        let settings = Arc::new(ArcSwap::from_pointee(settings));
         let shared = Arc::new(Shared {
-            recursor: Recursor::new(config.recursors.clone(), config.recursor_timeout, Arc::clone(&meter)),
-            responder: Responder::new(config, datacenter),
+            settings: Arc::clone(&settings),
+            distances: Arc::new(Distances::new(round_trips)),
             zone: ZoneCell::new(snapshot),
-            meter,
+            meter: Arc::clone(&meter),
             sources: Mutex::new(Sources::new()),
             places: Arc::new(Places::default()),
             begun: clock::now(),
@@ -281,7 +298,24 @@ impl Dns {
         tasks.spawn("dns", async move {
             ended.await.expect("the thread of DNS ends when the agent stops");
         });
-        Ok(listening)
+        Ok(Self { listening, settings, datacenter, meter })
+    }
+
+    /// Where it listens.
+    pub fn listening(&self) -> &[SocketAddr] {
+        &self.listening
+    }
+
+    /// Answers by `config` from the next question on, but where it listens: that stays. What recursors said is kept for as
+    /// long as they are the same ones.
+    pub fn reload(&self, config: DnsConfig) {
+        let before = self.settings.load();
+        let kept =
+            before.recursor.as_ref().filter(|recursor| recursor.is_of(&config.recursors, config.recursor_timeout));
+        let new =
+            || Recursor::new(config.recursors.clone(), config.recursor_timeout, Arc::clone(&self.meter)).map(Arc::new);
+        let recursor = kept.cloned().or_else(new);
+        self.settings.store(Arc::new(Settings::new(config, self.datacenter.clone(), recursor)));
     }
 }
 
@@ -291,7 +325,7 @@ async fn serve(sockets: Vec<Bound>, shared: Arc<Shared>) {
         shared.tasks.spawn("dns-tcp", server::tcp(bound.tcp, Arc::clone(&shared)));
     }
     shared.stop.cancelled().await;
-    if let Some(recursor) = &shared.recursor {
+    if let Some(recursor) = &shared.settings.load_full().recursor {
         let _cut_off = tokio::time::timeout(DRAIN_TIMEOUT, recursor.idle()).await;
     }
     // What was answered in the same turn is sent.

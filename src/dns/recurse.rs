@@ -40,6 +40,11 @@ impl Recursor {
         (!servers.is_empty()).then(|| Self { servers, timeout, cache: Mutex::default(), places, meter })
     }
 
+    /// Tells whether it asks exactly `servers`, each for `timeout`.
+    pub(super) fn is_of(&self, servers: &[SocketAddr], timeout: Duration) -> bool {
+        self.servers == servers && self.timeout == timeout
+    }
+
     /// Answers from the cache, if it can.
     pub(super) fn cached(&self, request: &Request) -> Option<(ResponseCode, Vec<u8>)> {
         let found = {

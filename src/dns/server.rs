@@ -13,6 +13,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use hickory_proto::op::ResponseCode;
 use quinn::udp::{RecvMeta, Transmit, UdpSocketState};
 use rand::SeedableRng as _;
@@ -23,12 +24,14 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
+use super::DnsConfig;
 use super::answer::Responder;
 use super::limit::{Admission, Sources};
 use super::message::{Decoded, Recursion, Request, Via, decode, encode, encode_code, encode_cut};
 use super::metrics::{Dropped, Meter};
+use super::near::{Distances, Near, Renewal, Trips};
 use super::recurse::Recursor;
-use super::zone::ZoneCell;
+use super::zone::{Zone, ZoneCell};
 use crate::clock;
 use crate::supervise::Tasks;
 
@@ -47,11 +50,29 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Pause after a socket failed, so that the loop does not spin.
 const FAILURE_PAUSE: Duration = Duration::from_millis(100);
 
+/// What a reload replaces.
+#[derive(Debug)]
+pub(super) struct Settings {
+    responder: Responder,
+    near: Option<Near>,
+    pub(super) recursor: Option<Arc<Recursor>>,
+}
+
+impl Settings {
+    pub(super) fn new(config: DnsConfig, datacenter: String, recursor: Option<Arc<Recursor>>) -> Self {
+        Self { near: config.near, responder: Responder::new(config, datacenter), recursor }
+    }
+
+    fn recursion(&self) -> Recursion {
+        if self.recursor.is_some() { Recursion::Available } else { Recursion::None }
+    }
+}
+
 /// What all listeners share.
 pub(super) struct Shared {
-    pub(super) responder: Responder,
+    pub(super) settings: Arc<ArcSwap<Settings>>,
+    pub(super) distances: Arc<Distances>,
     pub(super) zone: ZoneCell,
-    pub(super) recursor: Option<Recursor>,
     pub(super) meter: Arc<Meter>,
     pub(super) sources: Mutex<Sources>,
     pub(super) places: Arc<Places>,
@@ -69,11 +90,7 @@ enum Handled {
 }
 
 impl Shared {
-    fn recursion(&self) -> Recursion {
-        if self.recursor.is_some() { Recursion::Available } else { Recursion::None }
-    }
-
-    fn handle(&self, bytes: &[u8], via: Via, rng: &mut StdRng) -> Handled {
+    fn handle(&self, bytes: &[u8], via: Via, from: IpAddr, rng: &mut StdRng) -> Handled {
         let begun = clock::now();
         let request = match decode(bytes, via) {
             Decoded::Ask(request) => request,
@@ -87,14 +104,15 @@ impl Shared {
             }
         };
         let kind = Some(request.query.query_type());
-        let zone = self.zone.load();
-        if let Some(answers) = self.responder.answer(&zone, &request, rng) {
+        let (zone, settings) = (self.zone.load(), self.settings.load());
+        let trips = settings.near.and_then(|near| self.trips(near, &zone, from, begun));
+        if let Some(answers) = settings.responder.answer(&zone, &request, trips.as_deref(), rng) {
             self.meter.count(via, kind, answers.code);
-            let bytes = encode(&request, answers, self.recursion());
+            let bytes = encode(&request, answers, settings.recursion());
             self.meter.took(clock::now() - begun);
             return Handled::Say(bytes);
         }
-        let Some(recursor) = &self.recursor else {
+        let Some(recursor) = &settings.recursor else {
             self.meter.count(via, kind, ResponseCode::Refused);
             return Handled::Say(encode_code(&request, ResponseCode::Refused, Recursion::None));
         };
@@ -107,11 +125,24 @@ impl Shared {
         }
     }
 
+    /// Returns the round trips that order an answer to `from`, as far as they are known; has them renewed if they are old.
+    fn trips(&self, near: Near, zone: &Zone, from: IpAddr, now: Instant) -> Option<Arc<Trips>> {
+        let here = &zone.snapshot().local_node;
+        let node = if near == Near::Agent || from.is_loopback() { here } else { zone.node_at(from)? };
+        let (trips, renewal) = self.distances.of(node, now);
+        if renewal == Renewal::Due {
+            let (distances, node) = (Arc::clone(&self.distances), node.clone());
+            self.tasks.spawn("dns-distance", async move { distances.ask(node, clock::now()).await });
+        }
+        trips
+    }
+
     async fn recurse(&self, request: &Request) -> Vec<u8> {
-        let place = self.recursor.as_ref().and_then(|recursor| Some((recursor, recursor.place()?)));
+        let settings = self.settings.load_full();
+        let place = settings.recursor.as_ref().and_then(|recursor| Some((recursor, recursor.place()?)));
         let (code, bytes) = match place {
             Some((recursor, _place)) => recursor.ask(request).await,
-            None => (ResponseCode::ServFail, encode_code(request, ResponseCode::ServFail, self.recursion())),
+            None => (ResponseCode::ServFail, encode_code(request, ResponseCode::ServFail, settings.recursion())),
         };
         self.meter.count(request.via, Some(request.query.query_type()), code);
         bytes
@@ -197,7 +228,7 @@ async fn one_datagram(udp: &Arc<Udp>, shared: &Arc<Shared>, datagram: &[u8], met
             return;
         }
     }
-    match shared.handle(datagram, via, rng) {
+    match shared.handle(datagram, via, meta.addr.ip().to_canonical(), rng) {
         Handled::Say(bytes) => say(udp, shared, &bytes, &meta).await,
         Handled::Nothing => {}
         Handled::Recurse(request) => {
@@ -243,7 +274,7 @@ pub(super) async fn tcp(listener: std::net::TcpListener, shared: Arc<Shared>) {
         let own = Arc::clone(&shared);
         shared.tasks.spawn("dns-connection", async move {
             own.meter.connections.inc();
-            let ended = connection(stream, &own).await;
+            let ended = connection(stream, peer.ip().to_canonical(), &own).await;
             own.meter.connections.dec();
             drop(place);
             if let Err(error) = ended {
@@ -253,7 +284,7 @@ pub(super) async fn tcp(listener: std::net::TcpListener, shared: Arc<Shared>) {
     }
 }
 
-async fn connection(mut stream: TcpStream, shared: &Shared) -> io::Result<()> {
+async fn connection(mut stream: TcpStream, from: IpAddr, shared: &Shared) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let mut rng = StdRng::seed_from_u64(rand::random());
     loop {
@@ -264,7 +295,7 @@ async fn connection(mut stream: TcpStream, shared: &Shared) -> io::Result<()> {
         // Silence and a goodbye are no failures.
         let Ok(message) = message else { return Ok(()) };
         let Some(message) = message? else { return Ok(()) };
-        let answer = match shared.handle(&message, Via::Tcp, &mut rng) {
+        let answer = match shared.handle(&message, Via::Tcp, from, &mut rng) {
             Handled::Say(bytes) => bytes,
             Handled::Recurse(request) => shared.recurse(&request).await,
             Handled::Nothing => return Ok(()),

@@ -11,6 +11,7 @@ use rand::rngs::StdRng;
 use super::answer::Responder;
 use super::fuzz::mesh;
 use super::message::{Decoded, Recursion, Via, decode, encode, encode_found};
+use super::near::Trips;
 use super::zone::{Zone, ZoneCell};
 use super::{DnsConfig, DomainName};
 use crate::catalogue::{Publisher, Snapshot};
@@ -31,6 +32,7 @@ const PLAIN: How = How { edns: None, ..LOCAL };
 struct Server {
     responder: Responder,
     zone: Zone,
+    trips: Option<Trips>,
 }
 
 impl Server {
@@ -41,13 +43,18 @@ impl Server {
     fn with(change: impl FnOnce(&mut DnsConfig), snapshot: Snapshot) -> Self {
         let mut config = DnsConfig::on(Vec::new());
         change(&mut config);
-        Self { responder: Responder::new(config, "dc1".to_owned()), zone: Zone::new(Arc::new(snapshot), None) }
+        Self {
+            responder: Responder::new(config, "dc1".to_owned()),
+            zone: Zone::new(Arc::new(snapshot), None),
+            trips: None,
+        }
     }
 
     /// The answer as it stands on the wire; none if the name is somebody else's.
     fn wire(&self, name: &str, kind: RecordType, how: How) -> Option<Vec<u8>> {
         let Decoded::Ask(request) = decode(&question(name, kind, how), how.via) else { panic!("{name} is a question") };
-        let answers = self.responder.answer(&self.zone, &request, &mut StdRng::seed_from_u64(how.seed))?;
+        let mut rng = StdRng::seed_from_u64(how.seed);
+        let answers = self.responder.answer(&self.zone, &request, self.trips.as_ref(), &mut rng)?;
         Some(encode(&request, answers, Recursion::None))
     }
 
@@ -404,6 +411,28 @@ fn what_is_no_question_is_refused_by_its_name_or_left_alone() {
 }
 
 #[test]
+fn instances_come_nearest_first_and_what_nobody_measured_stays_shuffled_behind() {
+    let mut server = Server::new();
+    let firsts = |server: &Server, name: &str| -> BTreeSet<String> {
+        let first = |seed| {
+            let answer = server.message(name, RecordType::SRV, How { seed, ..LOCAL });
+            let hickory_proto::rr::RData::SRV(srv) = &answer.answers[0].data else { panic!("an SRV record") };
+            srv.target.to_string()
+        };
+        (0..32).map(first).collect()
+    };
+    assert_eq!(firsts(&server, "web.service.weft.").len(), 2, "shuffled");
+    let (near, far) = (std::time::Duration::from_millis(1), std::time::Duration::from_millis(9));
+    server.trips = Some(Trips::from([("n1".parse().unwrap(), far), ("n2".parse().unwrap(), near)]));
+    assert_eq!(firsts(&server, "web.service.weft."), ["c000020a.addr.dc1.weft.".to_owned()].into());
+    server.trips = Some(Trips::from([("n1".parse().unwrap(), far)]));
+    assert_eq!(firsts(&server, "web.service.weft."), ["n1.node.dc1.weft.".to_owned()].into());
+    assert!(firsts(&server, "many.service.weft.").len() > 8, "equals stay shuffled");
+    let here = server.zone.node_at("10.0.0.2".parse().unwrap()).map(ToString::to_string);
+    assert_eq!((here.as_deref(), server.zone.node_at("192.0.2.10".parse().unwrap())), (Some("n2"), None));
+}
+
+#[test]
 fn what_a_recursor_found_is_written_in_the_letters_of_whoever_asks_and_ages() {
     let mut found = Message::new(7, MessageType::Response, OpCode::Query);
     found.add_query(Query::query(Name::from_ascii("a.example.").unwrap(), RecordType::A));
@@ -439,8 +468,7 @@ fn the_next_question_sees_a_change_and_names_that_stay_keep_their_virtual_ips() 
     let second = cell.load();
     assert!(!Arc::ptr_eq(&first, &second));
     assert!(std::ptr::eq(first.virtuals(), second.virtuals()), "the names are the same: nothing is counted anew");
-    let server =
-        Server { responder: Server::new().responder, zone: Zone::new(Arc::new(changed.clone()), Some(&second)) };
+    let server = Server { zone: Zone::new(Arc::new(changed.clone()), Some(&second)), ..Server::new() };
     server.check("web.service.weft.", RecordType::A, &nothing(SOA));
     // A name that went is still reckoned with, and one that comes is added.
     changed.services.remove("web");

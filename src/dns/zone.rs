@@ -88,6 +88,14 @@ impl Zone {
         self.pointers.get_or_init(|| pointers(&self.snapshot)).get(&ip).map(Vec::as_slice).unwrap_or_default()
     }
 
+    /// The node at `ip`; of several the first in order of name.
+    pub(super) fn node_at(&self, ip: IpAddr) -> Option<&NodeName> {
+        self.pointers(ip).iter().find_map(|pointer| match pointer {
+            Pointer::Node { name, .. } => Some(name),
+            Pointer::Service { .. } => None,
+        })
+    }
+
     pub(super) fn virtuals(&self) -> &VirtualIps {
         self.virtuals.get_or_init(|| {
             // Who went lately keeps its claim: see `catalogue::virtual_ip`.

@@ -22,6 +22,7 @@
 mod documents;
 mod fixture;
 mod gossip;
+mod rules;
 #[cfg(test)]
 mod seeds;
 #[cfg(test)]
@@ -42,7 +43,7 @@ pub struct Target {
 }
 
 /// Every target.
-pub const TARGETS: [Target; 18] = [
+pub const TARGETS: [Target; 20] = [
     Target { name: "extension", run: crate::pki::fuzz::extension },
     Target { name: "chain", run: crate::pki::fuzz::chain },
     Target { name: "token", run: crate::pki::fuzz::token },
@@ -53,6 +54,7 @@ pub const TARGETS: [Target; 18] = [
     Target { name: "documents", run: |bytes| said(crate::gossip::fuzz_documents(bytes)) },
     Target { name: "intention", run: |bytes| said(documents::intention(bytes)) },
     Target { name: "entry", run: |bytes| said(documents::entry(bytes)) },
+    Target { name: "rules", run: |bytes| said(rules::entries(bytes)) },
     Target { name: "packet", run: crate::membership::fuzz::packet },
     Target { name: "exchange", run: gossip::exchange },
     Target { name: "delta", run: gossip::delta },
@@ -60,6 +62,7 @@ pub const TARGETS: [Target; 18] = [
     Target { name: "head", run: crate::proxy::fuzz::head },
     Target { name: "definition", run: crate::registry::fuzz::definition },
     Target { name: "dns", run: crate::dns::fuzz::message },
+    Target { name: "query", run: crate::api::fuzz::query },
     Target { name: "filter", run: |bytes| said(crate::filter::fuzz::expression(bytes)) },
 ];
 

@@ -71,6 +71,7 @@ fn the_seeds_that_are_good_are_taken() {
         ("shared", crate::gossip::fuzz_shared),
         ("intention", documents::intention),
         ("entry", documents::entry),
+        ("rules", rules::entries),
         ("filter", crate::filter::fuzz::expression),
     ];
     for (target, is_taken) in readers {

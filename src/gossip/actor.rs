@@ -3,7 +3,7 @@
 mod events;
 mod evidence;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,7 +31,7 @@ use crate::catalogue::builder::Builder;
 use crate::catalogue::{Publisher, Snapshot, SnapshotReader};
 use crate::clock;
 use crate::membership::{ForceLeaveError, MeshId, PACKET_BYTES_MAX, Profile};
-use crate::model::{EjectionsRecord, Entry, EntryKey, NodeName, SpiffeId};
+use crate::model::{Demand, EjectionsRecord, Entry, EntryKey, NodeName, SpiffeId};
 use crate::pki::Identity;
 use crate::registry::Publication;
 use crate::replica;
@@ -55,7 +55,14 @@ const LEAVE_TIME_MAX: Duration = Duration::from_millis(500);
 pub(super) enum Input {
     Packet(NodeName, Bytes),
     Unreadable(&'static str),
-    Heard { peer: NodeName, stage: Stage, message: Message, reply: oneshot::Sender<Step> },
+    Heard {
+        peer: NodeName,
+        stage: Stage,
+        message: Message,
+        reply: oneshot::Sender<Step>,
+    },
+    /// A peer asks how far this node is from the others.
+    RoundTrips(oneshot::Sender<BTreeMap<NodeName, Duration>>),
 }
 
 /// Who waits for the end of an attempt to join; nobody, if the engine began it.
@@ -102,6 +109,7 @@ enum Event {
     Refused(Vec<SocketAddr>),
     Policy,
     Upstreams,
+    Demand,
     Wake,
 }
 
@@ -127,6 +135,9 @@ pub(super) struct Actor {
     has_upstreams_ended: bool,
     ejections: watch::Receiver<Arc<EjectionsRecord>>,
     has_ejections_ended: bool,
+    demand: watch::Receiver<Arc<Demand>>,
+    has_demand_ended: bool,
+    demands: mpsc::Sender<(NodeName, Demand)>,
     commands: mpsc::Receiver<Command>,
     incoming: mpsc::Receiver<Accepted>,
     inputs: mpsc::Receiver<Input>,
@@ -205,6 +216,9 @@ impl Actor {
             has_upstreams_ended: false,
             ejections: params.ejections,
             has_ejections_ended: false,
+            demand: params.demand,
+            has_demand_ended: false,
+            demands: params.demands,
             commands,
             incoming: params.incoming,
             inputs,
@@ -285,6 +299,10 @@ impl Actor {
                 self.has_ejections_ended = changed.is_err();
                 Event::Publication
             }
+            changed = self.demand.changed(), if !self.has_demand_ended => {
+                self.has_demand_ended = changed.is_err();
+                if changed.is_ok() { Event::Demand } else { Event::Wake }
+            }
             changed = self.rules.upstreams.changed(), if !self.has_upstreams_ended => {
                 self.has_upstreams_ended = changed.is_err();
                 Event::Upstreams
@@ -314,6 +332,11 @@ impl Actor {
                 self.turn(now, |engine, turn| engine.handle_records(records, turn));
             }
             Event::Refused(addrs) => addrs.into_iter().for_each(|addr| self.refusal_heard(addr, now)),
+            Event::Demand => {
+                let demand = Demand::clone(&self.demand.borrow_and_update());
+                self.metrics.demand_reports.with_label_values(&["sent"]).inc();
+                self.turn(now, |engine, turn| engine.handle_demand(demand, turn));
+            }
             Event::Policy => self.take_policy(),
             Event::Upstreams => self.take_upstreams(),
             // What is due runs afterwards.
@@ -565,6 +588,7 @@ impl Actor {
                 self.metrics.received_bytes.inc_by(packet.len() as u64);
                 self.turn(now, |engine, turn| engine.handle_packet(&from, &packet, turn));
             }
+            Input::RoundTrips(reply) => answer(reply, self.links.round_trips()),
             Input::Unreadable(reason) => self.metrics.refused.with_label_values(&[reason]).inc(),
             Input::Heard { peer, message: Message::Request(Request::Hello(id)), reply, .. } => {
                 self.greeted(Challenge { peer, id, reply }, now);
@@ -590,6 +614,11 @@ impl Actor {
                 Output::Join { targets } => self.start_join(targets, None),
                 Output::SavePeers(peers) => self.save_peers(peers),
                 Output::AskPort(id) => self.ask_port(id),
+                Output::Demand { node, demand } => {
+                    self.metrics.demand_reports.with_label_values(&["heard"]).inc();
+                    // Its author tells it again.
+                    let _is_full = self.demands.try_send((node, demand));
+                }
                 Output::Event(event) => self.event(event),
             }
         }

@@ -9,6 +9,7 @@
 //!
 //! Not here: the messages (`engine::message`) and the steps (`engine::answer`).
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use quinn::{Connection, RecvStream, SendStream};
@@ -31,6 +32,11 @@ pub(super) struct Desks {
 
 /// Longest time of one stream, in virtue of which a stalled peer holds nothing for ever.
 pub(super) const TIME_MAX: Duration = Duration::from_secs(10);
+
+/// How long a peer is waited for that is asked for its round trips: a client of the API waits for the answer.
+const ROUND_TRIPS_TIME_MAX: Duration = Duration::from_secs(1);
+/// Longest frame of round trips: those to 256 peers, each with a name of 63 bytes, are 18 KiB.
+const ROUND_TRIPS_BYTES_MAX: usize = 32 * 1024;
 
 /// Why an exchange ended early.
 #[derive(Debug, thiserror::Error)]
@@ -159,6 +165,33 @@ pub(super) async fn hello(connection: &Connection, own: MeshId) -> Result<HelloR
     }
 }
 
+/// Asks the peer at the other end of `connection` for its round trips, by node.
+pub(super) async fn round_trips(connection: &Connection) -> Result<BTreeMap<NodeName, Duration>, ExchangeError> {
+    let asked = async {
+        let mut talk = Talk::open(connection).await?;
+        talk.say(&Message::Request(Request::RoundTrips)).await?;
+        talk.finish();
+        let frame = wire::read_frame(&mut talk.recv, ROUND_TRIPS_BYTES_MAX).await?;
+        let told: Vec<(NodeName, u32)> = wire::decode(&frame, ROUND_TRIPS_BYTES_MAX)?;
+        ended(&mut talk.recv).await;
+        Ok(told.into_iter().map(|(node, micros)| (node, Duration::from_micros(micros.into()))).collect())
+    };
+    tokio::time::timeout(ROUND_TRIPS_TIME_MAX, asked).await.unwrap_or(Err(ExchangeError::Late))
+}
+
+/// Tells a peer this node's round trips, in microseconds.
+async fn tell_round_trips(talk: &mut Talk, actor: &mpsc::Sender<Input>) -> Result<(), ExchangeError> {
+    let (reply, answer) = oneshot::channel();
+    actor.send(Input::RoundTrips(reply)).await.map_err(|_| ExchangeError::Closed)?;
+    let measured = answer.await.map_err(|_| ExchangeError::Closed)?;
+    let micros = |trip: Duration| u32::try_from(trip.as_micros()).unwrap_or(u32::MAX);
+    let told: Vec<(NodeName, u32)> = measured.into_iter().map(|(node, trip)| (node, micros(trip))).collect();
+    wire::write_frame(&mut talk.send, &wire::encode(&told)?).await?;
+    talk.finish();
+    ended(&mut talk.recv).await;
+    Ok(())
+}
+
 /// Carries an exchange that the engine began to its end, on as many streams as it takes.
 pub(super) async fn begin(
     connection: Connection,
@@ -194,6 +227,7 @@ pub(super) async fn serve(
         Message::Request(Request::Shared(said)) => {
             shared::serve(peer, said, (&mut talk.send, &mut talk.recv), &desks.shared).await
         }
+        Message::Request(Request::RoundTrips) => within(tell_round_trips(&mut talk, &actor)).await,
         first => within(talk.run(&peer, Stage::Asked, Some(first), &actor)).await.map(drop),
     }
 }
@@ -240,6 +274,31 @@ mod tests {
 
     fn id() -> MeshId {
         MeshId::new("b".parse().unwrap(), "10.0.0.2:8301".parse().unwrap(), Generation::default())
+    }
+
+    #[tokio::test]
+    async fn a_peer_tells_its_round_trips_and_one_that_is_silent_is_given_up() {
+        let pair = pair().await;
+        let mut tasks = JoinSet::new();
+        let (actor, mut inputs) = mpsc::channel(8);
+        tasks.spawn(async move {
+            while let Some(input) = inputs.recv().await {
+                let Input::RoundTrips(reply) = input else { panic!("nothing else is asked") };
+                let hour = Duration::from_hours(2);
+                let measured = [("c", Duration::from_micros(700)), ("d", hour)];
+                reply.send(measured.map(|(node, trip)| (node.parse().unwrap(), trip)).into()).unwrap();
+            }
+        });
+        let listener = pair.listener.clone();
+        tasks.spawn(async move {
+            let streams = listener.accept_bi().await.unwrap();
+            serve(id().name, streams, actor, documents::queue().0).await.unwrap();
+        });
+        let told = round_trips(&pair.dialer).await.unwrap();
+        let most = Duration::from_micros(u32::MAX.into());
+        assert_eq!(told, [("c", Duration::from_micros(700)), ("d", most)].map(|(n, t)| (n.parse().unwrap(), t)).into());
+        // Nobody accepts the next stream.
+        assert!(matches!(round_trips(&pair.dialer).await, Err(ExchangeError::Late)));
     }
 
     /// Answers like an engine whose replica differs until `delivered` reaches 2: once on either side.

@@ -13,6 +13,7 @@
 //! | `weft_gossip_ports_refused_total` | | members whose host said that their port is closed |
 //! | `weft_gossip_refusals_answered_total` | | members that answered although their host was said to refuse the port |
 //! | `weft_gossip_exchanges_total` | `kind`, `result` | exchanges begun here: `join`, `sync`, `pull`, `goodbye`; `ok`, `failed` |
+//! | `weft_gossip_demand_reports_total` | `way` | reports of demand for limits of the whole mesh: `sent`, `heard` |
 //! | `weft_membership_isolated` | | 1 while no other member answers this node |
 //! | `weft_membership_members` | `status` | members by status, this node included |
 //! | `weft_membership_conflicts_total` | | times that another node showed this node's name |
@@ -44,6 +45,7 @@ pub(super) struct GossipMetrics {
     pub(super) connections: IntGauge,
     pub(super) dials: IntCounterVec,
     pub(super) exchanges: IntCounterVec,
+    pub(super) demand_reports: IntCounterVec,
     pub(super) ports_refused: IntCounter,
     pub(super) refusals_answered: IntCounter,
     pub(super) isolated: IntGauge,
@@ -94,6 +96,11 @@ impl GossipMetrics {
                 "Exchanges begun by this node (join, sync, pull, goodbye), by result.",
                 &["kind", "result"],
             )?,
+            demand_reports: counters(
+                "weft_gossip_demand_reports_total",
+                "Reports of demand for limits of the whole mesh, sent by this node or heard of others.",
+                &["way"],
+            )?,
             ports_refused: counter(
                 "weft_gossip_ports_refused_total",
                 "Members whose host said that their port is closed.",
@@ -131,6 +138,9 @@ impl GossipMetrics {
     fn show_all(&self) {
         for reason in crate::membership::Refused::ALL {
             self.refused.with_label_values(&[reason.to_string()]);
+        }
+        for way in ["sent", "heard"] {
+            self.demand_reports.with_label_values(&[way]);
         }
         for reason in ["queue_full", "no_link", "streams"] {
             self.dropped.with_label_values(&[reason]);

@@ -42,6 +42,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tracing::debug;
 
 #[cfg(any(test, fuzzing))]
 pub(crate) use self::documents::fuzz_documents;
@@ -59,7 +60,7 @@ pub use self::shared::{
 use crate::catalogue::SnapshotReader;
 use crate::clock::UnixSeconds;
 use crate::metrics::Metrics;
-use crate::model::{EjectionsRecord, Generation, MemberStatus, NodeInfo, NodeName};
+use crate::model::{Demand, EjectionsRecord, Generation, MemberStatus, NodeInfo, NodeName};
 use crate::pki::{CertificateFacts, Identity, SpkiHash};
 use crate::registry;
 use crate::store::StoredPeer;
@@ -167,6 +168,10 @@ pub struct GossipParams {
     pub publication: watch::Receiver<Arc<registry::Publication>>,
     /// The instances that this node has ejected.
     pub ejections: watch::Receiver<Arc<EjectionsRecord>>,
+    /// What this node asks of limits that hold for the whole mesh.
+    pub demand: watch::Receiver<Arc<Demand>>,
+    /// Gets what others ask of them; one that does not fit is told again by its author.
+    pub demands: mpsc::Sender<(NodeName, Demand)>,
     /// The first snapshot's index.
     pub first_index: u64,
     /// Where to join, as the operator wrote it (`-join`).
@@ -338,6 +343,20 @@ impl GossipHandle {
     /// Cancelling forgets the answer.
     pub async fn round_trips(&self) -> Result<BTreeMap<NodeName, Duration>, GossipError> {
         self.order(Command::RoundTrips).await
+    }
+
+    /// The round trips that the agent of `peer` measures, as it tells them, within a second; none if there is no
+    /// connection to it or it does not answer.
+    ///
+    /// # Errors
+    /// [`GossipError::Closed`].
+    /// # Cancel safety
+    /// Cancelling forgets the answer.
+    pub async fn round_trips_of(&self, peer: NodeName) -> Result<Option<BTreeMap<NodeName, Duration>>, GossipError> {
+        let connection = self.order(|reply| Command::Link(peer.clone(), reply)).await?;
+        let Some(connection) = connection else { return Ok(None) };
+        let told = exchange::round_trips(&connection).await;
+        Ok(told.inspect_err(|error| debug!(%peer, error = error.explain(None), "a peer told no round trips")).ok())
     }
 
     /// The certificates under which nodes publish, in order of node.

@@ -119,6 +119,8 @@ fn start_with(issuer: &crate::pki::Issuer, name: &str, generation: u64, seeds: V
         identity,
         publication: publications,
         ejections: watch::channel(Arc::default()).1,
+        demand: watch::channel(Arc::default()).1,
+        demands: mpsc::channel(1).0,
         first_index: 1,
         seeds,
         links_max,

@@ -7,6 +7,7 @@ use foca::{Identity as _, Member, OwnedNotification, Timer};
 use rand::seq::SliceRandom as _;
 use tokio::time::Instant;
 
+use super::demands::REPORT_COPIES;
 use super::packet::{self, Call, CallPacket, Envelope, Kind};
 use super::ring::ALL_NEIGHBOURS_MAX;
 use super::statement::{Certainty, Leave, Statement};
@@ -195,6 +196,7 @@ impl Core {
         self.checks.clear();
         self.suspicions.clear();
         self.news.clear();
+        self.reports.clear();
         self.incarnation = 0;
         self.sign_life();
         let result = self.swim.apply_many(gone.into_iter(), false, &mut self.effects);
@@ -209,7 +211,7 @@ impl Core {
         let Ok(mut packet) = packet::wrap(&envelope, swim) else { return };
         match kind {
             Kind::Feed => self.add_any_lives(&to.name, &mut packet),
-            Kind::Ping | Kind::Ack => self.news.fill(&mut packet, self.copies()),
+            Kind::Ping | Kind::Ack => self.fill(&mut packet),
             Kind::TurnUndead | Kind::Other => {}
         }
         self.outputs.push_back(Output::Send { to, packet: Bytes::from(packet) });
@@ -230,7 +232,7 @@ impl Core {
         let envelope = self.envelope(&to, carries_hash, Some(call));
         let Ok(mut packet) = packet::wrap(&envelope, &[]) else { return };
         if carries_news {
-            self.news.fill(&mut packet, self.copies());
+            self.fill(&mut packet);
         }
         self.outputs.push_back(Output::Send { to, packet: Bytes::from(packet) });
     }
@@ -241,8 +243,17 @@ impl Core {
         Envelope { set_hash: self.records.own.filter(|_| carries_hash), suspected, call }
     }
 
+    /// Puts news into a packet, and reports of demand where it leaves room.
+    fn fill(&mut self, packet: &mut Vec<u8>) {
+        self.news.fill(packet, self.copies());
+        self.reports.fill(packet, REPORT_COPIES);
+    }
+
     /// Queues a broadcast and sends it on as soon as the pace allows; returns whether it was taken.
     pub(super) fn spread(&mut self, broadcast: &Broadcast, now: Instant) -> bool {
+        if let Broadcast::Said(Statement::Demand(_)) = broadcast {
+            return self.spread_demand(broadcast, now);
+        }
         if !self.news.add(broadcast) {
             return false;
         }
@@ -261,18 +272,23 @@ impl Core {
         self.when.spread_last = Some(now);
         for to in self.next_neighbours() {
             // The last copies may have gone to the neighbour before.
-            if !self.news.is_empty() {
+            if self.has_news() {
                 self.send_call(&to, Call::News);
             }
         }
-        if !self.news.is_empty() {
+        if self.has_news() {
             self.when.spread = Some(now + self.profile.gossip_period);
         }
+    }
+
+    fn has_news(&self) -> bool {
+        !self.news.is_empty() || !self.reports.is_empty()
     }
 
     /// Says `leave`, which is this node's own, to as many neighbours as one round reaches.
     pub(super) fn spread_goodbye(&mut self, leave: &Leave) {
         self.news.clear();
+        self.reports.clear();
         self.news.add(&Broadcast::Said(Statement::Leave(leave.clone())));
         let mut neighbours = self.ring.neighbours(&self.id().name);
         neighbours.shuffle(&mut self.rng);

@@ -24,7 +24,8 @@ impl Core {
             return Err(Refused::TooLarge);
         }
         // What this node passes on itself it has taken in: in a storm that is most of what comes.
-        let inspected = packet::inspect(packet, |item| self.news.holds(item)).map_err(|_| Refused::Malformed)?;
+        let inspected = packet::inspect(packet, |item| self.news.holds(item) || self.reports.holds(item))
+            .map_err(|_| Refused::Malformed)?;
         let Inspected { src, src_incarnation, dst, set_hash, suspected, body, broadcasts } = inspected;
         if src.name != *sender {
             return Err(Refused::Sender);
@@ -92,6 +93,7 @@ impl Core {
             Statement::Life(claim) => claim.id == own && claim.incarnation == self.incarnation && !self.has_left,
             Statement::Leave(leave) => leave.by == own.name,
             Statement::Accuse(word) => word.accuser == own.name && !self.has_left,
+            Statement::Demand(claim) => self.is_own_demand(claim),
         };
         if is_signed && is_spread {
             if let Statement::Life(claim) = statement {
@@ -124,7 +126,7 @@ impl Core {
             Verdict::Holds | Verdict::Unknown => return,
             Verdict::Broken => {
                 self.stats.signatures_broken += 1;
-                if !matches!(statement, Statement::Accuse(_)) {
+                if matches!(statement, Statement::Life(_) | Statement::Leave(_)) {
                     self.stats.forged_lives += 1;
                 }
                 return;
@@ -134,6 +136,7 @@ impl Core {
             Statement::Life(claim) => self.take_life(claim, now),
             Statement::Leave(leave) => self.take_leave(leave, now),
             Statement::Accuse(word) => self.take_accusation(word, now),
+            Statement::Demand(claim) => self.take_demand(claim, now),
         };
         if is_news {
             self.spread(&Broadcast::Said(statement), now);
@@ -257,10 +260,11 @@ impl Core {
             Statement::Life(claim) => self.hear_life(sender, claim, now),
             Statement::Leave(leave) => self.hear_leave(sender, leave, now),
             Statement::Accuse(word) => self.hear_accusation(sender, word, now),
+            Statement::Demand(claim) => self.hear_demand(sender, claim, now),
         }
     }
 
-    fn verify(&mut self, sender: &NodeName, statement: Statement, now: Instant) {
+    pub(super) fn verify(&mut self, sender: &NodeName, statement: Statement, now: Instant) {
         if self.budget.take(sender, now) {
             self.outputs.push_back(Output::Verify(statement));
         } else {

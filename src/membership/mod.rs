@@ -33,6 +33,7 @@
 
 mod budget;
 mod checks;
+mod demands;
 mod detect;
 mod effects;
 #[cfg(any(test, fuzzing))]
@@ -63,6 +64,7 @@ use tokio::time::Instant;
 
 use budget::Budget;
 use checks::Checks;
+use demands::Demands;
 pub use health::LOCAL_HEALTH_WORST;
 use health::LocalHealth;
 pub use id::{Life, MeshId};
@@ -73,10 +75,12 @@ pub use profile::{Detector, Profile};
 use ring::{ALL_NEIGHBOURS_MAX, Ring};
 pub use roster::Tracked;
 use roster::{LEFT_REAPED_AFTER, Roster};
-pub use statement::{Accusation, Certainty, Leave, LifeClaim, STATEMENT_SIGNATURE_BYTES_MAX, Statement, Verdict};
+pub use statement::{
+    Accusation, Certainty, DemandClaim, Leave, LifeClaim, STATEMENT_SIGNATURE_BYTES_MAX, Statement, Verdict,
+};
 use suspicion::Suspicion;
 
-use crate::model::{MemberStatus, NodeName};
+use crate::model::{Demand, MemberStatus, NodeName};
 
 /// Most members that are held, gone ones included: three times the largest mesh that the profile is made for.
 pub const MEMBERS_MAX: usize = 30_000;
@@ -168,6 +172,13 @@ pub enum Output {
     /// Others met a refusal at this member's port: ask it, and call [`Core::evidence_crashed`] if it refuses. At most one
     /// per accusation that counts, and one a second for each member that answers while two accuse it.
     AskPort(MeshId),
+    /// A member told what it asks of limits that hold for the whole mesh, in place of what it told before.
+    Demand {
+        /// Who.
+        node: NodeName,
+        /// How much.
+        demand: Demand,
+    },
     /// `peer` holds other records than this node: compare with it. At most two a second.
     Differs {
         /// Whose hash differs.
@@ -222,6 +233,8 @@ pub struct Sizes {
     pub timers: usize,
     /// News on its way.
     pub news: usize,
+    /// Reports of demand on their way, and members that made one.
+    pub demands: (usize, usize),
     /// Members that somebody accuses.
     pub suspicions: usize,
     /// Most accusers of one member.
@@ -270,6 +283,9 @@ pub struct Core {
     budget: Budget,
     records: effects::Records,
     news: News,
+    /// Reports of demand on their way.
+    reports: News,
+    demands: Demands,
     /// Neighbours that news goes to before any gets some again, the next last.
     turns: Vec<NodeName>,
     when: When,
@@ -354,6 +370,8 @@ impl Core {
             budget: Budget::new(now),
             records: effects::Records::new(now),
             news: News::default(),
+            reports: News::default(),
+            demands: Demands::default(),
             turns: Vec::new(),
             when,
             watch_turn: 0,
@@ -438,6 +456,7 @@ impl Core {
     /// Forgets what this node wanted to say: the others know it.
     pub fn forget_news(&mut self) {
         self.news.clear();
+        self.reports.clear();
         self.when.spread = None;
     }
 
@@ -446,6 +465,7 @@ impl Core {
         Sizes {
             timers: self.timers.len(),
             news: self.news.len(),
+            demands: (self.reports.len(), self.demands.len()),
             suspicions: self.suspicions.len(),
             votes_max: self.suspicions.values().map(Suspicion::len).max().unwrap_or(0),
             checks: self.checks.len(),
@@ -642,6 +662,7 @@ impl Core {
         self.gone.remove(name);
         self.suspicions.remove(name);
         self.checks.forget(name);
+        self.demands.forget(name);
         // Removes it only if it is down, and cannot fail.
         let _infallible = self.swim.handle_timer(Timer::RemoveDown(member.id), &mut self.effects);
         self.outputs.push_back(Output::Changed { node: name.clone(), before: Some(member.status), after: None });

@@ -26,7 +26,7 @@ const MISFITS_MAX: usize = 8;
 /// The smallest item is larger: a packet with less room is full.
 const ROOM_MIN: usize = 24;
 
-/// What an item is about: at most three per node, and one per accusation.
+/// What an item is about: at most four per node, and one per accusation.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 enum Subject {
     Records(NodeName),
@@ -34,6 +34,7 @@ enum Subject {
     Life(NodeName),
     /// The accused, the accuser.
     Accuse(NodeName, Option<NodeName>),
+    Demand(NodeName),
 }
 
 /// Orders the news about one subject: the greater is the newer.
@@ -41,6 +42,7 @@ enum Subject {
 enum Rank {
     Records(Generation, u64),
     Life(Life, u16),
+    Demand(Life, u32),
 }
 
 #[derive(Debug)]
@@ -75,6 +77,9 @@ fn classify(broadcast: &Broadcast) -> (Subject, Rank) {
         Broadcast::Said(Statement::Accuse(word)) => {
             let subject = Subject::Accuse(word.accused.clone(), Some(word.accuser.clone()));
             (subject, Rank::Life(word.life, word.incarnation))
+        }
+        Broadcast::Said(Statement::Demand(claim)) => {
+            (Subject::Demand(claim.node.clone()), Rank::Demand(claim.life, claim.number))
         }
     }
 }

@@ -10,7 +10,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::id::{Life, MeshId};
-use crate::model::NodeName;
+use crate::model::{Demand, NodeName};
 use crate::wire::{self, WireError};
 
 /// Keeps these signatures from passing as signatures over anything else that the same key signs.
@@ -73,6 +73,22 @@ pub struct Accusation {
     pub signature: Vec<u8>,
 }
 
+/// "So much is asked of me": what a member's callers want of limits that hold for the whole mesh.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DemandClaim {
+    /// Who: the signer.
+    pub node: NodeName,
+    /// In which life.
+    pub life: Life,
+    /// Grows with each claim of this life.
+    pub number: u32,
+    /// How much.
+    pub demand: Demand,
+    /// By the member's key.
+    #[serde(with = "wire::bytes")]
+    pub signature: Vec<u8>,
+}
+
 /// Anything that a node signs for the membership.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Statement {
@@ -82,6 +98,8 @@ pub enum Statement {
     Leave(Leave),
     /// A member is accused.
     Accuse(Accusation),
+    /// A member tells its demand.
+    Demand(DemandClaim),
 }
 
 impl Statement {
@@ -91,6 +109,7 @@ impl Statement {
             Self::Life(claim) => &claim.id.name,
             Self::Leave(leave) => &leave.by,
             Self::Accuse(accusation) => &accusation.accuser,
+            Self::Demand(claim) => &claim.node,
         }
     }
 
@@ -100,6 +119,7 @@ impl Statement {
             Self::Life(claim) => &claim.signature,
             Self::Leave(leave) => &leave.signature,
             Self::Accuse(accusation) => &accusation.signature,
+            Self::Demand(claim) => &claim.signature,
         }
     }
 
@@ -110,6 +130,7 @@ impl Statement {
             Self::Life(claim) => &mut claim.signature,
             Self::Leave(leave) => &mut leave.signature,
             Self::Accuse(accusation) => &mut accusation.signature,
+            Self::Demand(claim) => &mut claim.signature,
         };
         *place = signature;
         self
@@ -142,7 +163,7 @@ mod tests {
     use super::*;
     use crate::membership::BROADCAST_BYTES_MAX;
     use crate::membership::packet::Broadcast;
-    use crate::model::Generation;
+    use crate::model::{DEMANDS_MAX, Generation};
 
     #[test]
     fn the_longest_statement_fits_a_broadcast() {
@@ -152,9 +173,14 @@ mod tests {
         let signature = vec![255; STATEMENT_SIGNATURE_BYTES_MAX];
         let (accused, accuser) = (long.clone(), long);
         let incarnation = u16::MAX;
+        let demand = Demand { limits: vec![(u64::MAX, u8::MAX); DEMANDS_MAX].into() };
+        let node = accuser.clone();
+        let claim = DemandClaim { node, life, number: u32::MAX, demand, signature: signature.clone() };
         let accusation = Accusation { accused, life, incarnation, certainty: Certainty::Crashed, accuser, signature };
         let bytes = wire::encode(&Broadcast::Said(Statement::Accuse(accusation))).unwrap();
         assert!(bytes.len() <= BROADCAST_BYTES_MAX / 2, "{}", bytes.len());
+        let bytes = wire::encode(&Broadcast::Said(Statement::Demand(claim))).unwrap();
+        assert!(bytes.len() <= BROADCAST_BYTES_MAX, "{}", bytes.len());
     }
 
     #[test]

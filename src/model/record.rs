@@ -207,6 +207,17 @@ pub struct EjectionsRecord {
     pub instances: Box<[(NodeName, InstanceId)]>,
 }
 
+/// Limits of the whole mesh that a node tells its demand on at a time: a statement of them fits a broadcast.
+pub const DEMANDS_MAX: usize = 32;
+
+/// What a node's callers ask of limits that hold for the whole mesh (`routing` weighs it).
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Demand {
+    /// The limit's number, and how many eighths of an octave the demand lies below the whole limit. At most
+    /// [`DEMANDS_MAX`]; a limit that is not named is asked for next to nothing.
+    pub limits: Box<[(u64, u8)]>,
+}
+
 /// Names one record of a node.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum EntryKey {

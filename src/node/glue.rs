@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use futures_util::future::BoxFuture;
 use prometheus::{IntCounterVec, Opts};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
@@ -13,6 +14,7 @@ use super::reload::Reloader;
 use crate::api::{BalancerView, Inspect, Reload, SeatView, TokenUse};
 use crate::authz::Action;
 use crate::clock::{self, UnixSeconds};
+use crate::dns::{RoundTrips, Trips};
 use crate::gossip::{
     Changes, DocumentStore, DocumentsHandle, DocumentsParams, GossipHandle, PeerStore, SharedParams, SharedStore,
 };
@@ -34,6 +36,21 @@ const JOINS_MAX: usize = 32;
 const JOINS_PER_ADDRESS_MAX: usize = 4;
 /// Application code of a connection that is closed because there are too many.
 const CODE_BUSY: u32 = 4;
+
+/// Tells DNS what agents measured: this one, or another that is asked.
+pub(super) struct MeasuredBy {
+    pub(super) gossip: GossipHandle,
+    pub(super) here: NodeName,
+}
+
+impl RoundTrips for MeasuredBy {
+    fn from(&self, node: NodeName) -> BoxFuture<'static, Option<Trips>> {
+        let (gossip, is_here) = (self.gossip.clone(), node == self.here);
+        Box::pin(async move {
+            if is_here { gossip.round_trips().await.ok() } else { gossip.round_trips_of(node).await.ok().flatten() }
+        })
+    }
+}
 
 /// Keeps the peers for the next start.
 pub(super) struct PeerFile(pub(super) Store);
@@ -225,6 +242,7 @@ fn balancer(group: &GroupView) -> BalancerView {
         has_table: group.has_table,
         panics: group.panics,
         under_way: group.under_way,
+        waiting: group.waiting,
         most: group.most,
         seats: seats.collect(),
     }

@@ -32,7 +32,9 @@ use crate::gossip::{self, Gossip, GossipHandle, GossipParams};
 use crate::metrics::Metrics;
 use crate::model::{Generation, NodeInfo, NodeName};
 use crate::pki::{DocumentKey, Identity};
-use crate::proxy::{ListenerState, OpenTunnel, OpenTunnels, Proxy, ProxyError, ProxyHandle, ProxyHealth, ProxyParams};
+use crate::proxy::{
+    self, ListenerState, OpenTunnel, OpenTunnels, Proxy, ProxyError, ProxyHandle, ProxyHealth, ProxyParams,
+};
 use crate::registry::{Publication, Registry, RegistryHandle, RegistryParams};
 use crate::store::{Store, StoreError};
 use crate::supervise::{TaskFailure, Tasks};
@@ -97,7 +99,7 @@ fn part<E: Into<Box<dyn std::error::Error + Send + Sync>>>(part: &'static str) -
 pub struct Node {
     name: NodeName,
     api: Vec<SocketAddr>,
-    dns: Vec<SocketAddr>,
+    dns: Option<Arc<Dns>>,
     gossip: GossipHandle,
     registry: RegistryHandle,
     snapshot: SnapshotReader,
@@ -182,6 +184,8 @@ impl Node {
         let connections = glue::Connections::new(&control, &metrics).map_err(part("identity's metrics"))?;
         let (incoming_tx, incoming) = mpsc::channel(gossip::INCOMING_MAX);
         let (ejected, ejections) = watch::channel(Arc::default());
+        let (asked, demand) = watch::channel(Arc::default());
+        let (demands, reports) = mpsc::channel(proxy::REPORTS_MAX);
         let params = GossipParams {
             node: info.clone(),
             generation,
@@ -190,6 +194,8 @@ impl Node {
             identity: Arc::clone(&identity),
             publication,
             ejections,
+            demand,
+            demands,
             first_index,
             seeds: config.join.clone(),
             links_max: gossip::LINKS_MAX,
@@ -231,12 +237,13 @@ impl Node {
         .map_err(part("data plane"))?;
         let (ledger, tables) = proxy.beside(snapshot.clone(), ejected);
         tasks.spawn("ejections", until(stop.clone(), ledger));
+        tasks.spawn("shares", until(stop.clone(), proxy.divides(snapshot.clone(), reports, asked)));
         tasks.spawn("hash_tables", until(stop.clone(), tables));
 
         let mut node = Self {
             name: config.node_name.clone(),
             api: Vec::new(),
-            dns: Vec::new(),
+            dns: None,
             gossip,
             registry,
             snapshot,
@@ -271,11 +278,15 @@ impl Node {
             .map_err(part("SPIFFE Workload API"))
     }
 
-    fn start_dns(&self, config: &Config, metrics: &Metrics) -> Result<Vec<SocketAddr>, NodeError> {
+    fn start_dns(&self, config: &Config, metrics: &Metrics) -> Result<Option<Arc<Dns>>, NodeError> {
         let datacenter = config.datacenter.clone();
-        let Some(config) = config.dns.clone() else { return Ok(Vec::new()) };
+        let Some(config) = config.dns.clone() else { return Ok(None) };
         let (snapshot, tasks, stop) = (self.snapshot.clone(), &self.tasks, self.stop.clone());
-        Dns::start(DnsParams { config, datacenter, snapshot, metrics, tasks, stop }).map_err(part("DNS"))
+        let round_trips = Arc::new(glue::MeasuredBy { gossip: self.gossip.clone(), here: self.name.clone() });
+        let params = DnsParams { config, datacenter, snapshot, round_trips, metrics, tasks, stop };
+        let dns = Arc::new(Dns::start(params).map_err(part("DNS"))?);
+        self.reloader.add_dns(Arc::clone(&dns));
+        Ok(Some(dns))
     }
 
     fn tell_policy(&self) {
@@ -361,7 +372,7 @@ impl Node {
 
     /// Where its DNS listens; nowhere if it is off.
     pub fn dns(&self) -> &[SocketAddr] {
-        &self.dns
+        self.dns.as_ref().map(|dns| dns.listening()).unwrap_or_default()
     }
 
     /// Talks to its membership.

@@ -1,17 +1,19 @@
 //! Reading the configuration again while the agent runs.
 //!
 //! ```text
-//!   SIGHUP, PUT /v1/agent/reload -> source() -> Config -> registry (services, checks, CA file) -> log level -> warnings
+//!   SIGHUP, PUT /v1/agent/reload -> source() -> Config -> registry (services, checks, CA file) -> DNS -> log level -> warnings
 //! ```
 //!
 //! Invariants: reloads run one after the other; a configuration with a problem changes nothing; what takes a restart is
 //! named and not half applied.
 
-use std::sync::Arc;
+use std::net::SocketAddr;
+use std::sync::{Arc, OnceLock};
 
 use tracing::{info, warn};
 
 use crate::config::{Config, ConfigError};
+use crate::dns::{Dns, DnsConfig};
 use crate::registry::{ConfigDefinitions, RegistryError, RegistryHandle};
 use crate::telemetry;
 
@@ -38,11 +40,18 @@ pub(super) struct Reloader {
     /// What is in force.
     current: tokio::sync::Mutex<Config>,
     registry: RegistryHandle,
+    /// Once it serves, if it does.
+    dns: OnceLock<Arc<Dns>>,
 }
 
 impl Reloader {
     pub(super) fn new(source: Option<ConfigSource>, config: Config, registry: RegistryHandle) -> Self {
-        Self { source, current: tokio::sync::Mutex::new(config), registry }
+        Self { source, current: tokio::sync::Mutex::new(config), registry, dns: OnceLock::new() }
+    }
+
+    /// Reloads DNS too from here on.
+    pub(super) fn add_dns(&self, dns: Arc<Dns>) {
+        let _first = self.dns.set(dns);
     }
 
     /// Reads the configuration and takes what can be taken; returns what the operator should know.
@@ -64,6 +73,12 @@ impl Reloader {
             },
         };
         self.registry.replace_config(definitions(&new)).await.map_err(ReloadError::Registry)?;
+        let dns = dns_in_force(current.dns.as_ref(), new.dns.as_ref());
+        if let (Some(running), Some(config)) = (self.dns.get(), &dns)
+            && current.dns != dns
+        {
+            running.reload(config.clone());
+        }
         telemetry::set_filter(&new.log_filter);
         let mut notes: Vec<String> = new.warnings.iter().map(ToString::to_string).collect();
         let changed = restart_keys(&current, &new);
@@ -74,8 +89,16 @@ impl Reloader {
         // What takes a restart is compared with what runs, so it is named again at the next reload.
         let Config { services, checks, scripts, check_settings, log_filter, warnings, .. } = new;
         info!(services = services.len(), checks = checks.len(), log_level = %log_filter, "configuration is reloaded");
-        *current = Config { services, checks, scripts, check_settings, log_filter, warnings, ..current.clone() };
+        *current = Config { dns, services, checks, scripts, check_settings, log_filter, warnings, ..current.clone() };
         Ok(notes)
+    }
+}
+
+/// What DNS answers by after a reload: the new settings at the old addresses. It is not turned on or off by one.
+fn dns_in_force(old: Option<&DnsConfig>, new: Option<&DnsConfig>) -> Option<DnsConfig> {
+    match (old, new) {
+        (Some(old), Some(new)) => Some(DnsConfig { listen: old.listen.clone(), ..new.clone() }),
+        (old, _) => old.cloned(),
     }
 }
 
@@ -87,6 +110,10 @@ pub(super) fn definitions(config: &Config) -> ConfigDefinitions {
         scripts: config.scripts,
         settings: Some(config.check_settings.clone()),
     }
+}
+
+fn listen(config: &Config) -> Option<&[SocketAddr]> {
+    config.dns.as_ref().map(|dns| dns.listen.as_slice())
 }
 
 /// Names the settings that differ and are read at the start alone.
@@ -116,6 +143,7 @@ fn restart_keys(old: &Config, new: &Config) -> Vec<&'static str> {
         ("workload_api", old.workload_api != new.workload_api),
         ("kv", old.kv_bytes_max != new.kv_bytes_max),
         ("log_json", old.log_format != new.log_format),
+        ("ports.dns or addresses.dns", listen(old) != listen(new)),
     ];
     differs.into_iter().filter(|(_, differs)| *differs).map(|(key, _)| key).collect()
 }
@@ -131,8 +159,17 @@ mod tests {
         new.log_filter = "debug".parse().unwrap();
         new.scripts = crate::registry::ScriptPolicy::All;
         assert!(restart_keys(&old, &new).is_empty());
+        let mut dns = new.dns.clone().unwrap();
+        dns.node_ttl_s = 7;
+        new.dns = Some(dns.clone());
+        assert!(restart_keys(&old, &new).is_empty(), "settings of DNS are taken");
         new.datacenter = "dc2".to_owned();
         new.http_addr.set_port(1);
-        assert_eq!(restart_keys(&old, &new), ["datacenter", "client_addr or ports.http"]);
+        dns.listen.clear();
+        new.dns = Some(dns);
+        assert_eq!(restart_keys(&old, &new), ["datacenter", "client_addr or ports.http", "ports.dns or addresses.dns"]);
+        let kept = dns_in_force(old.dns.as_ref(), new.dns.as_ref()).unwrap();
+        assert_eq!((kept.listen, kept.node_ttl_s), (old.dns.clone().unwrap().listen, 7), "at the old address");
+        assert_eq!(dns_in_force(old.dns.as_ref(), None), old.dns, "a reload does not turn it off");
     }
 }

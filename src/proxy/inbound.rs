@@ -12,11 +12,13 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::BytesMut;
+use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 use tracing::{debug, warn};
 
+use super::announce;
 use super::authorize::in_time;
 use super::calls::{Admitted, Ticket};
 use super::http;
@@ -132,7 +134,8 @@ async fn streams(worker: &Rc<Worker>, connection: &quinn::Connection, peer: &Rc<
             continue;
         };
         let token = worker.task_token();
-        let stream = Stream { send, recv, peer: Rc::clone(peer), held: (of_tunnel, of_worker, token) };
+        let from = connection.remote_address();
+        let stream = Stream { send, recv, from, peer: Rc::clone(peer), held: (of_tunnel, of_worker, token) };
         if let Some(stream) = worker.runners.give(stream) {
             let serving = Rc::clone(worker);
             worker.spawn_untracked(async move {
@@ -147,13 +150,15 @@ async fn streams(worker: &Rc<Worker>, connection: &quinn::Connection, peer: &Rc<
 pub(super) struct Stream {
     send: quinn::SendStream,
     recv: quinn::RecvStream,
+    /// Where the peer's agent is.
+    from: SocketAddr,
     peer: Rc<PeerIdentity>,
     held: (Slot, Slot, TaskTrackerToken),
 }
 
 /// Serves one stream.
 async fn serve(worker: &Rc<Worker>, stream: Stream) {
-    let Stream { send, mut recv, peer, held } = stream;
+    let Stream { send, mut recv, from, peer, held } = stream;
     let mut rest = BytesMut::new();
     let preamble = within(PREAMBLE_TIMEOUT, preamble(&mut recv, &mut rest)).await;
     let Some(preamble) = preamble.flatten() else {
@@ -176,7 +181,8 @@ async fn serve(worker: &Rc<Worker>, stream: Stream) {
         StreamKind::Tcp => {
             // A connection may last for hours: it does not keep the runner with its room for a request.
             ticket.admit(Admitted::Stream);
-            let call = TcpCall { send, recv, rest, app: local.app_addr, service: preamble.service, peer };
+            let header = local.wants_proxy_header.then(|| announce::header(from, local.app_addr, &peer.id));
+            let call = TcpCall { send, recv, rest, app: local.app_addr, header, service: preamble.service, peer };
             let serving = Rc::clone(worker);
             worker.spawn(async move {
                 serve_tcp(&serving, call, ticket).await;
@@ -192,6 +198,8 @@ struct TcpCall {
     recv: quinn::RecvStream,
     rest: BytesMut,
     app: SocketAddr,
+    /// What the app is to be told of the caller.
+    header: Option<Vec<u8>>,
     service: ServiceName,
     peer: Rc<PeerIdentity>,
 }
@@ -203,11 +211,18 @@ async fn serve_tcp(worker: &Rc<Worker>, call: TcpCall, ticket: Ticket) {
 
 /// Connects the app and relays.
 async fn tcp(worker: &Rc<Worker>, call: TcpCall) {
-    let TcpCall { send, mut recv, rest, app, service, peer } = call;
+    let TcpCall { send, mut recv, rest, app, header, service, peer } = call;
     let edge = worker.edges.edge(Reporter::Destination, peer.id.service(), &service);
     drop(peer);
     let mut counted = edge.open();
-    let Some(Ok(app)) = within(CONNECT_TIMEOUT, TcpStream::connect(app)).await else {
+    let connecting = async {
+        let mut app = TcpStream::connect(app).await?;
+        if let Some(header) = header {
+            app.write_all(&header).await?;
+        }
+        Ok::<_, std::io::Error>(app)
+    };
+    let Some(Ok(app)) = within(CONNECT_TIMEOUT, connecting).await else {
         counted.ends("UF");
         return refuse(send, recv, StreamStatus::ConnectFailed).await;
     };

@@ -43,6 +43,8 @@ pub(crate) struct ProxyMetrics {
     pub(crate) panics: IntCounter,
     /// Instances taken out of the rotation.
     pub(super) ejections: IntCounterVec,
+    /// Requests that waited for an instance.
+    pub(super) queued: IntCounterVec,
     /// Calls beyond a limit.
     limited: IntCounterVec,
 }
@@ -100,6 +102,11 @@ impl ProxyMetrics {
                 "weft_balancer_ejections_total",
                 "Instances taken out of the rotation by this agent's workers.",
                 &["cause"],
+            )?,
+            queued: counters(
+                "weft_balancer_queued_total",
+                "Requests that waited because all instances had as much as they bear.",
+                &["outcome"],
             )?,
             limited: counters(
                 "weft_balancer_overflow_total",

@@ -10,6 +10,7 @@
 //! gossip changes nothing here, the last snapshot is served.
 //! Not here: who is in the mesh (`gossip`), what is registered (`registry`), which instance is best (`routing`).
 
+mod announce;
 mod authorize;
 mod calls;
 mod dead;
@@ -29,6 +30,7 @@ mod outbound;
 mod preamble;
 mod relay;
 mod runners;
+mod shares;
 #[cfg(test)]
 mod tests;
 mod tunnel;
@@ -50,13 +52,14 @@ use self::worker::Setup;
 use crate::catalogue::SnapshotReader;
 use crate::clock;
 use crate::metrics::Metrics;
-use crate::model::EjectionsRecord;
+use crate::model::{Demand, EjectionsRecord, NodeName};
 use crate::pki::Identity;
 use crate::transport::{BindError, Credentials, Lane, LiveConnections, MeshPort, NodeCredentials};
 
 pub use inspect::{Inspector, Question, WorkerView};
 pub use open::{OpenTunnel, OpenTunnels};
 pub(crate) use preamble::StreamKind;
+pub use shares::REPORTS_MAX;
 pub(crate) use tunnel::Lease;
 pub(crate) use worker::{Caller, OpenError, Opened, Route, Source, Worker};
 
@@ -199,6 +202,7 @@ fn start(params: StartParams, metrics: &Metrics) -> Result<ProxyHandle, ProxyErr
         open: OpenTunnels::default(),
         inspector: Inspector::default(),
         balancing: Arc::clone(&balancing),
+        rates: Arc::clone(&rates),
         noticed,
     };
     for (index, port) in (0..workers).zip(params.sockets) {
@@ -251,6 +255,7 @@ pub struct ProxyHandle {
     open: OpenTunnels,
     inspector: Inspector,
     balancing: Arc<Shared>,
+    rates: Arc<Rates>,
     noticed: mpsc::Receiver<Notice>,
 }
 
@@ -297,6 +302,17 @@ impl ProxyHandle {
     ) -> (impl Future<Output = ()> + Send + use<>, impl Future<Output = ()> + Send + use<>) {
         let noticed = std::mem::replace(&mut self.noticed, mpsc::channel(1).1);
         (ejections::tell(noticed, ejected), ejections::tables(Arc::clone(&self.balancing), snapshot))
+    }
+
+    /// Returns the task that divides limits of the whole mesh: `reports` is what other nodes ask of them, `demand` gets
+    /// what the others must hear. It ends with `reports`, or when it is dropped.
+    pub fn divides(
+        &self,
+        snapshot: SnapshotReader,
+        reports: mpsc::Receiver<(NodeName, Demand)>,
+        demand: watch::Sender<Arc<Demand>>,
+    ) -> impl Future<Output = ()> + Send + use<> {
+        shares::divide(Arc::clone(&self.rates), snapshot, reports, demand)
     }
 
     /// Returns a watch over the workers, which outlives the handle.

@@ -1,5 +1,6 @@
 //! TCP from a local app into the mesh.
 
+use std::cell::RefCell;
 use std::net::IpAddr;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -61,12 +62,12 @@ async fn connect(
     (to, from): (Option<&Resolved>, Option<IpAddr>),
 ) -> Result<(Sending, quinn::RecvStream, Lease), &'static str> {
     let destination = to.map_or(&caller.destination, |to| &to.target.service);
-    let mut tried = Tried::with_key(key_of_stream(worker, destination, from));
+    let tried = RefCell::new(Tried::with_key(key_of_stream(worker, destination, from)));
     let mut flag = None;
     for _ in 0..ATTEMPTS_MAX {
         let opened = match to {
-            None => worker.open(caller, StreamKind::Tcp, &mut tried).await,
-            Some(to) => worker.open_to(&caller.source, to, StreamKind::Tcp, &mut tried).await,
+            None => worker.open(caller, StreamKind::Tcp, &tried).await,
+            Some(to) => worker.open_to(&caller.source, to, StreamKind::Tcp, &tried).await,
         };
         let opened = match opened {
             Ok(opened) => opened,

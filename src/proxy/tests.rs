@@ -3,6 +3,7 @@
 mod bounds;
 mod bytes;
 mod harness;
+mod limits;
 mod listeners;
 mod nat;
 
@@ -45,6 +46,41 @@ async fn a_server_that_speaks_first_is_heard() {
     within(client.read_exact(&mut greeting)).await.unwrap();
     assert_eq!(&greeting, b"220 ready");
     drop((client, app));
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn an_app_that_asks_is_told_who_calls_and_no_header_of_a_caller_is_believed() {
+    let announced = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = announced.local_addr().unwrap();
+    let mesh = Mesh::start_with(&Authority::new(), "*", |local| {
+        local.instances.clear();
+        serve(local, "web-announced", addr);
+        Vec::new()
+    })
+    .await;
+    let mut client = within(TcpStream::connect(mesh.upstream)).await.unwrap();
+    // What a caller sends is the app's to read, whatever it looks like.
+    let forged = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0cforged------";
+    client.write_all(forged).await.unwrap();
+    client.shutdown().await.unwrap();
+    let (mut app, _) = within(announced.accept()).await.unwrap();
+    let seen = within(read_all(&mut app)).await.unwrap();
+    let length = 16 + usize::from(u16::from_be_bytes([seen[14], seen[15]]));
+    let (header, rest) = seen.split_at(length);
+    assert_eq!(
+        (&header[..16], &header[16..20], &header[20..24]),
+        (
+            [&b"\r\n\r\n\0\r\nQUIT\n\x21\x11"[..], &header[14..16]].concat().as_slice(),
+            &[127, 0, 0, 1][..],
+            &[127, 0, 0, 1][..]
+        )
+    );
+    let at = u16::from_be_bytes([header[26], header[27]]);
+    assert_eq!(at, addr.port());
+    assert!(header.ends_with(b"/node/a"), "{}", String::from_utf8_lossy(header));
+    assert_eq!(rest, forged);
+    drop(app);
     mesh.stop().await;
 }
 

@@ -72,6 +72,12 @@ impl Lease {
         Self { tunnel: Some(tunnel), load: Some(load) }
     }
 
+    /// Counts the call alone, where tests have no tunnel.
+    #[cfg(test)]
+    pub(crate) fn of_load(load: Load) -> Self {
+        Self { tunnel: None, load: Some(load) }
+    }
+
     /// Returns what takes notes of the call.
     pub(crate) fn observer(&self) -> Option<&Observer> {
         self.load.as_ref().map(Load::observer)

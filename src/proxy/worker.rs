@@ -37,15 +37,16 @@ use crate::clock;
 use crate::model::{HealthStatus, NodeName, ServiceName};
 use crate::routing::{
     Ask, Balancer, ConnectBackoff, Flow, GroupView, Limited, NoInstance, Notice, Observer, Outcome, Picked, Rates,
-    Shared, Tried,
+    Shared, Tried, Turn, WAIT_MAX,
 };
 use crate::traffic::{Resolved, Target};
 use crate::transport::{Credentials, Lane, LiveConnections, MeshPort, WorkerEndpoint};
+use crate::upstream::Priority;
 
 /// Connections that one worker holds from local apps, and streams from peers: 5 KB each when idle.
 pub(super) const CONNECTIONS_MAX: usize = 16_384;
-/// A tunnel that gives no stream within this time is full; another instance may do better.
-const STREAM_TIMEOUT: Duration = Duration::from_secs(3);
+/// A tunnel that was dialled for nearly all of the time that a call may wait gives a stream at once, or is full.
+const STREAM_WAIT_MIN: Duration = Duration::from_millis(100);
 /// How often unused tunnels are let go.
 const SWEEP: Duration = Duration::from_secs(30);
 /// Turns of vanished services are dropped at most this often, however fast the catalogue changes.
@@ -136,6 +137,14 @@ pub(crate) enum OpenError {
     Overflow(Limited),
     /// This agent stops.
     Draining,
+}
+
+/// Why a tunnel gave no stream.
+enum Unopened {
+    /// It could not be dialled, or broke.
+    Failed(String),
+    /// It has as many streams as the peer allows.
+    Full,
 }
 
 /// What a worker's thread is started with.
@@ -326,15 +335,14 @@ impl Worker {
         self: &Rc<Self>,
         caller: &Caller,
         kind: StreamKind,
-        tried: &mut Tried,
+        tried: &RefCell<Tried>,
     ) -> Result<Opened, OpenError> {
         if self.closed.is_cancelled() {
             return Err(OpenError::Draining);
         }
-        let service = self.snapshot.peek().services.get(&caller.destination).cloned();
-        let service = service.ok_or(OpenError::UnknownService)?;
+        let service = || self.snapshot.peek().services.get(&caller.destination).cloned();
         let to = (&caller.source, &caller.destination, kind);
-        let picked = self.pick(to, &service, tried)?;
+        let picked = self.pick_in_turn(to, || service().ok_or(OpenError::UnknownService), tried).await?;
         self.dial(to, picked, None).await
     }
 
@@ -348,7 +356,7 @@ impl Worker {
         source: &Source,
         to: &Resolved,
         kind: StreamKind,
-        tried: &mut Tried,
+        tried: &RefCell<Tried>,
     ) -> Result<Opened, OpenError> {
         if self.closed.is_cancelled() {
             return Err(OpenError::Draining);
@@ -356,13 +364,80 @@ impl Worker {
         let mut first = None;
         for target in std::iter::once(&to.target).chain(&to.failover) {
             let ends = (source, &target.service, kind);
-            match self.instances(target).and_then(|service| self.pick(ends, &service, tried)) {
+            match self.pick_in_turn(ends, || self.instances(target), tried).await {
                 Ok(picked) => return self.dial(ends, picked, to.connect_timeout).await,
                 Err(error @ OpenError::Overflow(_)) => return Err(error),
                 Err(error) => first = first.or(Some(error)),
             }
         }
         Err(first.unwrap_or(OpenError::UnknownService))
+    }
+
+    /// Picks an instance of what `service` returns; where all have as much as they bear, waits for a turn.
+    ///
+    /// # Cancel safety
+    /// Cancelling leaves the queue; the next one is called.
+    async fn pick_in_turn(
+        &self,
+        ends: Ends<'_>,
+        service: impl Fn() -> Result<Arc<ServiceEntry>, OpenError>,
+        tried: &RefCell<Tried>,
+    ) -> Result<Picked, OpenError> {
+        let found = service()?;
+        let mut picked = self.pick(ends, &found, &mut tried.borrow_mut());
+        if matches!(picked, Err(OpenError::Overflow(Limited::Instances))) {
+            let entered = self.enter(ends, &found, &tried.borrow());
+            picked = match entered {
+                Some(Ok(turn)) => self.wait_in_turn(ends, service, tried, &turn).await,
+                Some(Err(what)) => Err(OpenError::Overflow(what)),
+                None => picked,
+            };
+        }
+        let is_spare = tried.borrow().priority == Priority::Spare;
+        // What is spare is left out without a word.
+        if let (Err(OpenError::Overflow(what)), false) = (&picked, is_spare) {
+            self.metrics.overflowed(*what);
+        }
+        picked
+    }
+
+    async fn wait_in_turn(
+        &self,
+        ends: Ends<'_>,
+        service: impl Fn() -> Result<Arc<ServiceEntry>, OpenError>,
+        tried: &RefCell<Tried>,
+        turn: &Turn,
+    ) -> Result<Picked, OpenError> {
+        loop {
+            let called = tokio::time::timeout_at(turn.until(), poll_fn(|context| turn.poll_called(context)));
+            if called.await.is_err() {
+                self.metrics.queued.with_label_values(&["timeout"]).inc();
+                return Err(OpenError::Overflow(Limited::Instances));
+            }
+            tried.borrow_mut().is_called = true;
+            let picked = service().and_then(|service| self.pick(ends, &service, &mut tried.borrow_mut()));
+            tried.borrow_mut().is_called = false;
+            if !matches!(picked, Err(OpenError::Overflow(Limited::Instances))) {
+                self.metrics.queued.with_label_values(&[if picked.is_ok() { "served" } else { "refused" }]).inc();
+                return picked;
+            }
+        }
+    }
+
+    /// Enters the queue of a service; none: such calls do not wait.
+    fn enter(
+        &self,
+        (source, destination, kind): Ends<'_>,
+        service: &ServiceEntry,
+        tried: &Tried,
+    ) -> Option<Result<Turn, Limited>> {
+        if kind != StreamKind::Http || !tried.priority.waits() {
+            return None;
+        }
+        let snapshot = self.snapshot.peek();
+        let (source, now) = (source.service(), clock::now());
+        let ask = Ask { snapshot: &snapshot, source, destination, service, flow: Flow::Request, now };
+        Some(self.balancer.borrow_mut().enter(&ask, tried).map_err(|_| Limited::Pending))
     }
 
     /// Returns the instances of a target.
@@ -398,10 +473,7 @@ impl Worker {
                 tried.add(Arc::clone(&picked.instance));
                 Ok(picked)
             }
-            Err(NoInstance::Overflow { what, .. }) => {
-                self.metrics.overflowed(what);
-                Err(OpenError::Overflow(what))
-            }
+            Err(NoInstance::Overflow { what, .. }) => Err(OpenError::Overflow(what)),
             Ok(_) | Err(_) => Err(no_instance(service)),
         }
     }
@@ -428,15 +500,24 @@ impl Worker {
             None => opening.await,
             Some(limit) => {
                 let opened = within(limit, opening).await;
-                opened.unwrap_or_else(|| Err(format!("no connection within {limit:?}, the connect timeout")))
+                let late = || Unopened::Failed(format!("no connection within {limit:?}, the connect timeout"));
+                opened.unwrap_or_else(|| Err(late()))
             }
         };
         drop(waiting);
-        let failed = |_: &String| {
-            self.connect_failed(&instance);
-            self.observe(load.observer(), Outcome::GatewayFailure, Duration::ZERO);
+        let ((send, recv), tunnel) = match opened {
+            Ok(opened) => opened,
+            // As much is under way there as may be: no fault of the instance, and the caller has waited long enough.
+            Err(Unopened::Full) => {
+                self.metrics.overflowed(Limited::Pending);
+                return Err(OpenError::Overflow(Limited::Pending));
+            }
+            Err(Unopened::Failed(reason)) => {
+                self.connect_failed(&instance);
+                self.observe(load.observer(), Outcome::GatewayFailure, Duration::ZERO);
+                return Err(unreachable(reason));
+            }
         };
-        let ((send, recv), tunnel) = opened.inspect_err(failed).map_err(unreachable)?;
         let preamble = Preamble { kind, instance: instance.record.id.clone(), service: destination.clone() }.encode();
         Ok(Opened { send, recv, preamble, instance, lease: Lease::new(tunnel, load) })
     }
@@ -499,25 +580,30 @@ impl Worker {
         }
     }
 
-    /// Opens a stream on the tunnel of `key`; a tunnel that turns out to be lost is dialled once more.
+    /// Opens a stream on the tunnel of `key`; a tunnel that turns out to be lost is dialled once more, in what is left of the
+    /// time.
     async fn stream(
         &self,
         key: &TunnelKey,
         destination: &ServiceName,
-    ) -> Result<((quinn::SendStream, quinn::RecvStream), Rc<Tunnel>), String> {
-        let mut tunnel = self.tunnel(key, destination).await?;
-        let opened = within(STREAM_TIMEOUT, tunnel.connection.open_bi()).await;
+    ) -> Result<((quinn::SendStream, quinn::RecvStream), Rc<Tunnel>), Unopened> {
+        let until = clock::now() + WAIT_MAX;
+        // A dial has a time limit of its own, and all who wait for it learn how it ended.
+        let tunnel = self.tunnel(key, destination).await.map_err(Unopened::Failed)?;
+        let left = || until.saturating_duration_since(clock::now()).max(STREAM_WAIT_MIN);
+        let opened = within(left(), tunnel.connection.open_bi()).await;
         match opened {
             Some(Ok(streams)) => return Ok((streams, tunnel)),
             Some(Err(_lost)) => self.tunnels.forget(key, &tunnel),
-            None => return Err(format!("the tunnel to {} has no free stream", key.node)),
+            None => return Err(Unopened::Full),
         }
-        tunnel = self.tunnel(key, destination).await?;
-        let opened = within(STREAM_TIMEOUT, tunnel.connection.open_bi()).await;
-        match opened {
-            Some(streams) => streams.map(|streams| (streams, tunnel)).map_err(|error| error.to_string()),
-            None => Err(format!("the tunnel to {} has no free stream", key.node)),
-        }
+        let again = async {
+            let tunnel = self.tunnel(key, destination).await.map_err(Unopened::Failed)?;
+            let streams = tunnel.connection.open_bi().await;
+            streams.map(|streams| (streams, tunnel)).map_err(|error| Unopened::Failed(error.to_string()))
+        };
+        let late = || Err(Unopened::Failed(format!("the tunnel to {} was lost, and no other came in time", key.node)));
+        within(left(), again).await.unwrap_or_else(late)
     }
 
     /// Returns a tunnel to a node that may serve `destination`.

@@ -39,6 +39,13 @@ impl PeakEwma {
         self.at.set(Some(now));
     }
 
+    /// Takes in that an answer would have taken longer than `took`: the estimate may rise by it, and does not fall.
+    pub(super) fn at_least(&self, took: Duration, now: Instant) {
+        if took.as_secs_f64() * 1e9 > self.estimate(0.0, now) {
+            self.observe(took, now);
+        }
+    }
+
     /// Returns the estimate at `now`; `unknown` before the first sample.
     pub(super) fn estimate(&self, unknown: f64, now: Instant) -> f64 {
         match self.at.get() {

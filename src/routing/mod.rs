@@ -4,13 +4,13 @@
 //!   Snapshot {service, upstreams, reports} --> Balancer::pick --> Picked {instance, Load}
 //!                                                ^    ^             | Observer: outcome, time
 //!          Tried, ConnectBackoff leave out ------'    `-- Seat -----'   --> ejected: Notice --> the node's own records
-//!   Shared {counts, tables of hashes}, Rates: of all workers, in atomics
+//!   Shared {counts, tables of hashes}, Rates: of all workers, in atomics      quota: a node's share of the mesh's rates
 //! ```
 //!
 //! Invariants: a critical instance is never picked; in turns every instance is picked as often as its weight says; what was
 //! tried or just failed is left out as long as there is anything else; an ejected instance is picked for one trial alone
 //! once its time is over, unless too few others are left; what is counted is given back; nothing is allocated unless
-//! something changed since the last pick. State is bounded, and local to one worker but for counts, tables and buckets.
+//! something changed since the last pick; who waits is called in order of priority. State is bounded, and local to one worker but for counts, tables and buckets.
 //! Not here: how often to try (`proxy`), who is healthy (`catalogue`), connecting (`transport`).
 
 mod backoff;
@@ -18,6 +18,8 @@ mod balance;
 mod draw;
 mod gradient;
 mod load;
+mod queue;
+pub mod quota;
 mod rate;
 mod seat;
 mod tables;
@@ -29,7 +31,8 @@ pub use self::balance::{
 };
 pub use self::draw::key_of;
 pub use self::load::{DECAY, PENALTY};
-pub use self::rate::{KEYS_MAX, OverRate, Rates};
+pub use self::queue::{Turn, WAIT_MAX};
+pub use self::rate::{KEYS_MAX, OverRate, Rates, SHARED_KEYS_MAX, SharedBucket};
 pub use self::seat::{Cause, Flow, Load, NOTICES_MAX, Notice, Observer, Outcome, Retry, Standing, Waiting};
 pub use self::tables::{HashTable, MAGLEV_PLACES, MEMBERS_MAX, Member, TABLES_MAX};
 pub use self::usage::{Limited, PAIRS_MAX, Shared};

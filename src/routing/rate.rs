@@ -4,21 +4,32 @@
 //! workers of an agent share it without a lock. Keys that come by themselves (callers, header values) have a table of fixed
 //! size: a key that is not known takes the place of one whose bucket is empty, which loses nothing, or, where more keys are
 //! active than the table has places, of the one that is nearest to it.
+//!
+//! Of a limit that holds for the whole mesh a bucket is this node's share: its rate is set from outside (`quota`).
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use tokio::time::Instant;
 
-use super::draw::mix;
+use super::draw::{key_of, mix};
+use super::quota::Asked;
 use crate::model::ServiceName;
-use crate::upstream::{Rate, RateKey, RateRules};
+use crate::upstream::{Rate, RateKey, RatePath, RateRule, RateRules, RateScope};
 
 /// Keys of one rule: 64 KiB.
 pub const KEYS_MAX: usize = 4096;
+/// Keys of one rule that holds for the whole mesh: callers, by their service.
+pub const SHARED_KEYS_MAX: usize = 1024;
+/// Longest time that one request fills a bucket: a share of next to nothing.
+const EACH_MAX: Duration = Duration::from_hours(24);
+/// How many times less than the limit passes where nobody has made shares yet: one request, until the next tick.
+const UNKNOWN_PART: f64 = 1024.0;
+/// Longest time after which who is over a share is told to come again.
+const RETRY_MAX: Duration = Duration::from_secs(10);
 /// Places that a key may have.
 const WAYS: usize = 4;
 /// Services whose limits are kept.
@@ -29,14 +40,13 @@ const SERVICES_MAX: usize = 4096;
 pub struct OverRate {
     /// The limit.
     pub rate: Rate,
-    /// When the next one will be let through, if no other comes before it.
+    /// When the next one will be let through, if no other comes before it; of a share [`RETRY_MAX`] at most.
     pub retry_after: Duration,
 }
 
-/// Takes one request out of the bucket whose emptying time is `empties`, in nanoseconds on a clock where `now` is.
-fn take(empties: &AtomicU64, rate: Rate, now: u64) -> Result<(), Duration> {
-    let each = nanos(1.0 / rate.per_second);
-    let depth = each.saturating_mul(u64::from(rate.burst));
+/// Takes one request out of the bucket whose emptying time is `empties`, in nanoseconds on a clock where `now` is; each
+/// request fills it for `each`, and it holds `depth`.
+fn take(empties: &AtomicU64, (each, depth): (u64, u64), now: u64) -> Result<(), Duration> {
     let mut wait = 0;
     let taken = empties.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |empties| {
         let next = empties.max(now).saturating_add(each);
@@ -47,7 +57,8 @@ fn take(empties: &AtomicU64, rate: Rate, now: u64) -> Result<(), Duration> {
 }
 
 fn nanos(seconds: f64) -> u64 {
-    u64::try_from(Duration::from_secs_f64(seconds).as_nanos()).unwrap_or(u64::MAX)
+    let duration = Duration::try_from_secs_f64(seconds).unwrap_or(EACH_MAX).min(EACH_MAX);
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 #[derive(Debug, Default)]
@@ -56,35 +67,123 @@ struct Slot {
     empties: AtomicU64,
 }
 
+/// This node's share of one bucket of the whole mesh.
+#[derive(Debug)]
+struct Part {
+    /// How long one request fills the bucket, in nanoseconds; 0: nobody has said yet.
+    each: AtomicU64,
+    /// Requests since the last look.
+    asked: AtomicU32,
+}
+
 /// The buckets of one rule.
 #[derive(Debug)]
-struct Buckets(Box<[Slot]>);
+struct Buckets {
+    slots: Box<[Slot]>,
+    /// One for each slot where the limit holds for the whole mesh.
+    parts: Box<[Part]>,
+    /// The limit's number, the same on every node.
+    number: u64,
+}
 
 impl Buckets {
-    fn new(key: &RateKey) -> Self {
-        let slots = if *key == RateKey::All { 1 } else { KEYS_MAX };
-        Self((0..slots).map(|_| Slot::default()).collect())
+    fn new(service: &ServiceName, rule: &RateRule) -> Self {
+        let slots = match (&rule.key, rule.scope) {
+            (RateKey::All, _) => 1,
+            (_, RateScope::Node) => KEYS_MAX,
+            (_, RateScope::Cluster) => SHARED_KEYS_MAX,
+        };
+        let parts = if rule.scope == RateScope::Cluster { slots } else { 0 };
+        let part = |_| Part { each: AtomicU64::new(0), asked: AtomicU32::new(0) };
+        Self {
+            slots: (0..slots).map(|_| Slot::default()).collect(),
+            parts: (0..parts).map(part).collect(),
+            number: number_of(service, rule),
+        }
     }
 
     /// Finds the bucket of `key`. Two that come at the same moment may count one request in each other's.
-    fn of(&self, key: u64, now: u64) -> Option<&AtomicU64> {
-        if self.0.len() == 1 {
-            return self.0.first().map(|slot| &slot.empties);
+    fn place(&self, key: u64, now: u64) -> Option<usize> {
+        if self.slots.len() == 1 {
+            return Some(0);
         }
         // 0 is nobody's.
         let key = key.max(1);
-        let sets = KEYS_MAX / WAYS;
+        let sets = self.slots.len() / WAYS;
         let set = usize::try_from(mix(key) % sets as u64).unwrap_or(0) * WAYS;
-        let ways = self.0.get(set..set + WAYS)?;
-        if let Some(slot) = ways.iter().find(|slot| slot.key.load(Ordering::Relaxed) == key) {
-            return Some(&slot.empties);
+        let ways = self.slots.get(set..set + WAYS)?;
+        if let Some(at) = ways.iter().position(|slot| slot.key.load(Ordering::Relaxed) == key) {
+            return Some(set + at);
         }
-        let slot = ways.iter().min_by_key(|slot| slot.empties.load(Ordering::Relaxed))?;
+        let (at, slot) = ways.iter().enumerate().min_by_key(|(_, slot)| slot.empties.load(Ordering::Relaxed))?;
         slot.key.store(key, Ordering::Relaxed);
         // The newcomer's bucket is empty, whoever had it.
         slot.empties.fetch_min(now, Ordering::Relaxed);
-        Some(&slot.empties)
+        if let Some(part) = self.parts.get(set + at) {
+            part.each.store(0, Ordering::Relaxed);
+            part.asked.store(0, Ordering::Relaxed);
+        }
+        Some(set + at)
     }
+
+    fn admit(&self, key: u64, rate: Rate, now: u64) -> Result<(), Duration> {
+        let Some((at, slot)) = self.place(key, now).and_then(|at| Some((at, self.slots.get(at)?))) else {
+            return Ok(());
+        };
+        let Some(part) = self.parts.get(at) else {
+            let each = nanos(1.0 / rate.per_second);
+            return take(&slot.empties, (each, each.saturating_mul(u64::from(rate.burst))), now);
+        };
+        part.asked.fetch_add(1, Ordering::Relaxed);
+        let each = match part.each.load(Ordering::Relaxed) {
+            0 => nanos(UNKNOWN_PART / rate.per_second),
+            each => each,
+        };
+        // A share can be small for a moment: who asks again finds out.
+        take(&slot.empties, (each, depth(each, rate)), now).map_err(|wait| wait.min(RETRY_MAX))
+    }
+
+    /// Changes a share. What was left in the bucket stays, and no more: shares that move make no requests.
+    fn set_part(&self, at: usize, rate: Rate, share: f64, now: u64) {
+        let (Some(slot), Some(part)) = (self.slots.get(at), self.parts.get(at)) else { return };
+        let each = nanos(1.0 / share).max(1);
+        let before = match part.each.swap(each, Ordering::Relaxed) {
+            // The first share: what nobody has asked of yet begins full.
+            0 if slot.empties.load(Ordering::Relaxed) <= now => return,
+            0 => nanos(UNKNOWN_PART / rate.per_second),
+            before => before,
+        };
+        if before == each {
+            return;
+        }
+        let (was, is) = (depth(before, rate), depth(each, rate));
+        let _set = slot.empties.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |empties| {
+            let room = was.saturating_sub(empties.saturating_sub(now));
+            let room = u128::from(room) * u128::from(each) / u128::from(before);
+            Some(now.saturating_add(is.saturating_sub(u64::try_from(room).unwrap_or(u64::MAX))))
+        });
+    }
+}
+
+/// What a share's bucket holds: its part of the burst, and one request in any case.
+fn depth(each: u64, rate: Rate) -> u64 {
+    nanos(f64::from(rate.burst) / rate.per_second).max(each)
+}
+
+/// Numbers a limit the same on every node; how many requests it lets through changes nothing.
+fn number_of(service: &ServiceName, rule: &RateRule) -> u64 {
+    let path = match &rule.path {
+        RatePath::Any => "any\0".to_owned(),
+        RatePath::Exact(path) => format!("exact\0{path}"),
+        RatePath::Prefix(path) => format!("prefix\0{path}"),
+        RatePath::Regex(regex) => format!("regex\0{}", regex.as_str()),
+    };
+    let key = match &rule.key {
+        RateKey::All => "all".to_owned(),
+        RateKey::Source => "source".to_owned(),
+        RateKey::Header(name) => format!("header\0{name}"),
+    };
+    key_of(format!("{service}\0{key}\0{path}").as_bytes())
 }
 
 /// The buckets of one service.
@@ -92,6 +191,16 @@ impl Buckets {
 struct Service {
     rules: Arc<RateRules>,
     buckets: Vec<Buckets>,
+}
+
+/// A bucket that is a share of one of the whole mesh.
+#[derive(Debug, Clone)]
+pub struct SharedBucket {
+    /// What was asked of it.
+    pub asked: Asked,
+    service: Arc<Service>,
+    rule: usize,
+    at: usize,
 }
 
 /// The buckets of an agent; its workers share them.
@@ -122,10 +231,42 @@ impl Rates {
         let Some(at) = rules.rules.iter().position(|rule| rule.path.matches(path)) else { return Ok(()) };
         let Some(rule) = rules.rules.get(at) else { return Ok(()) };
         let buckets = self.buckets(service, rules);
-        let now = u64::try_from(now.saturating_duration_since(self.start).as_nanos()).unwrap_or(u64::MAX);
-        let bucket = buckets.buckets.get(at).and_then(|buckets| buckets.of(key(&rule.key), now));
-        let Some(bucket) = bucket else { return Ok(()) };
-        take(bucket, rule.rate, now).map_err(|retry_after| OverRate { rate: rule.rate, retry_after })
+        let Some(bucket) = buckets.buckets.get(at) else { return Ok(()) };
+        let admitted = bucket.admit(key(&rule.key), rule.rate, self.nanos(now));
+        admitted.map_err(|retry_after| OverRate { rate: rule.rate, retry_after })
+    }
+
+    /// Counts what was asked since the last call of the limits of `service` that hold for the whole mesh.
+    pub fn take_asked(&self, service: &ServiceName, rules: &Arc<RateRules>) -> Vec<SharedBucket> {
+        let held = self.buckets(service, rules);
+        let mut asked = Vec::new();
+        for (rule, (buckets, limit)) in held.buckets.iter().zip(&rules.rules).enumerate() {
+            for (at, part) in buckets.parts.iter().enumerate() {
+                let count = part.asked.swap(0, Ordering::Relaxed);
+                let key = buckets.slots.get(at).map_or(0, |slot| slot.key.load(Ordering::Relaxed));
+                if limit.key != RateKey::All && key == 0 {
+                    continue;
+                }
+                let number = if limit.key == RateKey::All { buckets.number } else { mix(buckets.number ^ key) };
+                let (service, per_second) = (service.clone(), limit.rate.per_second);
+                let of = if limit.key == RateKey::All { Asked::of_all } else { Asked::of_one };
+                let asked_of = of(number, service, per_second, count);
+                asked.push(SharedBucket { asked: asked_of, service: Arc::clone(&held), rule, at });
+            }
+        }
+        asked
+    }
+
+    /// Lets `share` requests a second through a bucket from now on.
+    pub fn set_share(&self, bucket: &SharedBucket, share: f64, now: Instant) {
+        let rule = bucket.service.rules.rules.get(bucket.rule);
+        if let (Some(rule), Some(buckets)) = (rule, bucket.service.buckets.get(bucket.rule)) {
+            buckets.set_part(bucket.at, rule.rate, share, self.nanos(now));
+        }
+    }
+
+    fn nanos(&self, now: Instant) -> u64 {
+        u64::try_from(now.saturating_duration_since(self.start).as_nanos()).unwrap_or(u64::MAX)
     }
 
     /// Returns the service's buckets, made anew if its rules changed.
@@ -134,7 +275,7 @@ impl Rates {
         if let Some(held) = self.services.load().get(service).filter(is_current) {
             return Arc::clone(held);
         }
-        let buckets = rules.rules.iter().map(|rule| Buckets::new(&rule.key)).collect();
+        let buckets = rules.rules.iter().map(|rule| Buckets::new(service, rule)).collect();
         let fresh = Arc::new(Service { rules: Arc::clone(rules), buckets });
         self.services.rcu(|services| {
             let mut services = BTreeMap::clone(services);
@@ -155,12 +296,16 @@ impl Rates {
 mod tests {
     use super::super::test_support::now;
     use super::*;
-    use crate::upstream::{RatePath, RateRule};
 
     const MS: Duration = Duration::from_millis(1);
 
     fn rules(key: &RateKey, per_second: f64, burst: u32) -> Arc<RateRules> {
-        let rule = |path, per_second| RateRule { path, key: key.clone(), rate: Rate { per_second, burst } };
+        let rule = |path, per_second| RateRule {
+            path,
+            key: key.clone(),
+            rate: Rate { per_second, burst },
+            scope: RateScope::Node,
+        };
         let slow = rule(RatePath::Prefix("/slow".to_owned()), per_second / 10.0);
         Arc::new(RateRules { rules: vec![slow, rule(RatePath::Any, per_second)] })
     }
@@ -206,6 +351,68 @@ mod tests {
             assert!(admit(&rates, &rules, "/", key, Duration::from_secs(10)).is_ok());
         }
         assert!((1..=1_000).all(|key| admit(&rates, &rules, "/", key, Duration::from_secs(20)).is_ok()));
+    }
+
+    #[test]
+    fn a_share_that_moves_makes_no_requests_and_loses_none() {
+        let rate = Rate { per_second: 100.0, burst: 50 };
+        let rule = RateRule { path: RatePath::Any, key: RateKey::All, rate, scope: RateScope::Cluster };
+        let rules = Arc::new(RateRules { rules: vec![rule] });
+        let (rates, web) = (Rates::new(now()), "web".parse().unwrap());
+        let set = |share: f64, at: Duration| {
+            let buckets = rates.take_asked(&web, &rules);
+            rates.set_share(&buckets[0], share, now() + at);
+            buckets[0].asked.count
+        };
+        let passed =
+            |times: usize, at: Duration| (0..times).filter(|_| admit(&rates, &rules, "/", 0, at).is_ok()).count();
+        // Before anybody has said a share, one request passes, and what is refused comes again soon.
+        assert_eq!(passed(5, MS), 1);
+        assert!(admit(&rates, &rules, "/", 0, MS).unwrap_err().retry_after <= RETRY_MAX);
+        assert_eq!(set(50.0, MS * 2), 6);
+        assert_eq!(passed(5, MS * 2), 0, "the first share is of what is left");
+        // Half of the limit: half of the burst, half a second later.
+        assert_eq!(passed(100, MS * 1_002), 25);
+        for share in [100.0, 1.0, 100.0, 5.0, 100.0] {
+            set(share, MS * 1_002);
+            assert_eq!(passed(100, MS * 1_002), 0, "made by a share of {share}");
+        }
+        assert_eq!(passed(100, MS * 1_102), 10);
+        // Ten are left; with a tenth of the limit five fit, and they stay when it is all again.
+        assert_eq!(passed(0, MS * 1_202), 0);
+        set(10.0, MS * 1_202);
+        set(100.0, MS * 1_202);
+        assert_eq!(passed(100, MS * 1_202), 5);
+    }
+
+    #[test]
+    fn a_bucket_that_nobody_asked_of_begins_full() {
+        let rate = Rate { per_second: 100.0, burst: 50 };
+        let rule = RateRule { path: RatePath::Any, key: RateKey::All, rate, scope: RateScope::Cluster };
+        let rules = Arc::new(RateRules { rules: vec![rule] });
+        let (rates, web) = (Rates::new(now()), "web".parse().unwrap());
+        rates.set_share(&rates.take_asked(&web, &rules)[0], 50.0, now() + MS);
+        assert_eq!((0..100).filter(|_| admit(&rates, &rules, "/", 0, MS).is_ok()).count(), 25);
+    }
+
+    #[test]
+    fn limits_of_the_mesh_have_a_number_for_each_caller_that_is_the_same_everywhere() {
+        let rate = Rate { per_second: 100.0, burst: 50 };
+        let rule = RateRule { path: RatePath::Any, key: RateKey::Source, rate, scope: RateScope::Cluster };
+        let rules = Arc::new(RateRules { rules: vec![rule] });
+        let numbers = |keys: &[u64]| {
+            let rates = Rates::new(now());
+            for key in keys {
+                let _passed = admit(&rates, &rules, "/", *key, MS);
+            }
+            let asked = rates.take_asked(&"web".parse().unwrap(), &rules);
+            let mut numbers: Vec<u64> = asked.iter().map(|bucket| bucket.asked.limit).collect();
+            numbers.sort_unstable();
+            numbers
+        };
+        assert_eq!(numbers(&[1, 2, 3]), numbers(&[3, 1, 2]));
+        assert_eq!(numbers(&[1, 2, 3]).len(), 3);
+        assert_eq!(numbers(&[]).len(), 0);
     }
 
     #[test]

@@ -15,6 +15,7 @@ use tokio::time::Instant;
 
 use super::gradient::Gradient;
 use super::load::{PENALTY, PeakEwma};
+use super::queue::Queue;
 use super::usage::{Limited, Usage};
 use crate::model::{InstanceId, NodeName, ServiceName};
 use crate::upstream::{Ejection, Guard};
@@ -171,6 +172,8 @@ pub(super) struct Common {
     pub(super) service: ServiceName,
     pub(super) guard: RefCell<Arc<Guard>>,
     pub(super) usage: Arc<Usage>,
+    /// Who waits for an instance.
+    pub(super) queue: RefCell<Queue>,
     /// Instances that the catalogue lets take calls, and how many of them are out.
     pub(super) fit: Cell<usize>,
     pub(super) out: Cell<usize>,
@@ -204,6 +207,12 @@ impl Common {
         self.due.set(Some(self.due.get().map_or(until, |due| due.min(until))));
         self.is_stale.set(true);
         self.tell(seat, Some(until), cause);
+    }
+
+    /// Counts a call as waiting; none: too many wait.
+    pub(super) fn wait(&self) -> Option<Waiting> {
+        let most = self.guard.borrow().limits.pending;
+        self.usage.take(Limited::Pending, most).then(|| Waiting(Arc::clone(&self.usage)))
     }
 
     fn readmit(&self, seat: &Seat) {
@@ -250,6 +259,11 @@ impl Observer {
         }
         let (typical, took) = (self.common.typical.get(), took.as_secs_f64() * 1e9);
         self.common.typical.set(if typical == 0.0 { took } else { typical.mul_add(0.95, took * 0.05) });
+    }
+
+    /// Notes that nobody waits for the answer any longer, after `took`: it would have taken more.
+    pub fn given_up(&self, took: Duration, now: Instant) {
+        self.seat.delay.at_least(took, now);
     }
 
     /// Notes how a call ended whose time was noted before: gRPC says so after its last message.
@@ -336,11 +350,9 @@ impl Load {
         &self.observer
     }
 
-    /// Counts the call as waiting for its stream; false: too many wait.
+    /// Counts the call as waiting for its stream; none: too many wait.
     pub fn wait(&self) -> Option<Waiting> {
-        let common = &self.observer.common;
-        let most = common.guard.borrow().limits.pending;
-        common.usage.take(Limited::Pending, most).then(|| Waiting(Arc::clone(&common.usage)))
+        self.observer.common.wait()
     }
 }
 
@@ -354,10 +366,14 @@ impl Drop for Load {
             seat.standing.set(Standing::Open { until });
             common.due.set(Some(common.due.get().map_or(until, |due| due.min(until))));
         }
+        let waker = common.queue.borrow_mut().call();
+        if let Some(waker) = waker {
+            waker.wake();
+        }
     }
 }
 
-/// A call that waits for its stream, while this lives.
+/// A call that waits for an instance or its stream, while this lives.
 #[derive(Debug)]
 pub struct Waiting(Arc<Usage>);
 

@@ -28,6 +28,8 @@ pub enum Limited {
     Retries,
     /// Calls to each instance.
     Instances,
+    /// What is left for calls that matter so little.
+    Priority,
 }
 
 impl Limited {
@@ -39,6 +41,7 @@ impl Limited {
             Self::Requests => "requests",
             Self::Retries => "retries",
             Self::Instances => "instances",
+            Self::Priority => "priority",
         }
     }
 }
@@ -57,7 +60,7 @@ impl Usage {
         match what {
             Limited::Connections => &self.connections,
             Limited::Pending => &self.pending,
-            Limited::Requests | Limited::Instances => &self.requests,
+            Limited::Requests | Limited::Instances | Limited::Priority => &self.requests,
             Limited::Retries => &self.retries,
         }
     }
@@ -70,6 +73,11 @@ impl Usage {
         }
         count.fetch_sub(1, Ordering::Relaxed);
         false
+    }
+
+    /// Tells whether `most` are counted.
+    pub(super) fn is_full(&self, what: Limited, most: u32) -> bool {
+        self.of(what).load(Ordering::Relaxed) >= most
     }
 
     /// Counts one less.

@@ -13,6 +13,7 @@ use http::header;
 
 use super::compile::Router;
 use super::entry::{Abort, Fault, HeaderEdit, Redirect, Sticky};
+use super::hedge::Hedge;
 use super::matcher::{Asked, Matcher};
 use super::retry::Retry;
 use super::subset::Filter;
@@ -170,6 +171,8 @@ pub struct Forward {
     pub idle_timeout: Option<Duration>,
     /// What is tried again.
     pub retry: Option<Retry>,
+    /// What is sent a second time before it is answered.
+    pub hedge: Option<Hedge>,
     /// Who gets a copy.
     pub mirror: Option<Mirror>,
     /// Of the request.

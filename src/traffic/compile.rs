@@ -22,6 +22,7 @@ use super::entry::{
 use super::fields::Problems;
 use super::matcher::{Matcher, TextTest};
 use super::read::read;
+use super::subset::Filter;
 use crate::model::{Protocol, ServiceName};
 
 /// Longest way of splitters into splitters, and of redirects: far above what people can follow.
@@ -432,6 +433,7 @@ fn forward(to: &Destination, split: Arc<Split>, mirror: Option<Mirror>) -> Forwa
         per_try_timeout: to.per_try_timeout,
         idle_timeout: to.idle_timeout,
         retry: to.retry.clone(),
+        hedge: to.hedge.clone(),
         mirror,
         request_headers: to.request_headers.clone(),
         response_headers: to.response_headers.clone(),
@@ -461,9 +463,15 @@ fn named(mut target: Target) -> Target {
     };
     target.id = format!("{subset}{}{datacenter}", target.service);
     if target.subset.is_some() || target.datacenter.is_some() {
-        // No id of a target is longer than a name may be; `..` is in no name that people give.
+        // No id of a target is longer than a name may be; `..` is in no name that people give. What a subset takes is part
+        // of it: while an older chain stays in force beside a newer one, both may name one subset.
         let start: String = target.service.as_str().chars().take(40).collect();
-        target.view = format!("{start}..{:016x}", stable_hash(target.id.as_bytes())).parse().ok();
+        let takes = target.subset.as_ref().map(|subset| {
+            let filter = subset.filter.as_ref().map_or("", Filter::as_str);
+            format!("{}\0{filter}", u8::from(subset.only_passing))
+        });
+        let named = format!("{}\0{}", target.id, takes.unwrap_or_default());
+        target.view = format!("{start}..{:016x}", stable_hash(named.as_bytes())).parse().ok();
     }
     target
 }

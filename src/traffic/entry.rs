@@ -1,7 +1,7 @@
 //! Config entries about requests.
 //!
-//! What is weft's own beside Consul's fields: `HostRewrite`, `PerTryTimeout`, `RetryBackoff` and `Mirror` of a route's
-//! destination, `Redirect` of a route, `Sticky` of a splitter, and the whole kind `service-faults`.
+//! What is weft's own beside Consul's fields: `HostRewrite`, `PerTryTimeout`, `RetryBackoff`, `Hedge` and `Mirror` of a
+//! route's destination, `Redirect` of a route, `Sticky` of a splitter, and the whole kind `service-faults`.
 //! `LoadBalancer`, `UpstreamConfig`, `RateLimits` and the like are others' to read: they pass here as they are.
 
 use std::collections::BTreeMap;
@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use http::header::{HeaderName, HeaderValue};
 
+use super::hedge::Hedge;
 use super::matcher::Match;
 use super::retry::Retry;
 use super::subset::Filter;
@@ -75,6 +76,8 @@ pub(super) struct Destination {
     pub idle_timeout: Option<Duration>,
     /// What is tried again.
     pub retry: Option<Retry>,
+    /// What is sent a second time before it is answered.
+    pub hedge: Option<Hedge>,
     /// Who gets a copy.
     pub mirror: Option<MirrorRule>,
     /// Of the request.

@@ -107,7 +107,7 @@ impl<'v> Node<'v> {
         Object::open(self.path.clone(), self.value, problems)
     }
 
-    fn duration(&self, problems: &mut Problems) -> Option<Duration> {
+    pub(super) fn duration(&self, problems: &mut Problems) -> Option<Duration> {
         let read = match self.value {
             Value::String(text) if text.is_empty() => return None,
             Value::String(text) => duration::parse(text),

@@ -21,6 +21,7 @@ mod chain;
 mod compile;
 mod entry;
 mod fields;
+pub mod hedge;
 mod matcher;
 mod read;
 pub mod retry;

@@ -10,6 +10,7 @@ use super::entry::{
     Splitter, Sticky, SubsetRule, Then,
 };
 use super::fields::{Node, Object, Problems};
+use super::hedge::{DELAY_MIN, Delay, Hedge, REQUESTS_MAX};
 use super::matcher::{HeaderTest, Match, QueryTest, TextTest};
 use super::retry::{Condition, Retry};
 use super::subset::Filter;
@@ -298,6 +299,7 @@ fn destination(mut object: Object<'_>, when: &Match, problems: &mut Problems) ->
         per_try_timeout: time(&mut object, "PerTryTimeout", problems),
         idle_timeout: time(&mut object, "IdleTimeout", problems),
         retry: retry(&mut object, problems),
+        hedge: object.object("Hedge", problems).and_then(|object| hedge(object, when, problems)),
         mirror: object.object("Mirror", problems).and_then(|object| mirror(object, problems)),
         request_headers: edits(&mut object, "RequestHeaders", problems),
         response_headers: edits(&mut object, "ResponseHeaders", problems),
@@ -308,8 +310,60 @@ fn destination(mut object: Object<'_>, when: &Match, problems: &mut Problems) ->
         let rule = format!("= {per_try:?} must be shorter than RequestTimeout = {timeout:?}: else no attempt follows");
         problems.add(object.path_of("PerTryTimeout"), rule);
     }
+    if let Some(Hedge { delay: Delay::Fixed(delay), .. }) = found.hedge {
+        let limits = [("PerTryTimeout", found.per_try_timeout), ("RequestTimeout", found.request_timeout)];
+        for (name, limit) in limits.into_iter().filter_map(|(name, limit)| Some((name, limit?))) {
+            if delay >= limit {
+                let rule = format!("= {delay:?} must be shorter than {name} = {limit:?}: else nothing is hedged");
+                problems.add(format!("{}.Delay", object.path_of("Hedge")), rule);
+            }
+        }
+    }
     object.finish(problems);
     found
+}
+
+fn hedge(mut object: Object<'_>, when: &Match, problems: &mut Problems) -> Option<Hedge> {
+    let requests = object.number("MaxRequests", (2, REQUESTS_MAX.into()), problems).unwrap_or(2);
+    let mut writes = Vec::new();
+    for (path, method) in object.texts("Writes", 2, problems) {
+        match method {
+            "PUT" => writes.push(http::Method::PUT),
+            "DELETE" => writes.push(http::Method::DELETE),
+            _ => problems.add(path, "must be PUT or DELETE: no other method that writes may be repeated"),
+        }
+    }
+    let covers = |method: &String| {
+        matches!(&**method, "GET" | "HEAD" | "OPTIONS" | "TRACE") || writes.iter().any(|write| write == &**method)
+    };
+    if !when.methods.is_empty() && !when.methods.iter().any(covers) {
+        problems
+            .add(object.path_of("Writes"), "must name one of the route's Methods: none of them is hedged otherwise");
+    }
+    let path = object.path_of("Delay");
+    let delay = delay(&mut object, &path, problems);
+    object.finish(problems);
+    Some(Hedge { delay: delay?, requests: u32::try_from(requests).unwrap_or(2), writes })
+}
+
+/// A duration, or `p50` to `p99`.
+fn delay(object: &mut Object<'_>, path: &str, problems: &mut Problems) -> Option<Delay> {
+    let Some(node) = object.take("Delay") else {
+        problems.add(path, "must be given: a duration such as 50ms, or a percentile such as p95");
+        return None;
+    };
+    if let Some(text) = node.value.as_str().and_then(|text| text.strip_prefix('p')) {
+        let percent = text.parse().ok().filter(|percent| (50..=99).contains(percent));
+        if percent.is_none() {
+            problems.add(path, "must be a duration such as 50ms, or a percentile from p50 to p99");
+        }
+        return percent.map(Delay::Percentile);
+    }
+    let delay = node.duration(problems);
+    if delay.is_none_or(|delay| delay < DELAY_MIN || delay > TIME_MAX) {
+        problems.add(path, "must be from 1ms to 24h, or a percentile from p50 to p99");
+    }
+    delay.map(Delay::Fixed)
 }
 
 fn subset(object: &mut Object<'_>, name: &str, problems: &mut Problems) -> Option<String> {
@@ -565,7 +619,7 @@ fn protocol(node: Option<Node<'_>>, problems: &mut Problems) -> Option<Protocol>
 fn defaults(object: &mut Object<'_>, problems: &mut Problems) -> Entry {
     let protocol = protocol(object.take("Protocol"), problems);
     // Read by what limits and ejects.
-    for name in ["UpstreamConfig", "RateLimits", "MaxInboundConnections"] {
+    for name in ["UpstreamConfig", "RateLimits"] {
         object.take(name);
     }
     object.refuse(
@@ -577,6 +631,8 @@ fn defaults(object: &mut Object<'_>, problems: &mut Problems) -> Entry {
             "Mode",
             "MutualTLSMode",
             "Destination",
+            // One tunnel carries the calls of a service from a node: there are no connections to count.
+            "MaxInboundConnections",
             "LocalConnectTimeoutMs",
             "LocalRequestTimeoutMs",
             "BalanceInboundConnections",
@@ -593,7 +649,8 @@ fn proxy_defaults(object: &mut Object<'_>, problems: &mut Problems) -> Entry {
         protocol = self::protocol(config.take("protocol"), problems);
         config.finish(problems);
     }
-    object.take("PrioritizeByLocality");
+    // Read by what balances.
+    object.leave("PrioritizeByLocality");
     object.refuse(
         &[
             "MeshGateway",

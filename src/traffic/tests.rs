@@ -387,6 +387,11 @@ fn every_problem_of_an_entry_is_named_at_once_with_its_path() {
                 "NumRetries": 11, "RetryOn": ["6xx"], "RetryOnStatusCodes": [200], "PrefixRewrite": "/x",
                 "RequestHeaders": {"Set": {"Host": "x", "x-weft-hops": "1"}}, "Namespace": "team"}},
             {"Redirect": {"Code": 305}, "Destination": {}},
+            {"Match": {"HTTP": {"Methods": ["POST", "PUT"]}}, "Destination": {"RequestTimeout": "50ms",
+                "Hedge": {"Delay": "50ms", "MaxRequests": 4, "Writes": ["POST"], "Budget": 1}}},
+            {"Destination": {"Hedge": {"Delay": "p100"}}},
+            {"Destination": {"Hedge": {"Delay": "1us"}}},
+            {"Destination": {"Hedge": {}}},
         ]}),
     );
     for part in [
@@ -410,9 +415,38 @@ fn every_problem_of_an_entry_is_named_at_once_with_its_path() {
         "Routes[2].Destination.Namespace is refused",
         "Routes[3].Redirect.Code must be 301",
         "Routes[3] has Redirect and Destination",
+        "Routes[4].Destination.Hedge.MaxRequests must be a whole number from 2 to 3",
+        "Routes[4].Destination.Hedge.Writes[0] must be PUT or DELETE",
+        "Routes[4].Destination.Hedge.Writes must name one of the route's Methods",
+        "Routes[4].Destination.Hedge.Budget is no field",
+        "Routes[4].Destination.Hedge.Delay = 50ms must be shorter than RequestTimeout = 50ms",
+        "Routes[5].Destination.Hedge.Delay must be a duration such as 50ms, or a percentile from p50 to p99",
+        "Routes[6].Destination.Hedge.Delay must be from 1ms to 24h",
+        "Routes[7].Destination.Hedge.Delay must be given",
     ] {
         assert!(text.contains(part), "{part:?} is not in {text}");
     }
+}
+
+#[test]
+fn a_route_says_when_and_what_it_hedges() {
+    use super::hedge::{Delay, Hedge};
+    #[track_caller]
+    fn check(hedge: &Value, want: &Hedge) {
+        let router = json!({"Routes": [{"Destination": {"Hedge": hedge}}]});
+        let chain = chain(&[("service-router", "web", router)], "web");
+        let Action::Forward(forward) = &chain.routes[0].action else { panic!("a redirect") };
+        assert_eq!(forward.hedge.as_ref(), Some(want));
+        let Action::Forward(rest) = &chain.routes[1].action else { panic!("a redirect") };
+        assert_eq!(rest.hedge, None, "what no route matches is not hedged");
+    }
+    let hedge = |delay, requests, writes| Hedge { delay, requests, writes };
+    check(&json!({"Delay": "50ms"}), &hedge(Delay::Fixed(Duration::from_millis(50)), 2, Vec::new()));
+    let writes = vec![http::Method::PUT, http::Method::DELETE];
+    check(
+        &json!({"delay": "p95", "max_requests": 3, "Writes": ["PUT", "DELETE"]}),
+        &hedge(Delay::Percentile(95), 3, writes),
+    );
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! How the instances of a service are called: what operators set, compiled once per change.
 //!
 //! ```text
-//!   service-resolver NAME  LoadBalancer                        -> Balance of calls to NAME
+//!   service-resolver NAME  LoadBalancer, PrioritizeByLocality  -> Balance of calls to NAME; of all: proxy-defaults
 //!   service-defaults NAME  UpstreamConfig.{Defaults,Overrides} -> Guard of calls from NAME: Limits, Ejection
 //!                          RateLimits                          -> RateRules of calls to NAME
 //! ```
@@ -10,6 +10,7 @@
 //! part that is not given has weft's default; a compiled table never changes.
 //! Not here: what the settings do (`routing`), which entries count (`policy`), routes and splits.
 
+mod priority;
 mod read;
 mod shape;
 
@@ -17,8 +18,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::authz::{self, REGEX_INPUT_BYTES_MAX};
 use crate::model::ServiceName;
 
+pub use self::priority::Priority;
 pub use self::shape::{Problem, balance, check, limits, passive_health_check, rate_limits, table};
 
 /// Which instance takes the next call.
@@ -153,11 +156,24 @@ pub struct Limits {
     pub per_instance: Option<u32>,
     /// Finds out how many calls each instance bears at once, and sends it no more.
     pub is_adaptive: bool,
+    /// What a request matters that claims nothing.
+    pub priority: Priority,
+    /// What a request may claim to matter at most.
+    pub priority_max: Priority,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { connections: 1024, pending: 1024, requests: 1024, retries: 1024, per_instance: None, is_adaptive: false }
+        Self {
+            connections: 1024,
+            pending: 1024,
+            requests: 1024,
+            retries: 1024,
+            per_instance: None,
+            is_adaptive: false,
+            priority: Priority::Normal,
+            priority_max: Priority::Normal,
+        }
     }
 }
 
@@ -258,7 +274,39 @@ pub enum RatePath {
     Exact(String),
     /// Those that begin so.
     Prefix(String),
+    /// Those that an expression matches as a whole.
+    Regex(PathRegex),
 }
+
+/// An expression over paths, compiled. Equal if its text is.
+#[derive(Debug, Clone)]
+pub struct PathRegex {
+    text: String,
+    regex: regex::bytes::Regex,
+}
+
+impl PathRegex {
+    /// Compiles an expression within the bounds of those in intentions.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn new(text: &str) -> Result<Self, authz::CompileError> {
+        Ok(Self { text: text.to_owned(), regex: authz::whole(text)? })
+    }
+
+    /// As it was written.
+    pub fn as_str(&self) -> &str {
+        &self.text
+    }
+}
+
+impl PartialEq for PathRegex {
+    fn eq(&self, other: &Self) -> bool {
+        self.text == other.text
+    }
+}
+
+impl Eq for PathRegex {}
 
 impl RatePath {
     /// Tells whether the rule is about `path`.
@@ -267,8 +315,19 @@ impl RatePath {
             Self::Any => true,
             Self::Exact(exact) => path == exact,
             Self::Prefix(prefix) => path.starts_with(prefix.as_str()),
+            Self::Regex(regex) => path.len() <= REGEX_INPUT_BYTES_MAX && regex.regex.is_match(path.as_bytes()),
         }
     }
+}
+
+/// Where a rate holds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum RateScope {
+    /// At each node by itself.
+    #[default]
+    Node,
+    /// For all nodes that have an instance of the service, together.
+    Cluster,
 }
 
 /// One limit of requests.
@@ -280,6 +339,8 @@ pub struct RateRule {
     pub key: RateKey,
     /// How many.
     pub rate: Rate,
+    /// Where.
+    pub scope: RateScope,
 }
 
 /// The limits of requests to a service at one instance: the first rule whose path matches counts.
@@ -327,6 +388,11 @@ impl Table {
     /// Returns the limits of requests to `destination`, if there are any.
     pub fn rates(&self, destination: &ServiceName) -> Option<&Arc<RateRules>> {
         if self.rates.is_empty() { None } else { self.rates.get(destination) }
+    }
+
+    /// Returns the services with a limit that holds for the whole mesh.
+    pub fn shared_rates(&self) -> impl Iterator<Item = (&ServiceName, &Arc<RateRules>)> {
+        self.rates.iter().filter(|(_, rules)| rules.rules.iter().any(|rule| rule.scope == RateScope::Cluster))
     }
 
     /// Returns the services that are balanced by a key.

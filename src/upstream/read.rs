@@ -138,6 +138,15 @@ impl<'a> Fields<'a> {
         duration
     }
 
+    /// Takes fields of Consul's that weft does nothing with: only what says nothing passes.
+    pub(super) fn refuse(&mut self, names: &[&str], problems: &mut Problems) {
+        for name in names {
+            if self.take(name).is_some_and(|value| !says_nothing(value)) {
+                problems.add(self.at(name), "is refused: weft does nothing with it");
+            }
+        }
+    }
+
     /// Leaves everything that is left to others.
     pub(super) fn ignore_rest(&mut self) {
         self.left.clear();
@@ -148,6 +157,18 @@ impl<'a> Fields<'a> {
         for (name, _) in &self.left {
             problems.add(self.at(name), "is unknown");
         }
+    }
+}
+
+/// Whether a value says nothing: what Consul writes for an absent field.
+fn says_nothing(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::Bool(flag) => !flag,
+        Value::Number(number) => number.as_f64() == Some(0.0),
+        Value::String(text) => text.is_empty() || text == "default",
+        Value::Array(values) => values.is_empty(),
+        Value::Object(map) => map.values().all(says_nothing),
     }
 }
 

@@ -9,8 +9,8 @@ use serde_json::Value;
 
 use super::read::{Fields, Problems};
 use super::{
-    Algorithm, Balance, Callers, Ejection, Guard, HashField, HashPolicy, InPanic, Limits, MadeCookie, RING_POINTS,
-    RING_POINTS_MAX, Rate, RateKey, RatePath, RateRule, RateRules, SuccessRate, Table,
+    Algorithm, Balance, Callers, Ejection, Guard, HashField, HashPolicy, InPanic, Limits, MadeCookie, PathRegex,
+    Priority, RING_POINTS, RING_POINTS_MAX, Rate, RateKey, RatePath, RateRule, RateRules, RateScope, SuccessRate, Table,
 };
 use crate::model::ServiceName;
 
@@ -20,6 +20,21 @@ const HASH_POLICIES_MAX: usize = 8;
 const OVERRIDES_MAX: usize = 256;
 /// Rules of one service: each request is held against them in order.
 const RATE_RULES_MAX: usize = 64;
+/// Expressions of one service: each is held against every request that no rule before it takes.
+const RATE_REGEXES_MAX: usize = 16;
+/// Fields of Consul's that weft does nothing with, of an upstream.
+const WITHOUT_EFFECT: [&str; 10] = [
+    "Protocol",
+    "ConnectTimeoutMs",
+    "EnvoyListenerJSON",
+    "EnvoyClusterJSON",
+    "MeshGateway",
+    "BalanceOutboundConnections",
+    "Namespace",
+    "Partition",
+    "Peer",
+    "SamenessGroup",
+];
 /// Longest time that may be set.
 const LONGEST: Duration = Duration::from_hours(24);
 /// Largest count that may be set: what a worker holds, many times over.
@@ -44,6 +59,8 @@ impl fmt::Display for Problem {
 #[derive(Debug, Default)]
 struct Entry {
     balance: Option<Balance>,
+    /// Whether zones come first, where the entry says so.
+    zones: Option<bool>,
     default: Option<Guard>,
     overrides: BTreeMap<ServiceName, Guard>,
     rates: Option<RateRules>,
@@ -53,10 +70,19 @@ struct Entry {
 /// written, so only another version of weft may have let them in.
 pub fn table<'a>(entries: impl IntoIterator<Item = (&'a str, &'a str, &'a Value)>) -> Table {
     let mut table = Table::default();
+    // What holds where a resolver does not say; its entry may come after theirs.
+    let (mut unsaid, mut by_default) = (Vec::new(), None);
     for (kind, name, value) in entries {
-        let Ok(name) = name.parse::<ServiceName>() else { continue };
         let Ok(entry) = read(kind, value) else { continue };
+        if kind == "proxy-defaults" {
+            by_default = entry.zones;
+            continue;
+        }
+        let Ok(name) = name.parse::<ServiceName>() else { continue };
         if let Some(balance) = entry.balance {
+            if entry.zones.is_none() {
+                unsaid.push(name.clone());
+            }
             table.balances.insert(name.clone(), Arc::new(balance));
         }
         if entry.default.is_some() || !entry.overrides.is_empty() {
@@ -65,6 +91,14 @@ pub fn table<'a>(entries: impl IntoIterator<Item = (&'a str, &'a str, &'a Value)
         }
         if let Some(rates) = entry.rates {
             table.rates.insert(name, Arc::new(rates));
+        }
+    }
+    if let Some(prefers_zone) = by_default {
+        Arc::make_mut(&mut table.default_balance).prefers_zone = prefers_zone;
+        for name in unsaid {
+            if let Some(balance) = table.balances.get_mut(&name) {
+                Arc::make_mut(balance).prefers_zone = prefers_zone;
+            }
         }
     }
     table
@@ -85,8 +119,20 @@ fn read(kind: &str, value: &Value) -> Result<Entry, Vec<Problem>> {
         let mut fields = Fields::of_entry(map);
         match kind {
             "service-resolver" => {
-                entry.balance = fields.take("LoadBalancer").map(|value| read_balance(value, &mut problems));
+                if let Some(value) = fields.take("LoadBalancer") {
+                    let (balance, zones) = read_balance(value, &mut problems);
+                    (entry.balance, entry.zones) = (Some(balance), zones);
+                }
+                let by_locality = read_locality(&mut fields, &mut problems);
+                if by_locality.is_some() && entry.zones.is_some() && by_locality != entry.zones {
+                    problems.add("PrioritizeByLocality.Mode", "must not say another thing than LoadBalancer.Zones");
+                }
+                entry.zones = entry.zones.or(by_locality);
+                if let Some(prefers_zone) = entry.zones {
+                    entry.balance.get_or_insert_default().prefers_zone = prefers_zone;
+                }
             }
+            "proxy-defaults" => entry.zones = read_locality(&mut fields, &mut problems),
             "service-defaults" => {
                 if let Some(value) = fields.take("UpstreamConfig") {
                     read_upstreams(value, &mut entry, &mut problems);
@@ -105,7 +151,7 @@ fn read(kind: &str, value: &Value) -> Result<Entry, Vec<Problem>> {
 /// # Errors
 /// Every problem that was found.
 pub fn balance(value: &Value) -> Result<Balance, Vec<Problem>> {
-    alone(|problems| read_balance(value, problems))
+    alone(|problems| read_balance(value, problems).0)
 }
 
 /// Reads `UpstreamConfig.*.Limits`.
@@ -138,7 +184,25 @@ fn alone<T>(read: impl FnOnce(&mut Problems) -> T) -> Result<T, Vec<Problem>> {
     if problems.0.is_empty() { Ok(value) } else { Err(problems.0) }
 }
 
-fn read_balance(value: &Value, problems: &mut Problems) -> Balance {
+/// `PrioritizeByLocality.Mode`: whether zones come first, if it says so.
+fn read_locality(fields: &mut Fields<'_>, problems: &mut Problems) -> Option<bool> {
+    let value = fields.take("PrioritizeByLocality")?;
+    let mut object = Fields::of("PrioritizeByLocality", value, problems);
+    let prefers = match object.text("Mode", problems).unwrap_or_default() {
+        "" => None,
+        "none" => Some(false),
+        "failover" => Some(true),
+        _ => {
+            problems.add(object.at("Mode"), "must be failover or none");
+            None
+        }
+    };
+    object.finish(problems);
+    prefers
+}
+
+/// Also tells whether it says if zones come first.
+fn read_balance(value: &Value, problems: &mut Problems) -> (Balance, Option<bool>) {
     let mut fields = Fields::of("LoadBalancer", value, problems);
     let mut balance = Balance::default();
     let policy = fields.text("Policy", problems).unwrap_or_default().to_ascii_lowercase();
@@ -166,18 +230,20 @@ fn read_balance(value: &Value, problems: &mut Problems) -> Balance {
         problems.add(fields.at("HashPolicies"), "needs the Policy ring_hash or maglev");
     }
     balance.slow_start = fields.duration("SlowStart", LONGEST, problems).unwrap_or_default();
+    let mut zones = None;
     if let Some(text) = fields.text("Zones", problems) {
         match text {
-            "prefer" => {}
-            "ignore" => balance.prefers_zone = false,
+            "prefer" => zones = Some(true),
+            "ignore" => zones = Some(false),
             _ => problems.add(fields.at("Zones"), "must be prefer or ignore"),
         }
     }
+    balance.prefers_zone = zones.unwrap_or(balance.prefers_zone);
     if let Some(factor) = fields.decimal("Overprovisioning", 1.0..=10.0, problems) {
         balance.overprovisioning = factor;
     }
     fields.finish(problems);
-    balance
+    (balance, zones)
 }
 
 fn read_choices(fields: &mut Fields<'_>, problems: &mut Problems) -> u8 {
@@ -248,8 +314,8 @@ fn read_upstreams(value: &Value, entry: &mut Entry, problems: &mut Problems) {
     if let Some(value) = fields.take("Defaults") {
         let mut defaults = Fields::of("UpstreamConfig.Defaults", value, problems);
         entry.default = read_guard(&mut defaults, "UpstreamConfig.Defaults", problems);
-        // Protocol, timeouts and gateways are others' to read.
-        defaults.ignore_rest();
+        defaults.refuse(&WITHOUT_EFFECT, problems);
+        defaults.finish(problems);
     }
     for (at, value) in fields.list("Overrides", OVERRIDES_MAX, problems).iter().enumerate() {
         let path = format!("UpstreamConfig.Overrides[{at}]");
@@ -261,7 +327,8 @@ fn read_upstreams(value: &Value, entry: &mut Entry, problems: &mut Problems) {
             (Ok(_), None) => {}
             (Err(error), _) => problems.add(one.at("Name"), format!("must name a service: {error}")),
         }
-        one.ignore_rest();
+        one.refuse(&WITHOUT_EFFECT, problems);
+        one.finish(problems);
     }
     fields.finish(problems);
 }
@@ -280,6 +347,18 @@ fn read_guard(fields: &mut Fields<'_>, path: &str, problems: &mut Problems) -> O
 fn read_limits(path: &str, value: &Value, problems: &mut Problems) -> Limits {
     let mut fields = Fields::of(path, value, problems);
     let standard = Limits::default();
+    let mut priority = |name: &str, problems: &mut Problems| {
+        let text = fields.text(name, problems)?;
+        text.parse::<Priority>().map_err(|rule| problems.add(fields.at(name), rule)).ok()
+    };
+    let (usual, highest) = (priority("Priority", problems), priority("PriorityMax", problems));
+    let priority_max = highest.unwrap_or(standard.priority_max);
+    // What may claim little is little.
+    let priority = usual.unwrap_or(standard.priority.min(priority_max));
+    if priority > priority_max {
+        problems
+            .add(fields.at("Priority"), format!("= {priority} must not be higher than PriorityMax = {priority_max}"));
+    }
     let limits = Limits {
         connections: fields.number("MaxConnections", 0..=COUNT_MAX, problems).unwrap_or(standard.connections),
         pending: fields.number("MaxPendingRequests", 0..=COUNT_MAX, problems).unwrap_or(standard.pending),
@@ -287,6 +366,8 @@ fn read_limits(path: &str, value: &Value, problems: &mut Problems) -> Limits {
         retries: fields.number("MaxConcurrentRetries", 0..=COUNT_MAX, problems).unwrap_or(standard.retries),
         per_instance: fields.number("MaxRequestsPerInstance", 1..=COUNT_MAX, problems),
         is_adaptive: fields.flag("AdaptiveConcurrency", problems).unwrap_or_default(),
+        priority,
+        priority_max,
     };
     fields.finish(problems);
     limits
@@ -349,23 +430,23 @@ fn read_ejection(path: &str, value: &Value, problems: &mut Problems) -> Ejection
 
 fn read_rates(value: &Value, problems: &mut Problems) -> RateRules {
     let mut fields = Fields::of("RateLimits", value, problems);
-    let mut rules = Vec::new();
+    let (mut rules, mut regexes) = (Vec::new(), 0);
     if let Some(value) = fields.take("InstanceLevel") {
         let path = "RateLimits.InstanceLevel";
         let mut level = Fields::of(path, value, problems);
         for (at, value) in level.list("Routes", RATE_RULES_MAX, problems).iter().enumerate() {
             let path = format!("{path}.Routes[{at}]");
             let mut route = Fields::of(&path, value, problems);
-            let exact = route.text("PathExact", problems).filter(|text| !text.is_empty());
-            let prefix = route.text("PathPrefix", problems).filter(|text| !text.is_empty());
-            let on = match (exact, prefix) {
-                (Some(exact), None) => RatePath::Exact(exact.to_owned()),
-                (None, Some(prefix)) => RatePath::Prefix(prefix.to_owned()),
-                _ => {
-                    problems.add(&path, "needs either PathExact or PathPrefix");
-                    RatePath::Any
+            let on = read_path(&mut route, &path, problems);
+            if let RatePath::Regex(_) = on {
+                regexes += 1;
+                if regexes > RATE_REGEXES_MAX {
+                    problems.add(
+                        route.at("PathRegex"),
+                        format!("is one too many: at most {RATE_REGEXES_MAX} in a service"),
+                    );
                 }
-            };
+            }
             rules.extend(read_rate(&mut route, &path, on, problems));
             route.finish(problems);
         }
@@ -378,6 +459,26 @@ fn read_rates(value: &Value, problems: &mut Problems) -> RateRules {
     }
     fields.finish(problems);
     RateRules { rules }
+}
+
+fn read_path(route: &mut Fields<'_>, path: &str, problems: &mut Problems) -> RatePath {
+    let mut given = |name: &str| route.text(name, problems).filter(|text| !text.is_empty());
+    let (exact, prefix, regex) = (given("PathExact"), given("PathPrefix"), given("PathRegex"));
+    match (exact, prefix, regex) {
+        (Some(exact), None, None) => RatePath::Exact(exact.to_owned()),
+        (None, Some(prefix), None) => RatePath::Prefix(prefix.to_owned()),
+        (None, None, Some(regex)) => match PathRegex::new(regex) {
+            Ok(regex) => RatePath::Regex(regex),
+            Err(error) => {
+                problems.add(route.at("PathRegex"), format!("cannot be used: {error}"));
+                RatePath::Any
+            }
+        },
+        _ => {
+            problems.add(path, "needs one of PathExact, PathPrefix and PathRegex");
+            RatePath::Any
+        }
+    }
 }
 
 fn read_rate(fields: &mut Fields<'_>, path: &str, on: RatePath, problems: &mut Problems) -> Option<RateRule> {
@@ -394,6 +495,21 @@ fn read_rate(fields: &mut Fields<'_>, path: &str, on: RatePath, problems: &mut P
             name.map_or(RateKey::All, RateKey::Header)
         }
     };
+    let scope = match fields.text("Scope", problems) {
+        None | Some("" | "node") => RateScope::Node,
+        Some("cluster") => {
+            if matches!(key, RateKey::Header(_)) {
+                // Any caller could make up values without end, and each would be a limit that all nodes speak of.
+                problems
+                    .add(fields.at("Scope"), "must be node where Per is a header: cluster is for source, or for all");
+            }
+            RateScope::Cluster
+        }
+        Some(_) => {
+            problems.add(fields.at("Scope"), "must be node or cluster");
+            RateScope::Node
+        }
+    };
     let Some(per_second) = per_second else {
         if burst.is_some() || on != RatePath::Any {
             problems.add(format!("{path}.RequestsPerSecond"), "must be given");
@@ -403,7 +519,7 @@ fn read_rate(fields: &mut Fields<'_>, path: &str, on: RatePath, problems: &mut P
     // As Consul: the burst is one second's worth unless it is given.
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0.001 to 1,000,000, rounded up")]
     let burst = burst.unwrap_or(per_second.ceil() as u32).max(1);
-    Some(RateRule { path: on, key, rate: Rate { per_second, burst } })
+    Some(RateRule { path: on, key, rate: Rate { per_second, burst }, scope })
 }
 
 #[cfg(test)]
@@ -432,6 +548,11 @@ mod tests {
         assert_eq!((read.interval, read.consecutive, read.percent_max), (Duration::from_secs(2), 7, 10));
         let read = limits(&json!({"MaxConnections": 512})).unwrap();
         assert_eq!((read.connections, read.requests, read.retries), (512, 1024, 1024));
+        assert_eq!((read.priority, read.priority_max), (Priority::Normal, Priority::Normal));
+        let read = limits(&json!({"PriorityMax": "low"})).unwrap();
+        assert_eq!((read.priority, read.priority_max), (Priority::Low, Priority::Low));
+        let read = limits(&json!({"PriorityMax": "high"})).unwrap();
+        assert_eq!((read.priority, read.priority_max), (Priority::Normal, Priority::High));
         let read = rate_limits(&json!({"InstanceLevel": {"RequestsPerSecond": 10, "Per": "source",
             "Routes": [{"PathPrefix": "/slow", "RequestsPerSecond": 0.5, "RequestsMaxBurst": 2}]}}))
         .unwrap();
@@ -460,7 +581,7 @@ mod tests {
                 "LoadBalancer.Zones",
             ]
         );
-        let bad = json!({"UpstreamConfig": {"Defaults": {"Limits": {"MaxConnections": -1}, "Protocol": "http"},
+        let bad = json!({"UpstreamConfig": {"Defaults": {"Limits": {"MaxConnections": -1, "Priority": "high"}, "Protocol": "http"},
             "Overrides": [{"Name": "", "PassiveHealthCheck": {"MaxEjectionPercent": 101, "EnforcingConsecutive5xx": 50}}]},
             "RateLimits": {"InstanceLevel": {"RequestsMaxBurst": 1, "Routes": [{"RequestsPerSecond": 1}]}}});
         assert_eq!(
@@ -469,11 +590,68 @@ mod tests {
                 "RateLimits.InstanceLevel.RequestsPerSecond",
                 "RateLimits.InstanceLevel.Routes[0]",
                 "UpstreamConfig.Defaults.Limits.MaxConnections",
+                "UpstreamConfig.Defaults.Limits.Priority",
+                "UpstreamConfig.Defaults.Protocol",
                 "UpstreamConfig.Overrides[0].Name",
                 "UpstreamConfig.Overrides[0].PassiveHealthCheck.EnforcingConsecutive5xx",
                 "UpstreamConfig.Overrides[0].PassiveHealthCheck.MaxEjectionPercent",
             ]
         );
+    }
+
+    #[test]
+    fn a_rate_s_scope_and_expression_are_read_and_what_cannot_hold_is_refused() {
+        let read = rate_limits(&json!({"InstanceLevel": {"RequestsPerSecond": 10, "Scope": "cluster", "Per": "source",
+            "Routes": [{"PathRegex": "/v[0-9]+/items", "RequestsPerSecond": 1, "Scope": "node"}]}}))
+        .unwrap();
+        assert_eq!((read.rules[0].scope, read.rules[1].scope), (RateScope::Node, RateScope::Cluster));
+        assert!(read.rules[0].path.matches("/v12/items") && !read.rules[0].path.matches("/v12/items/1"));
+        assert!(!read.rules[0].path.matches(&format!("/v{}/items", "1".repeat(5_000))), "longer than its bound");
+        let named = |rule: Value| {
+            let problems = rate_limits(&json!({"InstanceLevel": {"Routes": [rule]}})).unwrap_err();
+            problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+        };
+        let said = named(json!({"PathRegex": "/a(", "RequestsPerSecond": 1}));
+        assert!(said.contains("Routes[0].PathRegex cannot be used"), "{said}");
+        let said =
+            named(json!({"PathPrefix": "/a", "RequestsPerSecond": 1, "Scope": "cluster", "Per": "header:x-user"}));
+        assert!(said.contains("Scope must be node where Per is a header"), "{said}");
+        let said = named(json!({"PathPrefix": "/a", "PathRegex": "/b", "RequestsPerSecond": 1, "Scope": "world"}));
+        assert!(said.contains("needs one of") && said.contains("Scope must be node or cluster"), "{said}");
+        let many: Vec<Value> =
+            (0..17).map(|at| json!({"PathRegex": format!("/{at}"), "RequestsPerSecond": 1})).collect();
+        assert_eq!(rate_limits(&json!({"InstanceLevel": {"Routes": many}})).unwrap_err().len(), 1);
+    }
+
+    #[test]
+    fn locality_is_what_the_resolver_says_else_the_proxy_defaults_say_else_preferred() {
+        let prefers = |resolver: &Value, global: Option<&Value>| {
+            let entries = [("service-resolver", "web", resolver)].into_iter();
+            let table = table(entries.chain(global.map(|value| ("proxy-defaults", "global", value))));
+            let of = |name: &str| table.balance(&name.parse().unwrap()).prefers_zone;
+            (of("web"), of("other"))
+        };
+        let mode = |mode: &str| json!({"PrioritizeByLocality": {"Mode": mode}});
+        assert_eq!(prefers(&json!({}), None), (true, true));
+        assert_eq!(prefers(&mode("none"), None), (false, true));
+        assert_eq!(prefers(&json!({"LoadBalancer": {"Policy": "random"}}), Some(&mode("none"))), (false, false));
+        assert_eq!(prefers(&mode("failover"), Some(&mode("none"))), (true, false));
+        assert_eq!(prefers(&json!({"LoadBalancer": {"Zones": "prefer"}}), Some(&mode("none"))), (true, false));
+        assert!(check("service-resolver", &mode("near")).is_err() && check("proxy-defaults", &mode("near")).is_err());
+        let both = json!({"LoadBalancer": {"Zones": "ignore"}, "PrioritizeByLocality": {"Mode": "failover"}});
+        assert!(check("service-resolver", &both).is_err(), "two things at once");
+    }
+
+    #[test]
+    fn what_weft_does_nothing_with_is_refused_unless_it_says_nothing() {
+        let upstream = |value: Value| check("service-defaults", &json!({"UpstreamConfig": {"Defaults": value}}));
+        assert!(upstream(json!({"MeshGateway": {"Mode": ""}, "ConnectTimeoutMs": 0, "Protocol": ""})).is_ok());
+        for (name, value) in
+            [("MeshGateway", json!({"Mode": "local"})), ("ConnectTimeoutMs", json!(5)), ("Limit", json!({}))]
+        {
+            let problems = upstream(json!({ name: value })).unwrap_err();
+            assert_eq!(problems[0].field, format!("UpstreamConfig.Defaults.{name}"));
+        }
     }
 
     #[test]

@@ -49,6 +49,29 @@ impl App {
         (app, count)
     }
 
+    /// Starts an HTTP app that answers every request after `delay`, and counts those whose caller left before.
+    pub(crate) fn slow(host: Option<&Host>, addr: SocketAddr, delay: Duration) -> (Self, Arc<AtomicUsize>) {
+        let count = Arc::new(AtomicUsize::new(0));
+        let counting = Arc::clone(&count);
+        let app = Self::start(host, addr, move |mut stream| {
+            let Ok(reading) = stream.try_clone() else { return };
+            let mut reader = BufReader::new(reading);
+            // A head without a body each: it ends with an empty line.
+            while reader.by_ref().lines().map_while(Result::ok).any(|line| line.is_empty()) {
+                let _whole_seconds_are_taken = stream.set_read_timeout(Some(delay));
+                if matches!(reader.fill_buf(), Ok(rest) if rest.is_empty()) {
+                    counting.fetch_add(1, Ordering::SeqCst);
+                    return;
+                }
+                let _as_before = stream.set_read_timeout(None);
+                if stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nslow").is_err() {
+                    return;
+                }
+            }
+        });
+        (app, count)
+    }
+
     /// Starts a TCP app that speaks first (`hello from <name>\n`), then echoes until the peer's end, then says `bye\n`.
     pub(crate) fn tcp(host: Option<&Host>, addr: SocketAddr, name: &str) -> Self {
         let name = name.to_owned();

@@ -216,9 +216,17 @@ fn recursors_are_asked_in_order_kept_and_asked_by_tcp_for_what_is_long() {
     });
     // Nobody has the first one's port.
     let nobody = format!("{}:5399", loopback_ip(144));
-    let (_ca, n1) = issuer(142, "n1", &["-recursor", &nobody, "-recursor", &format!("{resolver}:5300")]);
+    // The second one takes the question and says nothing.
+    let silent = UdpSocket::bind((loopback_ip(144), 0)).unwrap();
+    let files = TempDir::new().unwrap();
+    fs::write(files.path().join("dns.hcl"), "dns_config {\n  recursor_timeout = \"300ms\"\n}\n").unwrap();
+    let (quiet, knows) = (silent.local_addr().unwrap().to_string(), format!("{resolver}:5300"));
+    let words = ["-recursor", &nobody, "-recursor", &quiet, "-recursor", &knows, "-config-dir", path(files.path())];
+    let (_ca, n1) = issuer(142, "n1", &words);
     let at = loopback_ip(142);
     assert_eq!(short(at, 8600, "WWW.example.test"), ["192.0.2.7"]);
+    silent.set_nonblocking(true).unwrap();
+    assert!(silent.recv(&mut [0; 512]).is_ok(), "the silent one was asked, and given up in time");
     let seen = ask("dig", at, 8600, "www.EXAMPLE.test");
     assert!(seen.contains("\nwww.EXAMPLE.test.\t") && seen.contains("flags: qr rd ra;"), "{seen}");
     assert_eq!(status(at, "no.example.test"), "NXDOMAIN");
@@ -242,6 +250,8 @@ fn unbound_and_dnsmasq_forward_to_an_agent() {
     let (_ca, n1) = issuer(145, "n1", &[]);
     let (agent, through_unbound, through_dnsmasq) = (loopback_ip(145), loopback_ip(146), loopback_ip(147));
     n1.put_ok("/v1/agent/service/register", r#"{"Name":"web","Port":80,"Check":{"TTL":"1h","Status":"passing"}}"#);
+    let other =
+        r#"{"ID":"web-2","Name":"web","Address":"192.0.2.77","Port":81,"Check":{"TTL":"1h","Status":"passing"}}"#;
     n1.wait_passing("web", &["web"]);
     let dir = TempDir::new().unwrap();
     // As README says it.
@@ -276,8 +286,18 @@ fn unbound_and_dnsmasq_forward_to_an_agent() {
         }
         assert_eq!(short(forwarder, 5300, "_web._tcp.service.consul SRV"), ["1 1 80 n1.node.dc1.consul."]);
     }
-    // The TTL is 0: they keep nothing.
+    // The TTL is 0: they keep nothing. One comes, and the first fails: they follow.
+    n1.put_ok("/v1/agent/service/register", other);
+    n1.wait_passing("web", &["web", "web-2"]);
+    for forwarder in [through_unbound, through_dnsmasq] {
+        assert_eq!(short(forwarder, 5300, "web.service.weft").len(), 2);
+    }
     n1.put_ok("/v1/agent/check/fail/service:web", "");
+    n1.wait_passing("web", &["web-2"]);
+    for forwarder in [through_unbound, through_dnsmasq] {
+        assert_eq!(short(forwarder, 5300, "web.service.consul"), ["192.0.2.77"]);
+    }
+    n1.put_ok("/v1/agent/check/fail/service:web-2", "");
     n1.wait_passing("web", &[]);
     for forwarder in [through_unbound, through_dnsmasq] {
         assert!(short(forwarder, 5300, "web.service.weft").is_empty());
@@ -342,4 +362,53 @@ fn dns_can_be_moved_and_turned_off_and_says_which_port_is_taken() {
     for want in [&format!("{}:8600 (UDP)", loopback_ip(152)), "ports.dns = -1", "in use"] {
         assert!(log.contains(want), "`{want}` is missing in:\n{log}");
     }
+}
+
+#[test]
+fn a_reload_changes_how_names_are_answered_and_where_it_listens_takes_a_restart() {
+    if !has_clients() {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let resolver = loopback_ip(154);
+    let data = "  local-zone: \"example.test.\" static\n  local-data: \"www.example.test. 60 IN A 192.0.2.7\"\n";
+    let unbound = Running::unbound(&dir, resolver, data);
+    until("unbound answers", || {
+        let got = short(resolver, 5300, "www.example.test");
+        if got == ["192.0.2.7"] { Ok(()) } else { Err(format!("{got:?}")) }
+    });
+    let files = TempDir::new().unwrap();
+    let write = |text: &str| fs::write(files.path().join("dns.hcl"), text).unwrap();
+    write("dns_config {\n  node_ttl = \"7s\"\n}\n");
+    let (_ca, n1) = issuer(153, "n1", &["-config-dir", path(files.path())]);
+    let at = loopback_ip(153);
+    let ttl = || ask("dig", at, 8600, "+noall +answer n1.node.weft").split_whitespace().nth(1).map(str::to_owned);
+    assert_eq!(ttl().as_deref(), Some("7"));
+    assert_eq!(status(at, "www.example.test"), "REFUSED");
+    write(&format!(
+        "recursors = [\"{resolver}:5300\"]\nalt_domain = \"mesh\"\ndns_config {{\n  node_ttl = \"9s\"\n}}\n"
+    ));
+    n1.signal(nix::sys::signal::Signal::SIGHUP);
+    until("the new settings are in force", || {
+        if ttl().as_deref() == Some("9") { Ok(()) } else { Err(format!("{:?}", ttl())) }
+    });
+    assert_eq!(short(at, 8600, "www.example.test"), ["192.0.2.7"]);
+    assert_eq!(short(at, 8600, "n1.node.mesh"), [at.to_string()]);
+    assert_eq!(n1.put("/v1/agent/reload", "").body, "", "nothing differs");
+    // What recursors said outlives a reload that leaves them alone.
+    drop(unbound);
+    write(&format!("recursors = [\"{resolver}:5300\"]\nports {{\n  dns = 8699\n}}\n"));
+    let said = n1.put("/v1/agent/reload", "");
+    assert!(said.status == 200 && said.body.contains("ports.dns or addresses.dns changed"), "{}", said.body);
+    assert_eq!(short(at, 8600, "www.example.test"), ["192.0.2.7"]);
+    assert_eq!(ttl().as_deref(), Some("0"));
+    // What is wrong changes nothing.
+    write("dns_config {\n  near = \"n2\"\n}\n");
+    let said = n1.put("/v1/agent/reload", "");
+    assert!(
+        said.status == 400 && said.body.contains("dns_config.near") && said.body.contains("`_ip`"),
+        "{}",
+        said.body
+    );
+    assert_eq!(short(at, 8600, "www.example.test"), ["192.0.2.7"]);
 }

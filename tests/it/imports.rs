@@ -21,7 +21,8 @@ fn rules() -> BTreeMap<&'static str, &'static [&'static str]> {
         ("lww", &["model"]),
         ("membership", FOUNDATION),
         ("replica", FOUNDATION),
-        ("upstream", &["model"]),
+        // Expressions over paths have the bounds of those in intentions.
+        ("upstream", &["authz", "model"]),
         ("routing", &["model", "catalogue", "clock", "upstream"]),
         // Subsets are chosen by what an instance is.
         ("traffic", &["authz", "catalogue", "filter", "model"]),

@@ -2,6 +2,7 @@
 //! that never called it.
 
 use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -200,4 +201,73 @@ fn signed_entries_set_affinity_limits_and_rates_and_bad_ones_are_refused_with_ev
     assert_eq!(refused.header("x-weft-overflow"), Some("requests"));
     assert!(metric(&cluster.agents[2], "weft_balancer_overflow_total{limit=\"requests\"}") >= 1.0);
     assert_eq!(cluster.why(2)["Workers"][0]["Balancing"]["Limits"]["Requests"]["Most"], 0);
+}
+
+/// Calls `web` from three nodes at once for `time`; what passed and what was refused for the rate.
+fn storm(cluster: &Cluster, time: Duration) -> (f64, f64, Duration) {
+    let began = Instant::now();
+    let calls = |at: usize| {
+        let (mut passed, mut refused) = (0_u32, 0_u32);
+        while began.elapsed() < time {
+            let answer = cluster.call(at, "/", &[]);
+            match answer.status {
+                200 => passed += 1,
+                429 => refused += 1,
+                other => panic!("{other} {}", answer.body),
+            }
+            // The pace of the load: 200 a second from each node.
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        (passed, refused)
+    };
+    let counts: Vec<(u32, u32)> = std::thread::scope(|scope| {
+        let callers = [0, 2, 3].map(|at| scope.spawn(move || calls(at)));
+        callers.into_iter().map(|caller| caller.join().unwrap()).collect()
+    });
+    let sum = |of: fn(&(u32, u32)) -> u32| counts.iter().map(of).map(f64::from).sum();
+    (sum(|one| one.0), sum(|one| one.1), began.elapsed())
+}
+
+#[test]
+fn three_nodes_share_one_limit_and_one_that_is_asked_alone_gets_nearly_all_of_it() {
+    const LIMIT: f64 = 60.0;
+    const BURST: f64 = 30.0;
+    let Some(cluster) = Cluster::start() else { return };
+    let addr = "127.0.0.1:7001".parse().unwrap();
+    let _apps = [1, 2, 3].map(|host| App::http(Some(&cluster.lab.host(host)), addr, "web"));
+    for (at, id) in [(0, "web-1"), (1, "web-2"), (2, "web-3")] {
+        let web = json!({"ID": id, "Name": "web", "Port": 7001, "Protocol": "http", "Meta": {"is": id}});
+        cluster.agents[at].put_ok("/v1/agent/service/register", &web.to_string());
+    }
+    for at in [0, 2, 3] {
+        cluster.agents[at].wait_passing("web", &["web-1", "web-2", "web-3"]);
+    }
+    cluster.write(&json!({"Kind": "service-resolver", "Name": "web", "LoadBalancer": {"Policy": "round_robin", "Zones": "ignore"}}));
+    let rates = json!({"InstanceLevel": {"RequestsPerSecond": LIMIT, "RequestsMaxBurst": 30, "Scope": "cluster"}});
+    cluster.write(&json!({"Kind": "service-defaults", "Name": "web", "Protocol": "http", "RateLimits": rates}));
+    until("the rate is limited", || match storm(&cluster, Duration::from_secs(1)) {
+        (_, refused, _) if refused > 0.0 => Ok(()),
+        (passed, ..) => Err(format!("{passed} passed")),
+    });
+    // Each node by itself would let through 60 a second, 180 together.
+    let (passed, refused, took) = storm(&cluster, Duration::from_secs(8));
+    let (whole, bound) = (LIMIT * took.as_secs_f64(), LIMIT * took.as_secs_f64() + BURST + 3.0);
+    println!(
+        "all three are asked: {passed} of {whole:.0} passed in {took:?}, {refused} were refused; bound {bound:.0}"
+    );
+    assert!(passed <= bound, "{passed} passed, {bound} are the bound");
+    assert!(passed >= 0.7 * whole, "{passed} passed of {whole} that may");
+
+    // One node alone is asked: an equal part would be 20 a second.
+    cluster.write(&json!({"Kind": "service-resolver", "Name": "web", "DefaultSubset": "one",
+        "Subsets": {"one": {"Filter": "Service.Meta.is == \"web-1\""}}}));
+    until("one node has nearly all of the limit", || {
+        let (passed, _, took) = storm(&cluster, Duration::from_secs(3));
+        let whole = LIMIT * took.as_secs_f64();
+        println!("one is asked: {passed} of {whole:.0} passed in {took:?}");
+        assert!(passed <= whole + BURST + 3.0, "{passed} passed of {whole}");
+        if passed >= 0.75 * whole { Ok(()) } else { Err(format!("{passed} of {whole}")) }
+    });
+    assert!(metric(&cluster.agents[0], "weft_gossip_demand_reports_total{way=\"sent\"}") >= 1.0);
+    assert!(metric(&cluster.agents[0], "weft_gossip_demand_reports_total{way=\"heard\"}") >= 1.0);
 }

@@ -230,6 +230,48 @@ fn retries_save_requests_timeouts_say_why_and_a_fault_goes_by_one_command() {
 }
 
 #[test]
+fn a_hedge_takes_the_tail_of_a_slow_instance_whose_app_sees_its_callers_leave() {
+    const SLOW: Duration = Duration::from_secs(2);
+    let Some(cluster) = Cluster::start() else { return };
+    let _fast = cluster.serve(2, "web", "fast", (7001, 200, Duration::ZERO));
+    let (_slow, left) = App::slow(Some(&cluster.lab.host(3)), "127.0.0.1:7002".parse().unwrap(), SLOW);
+    let slow = json!({"Name": "web", "ID": "slow", "Port": 7002, "Protocol": "http"});
+    cluster.n3.put_ok("/v1/agent/service/register", &slow.to_string());
+    cluster.n1.wait_passing("web", &["fast", "slow"]);
+    cluster.write(&json!({"Kind": "service-resolver", "Name": "web", "LoadBalancer": {"Policy": "round_robin"}}));
+    let worst = |count: usize| {
+        let call = |_| {
+            let begun = Instant::now();
+            assert_eq!(cluster.call("/", &[]).status, 200);
+            begun.elapsed()
+        };
+        (0..count).map(call).max().unwrap()
+    };
+    assert!(worst(4) >= SLOW, "half of the instances take 2 s");
+
+    let hedge =
+        |hedge: Value| router(&json!([{"Match": {"HTTP": {"PathPrefix": "/"}}, "Destination": {"Hedge": hedge}}]));
+    let file = cluster.file(&hedge(json!({"Delay": "0ms", "MaxRequests": 9, "Writes": ["POST"]})));
+    let args = ["config", "write", path(&file), "-operator", path(&cluster.operator)];
+    let out = weft_on(&cluster.lab.host(1), &args);
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(!out.status.success());
+    for part in ["Hedge.Delay must be", "Hedge.MaxRequests must be", "Hedge.Writes[0] must be PUT or DELETE"] {
+        assert!(said.contains(part), "{part:?} is not in {said}");
+    }
+
+    cluster.write(&hedge(json!({"Delay": "50ms"})));
+    let worst = worst(20);
+    assert!(worst < SLOW * 3 / 4, "the worst of 20 took {worst:?}");
+    let won = metric(&cluster.n1, "weft_http_hedges_total{destination_service=\"web\",outcome=\"won\"}");
+    assert!(won >= 5.0, "{won} of 20 were answered by the other instance");
+    until("the slow app sees its callers leave", || match left.load(Ordering::SeqCst) {
+        count @ 5.. => Ok(count),
+        count => Err(count.to_string()),
+    });
+}
+
+#[test]
 fn entries_change_under_load_and_no_request_is_lost() {
     let Some(cluster) = Cluster::start() else { return };
     let _v1 = cluster.serve(2, "web", "v1", (7001, 200, Duration::ZERO));

@@ -386,7 +386,7 @@ impl World {
                     self.after(SYNC_TIME, Event::Synced { host, boot, peers });
                 }
                 // Hosts of this world do not refuse: a crash is silence.
-                Output::AskPort(_) => {}
+                Output::AskPort(_) | Output::Demand { .. } => {}
                 Output::Event(event) => self.note(host, event),
             }
         }

@@ -59,7 +59,8 @@ impl Engine {
                 let buckets = SyncReply::Buckets(self.replica.bucket_hashes());
                 Step::Say(Message::Sync(buckets), Stage::Comparing)
             }
-            Request::Documents(_) | Request::Shared(_) => Step::Done,
+            // The carrier's.
+            Request::Documents(_) | Request::Shared(_) | Request::RoundTrips => Step::Done,
         }
     }
 

@@ -4,6 +4,7 @@
 //!   Hello(id)            -> Welcome{id, members, goodbyes} | Refused | Outdated
 //!   Pull(digests)        -> deltas
 //!   Goodbye(leave)       -> noted
+//!   RoundTrips           -> what the peer measured, by node (the carrier's business, as Documents are)
 //!   Sync(hash, goodbyes) -> Same | Buckets(hashes)
 //!        Digests of the differing buckets -> deltas that the beginner lacks, digests of what it has newer
 //!        deltas ->
@@ -48,6 +49,8 @@ pub enum Request {
     Documents(Vec<u8>),
     /// Says something about shared maps; the carrier hands it to `gossip::shared`.
     Shared(Vec<u8>),
+    /// Asks for the round trips that the peer measures; the carrier answers, which owns the connections.
+    RoundTrips,
 }
 
 /// The answer to a hello.

@@ -46,7 +46,7 @@ pub use self::message::{
 };
 use crate::clock::UnixSeconds;
 use crate::membership::{self, Core, ForceLeaveError, MeshId, Profile, Refused};
-use crate::model::{Entry, EntryKey, Generation, MemberStatus, NodeInfo, NodeName};
+use crate::model::{Demand, Entry, EntryKey, Generation, MemberStatus, NodeInfo, NodeName};
 use crate::replica::{self, ApplyError, HeadSigner, HeadVerifier, PublishError, Replica, Report};
 use crate::store::StoredPeer;
 
@@ -148,6 +148,13 @@ pub enum Output {
     },
     /// Keep these peers for the next start, then call [`Engine::peers_saved`].
     SavePeers(Vec<StoredPeer>),
+    /// A member told what it asks of limits that hold for the whole mesh.
+    Demand {
+        /// Who.
+        node: NodeName,
+        /// How much, in place of what it told before.
+        demand: Demand,
+    },
     /// Ask the port of this member; call [`Engine::evidence_crashed`] if its host refuses it. It may be given up.
     AskPort(MeshId),
     /// Something that is logged or counted.
@@ -472,6 +479,12 @@ impl Engine {
         self.settle(turn);
     }
 
+    /// Tells the mesh what this node asks of limits that hold for all of it.
+    pub fn handle_demand(&mut self, demand: Demand, turn: &Turn<'_>) {
+        self.core.claim_demand(demand);
+        self.settle(turn);
+    }
+
     /// Drops the records of nodes whose certificates are no longer believed; those nodes count as failed at once.
     pub fn handle_trust(&mut self, turn: &Turn<'_>) {
         for node in self.replica.drop_unless(|chain| turn.verifier.is_good(chain)) {
@@ -553,6 +566,7 @@ impl Engine {
                 }
                 membership::Output::Sign(statement) => self.sign(statement, turn),
                 membership::Output::Verify(statement) => self.verify(statement, turn),
+                membership::Output::Demand { node, demand } => self.outputs.push_back(Output::Demand { node, demand }),
                 membership::Output::AskPort(id) => self.outputs.push_back(Output::AskPort(id)),
                 membership::Output::Differs { peer } => self.start_sync(&peer.name, SYNC_ROUNDS),
             }

@@ -300,3 +300,57 @@ fn nobody_lacks_a_life_for_long_after_a_hundred_came_at_once_and_half_of_them_ca
         assert!(took.is_some_and(|took| took < 30 * SECOND), "{took:?}");
     });
 }
+
+fn demand(limit: u64) -> Demand {
+    Demand { limits: [(limit, 3)].into() }
+}
+
+#[test]
+fn a_demand_reaches_everybody_within_the_hold_and_costs_little() {
+    for (count, hold) in [(3, 1200), (20, 1800), (100, 2200)] {
+        seeds(4, |seed| {
+            let mut mesh = Mesh::new(count, seed);
+            mesh.loss = 0.01;
+            assert!(mesh.run(40 * SECOND, Mesh::all_alive).is_some());
+            let _settled = mesh.run(10 * SECOND, |_| false);
+            mesh.at(1).claim_demand(demand(7));
+            mesh.flush(&name(1));
+            let heard = |mesh: &Mesh| (0..count).filter(|at| mesh.demands.contains_key(&(name(*at), name(1)))).count();
+            let took = mesh.run(30 * SECOND, |mesh| heard(mesh) == count - 1);
+            let took = took.unwrap_or_else(|| panic!("{} of {count} heard of it", heard(&mesh)));
+            assert!(took <= Duration::from_millis(hold), "{took:?} at {count} nodes");
+        });
+    }
+}
+
+#[test]
+fn a_demand_counts_under_its_author_s_signature_alone_and_only_the_newest() {
+    let mut mesh = Mesh::new(3, 1);
+    assert!(mesh.run(40 * SECOND, Mesh::all_alive).is_some());
+    let life = mesh.at(1).id().life;
+    let claim = |number: u32, limit: u64, by: usize| {
+        let claim = DemandClaim { node: name(1), life, number, demand: demand(limit), signature: Vec::new() };
+        signed(&name(by), Statement::Demand(claim))
+    };
+    let mut hear = |statement: Statement, after: Duration| {
+        let _passed = mesh.run(after, |_| false);
+        let now = mesh.now;
+        let verdict = verdict(&statement);
+        mesh.at(0).handle_verified(statement, verdict, now);
+        mesh.flush(&name(0));
+        mesh.demands.get(&(name(0), name(1))).map(|demand| demand.limits[0].0)
+    };
+    assert_eq!(hear(claim(5, 1, 2), SECOND), None, "another's signature");
+    assert_eq!(hear(claim(5, 2, 1), SECOND), Some(2));
+    assert_eq!(hear(claim(4, 3, 1), SECOND), Some(2), "an older one");
+    assert_eq!(hear(claim(5, 4, 1), SECOND), Some(2), "the same number");
+    assert_eq!(hear(claim(6, 5, 1), SECOND), Some(5));
+    assert_eq!(hear(claim(7, 6, 1), Duration::from_millis(50)), Some(5), "too soon after the one before");
+    let mut stranger = claim(9, 7, 1);
+    if let Statement::Demand(claim) = &mut stranger {
+        claim.node = name(77);
+    }
+    assert_eq!(hear(signed(&name(77), stranger), SECOND), Some(5));
+    assert!(!mesh.demands.contains_key(&(name(0), name(77))), "of nobody's");
+    assert_eq!(mesh.at(0).sizes().demands.1, 1);
+}

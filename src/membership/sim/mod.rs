@@ -38,6 +38,8 @@ struct Mesh {
     refusals: BTreeMap<(Instant, u64), (NodeName, NodeName)>,
     log: Log,
     received: BTreeMap<NodeName, BTreeSet<u64>>,
+    /// Who heard of whose demand.
+    demands: BTreeMap<(NodeName, NodeName), Demand>,
     differs: usize,
     bytes: u64,
 }
@@ -93,6 +95,7 @@ impl Mesh {
             refusals: BTreeMap::new(),
             log: Vec::new(),
             received: BTreeMap::new(),
+            demands: BTreeMap::new(),
             differs: 0,
             bytes: 0,
         };
@@ -188,6 +191,7 @@ impl Mesh {
                 }
                 Output::AskPort(id) => asked.push(id.name),
                 Output::Differs { .. } => self.differs += 1,
+                Output::Demand { node, demand } => drop(self.demands.insert((at.clone(), node), demand)),
                 Output::Received { .. } | Output::Conflict { .. } | Output::Renewed(_) => {}
             }
         }

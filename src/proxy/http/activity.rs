@@ -4,19 +4,28 @@
 //!
 //! A connection rests between two requests: hyper's state and its buffers, 16 KiB, are given back until bytes come. It
 //! may only if no request and no upload is under way, no byte of a head has come and everything written has left.
+//!
+//! An interim answer (1xx) goes out between two writes of hyper's, which knows of none: nothing of the final answer is
+//! written while one is awaited, and one that comes while earlier bytes still leave is left out.
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
-use std::sync::{Arc, Weak};
-use std::task::{Context, Poll};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use bytes::{Buf, BytesMut};
 use futures_util::task::AtomicWaker;
+use hyper::rt::{Read as _, Write as _};
+use prometheus::IntCounterVec;
+use tokio::io::{AsyncRead, ReadBuf};
 use tokio::net::TcpStream;
+use tracing::debug;
 
+use super::gate::{Gate, Stop};
 use super::io::AppIo;
 use super::{Dial, Limits};
 
@@ -29,6 +38,15 @@ const CUT: u8 = 4;
 const ROUND: Duration = Duration::from_millis(250);
 /// Connections that are gone are taken out of the list from this length on.
 const PURGE_MIN: usize = 64;
+/// Bytes of interim answers that wait to be sent; what is more is left out.
+const INTERIM_BYTES_MAX: usize = 16 * 1024;
+/// What is read at once to be looked at: hyper asks for no more.
+const LOOK_BYTES: usize = 64 * 1024;
+
+thread_local! {
+    /// Where bytes are looked at; nothing stays in it.
+    static LOOKED_AT: RefCell<Vec<u8>> = RefCell::new(vec![0; LOOK_BYTES]);
+}
 
 /// What the watchman sees and says of one connection. Atomic only because hyper's upgrades ask for `Send`.
 #[derive(Debug, Default)]
@@ -47,6 +65,9 @@ pub(crate) struct Activity {
     /// Rounds in a row in which a head was not whole, and in which nothing was under way.
     slow_rounds: AtomicU32,
     idle_rounds: AtomicU32,
+    /// Interim answers on their way to the caller.
+    interim: Mutex<BytesMut>,
+    has_interim: AtomicBool,
 }
 
 impl Activity {
@@ -60,6 +81,18 @@ impl Activity {
                 self.is_at_rest().then_some(End::Idle)
             }
             _ => None,
+        }
+    }
+
+    /// Has an interim answer, as it goes on the wire, sent before anything else.
+    pub(crate) fn send_interim(&self, head: &[u8]) {
+        if self.is_http2.load(Ordering::Relaxed) || self.unflushed.load(Ordering::Relaxed) {
+            return;
+        }
+        let mut interim = self.interim.lock().unwrap_or_else(PoisonError::into_inner);
+        if interim.len().saturating_add(head.len()) <= INTERIM_BYTES_MAX {
+            interim.extend_from_slice(head);
+            self.has_interim.store(true, Ordering::Relaxed);
         }
     }
 
@@ -82,9 +115,26 @@ impl Activity {
         self.tell(CUT);
     }
 
+    /// A cut is not taken back: what ends a connection more gently comes too late for it.
     fn tell(&self, end: u8) {
-        self.end.store(end, Ordering::Relaxed);
+        if self.end.load(Ordering::Relaxed) != CUT {
+            self.end.store(end, Ordering::Relaxed);
+        }
         self.waker.wake();
+    }
+
+    /// Runs `served` until it is over, or has to be cut.
+    ///
+    /// For what ends by itself after a word of the watchman's: that word is not said again.
+    pub(crate) async fn unless_cut<F: Future>(&self, mut served: Pin<&mut F>) -> Result<F::Output, Cut> {
+        poll_fn(|cx| {
+            if self.end.load(Ordering::Relaxed) == CUT {
+                return Poll::Ready(Err(Cut));
+            }
+            self.waker.register(cx.waker());
+            served.as_mut().poll(cx).map(Ok)
+        })
+        .await
     }
 
     /// Runs `served` until it is over or the watchman says how it should end.
@@ -118,26 +168,87 @@ impl Drop for Busy {
     }
 }
 
-/// The caller's connection; notes that bytes came.
+/// The caller's connection; notes that bytes came, and looks at them where they are HTTP/1.1.
 pub(crate) struct Watched {
     io: AppIo,
     activity: Arc<Activity>,
+    /// None: HTTP/2, which frames by itself.
+    gate: Option<Gate>,
+    malformed: IntCounterVec,
+    /// What is left of an interim answer.
+    sending: BytesMut,
 }
 
 impl Watched {
-    /// Wraps a connection.
-    pub(crate) fn new(stream: TcpStream, activity: &Arc<Activity>) -> Self {
-        Self { io: AppIo::new(stream), activity: Arc::clone(activity) }
+    /// Wraps a connection; requests whose framing is in doubt are counted in `malformed`.
+    pub(crate) fn new(stream: TcpStream, activity: &Arc<Activity>, speaks: Speaks, malformed: &IntCounterVec) -> Self {
+        Self {
+            io: AppIo::new(stream),
+            activity: Arc::clone(activity),
+            gate: (speaks == Speaks::Http1).then(Gate::default),
+            malformed: malformed.clone(),
+            sending: BytesMut::new(),
+        }
     }
 
-    /// Returns the connection.
-    pub(crate) fn into_inner(self) -> TcpStream {
-        self.io.into_inner()
+    /// Reads what the gate lets pass; from a doubt on, nothing.
+    fn read_through(
+        &mut self,
+        cx: &mut Context<'_>,
+        mut buf: hyper::rt::ReadBufCursor<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        let Self { io, gate: Some(gate), malformed, .. } = self else {
+            return Pin::new(&mut self.io).poll_read(cx, buf);
+        };
+        if gate.is_stopped() {
+            return Poll::Ready(Ok(()));
+        }
+        LOOKED_AT.with_borrow_mut(|room| {
+            let most = buf.remaining().min(room.len());
+            let mut read = ReadBuf::new(room.get_mut(..most).unwrap_or_default());
+            ready!(Pin::new(io.stream_mut()).poll_read(cx, &mut read))?;
+            match gate.look(read.filled()) {
+                Ok(()) => buf.put_slice(read.filled()),
+                Err(Stop { at, doubt, in_head }) => {
+                    malformed.with_label_values(&[doubt.as_str()]).inc();
+                    debug!(?doubt, "a request is refused: it is in doubt where it ends");
+                    buf.put_slice(read.filled().get(..at).unwrap_or_default());
+                    if in_head {
+                        // Of at least one byte, so there is room. No head may hold it: hyper answers 400 and closes.
+                        buf.put_slice(&[0]);
+                    }
+                }
+            }
+            Poll::Ready(Ok(()))
+        })
+    }
+
+    /// Sends what interim answers there are.
+    fn poll_interim(&mut self, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        if self.activity.has_interim.load(Ordering::Relaxed) {
+            self.activity.has_interim.store(false, Ordering::Relaxed);
+            let mut interim = self.activity.interim.lock().unwrap_or_else(PoisonError::into_inner);
+            self.sending.unsplit(interim.split());
+        }
+        while !self.sending.is_empty() {
+            let count = ready!(Pin::new(&mut self.io).poll_write(cx, &self.sending))?;
+            if count == 0 {
+                return Poll::Ready(Err(std::io::ErrorKind::WriteZero.into()));
+            }
+            self.sending.advance(count);
+        }
+        Poll::Ready(Ok(()))
     }
 
     /// Returns the connection, to wait on it.
     pub(crate) fn stream(&self) -> &TcpStream {
         self.io.stream()
+    }
+}
+
+impl From<Watched> for TcpStream {
+    fn from(watched: Watched) -> Self {
+        watched.io.into()
     }
 }
 
@@ -147,7 +258,7 @@ impl hyper::rt::Read for Watched {
         cx: &mut Context<'_>,
         buf: hyper::rt::ReadBufCursor<'_>,
     ) -> Poll<std::io::Result<()>> {
-        let polled = Pin::new(&mut self.io).poll_read(cx, buf);
+        let polled = self.read_through(cx, buf);
         if polled.is_ready() && self.activity.requests.load(Ordering::Relaxed) == 0 {
             self.activity.head_began.store(true, Ordering::Relaxed);
         }
@@ -158,10 +269,12 @@ impl hyper::rt::Read for Watched {
 impl hyper::rt::Write for Watched {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<std::io::Result<usize>> {
         self.activity.unflushed.store(true, Ordering::Relaxed);
+        ready!(self.poll_interim(cx))?;
         Pin::new(&mut self.io).poll_write(cx, buf)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        ready!(self.poll_interim(cx))?;
         // hyper flushes once its own buffer is empty.
         let flushed = Pin::new(&mut self.io).poll_flush(cx);
         if let Poll::Ready(Ok(())) = flushed {
@@ -184,6 +297,7 @@ impl hyper::rt::Write for Watched {
         bufs: &[std::io::IoSlice<'_>],
     ) -> Poll<std::io::Result<usize>> {
         self.activity.unflushed.store(true, Ordering::Relaxed);
+        ready!(self.poll_interim(cx))?;
         Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
     }
 }
@@ -196,6 +310,10 @@ pub(crate) enum Speaks {
     /// HTTP/2
     Http2,
 }
+
+/// A connection is to be reset.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Cut;
 
 /// Why a connection should end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

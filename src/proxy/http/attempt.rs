@@ -20,6 +20,7 @@ use http::request::Parts;
 use http_body::Body;
 use hyper::body::Incoming;
 use quinn::RecvStream;
+use tokio::sync::Notify;
 use tokio::time::Instant;
 use tracing::debug;
 
@@ -29,6 +30,7 @@ use super::body::{self, BodyError, TunnelSend};
 use super::headers;
 use super::metrics::Flag;
 use super::outbound::{Answer, Call};
+use super::priority::PRIORITY;
 use super::{ATTEMPTS_MAX, Dial, HttpState, REPLAY_BYTES_MAX, key};
 use crate::clock;
 use crate::model::ServiceName;
@@ -37,6 +39,7 @@ use crate::proxy::worker::within;
 use crate::proxy::{Lease, OpenError, Opened, StreamKind, Tried};
 use crate::routing::{self, Limited, Observer, Outcome};
 use crate::traffic::retry::Retry;
+use crate::upstream::Priority;
 
 /// A request's body while attempts may still need it again.
 pub(super) struct Upload {
@@ -47,7 +50,29 @@ pub(super) struct Upload {
     pub(super) replayable: Cell<bool>,
     /// The body came to its end.
     pub(super) ended: Cell<bool>,
+    held: Held,
     _busy: Option<Busy>,
+}
+
+/// A body that waits for the app to ask for it (`Expect: 100-continue`).
+#[derive(Default)]
+struct Held {
+    is_held: Cell<bool>,
+    asked: Notify,
+}
+
+impl Held {
+    /// Waits until the app asks, or is silent for too long.
+    async fn released(&self, send: &TunnelSend) -> Result<(), BodyError> {
+        tokio::select! {
+            biased;
+            _silent = tokio::time::timeout(EXPECT_TIMEOUT, self.asked.notified()) => {
+                self.is_held.set(false);
+                Ok(())
+            }
+            error = send.stopped() => Err(error),
+        }
+    }
 }
 
 impl Upload {
@@ -72,9 +97,30 @@ impl Upload {
     }
 }
 
+/// A body that the app answered without asking for. Its stream is reset when this is dropped, with the answer: a destination
+/// whose request breaks off breaks the answer off as well.
+pub(super) struct Unsent {
+    _uploading: Pin<Box<dyn Future<Output = Result<(), BodyError>>>>,
+}
+
+impl std::fmt::Debug for Unsent {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Unsent")
+    }
+}
+
+/// An app that does not ask for an awaited body within this time gets it: it may not know how to ask, and callers wait no
+/// longer themselves (curl and Go: 1 s).
+const EXPECT_TIMEOUT: Duration = Duration::from_secs(1);
+/// Interim answers to one request: apps send one or two.
+pub(super) const INTERIM_MAX: usize = 8;
+
 /// Sends the rest of a body; a failure resets the stream, and reading the answer says why.
 async fn upload<D: Dial>(worker: Rc<D>, upload: Rc<Upload>, mut send: TunnelSend) -> Result<(), BodyError> {
     let mut chunks = Vec::with_capacity(2);
+    if upload.held.is_held.get() {
+        upload.held.released(&send).await?;
+    }
     loop {
         let frame = body::next_frame(|cx| Pin::new(&mut *upload.body.borrow_mut()).poll_frame(cx), &send).await?;
         let Some(frame) = frame else { break };
@@ -106,15 +152,15 @@ pub(super) async fn attempts<D: Dial>(worker: &Rc<D>, call: &Call<'_>, body: Inc
     let head = encode_head(state, call, None)?;
     let limit = TimeLimit::of(&call.parts.headers, state.limits.response);
     let pending = match call.payload {
-        Payload::Frames => Some(begin_upload(body, &call.parts.headers, state, call.uploads.take()).await?),
+        Payload::Frames => Some(begin_upload(body, call.parts, state, call.uploads.take()).await?),
         Payload::Empty | Payload::Upgrade => None,
     };
-    let mut tried = Tried::with_key(key::of_request(&**worker, call));
+    let tried = RefCell::new(Tried::with_key(key::of_request(&**worker, call)).of(call.priority));
     let mut failure = None;
     // Held to the end: repeating a request may not make an outage worse.
     let mut retries: Vec<routing::Retry> = Vec::new();
     for _ in 0..ATTEMPTS_MAX {
-        let opened = match worker.open(&call.target.caller, StreamKind::Http, &mut tried).await {
+        let opened = match worker.open(&call.target.caller, StreamKind::Http, &tried).await {
             Ok(opened) => opened,
             Err(OpenError::Unreachable { node, reason }) => {
                 failure = Some(unreachable(destination, &format!("node {node}: {reason}")));
@@ -160,12 +206,12 @@ pub(super) async fn attempts<D: Dial>(worker: &Rc<D>, call: &Call<'_>, body: Inc
 /// Takes what is there of the body.
 pub(super) async fn begin_upload(
     mut body: Incoming,
-    headers: &HeaderMap,
+    parts: &Parts,
     state: &HttpState,
     busy: Option<Busy>,
 ) -> Result<Rc<Upload>, Refusal> {
     // hyper answers `Expect: 100-continue` when the body is first asked for: the head goes ahead of it.
-    let first = if headers.contains_key(header::EXPECT) {
+    let first = if parts.headers.contains_key(header::EXPECT) {
         body::First::default()
     } else {
         body::first(&mut body, state).await.map_err(|_| malformed_body())?
@@ -176,6 +222,7 @@ pub(super) async fn begin_upload(
         replay_bytes: Cell::new(first.bytes),
         replayable: Cell::new(true),
         ended: Cell::new(first.ended),
+        held: Held { is_held: Cell::new(headers::awaits_continue(parts)), ..Held::default() },
         _busy: busy,
     }))
 }
@@ -198,6 +245,9 @@ pub(super) fn encode_head(
         }
         let mut digits = [0; 3];
         writer.header(&headers::HOPS, decimal(hops, &mut digits));
+        if call.priority != Priority::Normal {
+            writer.header(&PRIORITY, call.priority.as_str().as_bytes());
+        }
         if let Some((name, value)) = left {
             writer.header(name, value.as_bytes());
         }
@@ -335,10 +385,18 @@ impl<D: Dial> Attempt<'_, D> {
         if uploading.is_none()
             && self.again.is_some_and(|retry| retry.covers_answer(head.status.as_u16(), grpc_of(&head)))
         {
-            return Err(Failed::Answered(Box::new(Answer { head, recv, inbox, send: kept, limit: None, lease })));
+            let answer = Answer { head, recv, inbox, send: kept, limit: None, lease, unsent: None };
+            return Err(Failed::Answered(Box::new(answer)));
         }
+        let mut unsent = None;
         if let Some(pending) = self.pending {
             pending.settle();
+            // An app that answers well before it asks may still read: as without weft, the caller is free to send.
+            if pending.held.is_held.get() && head.status.is_success() {
+                pending.held.asked.notify_one();
+            } else if pending.held.is_held.get() {
+                unsent = uploading.take().map(|uploading| Unsent { _uploading: uploading });
+            }
         }
         if let Some(uploading) = uploading {
             let lease = lease.clone();
@@ -349,7 +407,7 @@ impl<D: Dial> Attempt<'_, D> {
                 }
             });
         }
-        Ok(Answer { head, recv, inbox, send: kept, limit: None, lease })
+        Ok(Answer { head, recv, inbox, send: kept, limit: None, lease, unsent })
     }
 
     /// Waits for the answer while the body goes up.
@@ -358,14 +416,16 @@ impl<D: Dial> Attempt<'_, D> {
         mut answer: Pin<&mut impl Future<Output = Result<ResponseHead, Failed>>>,
         uploading: &mut Option<Pin<Box<impl Future<Output = Result<(), BodyError>>>>>,
     ) -> Result<ResponseHead, Failed> {
-        let still_uploading = || self.pending.is_some_and(|pending| !pending.ended.get());
-        let mut over = pin!(self.limit.over(still_uploading));
+        // A body that the peer stopped does not end, but it goes up no longer: the answer is due.
+        let goes_up = Cell::new(uploading.is_some());
+        let mut over = pin!(self.limit.over(|| goes_up.get()));
         loop {
             tokio::select! {
                 biased;
                 head = answer.as_mut() => return head,
                 result = async { match uploading { Some(uploading) => uploading.as_mut().await, None => std::future::pending().await } } => {
                     *uploading = None;
+                    goes_up.set(false);
                     match result {
                         // A caller that left is noticed by hyper as well; a peer that stopped reading answers.
                         Ok(()) | Err(BodyError::Write(quinn::WriteError::Stopped(_))) => {}
@@ -385,7 +445,7 @@ impl<D: Dial> Attempt<'_, D> {
 
     /// Reads the status byte and the response's head.
     async fn read_answer(&self, recv: &mut RecvStream, inbox: &mut Inbox) -> Result<ResponseHead, Failed> {
-        let mut reached = false;
+        let (mut reached, mut interim) = (false, 0);
         loop {
             if !reached && let Some(status) = inbox.take_u8() {
                 self.reached(status)?;
@@ -393,6 +453,14 @@ impl<D: Dial> Attempt<'_, D> {
             }
             if reached {
                 match inbox.take_response() {
+                    Ok(Some(head)) if headers::is_interim(head.status) => {
+                        interim += 1;
+                        if interim > INTERIM_MAX {
+                            return Err(Failed::Final(self.broke(&HeadError::Malformed("answer: too many before it"))));
+                        }
+                        self.pass_interim(&head);
+                        continue;
+                    }
                     Ok(Some(head)) => return Ok(head),
                     Ok(None) => {}
                     Err(error) => return Err(Failed::Final(self.broke(&error))),
@@ -404,6 +472,17 @@ impl<D: Dial> Attempt<'_, D> {
                 Ok(None) => return Err(failed(self.broke(&BodyError::Truncated))),
                 Err(error) => return Err(failed(self.broke(&error))),
             }
+        }
+    }
+
+    /// Passes an interim answer on; 100 is hyper's to say, once it is asked for the body.
+    fn pass_interim(&self, head: &ResponseHead) {
+        if head.status == StatusCode::CONTINUE {
+            if let Some(pending) = self.pending {
+                pending.held.asked.notify_one();
+            }
+        } else if self.call.parts.version == http::Version::HTTP_11 {
+            self.call.activity.send_interim(&headers::interim_text(head));
         }
     }
 
@@ -456,12 +535,16 @@ pub(super) fn unreachable(destination: &ServiceName, why: &str) -> Refusal {
 }
 
 fn overflow(destination: &ServiceName, what: Limited) -> Refusal {
-    Refusal {
-        status: StatusCode::SERVICE_UNAVAILABLE,
-        flag: Flag::Overflow,
-        reason: Reason::Overflow(what),
-        text: format!("service `{destination}` has as many {} under way from here as its limits allow", what.as_str()),
-    }
+    let text = match what {
+        Limited::Priority => {
+            format!("service `{destination}` is so busy that only requests of a higher x-weft-priority are sent there")
+        }
+        Limited::Instances => {
+            format!("every instance of service `{destination}` has as many requests from here as it may, for too long")
+        }
+        _ => format!("service `{destination}` has as many {} under way from here as its limits allow", what.as_str()),
+    };
+    Refusal { status: StatusCode::SERVICE_UNAVAILABLE, flag: Flag::Overflow, reason: Reason::Overflow(what), text }
 }
 
 /// Notes how an attempt ended that was `sent_at` then.

@@ -14,9 +14,9 @@ use quinn::{RecvStream, SendStream, VarInt, WriteError};
 use tokio::time::{Instant, Sleep};
 
 use super::activity::Busy;
-use super::attempt::grpc_outcome;
+use super::attempt::{Unsent, grpc_outcome};
 use super::metrics::{Exchange, Flag};
-use super::{COPY_BYTES_MAX, FIRST_BYTES_MAX, HttpState};
+use super::{COPY_BYTES_MAX, FIRST_BYTES_MAX, HttpState, headers};
 use crate::proxy::Lease;
 use crate::proxy::head::{self, BodyDecoder, HeadError, HeadWriter, Inbox};
 
@@ -53,11 +53,23 @@ pub(crate) enum BodyError {
 pub(crate) struct TunnelSend {
     stream: SendStream,
     open: bool,
+    /// An answer's status byte went out, with an interim head.
+    has_status: bool,
 }
 
 impl TunnelSend {
     pub(crate) fn new(stream: SendStream) -> Self {
-        Self { stream, open: true }
+        Self { stream, open: true, has_status: false }
+    }
+
+    /// Undoes [`TunnelSend::put_status`] where nothing was sent.
+    pub(crate) fn take_status_back(&mut self, had: bool) {
+        self.has_status = had;
+    }
+
+    /// Notes that the status byte goes out; tells whether it had before.
+    pub(crate) fn put_status(&mut self) -> bool {
+        std::mem::replace(&mut self.has_status, true)
     }
 
     /// Writes all chunks.
@@ -105,6 +117,7 @@ pub(crate) struct TunnelBody {
     failed: bool,
     limit: Option<Box<BodyLimit>>,
     lease: Lease,
+    unsent: Option<Unsent>,
 }
 
 /// How long a response may take.
@@ -153,9 +166,10 @@ impl TunnelBody {
         body
     }
 
-    /// Holds the tunnel while the body is read.
-    pub(crate) fn holding(mut self, lease: Lease) -> Self {
+    /// Holds the tunnel while the body is read, and the request's stream if its body was not wanted.
+    pub(super) fn holding(mut self, lease: Lease, unsent: Option<Unsent>) -> Self {
         self.lease = lease;
+        self.unsent = unsent;
         self
     }
 
@@ -216,6 +230,7 @@ impl TunnelBody {
     }
 
     fn end(&mut self) {
+        drop(self.unsent.take());
         if let Some(whole) = &self.whole {
             whole.set(true);
         }
@@ -389,9 +404,7 @@ pub(crate) fn encode_frame(
             let Ok(trailers) = frame.into_trailers() else { return Ok(None) };
             let encoded = state.encode(|out| {
                 let mut writer = HeadWriter::trailers(out);
-                for (name, value) in &trailers {
-                    writer.header(name, value.as_bytes());
-                }
+                headers::write_trailers(&trailers, &mut writer);
                 writer.finish()
             });
             chunks.push(encoded.map_err(BodyError::Malformed)?);

@@ -1,12 +1,14 @@
 //! Which headers cross the mesh (RFC 9110 §7.6.1), who is called (RFC 9112 §3.2), and how far a request went.
 
+use base64::Engine as _;
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use http::request::Parts;
 use http::uri::Authority;
-use http::{Method, Request, StatusCode, Version};
+use http::{Method, Request, Response, StatusCode, Version};
 
 use super::answer::{Reason, Refusal};
 use super::metrics::Flag;
-use crate::proxy::head::HeadWriter;
+use crate::proxy::head::{HeadWriter, ResponseHead};
 
 /// The identity of the caller, given to the app (Envoy's name and shape).
 pub(crate) const CLIENT_CERT: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
@@ -98,6 +100,77 @@ pub(crate) fn upgrade(headers: &HeaderMap) -> Option<&HeaderValue> {
     asks.then_some(upgrade)
 }
 
+/// Tells whether what follows a request without a body may be something else than HTTP. As the gate sees it: so a request
+/// that it did not read on after is the last of its connection, or leaves HTTP.
+pub(crate) fn leaves_http<B>(request: &Request<B>) -> bool {
+    let headers = request.headers();
+    let asks = headers.contains_key(header::UPGRADE) && !has_token(headers, &header::UPGRADE, "h2c");
+    request.version() < Version::HTTP_2 && (asks || request.method() == Method::CONNECT)
+}
+
+/// Makes the upgrade of an extended CONNECT for a WebSocket (RFC 8441 §5), as an app over HTTP/1.1 understands it.
+pub(crate) fn websocket_of_h2<B>(request: &mut Request<B>) {
+    let protocol = request.extensions().get::<hyper::ext::Protocol>();
+    if request.method() != Method::CONNECT || !protocol.is_some_and(|name| name.as_str() == "websocket") {
+        return;
+    }
+    *request.method_mut() = Method::GET;
+    // RFC 6455 §4.1: 16 random bytes. What the app makes of them ends here: HTTP/2 needs no proof that it understood.
+    let key = base64::engine::general_purpose::STANDARD.encode(rand::random::<[u8; 16]>());
+    let headers = request.headers_mut();
+    headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+    headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+    headers.extend(HeaderValue::try_from(key).map(|key| (header::SEC_WEBSOCKET_KEY, key)));
+}
+
+/// Makes the answer of a switch to another protocol for a caller over `version`.
+pub(crate) fn switched<B>(response: &mut Response<B>, version: Version) {
+    let headers = response.headers_mut();
+    if version < Version::HTTP_2 {
+        headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+        *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+    } else {
+        headers.remove(header::UPGRADE);
+        headers.remove(header::SEC_WEBSOCKET_ACCEPT);
+        *response.status_mut() = StatusCode::OK;
+    }
+}
+
+/// Tells whether a caller's body waits for a word of the app's (RFC 9110 §10.1.1). Over HTTP/2 the caller alone decides:
+/// nothing tells it that the app asks, so what it sends is passed on.
+pub(crate) fn awaits_continue(parts: &Parts) -> bool {
+    let expect = parts.headers.get(header::EXPECT);
+    parts.version == Version::HTTP_11
+        && expect.is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"))
+}
+
+/// Tells whether another answer follows (RFC 9110 §15.2).
+pub(crate) fn is_interim(status: StatusCode) -> bool {
+    status.is_informational() && status != StatusCode::SWITCHING_PROTOCOLS
+}
+
+/// Writes an interim answer as HTTP/1.1 has it.
+pub(crate) fn interim_text(head: &ResponseHead) -> Vec<u8> {
+    let reason = head.status.canonical_reason().unwrap_or("Interim");
+    let mut text = format!("HTTP/1.1 {} {reason}\r\n", head.status.as_u16()).into_bytes();
+    for (name, value) in &head.headers {
+        let parts = [name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"];
+        parts.iter().for_each(|part| text.extend_from_slice(part));
+    }
+    text.extend_from_slice(b"\r\n");
+    text
+}
+
+/// Writes trailers. Left out: what frames or routes a message or says who calls, which apps that join trailers and headers
+/// would believe (RFC 9110 §6.5.1).
+pub(crate) fn write_trailers(trailers: &HeaderMap, writer: &mut HeadWriter<'_>) {
+    for (name, value) in trailers {
+        if !is_dropped(name) && *name != header::CONTENT_LENGTH && *name != header::TE {
+            writer.header(name, value.as_bytes());
+        }
+    }
+}
+
 /// Tells whether a message is gRPC's.
 pub(crate) fn is_grpc(headers: &HeaderMap) -> bool {
     headers.get(header::CONTENT_TYPE).is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"))
@@ -119,7 +192,9 @@ pub(crate) fn check<B>(request: &Request<B>) -> Result<Option<Authority>, Refusa
             status: StatusCode::NOT_IMPLEMENTED,
             flag: Flag::Refused,
             reason: Reason::BadRequest,
-            text: "CONNECT is not offered on this port".to_owned(),
+            text:
+                "CONNECT is not offered: weft leads to services of the mesh; over HTTP/2 it takes `:protocol` websocket"
+                    .to_owned(),
         });
     }
     let mut hosts = request.headers().get_all(header::HOST).iter();

@@ -2,19 +2,27 @@
 //!
 //! ```text
 //!   head -> connection from the pool (or: status 1, another instance is tried) -> request -> status 0 + head + body -> FIN
+//!                                                                  status 0 + interim heads (1xx) go ahead of it __/
 //! ```
 
 use std::cell::Cell;
+use std::collections::VecDeque;
+use std::future::poll_fn;
+use std::pin::pin;
 use std::rc::Rc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::Poll;
 
 use bytes::{Bytes, BytesMut};
-use http::header::{self, HeaderValue};
+use futures_util::task::AtomicWaker;
+use http::header::{self, HeaderMap, HeaderValue};
 use http::{Request, Response, StatusCode, Uri};
 use hyper::body::Incoming;
 use quinn::{RecvStream, SendStream};
 use tracing::debug;
 
 use super::answer::{REASON, Reason, Refusal};
+use super::attempt::INTERIM_MAX;
 use super::body::{self, BodyError, First, TunnelBody, TunnelSend};
 use super::headers;
 use super::io::AppIo;
@@ -131,11 +139,15 @@ async fn exchange<D: Dial>(worker: &Rc<D>, stream: Stream, on_admitted: impl FnO
         }
     };
     let client_cert = state.client_cert(peer);
-    let call = call(worker, local, (head, request_body), &block, client_cert.as_ref());
-    let answered = tokio::select! {
-        biased;
-        answered = call => answered,
-        error = send.stopped() => return Err(ServeError::Body(error)),
+    let interims = Arc::<Interims>::default();
+    let mut call = pin!(call(worker, local, (head, request_body), &block, (client_cert.as_ref(), &interims)));
+    let answered = loop {
+        tokio::select! {
+            biased;
+            interim = interims.next() => send_interim(state, &mut send, interim).await?,
+            answered = call.as_mut() => break answered,
+            error = send.stopped() => return Err(ServeError::Body(error)),
+        }
     };
     let Answered { mut response, reusable } = match answered {
         Ok(answered) => answered,
@@ -180,6 +192,64 @@ async fn exchange<D: Dial>(worker: &Rc<D>, stream: Stream, on_admitted: impl FnO
     result
 }
 
+/// Interim answers of an app, as hyper's task hears them.
+#[derive(Debug, Default)]
+struct Interims {
+    heads: Mutex<VecDeque<(StatusCode, HeaderMap)>>,
+    waker: AtomicWaker,
+}
+
+impl Interims {
+    /// Has `request`'s interim answers put here.
+    fn hear(self: &Arc<Self>, request: &mut Request<TunnelBody>) {
+        let to = Arc::clone(self);
+        hyper::ext::on_informational(request, move |response| {
+            let mut heads = to.heads.lock().unwrap_or_else(PoisonError::into_inner);
+            if heads.len() < INTERIM_MAX {
+                heads.push_back((response.status(), response.headers().clone()));
+            }
+            drop(heads);
+            to.waker.wake();
+        });
+    }
+
+    /// Waits for the next one.
+    async fn next(&self) -> (StatusCode, HeaderMap) {
+        poll_fn(|cx| {
+            self.waker.register(cx.waker());
+            let next = self.heads.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+            next.map_or(Poll::Pending, Poll::Ready)
+        })
+        .await
+    }
+}
+
+/// Sends an interim answer ahead of the final one; one that no head can hold is left out.
+async fn send_interim(
+    state: &HttpState,
+    send: &mut TunnelSend,
+    (status, headers): (StatusCode, HeaderMap),
+) -> Result<(), ServeError> {
+    let has_status = send.put_status();
+    let encoded = state.encode(|out| {
+        put_status(out, has_status);
+        let mut writer = HeadWriter::response(out, Payload::Empty, status);
+        headers::write(&headers, &mut writer);
+        writer.finish()
+    });
+    let Ok(encoded) = encoded else {
+        send.take_status_back(has_status);
+        return Ok(());
+    };
+    send.write(&mut [encoded]).await.map_err(ServeError::Body)
+}
+
+fn put_status(out: &mut BytesMut, has_status: bool) {
+    if !has_status {
+        out.extend_from_slice(&[STATUS_OK]);
+    }
+}
+
 async fn read_head(recv: &mut RecvStream, inbox: &mut Inbox) -> Result<Bytes, ServeError> {
     loop {
         if let Some(block) = inbox.take_block().map_err(ServeError::Head)? {
@@ -221,13 +291,15 @@ async fn relay(
     };
     let First { frames, ended, mut trailers, bytes } = first;
     let payload = if ended && bytes == 0 && trailers.is_none() { Payload::Empty } else { Payload::Frames };
+    let has_status = send.put_status();
     let encoded = state.encode(|out| {
-        out.extend_from_slice(&[STATUS_OK]);
+        put_status(out, has_status);
         let mut writer = HeadWriter::response(out, payload, response.status());
         headers::write(response.headers(), &mut writer);
         writer.finish()
     });
     let Ok(encoded) = encoded else {
+        send.take_status_back(has_status);
         exchange.finish(Flag::Reset);
         let refusal = Refusal {
             reason: Reason::HeadTooLarge,
@@ -260,8 +332,9 @@ async fn refuse(state: &HttpState, send: &mut TunnelSend, refusal: Refusal, grpc
     let text = Bytes::from(format!("weft: {}\n", refusal.text));
     let response = refusal.into_response(grpc);
     let payload = if grpc { Payload::Empty } else { Payload::Frames };
+    let has_status = send.put_status();
     let encoded = state.encode(|out| {
-        out.extend_from_slice(&[STATUS_OK]);
+        put_status(out, has_status);
         let mut writer = HeadWriter::response(out, payload, response.status());
         headers::write(response.headers(), &mut writer);
         writer.header(&REASON, reason.as_str().as_bytes());
@@ -285,8 +358,9 @@ async fn switch(
     mut response: Response<Incoming>,
 ) -> Result<(), ServeError> {
     let upgraded = hyper::upgrade::on(&mut response);
+    let has_status = send.put_status();
     let encoded = state.encode(|out| {
-        out.extend_from_slice(&[STATUS_OK]);
+        put_status(out, has_status);
         let mut writer = HeadWriter::response(out, Payload::Upgrade, response.status());
         headers::write(response.headers(), &mut writer);
         if let Some(protocol) = response.headers().get(header::UPGRADE) {
@@ -295,12 +369,8 @@ async fn switch(
         writer.finish()
     });
     let upgraded = upgraded.await.map_err(|error| ServeError::Body(BodyError::App(error)))?;
-    let Ok(parts) = upgraded.downcast::<AppIo>() else {
-        return Err(ServeError::Head(HeadError::Malformed("upgrade: a foreign connection")));
-    };
     send.write(&mut [encoded.map_err(ServeError::Head)?]).await.map_err(ServeError::Body)?;
-    let raw = Raw { stream: parts.io.into_inner(), read: parts.read_buf };
-    upgrade::relay(raw, send, recv, inbox.take()).await;
+    upgrade::relay(Raw::of::<AppIo>(upgraded), send, recv, inbox.take()).await;
     Ok(())
 }
 
@@ -313,7 +383,7 @@ async fn call<D: Dial>(
     local: &LocalInstance,
     (head, body): (RequestHead, TunnelBody),
     block: &Bytes,
-    client_cert: Option<&HeaderValue>,
+    (client_cert, interims): (Option<&HeaderValue>, &Arc<Interims>),
 ) -> Result<Answered, CallError> {
     let multiplexed = matches!(local.protocol, Protocol::Http2 | Protocol::Grpc);
     let state = worker.http();
@@ -331,6 +401,7 @@ async fn call<D: Dial>(
         let response = sender.send_request(request).await.map_err(CallError::App)?;
         return Ok(Answered { response, reusable: None });
     }
+    interims.hear(&mut request);
     if let Some(mut sender) = state.pool.checkout(addr).await {
         let whole = request.body_mut().whole();
         let mut error = match sender.try_send_request(request).await {
@@ -340,7 +411,11 @@ async fn call<D: Dial>(
         request = match error.take_message() {
             Some(message) => message,
             None if repeatable && is_stale(error.error()) => match head::decode_request(block.clone()) {
-                Ok(head) => build(head, TunnelBody::default(), local, client_cert),
+                Ok(head) => {
+                    let mut again = build(head, TunnelBody::default(), local, client_cert);
+                    interims.hear(&mut again);
+                    again
+                }
                 Err(_) => return Err(CallError::App(error.into_error())),
             },
             None => return Err(CallError::App(error.into_error())),

@@ -31,9 +31,15 @@ impl AppIo {
         self.0.inner()
     }
 
-    /// Returns the connection.
-    pub(crate) fn into_inner(self) -> TcpStream {
-        self.0.into_inner()
+    /// Returns the connection, to read from it.
+    pub(crate) fn stream_mut(&mut self) -> &mut TcpStream {
+        self.0.inner_mut()
+    }
+}
+
+impl From<AppIo> for TcpStream {
+    fn from(io: AppIo) -> Self {
+        io.0.into_inner()
     }
 }
 

@@ -36,6 +36,8 @@ pub(crate) struct HttpMetrics {
     duration: HistogramVec,
     /// Requests over a rate limit.
     pub(super) limited: IntCounterVec,
+    /// Callers' connections that ended because a request's framing was in doubt, by reason.
+    pub(super) malformed: IntCounterVec,
     /// What is counted of decisions, over streams as well.
     pub(crate) policy: PolicySeries,
     /// What chains did to requests.
@@ -57,8 +59,11 @@ impl HttpMetrics {
         let duration = metrics.add(HistogramVec::new(duration.buckets(BUCKETS.to_vec()), &LABELS)?)?;
         let limited = Opts::new("weft_http_rate_limited_total", "Requests refused by the rate limits of a service.");
         let limited = metrics.add(IntCounterVec::new(limited, &["destination_service"])?)?;
+        let malformed = "Requests refused before they were read, for it is in doubt where they end.";
+        let malformed = Opts::new("weft_http_malformed_total", malformed);
+        let malformed = metrics.add(IntCounterVec::new(malformed, &["reason"])?)?;
         let (policy, traffic) = (PolicySeries::register(metrics)?, TrafficSeries::register(metrics)?);
-        Ok(Self { requests, duration, limited, policy, traffic })
+        Ok(Self { requests, duration, limited, malformed, policy, traffic })
     }
 }
 
@@ -71,6 +76,8 @@ pub(crate) struct TrafficSeries {
     pub(crate) saved: IntCounterVec,
     /// By destination and reason.
     pub(crate) not_retried: IntCounterVec,
+    /// By destination and outcome.
+    pub(crate) hedges: IntCounterVec,
     /// By destination and outcome.
     pub(crate) mirrored: IntCounterVec,
     /// By destination and kind.
@@ -97,6 +104,11 @@ impl TrafficSeries {
                 "weft_http_retries_refused_total",
                 "Failed attempts that were not tried again, though a condition is about them.",
                 &by("reason"),
+            )?,
+            hedges: add(
+                "weft_http_hedges_total",
+                "Copies of requests that went to another instance before the first one was answered, or were to.",
+                &by("outcome"),
             )?,
             mirrored: add("weft_http_mirrored_total", "Requests that a mirror was to get a copy of.", &by("outcome"))?,
             faults: add("weft_http_faults_total", "Faults injected on purpose.", &by("kind"))?,
@@ -135,6 +147,8 @@ pub(crate) enum Flag {
     Delay,
     /// The last answer of all retries was passed on.
     RetriesExhausted,
+    /// A hedge's copy was answered first.
+    HedgeWon,
 }
 
 impl Flag {
@@ -155,6 +169,7 @@ impl Flag {
             Self::Fault => "FI",
             Self::Delay => "DI",
             Self::RetriesExhausted => "URX",
+            Self::HedgeWon => "HW",
         }
     }
 }

@@ -15,6 +15,7 @@ mod activity;
 mod answer;
 mod attempt;
 mod body;
+mod gate;
 mod headers;
 pub(crate) mod inbound;
 mod io;
@@ -22,6 +23,8 @@ pub(super) mod key;
 pub(crate) mod metrics;
 pub(crate) mod outbound;
 mod pool;
+mod priority;
+mod race;
 mod routed;
 mod upgrade;
 
@@ -45,6 +48,7 @@ use crate::model::ServiceName;
 use crate::pki::PeerIdentity;
 use crate::routing::{Observer, Outcome, OverRate, Rates, key_of};
 use crate::traffic::Resolved;
+use crate::traffic::hedge::Answers;
 use crate::traffic::retry::Budget;
 use crate::upstream::{self, RateKey};
 use bytes::{Bytes, BytesMut};
@@ -59,7 +63,7 @@ pub(crate) trait Dial: 'static {
         self: &Rc<Self>,
         caller: &Caller,
         kind: StreamKind,
-        tried: &mut Tried,
+        tried: &RefCell<Tried>,
     ) -> impl Future<Output = Result<Opened, OpenError>>;
     /// Opens a stream to an instance of a target that `tried` does not hold yet.
     fn open_to(
@@ -67,7 +71,7 @@ pub(crate) trait Dial: 'static {
         source: &Source,
         to: &Resolved,
         kind: StreamKind,
-        tried: &mut Tried,
+        tried: &RefCell<Tried>,
     ) -> impl Future<Output = Result<Opened, OpenError>>;
     /// Notes that the app of `instance` was reached.
     fn connected(&self, _instance: &Instance) {}
@@ -90,7 +94,12 @@ pub(crate) trait Dial: 'static {
 }
 
 impl Dial for Worker {
-    async fn open(self: &Rc<Self>, caller: &Caller, kind: StreamKind, tried: &mut Tried) -> Result<Opened, OpenError> {
+    async fn open(
+        self: &Rc<Self>,
+        caller: &Caller,
+        kind: StreamKind,
+        tried: &RefCell<Tried>,
+    ) -> Result<Opened, OpenError> {
         Worker::open(self, caller, kind, tried).await
     }
 
@@ -99,7 +108,7 @@ impl Dial for Worker {
         source: &Source,
         to: &Resolved,
         kind: StreamKind,
-        tried: &mut Tried,
+        tried: &RefCell<Tried>,
     ) -> Result<Opened, OpenError> {
         Worker::open_to(self, source, to, kind, tried).await
     }
@@ -180,11 +189,14 @@ pub(crate) struct HttpState {
     edges: EdgeCache,
     policy: PolicyMetrics,
     limited: IntCounterVec,
+    malformed: IntCounterVec,
     rates: Arc<Rates>,
     /// What chains did to requests.
     traffic: TrafficSeries,
     /// Retries that are granted, by destination.
     budgets: RefCell<HashMap<ServiceName, Budget>>,
+    /// How long answers took, by destination and route, where a percentile hedges.
+    answers: RefCell<HashMap<(ServiceName, Option<usize>), Answers>>,
     /// Copies that are on their way to mirrors.
     mirrors: Rc<Cell<usize>>,
     pool: Rc<Pool>,
@@ -206,9 +218,11 @@ impl HttpState {
             limits,
             policy: metrics.policy.of_worker(),
             limited: metrics.limited.clone(),
+            malformed: metrics.malformed.clone(),
             rates: Arc::new(Rates::new(crate::clock::now())),
             traffic: metrics.traffic.clone(),
             budgets: RefCell::default(),
+            answers: RefCell::default(),
             mirrors: Rc::default(),
             edges: EdgeCache::new(metrics),
             pool: Rc::default(),

@@ -6,14 +6,17 @@
 //!        <- status byte + head                   <- body, trailers
 //! ```
 //!
-//! Framing is read strictly, by hyper: a request whose length is in doubt (differing Content-Length, a folded header, a
-//! final coding other than chunked, a broken chunk) gets 400 and its connection ends. Content-Length beside
-//! Transfer-Encoding: chunked alone counts, Content-Length is left out, and the connection ends after the answer (RFC
-//! 9112 §6.3 allows it). Nothing is smuggled either way: the tunnel's own frames carry the body, and the app's connection
-//! is framed anew from them.
+//! Framing is read strictly: a request whose length is in doubt (`gate`) or whose head is malformed (hyper) gets 400 and
+//! its connection ends. Nothing is smuggled: the tunnel's own frames carry the body, and the app's connection is framed anew
+//! from them.
+//!
+//! Leaving HTTP: an upgrade passes as the app answers it; over HTTP/2 a WebSocket comes by an extended CONNECT (RFC 8441) and
+//! is asked for as over HTTP/1.1. Any other CONNECT is refused with 501: weft leads to services, and is no way to elsewhere.
+//! A refused upgrade ends its HTTP/1.1 connection, since what follows the request may not be HTTP.
 //!
 //! Floods: 256 streams a connection; hyper's defaults close a connection after 20 resets that are not yet accepted and
-//! 1024 stream errors of the caller's.
+//! 1024 stream errors of the caller's. PING and SETTINGS are answered one at a time, so who does not read the answers is
+//! not read either.
 
 use std::cell::{Cell, RefCell};
 use std::net::IpAddr;
@@ -22,7 +25,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::header::{self, HeaderValue};
+use http::header::{self, HeaderMap, HeaderValue};
 use http::request::Parts;
 use http::uri::Authority;
 use http::{Method, Request, Response, StatusCode, Version};
@@ -38,18 +41,19 @@ use tracing::debug;
 use super::Dial;
 use super::activity::{Activity, Busy, End, Speaks, Watched};
 use super::answer::{Reason, Refusal};
-use super::attempt::attempts;
+use super::attempt::{Unsent, attempts};
 use super::body::{BodyLimit, TunnelBody, TunnelSend};
 use super::headers;
 use super::metrics::{Edge, Exchange, Flag};
 use super::pool::WorkerExec;
-use super::routed;
 use super::upgrade::{self, Raw};
+use super::{priority, routed};
 use crate::authz::Request as Asked;
 use crate::model::ServiceName;
 use crate::proxy::head::{HEAD_BYTES_MAX, Inbox, Payload, ResponseHead};
 use crate::proxy::metrics::Reporter;
 use crate::proxy::{Caller, Lease, Route, Source};
+use crate::upstream::Priority;
 
 /// Concurrent requests of one HTTP/2 caller.
 const H2_STREAMS_MAX: u32 = 256;
@@ -106,7 +110,7 @@ pub(crate) async fn serve<D: Dial>(worker: Rc<D>, stream: TcpStream, route: Rout
     let speaks = if speaks_h2 { Speaks::Http2 } else { Speaks::Http1 };
     let activity = state.watchman.add(&worker, speaks);
     let from = stream.peer_addr().ok().map(|addr| addr.ip());
-    let io = Watched::new(stream, &activity);
+    let io = Watched::new(stream, &activity, speaks, &state.malformed);
     let connection = Rc::new(Connection {
         worker: Rc::clone(&worker),
         fixed,
@@ -124,7 +128,8 @@ pub(crate) async fn serve<D: Dial>(worker: Rc<D>, stream: TcpStream, route: Rout
             .max_concurrent_streams(H2_STREAMS_MAX)
             .initial_stream_window_size(H2_STREAM_WINDOW)
             .initial_connection_window_size(H2_CONNECTION_WINDOW)
-            .max_header_list_size(u32::try_from(HEAD_BYTES_MAX).unwrap_or(u32::MAX));
+            .max_header_list_size(u32::try_from(HEAD_BYTES_MAX).unwrap_or(u32::MAX))
+            .enable_connect_protocol();
         // The larger of the two by far: in a box, so that a connection of the other kind has no room for it.
         let mut served = Box::pin(builder.serve_connection(io, service));
         match activity.unless_ended(served.as_mut()).await {
@@ -145,16 +150,6 @@ pub(crate) async fn serve<D: Dial>(worker: Rc<D>, stream: TcpStream, route: Rout
             match activity.unless_ended(Pin::new(&mut *served)).await {
                 Ok(ended) => break ended,
                 Err(End::Slow) => return debug!("caller's request head did not arrive in time"),
-                Err(End::Cut) => {
-                    // RST, not FIN: that is the fault.
-                    let parts = served.into_parts();
-                    let _closed = parts.map(|parts| parts.io.stream().set_zero_linger());
-                    return;
-                }
-                Err(End::Quiet) => {
-                    Pin::new(&mut *served).graceful_shutdown();
-                    break served.await;
-                }
                 Err(End::Idle) => {
                     let Some(parts) = served.into_parts() else { return };
                     // A connection that rests is between two requests, so nothing was read ahead. Empty, it keeps 8 KiB alive.
@@ -164,8 +159,19 @@ pub(crate) async fn serve<D: Dial>(worker: Rc<D>, stream: TcpStream, route: Rout
                         return;
                     }
                     (io, service) = (parts.io, parts.service);
+                    continue;
                 }
+                Err(End::Quiet) => {
+                    Pin::new(&mut *served).graceful_shutdown();
+                    if let Ok(ended) = activity.unless_cut(Pin::new(&mut *served)).await {
+                        break ended;
+                    }
+                }
+                Err(End::Cut) => {}
             }
+            // RST, not FIN: that is the fault.
+            let _closed = served.into_parts().map(|parts| parts.io.stream().set_zero_linger());
+            return;
         }
     };
     if let Err(error) = ended {
@@ -229,6 +235,15 @@ impl<D: Dial> Connection<D> {
     }
 }
 
+impl<D: Dial> Connection<D> {
+    /// How much a request with `headers` matters.
+    pub(super) fn priority(&self, caller: &Caller, headers: &HeaderMap) -> Priority {
+        let snapshot = self.worker.snapshot().peek();
+        let guard = snapshot.upstreams.guard(caller.source.service(), &caller.destination);
+        priority::of_request(headers, &guard.limits, self.from)
+    }
+}
+
 /// Returns the service that a host names (hosts ignore case; names are taken in lower case).
 pub(in crate::proxy) fn service_of_host(host: &str) -> Option<ServiceName> {
     let host = host.to_ascii_lowercase();
@@ -244,14 +259,45 @@ pub(super) struct Call<'a> {
     pub(super) payload: Payload,
     /// Where the caller is.
     pub(super) from: Option<IpAddr>,
+    /// How much it matters.
+    pub(super) priority: Priority,
     /// A cookie that the caller gets with the answer.
     pub(super) cookie: Cell<Option<HeaderValue>>,
     /// Keeps the connection from resting while a body comes, also after the answer.
     pub(super) uploads: Cell<Option<Busy>>,
+    /// The caller's connection, for interim answers.
+    pub(super) activity: &'a Activity,
 }
 
-/// Answers one request.
+/// An upgrade that the caller asks for.
+pub(super) struct Upgrading {
+    on: OnUpgrade,
+    version: Version,
+}
+
+impl Upgrading {
+    /// Takes it from a request that asks for one.
+    pub(super) fn of(request: &mut Request<Incoming>, payload: Payload) -> Option<Self> {
+        (payload == Payload::Upgrade)
+            .then(|| Self { on: hyper::upgrade::on(&mut *request), version: request.version() })
+    }
+}
+
+/// Answers one request; one whose connection may carry something else than HTTP next is the last.
 async fn request_of<D: Dial>(
+    connection: &Connection<D>,
+    mut request: Request<Incoming>,
+) -> Result<Response<TunnelBody>, Cut> {
+    headers::websocket_of_h2(&mut request);
+    let leaves_http = request.body().is_end_stream() && headers::leaves_http(&request);
+    let mut response = answer_of(connection, request).await?;
+    if leaves_http && response.status() != StatusCode::SWITCHING_PROTOCOLS {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    Ok(response)
+}
+
+async fn answer_of<D: Dial>(
     connection: &Connection<D>,
     mut request: Request<Incoming>,
 ) -> Result<Response<TunnelBody>, Cut> {
@@ -282,11 +328,13 @@ async fn request_of<D: Dial>(
         return Ok(refuse_request(exchange, refusal, (version, grpc)));
     }
     let payload = payload_of(&request);
-    let upgraded = (payload == Payload::Upgrade).then(|| hyper::upgrade::on(&mut request));
+    let upgraded = Upgrading::of(&mut request, payload);
     let (parts, body) = request.into_parts();
     let uploads = (payload == Payload::Frames).then(|| Busy::new(&connection.activity));
     let (from, cookie) = (connection.from, Cell::default());
-    let call = Call { parts: &parts, authority, target, payload, from, cookie, uploads: Cell::new(uploads) };
+    let (uploads, activity) = (Cell::new(uploads), &*connection.activity);
+    let priority = connection.priority(&target.caller, &parts.headers);
+    let call = Call { parts: &parts, authority, target, payload, from, priority, cookie, uploads, activity };
     Ok(match attempts(&connection.worker, &call, body).await {
         Err(refusal) => refuse_request(exchange, refusal, (version, grpc)),
         Ok(mut answer) => {
@@ -360,6 +408,8 @@ pub(super) struct Answer {
     /// How long its body may take.
     pub(super) limit: Option<Box<BodyLimit>>,
     pub(super) lease: Lease,
+    /// The request's body, if nobody wants it.
+    pub(super) unsent: Option<Unsent>,
 }
 
 /// Hands the answer to hyper.
@@ -367,30 +417,26 @@ pub(super) fn respond<D: Dial>(
     worker: &Rc<D>,
     answer: Answer,
     mut exchange: Exchange,
-    upgraded: Option<OnUpgrade>,
+    upgraded: Option<Upgrading>,
     busy: Busy,
 ) -> Response<TunnelBody> {
-    let Answer { head, mut recv, mut inbox, send, limit, lease } = answer;
+    let Answer { head, mut recv, mut inbox, send, limit, lease, unsent } = answer;
     let ResponseHead { payload, status, headers } = head;
     let switches = status == StatusCode::SWITCHING_PROTOCOLS;
     let body = match (payload, send.zip(upgraded)) {
         (Payload::Upgrade, Some((send, upgraded))) if switches => {
             exchange.finish(Flag::None);
+            let Upgrading { on, version } = upgraded;
             worker.spawn(async move {
                 let (_busy, _lease) = (busy, lease);
-                match upgraded.await.map(hyper::upgrade::Upgraded::downcast::<Watched>) {
-                    Ok(Ok(parts)) => {
-                        let raw = Raw { stream: parts.io.into_inner(), read: parts.read_buf };
-                        upgrade::relay(raw, send, recv, inbox.take()).await;
-                    }
-                    Ok(Err(_)) => debug!("upgrade of a foreign connection"),
+                match on.await {
+                    Ok(upgraded) => upgrade::relay(Raw::of::<Watched>(upgraded), send, recv, inbox.take()).await,
                     Err(error) => debug!(error = %error, "caller left before the upgrade"),
                 }
             });
             let mut response = Response::new(TunnelBody::default());
-            *response.status_mut() = status;
             *response.headers_mut() = headers;
-            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+            headers::switched(&mut response, version);
             return response;
         }
         _ if switches || payload == Payload::Upgrade => {
@@ -398,7 +444,7 @@ pub(super) fn respond<D: Dial>(
             return refuse(exchange, Refusal::reset(text), false);
         }
         (Payload::Frames, _) => {
-            TunnelBody::stream(recv, inbox, &headers, Some((exchange, busy))).limited(limit).holding(lease)
+            TunnelBody::stream(recv, inbox, &headers, Some((exchange, busy))).limited(limit).holding(lease, unsent)
         }
         _ => {
             // Reads the FIN that came with the head: dropping the stream before it would send STOP_SENDING.

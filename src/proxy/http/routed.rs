@@ -11,7 +11,7 @@
 //! budget and the limit of retries under way unless nothing had reached an app; a mirror delays nothing and has bounds of its own.
 //! Not here: what the entries mean (`traffic`), one attempt (`attempt`).
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,6 +31,7 @@ use super::attempt::{self, Attempt, Failed, TimeLimit, Upload};
 use super::body::{BodyLimit, TunnelBody, TunnelSend};
 use super::metrics::{Exchange, Flag};
 use super::outbound::{self, Answer, Call, Connection, Cut, Target};
+use super::race::{Ended, alone, race};
 use super::{ATTEMPTS_MAX, Dial, HttpState, headers, key};
 use crate::authz::Request as Admitted;
 use crate::clock;
@@ -38,8 +39,10 @@ use crate::model::ServiceName;
 use crate::proxy::head::{Inbox, Payload};
 use crate::proxy::{Caller, OpenError, Opened, Source, StreamKind, Tried};
 use crate::routing::{self, Observer};
+use crate::traffic::hedge::Answers;
 use crate::traffic::retry::RETRY_AFTER_MAX;
 use crate::traffic::{Abort, Action, Asked, Chain, Forward, Leg, Redirect, Resolved, Route, is_hit};
+use crate::upstream::Priority;
 
 /// Milliseconds that a caller gives a request, and that are left of them at the destination.
 const TIMEOUT: HeaderName = HeaderName::from_static("x-request-timeout-ms");
@@ -52,18 +55,25 @@ const MIRRORS_MAX: usize = 256;
 const MIRROR_TIME_MAX: Duration = Duration::from_secs(15);
 /// Bytes that are read of a mirror's answer, so that its app sees no broken connection.
 const MIRROR_ANSWER_BYTES_MAX: usize = 1024 * 1024;
-/// Destinations with a retry budget; beyond it all budgets start anew.
+/// Destinations with a retry budget, and routes with times of answers; beyond it all start anew.
 const BUDGETS_MAX: usize = 4096;
 
 /// How a request goes on.
-struct Plan<'c> {
+pub(super) struct Plan<'c> {
     route: &'c Route,
-    forward: &'c Forward,
-    leg: &'c Leg,
+    pub(super) forward: &'c Forward,
+    pub(super) leg: &'c Leg,
     source: &'c Source,
     /// When all must be over, and of what length that time was.
     deadline: Option<(Instant, Duration)>,
     grpc: bool,
+}
+
+impl Plan<'_> {
+    /// Under which name the times of its answers are kept.
+    pub(super) fn series(&self) -> (ServiceName, Option<usize>) {
+        (self.leg.to.target.service.clone(), self.route.at)
+    }
 }
 
 /// Answers a request to a service that has a chain.
@@ -112,7 +122,7 @@ pub(super) async fn answer<D: Dial>(
         target
     };
     let payload = outbound::payload_of(&request);
-    let upgraded = (payload == Payload::Upgrade).then(|| hyper::upgrade::on(&mut request));
+    let upgraded = outbound::Upgrading::of(&mut request, payload);
     let (mut parts, body) = request.into_parts();
     let deadline = deadline(&mut parts.headers, forward, &leg.to, grpc);
     let authority = rewrite(&mut parts, authority, (route, forward, leg));
@@ -123,7 +133,10 @@ pub(super) async fn answer<D: Dial>(
     let uploads = (payload == Payload::Frames).then(|| Busy::new(&connection.activity));
     let plan = Plan { route, forward, leg, source, deadline, grpc };
     let (from, cookie, uploads) = (connection.from, Cell::default(), Cell::new(uploads));
-    let call = Call { parts: &parts, authority, target: Rc::clone(&target), payload, from, cookie, uploads };
+    let activity = &*connection.activity;
+    let priority = connection.priority(&target.caller, &parts.headers);
+    let kept = Rc::clone(&target);
+    let call = Call { parts: &parts, authority, target: kept, payload, from, priority, cookie, uploads, activity };
     Ok(match attempts(worker, &call, &plan, (body, &mut exchange)).await {
         Err(refusal) => outbound::refuse_request(exchange, refusal, how),
         Ok(mut answer) => {
@@ -239,15 +252,35 @@ fn time_left(plan: &Plan<'_>, now: Instant) -> Option<(HeaderName, String)> {
     Some(if plan.grpc { (GRPC_TIMEOUT, format!("{millis}m")) } else { (TIMEOUT, millis.to_string()) })
 }
 
-/// What is known of the attempts of one request.
-struct Record {
-    tried: Tried,
-    /// Takes notes of the last one, and when that was sent.
-    last: Option<(Observer, Instant)>,
+/// One attempt, as others see it.
+#[derive(Debug, Default)]
+pub(super) struct Try {
+    /// Which instances were tried, its own among them.
+    pub(super) tried: RefCell<Tried>,
+    /// Takes notes of it, and when it was sent.
+    pub(super) last: RefCell<Option<(Observer, Instant)>>,
+    is_over: Cell<bool>,
+}
+
+impl Try {
+    /// Another attempt after those that `tried` holds.
+    pub(super) fn after(tried: Tried) -> Rc<Self> {
+        Rc::new(Self { tried: RefCell::new(tried), ..Self::default() })
+    }
+
+    /// Asks for leave to repeat the request elsewhere; none: nobody limits it.
+    pub(super) fn leave(&self) -> Option<Option<routing::Retry>> {
+        self.last.borrow().as_ref().map(|(observer, _)| observer.retry())
+    }
+
+    /// Whether it came to an outcome.
+    pub(super) fn is_over(&self) -> bool {
+        self.is_over.get()
+    }
 }
 
 /// What one attempt was.
-enum Outcome {
+pub(super) enum Outcome {
     Answered(Box<Answer>),
     /// Nothing had reached an app.
     Unreached(Refusal),
@@ -270,17 +303,18 @@ async fn attempts<D: Dial>(
     let state = worker.http();
     let destination = &plan.leg.to.target.service;
     let pending = match call.payload {
-        Payload::Frames => Some(attempt::begin_upload(body, &call.parts.headers, state, call.uploads.take()).await?),
+        Payload::Frames => Some(attempt::begin_upload(body, call.parts, state, call.uploads.take()).await?),
         Payload::Empty | Payload::Upgrade => None,
     };
     mirror(worker, call, plan, pending.as_deref());
     let retry = plan.forward.retry.as_ref();
-    if retry.is_some() {
+    if retry.is_some() || plan.forward.hedge.is_some() {
         state.budget(destination, |budget| budget.deposit(clock::now()));
     }
     let times = retry.map_or(0, |retry| retry.times);
     let key = key::of_request(&**worker, call);
-    let mut record = Record { tried: Tried::with_key(key), last: None };
+    let begin = || Tried::with_key(key).of(call.priority);
+    let mut tried = begin();
     let (mut retries, mut unreached, mut made) = (0, 0, 0);
     // Held to the end: repeating a request may not make an outage worse.
     let mut leaves: Vec<routing::Retry> = Vec::new();
@@ -288,8 +322,21 @@ async fn attempts<D: Dial>(
     // What another attempt followed: where nobody is left to ask, it says more than that.
     let mut last = None;
     let failure = loop {
-        let (failure, reason, answer) = match attempt_once(worker, call, plan, (pending.as_ref(), &mut record)).await {
+        let one = Try::after(std::mem::take(&mut tried));
+        // The first attempt alone is hedged.
+        let is_hedged = plan.forward.hedge.is_some() && retries == 0 && not_reached.is_none();
+        let ended = if is_hedged {
+            Box::pin(race(worker, call, plan, (pending.as_ref(), one))).await
+        } else {
+            alone(worker, call, plan, (pending.as_ref(), one)).await
+        };
+        let Ended { outcome, by: one, is_copy, tried: so_far } = ended;
+        tried = so_far.of(call.priority);
+        let (failure, reason, answer) = match outcome {
             Outcome::Answered(answer) => {
+                if is_copy {
+                    exchange.ends_well_as(Flag::HedgeWon);
+                }
                 if retries > 0 {
                     state.traffic.saved.with_label_values(&[destination.as_str()]).inc();
                 }
@@ -307,10 +354,8 @@ async fn attempts<D: Dial>(
                 break refusal;
             }
             // All were tried: one that failed may do better by now, one that was not reached hardly.
-            Outcome::NoneLeft(_)
-                if retry.is_some() && retries > 0 && record.tried.count() > 0 && not_reached.is_none() =>
-            {
-                record.tried = Tried::with_key(key);
+            Outcome::NoneLeft(_) if retry.is_some() && retries > 0 && tried.count() > 0 && not_reached.is_none() => {
+                tried = begin();
                 continue;
             }
             Outcome::NoneLeft(refusal) => break last.or(not_reached).unwrap_or(refusal),
@@ -340,7 +385,7 @@ async fn attempts<D: Dial>(
             Ok(_) if retry.is_some() && !state.budget(destination, |budget| budget.withdraw(clock::now())) => {
                 Some("budget")
             }
-            Ok(_) => match record.last.as_ref().map(|(observer, _)| observer.retry()) {
+            Ok(_) => match one.leave() {
                 Some(None) => Some("limit"),
                 leave => {
                     leaves.extend(leave.flatten());
@@ -382,7 +427,7 @@ fn end_call(kept: Option<&mut Answer>) {
     }
 }
 
-fn may_replay(pending: Option<&Upload>) -> bool {
+pub(super) fn may_replay(pending: Option<&Upload>) -> bool {
     pending.is_none_or(|upload| upload.replayable.get())
 }
 
@@ -395,9 +440,12 @@ fn fits(plan: &Plan<'_>, wait: Duration) -> bool {
 /// # Errors
 /// It wants none, or one that is too long.
 fn asked_wait(headers: &HeaderMap) -> Result<Option<Duration>, ()> {
-    let number = |name: &HeaderName| headers.get(name)?.to_str().ok()?.trim().parse::<i64>().ok();
-    let wait = match (number(&PUSHBACK), number(&header::RETRY_AFTER)) {
-        (Some(millis), _) => Duration::from_millis(u64::try_from(millis).map_err(|_| ())?),
+    let number = |value: &HeaderValue| value.to_str().ok()?.trim().parse::<i64>().ok();
+    let wait = match (headers.get(&PUSHBACK), headers.get(header::RETRY_AFTER).and_then(number)) {
+        // What is no number means that there is to be no retry (gRFC A6).
+        (Some(pushback), _) => {
+            Duration::from_millis(number(pushback).and_then(|millis| u64::try_from(millis).ok()).ok_or(())?)
+        }
         (None, Some(seconds)) => Duration::from_secs(u64::try_from(seconds).map_err(|_| ())?),
         (None, None) => return Ok(None),
     };
@@ -405,21 +453,27 @@ fn asked_wait(headers: &HeaderMap) -> Result<Option<Duration>, ()> {
 }
 
 /// Tries one instance, within what is left of the time.
-async fn attempt_once<D: Dial>(
+pub(super) async fn attempt_once<D: Dial>(
     worker: &Rc<D>,
     call: &Call<'_>,
     plan: &Plan<'_>,
-    (pending, record): (Option<&Rc<Upload>>, &mut Record),
+    (to, pending): (&Resolved, Option<&Rc<Upload>>),
+    one: &Try,
 ) -> Outcome {
     let now = clock::now();
-    record.last = None;
     let per_try = plan.forward.per_try_timeout.map(|limit| now + limit);
     let whole = plan.deadline.map(|(at, _)| at);
-    let trying = Box::pin(try_instance(worker, call, plan, (pending, &mut *record)));
-    let Some(end) = per_try.into_iter().chain(whole).min() else { return trying.await };
+    let trying = Box::pin(try_instance(worker, call, plan, (to, pending), one));
+    let Some(end) = per_try.into_iter().chain(whole).min() else {
+        let outcome = trying.await;
+        one.is_over.set(true);
+        return outcome;
+    };
     let ended = tokio::time::timeout_at(end, trying).await;
-    if let (Err(_), Some((observer, sent_at))) = (&ended, &record.last) {
-        worker.observe(observer, routing::Outcome::GatewayFailure, clock::now() - *sent_at);
+    one.is_over.set(true);
+    let late = if ended.is_err() { one.last.borrow().clone() } else { None };
+    if let Some((observer, sent_at)) = late {
+        worker.observe(&observer, routing::Outcome::GatewayFailure, clock::now() - sent_at);
     }
     match ended {
         Ok(outcome) => outcome,
@@ -445,11 +499,12 @@ async fn try_instance<D: Dial>(
     worker: &Rc<D>,
     call: &Call<'_>,
     plan: &Plan<'_>,
-    (pending, record): (Option<&Rc<Upload>>, &mut Record),
+    (resolved, pending): (&Resolved, Option<&Rc<Upload>>),
+    one: &Try,
 ) -> Outcome {
-    let (state, resolved) = (worker.http(), &plan.leg.to);
+    let state = worker.http();
     let destination = &resolved.target.service;
-    let opened = match worker.open_to(plan.source, resolved, StreamKind::Http, &mut record.tried).await {
+    let opened = match worker.open_to(plan.source, resolved, StreamKind::Http, &one.tried).await {
         Ok(opened) => opened,
         Err(OpenError::Unreachable { node, reason }) => {
             return Outcome::Unreached(attempt::unreachable(destination, &format!("node {node}: {reason}")));
@@ -470,9 +525,10 @@ async fn try_instance<D: Dial>(
     };
     let again = plan.forward.retry.as_ref().filter(|retry| retry.times > 0);
     let attempt = Attempt { worker, call, head, pending, limit, again };
-    record.last = lease.observer().map(|observer| (observer.clone(), clock::now()));
+    let seen = lease.observer().map(|observer| (observer.clone(), clock::now()));
+    one.last.borrow_mut().clone_from(&seen);
     let outcome = attempt.run(TunnelSend::new(send), recv, preamble, lease).await;
-    if let Some((observer, sent_at)) = &record.last {
+    if let Some((observer, sent_at)) = &seen {
         attempt::observe(&**worker, (observer, *sent_at), &outcome, call);
     }
     match &outcome {
@@ -501,12 +557,25 @@ fn no_instance(resolved: &Resolved, error: OpenError) -> Refusal {
 
 impl HttpState {
     /// Asks the retry budget of a destination.
-    fn budget<T>(&self, destination: &ServiceName, ask: impl FnOnce(&mut crate::traffic::retry::Budget) -> T) -> T {
+    pub(super) fn budget<T>(
+        &self,
+        destination: &ServiceName,
+        ask: impl FnOnce(&mut crate::traffic::retry::Budget) -> T,
+    ) -> T {
         let mut budgets = self.budgets.borrow_mut();
         if budgets.len() >= BUDGETS_MAX && !budgets.contains_key(destination) {
             budgets.clear();
         }
         ask(budgets.entry(destination.clone()).or_default())
+    }
+
+    /// Asks the times of a route's latest answers.
+    pub(super) fn answers<T>(&self, series: &(ServiceName, Option<usize>), ask: impl FnOnce(&mut Answers) -> T) -> T {
+        let mut answers = self.answers.borrow_mut();
+        if answers.len() >= BUDGETS_MAX && !answers.contains_key(series) {
+            answers.clear();
+        }
+        ask(answers.entry(series.clone()).or_insert_with(|| Answers::new(clock::now())))
     }
 }
 
@@ -559,7 +628,9 @@ async fn copy<D: Dial>(
     to: &Resolved,
     (head, frames): (Bytes, Vec<Bytes>),
 ) -> Option<()> {
-    let opened = worker.open_to(source, to, StreamKind::Http, &mut Tried::default()).await.ok()?;
+    // A copy for a mirror gives way to whatever matters.
+    let tried = Tried::new().of(Priority::Spare);
+    let opened = worker.open_to(source, to, StreamKind::Http, &RefCell::new(tried)).await.ok()?;
     let Opened { send, mut recv, preamble, lease, .. } = opened;
     let _lease = lease;
     let mut send = TunnelSend::new(send);

@@ -137,6 +137,38 @@ async fn a_tunnel_gets_its_share_of_streams_and_leaves_the_others_theirs() {
     mesh.stop().await;
 }
 
+/// Streams of a peer that resets each of them.
+const CHURN: usize = 5_000;
+
+#[tokio::test]
+async fn streams_that_are_reset_at_once_leave_nothing_behind_and_stop_nobody() {
+    let authority = Authority::new();
+    let mesh = Mesh::start_on(1, &authority, "*", |_| Vec::new()).await;
+    let (churning, modest) = (stranger(&authority, "x"), stranger(&authority, "y"));
+    let connect =
+        async |endpoint: &quinn::Endpoint| within(endpoint.connect(mesh.b.addr, "mesh.weft").unwrap()).await.unwrap();
+    let (churning, modest) = (connect(&churning).await, connect(&modest).await);
+    assert!(churning.max_datagram_size().is_none(), "datagrams are not offered: there is nothing to flood");
+    for turn in 0..CHURN {
+        let (mut send, mut recv) = within(churning.open_bi()).await.unwrap();
+        let head = preamble(if turn % 2 == 0 { StreamKind::Http } else { StreamKind::Tcp });
+        let part = &head[..head.len() * (turn % 5) / 4];
+        within(send.write_all(part)).await.unwrap();
+        send.reset(8_u32.into()).unwrap();
+        let _stopped = recv.stop(8_u32.into());
+        if turn % 1000 == 0 {
+            assert!(within(call(&modest)).await.is_some(), "another peer is not served after {turn}");
+        }
+    }
+    // All places are free again, of the tunnel and of the worker.
+    let mut held = Vec::new();
+    for _ in 0..100 {
+        held.push(within(call(&churning)).await.expect("the churning peer is served once it stops"));
+    }
+    drop(held);
+    mesh.stop().await;
+}
+
 #[tokio::test]
 async fn an_http_instance_whose_app_is_gone_is_passed_over_and_left_alone_for_a_while() {
     let with_dead = |local: &mut crate::catalogue::LocalView| {

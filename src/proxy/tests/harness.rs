@@ -9,7 +9,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 
-use super::super::{ListenerState, ProxyHandle, StartParams, start};
+use super::super::{ListenerState, ProxyHandle, Question, StartParams, WorkerView, start};
 use super::within;
 use crate::catalogue::{
     Instance, LocalInstance, LocalView, NodeEntry, Publisher, ServiceEntry, Snapshot, UpstreamListener,
@@ -21,7 +21,9 @@ use crate::model::{
     TextMap, Weights,
 };
 use crate::pki::{PeerIdentity, Plane, Presented};
+use crate::traffic::{Entries, Ready, Traffic};
 use crate::transport::{ClientTls, Credentials, bind, client_config};
+use crate::upstream;
 
 /// Where an instance of `web` is said to be: node, its mesh address, instance id.
 pub(super) type Place<'a> = (&'a str, SocketAddr, &'a str);
@@ -84,7 +86,9 @@ impl Mesh {
 
 /// Adds an instance of `web`.
 pub(super) fn serve(local: &mut LocalView, id: &str, app_addr: SocketAddr) {
-    let instance = LocalInstance { service: name("web"), app_addr, protocol: Protocol::Tcp };
+    // An id says that its app asks for the header.
+    let wants_proxy_header = id.ends_with("-announced");
+    let instance = LocalInstance { service: name("web"), app_addr, protocol: Protocol::Tcp, wants_proxy_header };
     local.instances.insert(id.parse().unwrap(), instance);
 }
 
@@ -145,6 +149,26 @@ impl Node {
         let services = BTreeMap::from([(name("web"), Arc::new(entry))]);
         let local = Arc::new(local);
         self.publisher.publish(Arc::new(Snapshot { index, services, local, ..Snapshot::clone(&before) }));
+    }
+
+    /// Publishes config entries: kind, name, JSON.
+    pub(super) fn say(&self, list: &[(&str, &str, serde_json::Value)]) {
+        let before = self.publisher.reader().load();
+        let mut entries = Entries::default();
+        for (kind, name, value) in list {
+            entries.add(kind, name, Ready::new(kind, value).unwrap());
+            upstream::check(kind, value).unwrap();
+        }
+        let traffic = Arc::new(Traffic::new(entries, &Traffic::default(), Vec::new()));
+        let upstreams = Arc::new(upstream::table(list.iter().map(|(kind, name, value)| (*kind, *name, value))));
+        let index = before.index + 1;
+        self.publisher.publish(Arc::new(Snapshot { index, traffic, upstreams, ..Snapshot::clone(&before) }));
+    }
+
+    /// Waits until what the workers know of calls from `app` to `web` is as wanted.
+    pub(super) async fn knows(&self, is_wanted: impl Fn(&WorkerView) -> bool) {
+        let question = Question { source: Some(name("app")), destination: name("web") };
+        within(async { while !self.handle.inspector().ask(&question).await.iter().any(&is_wanted) {} }).await;
     }
 
     /// Waits until the state of `port` is as wanted.

@@ -34,6 +34,9 @@ pub const DEREGISTER_AFTER_MIN: Duration = Duration::from_mins(1);
 /// How long a check may take where its definition names no timeout.
 pub const TIMEOUT_DEFAULT: Duration = Duration::from_secs(10);
 
+/// The pair of a service's `Meta` that asks for a header of the PROXY protocol before each TCP connection; its value is `v2`.
+pub const META_PROXY_PROTOCOL: &str = "proxy-protocol";
+
 /// What a definition leaves open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DefinitionDefaults {

@@ -7,7 +7,9 @@ use serde_json::Value;
 
 use super::check::{self, refuse_tenancy};
 use super::fields::{Field, Fields};
-use super::{CheckDefinition, DefinitionDefaults, DefinitionError, ServiceDefinition, UpstreamDefinition};
+use super::{
+    CheckDefinition, DefinitionDefaults, DefinitionError, META_PROXY_PROTOCOL, ServiceDefinition, UpstreamDefinition,
+};
 use crate::model::{CheckId, InstanceId, NameError, Protocol, ServiceName, ServiceRecord, Weights};
 
 /// Most pairs in `Meta` (Consul's bound).
@@ -64,6 +66,7 @@ pub fn service_from_json(value: &Value, defaults: &DefinitionDefaults) -> Result
         return Err(DefinitionError::ServiceAddress);
     }
     meta_is_bounded(&meta)?;
+    let asked = meta.iter().find(|(key, _)| key.as_str() == META_PROXY_PROTOCOL);
     let proxies: Vec<Proxy> = connect.proxy.into_iter().chain(proxy).collect();
     for proxy in &proxies {
         proxy.is_for(&name, &id)?;
@@ -72,6 +75,9 @@ pub fn service_from_json(value: &Value, defaults: &DefinitionDefaults) -> Result
     let app_ip = local(|proxy| proxy.local_ip).or_else(|| address.parse().ok());
     let app_port = proxies.iter().find_map(|proxy| proxy.local_port).unwrap_or(port);
     let protocol = declared.or_else(|| proxies.iter().find_map(|proxy| proxy.protocol)).unwrap_or_default();
+    if let Some((_, version)) = asked {
+        proxy_protocol_is_possible(version, protocol)?;
+    }
     let checks = checks(&check_fields, &id, &name)?;
     Ok(ServiceDefinition {
         socket_path: String::new(),
@@ -97,6 +103,16 @@ pub fn service_from_json(value: &Value, defaults: &DefinitionDefaults) -> Result
             enable_tag_override,
         },
     })
+}
+
+/// Checks what `Meta` asks for under [`META_PROXY_PROTOCOL`].
+fn proxy_protocol_is_possible(version: &str, protocol: Protocol) -> Result<(), DefinitionError> {
+    let problem = match (version, protocol) {
+        ("v2", Protocol::Tcp) => return Ok(()),
+        ("v2", _) => "it is for services of protocol tcp; requests carry `x-forwarded-client-cert`".to_owned(),
+        (other, _) => format!("{other:?} is no version that weft writes; the value is \"v2\""),
+    };
+    Err(DefinitionError::Invalid { path: format!("Meta[\"{META_PROXY_PROTOCOL}\"]"), problem })
 }
 
 fn invalid(what: &str, error: &NameError) -> DefinitionError {

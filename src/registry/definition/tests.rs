@@ -11,6 +11,14 @@ fn refused(value: &Value, want: &str) {
 }
 
 #[test]
+fn the_proxy_protocol_is_for_tcp_and_of_one_version() {
+    let asks = |protocol: &str, version: &str| json!({"Name": "db", "Port": 1, "Protocol": protocol, "Meta": {META_PROXY_PROTOCOL: version}});
+    assert!(service_from_json(&asks("tcp", "v2"), &DEFAULTS).is_ok());
+    refused(&asks("http", "v2"), "protocol tcp");
+    refused(&asks("tcp", "v1"), "the value is \"v2\"");
+}
+
+#[test]
 fn a_full_registration_is_read_field_by_field() {
     let value = json!({
         "ID": "web-1", "Name": "web", "Kind": "", "Tags": ["v1"], "Address": "", "Port": 8080, "SocketPath": "",

@@ -11,6 +11,7 @@ use crate::clock;
 use crate::model::{CheckId, Entry, EntryKey, HealthStatus};
 use crate::registry::checks::alias::{AliasTarget, Fact, Word, resolve};
 use crate::registry::checks::{Change, Outcome};
+use crate::registry::definition::META_PROXY_PROTOCOL;
 use crate::registry::rules::{self, Spread};
 use crate::registry::{LocalCheck, LocalState, Probe, Publication};
 
@@ -199,8 +200,9 @@ fn publication(state: &LocalState) -> Publication {
         }));
         // A service without a port only calls; there is nothing to relay to.
         if definition.app_addr.port() > 0 {
-            let (service, protocol) = (record.name.clone(), record.protocol);
-            view.instances.insert(id.clone(), LocalInstance { service, app_addr: definition.app_addr, protocol });
+            let (service, app_addr, protocol) = (record.name.clone(), definition.app_addr, record.protocol);
+            let wants_proxy_header = record.meta.get(META_PROXY_PROTOCOL).is_some();
+            view.instances.insert(id.clone(), LocalInstance { service, app_addr, protocol, wants_proxy_header });
         }
     }
     view.upstreams = upstreams.into_iter().collect();

@@ -24,12 +24,13 @@ use self::group::{Group, Place, Tier, weight};
 pub use self::group::{REPORTERS_MIN, ZONE_META};
 use super::backoff::ConnectBackoff;
 use super::draw::{Draw, mix};
+use super::queue::Turn;
 use super::seat::{Common, Flow, Load, Notice, Observer, Standing};
 use super::tables::member_key;
 use super::usage::{Limited, Shared};
 use crate::catalogue::{Instance, ServiceEntry, Snapshot};
 use crate::model::{HealthStatus, InstanceId, NodeName, ServiceName};
-use crate::upstream::{Algorithm, Limits};
+use crate::upstream::{Algorithm, Limits, Priority};
 
 /// Most services that one worker keeps a group for; beyond it all groups start anew.
 pub const SERVICES_MAX: usize = 4096;
@@ -91,13 +92,17 @@ pub enum NoInstance {
     },
 }
 
-/// What one call brings along: its key, and the instances that it has tried, the last [`TRIED_MAX`] of them.
+/// What one call brings along: its key and its priority, and the instances that it has tried, the last [`TRIED_MAX`] of them.
 #[derive(Debug, Clone, Default)]
 pub struct Tried {
     instances: [Option<Arc<Instance>>; TRIED_MAX],
     count: usize,
     /// Where the service is balanced by a key: this call's ([`super::key_of`]).
     pub key: Option<u64>,
+    /// How much it matters.
+    pub priority: Priority,
+    /// It waited, and its turn has come.
+    pub is_called: bool,
 }
 
 impl Tried {
@@ -109,6 +114,12 @@ impl Tried {
     /// Starts with none, and with a key.
     pub fn with_key(key: Option<u64>) -> Self {
         Self { key, ..Self::default() }
+    }
+
+    /// The same, for a call that matters so much.
+    #[must_use]
+    pub fn of(self, priority: Priority) -> Self {
+        Self { priority, ..self }
     }
 
     /// Adds `instance`.
@@ -191,6 +202,8 @@ pub struct GroupView {
     pub under_way: [u32; 4],
     /// The most of each.
     pub most: [u32; 4],
+    /// Requests of this worker that wait for an instance.
+    pub waiting: usize,
     /// The instances.
     pub seats: Vec<SeatView>,
 }
@@ -223,10 +236,7 @@ impl<'a> Choice<'a, '_> {
     /// Judges the instance with number `at`; none: it takes no call at all.
     fn candidate(&self, at: usize) -> Option<Found<'a>> {
         let place = self.group.places.get(at)?;
-        let pending = place.seat.pending.get();
-        if self.limits.per_instance.is_some_and(|most| pending >= most)
-            || (self.limits.is_adaptive && pending >= place.seat.gradient.limit())
-        {
+        if is_full(place, &self.limits, self.tried.priority) {
             return None;
         }
         let preference =
@@ -347,6 +357,13 @@ impl<'a> Choice<'a, '_> {
     }
 }
 
+/// Whether an instance has all that calls of this priority may bring it.
+fn is_full(place: &Place, limits: &Limits, priority: Priority) -> bool {
+    let pending = place.seat.pending.get();
+    let is_over = |most: u32| pending >= priority.part_of(most, limits.priority_max);
+    limits.per_instance.is_some_and(is_over) || (limits.is_adaptive && is_over(place.seat.gradient.limit()))
+}
+
 fn better<'a>(best: Found<'a>, found: Found<'a>) -> Found<'a> {
     if best.0 <= found.0 { best } else { found }
 }
@@ -401,14 +418,23 @@ impl Balancer {
     pub fn pick(&mut self, ask: &Ask<'_>, tried: &Tried, backoff: &ConnectBackoff) -> Result<Picked, NoInstance> {
         let draw = self.draw.clone();
         let group = self.group(ask);
-        let picked = place(group, ask, tried, backoff, &draw);
+        let overflow = |what| NoInstance::Overflow { service: ask.destination.clone(), what };
+        // Who comes late does not pass those who wait; who would not wait is refused.
+        let is_late =
+            ask.flow == Flow::Request && !tried.is_called && group.common.queue.borrow().is_before(tried.priority);
+        let picked = if is_late {
+            Err(overflow(if tried.priority.waits() { Limited::Instances } else { Limited::Priority }))
+        } else {
+            place(group, ask, tried, backoff, &draw)
+        };
         let picked = picked.and_then(|(place, is_trial)| {
             let common = &group.common;
             let limits = common.guard.borrow().limits;
             let most = if ask.flow == Flow::Request { limits.requests } else { limits.connections };
             let what = ask.flow.limited();
-            if !common.usage.take(what, most) {
-                return Err(NoInstance::Overflow { service: ask.destination.clone(), what });
+            if !common.usage.take(what, tried.priority.part_of(most, limits.priority_max)) {
+                let is_full = common.usage.is_full(what, most);
+                return Err(overflow(if is_full { what } else { Limited::Priority }));
             }
             if is_trial && let Standing::Open { until } = place.seat.standing.get() {
                 place.seat.standing.set(Standing::HalfOpen { until });
@@ -418,6 +444,20 @@ impl Balancer {
         });
         self.draw = draw;
         picked
+    }
+
+    /// Enters a call that [`Balancer::pick`] refused with [`Limited::Instances`] into the service's queue.
+    ///
+    /// # Errors
+    /// [`NoInstance::Overflow`]: as many wait as may, or one that matters so little does not wait.
+    pub fn enter(&mut self, ask: &Ask<'_>, tried: &Tried) -> Result<Turn, NoInstance> {
+        let overflow = |what| NoInstance::Overflow { service: ask.destination.clone(), what };
+        if ask.flow != Flow::Request || !tried.priority.waits() {
+            return Err(overflow(Limited::Instances));
+        }
+        let common = &self.group(ask).common;
+        let counted = common.wait().ok_or_else(|| overflow(Limited::Pending))?;
+        Ok(Turn::enter(common, counted, tried.priority, ask.now))
     }
 
     /// Tells whom [`Balancer::pick`] would pick next, without moving on.
@@ -456,6 +496,7 @@ impl Balancer {
             panics: group.panics,
             under_way: group.common.usage.counts(),
             most: [limits.connections, limits.pending, limits.requests, limits.retries],
+            waiting: group.common.queue.borrow().len(),
             seats: group.places.iter().enumerate().map(seat).collect(),
         }
     }
@@ -498,6 +539,7 @@ impl Balancer {
                     guard: RefCell::new(Arc::clone(ask.snapshot.upstreams.guard(ask.source, name))),
                     // All choices of a service's instances count together.
                     usage: shared.usage(&(entry.key().0.clone(), name.clone())),
+                    queue: RefCell::default(),
                     fit: std::cell::Cell::new(0),
                     out: std::cell::Cell::new(0),
                     is_stale: std::cell::Cell::new(false),
@@ -546,7 +588,7 @@ fn place<'a>(
         algorithm: algorithm(group.balance.algorithm, ask.flow),
         now: ask.now,
     };
-    choice.place().map(|place| (place, false)).ok_or_else(|| why_none(group, ask.service))
+    choice.place().map(|place| (place, false)).ok_or_else(|| why_none(group, ask.service, &limits))
 }
 
 /// Finds an ejected instance whose time is over, and notes when the next one's is.
@@ -565,7 +607,7 @@ fn due<'a>(group: &'a Group, now: Instant, tried: &Tried) -> Option<&'a Place> {
     found
 }
 
-fn why_none(group: &Group, service: &ServiceEntry) -> NoInstance {
+fn why_none(group: &Group, service: &ServiceEntry, limits: &Limits) -> NoInstance {
     if service.instances.is_empty() {
         return NoInstance::Empty { service: service.name.clone() };
     }
@@ -574,7 +616,10 @@ fn why_none(group: &Group, service: &ServiceEntry) -> NoInstance {
         return NoInstance::FailsClosed { service: service.name.clone(), out, fit };
     }
     if fit > 0 {
-        return NoInstance::Overflow { service: service.name.clone(), what: Limited::Instances };
+        let in_tiers = || group.tiers.iter().flat_map(|tier| (0..tier.len()).filter_map(move |slot| tier.at(slot)));
+        let has_room = |at: usize| group.places.get(at).is_some_and(|place| !is_full(place, limits, Priority::High));
+        let what = if in_tiers().any(has_room) { Limited::Priority } else { Limited::Instances };
+        return NoInstance::Overflow { service: service.name.clone(), what };
     }
     let critical = || service.instances.iter().filter(|instance| instance.status == HealthStatus::Critical);
     let is_unreachable = |instance: &&Arc<Instance>| instance.node.status != crate::model::MemberStatus::Alive;

@@ -67,6 +67,14 @@ impl Bench {
         self.balancer.pick(&ask, tried, &self.backoff)
     }
 
+    pub(super) fn enter(&mut self, tried: &Tried) -> Result<Turn, NoInstance> {
+        let service = Arc::clone(&self.snapshot.services["web"]);
+        let source: ServiceName = "api".parse().unwrap();
+        let (destination, flow, now) = (&service.name, self.flow, self.now);
+        let ask = Ask { snapshot: &self.snapshot, source: Some(&source), destination, service: &service, flow, now };
+        self.balancer.enter(&ask, tried)
+    }
+
     pub(super) fn pick(&mut self) -> Picked {
         self.try_pick(&Tried::new()).unwrap()
     }
@@ -587,4 +595,66 @@ proptest! {
         prop_assert!(bench.view().seats.iter().all(|seat| seat.pending == 0));
         prop_assert_eq!(bench.view().under_way, [0, 0, 0, 0]);
     }
+}
+
+fn of(priority: Priority) -> Tried {
+    Tried { priority, ..Tried::new() }
+}
+
+/// Whether a turn has come.
+pub(super) fn is_called(turn: &Turn) -> bool {
+    turn.poll_called(&mut std::task::Context::from_waker(std::task::Waker::noop())).is_ready()
+}
+
+#[track_caller]
+fn refuses(bench: &mut Bench, priority: Priority, want: Limited) {
+    match bench.try_pick(&of(priority)) {
+        Err(NoInstance::Overflow { what, .. }) => assert_eq!(what, want, "{priority}"),
+        other => panic!("{priority}: {other:?}"),
+    }
+}
+
+#[test]
+fn who_waits_is_called_when_a_call_ends_the_most_urgent_first_and_nobody_passes_by() {
+    let guard = json!({"Limits": {"MaxRequestsPerInstance": 2, "MaxPendingRequests": 3, "PriorityMax": "high"}});
+    let mut bench = Bench::with(0, &json!({}), &guard, many(1));
+    let high = of(Priority::High);
+    let first = bench.try_pick(&high).unwrap();
+    // Half of two is left: what says nothing has a part of it, and what may be left out has none.
+    refuses(&mut bench, Priority::Sheddable, Limited::Priority);
+    let second = bench.try_pick(&high).unwrap();
+    refuses(&mut bench, Priority::High, Limited::Instances);
+    assert!(bench.enter(&of(Priority::Low)).is_err(), "what may be refused does not wait");
+    let normal = bench.enter(&of(Priority::Normal)).unwrap();
+    let urgent = bench.enter(&high).unwrap();
+    let late = bench.enter(&high).unwrap();
+    assert!(matches!(bench.enter(&high), Err(NoInstance::Overflow { what: Limited::Pending, .. })));
+    assert!(![&normal, &urgent, &late].into_iter().any(is_called));
+    drop(first);
+    assert!(is_called(&urgent) && !is_called(&late) && !is_called(&normal));
+    // There is room, and it is not a newcomer's.
+    refuses(&mut bench, Priority::High, Limited::Instances);
+    let called = Tried { is_called: true, ..high.clone() };
+    let third = bench.try_pick(&called).unwrap();
+    drop(urgent);
+    // The next one looks whether there is more room, and waits on.
+    assert!(is_called(&late));
+    assert!(bench.try_pick(&called).is_err());
+    drop(second);
+    // One that was called and gives up passes it on.
+    drop(late);
+    assert!(is_called(&normal));
+    drop((normal, third));
+    assert!(bench.try_pick(&of(Priority::Sheddable)).is_ok(), "nobody waits, and nothing is under way");
+    assert_eq!(bench.view().under_way[1..3], [0, 0], "what waited is given back");
+}
+
+#[test]
+fn a_call_that_is_given_up_raises_what_its_instance_is_expected_to_take_and_never_lowers_it() {
+    let mut bench = Bench::new(0, "peak_ewma", many(1));
+    let shown = |bench: &mut Bench| bench.view().seats[0].delay;
+    bench.pick().load.observer().given_up(SECOND, bench.now);
+    assert_eq!(shown(&mut bench), Some(SECOND));
+    bench.pick().load.observer().given_up(SECOND / 100, bench.now);
+    assert_eq!(shown(&mut bench), Some(SECOND));
 }

@@ -1,10 +1,12 @@
 """Opens idle, slow and flooding connections to an agent on 127.0.0.1:8500 and measures what others wait for an answer.
 
-Usage: crowd.py PID IDLE
+Usage: crowd.py PID IDLE; the flooding clients are a second process (crowd.py flood), so that it is the agent that is measured and not
+Python, whose threads take turns.
 """
 
 import re
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -12,7 +14,7 @@ import time
 ADDRESS = ("127.0.0.1", 8500)
 SLOW, FLOODERS, ASKED = 200, 4, 300
 ASK = b"GET /v1/catalog/services HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
-pid, idle = int(sys.argv[1]), int(sys.argv[2])
+pid, idle = (0, 0) if sys.argv[1] == "flood" else (int(sys.argv[1]), int(sys.argv[2]))
 stop = threading.Event()
 
 
@@ -72,6 +74,11 @@ def flood():
             pass
 
 
+if sys.argv[1] == "flood":
+    for _ in range(FLOODERS):
+        threading.Thread(target=flood, daemon=True).start()
+    sys.stdin.read()
+    sys.exit()
 for _ in range(100):
     try:
         ask()
@@ -93,13 +100,13 @@ for _ in range(SLOW):
         slow[-1].sendall(b"GET / HTTP/1.1\r\nX-Slow: ")
     except OSError:
         pass
-threads = [threading.Thread(target=drip, args=(slow,))]
-threads[0].start()
+dripping = threading.Thread(target=drip, args=(slow,))
+dripping.start()
 measure(f"and {len(slow)} that send a head by bytes")
-threads += [threading.Thread(target=flood) for _ in range(FLOODERS)]
-for thread in threads[1:]:
-    thread.start()
+flooding = subprocess.Popen([sys.executable, __file__, "flood"], stdin=subprocess.PIPE)
+time.sleep(0.5)
 measure(f"and {FLOODERS} that send heads without end")
+flooding.stdin.close()
+flooding.wait()
 stop.set()
-for thread in threads:
-    thread.join()
+dripping.join()

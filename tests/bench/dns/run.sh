@@ -4,17 +4,19 @@
 #   tests/bench/dns/run.sh [seconds per run, default 10]
 #
 # Needs root, two cores, iproute2, curl, python3 and dnsperf (Debian). The agent is pinned to core 1 and dnsperf to core 0, both in a
-# network namespace of their own; nothing outside is touched. WEFT names the binary (default target/release/weft), RATE the
-# steady rate (default 20000/s). Per core: queries by the seconds of processor time that the agent took for them.
+# network namespace of their own; nothing outside is touched. WEFT names the binary (default target/release/weft), RATES the
+# steady rates (default 5000 20000 50000, and half of the maximum). Per core: queries by the seconds of processor time that the agent took for
+# them. At last a program of twenty lines of C that only says the query back stands in weft's place: its latencies are the machine's and dnsperf's
+# (ECHO names a binary of echo.c; without it the script compiles one).
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 weft=${WEFT:-$here/../../../target/release/weft}
 seconds=${1:-10}
-rate=${RATE:-20000}
+rates=${RATES:-5000 20000 50000}
 [ -x "$weft" ] || { echo "no binary at $weft: cargo build --release --bin weft" >&2; exit 1; }
 command -v dnsperf >/dev/null || { echo "dnsperf is not installed (Debian: dnsperf)" >&2; exit 1; }
 netns=weft-dns-bench-$$
-dir=$(mktemp -d)
+dir=$(mktemp -d -p /dev/shm)
 agent=
 cleanup() {
   [ -z "$agent" ] || { kill "$agent" && wait "$agent"; } 2>/dev/null || true
@@ -59,11 +61,28 @@ for kind in a srv none mix; do
     /Queries completed/ { done = $3 } /Queries lost/ { lost = $3 } /Queries per second/ { qps = $4 }
     END { printf "%-34s %12.0f %14.0f %10d\n", name, qps, done * hertz / ticks, lost }' "$dir/out"
 done
-printf '%-34s %12s %14s %10s %10s\n' "at $rate/s" "queries" "p50 ms" "p99 ms" "p99.9 ms"
-# -v prints the latency of each query.
-inside taskset -c 0 dnsperf -v -s 127.0.0.1 -p 8600 -d "$dir/mix" -l "$seconds" -c 8 -Q "$rate" -T 1 2>/dev/null |
-  python3 -c '
+maximum=$(awk '/Queries per second/ { printf "%d", $4 }' "$dir/out")
+
+# Latencies of a run at a steady rate. dnsperf writes to memory: a reader beside it would take the cores' time.
+steady() {
+  inside taskset -c 0 dnsperf -v -s 127.0.0.1 -p "$2" -d "$dir/mix" -l "$seconds" -c 8 -Q "$3" -T 1 2>/dev/null >"$dir/out"
+  python3 - "$1 at $3/s" "$dir/out" <<'PYTHON'
 import sys
-times = sorted(float(line.split()[-1]) * 1000 for line in sys.stdin if line.startswith("> "))
+times = sorted(float(line.split()[-1]) * 1000 for line in open(sys.argv[2]) if line.startswith("> "))
 at = lambda part: times[min(len(times) - 1, int(len(times) * part))]
-print("%-34s %12d %14.3f %10.3f %10.3f" % ("mix", len(times), at(.5), at(.99), at(.999)))'
+print("%-34s %12d %14.3f %10.3f %10.3f" % (sys.argv[1], len(times), at(.5), at(.99), at(.999)))
+PYTHON
+}
+printf '%-34s %12s %14s %10s %10s\n' "steady, mixed" "queries" "p50 ms" "p99 ms" "p99.9 ms"
+for each in $rates $((maximum / 2)); do steady weft 8600 "$each"; done
+kill "$agent" && wait "$agent" || true
+agent=
+echo=${ECHO:-$dir/echo}
+if [ -x "$echo" ] || cc -O2 -o "$echo" "$here/echo.c"; then
+  ip netns exec "$netns" taskset -c 1 "$echo" 8601 &
+  agent=$!
+  sleep 0.2
+  for each in $rates; do steady "echo in weft's place" 8601 "$each"; done
+else
+  echo "no C compiler: what the machine takes for itself is not measured" >&2
+fi

@@ -123,6 +123,11 @@ def main():
     args = parser.parse_args()
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    # Each connection is a descriptor here and one in the agent, which has others.
+    room = hard - args.watchers - 300
+    if room < args.idle:
+        print(f"the limit of {hard} open files leaves room for {room} idle connections")
+        args.idle = room
     with tempfile.TemporaryDirectory() as log:
         out = open(f"{log}/log", "w")
         command = [os.environ["WEFT_BIN"], "agent", "-dev", "-node", "n1", f"-bind={IP}", "-log-level", "warn"]

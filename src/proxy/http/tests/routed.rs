@@ -7,8 +7,9 @@ use serde_json::{Value, json};
 use super::*;
 use crate::traffic::{Entries, Ready, Traffic};
 
-/// An app that gives these answers, one per connection, and tells what it was sent. `hang`: none; the last one stays.
-async fn scripted(answers: &[&'static str]) -> (SocketAddr, mpsc::Receiver<String>) {
+/// An app that gives these answers, one per connection, and tells what it was sent. `hang`: none, and it tells `left` when
+/// the caller goes; `late`: after 300 ms; the last one stays.
+pub(super) async fn scripted(answers: &[&'static str]) -> (SocketAddr, mpsc::Receiver<String>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let addr = listener.local_addr().unwrap();
     let (seen, messages) = mpsc::channel(64);
@@ -34,9 +35,14 @@ async fn scripted(answers: &[&'static str]) -> (SocketAddr, mpsc::Receiver<Strin
                     }
                 }
                 let _nobody_looks = seen.try_send(String::from_utf8_lossy(&request).into_owned());
-                stream.write_all(answer.strip_prefix("hang").unwrap_or(answer).as_bytes()).await.unwrap();
+                if answer.starts_with("late") {
+                    tokio::time::sleep(Duration::from_millis(300)).await;
+                }
+                let text = answer.strip_prefix("hang").or(answer.strip_prefix("late")).unwrap_or(answer);
+                stream.write_all(text.as_bytes()).await.unwrap();
                 if answer.starts_with("hang") {
                     let _gone = stream.read_buf(&mut request).await;
+                    let _nobody_looks = seen.try_send("left".to_owned());
                 }
             });
         }
@@ -44,12 +50,13 @@ async fn scripted(answers: &[&'static str]) -> (SocketAddr, mpsc::Receiver<Strin
     (addr, messages)
 }
 
-const OK: &str = "HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\nx-app: 1\r\n\r\nok";
-const UNAVAILABLE: &str = "HTTP/1.1 503 Service Unavailable\r\ncontent-length: 3\r\nconnection: close\r\n\r\nbad";
-const HANG: &str = "hang";
+pub(super) const OK: &str = "HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\nx-app: 1\r\n\r\nok";
+pub(super) const UNAVAILABLE: &str =
+    "HTTP/1.1 503 Service Unavailable\r\ncontent-length: 3\r\nconnection: close\r\n\r\nbad";
+pub(super) const HANG: &str = "hang";
 
 /// A worker whose web is the scripted app, and what entries say of it.
-async fn web(answers: &[&'static str], entries: &[(&str, &str, Value)]) -> Setup {
+pub(super) async fn web(answers: &[&'static str], entries: &[(&str, &str, Value)]) -> Setup {
     let worker = Loopback::new(Limits::default());
     let (addr, messages) = scripted(answers).await;
     worker.add(addr, Protocol::Http).await;
@@ -58,7 +65,7 @@ async fn web(answers: &[&'static str], entries: &[(&str, &str, Value)]) -> Setup
     Setup { worker, port, messages }
 }
 
-fn say(worker: &Loopback, list: &[(&str, &str, Value)]) {
+pub(super) fn say(worker: &Loopback, list: &[(&str, &str, Value)]) {
     let mut entries = Entries::default();
     for (kind, name, value) in list {
         entries.add(kind, name, Ready::new(kind, value).unwrap());
@@ -70,16 +77,16 @@ fn say(worker: &Loopback, list: &[(&str, &str, Value)]) {
 }
 
 /// A router of `web` with one route for all.
-fn route(destination: &Value) -> (&'static str, &'static str, Value) {
+pub(super) fn route(destination: &Value) -> (&'static str, &'static str, Value) {
     ("service-router", "web", json!({"Routes": [{"Match": {"HTTP": {"PathPrefix": "/"}}, "Destination": destination}]}))
 }
 
-async fn ask(port: SocketAddr, head: &str) -> String {
+pub(super) async fn ask(port: SocketAddr, head: &str) -> String {
     raw(port, format!("{head}\r\nhost: web\r\nconnection: close\r\n\r\n").as_bytes()).await
 }
 
 #[track_caller]
-fn counts(worker: &Loopback, series: &str, want: u64) {
+pub(super) fn counts(worker: &Loopback, series: &str, want: u64) {
     let text = worker.metrics.render().unwrap();
     let line =
         text.lines().find(|line| line.starts_with(series)).unwrap_or_else(|| panic!("{series} is not in {text}"));
@@ -128,6 +135,14 @@ fn only_what_the_conditions_name_is_tried_again() {
         let setup = web(&[LATER, OK], &[gateway()]).await;
         assert!(ask(setup.port, "GET / HTTP/1.1").await.starts_with("HTTP/1.1 503"));
         counts(&setup.worker, "weft_http_retries_refused_total{destination_service=\"web\",reason=\"pushback\"}", 1);
+        // Nor is one whose word on retries is no number, or one below zero.
+        for word in ["soon", "-1", ""] {
+            let later: &'static str = String::leak(format!(
+                "HTTP/1.1 503 Later\r\ncontent-length: 0\r\ngrpc-retry-pushback-ms: {word}\r\n\r\n"
+            ));
+            let setup = web(&[later, OK], &[gateway()]).await;
+            assert!(ask(setup.port, "GET / HTTP/1.1").await.starts_with("HTTP/1.1 503"), "{word:?}");
+        }
         // An app that breaks off is answered for with 502: a gateway's error.
         let setup = web(&[BROKEN, OK], &[gateway()]).await;
         assert!(ask(setup.port, "POST / HTTP/1.1").await.starts_with("HTTP/1.1 200"));
@@ -180,6 +195,36 @@ fn a_response_that_stalls_or_takes_too_long_is_cut_off() {
             let text = setup.worker.metrics.render().unwrap();
             assert!(text.contains("reporter=\"source\",response_code=\"200\",response_flags=\"UT\""), "{text}");
         }
+    });
+}
+
+#[test]
+fn a_deadline_ends_a_response_that_keeps_flowing() {
+    run(async {
+        let worker = Loopback::new(Limits::default());
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        worker.add(listener.local_addr().unwrap(), Protocol::Http).await;
+        say(&worker, &[route(&json!({"RequestTimeout": "300ms"}))]);
+        let port = worker.listen(false).await;
+        // An app that never stops: there is always something to read when the time is over.
+        tokio::task::spawn_local(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let _head = stream.read(&mut [0; 4096]).await.unwrap();
+            let mut piece = b"HTTP/1.1 200 OK\r\ncontent-length: 9000000000\r\n\r\n".to_vec();
+            while stream.write_all(&piece).await.is_ok() {
+                piece = vec![b'x'; 32 << 10];
+            }
+        });
+        let begun = crate::clock::now();
+        let mut stream = TcpStream::connect(port).await.unwrap();
+        stream.write_all(b"GET / HTTP/1.1\r\nhost: web\r\n\r\n").await.unwrap();
+        let mut buffer = vec![0; 64 << 10];
+        let mut read = 0;
+        while let Ok(count @ 1..) = stream.read(&mut buffer).await {
+            read += count;
+            assert!(begun.elapsed() < Duration::from_secs(5), "{read} bytes came in {:?}", begun.elapsed());
+        }
+        assert!(read > 100_000 && begun.elapsed() >= Duration::from_millis(300), "{read} bytes");
     });
 }
 
@@ -248,6 +293,9 @@ fn a_redirect_sends_the_caller_elsewhere() {
         // No caller is sent to another host by what it asks for.
         let answer = ask(setup.port, "GET /root//evil.example/ HTTP/1.1").await;
         assert!(answer.contains("location: http://web//evil.example/\r\n"), "{answer}");
+        // Browsers read `\\` as `/`.
+        let answer = ask(setup.port, "GET /root/\\evil.example/ HTTP/1.1").await;
+        assert!(answer.contains("location: http://web/\\evil.example/\r\n"), "{answer}");
         let answer = ask(setup.port, "GET /tls?y HTTP/1.1").await;
         assert!(answer.starts_with("HTTP/1.1 302") && answer.contains("location: https://web/tls?y\r\n"), "{answer}");
     });

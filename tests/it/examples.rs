@@ -1,0 +1,316 @@
+//! What examples/ tells people to type is typed here, in a namespace of its own, and does what the page says.
+
+use std::fs;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+use crate::agent::WEFT;
+use crate::lab::{Host, Lab};
+use crate::wait::{PATIENCE, until};
+
+/// Ends what a line printed.
+const MARK: &str = "--typed--";
+
+fn examples() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("examples")
+}
+
+/// A terminal of a host: a shell that is typed into.
+struct Terminal {
+    shell: Child,
+    keys: ChildStdin,
+    lines: Receiver<String>,
+}
+
+impl Terminal {
+    fn open(host: &Host, dir: &Path) -> Self {
+        let bin = Path::new(WEFT).parent().unwrap();
+        let path = format!("{}:{}", bin.display(), std::env::var("PATH").unwrap());
+        let mut command = Command::new("bash");
+        // Without a terminal curl shows a meter.
+        fs::write(dir.join(".curlrc"), "silent\nshow-error\n").unwrap();
+        command.current_dir(dir).env("CURL_HOME", dir).env("PATH", path).env_remove("WEFT_HTTP_ADDR").process_group(0);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+        let mut shell = host.run(|| command.spawn().expect("bash starts"));
+        let mut keys = shell.stdin.take().unwrap();
+        writeln!(keys, "exec 2>&1").unwrap();
+        let read = BufReader::new(shell.stdout.take().unwrap());
+        let (sender, lines) = channel();
+        std::thread::spawn(move || read.lines().map_while(Result::ok).try_for_each(|line| sender.send(line)));
+        Self { shell, keys, lines }
+    }
+
+    /// Types one command; returns what it printed.
+    #[track_caller]
+    fn say(&mut self, command: &str) -> String {
+        writeln!(self.keys, "{command}\necho; echo {MARK}").unwrap();
+        let (began, mut said) = (Instant::now(), String::new());
+        loop {
+            let left = (2 * PATIENCE).saturating_sub(began.elapsed());
+            let line =
+                self.lines.recv_timeout(left).unwrap_or_else(|_| panic!("`{command}` does not end; it said: {said}"));
+            if line == MARK {
+                return said.trim_end().to_owned();
+            }
+            said.push_str(&line);
+            said.push('\n');
+        }
+    }
+
+    /// Types a command that runs on.
+    fn start(&mut self, command: &str) {
+        let command = command.split("   #").next().unwrap().trim_end().trim_end_matches('&');
+        self.say(&format!("{command} > /dev/null 2>&1 &"));
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        let group = Pid::from_raw(i32::try_from(self.shell.id()).unwrap());
+        let _gone_already = killpg(group, Signal::SIGKILL);
+        let _reaped = self.shell.wait();
+    }
+}
+
+/// The blocks of commands of a page; each a list of commands, of which a loop over several lines is one.
+fn blocks(page: &str) -> Vec<Vec<String>> {
+    let (mut blocks, mut open, mut rest): (Vec<Vec<String>>, bool, String) = (Vec::new(), false, String::new());
+    for line in page.lines() {
+        match (open, line) {
+            (false, "```sh") => {
+                open = true;
+                blocks.push(Vec::new());
+            }
+            (true, "```") => open = false,
+            (true, line) => {
+                rest.push_str(line);
+                rest.push('\n');
+                if !rest.starts_with("for ") || rest.contains("done") {
+                    blocks.last_mut().unwrap().push(std::mem::take(&mut rest).trim_end().to_owned());
+                }
+            }
+            _ => {}
+        }
+    }
+    blocks
+}
+
+/// The command of a block that begins so.
+#[track_caller]
+fn command<'c>(commands: &'c [String], part: &str) -> &'c str {
+    let found: Vec<&String> = commands.iter().filter(|command| command.contains(part)).collect();
+    assert!(found.len() == 1, "`{part}` is in {found:?} of {commands:#?}");
+    found[0]
+}
+
+/// Copies examples/ so that nothing is kept outside of `to`.
+fn copy(to: &Path) -> PathBuf {
+    let kept = to.join("kept");
+    fs::create_dir_all(&kept).unwrap();
+    let mut dirs = vec![examples()];
+    while let Some(dir) = dirs.pop() {
+        let there = to.join("examples").join(dir.strip_prefix(examples()).unwrap());
+        fs::create_dir_all(&there).unwrap();
+        for entry in fs::read_dir(&dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                dirs.push(path);
+            } else {
+                let text = fs::read_to_string(&path).unwrap().replace("/tmp/weft", &kept.display().to_string());
+                fs::write(there.join(path.file_name().unwrap()), text).unwrap();
+            }
+        }
+    }
+    to.to_owned()
+}
+
+#[test]
+fn every_entry_of_examples_and_of_the_pages_about_entries_is_taken() {
+    let mut entries: Vec<(String, Value)> = Vec::new();
+    for dir in fs::read_dir(examples()).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_dir()) {
+        for path in fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()) {
+            if path.extension().is_some_and(|end| end == "json") {
+                let value: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+                if value.get("Kind").is_some() {
+                    entries.push((path.display().to_string(), value));
+                }
+            }
+        }
+    }
+    for page in ["balancing.md", "traffic.md"] {
+        let text = fs::read_to_string(examples().parent().unwrap().join("api").join(page)).unwrap();
+        for block in text.split("```json\n").skip(1) {
+            let block = block.split("```").next().unwrap();
+            entries
+                .push((page.to_owned(), serde_json::from_str(block).unwrap_or_else(|error| panic!("{page}: {error}"))));
+        }
+    }
+    assert!(entries.len() >= 10, "{}", entries.len());
+    for (at, value) in &entries {
+        let (kind, name) = (value["Kind"].as_str().unwrap(), value["Name"].as_str().unwrap());
+        weft::policy::check_entry(&value.to_string()).unwrap_or_else(|error| panic!("{at}: {error}"));
+        let dir = Path::new(at).parent();
+        let others = entries.iter().filter(|(other, value)| Path::new(other).parent() == dir && value["Kind"] != kind);
+        let others = others.map(|(_, value)| (value["Kind"].as_str().unwrap(), value["Name"].as_str().unwrap(), value));
+        weft::traffic::check_write(others, (kind, name, Some(value))).unwrap_or_else(|error| panic!("{at}: {error}"));
+    }
+}
+
+#[test]
+fn the_pages_about_traffic_do_what_they_say() {
+    let Some(lab) = Lab::new(1) else { return };
+    let temp = tempfile::tempdir().unwrap();
+    let dir = copy(temp.path());
+    let page = |name: &str| blocks(&fs::read_to_string(dir.join("examples/traffic").join(name)).unwrap()).concat();
+    let mut terminal = Terminal::open(&lab.host(1), &dir);
+    let readme = page("README.md");
+    for start in ["weft agent", "7001 v1", "7002 v2"] {
+        terminal.start(command(&readme, start));
+    }
+    let first = command(&readme, "curl");
+    until("the two versions answer", || {
+        let said = format!("{}{}", terminal.say(first), terminal.say(first));
+        if said.contains("v1 / 200") && said.contains("v2 / 200") { Ok(()) } else { Err(said) }
+    });
+
+    let routing = page("routing.md");
+    terminal.say(command(&routing, "subsets.json"));
+    terminal.say(command(&routing, "router.json"));
+    assert_eq!(terminal.say(command(&routing, "default subset")), "v1 / 200");
+    let canary = terminal.say(command(&routing, "x-canary"));
+    assert!(canary.contains("v2 / 200") && canary.contains("x-version: v2"), "{canary}");
+    assert_eq!(terminal.say(command(&routing, "/api/cart")), "v1 /cart 200");
+    let moved = terminal.say(command(&routing, "/old"));
+    assert!(moved.contains("301") && moved.contains("/new"), "{moved}");
+    terminal.say(command(&routing, "config delete"));
+
+    let splitting = page("splitting.md");
+    terminal.say(command(&splitting, "subsets.json"));
+    terminal.say(command(&splitting, "splitter.json"));
+    let counts = terminal.say(command(&splitting, "seq 100"));
+    let of = |version: &str| {
+        let line = counts.lines().find(|line| line.contains(version)).map_or("0", str::trim);
+        line.split(' ').next().unwrap().parse::<u32>().unwrap()
+    };
+    assert!(of("v1") + of("v2") == 100 && of("v1") >= 70, "{counts}");
+    assert_eq!(terminal.say(command(&splitting, "ann")).lines().count(), 1);
+    terminal.say(command(&splitting, "config delete"));
+
+    let resilience = page("resilience.md");
+    terminal.say(command(&resilience, "subsets.json"));
+    let failing: Vec<&String> = resilience.iter().filter(|line| line.contains("/fail")).collect();
+    assert!(terminal.say(failing[0]).contains(" 503"), "nothing fails");
+    terminal.say(command(&resilience, "router.json"));
+    let mended = terminal.say(failing[1]);
+    assert!(!mended.contains(" 503") && mended.lines().count() == 10, "{mended}");
+    assert!(terminal.say(command(&resilience, "grep retries")).contains("weft_"));
+    let slow = terminal.say(command(&resilience, "/slow"));
+    assert!(slow.contains("504") && slow.contains("500ms"), "{slow}");
+    terminal.say(command(&resilience, "enable=true"));
+    until("v1 answers for v2", || match terminal.say(command(&resilience, "x-canary")) {
+        said if said.contains("v1 /") => Ok(()),
+        said => Err(said),
+    });
+    terminal.say(command(&resilience, "enable=false"));
+
+    let faults = page("faults.md");
+    terminal.say(command(&faults, "faults.json"));
+    until("half of them fail", || {
+        let said = terminal.say(command(&faults, "/pay"));
+        if said.contains("503") && said.contains("200") { Ok(()) } else { Err(said) }
+    });
+    assert!(terminal.say(command(&faults, "/cut")).contains("curl: (5"), "not cut");
+    let began = Instant::now();
+    terminal.say(command(&faults, "time curl"));
+    assert!(began.elapsed() >= Duration::from_millis(300));
+    terminal.say(command(&faults, "config delete"));
+    assert!(!terminal.say(command(&faults, "/cut")).contains("curl: ("), "still cut");
+}
+
+#[test]
+fn the_pages_about_three_hosts_and_balancing_do_what_they_say() {
+    let Some(lab) = Lab::new(1) else { return };
+    let temp = tempfile::tempdir().unwrap();
+    let dir = copy(temp.path());
+    let host = lab.host(1);
+    let page = |name: &str| blocks(&fs::read_to_string(dir.join("examples").join(name)).unwrap());
+    let three = page("three-hosts/README.md");
+    let open = |of: &str| Terminal::open(&host, &dir.join("examples").join(of));
+    let mut agents: Vec<Terminal> = Vec::new();
+    for (block, address) in three.iter().zip(["127.0.0.1", "127.0.0.2", "127.0.0.3"]) {
+        let mut terminal = open("three-hosts");
+        if let Some(init) = block.iter().find(|line| line.starts_with("weft ca init")) {
+            terminal.say(init);
+        }
+        terminal.start(command(block, "weft agent"));
+        until("the agent is up", || match terminal.say(&format!("weft members -http-addr {address}:8500")) {
+            said if said.contains("alive") => Ok(()),
+            said => Err(said),
+        });
+        agents.push(terminal);
+    }
+    let mut terminal = open("three-hosts");
+    let calls = three[3].last().unwrap();
+    for line in &three[3][..three[3].len() - 1] {
+        let said = terminal.say(line);
+        assert!(!said.to_lowercase().contains("error") && !said.contains("Usage"), "{line}: {said}");
+    }
+    until("both answer", || {
+        let said = terminal.say(calls);
+        if said.contains("web-1") && said.contains("web-2") { Ok(()) } else { Err(said) }
+    });
+
+    let balancing = page("balancing/README.md").concat();
+    terminal.say("cd ../balancing");
+    let write = |terminal: &mut Terminal, file: &str| {
+        let line = balancing.iter().find(|line| line.contains(file)).unwrap_or_else(|| panic!("{file} is on no page"));
+        let said = terminal.say(line);
+        assert!(!said.to_lowercase().contains("error"), "{line}: {said}");
+    };
+    write(&mut terminal, "operator create");
+    write(&mut terminal, "web-http.json");
+    write(&mut terminal, "web-affinity.json");
+    until("each user stays with one instance", || {
+        let said = terminal.say(command(&balancing, "x-user"));
+        let lines: Vec<&str> = said.lines().collect();
+        if lines.len() == 8 && lines[..4] == lines[4..] && lines.contains(&"web-1") && lines.contains(&"web-2") {
+            Ok(())
+        } else {
+            Err(said)
+        }
+    });
+    write(&mut terminal, "-kind service-resolver");
+    write(&mut terminal, "web-rate.json");
+    until("the rate is limited", || {
+        let said = terminal.say(command(&balancing, "retry-after"));
+        let is_told =
+            said.lines().any(|line| line.strip_prefix("429 ").is_some_and(|after| after.parse::<u32>().is_ok()));
+        if is_told { Ok(()) } else { Err(said) }
+    });
+    write(&mut terminal, "web-cluster.json");
+    until("the rate of both hosts is limited", || {
+        let said = terminal.say(command(&balancing, "seq 300"));
+        if said.contains("200") && said.contains("429") { Ok(()) } else { Err(said) }
+    });
+    assert!(terminal.say(command(&balancing, "demand_reports")).contains("weft_gossip_demand_reports_total"));
+    write(&mut terminal, "web-http.json");
+    write(&mut terminal, "shop-limits.json");
+    until("the limit of the caller is shown", || {
+        let said = terminal.say("curl -s '127.0.0.3:8500/v1/mesh/why?source=shop&destination=web'");
+        if said.contains("\"Most\":50") || said.contains("\"Most\": 50") { Ok(()) } else { Err(said) }
+    });
+    terminal.say(command(&balancing, "kill %2"));
+    let (ask, show) = (command(&balancing, "seq 40"), command(&balancing, "Breaker"));
+    until("the sick instance is left out", || {
+        let said = format!("{} {}", terminal.say(ask), terminal.say(show));
+        if said.contains("open") { Ok(()) } else { Err(said) }
+    });
+}
