@@ -65,7 +65,7 @@ fn every_target_bears_its_corpus() {
 /// A corpus whose seeds are all refused at the first byte tests little: those that should be taken are.
 #[test]
 fn the_seeds_that_are_good_are_taken() {
-    let readers: [(&str, Reader); 6] = [
+    let readers: [(&str, Reader); 7] = [
         ("operator", crate::pki::fuzz::operator),
         ("documents", crate::gossip::fuzz_documents),
         ("shared", crate::gossip::fuzz_shared),

@@ -292,7 +292,8 @@ mod tests {
         let listener = pair.listener.clone();
         tasks.spawn(async move {
             let streams = listener.accept_bi().await.unwrap();
-            serve(id().name, streams, actor, documents::queue().0).await.unwrap();
+            let desks = Desks { documents: documents::queue().0, shared: shared::queue().0 };
+            serve(id().name, streams, actor, desks).await.unwrap();
         });
         let told = round_trips(&pair.dialer).await.unwrap();
         let most = Duration::from_micros(u32::MAX.into());

@@ -16,16 +16,17 @@ const VALUE_BYTES_MAX: usize = 512 * 1024;
 struct Mesh {
     token: String,
     dir: TempDir,
-    _ca: Ca,
+    ca: Ca,
 }
 
 impl Mesh {
     fn new(lab: &Lab) -> (Self, Agent) {
         let (ca, dir) = (Ca::init("lab.test"), TempDir::new().unwrap());
-        let mesh = Self { token: ca.token("n*", "*", "1h"), dir, _ca: ca };
+        let mesh = Self { token: ca.token("n*", "*", "1h"), dir, ca };
         let file = mesh.file();
         std::fs::write(&file, "kv {\n  enabled = true\n}\n").unwrap();
-        let args = ["-issuer", path(&mesh._ca.issuer()), "-config-file", path(&file)];
+        let issuer = mesh.ca.issuer();
+        let args = ["-issuer", path(&issuer), "-config-file", path(&file)];
         let n1 = Agent::start(&Spec::on(&lab.host(1), "n1", &args));
         (mesh, n1)
     }

@@ -120,6 +120,8 @@ impl Insider {
             identity: Arc::clone(&identity),
             publication,
             ejections: tokio::sync::watch::channel(Arc::default()).1,
+            demand: tokio::sync::watch::channel(Arc::default()).1,
+            demands: mpsc::channel(1).0,
             first_index: 1,
             seeds: vec!["10.77.0.1".to_owned()],
             links_max: gossip::LINKS_MAX,

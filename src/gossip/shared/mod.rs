@@ -62,9 +62,9 @@ pub const KV_KEY_BYTES_MAX: usize = 512;
 /// What the key-value store holds in all, unless told otherwise, in bytes.
 pub const KV_BYTES_DEFAULT: u64 = 16 * 1024 * 1024;
 /// Most keys: lists of all of them are answered from memory.
-pub const KV_KEYS_MAX: usize = 65_536;
+const KV_KEYS_MAX: usize = 65_536;
 /// How long a deletion is remembered.
-pub const TOMBSTONE_LEASE: Duration = Duration::from_hours(24);
+const TOMBSTONE_LEASE: Duration = Duration::from_hours(24);
 /// Most deletions that are remembered: some 6 MB with keys of 60 bytes.
 const TOMBSTONES_MAX: usize = 32_768;
 /// Most user events that are remembered: Consul's bound.
