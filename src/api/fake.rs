@@ -177,7 +177,9 @@ impl Records for FakeRecords {
                 Write::Put { key, body } => drop(table.put(&key, body, &node, now_ms)?),
                 Write::Delete(scope) => {
                     let keys: Vec<Arc<str>> = table.read(&scope).map(|(key, ..)| Arc::clone(key)).collect();
-                    keys.iter().for_each(|key| drop(table.delete(key, &node, now_ms)));
+                    for key in keys {
+                        drop(table.delete(&key, &node, now_ms));
+                    }
                 }
             }
             table.purge(now_ms);

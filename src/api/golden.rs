@@ -422,7 +422,6 @@ async fn options_that_cannot_be_honoured_are_refused() {
         ("ns=team", 400, "namespaces"),
         ("partition=p", 400, "partitions"),
         ("filter=x", 400, "Invalid filter: selector x is not valid; there are Checks, Node.Address"),
-        ("near=n2", 400, "Invalid near"),
         ("index=x", 400, "Invalid index"),
         ("index=1&wait=x", 400, "Invalid wait time"),
         ("max_stale=x", 400, "max_stale"),

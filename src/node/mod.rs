@@ -30,7 +30,7 @@ use crate::config::{Config, OnTerminate, Secret, Storage};
 use crate::dns::{Dns, DnsParams};
 use crate::gossip::{self, Gossip, GossipHandle, GossipParams};
 use crate::metrics::Metrics;
-use crate::model::{Generation, NodeInfo, NodeName};
+use crate::model::{Demand, EjectionsRecord, Generation, NodeInfo, NodeName};
 use crate::pki::{DocumentKey, Identity};
 use crate::proxy::{
     self, ListenerState, OpenTunnel, OpenTunnels, Proxy, ProxyError, ProxyHandle, ProxyHealth, ProxyParams,
@@ -163,8 +163,7 @@ impl Node {
     async fn build(config: Config, source: Option<ConfigSource>, stop: CancellationToken) -> Result<Self, NodeError> {
         announce(&config);
         let (leaving, drain) = (CancellationToken::new(), CancellationToken::new());
-        let tasks = Tasks::new(leaving.clone());
-        let metrics = Metrics::new();
+        let (tasks, metrics) = (Tasks::new(leaving.clone()), Metrics::new());
 
         let store = open_store(&config)?;
         let sockets = bind_mesh(&config)?;
@@ -184,8 +183,7 @@ impl Node {
         let connections = glue::Connections::new(&control, &metrics).map_err(part("identity's metrics"))?;
         let (incoming_tx, incoming) = mpsc::channel(gossip::INCOMING_MAX);
         let (ejected, ejections) = watch::channel(Arc::default());
-        let (asked, demand) = watch::channel(Arc::default());
-        let (demands, reports) = mpsc::channel(proxy::REPORTS_MAX);
+        let ((asked, demand), (demands, reports)) = (watch::channel(Arc::default()), mpsc::channel(proxy::REPORTS_MAX));
         let params = GossipParams {
             node: info.clone(),
             generation,
@@ -223,7 +221,7 @@ impl Node {
             snapshot: snapshot.clone(),
         };
         tasks.spawn("renewal", renewal.run(stop.clone()));
-        let mut proxy = Proxy::start(ProxyParams {
+        let plane = ProxyParams {
             sockets: sockets.workers,
             reset_key,
             identity: Arc::clone(&identity),
@@ -233,12 +231,8 @@ impl Node {
             metrics: &metrics,
             stop: drain.clone(),
             drain_timeout: config.drain_timeout,
-        })
-        .map_err(part("data plane"))?;
-        let (ledger, tables) = proxy.beside(snapshot.clone(), ejected);
-        tasks.spawn("ejections", until(stop.clone(), ledger));
-        tasks.spawn("shares", until(stop.clone(), proxy.divides(snapshot.clone(), reports, asked)));
-        tasks.spawn("hash_tables", until(stop.clone(), tables));
+        };
+        let proxy = start_proxy(plane, ejected, (reports, asked), (&tasks, &stop))?;
 
         let mut node = Self {
             name: config.node_name.clone(),
@@ -481,6 +475,22 @@ async fn until(stop: CancellationToken, task: impl Future<Output = ()>) {
         () = stop.cancelled() => {}
         () = task => {}
     }
+}
+
+/// Starts the data plane, and what goes on beside it: shared ejections, shares of the mesh's limits, tables of hashes.
+fn start_proxy(
+    params: ProxyParams<'_>,
+    ejected: watch::Sender<Arc<EjectionsRecord>>,
+    (reports, asked): (mpsc::Receiver<(NodeName, Demand)>, watch::Sender<Arc<Demand>>),
+    (tasks, stop): (&Tasks, &CancellationToken),
+) -> Result<ProxyHandle, NodeError> {
+    let snapshot = params.snapshot.clone();
+    let mut proxy = Proxy::start(params).map_err(part("data plane"))?;
+    let (ledger, tables) = proxy.beside(snapshot.clone(), ejected);
+    tasks.spawn("ejections", until(stop.clone(), ledger));
+    tasks.spawn("shares", until(stop.clone(), proxy.divides(snapshot, reports, asked)));
+    tasks.spawn("hash_tables", until(stop.clone(), tables));
+    Ok(proxy)
 }
 
 /// Logs what the node starts with.

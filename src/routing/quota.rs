@@ -356,7 +356,9 @@ impl Quotas {
             self.repeat_at = self.repeat_at.min(now + after);
         }
         let numbers: Vec<u64> = self.limits.keys().copied().collect();
-        numbers.into_iter().for_each(|number| self.fill(number));
+        for number in numbers {
+            self.fill(number);
+        }
     }
 
     /// Takes over what `node` tells, in place of what it told before.
@@ -496,7 +498,8 @@ impl Quotas {
             self.news_since = None;
         }
         let is_due = is_news && now.saturating_duration_since(since) >= rest(self.most).min(SETTLE_MAX);
-        if !is_due && !(is_told && now >= self.repeat_at) {
+        let is_repeated = is_told && now >= self.repeat_at;
+        if !is_due && !is_repeated {
             return None;
         }
         self.news_since = None;

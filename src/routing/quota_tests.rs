@@ -15,7 +15,6 @@ const MS: Duration = Duration::from_millis(1);
 /// A step of the simulation.
 const STEP: Duration = Duration::from_millis(10);
 /// Gossip's period, fan-out and copies, and what fits a packet: as in `membership`.
-const ROUND: Duration = Duration::from_millis(200);
 const FANOUT: usize = 3;
 const COPIES: u8 = 6;
 /// A report of one limit on the wire, and the room of a packet beside its head (`membership` tests the first).

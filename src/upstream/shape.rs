@@ -10,7 +10,8 @@ use serde_json::Value;
 use super::read::{Fields, Problems};
 use super::{
     Algorithm, Balance, Callers, Ejection, Guard, HashField, HashPolicy, InPanic, Limits, MadeCookie, PathRegex,
-    Priority, RING_POINTS, RING_POINTS_MAX, Rate, RateKey, RatePath, RateRule, RateRules, RateScope, SuccessRate, Table,
+    Priority, RING_POINTS, RING_POINTS_MAX, Rate, RateKey, RatePath, RateRule, RateRules, RateScope, SuccessRate,
+    Table,
 };
 use crate::model::ServiceName;
 

@@ -306,7 +306,7 @@ fn demand(limit: u64) -> Demand {
 }
 
 #[test]
-fn a_demand_reaches_everybody_within_the_hold_and_costs_little() {
+fn a_demand_reaches_nearly_everybody_within_the_hold_and_the_rest_with_the_next() {
     for (count, hold) in [(3, 1200), (20, 1800), (100, 2200)] {
         seeds(4, |seed| {
             let mut mesh = Mesh::new(count, seed);
@@ -316,9 +316,15 @@ fn a_demand_reaches_everybody_within_the_hold_and_costs_little() {
             mesh.at(1).claim_demand(demand(7));
             mesh.flush(&name(1));
             let heard = |mesh: &Mesh| (0..count).filter(|at| mesh.demands.contains_key(&(name(*at), name(1)))).count();
-            let took = mesh.run(30 * SECOND, |mesh| heard(mesh) == count - 1);
-            let took = took.unwrap_or_else(|| panic!("{} of {count} heard of it", heard(&mesh)));
-            assert!(took <= Duration::from_millis(hold), "{took:?} at {count} nodes");
+            let _passed = mesh.run(Duration::from_millis(hold), |_| false);
+            // Few copies travel: one in 400 misses a node, which hears it when its author says it again.
+            assert!(heard(&mesh) >= (count - 1) * 97 / 100, "{} of {count} heard of it", heard(&mesh));
+            let all = (0..4).any(|_repeat| {
+                mesh.at(1).claim_demand(demand(7));
+                mesh.flush(&name(1));
+                mesh.run(10 * SECOND, |mesh| heard(mesh) == count - 1).is_some()
+            });
+            assert!(all, "{} of {count} heard of it", heard(&mesh));
         });
     }
 }

@@ -154,7 +154,6 @@ impl Gate {
         self.state = match self.state {
             State::Head | State::Trailers => return self.line(bytes),
             State::Open => return Ok(bytes.len()),
-            State::Stopped => return Err((0, Doubt::Chunk)),
             State::Length(left) => {
                 let count = skip(left);
                 let left = left - count as u64;
@@ -188,7 +187,7 @@ impl Gate {
             },
             State::ChunkCr if first == b'\r' => State::ChunkLf,
             State::ChunkLf if first == b'\n' => State::Size { bytes: 0, digits: 0 },
-            State::ChunkCr | State::ChunkLf => return Err((0, Doubt::Chunk)),
+            State::ChunkCr | State::ChunkLf | State::Stopped => return Err((0, Doubt::Chunk)),
         };
         Ok(1)
     }

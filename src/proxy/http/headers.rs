@@ -111,7 +111,7 @@ pub(crate) fn leaves_http<B>(request: &Request<B>) -> bool {
 /// Makes the upgrade of an extended CONNECT for a WebSocket (RFC 8441 §5), as an app over HTTP/1.1 understands it.
 pub(crate) fn websocket_of_h2<B>(request: &mut Request<B>) {
     let protocol = request.extensions().get::<hyper::ext::Protocol>();
-    if request.method() != Method::CONNECT || !protocol.is_some_and(|name| name.as_str() == "websocket") {
+    if request.method() != Method::CONNECT || protocol.is_none_or(|name| name.as_str() != "websocket") {
         return;
     }
     *request.method_mut() = Method::GET;
@@ -154,8 +154,9 @@ pub(crate) fn interim_text(head: &ResponseHead) -> Vec<u8> {
     let reason = head.status.canonical_reason().unwrap_or("Interim");
     let mut text = format!("HTTP/1.1 {} {reason}\r\n", head.status.as_u16()).into_bytes();
     for (name, value) in &head.headers {
-        let parts = [name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"];
-        parts.iter().for_each(|part| text.extend_from_slice(part));
+        for part in [name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"] {
+            text.extend_from_slice(part);
+        }
     }
     text.extend_from_slice(b"\r\n");
     text

@@ -19,7 +19,7 @@ use futures_util::stream::FuturesUnordered;
 use super::attempt::Upload;
 use super::metrics::Flag;
 use super::outbound::Call;
-use super::routed::{Outcome, Plan, Try, attempt_once, may_replay};
+use super::routed::{Leave, Outcome, Plan, Try, attempt_once, may_replay};
 use super::{Dial, HttpState};
 use crate::clock;
 use crate::proxy::Tried;
@@ -139,7 +139,7 @@ impl Race<'_> {
             return None;
         }
         let leave = self.first.leave();
-        if matches!(leave, Some(None)) {
+        if matches!(leave, Leave::Refused) {
             self.count(state, "limit");
             return None;
         }
@@ -148,7 +148,9 @@ impl Race<'_> {
             self.count(state, "budget");
             return None;
         }
-        self.leaves.extend(leave.flatten());
+        if let Leave::Held(leave) = leave {
+            self.leaves.push(leave);
+        }
         let copy = Try::after(self.tried().of(Priority::Spare));
         self.copies.push(Rc::clone(&copy));
         self.may_send = u32::try_from(self.copies.len()).is_ok_and(|copies| copies + 1 < self.hedge.requests);

@@ -268,15 +268,29 @@ impl Try {
         Rc::new(Self { tried: RefCell::new(tried), ..Self::default() })
     }
 
-    /// Asks for leave to repeat the request elsewhere; none: nobody limits it.
-    pub(super) fn leave(&self) -> Option<Option<routing::Retry>> {
-        self.last.borrow().as_ref().map(|(observer, _)| observer.retry())
+    /// Asks for leave to repeat the request elsewhere.
+    pub(super) fn leave(&self) -> Leave {
+        match self.last.borrow().as_ref().map(|(observer, _)| observer.retry()) {
+            None => Leave::Free,
+            Some(Some(held)) => Leave::Held(held),
+            Some(None) => Leave::Refused,
+        }
     }
 
     /// Whether it came to an outcome.
     pub(super) fn is_over(&self) -> bool {
         self.is_over.get()
     }
+}
+
+/// Whether a request may be repeated.
+pub(super) enum Leave {
+    /// Nobody limits it.
+    Free,
+    /// It may, and counts until this is dropped.
+    Held(routing::Retry),
+    /// As many are under way as may be.
+    Refused,
 }
 
 /// What one attempt was.
@@ -385,13 +399,7 @@ async fn attempts<D: Dial>(
             Ok(_) if retry.is_some() && !state.budget(destination, |budget| budget.withdraw(clock::now())) => {
                 Some("budget")
             }
-            Ok(_) => match one.leave() {
-                Some(None) => Some("limit"),
-                leave => {
-                    leaves.extend(leave.flatten());
-                    None
-                }
-            },
+            Ok(_) => held_back(&one, &mut leaves),
         };
         if let Some(why) = refused {
             state.traffic.not_retried.with_label_values(&[destination.as_str(), why]).inc();
@@ -404,7 +412,23 @@ async fn attempts<D: Dial>(
         debug!(service = %destination, reason, retries, "another attempt follows");
         pause(wait.ok().flatten().unwrap_or(backoff)).await;
     };
-    // What an app said is a better answer than one of weft's own.
+    last_word(kept, failure, exchange)
+}
+
+/// Why the limit of concurrent retries forbids another attempt, if it does.
+fn held_back(one: &Try, leaves: &mut Vec<routing::Retry>) -> Option<&'static str> {
+    match one.leave() {
+        Leave::Free => None,
+        Leave::Held(leave) => {
+            leaves.push(leave);
+            None
+        }
+        Leave::Refused => Some("limit"),
+    }
+}
+
+/// What an app said is a better answer than one of weft's own.
+fn last_word(kept: Option<Box<Answer>>, failure: Refusal, exchange: &mut Exchange) -> Result<Answer, Refusal> {
     match kept {
         Some(answer) if failure.flag != Flag::Timeout => {
             exchange.ends_well_as(Flag::RetriesExhausted);

@@ -135,9 +135,10 @@ impl Loopback {
         let service = &snapshot.services["web"];
         let (source, now) = (caller.source.service(), crate::clock::now());
         let ask = Ask { snapshot: &snapshot, source, destination: &service.name, service, flow: Flow::Request, now };
-        let mut balancer = self.balancer.borrow_mut();
-        let picked = balancer.as_mut().unwrap().pick(&ask, &tried.borrow(), &ConnectBackoff::new());
-        drop(balancer);
+        let picked = {
+            let mut balancer = self.balancer.borrow_mut();
+            balancer.as_mut().unwrap().pick(&ask, &tried.borrow(), &ConnectBackoff::new())
+        };
         let picked = match picked {
             Ok(picked) if !tried.borrow().contains(&picked.instance) => picked,
             Err(NoInstance::Overflow { what, .. }) => return Err(OpenError::Overflow(what)),

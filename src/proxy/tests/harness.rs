@@ -162,7 +162,7 @@ impl Node {
         let traffic = Arc::new(Traffic::new(entries, &Traffic::default(), Vec::new()));
         let upstreams = Arc::new(upstream::table(list.iter().map(|(kind, name, value)| (*kind, *name, value))));
         let index = before.index + 1;
-        self.publisher.publish(Arc::new(Snapshot { index, traffic, upstreams, ..Snapshot::clone(&before) }));
+        self.publisher.publish(Arc::new(Snapshot { index, upstreams, traffic, ..Snapshot::clone(&before) }));
     }
 
     /// Waits until what the workers know of calls from `app` to `web` is as wanted.

@@ -144,7 +144,7 @@ fn frames_that_break_the_rules_end_the_connection() {
             ("another frame inside a head", [frame(HEADERS, 0, 1, &block()), frame(PING, 0, 0, &[0; 8])].concat()),
             ("SETTINGS of a wrong length", frame(SETTINGS, 0, 0, &[0; 5])),
             ("PING of a wrong length", frame(PING, 0, 0, &[0; 7])),
-            ("a frame over the size", [head(), frame(DATA, 0, 1, &[0; 20_000])].concat()),
+            ("a frame over the size", [head(), frame(DATA, 0, 1, &vec![0; 20_000])].concat()),
         ];
         for (what, bytes) in bad {
             let mut stream = begin(setup.port).await;
