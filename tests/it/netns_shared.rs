@@ -104,7 +104,9 @@ fn keys_spread_outlive_a_split_with_the_newest_and_a_crash_and_what_was_deleted_
     wait_value(&[&n2], "app/flag", Ok("from n1"));
     wait_value(&[&n2], "app/gone", Err("404"));
     wait_value(&[&n3], "app/gone", Ok("soon"));
-    lab.heal(&lab.host(3));
+    for at in 1..=3 {
+        lab.heal(&lab.host(at));
+    }
     for agent in [&n1, &n2, &n3] {
         agent.wait_members(&["n1=1", "n2=1", "n3=1"]);
     }
