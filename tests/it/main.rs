@@ -24,6 +24,7 @@ mod clients;
 mod crowd;
 mod dns;
 mod docs;
+mod edges;
 mod http;
 mod imports;
 mod interop;
