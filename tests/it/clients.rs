@@ -74,7 +74,7 @@ impl Running {
 
     /// Waits for a line that `is_it` takes, beginning with the newest; the client must run on, or have ended well.
     #[track_caller]
-    fn wait_line(&mut self, what: &str, is_it: impl Fn(&str) -> bool) -> String {
+    pub(crate) fn wait_line(&mut self, what: &str, is_it: impl Fn(&str) -> bool) -> String {
         until(what, || {
             let printed = self.printed();
             if let Some(line) = printed.iter().rev().find(|line| is_it(line)) {
@@ -89,7 +89,7 @@ impl Running {
 
     /// Waits for its end, which must be a good one.
     #[track_caller]
-    fn wait_end(&mut self) {
+    pub(crate) fn wait_end(&mut self) {
         let status = until("the client ends", || match self.child.try_wait().unwrap() {
             Some(status) => Ok(status),
             None => Err(self.printed().join("\n")),

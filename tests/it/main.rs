@@ -25,6 +25,7 @@ mod crowd;
 mod dns;
 mod docs;
 mod examples;
+mod edges;
 mod http;
 mod imports;
 mod interop;

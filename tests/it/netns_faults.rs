@@ -411,6 +411,43 @@ fn scenario_10_a_leave_is_seen_by_all_and_fails_no_request() {
 }
 
 #[test]
+fn a_rolling_restart_of_agents_under_load_loses_no_request_that_is_safe_to_retry() {
+    let Some(mut fleet) = Fleet::start(4, 0) else { return };
+    let _apps = with_web(&fleet, &[2, 4], 3);
+    let caller = fleet.lab.host(3);
+    let loads: Vec<Load> = (0..4).map(|_| Load::start(&caller)).collect();
+    loads.iter().for_each(|load| load.wait_for_more(20));
+    for number in [2, 4, 2, 4] {
+        // Slow ones, so that some are under way at the agent that stops: those are finished first.
+        let slow: Vec<JoinHandle<Result<u16, String>>> = (0..4)
+            .map(|_| {
+                let caller = caller.clone();
+                let ask = || request(WEB_UPSTREAM, "GET", "/hang", &[], "").map(|answer| answer.status);
+                std::thread::spawn(move || caller.run(ask))
+            })
+            .collect();
+        loads.iter().for_each(|load| load.wait_for_more(5));
+        let mut old = fleet.take(number);
+        old.signal(Signal::SIGTERM);
+        let (status, log) = old.wait_exit();
+        assert!(status.success(), "{log}");
+        for one in slow {
+            assert_eq!(one.join().unwrap(), Ok(200), "a slow request was cut by the drain of n{number}");
+        }
+        let again = restart(&fleet.lab.host(number), &format!("n{number}"), old.kill());
+        again.wait_ready();
+        fleet.agents.push(again);
+        fleet.all_pass("web", &["web-2", "web-4"]);
+        loads.iter().for_each(|load| load.wait_for_more(20));
+    }
+    let all: Vec<Seen> = loads.iter().map(Load::seen).collect();
+    let (answered, slowest) =
+        (all.iter().map(|seen| seen.answered).sum::<usize>(), all.iter().map(|seen| seen.slowest).max());
+    println!("figure: a rolling restart: {answered} requests, slowest {slowest:?}");
+    assert!(all.iter().all(|seen| seen.failed.is_empty()), "{all:?}");
+}
+
+#[test]
 fn scenario_12_a_joiner_gets_the_whole_catalogue() {
     let Some(mut fleet) = Fleet::start(4, 1) else { return };
     for number in 1..=4 {

@@ -1,0 +1,200 @@
+"""Unmodified clients and servers through the mesh: grpcio, websockets, http.server.
+
+  edges.py serve HOST HTTP_PORT GRPC_PORT WS_PORT   apps; prints `ready`, runs until it is killed
+  edges.py call GRPC_ADDR WS_ADDR                   clients; prints a line for each thing shown, then `done`
+"""
+
+import asyncio
+import hashlib
+import http.server
+import sys
+import threading
+import time
+from concurrent import futures
+
+import grpc
+import websockets
+from websockets.asyncio.client import connect
+from websockets.asyncio.server import serve
+
+BYTES = dict(request_deserializer=bytes, response_serializer=bytes)
+
+
+class Upload(http.server.BaseHTTPRequestHandler):
+    """Answers with the SHA-256 of what it is sent; asks for an awaited body itself, unless its path says no."""
+
+    protocol_version = "HTTP/1.1"
+
+    def handle_expect_100(self):
+        if self.path == "/refused":
+            self.send_response(417)
+            self.send_header("Content-Length", "0")
+            self.send_header("Connection", "close")
+            self.end_headers()
+            return False
+        return super().handle_expect_100()
+
+    def body(self):
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        whole = b""
+        while size := int(self.rfile.readline(), 16):
+            whole += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return whole
+
+    def do_PUT(self):
+        text = hashlib.sha256(self.body()).hexdigest().encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_):
+        pass
+
+
+def handler(_, details):
+    def unary(request, context):
+        names = dict(context.invocation_metadata())
+        context.set_trailing_metadata((("seen", names.get("asked", "")),))
+        return request.upper()
+
+    def chat(requests, _):
+        for request in requests:
+            yield request.upper()
+
+    def count(request, _):
+        for number in range(int(request)):
+            yield str(number).encode()
+
+    def hang(_, context):
+        ended = threading.Event()
+        context.add_callback(ended.set)
+        ended.wait(20)
+        Servicer.cancelled.set()
+        return b""
+
+    def was_cancelled(_, __):
+        return b"yes" if Servicer.cancelled.wait(5) else b"no"
+
+    def refuse(_, context):
+        context.abort(grpc.StatusCode.FAILED_PRECONDITION, "not like this")
+
+    name = details.method.rsplit("/", 1)[-1]
+    unaries = dict(unary=unary, hang=hang, was_cancelled=was_cancelled, refuse=refuse)
+    if name in unaries:
+        return grpc.unary_unary_rpc_method_handler(unaries[name], **BYTES)
+    if name == "chat":
+        return grpc.stream_stream_rpc_method_handler(chat, **BYTES)
+    if name == "count":
+        return grpc.unary_stream_rpc_method_handler(count, **BYTES)
+    return None
+
+
+class Servicer(grpc.GenericRpcHandler):
+    cancelled = threading.Event()
+
+    def service(self, handler_call_details):
+        return handler(self, handler_call_details)
+
+
+async def echo(socket):
+    async for message in socket:
+        if message == "close":
+            await socket.close(4001, "asked to")
+            return
+        await socket.send(message)
+
+
+async def serve_all(host, http_port, grpc_port, ws_port):
+    uploads = http.server.ThreadingHTTPServer((host, http_port), Upload)
+    threading.Thread(target=uploads.serve_forever, daemon=True).start()
+    server = grpc.server(futures.ThreadPoolExecutor(8))
+    server.add_generic_rpc_handlers((Servicer(),))
+    assert server.add_insecure_port(f"{host}:{grpc_port}")
+    server.start()
+    async with serve(echo, host, ws_port, max_size=1 << 24):
+        print("ready", flush=True)
+        await asyncio.Future()
+
+
+def expect(code, call):
+    try:
+        call()
+    except grpc.RpcError as error:
+        assert error.code() == code, f"{error.code()} {error.details()}, not {code}"
+        return error
+    raise AssertionError(f"no {code}")
+
+
+def say(what):
+    print(what, flush=True)
+
+
+def call_grpc(addr):
+    channel = grpc.insecure_channel(addr, options=[("grpc.enable_http_proxy", 0)])
+    method = lambda kind, name: getattr(channel, kind)(f"/t.Test/{name}")
+    unary = method("unary_unary", "unary")
+    answer, call = unary.with_call(b"hello", metadata=(("asked", "this"),), timeout=10)
+    assert answer == b"HELLO" and dict(call.trailing_metadata())["seen"] == "this"
+    assert unary(b"x" * (1 << 20), timeout=10) == b"X" * (1 << 20)
+    say("grpc unary")
+
+    # Each message is sent after the answer to the one before has come.
+    come = [threading.Semaphore(0) for _ in range(5)]
+
+    def messages():
+        for number in range(5):
+            if number:
+                assert come[number - 1].acquire(timeout=10)
+            yield f"m{number}".encode()
+
+    for number, answer in enumerate(method("stream_stream", "chat")(messages(), timeout=20)):
+        assert answer == f"M{number}".encode()
+        come[number].release()
+    assert number == 4
+    assert len(list(method("unary_stream", "count")(b"5000", timeout=20))) == 5000
+    say("grpc streams")
+
+    began = time.monotonic()
+    expect(grpc.StatusCode.DEADLINE_EXCEEDED, lambda: method("unary_unary", "hang")(b"", timeout=0.5))
+    assert time.monotonic() - began < 5
+    # The server hears of it as well: the deadline, or the reset that follows it.
+    assert method("unary_unary", "was_cancelled")(b"", timeout=10) == b"yes"
+    say("grpc deadline")
+
+    hanging = method("unary_unary", "hang").future(b"", timeout=20)
+    time.sleep(0.1)
+    hanging.cancel()
+    expect(grpc.StatusCode.CANCELLED, lambda: hanging.exception() and hanging.result()) if not hanging.cancelled() else None
+    say("grpc cancellation")
+
+    error = expect(grpc.StatusCode.FAILED_PRECONDITION, lambda: method("unary_unary", "refuse")(b"", timeout=10))
+    assert error.details() == "not like this"
+    expect(grpc.StatusCode.UNIMPLEMENTED, lambda: method("unary_unary", "nothing")(b"", timeout=10))
+    say("grpc trailers-only")
+
+
+async def call_ws(addr):
+    async with connect(f"ws://{addr}/chat", max_size=1 << 24, proxy=None) as socket:
+        for message in ("text", b"bytes", "x" * 70_000, b"y" * (1 << 22)):
+            await socket.send(message)
+            assert await socket.recv() == message
+        assert await (await socket.ping()) >= 0
+        await socket.send("close")
+        try:
+            await socket.recv()
+            raise AssertionError("no close")
+        except websockets.ConnectionClosed as closed:
+            assert (closed.rcvd.code, closed.rcvd.reason) == (4001, "asked to")
+    say("websocket")
+
+
+if sys.argv[1] == "serve":
+    asyncio.run(serve_all(sys.argv[2], *map(int, sys.argv[3:6])))
+else:
+    call_grpc(sys.argv[2])
+    asyncio.run(call_ws(sys.argv[3]))
+    say("done")

@@ -1,0 +1,164 @@
+//! Unmodified clients and servers of HTTP through two real agents: curl, nginx, h2load, grpcio, websockets, Python's
+//! http.server. `tests/clients/install.sh` installs what is of PyPI, Debian has the others (see `clients`).
+
+use std::fs;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use serde_json::json;
+use tempfile::TempDir;
+
+use crate::agent::{Agent, Ca, Spec, loopback_ip, path};
+use crate::clients::{Running, found, installed, program};
+use crate::wait::until;
+
+/// What nginx serves: more than windows and buffers on the way hold.
+const FILE_BYTES: usize = 24 << 20;
+/// The apps' ports at the second agent.
+const HTTP: u16 = 7801;
+const GRPC: u16 = 7802;
+const WS: u16 = 7803;
+const NGINX: u16 = 7804;
+
+/// Two agents; the second serves `services` (name, port, protocol), the first calls them at the same ports of its own.
+struct Pair {
+    _ca: Ca,
+    first: Agent,
+    _second: Agent,
+}
+
+impl Pair {
+    #[track_caller]
+    fn start(last: u8, services: &[(&str, u16, &str)]) -> Self {
+        let ca = Ca::init("edges.test");
+        let first = Agent::start(&Spec::loopback(last, "n1", &["-issuer", path(&ca.issuer())]));
+        let token = ca.token("n2", "*", "1h");
+        let seed = loopback_ip(last).to_string();
+        let second = Agent::start(&Spec::loopback(last + 1, "n2", &["-join", &seed, "-token", &token]));
+        first.wait_members(&["n1=1", "n2=1"]);
+        let mut upstreams = Vec::new();
+        for (name, port, protocol) in services {
+            let body =
+                json!({"Name": name, "Address": loopback_ip(last + 1).to_string(), "Port": port, "Protocol": protocol});
+            second.put_ok("/v1/agent/service/register", &body.to_string());
+            let bind = loopback_ip(last).to_string();
+            upstreams.push(json!({"DestinationName": name, "LocalBindAddress": bind, "LocalBindPort": port}));
+        }
+        let caller =
+            json!({"Name": "caller", "Port": 1, "Connect": {"SidecarService": {"Proxy": {"Upstreams": upstreams}}}});
+        first.put_ok("/v1/agent/service/register", &caller.to_string());
+        for (name, port, _) in services {
+            first.wait_passing(name, &[name]);
+            let addr = SocketAddr::new(first.api.ip(), *port);
+            until(&format!("{name} can be called"), || {
+                std::net::TcpStream::connect(addr).map(drop).map_err(|e| e.to_string())
+            });
+        }
+        Self { _ca: ca, first, _second: second }
+    }
+
+    fn at(&self, port: u16) -> SocketAddr {
+        SocketAddr::new(self.first.api.ip(), port)
+    }
+}
+
+fn run(program: &Path, args: &[&str]) -> (Output, String) {
+    let out = Command::new(program).args(args).env_remove("http_proxy").env_remove("HTTP_PROXY").output().unwrap();
+    let text = String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);
+    (out, text)
+}
+
+/// Starts nginx, which serves `dir`'s files at `addr`, over HTTP/1.1 and HTTP/2 without TLS.
+fn nginx_at(nginx: &Path, dir: &TempDir, addr: SocketAddr) -> Running {
+    let root = dir.path().join("www");
+    fs::create_dir(&root).unwrap();
+    let content: Vec<u8> = (0..FILE_BYTES).map(|at| at.to_le_bytes()[0] ^ at.to_le_bytes()[1]).collect();
+    fs::write(root.join("file"), content).unwrap();
+    fs::write(root.join("index.html"), "hello").unwrap();
+    let paths: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
+        .map(|name| format!("  {name}_temp_path {}/{name};\n", dir.path().display()))
+        .concat();
+    let file = dir.path().join("nginx.conf");
+    let text = format!(
+        "daemon off;\nmaster_process off;\npid {dir}/pid;\nerror_log stderr;\nuser root;\nevents {{}}\nhttp {{\n  access_log off;\n{paths}\
+         \n  server {{\n    listen {addr};\n    root {root};\n  }}\n}}\n",
+        dir = dir.path().display(),
+        root = root.display(),
+    );
+    fs::write(&file, text).unwrap();
+    Running::start(Command::new(nginx).args(["-p", path(dir.path()), "-e", "stderr", "-c", path(&file)]))
+}
+
+#[test]
+fn curl_and_h2load_meet_nginx_through_the_mesh() {
+    let programs = [program("nginx"), program("curl"), program("h2load")];
+    let Some([nginx, curl, h2load]) = found("nginx, curl or h2load", programs) else { return };
+    let pair = Pair::start(228, &[("files", NGINX, "http")]);
+    let dir = TempDir::new().unwrap();
+    let _nginx = nginx_at(&nginx, &dir, SocketAddr::new(loopback_ip(229), NGINX));
+    let url = |target: &str| format!("http://{}/{target}", pair.at(NGINX));
+    let got = dir.path().join("got");
+    until("nginx answers", || match run(&curl, &["-sS", "-f", &url("")]) {
+        (out, _) if out.status.success() => Ok(()),
+        (_, text) => Err(text),
+    });
+    for version in ["--http1.1", "--http2-prior-knowledge", "--http2", "--http1.0"] {
+        let (out, text) = run(&curl, &["-sS", "-f", version, "-m", "60", "-o", path(&got), &url("file")]);
+        assert!(out.status.success(), "{version}: {text}");
+        assert!(fs::read(&got).unwrap() == fs::read(dir.path().join("www/file")).unwrap(), "{version}");
+    }
+    let (_, head) = run(&curl, &["-sS", "-I", &url("file")]);
+    assert!(head.starts_with("HTTP/1.1 200") && head.contains(&format!("{FILE_BYTES}")), "{head}");
+    let (_, part) = run(&curl, &["-sS", "-i", "-r", "0-4", &url("index.html")]);
+    assert!(part.contains("206 Partial") && part.ends_with("hello"), "{part}");
+    let (_, answer) = run(&curl, &["-sS", "-i", "-p", "-x", &url(""), "http://elsewhere.test/"]);
+    assert!(answer.contains("501"), "CONNECT is refused: {answer}");
+    for args in [&["-n", "3000", "-c", "4", "-m", "16"][..], &["-n", "1000", "-c", "4", "--h1"]] {
+        let (out, text) = run(&h2load, &[args, &[&url("")]].concat());
+        let all = format!("{} succeeded, 0 failed", args[1]);
+        assert!(out.status.success() && text.contains(&all), "{text}");
+    }
+}
+
+#[test]
+fn grpcio_websockets_and_uploads_of_curl_work_through_the_mesh() {
+    let python =
+        installed("py/bin/python3").filter(|python| run(python, &["-c", "import grpc, websockets"]).0.status.success());
+    let Some([python, curl]) = found("grpcio, websockets or curl", [python, program("curl")]) else { return };
+    let pair = Pair::start(230, &[("uploads", HTTP, "http"), ("rpc", GRPC, "grpc"), ("ws", WS, "http")]);
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients/edges.py");
+    let ports = [HTTP, GRPC, WS].map(|port| port.to_string());
+    let host = loopback_ip(231).to_string();
+    let mut apps = Running::start(Command::new(&python).args([path(&script), "serve", &host]).args(&ports));
+    apps.wait_line("the apps are ready", |line| line == "ready");
+
+    let addrs = [GRPC, WS].map(|port| pair.at(port).to_string());
+    let mut clients = Running::start(Command::new(&python).args([path(&script), "call"]).args(&addrs));
+    clients.wait_line("gRPC and WebSocket clients are done", |line| line == "done");
+    clients.wait_end();
+    let shown = ["grpc unary", "grpc streams", "grpc deadline", "grpc cancellation", "grpc trailers-only", "websocket"];
+    assert!(clients.printed().starts_with(&shown.map(str::to_owned)), "{:?}", clients.printed());
+
+    let dir = TempDir::new().unwrap();
+    let file = dir.path().join("file");
+    fs::write(&file, vec![b'u'; 3 << 20]).unwrap();
+    let url = |target: &str| format!("http://{}/{target}", pair.at(HTTP));
+    let (_, sum) = run(Path::new("sha256sum"), &[path(&file)]);
+    let sum = sum.split(' ').next().unwrap();
+    // With a length and in chunks; awaited and not; over HTTP/2 too.
+    for args in [
+        &["-H", "Expect: 100-continue"][..],
+        &["-H", "Expect:"],
+        &["-H", "Expect: 100-continue", "-H", "Transfer-Encoding: chunked"],
+        &["--http2-prior-knowledge", "-H", "Expect:"],
+    ] {
+        let (out, text) = run(&curl, &[&["-sS", "-f", "-m", "30", "-T", path(&file)], args, &[&url("")]].concat());
+        assert!(out.status.success() && text == sum, "{args:?}: {text}");
+    }
+    // The app says no, and nothing of the body leaves curl.
+    let count = ["-sS", "-o", "/dev/null", "-w", "%{http_code} %{size_upload}", "--expect100-timeout", "20"];
+    let (_, told) =
+        run(&curl, &[&count[..], &["-H", "Expect: 100-continue", "-T", path(&file), &url("refused")]].concat());
+    assert_eq!(told, "417 0");
+}
