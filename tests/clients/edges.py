@@ -27,7 +27,7 @@ class Upload(http.server.BaseHTTPRequestHandler):
 
     def handle_expect_100(self):
         if self.path == "/refused":
-            self.send_response(417)
+            self.send_response(403)  # after a 417 curl asks again without Expect
             self.send_header("Content-Length", "0")
             self.send_header("Connection", "close")
             self.end_headers()
