@@ -42,7 +42,9 @@ fn idle_slow_and_flooding_clients_keep_nobody_out() {
         assert_eq!(agent.try_get("/v1/agent/self").unwrap().status, 200, "beside {IDLE} idle and {SLOW} slow ones");
     }
     // A head with too many headers, or one that is too long, is answered. Who still sends may see the end before the answer.
-    for (head, is_long) in [("a: b\r\n".repeat(120), false), ("X-Long: ".to_owned() + &"y".repeat(80 * 1024) + "\r\n", true)] {
+    for (head, is_long) in
+        [("a: b\r\n".repeat(120), false), ("X-Long: ".to_owned() + &"y".repeat(80 * 1024) + "\r\n", true)]
+    {
         let mut stream = connect();
         stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
         let sent = write!(stream, "GET / HTTP/1.1\r\nHost: localhost\r\n{head}\r\n");
