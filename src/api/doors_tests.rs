@@ -72,6 +72,8 @@ async fn each_endpoint_takes_the_right_that_it_needs_and_no_less() {
     assert_eq!(register("services").await.status, StatusCode::OK);
     assert_eq!(register("read").await.status, StatusCode::FORBIDDEN);
     assert_eq!(bench.put("/v1/agent/leave?token=services", "").await.status, StatusCode::FORBIDDEN);
+    assert_eq!(bench.put("/v1/kv/a?token=services", "1").await.status, StatusCode::FORBIDDEN, "it is the whole mesh's");
+    assert_eq!(bench.put("/v1/kv/a?token=operator", "1").await.status, StatusCode::OK);
     assert!(!bench.leave.is_cancelled());
     assert_eq!(bench.put("/v1/agent/leave?token=operator", "").await.status, StatusCode::OK);
     let leaf = "/v1/agent/connect/ca/leaf/web?token=";

@@ -41,18 +41,24 @@ struct Event {
 impl Event {
     /// Whether it is meant for this node, by its filters: expressions that are sought in the names.
     fn is_for(&self, node: &str, local: &LocalState) -> bool {
-        // An expression that does not compile was refused where it was written.
-        let finds = |filter: &str, text: &str| compile(filter).is_ok_and(|regex| regex.is_match(text.as_bytes()));
-        if !self.node.is_empty() && !finds(&self.node, node) {
+        // What `fire` refuses a peer may bring all the same: such an event is meant for nobody.
+        if [&self.node, &self.service, &self.tag].iter().any(|filter| filter.len() > TEXT_BYTES_MAX) {
             return false;
         }
-        if self.service.is_empty() {
-            return true;
+        let compiled = |filter: &str| if filter.is_empty() { Ok(None) } else { compile(filter).map(Some) };
+        let (Ok(of_node), Ok(of_service), Ok(of_tag)) =
+            (compiled(&self.node), compiled(&self.service), compiled(&self.tag))
+        else {
+            return false;
+        };
+        if of_node.is_some_and(|regex| !regex.is_match(node.as_bytes())) {
+            return false;
         }
+        let Some(of_service) = of_service else { return true };
         local.services.values().any(|service| {
             let record = &service.definition.record;
-            let has_tag = self.tag.is_empty() || record.tags.iter().any(|tag| finds(&self.tag, tag));
-            finds(&self.service, record.name.as_str()) && has_tag
+            let has_tag = |regex: &Regex| record.tags.iter().any(|tag| regex.is_match(tag.as_bytes()));
+            of_service.is_match(record.name.as_str().as_bytes()) && of_tag.as_ref().is_none_or(has_tag)
         })
     }
 
@@ -133,6 +139,7 @@ pub(super) async fn list(call: Call) -> Result<Reply, Refusal> {
 #[cfg(test)]
 mod tests {
     use super::super::fake::Bench;
+    use super::super::seam::Registry as _;
     use super::*;
 
     #[tokio::test]
@@ -164,6 +171,21 @@ mod tests {
         let large = bench.put("/v1/event/fire/x", &"x".repeat(PAYLOAD_BYTES_MAX + 1)).await;
         assert_eq!(large.status, StatusCode::PAYLOAD_TOO_LARGE);
         assert_eq!(bench.get("/v1/event/list").await.json(), json!([]));
+    }
+
+    #[tokio::test]
+    async fn an_event_whose_filters_no_agent_would_take_is_meant_for_nobody() {
+        let bench = Bench::new();
+        let local = bench.registry.state();
+        let event = |node: &str| Event {
+            name: "x".to_owned(),
+            payload: None,
+            node: node.to_owned(),
+            service: String::new(),
+            tag: String::new(),
+        };
+        assert!(event("").is_for("n1", &local) && event("n.").is_for("n1", &local));
+        assert!(!event("(").is_for("n1", &local) && !event(&"|".repeat(257)).is_for("n1", &local));
     }
 
     #[tokio::test]

@@ -178,7 +178,7 @@ impl Records for FakeRecords {
                 Write::Delete(scope) => {
                     let keys: Vec<Arc<str>> = table.read(&scope).map(|(key, ..)| Arc::clone(key)).collect();
                     for key in keys {
-                        drop(table.delete(&key, &node, now_ms));
+                        drop(table.delete(&key, &node, now_ms)?);
                     }
                 }
             }
@@ -196,6 +196,7 @@ pub(super) struct Bench {
     pub(super) registry: Arc<FakeRegistry>,
     pub(super) members: Arc<FakeMembers>,
     pub(super) records: Arc<FakeRecords>,
+    pub(super) kv_answers: Arc<tokio::sync::Semaphore>,
     pub(super) publisher: Publisher,
     pub(super) identity: Arc<Identity>,
     pub(super) leave: CancellationToken,
@@ -254,6 +255,7 @@ impl Bench {
         let (metrics, identity) = (Metrics::new(), identity());
         let config = ApiConfig { listen: Vec::new(), https: None, socket: None, tokens, names: Vec::new() };
         let node = node_facts();
+        let kv_answers = Arc::new(tokio::sync::Semaphore::new(super::kv::ANSWERS_KIB_MAX));
         let shared = Shared {
             guard: guard::Guard::new(&config, &node.name),
             defaults_ip: "127.0.0.7".parse().unwrap(),
@@ -280,6 +282,7 @@ impl Bench {
             indexes: ListIndexes::default(),
             watchers: Watchers::default(),
             distances: Distances::default(),
+            kv_answers: Arc::clone(&kv_answers),
             blocking_queries_max,
             leave: leave.clone(),
             stop: stop.clone(),
@@ -288,7 +291,19 @@ impl Bench {
         let router = routes::router(&shared);
         let mut tasks = JoinSet::new();
         tasks.spawn(watchers::run(shared));
-        Self { _tasks: tasks, router, registry, members, records, publisher, identity, leave, stop, metrics }
+        Self {
+            _tasks: tasks,
+            router,
+            registry,
+            members,
+            records,
+            kv_answers,
+            publisher,
+            identity,
+            leave,
+            stop,
+            metrics,
+        }
     }
 
     pub(super) fn send(&self, request: Request<Body>) -> impl Future<Output = Answer> + Send + 'static + use<> {

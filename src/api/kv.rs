@@ -4,6 +4,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use http::StatusCode;
 use serde_json::{Value, json};
+use tokio::sync::SemaphorePermit;
 
 use super::call::{Call, Meta, Refusal, Reply};
 use super::query::ReadOptions;
@@ -13,6 +14,23 @@ use crate::lww::{Body, Row, Scope};
 
 /// What a value is sent as: a browser must neither run nor guess it.
 const RAW: &str = "application/octet-stream";
+
+/// Most bytes of rows whose answers are made at once, in KiB: 64 MiB.
+pub(super) const ANSWERS_KIB_MAX: usize = 64 * 1024;
+/// What a row costs beside its key and value in an answer, in bytes.
+const ROW_BYTES: usize = 256;
+
+/// Takes room for an answer of `bytes`, until it is made. One that is larger than all the room is made alone.
+fn take_room(call: &Call, bytes: usize) -> Result<SemaphorePermit<'_>, Refusal> {
+    let kib = u32::try_from(bytes.div_ceil(1024).clamp(1, ANSWERS_KIB_MAX)).unwrap_or(u32::MAX);
+    call.shared.kv_answers.try_acquire_many(kib).map_err(|_| {
+        let text = format!(
+            "too many answers with keys and values are under way: {} MiB; ask again, or for a narrower prefix",
+            ANSWERS_KIB_MAX / 1024
+        );
+        Refusal::new(StatusCode::TOO_MANY_REQUESTS, text)
+    })
+}
 
 /// `GET /v1/kv/:key`
 pub(super) async fn get(call: Call) -> Result<Reply, Refusal> {
@@ -30,6 +48,9 @@ pub(super) async fn get(call: Call) -> Result<Reply, Refusal> {
         let (status, body) = (StatusCode::NOT_FOUND, Vec::new());
         return Ok(Reply::Bytes { status, body, content_type: super::call::TEXT, meta });
     }
+    let value_bytes = |row: &Row| if keys { 0 } else { row.body.as_ref().map_or(0, |body| body.value.len()) };
+    let bytes: usize = answer.rows.iter().map(|(name, row)| ROW_BYTES + name.len() + value_bytes(row)).sum();
+    let _room = take_room(&call, bytes)?;
     if keys {
         let separator = call.query.first("separator").unwrap_or_default();
         let names = answer.rows.iter().map(|(name, _)| &**name);
@@ -204,6 +225,19 @@ mod tests {
         let off = bench.get("/v1/kv/k0").await;
         assert_eq!(off.status, StatusCode::NOT_IMPLEMENTED);
         assert!(off.text.contains("kv { enabled = true }"), "{}", off.text);
+    }
+
+    #[tokio::test]
+    async fn an_answer_without_room_is_refused_and_room_comes_back() {
+        let bench = Bench::new();
+        bench.put("/v1/kv/a", "1").await;
+        for _ in 0..3 {
+            assert_eq!(bench.get("/v1/kv/?recurse").await.status, StatusCode::OK);
+        }
+        bench.kv_answers.forget_permits(ANSWERS_KIB_MAX);
+        let refused = bench.get("/v1/kv/?recurse").await;
+        assert_eq!(refused.status, StatusCode::TOO_MANY_REQUESTS);
+        assert!(refused.text.contains("narrower prefix"), "{}", refused.text);
     }
 
     #[tokio::test]

@@ -281,6 +281,7 @@ impl Api {
             indexes: ListIndexes::default(),
             watchers: Watchers::default(),
             distances: Distances::default(),
+            kv_answers: Arc::new(tokio::sync::Semaphore::new(kv::ANSWERS_KIB_MAX)),
             blocking_queries_max: BLOCKING_QUERIES_MAX,
             leave: params.shutdown,
             stop: params.stop.clone(),
@@ -324,6 +325,8 @@ struct Shared {
     indexes: ListIndexes,
     watchers: Watchers,
     distances: Distances,
+    /// Room for answers with keys and values, in KiB.
+    kv_answers: Arc<tokio::sync::Semaphore>,
     blocking_queries_max: usize,
     leave: CancellationToken,
     stop: CancellationToken,

@@ -33,8 +33,8 @@ const ERROR_UNMEASURED: f64 = 1.5;
 
 /// So long another node's answer orders lists: distances change slowly, and thousands of queries may wake at once.
 const KEPT: Duration = Duration::from_secs(5);
-/// Most nodes whose answers are kept; the one that was asked first goes first. Each has 20 KiB at most.
-const KEPT_MAX: usize = 64;
+/// Most nodes whose answers are kept; with no place free an order is unknown. Each has 20 KiB at most.
+const KEPT_MAX: usize = 256;
 
 /// What other nodes told of their round trips.
 #[derive(Debug, Default)]
@@ -48,16 +48,15 @@ struct Told {
 }
 
 impl Distances {
-    /// Returns the place of `node`'s answer: an empty one if it has to be asked.
-    fn of(&self, node: &NodeName, now: Instant) -> Arc<OnceCell<RoundTrips>> {
+    /// Returns the place of `node`'s answer: an empty one if it has to be asked; none: all places are taken.
+    fn of(&self, node: &NodeName, now: Instant) -> Option<Arc<OnceCell<RoundTrips>>> {
         let mut told = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         told.retain(|_, one| now < one.asked + KEPT);
         if !told.contains_key(node) && told.len() >= KEPT_MAX {
-            let first = told.iter().min_by_key(|(_, one)| one.asked).map(|(name, _)| name.clone());
-            told.remove(&first.unwrap_or_else(|| node.clone()));
+            return None;
         }
         let new = || Told { asked: now, trips: Arc::default() };
-        Arc::clone(&told.entry(node.clone()).or_insert_with(new).trips)
+        Some(Arc::clone(&told.entry(node.clone()).or_insert_with(new).trips))
     }
 }
 
@@ -84,12 +83,12 @@ impl RoundTrips {
         if from == call.shared.node.name { Self::now(call).await.map(Some) } else { Self::of(call, from).await }
     }
 
-    /// Asks another node; none if there is none of that name.
+    /// Asks another node; none if there is none of that name, or too many others are asked.
     async fn of(call: &Call, node: NodeName) -> Result<Option<Self>, Refusal> {
         if !call.shared.snapshot.load().nodes.contains_key(&node) {
             return Ok(None);
         }
-        let cell = call.shared.distances.of(&node, clock::now());
+        let Some(cell) = call.shared.distances.of(&node, clock::now()) else { return Ok(None) };
         let ask = || async {
             let mut told = call.shared.membership.round_trips_of(node.clone()).await?.unwrap_or_default();
             told.insert(node.clone(), Duration::ZERO);

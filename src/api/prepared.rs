@@ -27,8 +27,13 @@ fn unknown() -> Refusal {
     Refusal::new(StatusCode::NOT_FOUND, "Query not found")
 }
 
-fn decoded(row: &Row) -> Option<Definition> {
+/// Reads a row as it is; a peer may have brought what no agent would take.
+fn unchecked(row: &Row) -> Option<Definition> {
     serde_json::from_slice(&row.body.as_ref()?.value).ok()
+}
+
+fn decoded(row: &Row) -> Option<Definition> {
+    unchecked(row).filter(|definition| definition.check().is_ok())
 }
 
 fn shape(id: &str, row: &Row) -> Option<Value> {
@@ -85,7 +90,8 @@ async fn put(call: &Call, id: &str) -> Result<(), Refusal> {
     let definition = Definition::parse(&call.body).map_err(Refusal::bad)?;
     let held = call.shared.records.read(Space::Query, all()).await?;
     let is_taken = |(other, row): &(Arc<str>, Row)| {
-        **other != *id && decoded(row).is_some_and(|other| other.name == definition.name)
+        let has_name = |other: &Definition| other.name == definition.name && other.check().is_ok();
+        **other != *id && unchecked(row).as_ref().is_some_and(has_name)
     };
     if !definition.name.is_empty() && held.rows.iter().any(is_taken) {
         return Err(Refusal::bad(format!("Invalid query: another query is named {:?}", definition.name)));
@@ -99,8 +105,13 @@ async fn put(call: &Call, id: &str) -> Result<(), Refusal> {
 /// Finds a query by its id, by its name, or by the template that says most of the name; renders a template.
 fn find(answer: &Answer, wanted: &str) -> Option<Definition> {
     let by_id = answer.rows.iter().find(|(id, _)| **id == *wanted).and_then(|(_, row)| decoded(row));
+    if by_id.is_some() {
+        return by_id;
+    }
     let mut all: Vec<(u64, Definition)> =
-        answer.rows.iter().filter_map(|(_, row)| Some((row.stamp.ms, decoded(row)?))).collect();
+        answer.rows.iter().filter_map(|(_, row)| Some((row.stamp.ms, unchecked(row)?))).collect();
+    // Checking compiles a template's expression: only for what could be meant.
+    all.retain(|(_, query)| wanted.starts_with(&query.name) && query.check().is_ok());
     // Of two that got one name on two agents at once, the older.
     all.sort_by_key(|(ms, _)| *ms);
     let is_plain = |definition: &Definition| definition.template == Template::default();
@@ -113,7 +124,7 @@ fn find(answer: &Answer, wanted: &str) -> Option<Definition> {
         fits.max_by_key(|(ms, definition)| (definition.name.len(), std::cmp::Reverse(*ms)))
             .and_then(|(_, definition)| definition.render(wanted))
     };
-    by_id.or_else(by_name).or_else(by_template)
+    by_name().or_else(by_template)
 }
 
 async fn found(call: &Call) -> Result<(Definition, u64), Refusal> {

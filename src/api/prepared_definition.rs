@@ -127,7 +127,11 @@ impl Definition {
         Ok(definition)
     }
 
-    fn check(&self) -> Result<(), String> {
+    /// Refuses what no agent executes.
+    ///
+    /// # Errors
+    /// A text for a 400.
+    pub(super) fn check(&self) -> Result<(), String> {
         let (service, failover) = (&self.service, &self.service.failover);
         if service.service.is_empty() {
             return Err("Invalid query: Must provide a service name to query".to_owned());

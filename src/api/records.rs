@@ -39,14 +39,21 @@ pub(super) async fn read(call: &Call, space: Space, scope: Scope, blocking: Bloc
 
 impl From<SharedError> for Refusal {
     fn from(error: SharedError) -> Self {
+        if let SharedError::Refused(Refused::Ahead { ahead_ms }) = &error {
+            let text = format!(
+                "this agent's clock was ahead: it wrote {ahead_ms} ms in the future, and others would refuse what it writes \
+                 until that time has come; set the clock right (NTP) and restart this agent, then write again"
+            );
+            return Self::new(StatusCode::SERVICE_UNAVAILABLE, text);
+        }
         let status = match &error {
             SharedError::Off => StatusCode::NOT_IMPLEMENTED,
-            SharedError::Refused(Refused::Full { .. }) => StatusCode::INSUFFICIENT_STORAGE,
+            SharedError::Refused(Refused::Full { .. } | Refused::Deletions { .. }) => StatusCode::INSUFFICIENT_STORAGE,
             SharedError::Refused(Refused::Value { .. }) => StatusCode::PAYLOAD_TOO_LARGE,
-            SharedError::Refused(Refused::Key { .. } | Refused::Ahead { .. }) => StatusCode::BAD_REQUEST,
+            SharedError::Refused(Refused::Key { .. }) => StatusCode::BAD_REQUEST,
             SharedError::Store(_) => StatusCode::INTERNAL_SERVER_ERROR,
             SharedError::Crowded => StatusCode::TOO_MANY_REQUESTS,
-            SharedError::Closed => StatusCode::SERVICE_UNAVAILABLE,
+            SharedError::Refused(Refused::Ahead { .. }) | SharedError::Closed => StatusCode::SERVICE_UNAVAILABLE,
         };
         Self::new(status, error.to_string())
     }

@@ -312,10 +312,12 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Seated<S> {
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         // hyper flushes once its own buffer is empty; TLS may hold some back.
         let polled = Pin::new(&mut self.stream).poll_flush(cx);
+        // A stall that ends takes the connection out of the idle ones; only then may it settle among them.
+        let polled = self.wrote(polled, cx);
         if polled.is_ready() && self.seat.unflushed.swap(false, Ordering::Relaxed) {
             self.seat.settle();
         }
-        self.wrote(polled, cx)
+        polled
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

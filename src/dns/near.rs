@@ -23,8 +23,9 @@ use crate::model::NodeName;
 const FRESH: Duration = Duration::from_secs(10);
 /// So old a measure orders nothing: who cannot be asked for so long may be elsewhere.
 const KEPT: Duration = Duration::from_mins(1);
-/// Most nodes whose measures are kept; the oldest go first. Each has some 30 KiB at most, a few hundred bytes in a small mesh.
-const NODES_MAX: usize = 64;
+/// Most nodes whose measures are kept; the oldest go first, but none that was asked within [`FRESH`]. Each has some 30 KiB at
+/// most, a few hundred bytes in a small mesh.
+const NODES_MAX: usize = 256;
 
 /// Round trips from one node, by node.
 pub type Trips = BTreeMap<NodeName, Duration>;
@@ -106,8 +107,11 @@ impl Distances {
             return (known, Renewal::Due);
         }
         if kept.len() >= NODES_MAX {
-            let oldest = kept.iter().min_by_key(|(_, one)| one.asked).map(|(name, _)| name.clone());
-            kept.remove(&oldest.unwrap_or_else(|| node.clone()));
+            let old = kept.iter().filter(|(_, one)| now >= one.asked + FRESH);
+            let oldest = old.min_by_key(|(_, one)| one.asked).map(|(name, _)| name.clone());
+            // With no place the answer is shuffled and nobody is asked: what was told could not be kept.
+            let Some(oldest) = oldest else { return (None, Renewal::NotDue) };
+            kept.remove(&oldest);
         }
         // Nothing is known yet: older than anything that is kept.
         kept.insert(node.clone(), Kept { asked: now, told: now, trips: Arc::default() });
@@ -166,6 +170,9 @@ mod tests {
         for at in 0..NODES_MAX + 5 {
             let _first = distances.of(&name(&format!("n{at}")), start + Duration::from_millis(1));
         }
+        assert_eq!(distances.kept.lock().unwrap().len(), NODES_MAX);
+        assert_eq!(distances.of(&name("late"), start), (None, Renewal::NotDue), "all were asked just now");
+        assert_eq!(distances.of(&name("late"), start + FRESH), (None, Renewal::Due), "the oldest gives way");
         assert_eq!(distances.kept.lock().unwrap().len(), NODES_MAX);
     }
 

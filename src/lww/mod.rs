@@ -9,8 +9,8 @@
 //! greater one stays; what a peer can fill has a bound ([`Limits`]); a stamp more than [`AHEAD_MS_MAX`] ahead of the own clock
 //! is refused, or one bad clock would win for ever.
 //!
-//! Deleting leaves a tombstone, for [`Limits::tombstone_lease_ms`] and while there are at most [`Limits::tombstones_max`]. What
-//! was dropped last is the horizon `purged_ms`. A replica that last evened out before another's horizon may hold what was
+//! Deleting leaves a tombstone, for [`Limits::tombstone_lease_ms`] and while there are at most [`Limits::tombstones_max`]
+//! (none goes by number in its first ten minutes: a local writer is refused then, and peers beyond twice as many). What was dropped last is the horizon `purged_ms`. A replica that last evened out before another's horizon may hold what was
 //! deleted since: it takes the other's state, that is, it drops rows from before the horizon that the other has not. Two halves
 //! that were apart for longer than that, both alive, are merged as they are: then a deleted row can come back.
 //! Not here: who may write, disk, streams (`gossip::shared`).

@@ -65,15 +65,15 @@ impl Mesh {
     fn delete(&mut self, at: usize, key: &str) -> Option<Record> {
         let now_ms = self.clock(at);
         let agent = &mut self.agents[at];
-        agent.table.delete(key, &agent.name, now_ms)
+        agent.table.delete(key, &agent.name, now_ms).unwrap()
     }
 
     /// What `gossip::shared` does over a stream: `one` compares with `other`.
     fn compare(&mut self, one: usize, other: usize) {
         let (a_ms, b_ms) = (self.clock(one), self.clock(other));
         let [a, b] = self.agents.get_disjoint_mut([one, other]).unwrap();
-        let theirs = b.table.summary();
-        if a.table.summary().set_hash == theirs.set_hash {
+        let theirs = b.table.summary(b_ms);
+        if a.table.summary(a_ms).set_hash == theirs.set_hash {
             b.table.synced(b_ms);
         } else {
             let differing = |(at, (x, y)): (usize, (&u64, &u64))| (x != y).then(|| u8::try_from(at).unwrap());
@@ -89,8 +89,8 @@ impl Mesh {
                         break;
                     }
                 }
-                let plan = a.table.plan(&theirs, bucket, &digests);
-                for key in plan.pull {
+                let plan = a.table.plan(&theirs, bucket, &digests, a_ms);
+                for key in plan.pull_deleted.into_iter().chain(plan.pull) {
                     let _refused = a.table.merge(b.table.record(&key).unwrap(), a_ms);
                 }
                 for key in plan.give {
@@ -99,7 +99,7 @@ impl Mesh {
             }
         }
         for (table, now_ms) in [(&mut a.table, a_ms), (&mut b.table, b_ms)] {
-            if table.is_over() {
+            if table.is_over(now_ms) {
                 table.purge(now_ms);
             }
         }
@@ -172,8 +172,8 @@ fn whatever_is_written_on_two_sides_of_a_split_ends_equal_everywhere_with_the_ne
             newest.into_iter().filter_map(|(key, record)| Some((key, record.body?.value.clone()))).collect();
         for at in 0..7 {
             assert_eq!(mesh.values(at), want, "seed {seed}, agent {at}");
-            let (hash, first) = (mesh.agents[at].table.summary().set_hash, mesh.agents[0].table.summary().set_hash);
-            assert_eq!(hash, first, "seed {seed}, agent {at}");
+            let hash = |at: usize| mesh.agents[at].table.summary(mesh.now_ms).set_hash;
+            assert_eq!(hash(at), hash(0), "seed {seed}, agent {at}");
         }
     }
 }
@@ -271,7 +271,7 @@ fn a_local_writer_is_refused_when_it_is_full_and_deleting_makes_room() {
     assert_eq!(held, 6, "330 bytes each");
     assert!(matches!(refused, Refused::Full { bytes: 1980, bytes_max: 2000, .. }), "{refused:?}");
     assert!(table.put("k0", body(), &node, BEGIN_MS).is_ok(), "a value may be replaced");
-    assert!(table.delete("k1", &node, BEGIN_MS).is_some());
+    assert!(table.delete("k1", &node, BEGIN_MS).unwrap().is_some());
     assert!(table.put("other", Body { flags: 0, value: vec![0; 190] }, &node, BEGIN_MS).is_ok());
     // A peer may bring as much again, and no more.
     let mut peers = 0;
@@ -305,7 +305,61 @@ fn a_writer_ahead_of_time_does_not_win_for_ever_and_two_contents_of_one_stamp_en
     }
     let [one, other] = tables;
     assert_eq!(one.row("k").map(|row| &row.body), other.row("k").map(|row| &row.body));
-    assert_eq!(one.summary(), other.summary());
+    assert_eq!(one.summary(BEGIN_MS), other.summary(BEGIN_MS));
+}
+
+#[test]
+fn a_clock_that_was_far_ahead_lets_nobody_write_what_peers_would_refuse() {
+    let (node, mut table): (NodeName, _) = ("a".parse().unwrap(), Table::new(limits(), 1));
+    let body = || Body { flags: 0, value: Vec::new() };
+    let hour_ms = 3_600_000;
+    table.put("k", body(), &node, BEGIN_MS + hour_ms).unwrap();
+    table.synced(BEGIN_MS + hour_ms);
+    let refused = Refused::Ahead { ahead_ms: hour_ms };
+    assert_eq!(table.put("k", body(), &node, BEGIN_MS), Err(refused.clone()));
+    assert_eq!(table.delete("k", &node, BEGIN_MS), Err(refused));
+    assert_eq!(table.summary(BEGIN_MS).synced_ms, BEGIN_MS);
+    assert!(table.put("k", body(), &node, BEGIN_MS + hour_ms - AHEAD_MS_MAX).is_ok());
+}
+
+#[test]
+fn more_deletions_than_are_remembered_in_one_instant_bring_no_key_back() {
+    for seed in 0..8 {
+        let limits = Limits { tombstones_max: 16, ..limits() };
+        let mut mesh = Mesh::new(4, &limits, seed);
+        for at in 0..40 {
+            mesh.put(at % 4, &format!("k{at}"), "old");
+        }
+        mesh.settle();
+        // Ten at each of three, before any of them has heard of the others'.
+        for at in 0..30 {
+            assert!(mesh.delete(at % 3, &format!("k{at}")).is_some(), "seed {seed}");
+        }
+        mesh.settle();
+        let want: BTreeSet<String> = (30..40).map(|at| format!("k{at}")).collect();
+        for at in 0..4 {
+            let keys: BTreeSet<String> = mesh.values(at).into_keys().collect();
+            assert_eq!(keys, want, "seed {seed}, agent {at}");
+        }
+        let (now_ms, node) = (mesh.clock(0), mesh.agents[0].name.clone());
+        let table = &mut mesh.agents[0].table;
+        let refused = table.delete("k30", &node, now_ms);
+        assert_eq!(refused, Err(Refused::Deletions { tombstones: 30, tombstones_max: 16 }), "seed {seed}");
+        assert!(table.delete("k30", &node, now_ms + 700_000).unwrap().is_some(), "they are old by now");
+        assert_eq!(table.purge(now_ms + 700_000).len(), 31 - 14, "down to seven eighths, the oldest first");
+        assert!(!mesh.values(0).contains_key("k0"));
+    }
+}
+
+#[test]
+fn peers_may_bring_twice_as_many_deletions_and_no_more() {
+    let mut table = Table::new(Limits { tombstones_max: 8, ..limits() }, 1);
+    let mut merge = |at: u32| {
+        let stamp = Stamp { ms: BEGIN_MS, count: at, node: "b".parse().unwrap() };
+        table.merge(Record { key: format!("k{at}").into(), stamp, body: None }, BEGIN_MS)
+    };
+    assert!((0..16).all(|at| merge(at) == Ok(Merged::Taken)));
+    assert_eq!(merge(16), Err(Refused::Deletions { tombstones: 16, tombstones_max: 8 }));
 }
 
 #[test]

@@ -38,6 +38,11 @@ impl HybridClock {
         Stamp { ms: self.ms, count: self.count, node: node.clone() }
     }
 
+    /// By how many milliseconds the next stamp lies ahead of `now_ms`.
+    pub fn ahead_ms(&self, now_ms: u64) -> u64 {
+        self.ms.saturating_sub(now_ms)
+    }
+
     /// Notes a stamp of another writer.
     pub fn observe(&mut self, stamp: &Stamp) {
         (self.ms, self.count) = (self.ms, self.count).max((stamp.ms, stamp.count));

@@ -19,6 +19,11 @@ const SPREAD_MS: u64 = 60_000;
 /// Peers may fill a map to so many times what a local writer may: two sides of a split fill it once each.
 const PEERS_FACTOR: u64 = 2;
 
+/// A tombstone younger than this goes only with its time, in milliseconds: it may not have reached everybody yet.
+const YOUNG_MS: u64 = 600_000;
+/// After looking for tombstones that may go, and finding none, nobody looks again for so long, in milliseconds.
+const LOOK_AGAIN_MS: u64 = 10_000;
+
 /// Stands for a key: the first half of its SHA-256.
 pub type KeyHash = [u8; 16];
 
@@ -33,7 +38,7 @@ pub struct Limits {
     pub key_bytes_max: usize,
     /// Longest value, in bytes.
     pub value_bytes_max: usize,
-    /// Most tombstones; the oldest go first.
+    /// Most tombstones; beyond it the oldest go first, but none of the last ten minutes. Peers may bring twice as many.
     pub tombstones_max: usize,
     /// How long a tombstone is kept, in milliseconds.
     pub tombstone_lease_ms: u64,
@@ -139,7 +144,9 @@ impl Summary {
 /// What to do about one bucket.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Plan {
-    /// Keys to ask for.
+    /// Deleted keys to ask for, before the others: they make room.
+    pub pull_deleted: Vec<KeyHash>,
+    /// Live keys to ask for.
     pub pull: Vec<KeyHash>,
     /// Keys to give.
     pub give: Vec<KeyHash>,
@@ -191,6 +198,16 @@ pub enum Refused {
         /// The bound.
         rows_max: usize,
     },
+    /// Too many deletions are remembered, and all of them are young.
+    #[error(
+        "{tombstones} deletions are remembered, most of them from the last ten minutes, and {tombstones_max} may be: try again in some minutes"
+    )]
+    Deletions {
+        /// How many are.
+        tombstones: usize,
+        /// The bound.
+        tombstones_max: usize,
+    },
     /// The writer's clock is ahead.
     #[error("written {ahead_ms} ms in the future: check the clocks")]
     Ahead {
@@ -234,6 +251,8 @@ pub struct Table {
     floor: u64,
     synced_ms: u64,
     purged_ms: u64,
+    /// Until then no tombstone is old enough to go by number.
+    look_again_ms: u64,
 }
 
 impl Table {
@@ -251,6 +270,7 @@ impl Table {
             floor: first_index.max(1),
             synced_ms: 0,
             purged_ms: 0,
+            look_again_ms: 0,
         }
     }
 
@@ -269,7 +289,11 @@ impl Table {
 
     /// Live rows, their bytes as they are counted, and tombstones.
     pub fn size(&self) -> (usize, u64, usize) {
-        (self.live, self.bytes, self.rows.len().saturating_sub(self.live))
+        (self.live, self.bytes, self.tombstones())
+    }
+
+    fn tombstones(&self) -> usize {
+        self.rows.len().saturating_sub(self.live)
     }
 
     /// What it may hold.
@@ -310,6 +334,7 @@ impl Table {
     /// # Errors
     /// [`Refused`]; nothing is changed then.
     pub fn put(&mut self, key: &str, body: Body, node: &NodeName, now_ms: u64) -> Result<Record, Refused> {
+        self.is_timely(now_ms)?;
         self.has_room(key, Some(body.value.len()), 1)?;
         let record = Record { key: key.into(), stamp: self.clock.tick(now_ms, node), body: Some(Arc::new(body)) };
         self.set(record.clone());
@@ -317,11 +342,58 @@ impl Table {
     }
 
     /// Deletes as `node` what is there; none: nothing is.
-    pub fn delete(&mut self, key: &str, node: &NodeName, now_ms: u64) -> Option<Record> {
-        let (key, _) = self.rows.get_key_value(key).filter(|(_, row)| row.body.is_some())?;
-        let record = Record { key: Arc::clone(key), stamp: self.clock.tick(now_ms, node), body: None };
-        self.set(record.clone());
-        Some(record)
+    ///
+    /// # Errors
+    /// [`Refused::Ahead`], [`Refused::Deletions`]; nothing is changed then.
+    pub fn delete(&mut self, key: &str, node: &NodeName, now_ms: u64) -> Result<Option<Record>, Refused> {
+        let held = self.rows.get_key_value(key).map(|(key, _)| Arc::clone(key));
+        Ok(self.delete_all(held.as_slice(), node, now_ms)?.pop())
+    }
+
+    /// Deletes as `node` what is there of `keys`; all or none.
+    ///
+    /// # Errors
+    /// [`Refused::Ahead`], [`Refused::Deletions`]; nothing is changed then.
+    pub fn delete_all(&mut self, keys: &[Arc<str>], node: &NodeName, now_ms: u64) -> Result<Vec<Record>, Refused> {
+        let is_live = |key: &&Arc<str>| self.rows.get(&***key).is_some_and(|row| row.body.is_some());
+        let live: Vec<&Arc<str>> = keys.iter().filter(is_live).collect();
+        if live.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.may_delete(live.len(), now_ms)?;
+        let mut records = Vec::with_capacity(live.len());
+        for key in live {
+            let record = Record { key: Arc::clone(key), stamp: self.clock.tick(now_ms, node), body: None };
+            self.set(record.clone());
+            records.push(record);
+        }
+        Ok(records)
+    }
+
+    /// Tells whether a local writer may delete `count` keys.
+    fn may_delete(&mut self, count: usize, now_ms: u64) -> Result<(), Refused> {
+        self.is_timely(now_ms)?;
+        let (tombstones, tombstones_max) = (self.tombstones(), self.limits.tombstones_max);
+        let excess = tombstones.saturating_add(count).saturating_sub(tombstones_max);
+        if excess == 0 {
+            return Ok(());
+        }
+        let refused = Refused::Deletions { tombstones, tombstones_max };
+        if tombstones >= tombstones_max && now_ms < self.look_again_ms {
+            return Err(refused);
+        }
+        let may_go = |row: &&Row| row.body.is_none() && row.stamp.ms.saturating_add(YOUNG_MS) < now_ms;
+        let old = self.rows.values().filter(may_go).take(excess).count();
+        if old == 0 {
+            self.look_again_ms = now_ms.saturating_add(LOOK_AGAIN_MS);
+        }
+        if old < excess { Err(refused) } else { Ok(()) }
+    }
+
+    /// Refuses to write with a stamp that no peer would take.
+    fn is_timely(&self, now_ms: u64) -> Result<(), Refused> {
+        let ahead_ms = self.clock.ahead_ms(now_ms);
+        if ahead_ms > AHEAD_MS_MAX { Err(Refused::Ahead { ahead_ms }) } else { Ok(()) }
     }
 
     /// What [`Self::merge`] would say of a record of this stamp, for which no value was seen.
@@ -375,7 +447,7 @@ impl Table {
         if key.is_empty() || key.len() > key_bytes_max {
             return Err(Refused::Key { bytes: key.len(), bytes_max: key_bytes_max });
         }
-        let Some(bytes) = value_bytes else { return Ok(()) };
+        let Some(bytes) = value_bytes else { return self.has_room_for_tombstone(key) };
         if bytes > value_bytes_max {
             return Err(Refused::Value { bytes, bytes_max: value_bytes_max });
         }
@@ -390,6 +462,16 @@ impl Table {
         let is_full = has_no_bytes || has_no_rows;
         if keep == Keep::All && is_full {
             return Err(Refused::Full { bytes: self.bytes, bytes_max, rows: self.live, rows_max });
+        }
+        Ok(())
+    }
+
+    /// Whether a peer's tombstone has room.
+    fn has_room_for_tombstone(&self, key: &str) -> Result<(), Refused> {
+        let (tombstones, tombstones_max) = (self.tombstones(), self.limits.tombstones_max);
+        let is_one = self.rows.get(key).is_some_and(|row| row.body.is_none());
+        if !is_one && tombstones as u64 >= (tombstones_max as u64).saturating_mul(PEERS_FACTOR) {
+            return Err(Refused::Deletions { tombstones, tombstones_max });
         }
         Ok(())
     }
@@ -433,17 +515,17 @@ impl Table {
         }
     }
 
-    /// Whether there is more than [`Self::purge`] would leave, the time aside. Cheap.
-    pub fn is_over(&self) -> bool {
-        let tombstones = self.rows.len().saturating_sub(self.live);
+    /// Whether there is more than [`Self::purge`] would leave, leases aside. Cheap.
+    pub fn is_over(&self, now_ms: u64) -> bool {
         let has_rows_too_many = self.limits.keep == Keep::Newest && self.live > self.limits.rows_max;
-        tombstones > self.limits.tombstones_max || has_rows_too_many
+        let has_tombstones_too_many = self.tombstones() > self.limits.tombstones_max && now_ms >= self.look_again_ms;
+        has_tombstones_too_many || has_rows_too_many
     }
 
-    /// Lets tombstones go whose time is over or that are too many (then an eighth more, so that it is seldom), and the oldest rows of a map that keeps the newest;
-    /// returns the keys that left.
+    /// Lets tombstones go whose time is over or that are too many (then an eighth more, so that it is seldom, but none that is
+    /// younger than ten minutes), and the oldest rows of a map that keeps the newest; returns the keys that left.
     pub fn purge(&mut self, now_ms: u64) -> Vec<Arc<str>> {
-        let tombstones = self.rows.len().saturating_sub(self.live);
+        let tombstones = self.tombstones();
         let lease_ms = self.limits.tombstone_lease_ms;
         let mut dead: Vec<(u64, Arc<str>)> = Vec::new();
         if tombstones > 0 {
@@ -453,8 +535,9 @@ impl Table {
         }
         let most = self.limits.tombstones_max;
         let too_many = if dead.len() > most { dead.len() - (most - most / 8) } else { 0 };
-        let over = dead.iter().filter(|(ms, _)| ms.saturating_add(lease_ms) < now_ms).count();
-        dead.truncate(too_many.max(over));
+        let older = |than_ms: u64| dead.iter().filter(|(ms, _)| ms.saturating_add(than_ms) < now_ms).count();
+        let (over, old) = (older(lease_ms), older(YOUNG_MS));
+        dead.truncate(too_many.min(old).max(over));
         let mut left = Vec::with_capacity(dead.len());
         for (ms, key) in dead {
             if let Some(row) = self.remove(&key) {
@@ -462,6 +545,9 @@ impl Table {
                 self.purged_ms = self.purged_ms.max(ms);
                 left.push(key);
             }
+        }
+        if self.tombstones() > most {
+            self.look_again_ms = now_ms.saturating_add(LOOK_AGAIN_MS);
         }
         while self.limits.keep == Keep::Newest && self.live > self.limits.rows_max {
             let rows = self.rows.iter().filter(|(_, row)| row.body.is_some());
@@ -490,13 +576,18 @@ impl Table {
 
     // Comparing with another replica.
 
-    /// How this replica presents itself.
-    pub fn summary(&self) -> Summary {
+    /// How this replica presents itself; a time that lies in the future, by a clock that was ahead, counts as `now_ms`.
+    pub fn summary(&self, now_ms: u64) -> Summary {
         let set_hash = self.buckets.iter().zip(1u64..).fold(0, |hash, (bucket, at)| {
             let mixed = (bucket ^ at).wrapping_mul(0x9E37_79B9_7F4A_7C15);
             if *bucket == 0 { hash } else { hash ^ mixed.rotate_left(23) }
         });
-        Summary { set_hash, synced_ms: self.synced_ms, purged_ms: self.purged_ms, oldest_ms: self.oldest_ms() }
+        Summary {
+            set_hash,
+            synced_ms: self.synced_ms.min(now_ms),
+            purged_ms: self.purged_ms,
+            oldest_ms: self.oldest_ms(),
+        }
     }
 
     /// The sums of the buckets.
@@ -525,8 +616,9 @@ impl Table {
     }
 
     /// Compares `bucket` with the other replica's digests of it, all of them, and drops what was deleted meanwhile.
-    pub fn plan(&mut self, other: &Summary, bucket: u8, theirs: &[Digest]) -> Plan {
-        let own = self.summary();
+    pub fn plan(&mut self, other: &Summary, bucket: u8, theirs: &[Digest], now_ms: u64) -> Plan {
+        let own = self.summary(now_ms);
+        let other = &Summary { synced_ms: other.synced_ms.min(now_ms), ..*other };
         let (am_behind, are_behind) = (own.is_behind(other), other.is_behind(&own));
         let mut plan = Plan::default();
         let theirs: BTreeMap<KeyHash, &Digest> = theirs.iter().map(|digest| (digest.key, digest)).collect();
@@ -541,7 +633,7 @@ impl Table {
                 !is_lost && digest.stamp.ms >= own.oldest_ms
             };
             if wanted && bucket_of(key) == bucket {
-                plan.pull.push(*key);
+                if digest.is_deleted { plan.pull_deleted.push(*key) } else { plan.pull.push(*key) }
             }
         }
         let (mine, _) = self.digests(bucket, None, usize::MAX);

@@ -76,6 +76,11 @@ async fn connect(
                 flag = Some("UF");
                 continue;
             }
+            Err(OpenError::Full { node }) => {
+                debug!(service = %caller.destination, %node, "the instance's node takes no more streams");
+                flag = Some("UO");
+                continue;
+            }
             Err(OpenError::UnknownService) => return Err("NR"),
             Err(OpenError::NoInstance { .. }) => return Err(flag.unwrap_or("UH")),
             Err(OpenError::Overflow(_)) => return Err("UO"),

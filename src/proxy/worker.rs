@@ -133,6 +133,11 @@ pub(crate) enum OpenError {
         /// Why.
         reason: String,
     },
+    /// The instance's node takes no more streams for now; another instance may do better.
+    Full {
+        /// Which node.
+        node: NodeName,
+    },
     /// As much is under way as the limits allow.
     Overflow(Limited),
     /// This agent stops.
@@ -327,7 +332,7 @@ impl Worker {
 
     /// Opens a stream to an instance of `caller.destination` that `tried` does not hold, and adds it there.
     ///
-    /// After [`OpenError::Unreachable`], and after a status that allows it, the caller may ask again.
+    /// After [`OpenError::Unreachable`] and [`OpenError::Full`], and after a status that allows it, the caller may ask again.
     ///
     /// # Cancel safety
     /// Cancelling leaves at most an unused stream, which is reset.
@@ -507,10 +512,10 @@ impl Worker {
         drop(waiting);
         let ((send, recv), tunnel) = match opened {
             Ok(opened) => opened,
-            // As much is under way there as may be: no fault of the instance, and the caller has waited long enough.
+            // As much is under way there as may be: no fault of the instance, so nothing is counted against it.
             Err(Unopened::Full) => {
                 self.metrics.overflowed(Limited::Pending);
-                return Err(OpenError::Overflow(Limited::Pending));
+                return Err(OpenError::Full { node: node.name.clone() });
             }
             Err(Unopened::Failed(reason)) => {
                 self.connect_failed(&instance);

@@ -159,6 +159,20 @@ impl Budget {
         true
     }
 
+    /// Takes back a retry that was granted at `taken` and not made.
+    pub fn give_back(&mut self, taken: Instant) {
+        let Some(origin) = self.origin else { return };
+        let second = taken.saturating_duration_since(origin).as_secs();
+        let window = WINDOW_SECONDS as u64;
+        // A second that is out of the window has another one in its place.
+        if second <= self.current
+            && second + window > self.current
+            && let Some(place) = self.seconds.get_mut(usize::try_from(second % window).unwrap_or(0))
+        {
+            place.retries = place.retries.saturating_sub(1);
+        }
+    }
+
     /// Forgets the seconds that have passed; returns the current one.
     fn turn(&mut self, now: Instant) -> Option<&mut Second> {
         let origin = *self.origin.get_or_insert(now);
@@ -224,6 +238,21 @@ mod tests {
         assert_eq!((0..1_000).filter(|_| budget.withdraw(all_old)).count(), 100);
         let much_later = begun + Duration::from_secs(100_000);
         assert_eq!((0..1_000).filter(|_| budget.withdraw(much_later)).count(), 100);
+    }
+
+    #[test]
+    fn a_retry_that_is_given_back_is_granted_again_once_and_only_within_its_window() {
+        let (mut budget, begun) = (Budget::default(), start());
+        assert_eq!((0..1_000).filter(|_| budget.withdraw(begun)).count(), 100);
+        let later = begun + Duration::from_secs(5);
+        assert!(!budget.withdraw(later));
+        budget.give_back(begun);
+        assert!(budget.withdraw(later));
+        assert!(!budget.withdraw(later));
+        let all_old = begun + Duration::from_secs(15);
+        assert_eq!((0..1_000).filter(|_| budget.withdraw(all_old)).count(), 100);
+        budget.give_back(begun);
+        assert!(!budget.withdraw(all_old));
     }
 
     proptest! {

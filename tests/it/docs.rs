@@ -46,5 +46,5 @@ fn every_metric_is_documented_and_every_documented_metric_exists() {
 fn the_readme_names_the_two_commands_that_exist() {
     let readme = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();
     assert!(readme.contains("cargo run --release -- demo") && readme.contains("\ncargo test "));
-    assert!(readme.contains("nothing acts on them yet"), "the README says what is not enforced");
+    assert!(readme.contains("a stolen node can write any key"), "the README says what is not protected");
 }

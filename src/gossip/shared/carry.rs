@@ -17,10 +17,10 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Desk, KV_VALUE_BYTES_MAX, Order, Space};
+use super::{Desk, KV_VALUE_BYTES_MAX, Order, PLACE_WAIT_MAX, Space};
 use crate::gossip::engine::{Message, Request};
 use crate::gossip::exchange::{ExchangeError, ended};
-use crate::lww::{BUCKETS, Body, Digest, KeyHash, Plan, Record, Stamp, Summary};
+use crate::lww::{BUCKETS, Body, Digest, KeyHash, Merged, Plan, Record, Refused, Stamp, Summary};
 use crate::model::NodeName;
 use crate::wire::{self, FRAME_BYTES_MAX, WireError};
 
@@ -34,6 +34,8 @@ const CHUNK_BYTES: usize = 128 * 1024;
 pub(super) const PAGE_DIGESTS: usize = 1024;
 /// Most frames of digests of one bucket: twice the keys that a map holds may hash to one.
 const PAGES_MAX: usize = 160;
+/// A peer that refused so many records in one comparison is given no more.
+const REFUSALS_MAX: usize = 256;
 
 /// The first frame's content.
 #[derive(Debug, Serialize, Deserialize)]
@@ -83,6 +85,26 @@ pub(in crate::gossip) enum Verdict {
     Off,
 }
 
+/// What the task made of a record that a peer brought.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(in crate::gossip) enum Taken {
+    /// The map is off.
+    Off,
+    /// What the map made of it.
+    Judged(Result<Merged, Refused>),
+}
+
+impl From<Taken> for Verdict {
+    fn from(taken: Taken) -> Self {
+        match taken {
+            Taken::Off => Self::Off,
+            Taken::Judged(Ok(Merged::Taken | Merged::Known)) => Self::Held,
+            Taken::Judged(Ok(Merged::Older)) => Self::Older,
+            Taken::Judged(Err(refused)) => Self::Refused(refused.to_string()),
+        }
+    }
+}
+
 /// The answer to a comparison.
 #[derive(Debug, Serialize, Deserialize)]
 pub(in crate::gossip) enum Compared {
@@ -115,7 +137,7 @@ pub(in crate::gossip) struct Page {
 pub(in crate::gossip) enum Asked {
     /// Would this be taken? None: the map is off.
     Judge(Space, Head, oneshot::Sender<Verdict>),
-    Take(NodeName, Space, Record, oneshot::Sender<Verdict>),
+    Take(NodeName, Space, Record, oneshot::Sender<Taken>),
     Compared(Space, Summary, oneshot::Sender<Compared>),
     /// How this node presents itself, with its buckets; none: the map is off.
     Summary(Space, oneshot::Sender<Option<(Summary, Vec<u64>)>>),
@@ -203,6 +225,8 @@ pub(super) enum Compare {
     Equal,
     /// They did not; and whether they do now, as far as is known.
     Differed { is_even: bool },
+    /// They did not, and still do not: one refused all that the other has more.
+    Refused,
 }
 
 /// Compares one map with a peer and evens out what there is time for.
@@ -220,14 +244,19 @@ pub(super) async fn compare(
         Compared::Same => Compare::Equal,
         Compared::Differs { summary, buckets } => {
             let mut levelling =
-                Levelling { send: &mut send, recv: &mut recv, peer, space, task, summary, is_even: true };
+                Levelling { send: &mut send, recv: &mut recv, peer, space, task, summary, counts: Counts::default() };
             let differing = own.iter().zip(&buckets).zip(0..BUCKETS).filter(|((own, other), _)| own != other);
             for bucket in differing.filter_map(|(_, at)| u8::try_from(at).ok()) {
                 levelling.bucket(bucket).await?;
             }
-            let is_even = levelling.is_even;
+            let counts = levelling.counts;
             say(&mut send, &Ask::End).await?;
-            Compare::Differed { is_even }
+            let refused = counts.full + counts.refused;
+            if refused > 0 && counts.evened == 0 && counts.failed == 0 {
+                Compare::Refused
+            } else {
+                Compare::Differed { is_even: refused == 0 && counts.failed == 0 }
+            }
         }
     };
     let _finished_before = send.finish();
@@ -243,7 +272,18 @@ struct Levelling<'a> {
     space: Space,
     task: &'a mpsc::Sender<Order>,
     summary: Summary,
-    is_even: bool,
+    counts: Counts,
+}
+
+/// What became of the records of a comparison.
+#[derive(Debug, Clone, Copy, Default)]
+struct Counts {
+    evened: usize,
+    /// For which there is no room here.
+    full: usize,
+    /// That the other side refused.
+    refused: usize,
+    failed: usize,
 }
 
 impl Levelling<'_> {
@@ -260,17 +300,28 @@ impl Levelling<'_> {
         }
         let summary = self.summary;
         let plan = ask(self.task, |reply| Asked::Plan(space, summary, bucket, digests, reply)).await?;
-        for key in plan.pull {
+        let live = plan.pull.into_iter().map(|key| (key, false));
+        for (key, is_deleted) in plan.pull_deleted.into_iter().map(|key| (key, true)).chain(live) {
+            // One value that has no room is enough: the others of a larger peer would be carried here in vain.
+            if self.counts.full > 0 && !is_deleted {
+                break;
+            }
             say(self.send, &Ask::Want(key)).await?;
             let head: Option<Head> = hear(self.recv).await?;
             // It went meanwhile: the next comparison tells.
             let Some(head) = head else { continue };
             let record = hear_value(self.recv, head).await?;
             let peer = self.peer.clone();
-            let verdict = ask(self.task, |reply| Asked::Take(peer, space, record, reply)).await?;
-            self.is_even &= matches!(verdict, Verdict::Held | Verdict::Older);
+            match ask(self.task, |reply| Asked::Take(peer, space, record, reply)).await? {
+                Taken::Judged(Ok(_)) => self.counts.evened += 1,
+                Taken::Judged(Err(Refused::Full { .. } | Refused::Deletions { .. })) => self.counts.full += 1,
+                Taken::Judged(Err(_)) | Taken::Off => self.counts.failed += 1,
+            }
         }
         for key in plan.give {
+            if self.counts.refused >= REFUSALS_MAX {
+                break;
+            }
             let Some(record) = ask(self.task, |reply| Asked::Record(space, key, reply)).await? else { continue };
             say(self.send, &Ask::Take(Head::of(&record))).await?;
             let mut verdict: Verdict = hear(self.recv).await?;
@@ -278,7 +329,11 @@ impl Levelling<'_> {
                 say_value(self.send, &record).await?;
                 verdict = hear(self.recv).await?;
             }
-            self.is_even &= matches!(verdict, Verdict::Held | Verdict::Older);
+            match verdict {
+                Verdict::Held | Verdict::Older => self.counts.evened += 1,
+                Verdict::Refused(_) => self.counts.refused += 1,
+                Verdict::Send | Verdict::Off => self.counts.failed += 1,
+            }
         }
         Ok(())
     }
@@ -347,14 +402,21 @@ async fn take(
     let mut verdict = ask(&desk.orders, |reply| Asked::Judge(space, judged, reply)).await?;
     if verdict == Verdict::Send {
         let has_value = head.body.is_some();
-        // A place for as long as the value is read: it is at most ten seconds.
-        let place = if has_value { desk.places.acquire().await.ok() } else { None };
+        // A place for as long as the value is read: it is at most ten seconds. What fits in one frame takes none.
+        let place = if head.value_bytes().is_some_and(|bytes| bytes > CHUNK_BYTES) {
+            let Ok(place) = tokio::time::timeout(PLACE_WAIT_MAX, desk.places.acquire()).await else {
+                return say(send, &Verdict::Refused("busy with other values: again later".to_owned())).await;
+            };
+            place.ok()
+        } else {
+            None
+        };
         if has_value {
             say(send, &verdict).await?;
         }
         let record = hear_value(recv, head).await?;
         let peer = peer.clone();
-        verdict = ask(&desk.orders, |reply| Asked::Take(peer, space, record, reply)).await?;
+        verdict = ask(&desk.orders, |reply| Asked::Take(peer, space, record, reply)).await?.into();
         drop(place);
     }
     say(send, &verdict).await

@@ -48,6 +48,10 @@ const PUSH_TIME_MAX: Duration = Duration::from_secs(10);
 const COMPARES_MAX: usize = 2;
 /// Most values of more than a frame that are received at once, over all peers: 8 MiB.
 const RECEIVING_MAX: usize = 16;
+/// So long a value waits for its place at most: a peer that holds them all keeps nobody waiting.
+const PLACE_WAIT_MAX: Duration = Duration::from_secs(1);
+/// So often it is said at most that records are refused.
+const WARNED_EVERY: Duration = Duration::from_mins(1);
 /// Most orders that wait: each may hold a value of 512 KiB.
 const ORDERS_MAX: usize = 64;
 /// Orders wait while so many bytes are on their way to the disk.
@@ -65,8 +69,8 @@ pub const KV_BYTES_DEFAULT: u64 = 16 * 1024 * 1024;
 const KV_KEYS_MAX: usize = 65_536;
 /// How long a deletion is remembered.
 const TOMBSTONE_LEASE: Duration = Duration::from_hours(24);
-/// Most deletions that are remembered: some 6 MB with keys of 60 bytes.
-const TOMBSTONES_MAX: usize = 32_768;
+/// Most deletions that are remembered: all keys that peers may bring can be deleted at once; some 24 MB with keys of 60 bytes.
+const TOMBSTONES_MAX: usize = 2 * KV_KEYS_MAX;
 /// Most user events that are remembered: Consul's bound.
 pub const EVENTS_MAX: usize = 256;
 /// Largest event, in bytes, with its name and filters: 256 of them are 1 MiB.

@@ -13,19 +13,19 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, warn};
 
-use super::carry::{self, Asked, Compare, Compared, Page, Verdict};
+use super::carry::{self, Asked, Compare, Compared, Page, Taken, Verdict};
 use super::disk::{self, Stored, Times};
 use super::{
     Answer, COMPARES_MAX, Changes, FORWARDS, KV_BYTES_DEFAULT, ORIGIN_PUSHES, Order, PUSH_TIME_MAX, PUSHES_MAX,
     PUSHES_WAITING_MAX, SharedError, SharedHandle, SharedMetrics, SharedParams, SharedStore, Space, WAITERS_MAX,
-    WRITING_BYTES_MAX, Write,
+    WARNED_EVERY, WRITING_BYTES_MAX, Write,
 };
 use crate::clock;
 use crate::gossip::documents::Around;
 use crate::gossip::exchange::ExchangeError;
 use crate::gossip::reach::reach;
 use crate::gossip::{Command, MemberView, Members};
-use crate::lww::{Merged, Record, Refused, Scope, Table};
+use crate::lww::{AHEAD_MS_MAX, Merged, Record, Refused, Scope, Table};
 use crate::metrics::Metrics;
 use crate::model::{MemberStatus, NodeName};
 use crate::transport::ControlTransport;
@@ -58,7 +58,8 @@ type WriteReply = oneshot::Sender<Result<(), SharedError>>;
 enum Done {
     Pushed(NodeName, Space, Result<carry::Verdict, ExchangeError>),
     Compared(NodeName, Result<Vec<(Space, Compare)>, ExchangeError>),
-    Written(Vec<WriteReply>, Result<(), String>),
+    /// With what the disk did not take.
+    Written(Vec<WriteReply>, Result<(), (String, Changes)>),
 }
 
 #[derive(Debug)]
@@ -94,6 +95,10 @@ pub(in crate::gossip) struct Task {
     changed_bytes: usize,
     writers: Vec<WriteReply>,
     is_writing: bool,
+    /// While a batch is owed that the disk refused: when it is tried again at the latest.
+    retry_at: Option<Instant>,
+    /// When it was said last that records are refused.
+    warned_at: Option<Instant>,
     times_kept_at: Instant,
     interval: Duration,
     next_compare: Instant,
@@ -134,6 +139,8 @@ impl Task {
             changed_bytes: 0,
             writers: Vec::new(),
             is_writing: false,
+            retry_at: None,
+            warned_at: None,
             times_kept_at: clock::now(),
             interval: around.interval,
             next_compare: clock::now() + around.interval,
@@ -243,30 +250,35 @@ impl Task {
             Write::Put { key, body } => table.put(&key, body, &self.own, now_ms).map(|record| vec![record]),
             Write::Delete(scope) => {
                 let keys: Vec<Arc<str>> = table.read(&scope).map(|(key, ..)| Arc::clone(key)).collect();
-                Ok(keys.iter().filter_map(|key| table.delete(key, &self.own, now_ms)).collect())
+                table.delete_all(&keys, &self.own, now_ms)
             }
         };
         let label = if written.is_ok() { "ok" } else { "refused" };
         self.metrics.writes.with_label_values(&[space.as_str(), label]).inc();
-        for record in written? {
-            self.changed(space, &record.key);
-            self.spread(space, &record.key, None);
+        let keys: Vec<Arc<str>> = written?.into_iter().map(|record| record.key).collect();
+        for key in &keys {
+            self.changed(space, key);
         }
+        self.spread(space, &keys, None);
         Ok(())
     }
 
     fn asked(&mut self, asked: Asked) {
         match asked {
             Asked::Judge(space, head, reply) => {
-                let verdict = self.tables.get(&space).map_or(Verdict::Off, |table| {
-                    let judged = table.would_take(&head.key, &head.stamp, head.value_bytes(), clock::wall_ms());
-                    match judged {
-                        Ok(Merged::Taken) => Verdict::Send,
-                        Ok(Merged::Known) => Verdict::Held,
-                        Ok(Merged::Older) => Verdict::Older,
-                        Err(refused) => Verdict::Refused(refused.to_string()),
+                let now_ms = clock::wall_ms();
+                let table = self.tables.get(&space);
+                let judged = table.map(|table| table.would_take(&head.key, &head.stamp, head.value_bytes(), now_ms));
+                let verdict = match judged {
+                    None => Verdict::Off,
+                    Some(Ok(Merged::Taken)) => Verdict::Send,
+                    Some(Ok(Merged::Known)) => Verdict::Held,
+                    Some(Ok(Merged::Older)) => Verdict::Older,
+                    Some(Err(refused)) => {
+                        self.refused(&head.stamp.node, space, &refused);
+                        Verdict::Refused(refused.to_string())
                     }
-                });
+                };
                 let is_known = self.tables.get(&space).and_then(|table| table.row(&head.key));
                 let is_known = is_known.is_some_and(|row| row.stamp == head.stamp);
                 answer(reply, if is_known && verdict == Verdict::Send { Verdict::Held } else { verdict });
@@ -275,7 +287,7 @@ impl Task {
             Asked::Compared(space, theirs, reply) => answer(reply, self.compared(space, &theirs)),
             Asked::Summary(space, reply) => {
                 let table = self.tables.get(&space);
-                answer(reply, table.map(|table| (table.summary(), table.buckets().to_vec())));
+                answer(reply, table.map(|table| (table.summary(clock::wall_ms()), table.buckets().to_vec())));
             }
             Asked::Digests(space, bucket, after, reply) => {
                 let page = self.tables.get(&space).map(|table| table.digests(bucket, after, carry::PAGE_DIGESTS));
@@ -286,7 +298,8 @@ impl Task {
                 answer(reply, self.tables.get(&space).and_then(|table| table.record(&key)));
             }
             Asked::Plan(space, theirs, bucket, digests, reply) => {
-                let plan = self.tables.get_mut(&space).map(|table| table.plan(&theirs, bucket, &digests));
+                let plan =
+                    self.tables.get_mut(&space).map(|table| table.plan(&theirs, bucket, &digests, clock::wall_ms()));
                 let plan = plan.unwrap_or_default();
                 if !plan.dropped.is_empty() {
                     warn!(
@@ -304,38 +317,55 @@ impl Task {
     }
 
     /// Takes a peer's record.
-    fn take(&mut self, peer: &NodeName, space: Space, record: Record) -> Verdict {
-        let Some(table) = self.tables.get_mut(&space) else { return Verdict::Off };
-        let key = Arc::clone(&record.key);
+    fn take(&mut self, peer: &NodeName, space: Space, record: Record) -> Taken {
+        let Some(table) = self.tables.get_mut(&space) else { return Taken::Off };
+        let (key, writer) = (Arc::clone(&record.key), record.stamp.node.clone());
         let merged = table.merge(record, clock::wall_ms());
         let label = match &merged {
             Ok(Merged::Taken) => "taken",
             Ok(Merged::Known) => "known",
             Ok(Merged::Older) => "older",
-            Err(Refused::Full { .. }) => "full",
+            Err(Refused::Full { .. } | Refused::Deletions { .. }) => "full",
             Err(_) => "refused",
         };
         self.metrics.taken.with_label_values(&[space.as_str(), label]).inc();
-        match merged {
+        match &merged {
             Ok(Merged::Taken) => {
                 self.changed(space, &key);
-                self.spread(space, &key, Some(peer));
-                Verdict::Held
+                self.spread(space, std::slice::from_ref(&key), Some(peer));
             }
-            Ok(Merged::Known) => Verdict::Held,
-            Ok(Merged::Older) => Verdict::Older,
+            Ok(Merged::Known | Merged::Older) => {}
             Err(refused) => {
                 debug!(%peer, space = space.as_str(), error = %refused, "a peer's shared record is refused");
-                Verdict::Refused(refused.to_string())
+                self.refused(&writer, space, refused);
             }
         }
+        Taken::Judged(merged)
+    }
+
+    /// Says that the writer's clock is ahead, if that is why its record is refused.
+    fn refused(&mut self, writer: &NodeName, space: Space, refused: &Refused) {
+        if matches!(refused, Refused::Ahead { .. }) && self.may_warn() {
+            warn!(%writer, space = space.as_str(), error = %refused, "a shared record is refused: its writer's clock is ahead, or this node's is behind");
+        }
+    }
+
+    /// Whether to say that records are refused; once in [`WARNED_EVERY`].
+    fn may_warn(&mut self) -> bool {
+        let now = clock::now();
+        if self.warned_at.is_some_and(|at| now < at + WARNED_EVERY) {
+            return false;
+        }
+        self.warned_at = Some(now);
+        true
     }
 
     fn compared(&mut self, space: Space, theirs: &crate::lww::Summary) -> Compared {
         let Some(table) = self.tables.get_mut(&space) else { return Compared::Off };
-        let summary = table.summary();
+        let now_ms = clock::wall_ms();
+        let summary = table.summary(now_ms);
         if summary.set_hash == theirs.set_hash {
-            table.synced(clock::wall_ms());
+            table.synced(now_ms);
             return Compared::Same;
         }
         Compared::Differs { summary, buckets: table.buckets().to_vec() }
@@ -346,7 +376,8 @@ impl Task {
     /// Notes that `key` is another: for the disk, for those who wait, for the metrics.
     fn changed(&mut self, space: Space, key: &str) {
         let Some(table) = self.tables.get_mut(&space) else { return };
-        let purged = if table.is_over() { table.purge(clock::wall_ms()) } else { Vec::new() };
+        let now_ms = clock::wall_ms();
+        let purged = if table.is_over(now_ms) { table.purge(now_ms) } else { Vec::new() };
         let keys = purged.iter().map(|key| &**key).chain([key]);
         if space.is_durable() {
             for key in keys.clone() {
@@ -373,8 +404,11 @@ impl Task {
         }
     }
 
-    /// Lets what is known of other replicas go to the disk.
+    /// Lets what is known of other replicas go to the disk; not while rows are owed, which it speaks about.
     fn keep_times(&mut self) {
+        if self.retry_at.is_some() {
+            return;
+        }
         for (space, table) in self.tables.iter().filter(|(space, _)| space.is_durable()) {
             self.changes.insert(disk::times_name(*space), Some(disk::times(times(table))));
         }
@@ -390,12 +424,16 @@ impl Task {
         if self.is_writing || (self.changes.is_empty() && self.writers.is_empty()) {
             return;
         }
+        // What the disk refused is tried again at the next tick, or with a client's write.
+        if self.retry_at.is_some_and(|at| clock::now() < at) && self.writers.is_empty() {
+            return;
+        }
         self.is_writing = true;
         let (changes, writers) = (self.take_changes(), std::mem::take(&mut self.writers));
         let store = Arc::clone(&self.store);
         self.work.spawn_blocking(move || {
             let written = if changes.is_empty() { Ok(()) } else { store.write(&changes) };
-            Done::Written(writers, written)
+            Done::Written(writers, written.map_err(|error| (error, changes)))
         });
     }
 
@@ -407,17 +445,25 @@ impl Task {
         others.filter(|member| member.status == MemberStatus::Alive).cloned().collect()
     }
 
-    /// Pushes the record of `key`: an own one to many, one that `from` brought to a few others.
-    fn spread(&mut self, space: Space, key: &Arc<str>, from: Option<&NodeName>) {
-        let mut others = self.alive();
-        others.retain(|member| Some(&member.name) != from);
+    /// Pushes the records of `keys`: own ones to many, those that `from` brought to a few others.
+    fn spread(&mut self, space: Space, keys: &[Arc<str>], from: Option<&NodeName>) {
+        let members: Arc<Members> = Arc::clone(&self.members.borrow());
+        let mut others: Vec<&MemberView> = Vec::new();
         let most = if from.is_none() { ORIGIN_PUSHES } else { FORWARDS };
-        let chosen: Vec<MemberView> = others.sample(&mut self.rng, most).cloned().collect();
-        for to in chosen {
-            if self.waiting_pushes.len() < PUSHES_WAITING_MAX {
-                self.waiting_pushes.push_back(Push { to, space, key: Arc::clone(key) });
-            } else {
+        for key in keys {
+            // Beyond it the comparisons bring them.
+            let room = PUSHES_WAITING_MAX.saturating_sub(self.waiting_pushes.len());
+            if room == 0 {
                 self.is_quiet = false;
+                return;
+            }
+            if others.is_empty() {
+                let alive = members.members.iter().filter(|member| member.status == MemberStatus::Alive);
+                others.extend(alive.filter(|member| member.name != self.own && Some(&member.name) != from));
+            }
+            for to in others.sample(&mut self.rng, most.min(room)) {
+                let push = Push { to: (*to).clone(), space, key: Arc::clone(key) };
+                self.waiting_pushes.push_back(push);
             }
         }
     }
@@ -452,7 +498,11 @@ impl Task {
                 self.metrics.pushes.with_label_values(&[label]).inc();
                 match result {
                     Ok(Verdict::Refused(reason)) => {
-                        debug!(peer = %to, space = space.as_str(), reason, "peer refuses a shared record");
+                        if self.may_warn() {
+                            warn!(peer = %to, space = space.as_str(), reason, "peer refuses a shared record");
+                        } else {
+                            debug!(peer = %to, space = space.as_str(), reason, "peer refuses a shared record");
+                        }
                     }
                     Ok(_) => {}
                     Err(error) => {
@@ -465,9 +515,16 @@ impl Task {
             Done::Compared(peer, result) => self.comparison_ended(&peer, result),
             Done::Written(writers, written) => {
                 self.is_writing = false;
-                if let Err(error) = &written {
-                    error!(error, "shared records count but are not on disk");
-                }
+                self.retry_at = None;
+                let written = written.map_err(|(error, owed)| {
+                    error!(error, "shared records count but are not on disk; they are written again at the next turn");
+                    self.retry_at = Some(self.next_compare);
+                    for (name, bytes) in owed {
+                        // What has changed since is newer.
+                        self.changes.entry(name).or_insert(bytes);
+                    }
+                    error
+                });
                 for writer in writers {
                     answer(writer, written.clone().map_err(SharedError::Store));
                 }
@@ -491,6 +548,15 @@ impl Task {
                 && let Some(table) = self.tables.get_mut(space)
             {
                 table.synced(now_ms);
+            }
+        }
+        for (space, _) in compared.iter().filter(|(_, compare)| *compare == Compare::Refused) {
+            if self.may_warn() {
+                warn!(
+                    %peer,
+                    space = space.as_str(),
+                    "two nodes hold different shared records and one refuses what the other has: set `kv {{ bytes_max }}` to the same on every agent, delete some records, and check the clocks"
+                );
             }
         }
         self.is_quiet = !compared.iter().any(|(_, compare)| matches!(compare, Compare::Differed { .. }));
@@ -520,13 +586,16 @@ impl Task {
         let pause = self.interval * if self.is_quiet { QUIET_FACTOR } else { 1 };
         self.next_compare = now + pause.mul_f64(self.rng.random_range(0.75..1.25));
         let is_due = now.saturating_duration_since(self.times_kept_at) >= TIMES_KEPT_EVERY;
-        for (space, table) in self.tables.iter_mut().filter(|(space, _)| space.is_durable()) {
+        for (space, table) in &mut self.tables {
             let purged = table.purge(clock::wall_ms());
+            self.metrics.show(*space, table);
+            if !space.is_durable() {
+                continue;
+            }
             self.changes.extend(purged.iter().map(|key| (disk::name(*space, key), None)));
             if !purged.is_empty() {
                 self.changes.insert(disk::times_name(*space), Some(disk::times(times(table))));
             }
-            self.metrics.show(*space, table);
         }
         if is_due {
             self.keep_times();
@@ -574,7 +643,7 @@ impl Task {
 }
 
 fn times(table: &Table) -> Times {
-    let summary = table.summary();
+    let summary = table.summary(clock::wall_ms());
     Times { synced_ms: summary.synced_ms, purged_ms: summary.purged_ms }
 }
 
@@ -591,17 +660,23 @@ fn load(params: &SharedParams, first_index: u64) -> (BTreeMap<Space, Table>, Vec
         error!(error, "shared records of the last run cannot be read; others bring them again");
         Vec::new()
     });
+    let (now_ms, mut ahead, kv) = (clock::wall_ms(), 0_usize, disk::name(Space::Kv, ""));
     for (name, bytes) in rows {
+        // Of a map that is off: kept on disk for the day when it is on again.
+        if params.kv_bytes_max.is_none() && name.starts_with(&kv) {
+            continue;
+        }
         match disk::read(&name, &bytes) {
+            // Left on disk: if this node's clock is behind, they are good, and a newer write takes their place.
+            Some(Stored::Row { record, .. }) if record.stamp.ms > now_ms.saturating_add(AHEAD_MS_MAX) => ahead += 1,
             Some(Stored::Row { space, record, created, modified }) => {
-                // Of a map that is off: kept for the day when it is on again.
                 if let Some(table) = tables.get_mut(&space) {
                     table.restore(record, created, modified);
                 }
             }
             Some(Stored::Times(space, times)) => {
                 if let Some(table) = tables.get_mut(&space) {
-                    table.restore_times(times.synced_ms, times.purged_ms);
+                    table.restore_times(times.synced_ms.min(now_ms), times.purged_ms);
                 }
             }
             None => {
@@ -609,6 +684,12 @@ fn load(params: &SharedParams, first_index: u64) -> (BTreeMap<Space, Table>, Vec
                 unwanted.push(name);
             }
         }
+    }
+    if ahead > 0 {
+        warn!(
+            records = ahead,
+            "shared records on disk are from the future and do not count: this node's clock was ahead, or is behind; write them again once it is right"
+        );
     }
     (tables, unwanted)
 }

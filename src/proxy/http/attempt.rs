@@ -112,7 +112,7 @@ impl std::fmt::Debug for Unsent {
 /// An app that does not ask for an awaited body within this time gets it: it may not know how to ask, and callers wait no
 /// longer themselves (curl and Go: 1 s).
 const EXPECT_TIMEOUT: Duration = Duration::from_secs(1);
-/// Interim answers to one request: apps send one or two.
+/// Interim answers to one request that are passed on: apps send one or two.
 pub(super) const INTERIM_MAX: usize = 8;
 
 /// Sends the rest of a body; a failure resets the stream, and reading the answer says why.
@@ -164,6 +164,10 @@ pub(super) async fn attempts<D: Dial>(worker: &Rc<D>, call: &Call<'_>, body: Inc
             Ok(opened) => opened,
             Err(OpenError::Unreachable { node, reason }) => {
                 failure = Some(unreachable(destination, &format!("node {node}: {reason}")));
+                continue;
+            }
+            Err(error @ OpenError::Full { .. }) => {
+                failure = Some(open_refusal(destination, error));
                 continue;
             }
             // No instance is left: what the tried ones said is the better answer.
@@ -445,7 +449,7 @@ impl<D: Dial> Attempt<'_, D> {
 
     /// Reads the status byte and the response's head.
     async fn read_answer(&self, recv: &mut RecvStream, inbox: &mut Inbox) -> Result<ResponseHead, Failed> {
-        let (mut reached, mut interim) = (false, 0);
+        let (mut reached, mut interims) = (false, 0_usize);
         loop {
             if !reached && let Some(status) = inbox.take_u8() {
                 self.reached(status)?;
@@ -454,11 +458,11 @@ impl<D: Dial> Attempt<'_, D> {
             if reached {
                 match inbox.take_response() {
                     Ok(Some(head)) if headers::is_interim(head.status) => {
-                        interim += 1;
-                        if interim > INTERIM_MAX {
-                            return Err(Failed::Final(self.broke(&HeadError::Malformed("answer: too many before it"))));
+                        interims = interims.saturating_add(1);
+                        // What is too much stays here; a 100 lets the body go, however many came before it.
+                        if interims <= INTERIM_MAX || head.status == StatusCode::CONTINUE {
+                            self.pass_interim(&head);
                         }
-                        self.pass_interim(&head);
                         continue;
                     }
                     Ok(Some(head)) => return Ok(head),
@@ -601,6 +605,7 @@ pub(super) fn open_refusal(destination: &ServiceName, error: OpenError) -> Refus
         },
         OpenError::Unreachable { node, reason } => unreachable(destination, &format!("node {node}: {reason}")),
         OpenError::Overflow(what) => overflow(destination, what),
+        OpenError::Full { .. } => overflow(destination, Limited::Pending),
         OpenError::Draining => Refusal {
             status,
             flag: Flag::NoHealthy,

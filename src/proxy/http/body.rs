@@ -72,6 +72,11 @@ impl TunnelSend {
         std::mem::replace(&mut self.has_status, true)
     }
 
+    /// Tells whether the status byte went out.
+    pub(crate) fn has_status(&self) -> bool {
+        self.has_status
+    }
+
     /// Writes all chunks.
     pub(crate) async fn write(&mut self, chunks: &mut [Bytes]) -> Result<(), BodyError> {
         self.stream.write_all_chunks(chunks).await.map_err(BodyError::Write)

@@ -120,7 +120,9 @@ pub(crate) fn websocket_of_h2<B>(request: &mut Request<B>) {
     let headers = request.headers_mut();
     headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
     headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
-    headers.extend(HeaderValue::try_from(key).map(|key| (header::SEC_WEBSOCKET_KEY, key)));
+    if let Ok(key) = HeaderValue::try_from(key) {
+        headers.insert(header::SEC_WEBSOCKET_KEY, key);
+    }
 }
 
 /// Makes the answer of a switch to another protocol for a caller over `version`.
@@ -139,9 +141,12 @@ pub(crate) fn switched<B>(response: &mut Response<B>, version: Version) {
 /// Tells whether a caller's body waits for a word of the app's (RFC 9110 §10.1.1). Over HTTP/2 the caller alone decides:
 /// nothing tells it that the app asks, so what it sends is passed on.
 pub(crate) fn awaits_continue(parts: &Parts) -> bool {
-    let expect = parts.headers.get(header::EXPECT);
-    parts.version == Version::HTTP_11
-        && expect.is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"))
+    parts.version == Version::HTTP_11 && expects_continue(&parts.headers)
+}
+
+/// Tells whether a head says that its body may wait.
+pub(crate) fn expects_continue(headers: &HeaderMap) -> bool {
+    headers.get(header::EXPECT).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"))
 }
 
 /// Tells whether another answer follows (RFC 9110 §15.2).

@@ -10,6 +10,7 @@ use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::pin::pin;
 use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
 
@@ -139,12 +140,14 @@ async fn exchange<D: Dial>(worker: &Rc<D>, stream: Stream, on_admitted: impl FnO
         }
     };
     let client_cert = state.client_cert(peer);
-    let interims = Arc::<Interims>::default();
-    let mut call = pin!(call(worker, local, (head, request_body), &block, (client_cert.as_ref(), &interims)));
+    // hyper's HTTP/2 client hears none.
+    let is_asked_for = head.payload == Payload::Frames && headers::expects_continue(&head.headers);
+    let interims = (!is_multiplexed(local) || is_asked_for).then(Arc::<Interims>::default);
+    let mut call = pin!(call(worker, local, (head, request_body), &block, (client_cert.as_ref(), interims.as_ref())));
     let answered = loop {
         tokio::select! {
             biased;
-            interim = interims.next() => send_interim(state, &mut send, interim).await?,
+            interim = async { match &interims { Some(interims) => interims.next().await, None => std::future::pending().await } } => send_interim(state, &mut send, interim).await?,
             answered = call.as_mut() => break answered,
             error = send.stopped() => return Err(ServeError::Body(error)),
         }
@@ -153,6 +156,10 @@ async fn exchange<D: Dial>(worker: &Rc<D>, stream: Stream, on_admitted: impl FnO
         Ok(answered) => answered,
         Err(CallError::Connect(error)) => {
             debug!(service = %local.service, error = %error, "app not connected");
+            // The status byte is said once.
+            if send.has_status() {
+                return broke_off(state, &mut send, (local, &mut exchange), is_grpc).await;
+            }
             exchange.finish(Flag::ConnectFailure);
             send.write(&mut [Bytes::from_static(&[STATUS_CONNECT_FAILED])]).await.map_err(ServeError::Body)?;
             send.finish();
@@ -160,11 +167,7 @@ async fn exchange<D: Dial>(worker: &Rc<D>, stream: Stream, on_admitted: impl FnO
         }
         Err(CallError::App(error)) => {
             debug!(service = %local.service, error = %error, "app broke off");
-            let refusal =
-                Refusal::reset(format!("the application of `{}` broke off before it answered", local.service));
-            exchange.finish(Flag::Reset);
-            exchange.status(refusal.status);
-            return refuse(state, &mut send, refusal, is_grpc).await;
+            return broke_off(state, &mut send, (local, &mut exchange), is_grpc).await;
         }
     };
 
@@ -195,8 +198,27 @@ async fn exchange<D: Dial>(worker: &Rc<D>, stream: Stream, on_admitted: impl FnO
 /// Interim answers of an app, as hyper's task hears them.
 #[derive(Debug, Default)]
 struct Interims {
-    heads: Mutex<VecDeque<(StatusCode, HeaderMap)>>,
+    heard: Mutex<Heard>,
+    /// Some are there: spares those who look the lock.
+    is_any: AtomicBool,
     waker: AtomicWaker,
+}
+
+#[derive(Debug, Default)]
+struct Heard {
+    heads: VecDeque<(StatusCode, HeaderMap)>,
+    /// How many there were in all.
+    count: usize,
+    has_continue: bool,
+}
+
+impl Heard {
+    /// Counts another one; tells whether it is passed on. The first 100 always is: it lets the body go.
+    fn takes(&mut self, status: StatusCode) -> bool {
+        self.count = self.count.saturating_add(1);
+        let is_first_continue = status == StatusCode::CONTINUE && !std::mem::replace(&mut self.has_continue, true);
+        is_first_continue || self.count <= INTERIM_MAX
+    }
 }
 
 impl Interims {
@@ -204,20 +226,37 @@ impl Interims {
     fn hear(self: &Arc<Self>, request: &mut Request<TunnelBody>) {
         let to = Arc::clone(self);
         hyper::ext::on_informational(request, move |response| {
-            let mut heads = to.heads.lock().unwrap_or_else(PoisonError::into_inner);
-            if heads.len() < INTERIM_MAX {
-                heads.push_back((response.status(), response.headers().clone()));
-            }
-            drop(heads);
-            to.waker.wake();
+            to.put(response.status(), response.headers());
         });
+    }
+
+    fn put(&self, status: StatusCode, headers: &HeaderMap) {
+        let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        if !heard.takes(status) {
+            return;
+        }
+        heard.heads.push_back((status, headers.clone()));
+        self.is_any.store(true, Ordering::Release);
+        drop(heard);
+        self.waker.wake();
+    }
+
+    /// Tells whether there ever was one.
+    fn were_any(&self) -> bool {
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner).count > 0
     }
 
     /// Waits for the next one.
     async fn next(&self) -> (StatusCode, HeaderMap) {
         poll_fn(|cx| {
             self.waker.register(cx.waker());
-            let next = self.heads.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+            if !self.is_any.load(Ordering::Acquire) {
+                return Poll::Pending;
+            }
+            let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+            let next = heard.heads.pop_front();
+            self.is_any.store(!heard.heads.is_empty(), Ordering::Release);
+            drop(heard);
             next.map_or(Poll::Pending, Poll::Ready)
         })
         .await
@@ -326,6 +365,19 @@ async fn relay(
     Ok(())
 }
 
+/// Says that the app broke off.
+async fn broke_off(
+    state: &HttpState,
+    send: &mut TunnelSend,
+    (local, exchange): (&LocalInstance, &mut Exchange),
+    is_grpc: bool,
+) -> Result<(), ServeError> {
+    let refusal = Refusal::reset(format!("the application of `{}` broke off before it answered", local.service));
+    exchange.finish(Flag::Reset);
+    exchange.status(refusal.status);
+    refuse(state, send, refusal, is_grpc).await
+}
+
 /// Sends an answer of weft's own.
 async fn refuse(state: &HttpState, send: &mut TunnelSend, refusal: Refusal, grpc: bool) -> Result<(), ServeError> {
     let reason = refusal.reason;
@@ -383,15 +435,18 @@ async fn call<D: Dial>(
     local: &LocalInstance,
     (head, body): (RequestHead, TunnelBody),
     block: &Bytes,
-    (client_cert, interims): (Option<&HeaderValue>, &Arc<Interims>),
+    (client_cert, interims): (Option<&HeaderValue>, Option<&Arc<Interims>>),
 ) -> Result<Answered, CallError> {
-    let multiplexed = matches!(local.protocol, Protocol::Http2 | Protocol::Grpc);
     let state = worker.http();
     let addr = local.app_addr;
     let repeatable = head.payload == Payload::Empty && head.method.is_idempotent();
     let mut request = build(head, body, local, client_cert);
-    if multiplexed {
+    if is_multiplexed(local) {
         let mut sender = state.pool.shared(worker, addr).await.map_err(CallError::Connect)?;
+        // The app is there, and what it asks is not heard: the body is asked for in its place.
+        if let Some(interims) = interims {
+            interims.put(StatusCode::CONTINUE, &HeaderMap::new());
+        }
         let mut error = match sender.try_send_request(request).await {
             Ok(response) => return Ok(Answered { response, reusable: None }),
             Err(error) => error,
@@ -401,7 +456,12 @@ async fn call<D: Dial>(
         let response = sender.send_request(request).await.map_err(CallError::App)?;
         return Ok(Answered { response, reusable: None });
     }
-    interims.hear(&mut request);
+    let hear = |request: &mut Request<TunnelBody>| {
+        if let Some(interims) = interims {
+            interims.hear(request);
+        }
+    };
+    hear(&mut request);
     if let Some(mut sender) = state.pool.checkout(addr).await {
         let whole = request.body_mut().whole();
         let mut error = match sender.try_send_request(request).await {
@@ -410,14 +470,17 @@ async fn call<D: Dial>(
         };
         request = match error.take_message() {
             Some(message) => message,
-            None if repeatable && is_stale(error.error()) => match head::decode_request(block.clone()) {
-                Ok(head) => {
-                    let mut again = build(head, TunnelBody::default(), local, client_cert);
-                    interims.hear(&mut again);
-                    again
+            // An app that said something has the request.
+            None if repeatable && is_stale(error.error()) && interims.is_none_or(|interims| !interims.were_any()) => {
+                match head::decode_request(block.clone()) {
+                    Ok(head) => {
+                        let mut again = build(head, TunnelBody::default(), local, client_cert);
+                        hear(&mut again);
+                        again
+                    }
+                    Err(_) => return Err(CallError::App(error.into_error())),
                 }
-                Err(_) => return Err(CallError::App(error.into_error())),
-            },
+            }
             None => return Err(CallError::App(error.into_error())),
         };
     }
@@ -427,6 +490,11 @@ async fn call<D: Dial>(
         Ok(response) => Ok(Answered { response, reusable: Some((sender, whole)) }),
         Err(error) => Err(CallError::App(error)),
     }
+}
+
+/// Tells whether the app's connection carries many requests at once.
+fn is_multiplexed(local: &LocalInstance) -> bool {
+    matches!(local.protocol, Protocol::Http2 | Protocol::Grpc)
 }
 
 /// Tells whether a reused connection ended before it answered anything.
@@ -446,8 +514,7 @@ fn build(
     if let Some(value) = client_cert {
         headers.insert(super::headers::CLIENT_CERT, value.clone());
     }
-    let multiplexed = matches!(local.protocol, Protocol::Http2 | Protocol::Grpc);
-    let uri = if multiplexed {
+    let uri = if is_multiplexed(local) {
         let authority = authority.map_or_else(|| local.app_addr.to_string(), |authority| authority.to_string());
         headers.remove(header::UPGRADE);
         Uri::builder().scheme("http").authority(authority).path_and_query(path).build().unwrap_or_default()
@@ -474,4 +541,19 @@ fn build(
     *request.uri_mut() = uri;
     *request.headers_mut() = headers;
     request
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_ninth_interim_answer_is_left_out_but_the_first_100_never_is() {
+        let mut heard = Heard::default();
+        let passed = (0..20).filter(|_| heard.takes(StatusCode::EARLY_HINTS)).count();
+        assert_eq!(passed, INTERIM_MAX);
+        assert!(heard.takes(StatusCode::CONTINUE));
+        assert!(!heard.takes(StatusCode::CONTINUE));
+        assert!(!heard.takes(StatusCode::EARLY_HINTS));
+    }
 }

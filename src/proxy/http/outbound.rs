@@ -62,6 +62,9 @@ const H2_STREAM_WINDOW: u32 = 1024 * 1024;
 const H2_CONNECTION_WINDOW: u32 = 64 * 1024 * 1024;
 /// How an HTTP/2 connection begins; no HTTP/1.1 method begins like it (RFC 9113 §3.4).
 const PREFACE: &[u8] = b"PRI";
+/// How often a connection that sent only the beginning of that is looked at.
+const PEEK_PAUSE_MIN: Duration = Duration::from_millis(1);
+const PEEK_PAUSE_MAX: Duration = Duration::from_millis(100);
 /// Endings of a Host that names a mesh service; the longest first.
 const HOST_SUFFIXES: [&str; 3] = [".service.consul", ".service.weft", ".weft"];
 
@@ -99,7 +102,8 @@ pub(crate) async fn serve<D: Dial>(worker: Rc<D>, stream: TcpStream, route: Rout
         Route::ByHost => None,
         Route::Service(caller) => Some(Rc::new(Target { edge: edge_of(&*worker, &caller), caller })),
     };
-    let speaks_h2 = match tokio::time::timeout(state.limits.idle, begins_with_preface(&stream)).await {
+    let speaks_h2 = match tokio::time::timeout(state.limits.idle, begins_with_preface(&stream, state.limits.head)).await
+    {
         Ok(Ok(speaks_h2)) => speaks_h2,
         Ok(Err(error)) => {
             debug!(error = %error, "caller left before its first request");
@@ -179,9 +183,10 @@ pub(crate) async fn serve<D: Dial>(worker: Rc<D>, stream: TcpStream, route: Rout
     }
 }
 
-/// Tells whether a connection speaks HTTP/2, without taking its bytes.
-async fn begins_with_preface(stream: &TcpStream) -> std::io::Result<bool> {
+/// Tells whether a connection speaks HTTP/2, without taking its bytes; once one has come, within `limit`.
+async fn begins_with_preface(stream: &TcpStream, limit: Duration) -> std::io::Result<bool> {
     let mut start = [0; PREFACE.len()];
+    let (mut until, mut pause) = (None, PEEK_PAUSE_MIN);
     loop {
         let count = stream.peek(&mut start).await?;
         let seen = start.get(..count).unwrap_or_default();
@@ -189,7 +194,12 @@ async fn begins_with_preface(stream: &TcpStream) -> std::io::Result<bool> {
             return Ok(count == PREFACE.len() && seen == PREFACE);
         }
         // Only a caller that sends its first three bytes one by one comes here.
-        tokio::time::sleep(Duration::from_millis(1)).await;
+        let now = crate::clock::now();
+        if now >= *until.get_or_insert(now + limit) {
+            return Err(std::io::ErrorKind::TimedOut.into());
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(PEEK_PAUSE_MAX);
     }
 }
 
@@ -423,6 +433,11 @@ pub(super) fn respond<D: Dial>(
     let Answer { head, mut recv, mut inbox, send, limit, lease, unsent } = answer;
     let ResponseHead { payload, status, headers } = head;
     let switches = status == StatusCode::SWITCHING_PROTOCOLS;
+    // To an extended CONNECT any 2xx says that the handshake was accepted (RFC 8441 §5).
+    if status.is_success() && upgraded.as_ref().is_some_and(|upgraded| upgraded.version >= Version::HTTP_2) {
+        let text = format!("the application answered {status} to a WebSocket's handshake, without switching to it");
+        return refuse(exchange, Refusal::reset(text), false);
+    }
     let body = match (payload, send.zip(upgraded)) {
         (Payload::Upgrade, Some((send, upgraded))) if switches => {
             exchange.finish(Flag::None);

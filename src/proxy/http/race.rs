@@ -7,19 +7,21 @@
 //!
 //! Invariants: a copy goes out only of a request whose method allows it and whose body is held whole, with nothing answered
 //! yet, to an instance of the same target that was not asked; each is taken out of the budget of retries and counts among
-//! the retries under way, and is the first that a limit refuses; once a try failed no other copy follows, what comes then
-//! is a retry. A retry is not hedged.
+//! the retries under way, and is the first that a limit refuses; one that is never sent gives both back; once a try failed no
+//! other copy follows, what comes then is a retry. A retry is not hedged. An answer of 429 or 5xx is put aside as long as
+//! another try may do better.
 //! Not here: which requests, and after how long (`traffic::hedge`), one try (`routed`).
 
 use std::rc::Rc;
 
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
+use http::StatusCode;
 
 use super::attempt::Upload;
 use super::metrics::Flag;
-use super::outbound::Call;
-use super::routed::{Leave, Outcome, Plan, Try, attempt_once, may_replay};
+use super::outbound::{Answer, Call};
+use super::routed::{Leave, Outcome, Plan, Try, attempt_once, end_call, may_replay};
 use super::{Dial, HttpState};
 use crate::clock;
 use crate::proxy::Tried;
@@ -75,13 +77,14 @@ pub(super) async fn race<D: Dial>(
         |one: Rc<Try>, to| Box::pin(async move { (attempt_once(worker, call, plan, (to, pending), &one).await, one) });
     let mut under_way = FuturesUnordered::new();
     under_way.push(start(Rc::clone(&first), &*plan.leg.to));
-    let mut race = Race { plan, hedge, first, copies: Vec::new(), leaves: Vec::new(), failed: None, may_send: true };
+    let mut race = Race { plan, hedge, first, copies: Vec::new(), granted: Vec::new(), failed: None, may_send: true };
     let mut due = wait.map(|wait| Box::pin(tokio::time::sleep(wait)));
     loop {
         tokio::select! {
             biased;
             Some((outcome, by)) = under_way.next() => {
-                if matches!(outcome, Outcome::Answered(_)) {
+                let may_wait = !under_way.is_empty() && (pending.is_none() || race.all_sent());
+                if matches!(&outcome, Outcome::Answered(answer) if !(may_wait && is_poor(answer))) {
                     race.settle(state, &by, begun);
                     return Ended { is_copy: race.is_copy(&by), tried: Tried::new(), outcome, by };
                 }
@@ -108,14 +111,29 @@ struct Race<'r> {
     hedge: &'r Hedge,
     first: Rc<Try>,
     copies: Vec<Rc<Try>>,
-    /// Held as long as there are copies: they count as retries under way.
-    leaves: Vec<routing::Retry>,
+    /// What the copies took.
+    granted: Vec<Granted>,
     /// The most telling of the failures.
     failed: Option<(Outcome, Rc<Try>)>,
     may_send: bool,
 }
 
+/// What a copy took: given back if it is never sent.
+struct Granted {
+    copy: Rc<Try>,
+    /// Held as long as there are copies: they count as retries under way.
+    _leave: Option<routing::Retry>,
+    /// When the budget granted it.
+    at: tokio::time::Instant,
+}
+
 impl Race<'_> {
+    /// Whether all that go on have taken what they send: an answer lets go of the body.
+    fn all_sent(&self) -> bool {
+        let mut all = std::iter::once(&self.first).chain(&self.copies);
+        all.all(|one| one.is_over() || one.last.borrow().is_some())
+    }
+
     fn is_copy(&self, one: &Rc<Try>) -> bool {
         !Rc::ptr_eq(one, &self.first)
     }
@@ -144,24 +162,27 @@ impl Race<'_> {
             return None;
         }
         let destination = &self.plan.leg.to.target.service;
-        if !state.budget(destination, |budget| budget.withdraw(clock::now())) {
+        let at = clock::now();
+        if !state.budget(destination, |budget| budget.withdraw(at)) {
             self.count(state, "budget");
             return None;
         }
-        if let Leave::Held(leave) = leave {
-            self.leaves.push(leave);
-        }
         let copy = Try::after(self.tried().of(Priority::Spare));
+        let leave = if let Leave::Held(leave) = leave { Some(leave) } else { None };
+        self.granted.push(Granted { copy: Rc::clone(&copy), _leave: leave, at });
         self.copies.push(Rc::clone(&copy));
         self.may_send = u32::try_from(self.copies.len()).is_ok_and(|copies| copies + 1 < self.hedge.requests);
         Some(copy)
     }
 
     /// Notes a try that failed.
-    fn lose(&mut self, state: &HttpState, outcome: Outcome, by: Rc<Try>) {
+    fn lose(&mut self, state: &HttpState, mut outcome: Outcome, by: Rc<Try>) {
         self.may_send = false;
         if self.is_copy(&by) {
-            let is_refused = matches!(&outcome, Outcome::Final(refusal) if refusal.flag == Flag::Overflow);
+            let is_refused = matches!(
+                &outcome,
+                Outcome::Final(refusal) | Outcome::Unreached(refusal) if refusal.flag == Flag::Overflow
+            );
             let is_alone = matches!(outcome, Outcome::NoneLeft(_));
             self.count(
                 state,
@@ -175,12 +196,28 @@ impl Race<'_> {
             );
             // It was not sent: that says nothing of the request, and the first try goes on.
             if is_refused || is_alone {
+                self.give_back(state, &by);
                 return;
             }
         }
-        if self.failed.as_ref().is_none_or(|(worst, _)| tells(&outcome) > tells(worst)) {
+        if let Outcome::Answered(answer) = &mut outcome {
+            end_call(Some(answer.as_mut()));
+        }
+        // With the request's time over, the body of an answer that was put aside would be cut off.
+        let is_late = self.plan.deadline.is_some()
+            && matches!(&outcome, Outcome::Final(refusal) if refusal.flag == Flag::Timeout);
+        let outdoes =
+            |worst: &Outcome| tells(&outcome) > tells(worst) || (is_late && matches!(worst, Outcome::Answered(_)));
+        if self.failed.as_ref().is_none_or(|(worst, _)| outdoes(worst)) {
             self.failed = Some((outcome, by));
         }
+    }
+
+    /// Gives back what a copy took that was never sent.
+    fn give_back(&mut self, state: &HttpState, copy: &Rc<Try>) {
+        let Some(at) = self.granted.iter().position(|granted| Rc::ptr_eq(&granted.copy, copy)) else { return };
+        let granted = self.granted.swap_remove(at);
+        state.budget(&self.plan.leg.to.target.service, |budget| budget.give_back(granted.at));
     }
 
     /// Notes what the others took until they were given up.
@@ -201,11 +238,16 @@ impl Race<'_> {
     }
 }
 
-/// How much a failure says: what an app answered most of all.
+/// Whether another answer may be a better one: the app had too much to do, or failed.
+fn is_poor(answer: &Answer) -> bool {
+    answer.head.status == StatusCode::TOO_MANY_REQUESTS || answer.head.status.is_server_error()
+}
+
+/// How much a failure says: what an app answered most of all, and there what is tried again.
 fn tells(outcome: &Outcome) -> u8 {
     match outcome {
-        Outcome::Answered(_) => 5,
-        Outcome::Poor(_) => 4,
+        Outcome::Poor(_) => 5,
+        Outcome::Answered(_) => 4,
         Outcome::Silent(..) => 3,
         Outcome::Final(_) => 2,
         Outcome::Unreached(_) => 1,

@@ -65,7 +65,7 @@ pub(super) struct Plan<'c> {
     pub(super) leg: &'c Leg,
     source: &'c Source,
     /// When all must be over, and of what length that time was.
-    deadline: Option<(Instant, Duration)>,
+    pub(super) deadline: Option<(Instant, Duration)>,
     grpc: bool,
 }
 
@@ -445,7 +445,7 @@ async fn pause(wait: Duration) {
 }
 
 /// The call of an answer that is kept is over: what is kept of it holds the tunnel alone.
-fn end_call(kept: Option<&mut Answer>) {
+pub(super) fn end_call(kept: Option<&mut Answer>) {
     if let Some(answer) = kept {
         answer.lease = answer.lease.clone();
     }
@@ -532,6 +532,9 @@ async fn try_instance<D: Dial>(
         Ok(opened) => opened,
         Err(OpenError::Unreachable { node, reason }) => {
             return Outcome::Unreached(attempt::unreachable(destination, &format!("node {node}: {reason}")));
+        }
+        Err(error @ OpenError::Full { .. }) => {
+            return Outcome::Unreached(attempt::open_refusal(destination, error));
         }
         Err(error @ OpenError::NoInstance { .. }) => return Outcome::NoneLeft(no_instance(resolved, error)),
         Err(error @ OpenError::Overflow(_)) => return Outcome::Final(attempt::open_refusal(destination, error)),

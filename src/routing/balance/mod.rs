@@ -588,7 +588,7 @@ fn place<'a>(
         algorithm: algorithm(group.balance.algorithm, ask.flow),
         now: ask.now,
     };
-    choice.place().map(|place| (place, false)).ok_or_else(|| why_none(group, ask.service, &limits))
+    choice.place().map(|place| (place, false)).ok_or_else(|| why_none(group, ask.service, &limits, tried.priority))
 }
 
 /// Finds an ejected instance whose time is over, and notes when the next one's is.
@@ -607,7 +607,7 @@ fn due<'a>(group: &'a Group, now: Instant, tried: &Tried) -> Option<&'a Place> {
     found
 }
 
-fn why_none(group: &Group, service: &ServiceEntry, limits: &Limits) -> NoInstance {
+fn why_none(group: &Group, service: &ServiceEntry, limits: &Limits, priority: Priority) -> NoInstance {
     if service.instances.is_empty() {
         return NoInstance::Empty { service: service.name.clone() };
     }
@@ -618,7 +618,9 @@ fn why_none(group: &Group, service: &ServiceEntry, limits: &Limits) -> NoInstanc
     if fit > 0 {
         let in_tiers = || group.tiers.iter().flat_map(|tier| (0..tier.len()).filter_map(move |slot| tier.at(slot)));
         let has_room = |at: usize| group.places.get(at).is_some_and(|place| !is_full(place, limits, Priority::High));
-        let what = if in_tiers().any(has_room) { Limited::Priority } else { Limited::Instances };
+        // Who waits does so also for room that is kept for what matters more: calls that end make room for both.
+        let is_outranked = !priority.waits() && in_tiers().any(has_room);
+        let what = if is_outranked { Limited::Priority } else { Limited::Instances };
         return NoInstance::Overflow { service: service.name.clone(), what };
     }
     let critical = || service.instances.iter().filter(|instance| instance.status == HealthStatus::Critical);

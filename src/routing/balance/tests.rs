@@ -622,6 +622,7 @@ fn who_waits_is_called_when_a_call_ends_the_most_urgent_first_and_nobody_passes_
     let first = bench.try_pick(&high).unwrap();
     // Half of two is left: what says nothing has a part of it, and what may be left out has none.
     refuses(&mut bench, Priority::Sheddable, Limited::Priority);
+    refuses(&mut bench, Priority::Normal, Limited::Instances);
     let second = bench.try_pick(&high).unwrap();
     refuses(&mut bench, Priority::High, Limited::Instances);
     assert!(bench.enter(&of(Priority::Low)).is_err(), "what may be refused does not wait");

@@ -70,6 +70,24 @@ fn the_first_answer_wins_also_if_it_is_the_first_one_s() {
 }
 
 #[test]
+fn an_error_that_comes_first_waits_for_the_other_and_is_passed_on_if_that_is_no_better() {
+    run(async {
+        let hedge = json!({"Hedge": {"Delay": "50ms"}});
+        let setup = balanced(&[&[LATE], &[UNAVAILABLE]], &hedge, &json!({})).await;
+        let answer = ask(setup.port, "GET /x HTTP/1.1").await;
+        assert!(answer.ends_with("first"), "{answer}");
+        counts(&setup.worker, &hedged("failed"), 1);
+        let setup = balanced(&[&[LATE_BAD], &[UNAVAILABLE]], &hedge, &json!({})).await;
+        let answer = ask(setup.port, "GET /x HTTP/1.1").await;
+        assert!(answer.starts_with("HTTP/1.1 503"), "{answer}");
+        let timed = json!({"RequestTimeout": "400ms", "Hedge": {"Delay": "50ms"}});
+        let setup = balanced(&[&[HANG], &[UNAVAILABLE]], &timed, &json!({})).await;
+        let answer = ask(setup.port, "GET /x HTTP/1.1").await;
+        assert!(answer.starts_with("HTTP/1.1 504"), "{answer}");
+    });
+}
+
+#[test]
 fn only_what_may_be_repeated_is_sent_twice_and_writes_only_where_it_is_said() {
     run(async {
         let plain = json!({"RequestTimeout": "400ms", "Hedge": {"Delay": "50ms"}});
