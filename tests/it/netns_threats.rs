@@ -457,7 +457,7 @@ fn scenario_15_a_clock_that_is_off_by_seconds_is_measured_from_the_peers_and_rep
         }
     };
     // The one that is off finds the others behind it and says so; the others find one clock far off, and none of theirs. Three
-    // comparisons come at the join, and one of them may fail; the next ones come 30 s apart.
+    // comparisons come at the join, the next ones 30 s apart. One run, on a busy machine, had measured two of three after 30 s; why is not known.
     let rounds = Duration::from_secs(100);
     let (skew, _) = until_within(rounds, "the skewed node has measured all", || clock(&off));
     assert!((-27.0..-23.0).contains(&skew), "{skew}");
