@@ -411,6 +411,7 @@ pub(super) fn node_entry(number: u8, status: MemberStatus) -> Arc<NodeEntry> {
         status,
         generation: Generation { number: 1, nonce: 1 },
         checks: Vec::new(),
+        external: None,
         create_index: 1000,
         modify_index: 1001,
     })
@@ -506,5 +507,6 @@ fn local_state() -> LocalState {
     LocalState {
         services: BTreeMap::from([(record.id, Arc::new(service))]),
         checks: BTreeMap::from([(check.id, Arc::new(local_check))]),
+        externals: BTreeMap::new(),
     }
 }

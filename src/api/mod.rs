@@ -24,6 +24,7 @@ mod definition;
 mod documents;
 mod entry;
 mod event;
+mod external;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
 mod guard;
@@ -57,6 +58,8 @@ mod write;
 mod coming;
 #[cfg(test)]
 mod doors_tests;
+#[cfg(test)]
+mod external_tests;
 #[cfg(test)]
 mod fake;
 #[cfg(test)]

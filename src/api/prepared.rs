@@ -232,9 +232,14 @@ fn pick(
     datacenter: &str,
     is_connect: bool,
 ) -> Vec<Arc<Instance>> {
-    let held = snapshot.services.get(service).into_iter().flat_map(|service| service.instances.iter());
-    let taken = held.filter(|instance| instance.node.info.datacenter == datacenter && takes(query, instance));
-    if is_connect { taken.filter_map(|owner| catalog::proxy(owner)).collect() } else { taken.cloned().collect() }
+    let taken = |instance: &Arc<Instance>| instance.node.info.datacenter == datacenter && takes(query, instance);
+    if is_connect {
+        let held = snapshot.services.get(service).into_iter().flat_map(|service| service.instances.iter());
+        return held.filter(|owner| taken(owner)).filter_map(|owner| catalog::proxy(owner)).collect();
+    }
+    let mut held = snapshot.listed(service);
+    held.retain(taken);
+    held
 }
 
 fn takes(query: &ServiceQuery, instance: &Instance) -> bool {

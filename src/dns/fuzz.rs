@@ -91,6 +91,7 @@ pub(super) fn mesh() -> Snapshot {
             status: MemberStatus::Alive,
             generation: Generation::default(),
             checks: Vec::new(),
+            external: None,
             create_index: 1,
             modify_index: 1,
         })

@@ -300,6 +300,7 @@ async fn an_alias_of_another_node_follows_the_catalogue() {
             status: member,
             generation: crate::model::Generation::default(),
             checks: Vec::new(),
+            external: None,
             create_index: 1,
             modify_index: 1,
         });
