@@ -38,6 +38,11 @@ pub struct Externals {
 }
 
 impl Externals {
+    /// Tells whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.nodes.is_empty()
+    }
+
     /// Returns the nodes, in order of name.
     pub fn nodes(&self) -> impl Iterator<Item = &Arc<NodeEntry>> {
         self.nodes.values()
@@ -87,6 +92,16 @@ impl Externals {
 /// What sorts before every node's name that is written with letters and digits alone.
 fn first_name() -> NodeName {
     "0".parse().expect("a digit is a name")
+}
+
+#[cfg(test)]
+impl Externals {
+    /// What follows these at `index` if `agent`, which is `status`, has written `records` in `dc1`, and nobody else anything.
+    pub(crate) fn after(&self, agent: &str, status: MemberStatus, records: &[ExternalRecord], index: u64) -> Self {
+        let records = records.iter().cloned().map(Arc::new).collect();
+        let written = Written { records, status, generation: Generation::default(), datacenter: "dc1".to_owned() };
+        derive(self, &BTreeMap::from([(agent.parse().unwrap(), written)]), |_| false, index)
+    }
 }
 
 /// What one agent wrote, and what the membership says of the agent.

@@ -87,6 +87,14 @@ impl Snapshot {
         mesh.chain(self.externals.instances())
     }
 
+    /// Says why the data plane knows no service of this name.
+    pub fn why_unknown(&self, service: &str) -> String {
+        if self.externals.services().contains_key(service) {
+            return format!("service `{service}` is registered on nodes without an agent alone: the mesh does not call those");
+        }
+        format!("no service `{service}` is registered in the mesh")
+    }
+
     /// Finds the node of this name, in the mesh or else without an agent.
     pub fn listed_node(&self, name: &NodeName) -> Option<&Arc<NodeEntry>> {
         let mesh = self.nodes.get(name).filter(|node| node.status != MemberStatus::Left);

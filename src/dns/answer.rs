@@ -18,7 +18,7 @@ use rand::seq::SliceRandom as _;
 use super::message::{Answers, Request};
 use super::name::{self, Asked, Lookup, ServiceName};
 use super::near::Trips;
-use super::zone::{Pointer, Zone, own_address};
+use super::zone::{Pointer, Zone};
 use super::{DnsConfig, DomainName};
 use crate::catalogue::virtual_ip::is_virtual;
 use crate::catalogue::{Instance, NodeEntry};
@@ -222,14 +222,14 @@ impl<'a, R: Rng> Task<'a, R> {
             Asked::Apex => self.apex(),
             Asked::NameServer => Outcome::of(self.local_address(), self.config().node_ttl_s),
             Asked::Service(service) => self.service(service),
-            Asked::Located(service) => match self.instances(service) {
+            Asked::Located(service) => match self.instances(service, Reached::Directly) {
                 Some(instances) if matches!(self.kind(), RecordType::SRV | RecordType::ANY) => {
                     self.srv(service.name, &instances, Reached::Directly)
                 }
                 Some(_) => Outcome::empty(),
                 None => Outcome::Nothing,
             },
-            Asked::Connect(service) => match self.instances(service) {
+            Asked::Connect(service) => match self.instances(service, Reached::ByMesh) {
                 Some(instances) if self.kind() == RecordType::SRV => {
                     self.srv(service.name, &instances, Reached::ByMesh)
                 }
@@ -279,9 +279,10 @@ impl<'a, R: Rng> Task<'a, R> {
     }
 
     /// Returns the instances that `service` means, shuffled or nearest first; none if not one of them is healthy.
-    fn instances(&mut self, service: ServiceName<'_>) -> Option<Vec<&'a Instance>> {
+    fn instances(&mut self, service: ServiceName<'_>, reached: Reached) -> Option<Vec<&'a Instance>> {
         let zone = self.zone;
-        let entry = zone.service(service.name)?;
+        let external = || zone.external_service(service.name).filter(|_| reached == Reached::Directly);
+        let entries = zone.service(service.name).into_iter().chain(external());
         let datacenter = service.datacenter.unwrap_or(&self.responder.datacenter);
         let only_passing = self.config().only_passing;
         let is_healthy = |instance: &&Instance| match instance.status {
@@ -292,7 +293,7 @@ impl<'a, R: Rng> Task<'a, R> {
         let has_tag = |instance: &&Instance| {
             service.tag.is_none_or(|tag| instance.record.tags.iter().any(|own| own.eq_ignore_ascii_case(tag)))
         };
-        let all = entry.instances.iter().map(AsRef::as_ref);
+        let all = entries.flat_map(|entry| entry.instances.iter().map(AsRef::as_ref));
         let mut found: Vec<&Instance> = all
             .filter(is_healthy)
             .filter(|instance| instance.node.info.datacenter == datacenter)
@@ -307,7 +308,7 @@ impl<'a, R: Rng> Task<'a, R> {
     }
 
     fn service(&mut self, service: ServiceName<'_>) -> Outcome {
-        let Some(instances) = self.instances(service) else { return Outcome::Nothing };
+        let Some(instances) = self.instances(service, Reached::Directly) else { return Outcome::Nothing };
         match self.kind() {
             RecordType::SRV => self.srv(service.name, &instances, Reached::Directly),
             _ => self.addresses(service.name, &instances, Reached::Directly),
@@ -405,7 +406,12 @@ impl<'a, R: Rng> Task<'a, R> {
         let Some(node) = self.zone.node(name).filter(|node| node.info.datacenter == wanted) else {
             return if self.zone.is_above_a_node(name) { Outcome::empty() } else { Outcome::Nothing };
         };
-        let mut records: Vec<RData> = self.if_wanted(node.info.mesh_addr.ip()).into_iter().collect();
+        let mut records: Vec<RData> = node.ip().and_then(|ip| self.if_wanted(ip)).into_iter().collect();
+        let wants_address = matches!(self.kind(), RecordType::A | RecordType::AAAA | RecordType::CNAME | RecordType::ANY);
+        if node.ip().is_none() && wants_address {
+            let alias = host_name(&node.address()).map(|name| RData::CNAME(CNAME(name)));
+            return Outcome::of(alias, self.config().node_ttl_s);
+        }
         if matches!(self.kind(), RecordType::TXT | RecordType::ANY) {
             records.extend(node.info.meta.iter().map(|(key, value)| text(key, value)));
         }
@@ -443,18 +449,22 @@ enum Place {
 }
 
 fn place(instance: &Instance, reached: Reached) -> Place {
-    let address = &*instance.record.address;
-    if reached == Reached::ByMesh || address.is_empty() {
-        return Place::Node(instance.node.info.mesh_addr.ip());
+    let (address, node) = (&*instance.record.address, &instance.node);
+    if reached == Reached::ByMesh || (address.is_empty() && node.external.is_none()) {
+        return Place::Node(node.info.mesh_addr.ip());
     }
-    if let Some(ip) = own_address(instance) {
+    // Several agents may write one name of a node without an agent: its address says which is meant.
+    let given = if address.is_empty() { node.address() } else { address.into() };
+    if let Ok(ip) = given.parse() {
         return Place::Own(ip);
     }
-    let name = Name::from_ascii(address).map(|mut name| {
-        name.set_fqdn(true);
-        name
-    });
-    name.map_or(Place::Nowhere, Place::Named)
+    host_name(&given).map_or(Place::Nowhere, Place::Named)
+}
+
+fn host_name(text: &str) -> Option<Name> {
+    let mut name = Name::from_ascii(text).ok()?;
+    name.set_fqdn(true);
+    Some(name)
 }
 
 /// An address beside an answer, so that the asker need not ask for it.

@@ -14,8 +14,10 @@ use super::message::{Decoded, Recursion, Via, decode, encode, encode_found};
 use super::near::Trips;
 use super::zone::{Zone, ZoneCell};
 use super::{DnsConfig, DomainName};
-use crate::catalogue::{Publisher, Snapshot};
-use crate::model::{HealthStatus, MemberStatus};
+use crate::catalogue::{Externals, Publisher, Snapshot};
+use crate::model::{
+    CheckRecord, ExternalRecord, HealthStatus, MemberStatus, Protocol, ServiceRecord, TextMap, Weights,
+};
 
 /// How a question is asked.
 #[derive(Clone, Copy)]
@@ -191,6 +193,66 @@ fn nodes_have_an_address_and_their_meta() {
     let server = Server::with(|_| {}, snapshot);
     server.check("n2.node.weft.", RecordType::A, &nothing(SOA));
     assert!(server.wire("2.0.0.10.in-addr.arpa.", RecordType::PTR, LOCAL).is_none());
+}
+
+#[test]
+fn nodes_without_an_agent_are_found_like_others_and_never_by_the_mesh() {
+    let mut snapshot = mesh();
+    let record = |node: &str, address: &str, own: &str, status: HealthStatus| ExternalRecord {
+        name: node.parse().unwrap(),
+        id: Box::default(),
+        address: address.into(),
+        tagged_addresses: TextMap::default(),
+        meta: [("rack", "z1".into())].into_iter().collect(),
+        services: [Arc::new(ServiceRecord {
+            id: "db-1".parse().unwrap(),
+            name: "db".parse().unwrap(),
+            kind: Box::default(),
+            tags: ["primary".into()].into(),
+            meta: TextMap::default(),
+            address: own.into(),
+            port: 5432,
+            tagged_addresses: TextMap::default(),
+            weights: Weights::default(),
+            protocol: Protocol::Tcp,
+            enable_tag_override: false,
+        })]
+        .into(),
+        checks: [Arc::new(CheckRecord {
+            id: "c".parse().unwrap(),
+            name: Box::default(),
+            status,
+            notes: Box::default(),
+            service: Some("db-1".parse().unwrap()),
+            kind: Box::default(),
+        })]
+        .into(),
+    };
+    let passing = HealthStatus::Passing;
+    let records = [
+        record("Db-Host", "192.0.2.77", "", passing),
+        record("saas", "db.example.org", "", passing),
+        record("sick-host", "192.0.2.78", "", HealthStatus::Critical),
+        record("z-own", "192.0.2.79", "192.0.2.80", passing),
+    ];
+    snapshot.externals = Arc::new(Externals::default().after("n1", MemberStatus::Alive, &records, 5));
+    let server = Server::with(|_| {}, snapshot);
+    let a = RecordType::A;
+    server.check("db.service.weft.", a, "NOERROR: db.service.weft. A 192.0.2.77, db.service.weft. A 192.0.2.80");
+    server.check("primary.db.service.weft.", RecordType::AAAA, &no_data());
+    let srv = "NOERROR: db.service.weft. SRV 1 1 5432 c000024d.addr.dc1.weft., db.service.weft. SRV 1 1 5432 c0000250.addr.dc1.weft., \
+               db.service.weft. SRV 1 1 5432 db.example.org. |  | c000024d.addr.dc1.weft. A 192.0.2.77, c0000250.addr.dc1.weft. A 192.0.2.80";
+    server.check("db.service.weft.", RecordType::SRV, srv);
+    server.check("db-host.node.weft.", a, "NOERROR: db-host.node.weft. A 192.0.2.77");
+    server.check("db-host.node.weft.", RecordType::TXT, "NOERROR: db-host.node.weft. TXT rack=z1");
+    server.check("saas.node.dc1.weft.", a, "NOERROR: saas.node.dc1.weft. CNAME db.example.org.");
+    server.check("78.2.0.192.in-addr.arpa.", RecordType::PTR, "NOERROR: 78.2.0.192.in-addr.arpa. PTR sick-host.node.dc1.weft.");
+    for absent in ["db.connect.weft.", "db.virtual.weft.", "db.service.dc2.weft.", "other.node.weft."] {
+        server.check(absent, a, &nothing(SOA));
+    }
+    let mut snapshot = mesh();
+    snapshot.externals = Arc::new(Externals::default().after("n1", MemberStatus::Failed, &records, 5));
+    Server::with(|_| {}, snapshot).check("db.service.weft.", a, &nothing(SOA));
 }
 
 #[test]

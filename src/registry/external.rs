@@ -83,7 +83,7 @@ impl ExternalNode {
     ///
     /// # Errors
     /// [`RegistryError::OutOfScope`]; `Invalid` for a node that is not there, or a check of a service that is not.
-    pub(super) fn written(
+    pub(crate) fn written(
         held: Option<&Self>,
         write: ExternalWrite,
         scope: &ServeScope,
