@@ -39,7 +39,6 @@ mod meter;
 mod monitor;
 mod near;
 mod prepared;
-mod prepared_definition;
 mod query;
 mod records;
 mod routes;

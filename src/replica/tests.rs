@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 
 use super::*;
-use crate::model::{CheckRecord, HealthStatus, NodeInfo, Protocol, ServeScope, ServiceRecord, TextMap, Weights};
+use crate::model::{
+    CheckRecord, ExternalRecord, HealthStatus, NodeInfo, Protocol, ServeScope, ServiceRecord, TextMap, Weights,
+};
 use crate::wire;
 
 const NOW: UnixSeconds = UnixSeconds(1_700_000_000);
