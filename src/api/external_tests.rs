@@ -62,7 +62,9 @@ async fn names_of_the_mesh_and_of_other_agents_are_refused_with_what_to_do() {
     let bench = Bench::new();
     show(&bench, "n2", MemberStatus::Alive, &[record("h2")]);
     // n1 is this agent, n2 alive, n3 failed; h2 is written at n2.
-    for (name, want) in [("n1", "node of the mesh"), ("n2", "node of the mesh"), ("n3", "node of the mesh"), ("h2", "agent of n2")] {
+    for (name, want) in
+        [("n1", "node of the mesh"), ("n2", "node of the mesh"), ("n3", "node of the mesh"), ("h2", "agent of n2")]
+    {
         for verb in ["register", "deregister"] {
             let text = if verb == "register" { body(name) } else { json!({"Node": name}) };
             let refused = bench.put(&format!("/v1/catalog/{verb}"), &text.to_string()).await;
@@ -79,7 +81,10 @@ async fn names_of_the_mesh_and_of_other_agents_are_refused_with_what_to_do() {
     let refused = bench.put("/v1/catalog/register", &other.to_string()).await;
     assert_eq!((refused.status, refused.text.as_str()), (StatusCode::INTERNAL_SERVER_ERROR, "No path to datacenter"));
     let refused = bench.put("/v1/catalog/register", r#"{"Node": "h1", "Address": "192.0.2.1", "Colour": 1}"#).await;
-    assert_eq!((refused.status, refused.text.as_str()), (StatusCode::BAD_REQUEST, "Request decode failed: unknown field `Colour`"));
+    assert_eq!(
+        (refused.status, refused.text.as_str()),
+        (StatusCode::BAD_REQUEST, "Request decode failed: unknown field `Colour`")
+    );
 }
 
 #[tokio::test]
@@ -112,7 +117,8 @@ async fn every_list_of_discovery_shows_them_and_no_list_of_the_mesh() {
     assert_eq!(of_node["Services"]["db-1"]["Service"], "db");
     assert_eq!(bench.get("/v1/catalog/node-services/h1").await.json()["Services"].as_array().unwrap().len(), 1);
     let health = bench.get("/v1/health/service/db").await.json();
-    let checks: Vec<&str> = health[0]["Checks"].as_array().unwrap().iter().map(|c| c["CheckID"].as_str().unwrap()).collect();
+    let checks: Vec<&str> =
+        health[0]["Checks"].as_array().unwrap().iter().map(|c| c["CheckID"].as_str().unwrap()).collect();
     assert_eq!(checks, ["serfHealth", "up", "db"]);
     assert_eq!(bench.get("/v1/health/service/db?passing").await.json(), json!([]), "its node warns");
     let warning = bench.get("/v1/health/state/warning").await.json();
@@ -131,7 +137,8 @@ async fn every_list_of_discovery_shows_them_and_no_list_of_the_mesh() {
         assert_eq!(bench.get(path).await.json(), json!([]), "{path}");
     }
     let why = bench.get("/v1/mesh/why?source=web&destination=db").await.json();
-    let remedy = why["ToChange"].as_array().unwrap().iter().any(|one| one.as_str().unwrap().contains("without an agent"));
+    let remedy =
+        why["ToChange"].as_array().unwrap().iter().any(|one| one.as_str().unwrap().contains("without an agent"));
     assert!(remedy, "{why}");
 
     show(&bench, "n2", MemberStatus::Failed, &[record("h1")]);
@@ -148,7 +155,8 @@ async fn a_change_wakes_who_waits_for_it_and_nobody_else() {
     assert_eq!(seen, at);
     let nodes = bench.get("/v1/catalog/nodes").await.index();
     let waiting = bench.get(&format!("/v1/health/service/db?index={seen}&wait=60s"));
-    let others = bench.get(&format!("/v1/health/service/web?index={}&wait=50ms", bench.get("/v1/health/service/web").await.index()));
+    let others = bench
+        .get(&format!("/v1/health/service/web?index={}&wait=50ms", bench.get("/v1/health/service/web").await.index()));
     let change = async {
         let mut changed = record("h1");
         let mut service = crate::model::ServiceRecord::clone(&changed.services[0]);

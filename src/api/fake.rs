@@ -316,6 +316,12 @@ impl Bench {
         }
     }
 
+    /// GET; the body is not read.
+    pub(super) async fn open(&self, uri: &str) -> axum::response::Response {
+        let request = Request::builder().uri(uri).body(Body::empty()).unwrap();
+        TowerToHyperService::new(self.router.clone()).call(request).await.unwrap()
+    }
+
     pub(super) fn call(
         &self,
         method: Method,

@@ -63,9 +63,8 @@ pub(super) async fn checks(call: Call) -> Result<Reply, Refusal> {
     let trips = RoundTrips::wanted(&call, &options).await?;
     let local = call.shared.registry.state();
     let instances = catalog::instances(&call, &snapshot, &local, &options);
-    let checks = instances.iter().flat_map(|instance| {
-        instance_checks(instance, Told::of(&call.shared, &instance.node, &local))
-    });
+    let checks =
+        instances.iter().flat_map(|instance| instance_checks(instance, Told::of(&call.shared, &instance.node, &local)));
     answer(&call, checks.collect(), trips, index)
 }
 

@@ -29,6 +29,7 @@ mod external;
 pub(crate) mod fuzz;
 mod guard;
 mod health;
+mod held;
 mod host;
 mod index;
 mod intention;

@@ -274,9 +274,10 @@ impl<'a> Check<'a> {
             }
             (MemberStatus::Leaving | MemberStatus::Left, _) => (HealthStatus::Critical, "Agent has left or is leaving"),
             (MemberStatus::Failed, None) => (HealthStatus::Critical, "Agent not live or unreachable"),
-            (MemberStatus::Failed, Some(_)) => {
-                (HealthStatus::Critical, "No agent runs here; the agent where it was registered is not live or unreachable")
-            }
+            (MemberStatus::Failed, Some(_)) => (
+                HealthStatus::Critical,
+                "No agent runs here; the agent where it was registered is not live or unreachable",
+            ),
         };
         Self {
             node: node.info.name.as_str(),

@@ -157,10 +157,7 @@ pub(super) fn derive(
 }
 
 /// Tells whether both hold the same values in memory.
-fn same<'a, T: 'a>(
-    left: impl IntoIterator<Item = &'a Arc<T>>,
-    right: impl IntoIterator<Item = &'a Arc<T>>,
-) -> bool {
+fn same<'a, T: 'a>(left: impl IntoIterator<Item = &'a Arc<T>>, right: impl IntoIterator<Item = &'a Arc<T>>) -> bool {
     let mut right = right.into_iter();
     left.into_iter().all(|one| right.next().is_some_and(|other| Arc::ptr_eq(one, other))) && right.next().is_none()
 }
@@ -226,9 +223,7 @@ fn instances(before: &Externals, node: &Arc<NodeEntry>, record: &ExternalRecord,
             })
         });
         let is_same = |shown: &&Arc<Instance>| {
-            Arc::ptr_eq(&shown.node, node)
-                && shown.record == *service
-                && shown.checks.iter().eq(checks.iter().copied())
+            Arc::ptr_eq(&shown.node, node) && shown.record == *service && shown.checks.iter().eq(checks.iter().copied())
         };
         if let Some(shown) = shown.filter(is_same) {
             return Arc::clone(shown);
@@ -306,7 +301,8 @@ mod tests {
     fn what_changed_gets_the_index_and_all_else_keeps_its_place_in_memory() {
         let at = |db: HealthStatus| {
             let checks = [check("c", Some("db-1"), db)];
-            let records = [record("h1", "192.0.2.1", &["db", "cache"], &checks), record("h2", "x.example", &["db"], &[])];
+            let records =
+                [record("h1", "192.0.2.1", &["db", "cache"], &checks), record("h2", "x.example", &["db"], &[])];
             BTreeMap::from([(name("n1"), written(&records, MemberStatus::Alive))])
         };
         let first = derive(&Externals::default(), &at(HealthStatus::Passing), nobody, 5);
@@ -337,7 +333,8 @@ mod tests {
         };
         let is_mesh = |node: &NodeName| node.as_str().starts_with('n');
         let both = derive(&Externals::default(), &by_agents(MemberStatus::Alive), is_mesh, 1);
-        let addresses = |shown: &Externals| shown.instances().map(|i| i.node.address().into_owned()).collect::<Vec<_>>();
+        let addresses =
+            |shown: &Externals| shown.instances().map(|i| i.node.address().into_owned()).collect::<Vec<_>>();
         assert_eq!(addresses(&both), ["192.0.2.1", "192.0.2.2"], "n2 is a node of the mesh");
         let found = |shown: &Externals| shown.node(&name("h1")).unwrap().writer().cloned();
         assert_eq!(found(&both), Some(name("n1")));
@@ -367,7 +364,8 @@ mod tests {
         for at in 0..u64::try_from(GONE_MAX).unwrap() + 10 {
             let of = format!("s{at}");
             let records = [record("h1", "192.0.2.1", &[&of], &[])];
-            shown = derive(&shown, &BTreeMap::from([(name("n1"), written(&records, MemberStatus::Alive))]), nobody, at + 1);
+            shown =
+                derive(&shown, &BTreeMap::from([(name("n1"), written(&records, MemberStatus::Alive))]), nobody, at + 1);
         }
         assert_eq!(shown.gone.len(), GONE_MAX);
         assert_eq!(shown.service_index("s0"), 0);

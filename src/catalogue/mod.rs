@@ -90,7 +90,9 @@ impl Snapshot {
     /// Says why the data plane knows no service of this name.
     pub fn why_unknown(&self, service: &str) -> String {
         if self.externals.services().contains_key(service) {
-            return format!("service `{service}` is registered on nodes without an agent alone: the mesh does not call those");
+            return format!(
+                "service `{service}` is registered on nodes without an agent alone: the mesh does not call those"
+            );
         }
         format!("no service `{service}` is registered in the mesh")
     }

@@ -439,7 +439,8 @@ impl<'a, R: Rng> Task<'a, R> {
             return if self.zone.is_above_a_node(name) { Outcome::empty() } else { Outcome::Nothing };
         };
         let mut records: Vec<RData> = node.ip().and_then(|ip| self.if_wanted(ip)).into_iter().collect();
-        let wants_address = matches!(self.kind(), RecordType::A | RecordType::AAAA | RecordType::CNAME | RecordType::ANY);
+        let wants_address =
+            matches!(self.kind(), RecordType::A | RecordType::AAAA | RecordType::CNAME | RecordType::ANY);
         if node.ip().is_none() && wants_address {
             let alias = host_name(&node.address()).map(|name| RData::CNAME(CNAME(name)));
             return Outcome::of(alias, self.config().node_ttl_s);

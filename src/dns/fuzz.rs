@@ -74,7 +74,10 @@ fn queries() -> Book {
     };
     Book::of(&[
         query(1, r#"{"Name": "q", "Service": {"Service": "many"}}"#),
-        query(2, r#"{"Name": "t-", "Template": {"Type": "name_prefix_match", "Regexp": "^t-(.*)$"}, "Service": {"Service": "${match(1)}"}}"#),
+        query(
+            2,
+            r#"{"Name": "t-", "Template": {"Type": "name_prefix_match", "Regexp": "^t-(.*)$"}, "Service": {"Service": "${match(1)}"}}"#,
+        ),
     ])
 }
 

@@ -233,7 +233,10 @@ fn prepared_queries_are_executed_by_name_id_and_template() {
     server.check("_any-web._tcp.query.weft.", RecordType::SRV, &srv.replace("any-web.query", "_any-web._tcp.query"));
     server.check("only.query.weft.", RecordType::TXT, &no_data());
     let mesh = server.shown("mesh.query.weft.", RecordType::SRV);
-    assert!(mesh.contains("SRV 1 10 8301 n1.node.dc1.weft.") && mesh.contains("SRV 1 2 8301 n2.node.dc1.weft."), "{mesh}");
+    assert!(
+        mesh.contains("SRV 1 10 8301 n1.node.dc1.weft.") && mesh.contains("SRV 1 2 8301 n2.node.dc1.weft."),
+        "{mesh}"
+    );
     for absent in ["no.query.weft.", "geo-nobody.query.weft.", "any-web.query.dc9.weft.", "x.any-web.query.weft."] {
         server.check(absent, a, &nothing(SOA));
     }
@@ -305,7 +308,11 @@ fn nodes_without_an_agent_are_found_like_others_and_never_by_the_mesh() {
     server.check("db-host.node.weft.", a, "NOERROR: db-host.node.weft. A 192.0.2.77");
     server.check("db-host.node.weft.", RecordType::TXT, "NOERROR: db-host.node.weft. TXT rack=z1");
     server.check("saas.node.dc1.weft.", a, "NOERROR: saas.node.dc1.weft. CNAME db.example.org.");
-    server.check("78.2.0.192.in-addr.arpa.", RecordType::PTR, "NOERROR: 78.2.0.192.in-addr.arpa. PTR sick-host.node.dc1.weft.");
+    server.check(
+        "78.2.0.192.in-addr.arpa.",
+        RecordType::PTR,
+        "NOERROR: 78.2.0.192.in-addr.arpa. PTR sick-host.node.dc1.weft.",
+    );
     for absent in ["db.connect.weft.", "db.virtual.weft.", "db.service.dc2.weft.", "other.node.weft."] {
         server.check(absent, a, &nothing(SOA));
     }

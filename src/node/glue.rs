@@ -100,8 +100,8 @@ impl DocumentStore for DocumentFile {
 struct SharedFile(Store);
 
 impl SharedStore for SharedFile {
-    fn rows(&self) -> Result<Vec<(String, Vec<u8>)>, String> {
-        self.0.shared().map_err(|err| Chain(&err).to_string())
+    fn rows(&self, without: Option<&str>) -> Result<Vec<(String, Vec<u8>)>, String> {
+        self.0.shared(without).map_err(|err| Chain(&err).to_string())
     }
 
     fn write(&self, changes: &Changes) -> Result<(), String> {

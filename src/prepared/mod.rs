@@ -269,7 +269,12 @@ mod tests {
             raw(0, b"no json".to_vec()),
             raw(1, bad(&json!({"Name": "q", "Service": {"Service": ""}}))),
             raw(2, bad(&json!({"Name": "t", "Template": {"Type": "x"}, "Service": {"Service": "a"}}))),
-            raw(3, bad(&json!({"Name": "u", "Template": {"Type": "name_prefix_match", "Regexp": "("}, "Service": {"Service": "a"}}))),
+            raw(
+                3,
+                bad(
+                    &json!({"Name": "u", "Template": {"Type": "name_prefix_match", "Regexp": "("}, "Service": {"Service": "a"}}),
+                ),
+            ),
         ]);
         for name in ["q", "t", "tx", "u", "ux", "1", "2", "3", "4"] {
             assert_eq!(book.find(name), None, "{name}");

@@ -12,7 +12,9 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::RegistryError;
-use crate::model::{CheckId, CheckRecord, Entry, ExternalRecord, InstanceId, NodeName, ServeScope, ServiceRecord, TextMap};
+use crate::model::{
+    CheckId, CheckRecord, Entry, ExternalRecord, InstanceId, NodeName, ServeScope, ServiceRecord, TextMap,
+};
 use crate::wire;
 
 /// Most nodes without an agent that are written at one agent.
@@ -268,7 +270,10 @@ pub(crate) mod tests {
         let second = ExternalNode::written(Some(&first), more, &all()).unwrap();
         let services = |node: &ExternalNode| node.record.services.iter().map(|s| s.id.to_string()).collect::<Vec<_>>();
         let ids = |node: &ExternalNode| node.record.checks.iter().map(|c| c.id.to_string()).collect::<Vec<_>>();
-        assert_eq!((services(&second), ids(&second)), (vec!["cache".into(), "db".into()], vec!["c".into(), "up".into()]));
+        assert_eq!(
+            (services(&second), ids(&second)),
+            (vec!["cache".into(), "db".into()], vec!["c".into(), "up".into()])
+        );
         assert_eq!(&*second.record.address, "192.0.2.1");
         assert_eq!(second.notes["c"].output, "c says so");
 
@@ -315,7 +320,8 @@ pub(crate) mod tests {
         let large = are_bounded(&of(60, 500)).unwrap_err().to_string();
         assert!(large.contains(&format!("at most {EXTERNAL_BYTES_MAX}")), "{large}");
         let mut loud = ExternalNode::clone(&node(1, 1));
-        loud.notes.insert("c".parse().unwrap(), CheckNotes { output: "x".repeat(KEPT_BYTES_MAX), definition: String::new() });
+        loud.notes
+            .insert("c".parse().unwrap(), CheckNotes { output: "x".repeat(KEPT_BYTES_MAX), definition: String::new() });
         let loud = are_bounded(&BTreeMap::from([("h1".parse().unwrap(), Arc::new(loud))])).unwrap_err().to_string();
         assert!(loud.contains("output of its checks"), "{loud}");
     }

@@ -36,10 +36,10 @@ use crate::supervise::Tasks;
 
 pub use self::checks::CheckSettings;
 use self::checks::alias::{self, AliasTarget};
+pub use self::definition::{CheckDefinition, Probe, ServiceDefinition, Target, UpstreamDefinition};
 pub use self::external::{
     CheckNotes, EXTERNAL_BYTES_MAX, EXTERNAL_NODES_MAX, ExternalFacts, ExternalNode, ExternalPart, ExternalWrite,
 };
-pub use self::definition::{CheckDefinition, Probe, ServiceDefinition, Target, UpstreamDefinition};
 pub use self::rules::RECORDS_BYTES_MAX;
 use self::task::{Command, Order};
 

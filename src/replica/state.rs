@@ -151,8 +151,7 @@ impl Draft {
         let is_outside = |record: &ServiceRecord| !scope.covers(record.name.as_str());
         let refused: Vec<&Held<ServiceRecord>> =
             self.services.values().filter(|held| is_outside(&held.record)).collect();
-        let has_refused =
-            |held: &&Held<ExternalRecord>| held.record.services.iter().any(|service| is_outside(service));
+        let has_refused = |held: &&Held<ExternalRecord>| held.record.services.iter().any(|service| is_outside(service));
         let externals: Vec<&Held<ExternalRecord>> = self.externals.values().filter(has_refused).collect();
         if refused.is_empty() && externals.is_empty() {
             return Vec::new();
@@ -337,7 +336,9 @@ impl NodeState {
             Entry::Service(service) => find(&self.services, |record| record.id.cmp(&service.id)) == Some(service),
             Entry::Check(check) => find(&self.checks, |record| record.id.cmp(&check.id)) == Some(check),
             Entry::Ejections(ejections) => self.ejections.as_ref().map(|held| &held.record) == Some(ejections),
-            Entry::External(external) => find(&self.externals, |record| record.name.cmp(&external.name)) == Some(external),
+            Entry::External(external) => {
+                find(&self.externals, |record| record.name.cmp(&external.name)) == Some(external)
+            }
         }
     }
 

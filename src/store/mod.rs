@@ -432,12 +432,31 @@ impl Store {
         self.remove(DOCUMENTS, key)
     }
 
-    /// Returns the records that all agents share, in order of name.
+    /// Returns the records that all agents share, in order of name, but those whose name begins with `without`, whose pages
+    /// are not read.
     ///
     /// # Errors
     /// [`StoreError`] if the file fails.
-    pub fn shared(&self) -> Result<Vec<(String, Vec<u8>)>, StoreError> {
-        self.rows(SHARED)
+    pub fn shared(&self, without: Option<&str>) -> Result<Vec<(String, Vec<u8>)>, StoreError> {
+        let Some(without) = without else { return self.rows(SHARED) };
+        let read = |database: &Database| -> Result<Vec<(String, Vec<u8>)>, redb::Error> {
+            let table = database.begin_read()?.open_table(SHARED)?;
+            let mut rows = Vec::new();
+            for row in table.range(..without)? {
+                let (key, bytes) = row?;
+                rows.push((key.value().to_owned(), bytes.value().to_vec()));
+            }
+            // No text that begins so is above it with the greatest character behind it, and none that does not lies between.
+            let end = format!("{without}{}", char::MAX);
+            for row in table.range(end.as_str()..)? {
+                let (key, bytes) = row?;
+                if !key.value().starts_with(without) {
+                    rows.push((key.value().to_owned(), bytes.value().to_vec()));
+                }
+            }
+            Ok(rows)
+        };
+        self.with(read)
     }
 
     /// Puts records that all agents share in place, or removes them where there are no bytes, in one commit.

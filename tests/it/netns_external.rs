@@ -78,7 +78,12 @@ fn what_is_registered_at_one_agent_is_found_at_the_other_and_lives_with_its_agen
         assert_eq!(answer.status, status, "{}", answer.body);
         assert!(answer.body.contains(want), "{}", answer.body);
     };
-    refused(&n2, &json!({"Node": "x", "Address": "192.0.2.1", "Service": {"Service": "pay"}}), 403, "serve scope is `db`");
+    refused(
+        &n2,
+        &json!({"Node": "x", "Address": "192.0.2.1", "Service": {"Service": "pay"}}),
+        403,
+        "serve scope is `db`",
+    );
     refused(&n2, &json!({"Node": "n1", "Address": "192.0.2.1"}), 400, "node of the mesh");
     refused(&n1, &body, 400, "agent of n2");
     let why = n1.get("/v1/mesh/why?source=web&destination=db");

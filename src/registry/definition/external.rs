@@ -212,7 +212,8 @@ fn check_of(field: &Field<'_>, node: &NodeName) -> Result<(CheckRecord, CheckNot
     fields.refuse(&["exposedport"], "an exposed port")?;
     fields.refuse(&["peername"], "a peering")?;
     let definition = fields.take(&["definition"])?.filter(|field| !field.is_empty());
-    let definition = definition.map(|field| field.map().map(|map| Value::Object(map.clone()).to_string())).transpose()?;
+    let definition =
+        definition.map(|field| field.map().map(|map| Value::Object(map.clone()).to_string())).transpose()?;
     let definition = definition.unwrap_or_default();
     refuse_tenancy(&mut fields)?;
     without_indexes(fields)?;
@@ -285,7 +286,10 @@ mod tests {
         let ExternalWrite { node, facts, service, checks } = read.body;
         let (facts, service) = (facts.unwrap(), service.unwrap());
         assert_eq!((node.as_str(), facts.address.as_str()), ("t2.320", "192.168.10.10"));
-        assert_eq!((facts.tagged_addresses["wan"].as_str(), facts.meta["somekey"].as_str()), ("10.0.10.10", "somevalue"));
+        assert_eq!(
+            (facts.tagged_addresses["wan"].as_str(), facts.meta["somekey"].as_str()),
+            ("10.0.10.10", "somevalue")
+        );
         assert_eq!((service.id.as_str(), service.name.as_str(), service.port), ("redis1", "redis", 8000));
         let (check, notes) = &checks[0];
         assert_eq!((check.id.as_str(), check.status), ("service:redis1", HealthStatus::Passing));
@@ -329,7 +333,10 @@ mod tests {
         refused(json!({"Service": {"ID": "x"}}), "Missing service name");
         refused(json!({"Service": {"Service": "db", "Address": "0.0.0.0"}}), "Invalid service address");
         refused(json!({"Service": {"Service": "db", "Kind": "terminating-gateway"}}), "no agent runs");
-        refused(json!({"Service": {"Service": "db", "Connect": {"Native": true}}}), "a proxy on a node without an agent");
+        refused(
+            json!({"Service": {"Service": "db", "Connect": {"Native": true}}}),
+            "a proxy on a node without an agent",
+        );
         refused(json!({"Check": {"Status": "passing"}}), "Missing check name");
         refused(json!({"Check": {"Name": "c", "Status": "good"}}), "Status for checks");
         refused(json!({"Check": {"Name": "c", "Node": "h2"}}), "the request is about");

@@ -25,9 +25,9 @@ use super::checks::{Change, CheckState, Outcome, Report, Runners, Tools, unavail
 use super::metrics::RegistryMetrics;
 use super::rules::{self, Spread};
 use super::{
-    CheckDefinition, ConfigDefinitions, ExternalNode, ExternalPart, ExternalWrite, LocalCheck, LocalService, LocalState,
-    Probe, Publication, RegistryError, RegistryParams, RegistryStartError, ScopeSource, ScriptPolicy, ServiceDefinition,
-    external,
+    CheckDefinition, ConfigDefinitions, ExternalNode, ExternalPart, ExternalWrite, LocalCheck, LocalService,
+    LocalState, Probe, Publication, RegistryError, RegistryParams, RegistryStartError, ScopeSource, ScriptPolicy,
+    ServiceDefinition, external,
 };
 use crate::clock;
 use crate::model::{CheckId, HealthStatus, InstanceId, NodeName};
@@ -143,10 +143,9 @@ impl Task {
         commands: mpsc::Receiver<Command>,
     ) -> Result<Self, RegistryStartError> {
         let metrics = RegistryMetrics::new(&params.metrics).map_err(RegistryStartError::Metrics)?;
-        let loaded =
-            blocking(params.store.clone(), |store| {
-                Ok((store.services()?, store.checks()?, store.check_statuses()?, store.externals()?))
-            });
+        let loaded = blocking(params.store.clone(), |store| {
+            Ok((store.services()?, store.checks()?, store.check_statuses()?, store.externals()?))
+        });
         let (services, checks, statuses, externals) = loaded.await.map_err(RegistryStartError::Store)?;
         let settings = params.check_settings.clone();
         let tools = blocking_call(move || Tools::new(settings)).await.map_err(RegistryStartError::Checks)?;
