@@ -20,6 +20,7 @@ use super::builder::status_of;
 use super::{Instance, NodeEntry, Outside, ServiceEntry};
 use crate::model::{
     CheckRecord, ExternalRecord, Generation, InstanceId, MemberStatus, NodeInfo, NodeName, Protocol, ServiceName,
+    ServiceRecord,
 };
 
 /// Most services remembered after their last instance went: fewer than of the mesh's own, for they hardly ever go.
@@ -213,14 +214,13 @@ fn instances(before: &Externals, node: &Arc<NodeEntry>, record: &ExternalRecord,
     // What its agent signed says of itself what it likes: an id counts once.
     let mut seen = BTreeSet::new();
     let once = record.services.iter().filter(|service| seen.insert(&service.id));
-    let make = |service: &Arc<crate::model::ServiceRecord>| {
+    let make = |service: &Arc<ServiceRecord>| {
         let checks: Vec<&Arc<CheckRecord>> = checks_of(record, Some(&service.id)).collect();
+        let wanted = (&node.info.name, &service.id, node.writer());
         let shown = before.services.get(&service.name).and_then(|entry| {
-            entry.instances.iter().find(|shown| {
-                shown.record.id == service.id
-                    && shown.node.info.name == node.info.name
-                    && shown.node.writer() == node.writer()
-            })
+            let place =
+                |shown: &Arc<Instance>| (&shown.node.info.name, &shown.record.id, shown.node.writer()).cmp(&wanted);
+            entry.instances.get(entry.instances.binary_search_by(place).ok()?)
         });
         let is_same = |shown: &&Arc<Instance>| {
             Arc::ptr_eq(&shown.node, node) && shown.record == *service && shown.checks.iter().eq(checks.iter().copied())
@@ -243,7 +243,7 @@ fn instances(before: &Externals, node: &Arc<NodeEntry>, record: &ExternalRecord,
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{HealthStatus, ServiceRecord, TextMap, Weights};
+    use crate::model::{HealthStatus, TextMap, Weights};
 
     fn name<T: std::str::FromStr<Err: std::fmt::Debug>>(text: &str) -> T {
         text.parse().unwrap()

@@ -205,7 +205,8 @@ fn nodes_have_an_address_and_their_meta() {
 
 #[test]
 fn prepared_queries_are_executed_by_name_id_and_template() {
-    let mut server = Server::with(|config| drop(config.service_ttl.by_name.insert("web".to_owned(), 3)), mesh());
+    let with_ttl = |config: &mut DnsConfig| config.service_ttl.by_name = [("web".to_owned(), 3)].into();
+    let mut server = Server::with(with_ttl, mesh());
     let template = serde_json::json!({"Type": "name_prefix_match", "Regexp": "^geo-(.*)$"});
     server.queries = Book::of_bodies(&[
         serde_json::json!({"Name": "any-web", "Service": {"Service": "web"}, "DNS": {"TTL": "9s"}}),

@@ -39,13 +39,17 @@ pub struct Book {
 struct Kept {
     id: Arc<str>,
     definition: Definition,
-    /// Whether an agent executes it, with its expression.
-    checked: OnceLock<Option<Option<Regex>>>,
+    /// Its expression; or why no agent executes it.
+    checked: OnceLock<Result<Option<Regex>, String>>,
 }
 
 impl Kept {
-    fn checked(&self) -> Option<Option<&Regex>> {
-        self.checked.get_or_init(|| self.definition.check().ok()).as_ref().map(Option::as_ref)
+    fn regex(&self) -> Result<Option<&Regex>, &String> {
+        self.checked.get_or_init(|| self.definition.check()).as_ref().map(Option::as_ref)
+    }
+
+    fn counts(&self) -> bool {
+        self.regex().is_ok()
     }
 }
 
@@ -65,11 +69,11 @@ impl Book {
 
     /// Finds a query by its id, by its name, or by the template that says most of the name, which it renders.
     pub(crate) fn find(&self, wanted: &str) -> Option<Definition> {
-        let by_id = self.kept.iter().find(|kept| *kept.id == *wanted && kept.checked().is_some());
+        let by_id = self.kept.iter().find(|kept| *kept.id == *wanted && kept.counts());
         let is_named = |kept: &&Kept| {
             let definition = &kept.definition;
             let is_it = !definition.name.is_empty() && definition.name.eq_ignore_ascii_case(wanted);
-            is_it && !definition.is_template() && kept.checked().is_some()
+            is_it && !definition.is_template() && kept.counts()
         };
         if let Some(kept) = by_id.or_else(|| self.kept.iter().find(is_named)) {
             return Some(kept.definition.clone());
@@ -77,16 +81,16 @@ impl Book {
         let fits = |(_, kept): &(usize, &Kept)| {
             let name = kept.definition.name.as_str();
             let begins = wanted.get(..name.len()).is_some_and(|start| start.eq_ignore_ascii_case(name));
-            begins && kept.definition.is_template() && kept.checked().is_some()
+            begins && kept.definition.is_template() && kept.counts()
         };
         let templates = self.kept.iter().enumerate().filter(fits);
         let (_, kept) = templates.max_by_key(|(at, kept)| (kept.definition.name.len(), Reverse(*at)))?;
-        kept.definition.render(wanted, kept.checked()?)
+        kept.definition.render(wanted, kept.regex().ok()?)
     }
 
     /// Tells whether a query other than `id` has this name.
     pub(crate) fn is_taken(&self, name: &str, id: &str) -> bool {
-        let has_name = |kept: &Kept| kept.definition.name.eq_ignore_ascii_case(name) && kept.checked().is_some();
+        let has_name = |kept: &Kept| kept.definition.name.eq_ignore_ascii_case(name) && kept.counts();
         self.kept.iter().any(|kept| *kept.id != *id && has_name(kept))
     }
 }

@@ -12,9 +12,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::RegistryError;
-use crate::model::{
-    CheckId, CheckRecord, Entry, ExternalRecord, InstanceId, NodeName, ServeScope, ServiceRecord, TextMap,
-};
+use crate::model::{CheckId, CheckRecord, Entry, ExternalRecord, InstanceId, NodeName, ServeScope, ServiceRecord};
 use crate::wire;
 
 /// Most nodes without an agent that are written at one agent.

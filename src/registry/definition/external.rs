@@ -3,7 +3,6 @@
 //! What Consul fills in by itself (indexes, a check's `ServiceName` and `ServiceTags`) may come back with a body that was read
 //! from an answer; it says nothing.
 
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use serde_json::Value;
