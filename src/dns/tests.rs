@@ -302,7 +302,8 @@ fn nodes_without_an_agent_are_found_like_others_and_never_by_the_mesh() {
     let server = Server::with(|_| {}, snapshot);
     let a = RecordType::A;
     server.check("db.service.weft.", a, "NOERROR: db.service.weft. A 192.0.2.77, db.service.weft. A 192.0.2.80");
-    server.check("primary.db.service.weft.", RecordType::AAAA, &no_data());
+    let alias = "NOERROR: primary.db.service.weft. CNAME db.example.org.";
+    server.check("primary.db.service.weft.", RecordType::AAAA, alias);
     let srv = "NOERROR: db.service.weft. SRV 1 1 5432 c000024d.addr.dc1.weft., db.service.weft. SRV 1 1 5432 c0000250.addr.dc1.weft., \
                db.service.weft. SRV 1 1 5432 db.example.org. |  | c000024d.addr.dc1.weft. A 192.0.2.77, c0000250.addr.dc1.weft. A 192.0.2.80";
     server.check("db.service.weft.", RecordType::SRV, srv);
