@@ -314,35 +314,38 @@ mod tests {
     #[test]
     fn what_is_wrong_is_refused_with_its_place() {
         #[track_caller]
-        fn refused(change: Value, want: &str) {
+        fn refused(change: &Value, want: &str) {
             let mut body = json!({"Node": "h1", "Address": "192.0.2.1"});
             body.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
             let error = external_from_json(&body).unwrap_err().to_string();
             assert!(error.contains(want), "{error}");
         }
-        refused(json!({"Node": ""}), "no name");
-        refused(json!({"Node": "a b"}), "node name");
-        refused(json!({"Address": ""}), "Address");
+        refused(&json!({"Node": ""}), "no name");
+        refused(&json!({"Node": "a b"}), "node name");
+        refused(&json!({"Address": ""}), "Address");
         for address in ["0.0.0.0", "::", "224.0.0.1", "10.0.0", "a..b", "-x", "http://x", "10.0.0.1:80", "a b"] {
-            refused(json!({"Address": address}), "neither an IP address");
+            refused(&json!({"Address": address}), "neither an IP address");
         }
-        refused(json!({"TaggedAddresses": {"wan": "0.0.0.0"}}), "TaggedAddresses.wan");
-        refused(json!({"ID": "7"}), "is no UUID");
-        refused(json!({"Colour": 1}), "Colour");
-        refused(json!({"Service": {"ID": "x"}}), "Missing service name");
-        refused(json!({"Service": {"Service": "db", "Address": "0.0.0.0"}}), "Invalid service address");
-        refused(json!({"Service": {"Service": "db", "Kind": "terminating-gateway"}}), "no agent runs");
+        refused(&json!({"TaggedAddresses": {"wan": "0.0.0.0"}}), "TaggedAddresses.wan");
+        refused(&json!({"ID": "7"}), "is no UUID");
+        refused(&json!({"Colour": 1}), "Colour");
+        refused(&json!({"Service": {"ID": "x"}}), "Missing service name");
+        refused(&json!({"Service": {"Service": "db", "Address": "0.0.0.0"}}), "Invalid service address");
+        refused(&json!({"Service": {"Service": "db", "Kind": "terminating-gateway"}}), "no agent runs");
         refused(
             json!({"Service": {"Service": "db", "Connect": {"Native": true}}}),
             "a proxy on a node without an agent",
         );
-        refused(json!({"Check": {"Status": "passing"}}), "Missing check name");
-        refused(json!({"Check": {"Name": "c", "Status": "good"}}), "Status for checks");
-        refused(json!({"Check": {"Name": "c", "Node": "h2"}}), "the request is about");
-        refused(json!({"Check": {"CheckID": "serfHealth"}}), "is taken");
-        refused(json!({"Check": {"Name": "c", "Definition": {"X": "y".repeat(DEFINITION_BYTES_MAX)}}}), "at most 4096");
-        refused(json!({"Checks": [{"Name": "c"}, {"Name": "c"}]}), "two checks");
-        refused(json!({"Partition": "x"}), "Partition");
+        refused(&json!({"Check": {"Status": "passing"}}), "Missing check name");
+        refused(&json!({"Check": {"Name": "c", "Status": "good"}}), "Status for checks");
+        refused(&json!({"Check": {"Name": "c", "Node": "h2"}}), "the request is about");
+        refused(&json!({"Check": {"CheckID": "serfHealth"}}), "is taken");
+        refused(
+            &json!({"Check": {"Name": "c", "Definition": {"X": "y".repeat(DEFINITION_BYTES_MAX)}}}),
+            "at most 4096",
+        );
+        refused(&json!({"Checks": [{"Name": "c"}, {"Name": "c"}]}), "two checks");
+        refused(&json!({"Partition": "x"}), "Partition");
     }
 
     #[test]
