@@ -43,7 +43,7 @@ impl http_body::Body for Pieces {
         let piece = match self.left.len() {
             0 => return Poll::Ready(None),
             // Nothing is left that would hold the room.
-            ..=PIECE_BYTES => std::mem::take(&mut self.left),
+            1..=PIECE_BYTES => std::mem::take(&mut self.left),
             _ => self.left.split_to(PIECE_BYTES),
         };
         Poll::Ready(Some(Ok(http_body::Frame::data(piece))))

@@ -114,6 +114,9 @@ pub(super) struct Written {
     pub(super) datacenter: String,
 }
 
+/// Node, instance, and the agent that wrote it.
+type InstanceKey = (NodeName, InstanceId, NodeName);
+
 /// Makes what is shown at `index` of what the agents wrote; `before` is what was shown, `is_mesh` tells the names of the
 /// mesh's own nodes.
 pub(super) fn derive(
@@ -123,7 +126,7 @@ pub(super) fn derive(
     index: u64,
 ) -> Externals {
     let mut nodes = BTreeMap::new();
-    let mut found: BTreeMap<ServiceName, BTreeMap<(NodeName, InstanceId, NodeName), Arc<Instance>>> = BTreeMap::new();
+    let mut found: BTreeMap<ServiceName, BTreeMap<InstanceKey, Arc<Instance>>> = BTreeMap::new();
     for (agent, written) in written {
         for record in written.records.iter().filter(|record| !is_mesh(&record.name)) {
             let key = (record.name.clone(), agent.clone());

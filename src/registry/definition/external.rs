@@ -333,7 +333,7 @@ mod tests {
         refused(&json!({"Service": {"Service": "db", "Address": "0.0.0.0"}}), "Invalid service address");
         refused(&json!({"Service": {"Service": "db", "Kind": "terminating-gateway"}}), "no agent runs");
         refused(
-            json!({"Service": {"Service": "db", "Connect": {"Native": true}}}),
+            &json!({"Service": {"Service": "db", "Connect": {"Native": true}}}),
             "a proxy on a node without an agent",
         );
         refused(&json!({"Check": {"Status": "passing"}}), "Missing check name");

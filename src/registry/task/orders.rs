@@ -135,18 +135,15 @@ impl Task {
         if left.as_ref() == Some(held) {
             return Ok(());
         }
-        match left {
-            Some(left) => {
-                let stored = Arc::clone(&left);
-                self.on_disk(move |store| store.put_external(&stored)).await?;
-                self.externals.insert(name.clone(), left);
-            }
-            None => {
-                let stored = name.clone();
-                self.on_disk(move |store| store.remove_external(&stored)).await?;
-                self.externals.remove(name);
-                info!(node = %name, "deregistered a node without an agent");
-            }
+        if let Some(left) = left {
+            let stored = Arc::clone(&left);
+            self.on_disk(move |store| store.put_external(&stored)).await?;
+            self.externals.insert(name.clone(), left);
+        } else {
+            let stored = name.clone();
+            self.on_disk(move |store| store.remove_external(&stored)).await?;
+            self.externals.remove(name);
+            info!(node = %name, "deregistered a node without an agent");
         }
         self.dirty.structure = true;
         Ok(())
