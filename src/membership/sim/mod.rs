@@ -133,7 +133,9 @@ impl Mesh {
     fn kill(&mut self, number: usize) {
         self.nodes.remove(&name(number));
         self.links.remove(&name(number));
-        self.links.values_mut().for_each(|linked| drop(linked.remove(&name(number))));
+        for linked in self.links.values_mut() {
+            linked.remove(&name(number));
+        }
         if let Some(at) = self.wake_of.remove(&name(number)) {
             self.wakes.remove(&(at, name(number)));
         }
