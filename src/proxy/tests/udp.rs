@@ -299,7 +299,7 @@ async fn a_flow_id_means_nothing_outside_of_its_connection_and_its_time() {
     assert_eq!(receive(&app).await.0, b"mine");
     other.send_datagram(datagram(b"theirs")).unwrap();
     stray(1).await;
-    owner.send_datagram(bytes::Bytes::from_static(&[id + 1, b'x'])).unwrap();
+    owner.send_datagram(vec![id + 1, b'x'].into()).unwrap();
     stray(2).await;
     owner.send_datagram(bytes::Bytes::new()).unwrap();
     stray(3).await;

@@ -312,7 +312,9 @@ async fn keep(
     let waiting = port.flows.borrow_mut().opened(from, number, Rc::clone(&flow));
     let flag = match waiting {
         Some(waiting) => {
-            waiting.iter().for_each(|payload| flow.send(payload));
+            for payload in &waiting {
+                flow.send(payload);
+            }
             let leave = || {
                 port.flows.borrow_mut().end(from, number);
             };
