@@ -79,7 +79,7 @@ async fn lead(worker: &Rc<Worker>, held: &mut Held) {
     loop {
         let snapshot = Rc::new(changes.borrow_and_update().clone());
         let wanted = wanted(worker, &snapshot, &states);
-        let has_failed = states.values().any(|state| Takes::of(state).is_none());
+        let has_failed = held.has_ended() || states.values().any(|state| Takes::of(state).is_none());
         if seen.as_ref() != Some(&wanted) || has_failed {
             held.keep(&wanted);
             let open = |(addr, takes): (&SocketAddr, &Takes)| {
@@ -180,6 +180,11 @@ impl Held {
             }
             stays
         });
+    }
+
+    /// Tells whether a port's task has ended by itself.
+    fn has_ended(&self) -> bool {
+        self.ports.values().any(|(_, task)| task.is_finished())
     }
 
     /// Opens a port unless it is open.

@@ -6,8 +6,9 @@
 //! ```
 //!
 //! A flow is a source address and what it sends, until it is silent for a while: UDP knows no end.
-//! Invariants: at most [`Bounds::flows`] flows, the one silent for longest gives way; what waits for a flow to open is
-//! bounded in number and bytes; a report about a flow that is gone, or came anew, changes nothing (flows are numbered).
+//! Invariants: at most [`Bounds::flows`] flows, the one silent for longest gives way, unless it still opens: so no more are
+//! being opened at once either; what waits for a flow to open is bounded in number and bytes; a report about a flow that is
+//! gone, or came anew, changes nothing (flows are numbered).
 //! Not here: sockets, tasks, whom a flow leads to (`outbound`).
 
 use std::collections::BTreeMap;
@@ -20,6 +21,9 @@ use tokio::time::Instant;
 
 /// A flow moves up in the order of use at most this often: a datagram is then one look into a map.
 pub(super) const MOVED_UP_EVERY: Duration = Duration::from_secs(1);
+
+/// Flows that are looked at when one is to give way: where as many of the oldest still open, the others do as well.
+const LOOKED_AT_MAX: usize = 32;
 
 /// What one table holds at most.
 #[derive(Debug, Clone, Copy)]
@@ -43,7 +47,7 @@ pub(super) enum Dropped {
     Denied,
     /// No instance can be had.
     NoInstance,
-    /// As many flows as there may be, or one that gave way while it opened.
+    /// As many flows as there may be.
     Full,
     /// This agent stops: no new flows.
     Draining,
@@ -145,7 +149,7 @@ impl<H: Clone, P> FlowTable<H, P> {
     }
 
     /// Takes a datagram of `from` in. `place` counts a new flow among those of the worker; where it gives none, or the
-    /// table is full, the flow that is silent for longest gives way.
+    /// table is full, the flow that is silent for longest gives way, unless all still open.
     pub(super) fn datagram(
         &mut self,
         from: SocketAddr,
@@ -195,7 +199,7 @@ impl<H: Clone, P> FlowTable<H, P> {
         let own = if self.flows.len() < self.bounds.flows { place() } else { None };
         let (place, gone) = match own {
             Some(place) => (place, None),
-            None => match self.take_first(|_| true) {
+            None => match self.take_first(|state| !matches!(state, State::Opening(_))) {
                 Some((place, gone)) => (place, Some(gone)),
                 None => return Verdict::Drop(Dropped::Full),
             },
@@ -264,10 +268,10 @@ impl<H: Clone, P> FlowTable<H, P> {
         gone
     }
 
-    /// Takes the first one in the order of use whose state is wanted.
+    /// Takes the first one in the order of use whose state is wanted, of those silent for longest.
     fn take_first(&mut self, is_wanted: impl Fn(&State<H>) -> bool) -> Option<(P, Gone<H>)> {
         let is_found = |from: &&SocketAddr| self.flows.get(*from).is_some_and(|flow| is_wanted(&flow.state));
-        let from = *self.by_turn.values().find(is_found)?;
+        let from = *self.by_turn.values().take(LOOKED_AT_MAX).find(is_found)?;
         self.take(from)
     }
 
@@ -401,6 +405,15 @@ mod tests {
         assert_eq!(table.evict(), None);
         let none = table.datagram(source(9), b"x", at(5), || None);
         assert_eq!(none, Verdict::Drop(Dropped::Full));
+    }
+
+    #[test]
+    fn a_flood_of_new_sources_opens_no_more_flows_than_there_may_be() {
+        let mut table = Table::new(BOUNDS);
+        let verdicts: Vec<_> = (1..=100).map(|port| send(&mut table, port, b"x", 0)).collect();
+        let opened = verdicts.iter().filter(|verdict| matches!(verdict, Verdict::Open { gone: None, .. })).count();
+        let full = verdicts.iter().filter(|verdict| **verdict == Verdict::Drop(Dropped::Full)).count();
+        assert_eq!((opened, full), (3, 97));
     }
 
     #[test]
