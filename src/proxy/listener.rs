@@ -151,7 +151,8 @@ fn open_first(
     if held.ports.contains_key(&addr) {
         return listening;
     }
-    match bind(addr, Sharing::Exclusive, takes).and_then(|_probe| held.open(worker, addr, takes)) {
+    // The probe goes first: a UDP port that it still held could not be bound again.
+    match bind(addr, Sharing::Exclusive, takes).map(drop).and_then(|()| held.open(worker, addr, takes)) {
         Ok(()) => {
             info!(%addr, ?takes, "listening for a local app");
             listening
