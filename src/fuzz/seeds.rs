@@ -455,6 +455,7 @@ fn packets(to: &Writer) {
 fn streams(to: &Writer) {
     to.put("preamble", "tcp", b"\x01\x01\x05web-1\x03web");
     to.put("preamble", "http", b"\x01\x02\x05web-1\x03webGET");
+    to.put("preamble", "udp", b"\x01\x03\x05web-1\x03web");
     let head = b"web:80\x06/a?b=c\x03\x01\x03*/*\x16\x015\x00\x05x-own\x011";
     let request = [vec![0, 0, u8::try_from(head.len() + 3).unwrap(), 1, 2, 6], head.to_vec()].concat();
     to.put("head", "request", &request);

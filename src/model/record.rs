@@ -58,21 +58,24 @@ pub enum Protocol {
     Http2,
     /// HTTP/2 with prior knowledge, classified by `grpc-status`.
     Grpc,
+    /// Datagrams; nothing is parsed.
+    Udp,
 }
 
 impl Protocol {
     /// Tells whether requests are parsed.
     pub fn is_http(self) -> bool {
-        !matches!(self, Self::Tcp)
+        !matches!(self, Self::Tcp | Self::Udp)
     }
 
-    /// Returns the name as it stands in config (`tcp`, `http`, `http2`, `grpc`).
+    /// Returns the name as it stands in config (`tcp`, `http`, `http2`, `grpc`, `udp`).
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Tcp => "tcp",
             Self::Http => "http",
             Self::Http2 => "http2",
             Self::Grpc => "grpc",
+            Self::Udp => "udp",
         }
     }
 }
@@ -86,7 +89,8 @@ impl FromStr for Protocol {
             "http" => Ok(Self::Http),
             "http2" => Ok(Self::Http2),
             "grpc" => Ok(Self::Grpc),
-            _ => Err(format!("protocol `{text}` is none of tcp, http, http2, grpc")),
+            "udp" => Ok(Self::Udp),
+            _ => Err(format!("protocol `{text}` is none of tcp, http, http2, grpc, udp")),
         }
     }
 }

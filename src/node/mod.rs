@@ -318,6 +318,7 @@ impl Node {
                 destination: destinations.get(bind).cloned().unwrap_or_else(|| "by Host".to_owned()),
                 state: match state {
                     ListenerState::Listening => "listening".to_owned(),
+                    ListenerState::ListeningUdp => "listening (udp)".to_owned(),
                     ListenerState::Failed(why) => why.clone(),
                 },
             };

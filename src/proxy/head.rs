@@ -340,8 +340,8 @@ fn put_text(out: &mut BytesMut, text: &[u8]) {
     out.put_slice(text);
 }
 
-/// Writes a varint (RFC 9000 §16). Values above 2^62-1 cannot arise: they count bytes in memory.
-fn put_varint(out: &mut BytesMut, value: u64) {
+/// Writes a varint (RFC 9000 §16). Values above 2^62-1 cannot arise: they count bytes in memory, or streams.
+pub(super) fn put_varint(out: &mut BytesMut, value: u64) {
     #[expect(clippy::cast_possible_truncation, reason = "each arm's range fits its width")]
     match value {
         0..=0x3f => out.put_u8(value as u8),
@@ -352,7 +352,7 @@ fn put_varint(out: &mut BytesMut, value: u64) {
 }
 
 /// Reads a varint; none: more bytes are needed, and `bytes` stands where it stood.
-fn take_varint(bytes: &mut Bytes) -> Option<u64> {
+pub(super) fn take_varint(bytes: &mut Bytes) -> Option<u64> {
     let first = *bytes.first()?;
     let length = 1_usize << (first >> 6);
     if bytes.len() < length {

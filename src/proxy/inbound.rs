@@ -25,10 +25,11 @@ use super::http;
 use super::metrics::Reporter;
 use super::preamble::{PREAMBLE_BYTES_MAX, Preamble, StreamKind, StreamStatus};
 use super::relay::{self, CODE_RESET, Sending, Tcp};
+use super::udp::{self, Datagrams};
 use super::worker::{CONNECTIONS_MAX, Slot, Worker, within};
 use crate::catalogue::LocalInstance;
 use crate::clock;
-use crate::model::{NodeName, ServiceName};
+use crate::model::{NodeName, Protocol, ServiceName};
 use crate::pki::PeerIdentity;
 use crate::transport::{HANDSHAKE_TIMEOUT, HANDSHAKES_MAX, RETRY_FROM, TUNNEL_STREAMS, TUNNEL_STREAMS_MAX};
 
@@ -120,6 +121,7 @@ async fn tunnel(worker: Rc<Worker>, incoming: quinn::Incoming, handshake: Slot, 
 /// Accepts streams; a tunnel that comes near its limit is given twice as many.
 async fn streams(worker: &Rc<Worker>, connection: &quinn::Connection, peer: &Rc<PeerIdentity>) {
     let open = Rc::new(Cell::new(0));
+    let datagrams = Rc::new(Datagrams::of(connection, &worker.metrics));
     let mut limit = TUNNEL_STREAMS;
     while let Ok((send, recv)) = connection.accept_bi().await {
         let Some(of_tunnel) = Slot::take(&open, STREAMS_PER_TUNNEL_MAX) else { continue };
@@ -135,7 +137,8 @@ async fn streams(worker: &Rc<Worker>, connection: &quinn::Connection, peer: &Rc<
         };
         let token = worker.task_token();
         let from = connection.remote_address();
-        let stream = Stream { send, recv, from, peer: Rc::clone(peer), held: (of_tunnel, of_worker, token) };
+        let (peer, datagrams) = (Rc::clone(peer), Rc::clone(&datagrams));
+        let stream = Stream { send, recv, from, peer, datagrams, held: (of_tunnel, of_worker, token) };
         if let Some(stream) = worker.runners.give(stream) {
             let serving = Rc::clone(worker);
             worker.spawn_untracked(async move {
@@ -153,12 +156,14 @@ pub(super) struct Stream {
     /// Where the peer's agent is.
     from: SocketAddr,
     peer: Rc<PeerIdentity>,
+    /// Of its tunnel.
+    datagrams: Rc<Datagrams>,
     held: (Slot, Slot, TaskTrackerToken),
 }
 
 /// Serves one stream.
 async fn serve(worker: &Rc<Worker>, stream: Stream) {
-    let Stream { send, mut recv, from, peer, held } = stream;
+    let Stream { send, mut recv, from, peer, datagrams, held } = stream;
     let mut rest = BytesMut::new();
     let preamble = within(PREAMBLE_TIMEOUT, preamble(&mut recv, &mut rest)).await;
     let Some(preamble) = preamble.flatten() else {
@@ -186,6 +191,16 @@ async fn serve(worker: &Rc<Worker>, stream: Stream) {
             let serving = Rc::clone(worker);
             worker.spawn(async move {
                 serve_tcp(&serving, call, ticket).await;
+                drop(held);
+            });
+        }
+        StreamKind::Udp => {
+            ticket.admit(Admitted::Stream);
+            let (app, service) = (local.app_addr, preamble.service);
+            let call = udp::inbound::FlowCall { send, recv, rest, app, service, peer, datagrams };
+            let serving = Rc::clone(worker);
+            worker.spawn(async move {
+                udp::inbound::serve(&serving, call, ticket).await;
                 drop(held);
             });
         }
@@ -262,10 +277,16 @@ fn admit(worker: &Worker, preamble: &Preamble, peer: &PeerIdentity) -> Result<Lo
     let snapshot = worker.snapshot().peek();
     let local = snapshot.local.instances.get(&preamble.instance);
     let local = local.filter(|local| local.service == preamble.service).ok_or(StreamStatus::UnknownInstance)?;
+    let protocol = snapshot.traffic.protocol(&preamble.service).unwrap_or(local.protocol);
+    // Who may call a service by TCP has no word in what listens by UDP on the same port, nor the other way.
+    if (protocol == Protocol::Udp) != (preamble.kind == StreamKind::Udp) {
+        debug!(peer = %peer.id, service = %preamble.service, protocol = protocol.as_str(), "a stream is not of its service's protocol");
+        return Err(StreamStatus::UnknownInstance);
+    }
     // A request is decided over when its head has come.
     let decided = in_time(peer).and_then(|()| match preamble.kind {
         StreamKind::Http => Ok(()),
-        StreamKind::Tcp => {
+        StreamKind::Tcp | StreamKind::Udp => {
             let source = peer.id.service();
             worker.http.policy().stream(&snapshot.policy, Reporter::Destination, source, &preamble.service)
         }
@@ -276,12 +297,12 @@ fn admit(worker: &Worker, preamble: &Preamble, peer: &PeerIdentity) -> Result<Lo
         StreamStatus::Forbidden
     })?;
     let mut local = local.clone();
-    local.protocol = snapshot.traffic.protocol(&preamble.service).unwrap_or(local.protocol);
+    local.protocol = protocol;
     Ok(local)
 }
 
 /// Answers with a status other than ok.
-async fn refuse(mut send: quinn::SendStream, mut recv: quinn::RecvStream, status: StreamStatus) {
+pub(super) async fn refuse(mut send: quinn::SendStream, mut recv: quinn::RecvStream, status: StreamStatus) {
     // Dropping the half finishes it; a caller that is gone needs no answer.
     let _gone = send.write_all(&[status.byte()]).await;
     let _gone = recv.stop(CODE_RESET);

@@ -1,26 +1,29 @@
-//! The local ports into the mesh, shared by the workers (SO_REUSEPORT).
+//! The local ports into the mesh, for connections or, to services of protocol udp, for datagrams; shared by the workers
+//! (SO_REUSEPORT).
 //!
 //! ```text
 //!   snapshot.local.upstreams -> worker 0: probe alone, bind, publish state -> the others bind what is listening
 //! ```
 //!
-//! Invariant: a port that somebody else has is an error that `listeners` shows, never a port shared in silence.
+//! Invariants: a port that somebody else has is an error that `listeners` shows, never a port shared in silence; a port of
+//! datagrams stays with one worker per source address, by the kernel's hash.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::Duration;
 
 use socket2::{Domain, Protocol as SocketProtocol, Socket, Type};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::task::{AbortHandle, JoinSet};
 use tracing::{debug, info, warn};
 
 use super::relay::Tcp;
 use super::worker::{CONNECTIONS_MAX, Caller, Route, Slot, Source, Worker};
-use super::{ListenerState, Listeners, http, outbound};
-use crate::catalogue::Snapshot;
+use super::{ListenerState, Listeners, http, outbound, udp};
+use crate::catalogue::{Snapshot, UpstreamListener};
+use crate::model::Protocol;
 
 /// Connections that wait to be accepted, per worker and port; the kernel bounds it by `net.core.somaxconn`.
 const BACKLOG: i32 = 1_024;
@@ -29,11 +32,31 @@ const ACCEPT_REST: Duration = Duration::from_millis(100);
 /// Local ports of one agent.
 const LISTENERS_MAX: usize = 1_024;
 
-/// Ports that this worker listens on.
+/// What a port takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Takes {
+    Connections,
+    Datagrams,
+}
+
+impl Takes {
+    fn of(state: &ListenerState) -> Option<Self> {
+        match state {
+            ListenerState::Listening => Some(Self::Connections),
+            ListenerState::ListeningUdp => Some(Self::Datagrams),
+            ListenerState::Failed(_) => None,
+        }
+    }
+}
+
+/// Ports that are to be open.
+type Wanted = BTreeMap<SocketAddr, Takes>;
+
+/// Ports that this worker listens on. When it goes, connections are not accepted; ports of datagrams drain by themselves.
 #[derive(Default)]
 struct Held {
     tasks: JoinSet<()>,
-    ports: BTreeMap<SocketAddr, AbortHandle>,
+    ports: BTreeMap<SocketAddr, (Takes, AbortHandle)>,
 }
 
 /// Keeps this worker's listeners as the snapshot wants them; closes them when the drain begins.
@@ -51,24 +74,26 @@ pub(super) async fn run(worker: &Rc<Worker>) {
 /// Worker 0: decides which ports are open.
 async fn lead(worker: &Rc<Worker>, held: &mut Held) {
     let mut changes = worker.snapshot().subscribe();
-    let mut view = None;
+    let mut seen = None;
     let mut states = Listeners::new();
     loop {
         let snapshot = Rc::new(changes.borrow_and_update().clone());
-        let is_same = view.as_ref().is_some_and(|seen| std::sync::Arc::ptr_eq(seen, &snapshot.local));
-        let has_failed = states.values().any(|state| *state != ListenerState::Listening);
-        if !is_same || has_failed {
-            let wanted = wanted(worker, &snapshot);
+        let wanted = wanted(worker, &snapshot, &states);
+        let has_failed = held.has_ended() || states.values().any(|state| Takes::of(state).is_none());
+        if seen.as_ref() != Some(&wanted) || has_failed {
             held.keep(&wanted);
-            states = wanted.iter().map(|addr| (*addr, open_first(worker, held, *addr, states.get(addr)))).collect();
-            let failed = states.values().filter(|state| **state != ListenerState::Listening).count();
+            let open = |(addr, takes): (&SocketAddr, &Takes)| {
+                (*addr, open_first(worker, held, (*addr, *takes), states.get(addr)))
+            };
+            states = wanted.iter().map(open).collect();
+            let failed = states.values().filter(|state| Takes::of(state).is_none()).count();
             worker.metrics.listeners_failed.set(i64::try_from(failed).unwrap_or(i64::MAX));
             worker.listeners.send_if_modified(|published| {
                 let is_new = *published != states;
                 published.clone_from(&states);
                 is_new
             });
-            view = Some(std::sync::Arc::clone(&snapshot.local));
+            seen = Some(wanted);
         }
         tokio::select! {
             changed = changes.changed() => if changed.is_err() { return worker.drains().await },
@@ -83,11 +108,11 @@ async fn follow(worker: &Rc<Worker>, held: &mut Held) {
     let mut changes = worker.listeners.subscribe();
     loop {
         let states = changes.borrow_and_update().clone();
-        let is_open = |(addr, state): (SocketAddr, ListenerState)| (state == ListenerState::Listening).then_some(addr);
-        let wanted: BTreeSet<SocketAddr> = states.into_iter().filter_map(is_open).collect();
+        let is_open = |(addr, state): (SocketAddr, ListenerState)| Some((addr, Takes::of(&state)?));
+        let wanted: Wanted = states.into_iter().filter_map(is_open).collect();
         held.keep(&wanted);
-        for addr in wanted {
-            if let Err(error) = held.open(worker, addr) {
+        for (addr, takes) in wanted {
+            if let Err(error) = held.open(worker, addr, takes) {
                 warn!(%addr, %error, worker = worker.index, "worker cannot share an upstream port; it is tried again");
             }
         }
@@ -99,20 +124,38 @@ async fn follow(worker: &Rc<Worker>, held: &mut Held) {
     }
 }
 
-fn wanted(worker: &Worker, snapshot: &Snapshot) -> BTreeSet<SocketAddr> {
-    let upstreams = snapshot.local.upstreams.iter().map(|upstream| upstream.bind);
-    worker.shared_http.into_iter().chain(upstreams).take(LISTENERS_MAX).collect()
+/// Tells which ports are to be open, and for what. Where nobody knows the service, a port stays as it is: the last instance
+/// may be gone for a moment.
+fn wanted(worker: &Worker, snapshot: &Snapshot, states: &Listeners) -> Wanted {
+    let takes = |upstream: &UpstreamListener| match protocol(snapshot, upstream) {
+        Some(Protocol::Udp) => Takes::Datagrams,
+        Some(_) => Takes::Connections,
+        None => states.get(&upstream.bind).and_then(Takes::of).unwrap_or(Takes::Connections),
+    };
+    let upstreams = snapshot.local.upstreams.iter().filter(|upstream| worker.shared_http != Some(upstream.bind));
+    let shared = worker.shared_http.into_iter().map(|addr| (addr, Takes::Connections));
+    shared.chain(upstreams.map(|upstream| (upstream.bind, takes(upstream)))).take(LISTENERS_MAX).collect()
 }
 
 /// Opens a port after a probe that nobody else has it; an error is logged when it appears.
-fn open_first(worker: &Rc<Worker>, held: &mut Held, addr: SocketAddr, before: Option<&ListenerState>) -> ListenerState {
+fn open_first(
+    worker: &Rc<Worker>,
+    held: &mut Held,
+    (addr, takes): (SocketAddr, Takes),
+    before: Option<&ListenerState>,
+) -> ListenerState {
+    let listening = match takes {
+        Takes::Connections => ListenerState::Listening,
+        Takes::Datagrams => ListenerState::ListeningUdp,
+    };
     if held.ports.contains_key(&addr) {
-        return ListenerState::Listening;
+        return listening;
     }
-    match bind(addr, Sharing::Exclusive).and_then(|_probe| held.open(worker, addr)) {
+    // The probe goes first: a UDP port that it still held could not be bound again.
+    match bind(addr, Sharing::Exclusive, takes).map(drop).and_then(|()| held.open(worker, addr, takes)) {
         Ok(()) => {
-            info!(%addr, "listening for a local app");
-            ListenerState::Listening
+            info!(%addr, ?takes, "listening for a local app");
+            listening
         }
         Err(error) => {
             let state = ListenerState::Failed(match error.kind() {
@@ -129,10 +172,10 @@ fn open_first(worker: &Rc<Worker>, held: &mut Held, addr: SocketAddr, before: Op
 
 impl Held {
     /// Closes what is not wanted.
-    fn keep(&mut self, wanted: &BTreeSet<SocketAddr>) {
+    fn keep(&mut self, wanted: &Wanted) {
         while self.tasks.try_join_next().is_some() {}
-        self.ports.retain(|addr, task| {
-            let stays = wanted.contains(addr) && !task.is_finished();
+        self.ports.retain(|addr, (takes, task)| {
+            let stays = wanted.get(addr) == Some(takes) && !task.is_finished();
             if !stays {
                 task.abort();
             }
@@ -140,15 +183,29 @@ impl Held {
         });
     }
 
+    /// Tells whether a port's task has ended by itself.
+    fn has_ended(&self) -> bool {
+        self.ports.values().any(|(_, task)| task.is_finished())
+    }
+
     /// Opens a port unless it is open.
-    fn open(&mut self, worker: &Rc<Worker>, addr: SocketAddr) -> io::Result<()> {
-        if !self.ports.contains_key(&addr) {
-            let socket = bind(addr, Sharing::Shared)?;
-            socket.listen(BACKLOG)?;
-            let listener = TcpListener::from_std(socket.into())?;
-            let task = self.tasks.spawn_local(accept(Rc::clone(worker), listener, addr));
-            self.ports.insert(addr, task);
+    fn open(&mut self, worker: &Rc<Worker>, addr: SocketAddr, takes: Takes) -> io::Result<()> {
+        if self.ports.contains_key(&addr) {
+            return Ok(());
         }
+        let socket = bind(addr, Sharing::Shared, takes)?;
+        let task = match takes {
+            Takes::Connections => {
+                socket.listen(BACKLOG)?;
+                let listener = TcpListener::from_std(socket.into())?;
+                self.tasks.spawn_local(accept(Rc::clone(worker), listener, addr))
+            }
+            Takes::Datagrams => {
+                let socket = UdpSocket::from_std(socket.into())?;
+                worker.spawn_abortable(udp::outbound::listen(Rc::clone(worker), socket, addr))
+            }
+        };
+        self.ports.insert(addr, (takes, task));
         Ok(())
     }
 }
@@ -159,10 +216,16 @@ enum Sharing {
     Shared,
 }
 
-fn bind(addr: SocketAddr, sharing: Sharing) -> io::Result<Socket> {
-    let socket = Socket::new(Domain::for_address(addr), Type::STREAM, Some(SocketProtocol::TCP))?;
-    // Old connections in TIME_WAIT do not hold the port; a program that listens on it does.
-    socket.set_reuse_address(true)?;
+fn bind(addr: SocketAddr, sharing: Sharing, takes: Takes) -> io::Result<Socket> {
+    let (kind, protocol) = match takes {
+        Takes::Connections => (Type::STREAM, SocketProtocol::TCP),
+        Takes::Datagrams => (Type::DGRAM, SocketProtocol::UDP),
+    };
+    let socket = Socket::new(Domain::for_address(addr), kind, Some(protocol))?;
+    if takes == Takes::Connections {
+        // Old connections in TIME_WAIT do not hold the port; a program that listens on it does. With UDP it would share.
+        socket.set_reuse_address(true)?;
+    }
     if sharing == Sharing::Shared {
         socket.set_reuse_port(true)?;
     }
@@ -230,10 +293,27 @@ fn route(worker: &Worker, addr: SocketAddr) -> Option<(Route, Parse)> {
         return Some((Route::ByHost, Parse::Http));
     }
     let snapshot = worker.snapshot().peek();
-    let upstream = snapshot.local.upstreams.iter().find(|upstream| upstream.bind == addr)?;
+    let upstream = upstream(&snapshot, addr)?;
+    let protocol = protocol(&snapshot, upstream).unwrap_or_default();
+    Some((Route::Service(caller_of(upstream)), if protocol.is_http() { Parse::Http } else { Parse::Bytes }))
+}
+
+/// Finds who calls whom through a port at this moment.
+pub(super) fn caller(worker: &Worker, addr: SocketAddr) -> Option<Caller> {
+    upstream(&worker.snapshot().peek(), addr).map(caller_of)
+}
+
+fn upstream(snapshot: &Snapshot, addr: SocketAddr) -> Option<&UpstreamListener> {
+    snapshot.local.upstreams.iter().find(|upstream| upstream.bind == addr)
+}
+
+fn caller_of(upstream: &UpstreamListener) -> Caller {
+    Caller { source: Source::Service(upstream.source.clone()), destination: upstream.destination.clone() }
+}
+
+/// How the traffic of an upstream is parsed; none: nobody says so.
+fn protocol(snapshot: &Snapshot, upstream: &UpstreamListener) -> Option<Protocol> {
     let declared = || snapshot.services.get(&upstream.destination).map(|service| service.protocol);
     let written = || snapshot.traffic.protocol(&upstream.destination);
-    let protocol = upstream.protocol.or_else(written).or_else(declared).unwrap_or_default();
-    let caller = Caller { source: Source::Service(upstream.source.clone()), destination: upstream.destination.clone() };
-    Some((Route::Service(caller), if protocol.is_http() { Parse::Http } else { Parse::Bytes }))
+    upstream.protocol.or_else(written).or_else(declared)
 }

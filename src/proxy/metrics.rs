@@ -11,11 +11,12 @@ use crate::metrics::Metrics;
 use crate::model::ServiceName;
 use crate::routing::Limited;
 
-const EDGE_LABELS: [&str; 3] = ["reporter", "source_service", "destination_service"];
+/// Labels of what is counted per pair of services.
+pub(super) const EDGE_LABELS: [&str; 3] = ["reporter", "source_service", "destination_service"];
 /// Pairs whose handles one worker keeps; beyond it the cache starts again (the series stay).
-const EDGES_MAX: usize = 4_096;
+pub(super) const EDGES_MAX: usize = 4_096;
 /// Label of a caller that shows its node's own SVID; no service can have the name.
-const NODE_LABEL: &str = "_node";
+pub(super) const NODE_LABEL: &str = "_node";
 
 /// The handles of the whole agent. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -39,6 +40,8 @@ pub(crate) struct ProxyMetrics {
     pub(crate) overflow: IntCounter,
     /// Upstream ports that cannot be bound.
     pub(crate) listeners_failed: IntGauge,
+    /// Datagrams in tunnels that belong to no open flow of UDP.
+    pub(super) stray_datagrams: IntCounter,
     /// Panics of worker tasks.
     pub(crate) panics: IntCounter,
     /// Instances taken out of the rotation.
@@ -98,6 +101,10 @@ impl ProxyMetrics {
             )?)?,
             listeners_failed: metrics
                 .add(IntGauge::new("weft_proxy_listeners_failed", "Upstream ports that cannot be bound.")?)?,
+            stray_datagrams: metrics.add(IntCounter::new(
+                "weft_udp_stray_datagrams_total",
+                "Datagrams in tunnels that belong to no open flow.",
+            )?)?,
             ejections: counters(
                 "weft_balancer_ejections_total",
                 "Instances taken out of the rotation by this agent's workers.",

@@ -3,6 +3,7 @@
 //! ```text
 //!            worker k of N: one thread, one runtime, one endpoint
 //!   app -> listener -> outbound | http::outbound -> open -> tunnel ==QUIC==> inbound | http::inbound -> relay -> app
+//!                      udp::outbound ------------------------------------------> udp::inbound
 //! ```
 //!
 //! Invariants: workers share nothing but the snapshot and atomic metric handles; a panic in one connection ends that
@@ -34,6 +35,7 @@ mod shares;
 #[cfg(test)]
 mod tests;
 mod tunnel;
+mod udp;
 mod views;
 mod worker;
 
@@ -131,6 +133,8 @@ pub enum ProxyError {
 pub enum ListenerState {
     /// Connections are accepted.
     Listening,
+    /// Datagrams are taken.
+    ListeningUdp,
     /// The port cannot be bound; the text says why. It is tried again.
     Failed(String),
 }
@@ -186,6 +190,7 @@ struct StartParams {
 fn start(params: StartParams, metrics: &Metrics) -> Result<ProxyHandle, ProxyError> {
     let proxy_metrics = ProxyMetrics::register(metrics).map_err(ProxyError::Metrics)?;
     let http_metrics = http::metrics::HttpMetrics::register(metrics).map_err(ProxyError::Metrics)?;
+    let udp_metrics = udp::UdpMetrics::register(metrics).map_err(ProxyError::Metrics)?;
     let listeners = Arc::new(watch::Sender::new(Listeners::new()));
     let died = Arc::new(watch::Sender::new(None));
     let drain = params.stop.child_token();
@@ -225,6 +230,7 @@ fn start(params: StartParams, metrics: &Metrics) -> Result<ProxyHandle, ProxyErr
             metrics: proxy_metrics.clone(),
             open: handle.open.clone(),
             http_metrics: http_metrics.clone(),
+            udp_metrics: udp_metrics.clone(),
             drain: handle.drain.clone(),
             drain_timeout: params.drain_timeout,
             draining: draining.clone(),

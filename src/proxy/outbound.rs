@@ -16,6 +16,7 @@ use super::preamble::{StreamKind, StreamStatus};
 use super::relay::{self, CODE_RESET, Sending, Tcp};
 use super::tunnel::Lease;
 use super::worker::{Caller, OpenError, Opened, Worker};
+use crate::catalogue::Instance;
 use crate::clock;
 use crate::model::ServiceName;
 use crate::routing::{Outcome, Tried};
@@ -46,8 +47,9 @@ pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream, caller: Caller)
         return counted.ends("RBAC");
     }
     // In a box: the connection lasts longer, and has no room for what led to it.
-    match Box::pin(connect(&worker, &caller, (to.as_deref(), from))).await {
-        Ok((send, recv, _lease)) => {
+    match Box::pin(connect(&worker, &caller, StreamKind::Tcp, (to.as_deref(), from))).await {
+        Ok(Connected { send, recv, lease: _lease, instance }) => {
+            drop(instance);
             let ending = relay::relay(tcp, send, recv, &*edge, relay::IDLE_TIMEOUT).await;
             counted.ends(ending.flag());
         }
@@ -55,19 +57,33 @@ pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream, caller: Caller)
     }
 }
 
+/// A stream whose far end is connected.
+pub(super) struct Connected {
+    pub(super) send: Sending,
+    pub(super) recv: quinn::RecvStream,
+    /// To be held while either half is used.
+    pub(super) lease: Lease,
+    /// Who was picked.
+    pub(super) instance: Arc<Instance>,
+}
+
 /// Returns a stream whose far end is connected, or the flag that says why there is none.
-async fn connect(
+///
+/// # Cancel safety
+/// Cancelling resets the stream.
+pub(super) async fn connect(
     worker: &Rc<Worker>,
     caller: &Caller,
+    kind: StreamKind,
     (to, from): (Option<&Resolved>, Option<IpAddr>),
-) -> Result<(Sending, quinn::RecvStream, Lease), &'static str> {
+) -> Result<Connected, &'static str> {
     let destination = to.map_or(&caller.destination, |to| &to.target.service);
     let tried = RefCell::new(Tried::with_key(key_of_stream(worker, destination, from)));
     let mut flag = None;
     for _ in 0..ATTEMPTS_MAX {
         let opened = match to {
-            None => worker.open(caller, StreamKind::Tcp, &tried).await,
-            Some(to) => worker.open_to(&caller.source, to, StreamKind::Tcp, &tried).await,
+            None => worker.open(caller, kind, &tried).await,
+            Some(to) => worker.open_to(&caller.source, to, kind, &tried).await,
         };
         let opened = match opened {
             Ok(opened) => opened,
@@ -98,7 +114,7 @@ async fn connect(
             Ok((send, recv)) => {
                 worker.connected(&instance);
                 observe(Outcome::Success);
-                return Ok((send, recv, lease));
+                return Ok(Connected { send, recv, lease, instance });
             }
             Err(Some(status)) if !status.may_retry() => return Err("RBAC"),
             Err(status) => {

@@ -7,7 +7,8 @@
 //! ```
 //!
 //! Kind 1 is TCP: the caller waits for the status, then bytes flow both ways. Kind 2 is HTTP: the request head follows
-//! the preamble at once, and the status precedes the response head. A varint is LEB128 of at most two bytes.
+//! the preamble at once, and the status precedes the response head. Kind 3 is a flow of UDP: the stream stands for it and
+//! carries none of its datagrams (`udp`); a second status may say why it ends. A varint is LEB128 of at most two bytes.
 //! Bounds: 323 bytes in all; a name that its type refuses ends the stream.
 
 use bytes::{Buf, Bytes, BytesMut};
@@ -27,6 +28,8 @@ pub(crate) enum StreamKind {
     Tcp,
     /// One HTTP request.
     Http,
+    /// A flow of UDP, whose datagrams come beside it.
+    Udp,
 }
 
 /// The server's answer to a preamble.
@@ -36,7 +39,7 @@ pub(crate) enum StreamStatus {
     Ok,
     /// The app could not be connected.
     ConnectFailed,
-    /// No such instance here, or it is not of that service.
+    /// No such instance here, or it is not of that service, or not for such streams.
     UnknownInstance,
     /// The caller may not call the service.
     Forbidden,
@@ -109,6 +112,7 @@ impl Preamble {
         let kind = match self.kind {
             StreamKind::Tcp => 1,
             StreamKind::Http => 2,
+            StreamKind::Udp => 3,
         };
         out.extend([VERSION, kind]);
         for text in [self.instance.as_str(), self.service.as_str()] {
@@ -136,6 +140,7 @@ impl Preamble {
             None => return Ok(None),
             Some(1) => StreamKind::Tcp,
             Some(2) => StreamKind::Http,
+            Some(3) => StreamKind::Udp,
             Some(other) => return Err(PreambleError::Kind(other)),
         };
         let Some(instance) = text(&mut rest, ID_BYTES_MAX)? else { return Ok(None) };
@@ -180,6 +185,8 @@ mod tests {
         let preamble =
             Preamble { kind: StreamKind::Tcp, instance: "web-1".parse().unwrap(), service: "web".parse().unwrap() };
         assert_eq!(&preamble.encode()[..], b"\x01\x01\x05web-1\x03web");
+        let flow = Preamble { kind: StreamKind::Udp, ..preamble };
+        assert_eq!(&flow.encode()[..], b"\x01\x03\x05web-1\x03web");
     }
 
     #[test]
@@ -207,9 +214,9 @@ mod tests {
     proptest! {
         #[test]
         fn a_preamble_survives_the_wire_and_leaves_what_follows(
-            instance in "[!-~]{1,255}", service in "[a-z0-9][a-z0-9._-]{0,62}", http: bool, rest: Vec<u8>,
+            instance in "[!-~]{1,255}", service in "[a-z0-9][a-z0-9._-]{0,62}", kind in 0..3_usize, rest: Vec<u8>,
         ) {
-            let kind = if http { StreamKind::Http } else { StreamKind::Tcp };
+            let kind = [StreamKind::Tcp, StreamKind::Http, StreamKind::Udp][kind];
             let preamble = Preamble { kind, instance: instance.parse().unwrap(), service: service.parse().unwrap() };
             let wire = preamble.encode();
             prop_assert!(wire.len() <= PREAMBLE_BYTES_MAX);

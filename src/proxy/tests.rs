@@ -6,6 +6,7 @@ mod harness;
 mod limits;
 mod listeners;
 mod nat;
+mod udp;
 
 use std::net::Ipv4Addr;
 use std::time::Duration;

@@ -18,6 +18,7 @@ use tokio::time::Instant;
 
 use super::metrics::ProxyMetrics;
 use super::open::{Entry, OpenTunnel, OpenTunnels};
+use super::udp::Datagrams;
 use crate::clock::{self, UnixSeconds};
 use crate::model::{Generation, NodeName, ServiceName};
 use crate::pki::PeerIdentity;
@@ -53,6 +54,7 @@ pub(crate) struct TunnelKey {
 pub(crate) struct Tunnel {
     pub(crate) connection: quinn::Connection,
     pub(crate) peer: PeerIdentity,
+    datagrams: Datagrams,
     not_after: UnixSeconds,
     gauge: prometheus::IntGauge,
     _listed: Entry,
@@ -76,6 +78,11 @@ impl Lease {
     #[cfg(test)]
     pub(crate) fn of_load(load: Load) -> Self {
         Self { tunnel: None, load: Some(load) }
+    }
+
+    /// Returns the datagrams of the tunnel.
+    pub(super) fn datagrams(&self) -> Option<&Datagrams> {
+        self.tunnel.as_ref().map(|tunnel| &tunnel.datagrams)
     }
 
     /// Returns what takes notes of the call.
@@ -233,7 +240,8 @@ impl Tunnels {
                     scope: peer.scope.clone(),
                     not_after: peer.not_after,
                 });
-                Ok(Rc::new(Tunnel { connection, peer, not_after, gauge, _listed: listed, _live: live }))
+                let datagrams = Datagrams::of(&connection, &self.metrics);
+                Ok(Rc::new(Tunnel { connection, peer, datagrams, not_after, gauge, _listed: listed, _live: live }))
             }
             Err(error) => {
                 self.metrics.dial_failures.with_label_values(&[error.kind()]).inc();

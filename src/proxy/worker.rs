@@ -15,6 +15,7 @@ use bytes::Bytes;
 use futures_util::FutureExt as _;
 use tokio::runtime::LocalOptions;
 use tokio::sync::{mpsc, watch};
+use tokio::task::AbortHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -30,6 +31,7 @@ use super::open::OpenTunnels;
 use super::preamble::{Preamble, StreamKind};
 use super::runners::Runners;
 use super::tunnel::{Lease, Tunnel, TunnelKey, Tunnels};
+use super::udp::{UdpMetrics, UdpState};
 use super::views::Views;
 use super::{Died, Listeners, ProxyError, authorize, dead, inbound, inspect, listener};
 use crate::catalogue::{Instance, ServiceEntry, SnapshotReader};
@@ -166,6 +168,7 @@ pub(super) struct Setup {
     pub(super) metrics: ProxyMetrics,
     pub(super) open: OpenTunnels,
     pub(super) http_metrics: HttpMetrics,
+    pub(super) udp_metrics: UdpMetrics,
     pub(super) drain: CancellationToken,
     pub(super) drain_timeout: Duration,
     /// Holds one token per worker that still drains.
@@ -190,6 +193,8 @@ pub(crate) struct Worker {
     pub(super) edges: Edges,
     /// The state of `proxy::http`.
     pub(crate) http: HttpState,
+    /// The state of `proxy::udp`.
+    pub(super) udp: UdpState,
     /// Connections from local apps.
     pub(super) connections: Rc<Cell<usize>>,
     /// Streams from peers.
@@ -270,6 +275,7 @@ impl Worker {
             listeners: setup.listeners,
             edges: Edges::new(setup.metrics.clone()),
             http: HttpState::new(setup.http_metrics).sharing(setup.rates),
+            udp: UdpState::new(setup.udp_metrics),
             connections: Rc::default(),
             streams: Rc::default(),
             responded_at: Cell::new(None),
@@ -446,7 +452,7 @@ impl Worker {
     }
 
     /// Returns the instances of a target.
-    fn instances(&self, target: &Arc<Target>) -> Result<Arc<ServiceEntry>, OpenError> {
+    pub(super) fn instances(&self, target: &Arc<Target>) -> Result<Arc<ServiceEntry>, OpenError> {
         let snapshot = self.snapshot.peek();
         let service = snapshot.services.get(&target.service).ok_or(OpenError::UnknownService)?;
         if target.view.is_none() {
@@ -467,7 +473,7 @@ impl Worker {
         let snapshot = self.snapshot.peek();
         let flow = match kind {
             StreamKind::Http => Flow::Request,
-            StreamKind::Tcp => Flow::Connection,
+            StreamKind::Tcp | StreamKind::Udp => Flow::Connection,
         };
         let (source, now) = (source.service(), clock::now());
         let ask = Ask { snapshot: &snapshot, source, destination, service, flow, now };
@@ -651,6 +657,11 @@ impl Worker {
         tokio::task::spawn_local(future.map(move |()| drop(panics)));
     }
 
+    /// Runs a task that the drain does not wait for, until it ends or the handle is used.
+    pub(super) fn spawn_abortable(&self, future: impl Future<Output = ()> + 'static) -> AbortHandle {
+        spawn_abortable(&self.metrics.panics, future)
+    }
+
     /// Returns what the drain waits for until it is dropped.
     pub(super) fn task_token(&self) -> TaskTrackerToken {
         self.tasks.token()
@@ -670,6 +681,15 @@ impl Worker {
     pub(super) async fn closes(&self) {
         self.closed.cancelled().await;
     }
+}
+
+/// Runs a task on this worker's thread until it ends or the handle is used; a panic, which is counted, ends it alone.
+pub(super) fn spawn_abortable(
+    panics: &prometheus::IntCounter,
+    future: impl Future<Output = ()> + 'static,
+) -> AbortHandle {
+    let panics = Panics(panics.clone());
+    tokio::task::spawn_local(future.map(move |()| drop(panics))).abort_handle()
 }
 
 /// Says how many instances there are, and how many of them are critical.

@@ -161,7 +161,7 @@ impl Entries {
     /// Every reference that leads nowhere or in a circle.
     pub fn chain(&self, service: &ServiceName) -> Result<Chain, Problems> {
         let mut problems = Problems::default();
-        if self.protocol(service) == Some(Protocol::Tcp) {
+        if let Some(protocol) = self.protocol(service).filter(|protocol| !protocol.is_http()) {
             for (kind, is_there) in [
                 ("service-router", self.routers.contains_key(service)),
                 ("service-splitter", self.splitters.contains_key(service)),
@@ -169,7 +169,7 @@ impl Entries {
                 if is_there {
                     problems.add(
                         format!("{kind}:{service}"),
-                        "needs requests, and service-defaults say that the protocol is tcp",
+                        format!("needs requests, and service-defaults say that the protocol is {}", protocol.as_str()),
                     );
                 }
             }

@@ -613,7 +613,7 @@ fn failover(node: &Node<'_>, problems: &mut Problems) -> Vec<Place> {
 fn protocol(node: Option<Node<'_>>, problems: &mut Problems) -> Option<Protocol> {
     let node = node?;
     let text = node.text(problems).filter(|text| !text.is_empty())?;
-    text.parse().map_err(|_| problems.add(node.path, "must be tcp, http, http2 or grpc")).ok()
+    text.parse().map_err(|_| problems.add(node.path, "must be tcp, http, http2, grpc or udp")).ok()
 }
 
 fn defaults(object: &mut Object<'_>, problems: &mut Problems) -> Entry {

@@ -475,7 +475,7 @@ fn other_kinds_are_read_as_strictly() {
     check("service-resolver", &json!({"Failover": {"v9": {"Service": "x"}}}), "must be `*` or one of Subsets");
     check("service-resolver", &json!({"Failover": {"*": {}}}), "must have either Targets");
     check("service-resolver", &json!({"Redirect": {"Service": "a"}, "Subsets": {"v1": {}}}), "goes with neither");
-    check("service-defaults", &json!({"Protocol": "udp"}), "Protocol must be tcp");
+    check("service-defaults", &json!({"Protocol": "sctp"}), "Protocol must be tcp");
     check("service-defaults", &json!({"MutualTLSMode": "permissive"}), "weft does nothing with it");
     check("proxy-defaults", &json!({"Config": {"envoy_x": 1}}), "Config.envoy_x is no field");
     check("service-faults", &json!({"Faults": [{}]}), "Faults[0] must have Delay or Abort");

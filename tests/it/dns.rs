@@ -13,7 +13,7 @@ use crate::agent::{Agent, Ca, Spec, loopback_ip, path};
 use crate::wait::until;
 
 /// Tells whether the clients are installed.
-fn has_clients() -> bool {
+pub(crate) fn has_clients() -> bool {
     let missing: Vec<&str> = ["dig", "kdig", "unbound", "dnsmasq"]
         .into_iter()
         .filter(|name| {

@@ -236,6 +236,30 @@ fn the_pages_about_traffic_do_what_they_say() {
 }
 
 #[test]
+fn the_page_about_udp_does_what_it_says() {
+    let Some(lab) = Lab::new(1) else { return };
+    let temp = tempfile::tempdir().unwrap();
+    let dir = copy(temp.path());
+    let page = blocks(&fs::read_to_string(dir.join("examples/udp/README.md")).unwrap()).concat();
+    let mut terminal = Terminal::open(&lab.host(1), &dir);
+    for start in ["weft agent", "7101 echo-1", "7102 echo-2"] {
+        terminal.start(command(&page, start));
+    }
+    until("one instance answers five times", || {
+        let said = terminal.say(command(&page, "9494 100 5"));
+        let lines: Vec<&str> = said.lines().collect();
+        let is_one = lines.len() == 5 && lines.iter().all(|line| *line == lines[0]);
+        if is_one && said.starts_with("echo-") && said.ends_with("got 100 bytes") { Ok(()) } else { Err(said) }
+    });
+    let large = terminal.say(command(&page, "60000"));
+    assert_eq!(large.matches("no answer").count(), 2, "{large}");
+    let counted = terminal.say(command(&page, "grep"));
+    let is_counted = |line: &str| line.contains("reason=\"oversize\"") && line.ends_with(" 2");
+    assert!(counted.lines().any(is_counted), "{counted}");
+    assert!(terminal.say(command(&page, "weft info")).contains("listening (udp)"));
+}
+
+#[test]
 fn the_pages_about_three_hosts_and_balancing_do_what_they_say() {
     let Some(lab) = Lab::new(1) else { return };
     let temp = tempfile::tempdir().unwrap();

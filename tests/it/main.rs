@@ -44,6 +44,7 @@ mod netns_policy;
 mod netns_shared;
 mod netns_threats;
 mod netns_traffic;
+mod netns_udp;
 mod schema;
 #[path = "../sim/mod.rs"]
 mod sim;

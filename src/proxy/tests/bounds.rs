@@ -141,14 +141,16 @@ async fn a_tunnel_gets_its_share_of_streams_and_leaves_the_others_theirs() {
 const CHURN: usize = 5_000;
 
 #[tokio::test]
-async fn streams_that_are_reset_at_once_leave_nothing_behind_and_stop_nobody() {
+async fn streams_that_are_reset_and_datagrams_of_no_flow_leave_nothing_behind_and_stop_nobody() {
     let authority = Authority::new();
     let mesh = Mesh::start_on(1, &authority, "*", |_| Vec::new()).await;
     let (churning, modest) = (stranger(&authority, "x"), stranger(&authority, "y"));
     let connect =
         async |endpoint: &quinn::Endpoint| within(endpoint.connect(mesh.b.addr, "mesh.weft").unwrap()).await.unwrap();
     let (churning, modest) = (connect(&churning).await, connect(&modest).await);
-    assert!(churning.max_datagram_size().is_none(), "datagrams are not offered: there is nothing to flood");
+    for _ in 0..CHURN {
+        churning.send_datagram(vec![0; 1_000].into()).unwrap();
+    }
     for turn in 0..CHURN {
         let (mut send, mut recv) = within(churning.open_bi()).await.unwrap();
         let head = preamble(if turn % 2 == 0 { StreamKind::Http } else { StreamKind::Tcp });
@@ -160,6 +162,7 @@ async fn streams_that_are_reset_at_once_leave_nothing_behind_and_stop_nobody() {
             assert!(within(call(&modest)).await.is_some(), "another peer is not served after {turn}");
         }
     }
+    assert!(mesh.b.count("weft_udp_stray_datagrams_total", &[]) > 0, "datagrams of no flow are dropped and counted");
     // All places are free again, of the tunnel and of the worker.
     let mut held = Vec::new();
     for _ in 0..100 {

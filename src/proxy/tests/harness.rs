@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::super::{ListenerState, ProxyHandle, Question, StartParams, WorkerView, start};
 use super::within;
+use crate::authz::{Action, Table};
 use crate::catalogue::{
     Instance, LocalInstance, LocalView, NodeEntry, Publisher, ServiceEntry, Snapshot, UpstreamListener,
 };
@@ -163,6 +164,13 @@ impl Node {
         let upstreams = Arc::new(upstream::table(list.iter().map(|(kind, name, value)| (*kind, *name, value))));
         let index = before.index + 1;
         self.publisher.publish(Arc::new(Snapshot { index, upstreams, traffic, ..Snapshot::clone(&before) }));
+    }
+
+    /// Publishes who may call whom.
+    pub(super) fn decide(&self, default: Action) {
+        let before = self.publisher.reader().load();
+        let (index, policy) = (before.index + 1, Arc::new(Table::empty(default)));
+        self.publisher.publish(Arc::new(Snapshot { index, policy, ..Snapshot::clone(&before) }));
     }
 
     /// Waits until what the workers know of calls from `app` to `web` is as wanted.
