@@ -329,7 +329,7 @@ fn status_of(node: &NodeEntry, checks: &[&Arc<CheckRecord>]) -> HealthStatus {
 mod tests {
     use super::*;
     use crate::clock::UnixSeconds;
-    use crate::model::{CheckId, Entry, EntryKey, Generation, NodeInfo, Protocol, ServiceRecord, TextMap, Weights};
+    use crate::model::{CheckId, Entry, EntryKey, Generation, NodeInfo, ServiceRecord};
     use crate::replica::{HeadSigner, Params, Replica};
 
     const ALIVE: MemberStatus = MemberStatus::Alive;
@@ -507,17 +507,8 @@ mod tests {
 
     fn service(id: &str, service: &str) -> Entry {
         Entry::Service(Arc::new(ServiceRecord {
-            id: id.parse().unwrap(),
-            name: service.parse().unwrap(),
-            kind: Box::default(),
-            tags: Box::default(),
-            meta: TextMap::default(),
-            address: Box::default(),
             port: 80,
-            tagged_addresses: TextMap::default(),
-            weights: Weights::default(),
-            protocol: Protocol::Tcp,
-            enable_tag_override: false,
+            ..ServiceRecord::new(id.parse().unwrap(), service.parse().unwrap())
         }))
     }
 

@@ -16,7 +16,7 @@ use super::message::{
 use super::zone::Zone;
 use crate::catalogue::{Instance, NodeEntry, ServiceEntry, Snapshot};
 use crate::model::{
-    Generation, HealthStatus, MemberStatus, NodeInfo, NodeName, Protocol, ServiceName, ServiceRecord, TextMap, Weights,
+    Generation, HealthStatus, MemberStatus, NodeInfo, NodeName, Protocol, ServiceName, ServiceRecord, Weights,
 };
 
 /// A message: the first byte says who reads it.
@@ -131,17 +131,11 @@ fn add(
     let instance = Arc::new(Instance {
         node: Arc::clone(node),
         record: Arc::new(ServiceRecord {
-            id: format!("{service}-{port}").parse().unwrap(),
-            name: name.clone(),
-            kind: Box::default(),
             tags: tags.iter().map(|tag| Box::from(*tag)).collect(),
-            meta: TextMap::default(),
             address: address.into(),
             port,
-            tagged_addresses: TextMap::default(),
             weights: Weights { passing: 10, warning: 2 },
-            protocol: Protocol::Tcp,
-            enable_tag_override: false,
+            ..ServiceRecord::new(format!("{service}-{port}").parse().unwrap(), name.clone())
         }),
         checks: Box::default(),
         status,

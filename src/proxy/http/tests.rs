@@ -30,9 +30,7 @@ use super::*;
 use crate::catalogue::{Instance, LocalInstance, NodeEntry, Publisher, ServiceEntry, Snapshot};
 use crate::clock::UnixSeconds;
 use crate::metrics::Metrics;
-use crate::model::{
-    Generation, HealthStatus, MemberStatus, NodeInfo, Protocol, ServeScope, ServiceRecord, SpiffeId, TextMap, Weights,
-};
+use crate::model::{Generation, HealthStatus, MemberStatus, NodeInfo, Protocol, ServeScope, ServiceRecord, SpiffeId};
 use crate::proxy::head::HEADERS_MAX;
 use crate::proxy::{Lease, Route, Source};
 use crate::routing::{Ask, Balancer, ConnectBackoff, Flow, NoInstance};
@@ -253,17 +251,9 @@ fn instance() -> Arc<Instance> {
         modify_index: 1,
     });
     let record = ServiceRecord {
-        id: "web-1".parse().unwrap(),
-        name: "web".parse().unwrap(),
-        kind: Box::default(),
-        tags: Box::default(),
-        meta: TextMap::default(),
-        address: Box::default(),
         port: 80,
-        tagged_addresses: TextMap::default(),
-        weights: Weights::default(),
         protocol: Protocol::Http,
-        enable_tag_override: false,
+        ..ServiceRecord::new("web-1".parse().unwrap(), "web".parse().unwrap())
     };
     let (record, status) = (Arc::new(record), HealthStatus::Passing);
     Arc::new(Instance { node, record, checks: Box::default(), status, create_index: 1, modify_index: 1 })
