@@ -13,8 +13,8 @@ pub(crate) use ask::{
     CatalogVerb, ForceLeaveArgs, JoinArgs, MaintArgs, NodesArgs, ServicesArgs, ServicesVerb, ValidateArgs,
 };
 pub(crate) use ca::{
-    CaVerb, IssuerListArgs, IssuerVerb, OperatorAdoptArgs, OperatorArgs, OperatorCreateArgs, OperatorRenewArgs,
-    OperatorRevokeArgs, OperatorVerb, TokenListArgs, TokenVerb,
+    CaListArgs, CaVerb, IssuerVerb, OperatorAdoptArgs, OperatorCreateArgs, OperatorRenewArgs, OperatorRevokeArgs,
+    OperatorVerb, TokenVerb,
 };
 pub(crate) use observe::{DebugArgs, EventArgs, ManArgs, MonitorArgs, RttArgs, TopArgs, WatchArgs, WatchedKind};
 pub(crate) use policy::{

@@ -9,7 +9,7 @@ use crate::clock::{self, UnixSeconds};
 use crate::wire::{self, FRAME_BYTES_MAX};
 
 /// How long the uses of a token are remembered after its end: longer than any clock that still lets it in is wrong.
-const TOKEN_KEPT_AFTER_END: Duration = Duration::from_hours(24);
+pub(super) const TOKEN_KEPT_AFTER_END: Duration = Duration::from_hours(24);
 /// A newcomer that lost the answer asks again within this time; later the same key is a use like any other, for a key
 /// that was stolen with its node must not live on by the token that brought it in.
 const TOKEN_REPEAT_WITHIN: Duration = Duration::from_mins(10);

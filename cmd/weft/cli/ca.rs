@@ -77,7 +77,7 @@ pub(crate) enum OperatorVerb {
     Create(OperatorCreateArgs),
     /// Lists the operators of a CA directory.
     #[command(after_help = "Example:\n  weft ca operator list -ca ./ca")]
-    List(OperatorArgs),
+    List(CaListArgs),
     /// Takes an operator back: all that it signed is void on every node. Needs the root key.
     #[command(after_help = "Example:\n  weft ca operator revoke alice -ca ./ca -reason 'laptop stolen'")]
     Revoke(OperatorRevokeArgs),
@@ -130,8 +130,9 @@ pub(crate) struct OperatorCreateArgs {
     pub(crate) ttl: String,
 }
 
+/// Flags of the verbs that list what a CA directory made.
 #[derive(Debug, Args)]
-pub(crate) struct OperatorArgs {
+pub(crate) struct CaListArgs {
     /// Directory of `weft ca init`.
     #[arg(long)]
     pub(crate) ca: PathBuf,
@@ -163,7 +164,7 @@ pub(crate) enum IssuerVerb {
     },
     /// Lists the issuers of a CA directory, and what the mesh has heard of them.
     #[command(after_help = "Example:\n  weft ca issuer list -ca ./ca")]
-    List(IssuerListArgs),
+    List(CaListArgs),
     /// Ends an issuer: it signs nothing more, what it signed stays good. For a stolen one use `weft revoke`.
     #[command(after_help = "Example:\n  weft ca issuer retire issuer-2 -ca ./ca")]
     Retire {
@@ -175,28 +176,6 @@ pub(crate) enum IssuerVerb {
         #[command(flatten)]
         sign: SignArgs,
     },
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct IssuerListArgs {
-    /// Directory of `weft ca init`.
-    #[arg(long)]
-    pub(crate) ca: PathBuf,
-    #[command(flatten)]
-    pub(crate) client: ClientArgs,
-    #[command(flatten)]
-    pub(crate) output: FormatArgs,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct TokenListArgs {
-    /// Directory of `weft ca init`.
-    #[arg(long)]
-    pub(crate) ca: PathBuf,
-    #[command(flatten)]
-    pub(crate) client: ClientArgs,
-    #[command(flatten)]
-    pub(crate) output: FormatArgs,
 }
 
 #[derive(Debug, Subcommand)]
@@ -222,7 +201,7 @@ pub(crate) enum TokenVerb {
     },
     /// Lists the tokens that were made with a CA directory, and how often the agent, if it is an issuer, saw them used.
     #[command(after_help = "Example:\n  weft token list -ca ./ca")]
-    List(TokenListArgs),
+    List(CaListArgs),
     /// Takes a token back on every issuer.
     #[command(after_help = "Example:\n  weft token revoke 1f0e…-… -ca ./ca")]
     Revoke {

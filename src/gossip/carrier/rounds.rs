@@ -269,7 +269,7 @@ mod tests {
     fn a_comparison_that_failed_is_begun_again_after_1_2_4_8_and_16_seconds_and_rounds_go_on_with_others() {
         for seed in 0..50 {
             let mut run = Run::new(3, 4, seed);
-            let first = run.rounds.members_changed(&run.all.clone(), run.now);
+            let first = run.rounds.members_changed(&run.all, run.now);
             assert_eq!(first.len(), 3, "seed {seed}");
             for member in &first {
                 let found = if member.name.as_str() == "n2" { Found::Failed } else { Found::Equal };
@@ -300,7 +300,7 @@ mod tests {
     #[test]
     fn one_success_ends_the_repeats_and_what_is_equal_is_compared_every_30_seconds() {
         let mut run = Run::new(3, 4, 1);
-        let first = run.rounds.members_changed(&run.all.clone(), run.now);
+        let first = run.rounds.members_changed(&run.all, run.now);
         run.end_all(&first, Found::Equal);
         run.rounds.missed(&run.all[0].name, run.now);
         let (seconds, asked) = run.step();
@@ -325,7 +325,7 @@ mod tests {
     #[test]
     fn a_round_avoids_those_that_failed_and_a_peer_that_is_gone_is_not_asked_again() {
         let mut run = Run::new(2, 4, 3);
-        let first = run.rounds.members_changed(&run.all.clone(), run.now);
+        let first = run.rounds.members_changed(&run.all, run.now);
         run.end_all(&first, Found::Equal);
         run.rounds.ended(&run.all[0].name, Found::Failed, run.now);
         run.rounds.next_round = run.now;
@@ -339,14 +339,14 @@ mod tests {
         assert_eq!(names(&asked), ["n1"]);
         run.end_all(&asked, Found::Failed);
         run.all = vec![gone];
-        assert!(run.rounds.members_changed(&run.all.clone(), run.now).is_empty());
+        assert!(run.rounds.members_changed(&run.all, run.now).is_empty());
         assert!(run.rounds.again.is_empty(), "n1 is not alive");
     }
 
     #[test]
     fn places_and_what_is_remembered_are_bounded_and_who_found_no_place_is_asked_when_there_is_one() {
         let mut run = Run::new(20, 2, 4);
-        let first = run.rounds.members_changed(&run.all.clone(), run.now);
+        let first = run.rounds.members_changed(&run.all, run.now);
         assert_eq!(first.len(), 2, "of three that are chosen at the join two find a place");
         assert_eq!(run.rounds.again.len(), 1);
         assert_eq!(run.rounds.wake_at(), run.rounds.next_round, "nobody is woken for a place that is not there");
@@ -354,7 +354,7 @@ mod tests {
         let (seconds, asked) = run.step();
         assert!(seconds < 1.25, "{seconds}");
         assert_eq!(asked.len(), 1);
-        for member in run.all.clone() {
+        for member in &run.all {
             run.rounds.missed(&member.name, run.now);
         }
         assert_eq!(run.rounds.again.len(), AGAIN_MAX);
