@@ -210,7 +210,7 @@ impl<C: Cargo> Carrier<C> {
             return None;
         }
         let others = self.others();
-        for peer in self.rounds.repeats(&others, now) {
+        if let Some(peer) = self.rounds.repeat(&others, now) {
             self.start_comparison(peer);
         }
         if !self.rounds.is_round_due(now) {

@@ -10,9 +10,9 @@
 //!
 //! A pure core: no clock, no task; randomness comes as a seed.
 //!
-//! Invariants: at most so many comparisons as there are places run, one with each peer; a comparison that failed, or found
-//! no place, is begun again soon, until it would be as rare as the rounds, which go on with others meanwhile; what is
-//! remembered of peers is bounded.
+//! Invariants: at most so many comparisons as there are places run, one with each peer, and one of them is a repeated one:
+//! where many fail the host may be too busy for more; a comparison that failed, or found no place, is begun again soon, until
+//! it would be as rare as the rounds, which go on with others meanwhile; what is remembered of peers is bounded.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -86,9 +86,9 @@ impl Rounds {
 
     /// When there is something to begin.
     pub(super) fn wake_at(&self) -> Instant {
-        let has_place = self.under_way.len() < self.at_once_max;
-        let waiting = self.again.iter().filter(|(peer, _)| has_place && !self.under_way.contains(*peer));
-        waiting.map(|(_, again)| again.at).fold(self.next_round, Ord::min)
+        let may_repeat = self.under_way.len() < self.at_once_max && !self.is_repeating();
+        let waiting = self.again.values().filter(|_| may_repeat);
+        waiting.map(|again| again.at).fold(self.next_round, Ord::min)
     }
 
     /// Whether a round begins.
@@ -118,23 +118,22 @@ impl Rounds {
         self.begin(&partner.name, now).then_some(partner)
     }
 
-    /// Begins the comparisons that are to be repeated by now; returns their members.
-    pub(super) fn repeats(&mut self, alive: &[MemberView], now: Instant) -> Vec<MemberView> {
-        let due: Vec<NodeName> =
-            self.again.iter().filter(|(_, again)| again.at <= now).map(|(peer, _)| peer.clone()).collect();
-        let mut begun = Vec::new();
-        for peer in due {
-            match alive.iter().find(|member| member.name == peer) {
-                Some(member) if self.begin(&peer, now) => begun.push(member.clone()),
-                // It waits for a place, or for the comparison that runs.
-                Some(_) => {}
-                // The rounds go on with others.
-                None => {
-                    self.again.remove(&peer);
-                }
-            }
+    /// Begins a comparison that is to be repeated by now; returns its member.
+    pub(super) fn repeat(&mut self, alive: &[MemberView], now: Instant) -> Option<MemberView> {
+        // The rounds go on with others where one is gone.
+        self.again.retain(|peer, again| again.at > now || alive.iter().any(|member| member.name == *peer));
+        if self.is_repeating() {
+            return None;
         }
-        begun
+        let due = self.again.iter().filter(|(_, again)| again.at <= now).min_by_key(|(_, again)| again.at);
+        let peer = due?.0.clone();
+        let member = alive.iter().find(|member| member.name == peer)?.clone();
+        self.begin(&peer, now).then_some(member)
+    }
+
+    /// Whether a repeated comparison runs.
+    fn is_repeating(&self) -> bool {
+        self.under_way.iter().any(|peer| self.again.contains_key(peer))
     }
 
     /// Begins comparisons with members that come or come back; returns them.
@@ -250,7 +249,7 @@ mod tests {
         /// Moves on to what is due next, and returns the seconds since the beginning and whom it asks.
         fn step(&mut self) -> (f64, Vec<MemberView>) {
             self.now = self.now.max(self.rounds.wake_at());
-            let mut asked = self.rounds.repeats(&self.all, self.now);
+            let mut asked: Vec<MemberView> = self.rounds.repeat(&self.all, self.now).into_iter().collect();
             if self.rounds.is_round_due(self.now) {
                 let linked = self.linked();
                 asked.extend(self.rounds.round(&self.all, &BTreeSet::new(), &linked, self.now));
@@ -358,5 +357,8 @@ mod tests {
             run.rounds.missed(&member.name, run.now);
         }
         assert_eq!(run.rounds.again.len(), AGAIN_MAX);
+        assert_eq!(run.rounds.wake_at(), run.rounds.next_round, "one is repeated at a time");
+        run.end_all(&asked, Found::Equal);
+        assert!(run.rounds.wake_at() < run.now + Duration::from_millis(1250));
     }
 }
