@@ -1,11 +1,13 @@
 //! What all agents share, between real agents: keys and values over a split and a crash, events, prepared queries.
 
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::agent::{Agent, Ca, Spec, path};
+use crate::clients::{found, program};
 use crate::lab::{Host, Lab};
 use crate::wait::until;
 
@@ -170,5 +172,22 @@ fn events_and_prepared_queries_are_known_to_every_agent() {
         let answer = n3.try_get("/v1/query/web-anywhere/execute")?;
         let nodes = if answer.status == 200 { answer.json()["Nodes"].clone() } else { Value::Null };
         if nodes[0]["Node"]["Node"] == "n2" { Ok(()) } else { Err(format!("{} {}", answer.status, answer.body)) }
+    });
+    let Some([dig]) = found("dig", [program("dig")]) else { return };
+    let ask = |name: &str| {
+        let mut command = Command::new(&dig);
+        command.args(["@127.0.0.1", "-p", "8600", "+short", "+tries=1", "+time=5", name]);
+        let out = lab.host(3).run(|| command.stdin(Stdio::null()).output().unwrap());
+        String::from_utf8_lossy(&out.stdout).trim().to_owned()
+    };
+    until("another agent executes the query by DNS", || {
+        let seen = ask("web-anywhere.query.consul");
+        if seen == "10.77.0.2" { Ok(()) } else { Err(seen) }
+    });
+    let id = made.json()["ID"].as_str().unwrap().to_owned();
+    assert_eq!(n1.call(n1.api, "DELETE", &format!("/v1/query/{id}"), &[], "").unwrap().status, 200);
+    until("a query that was deleted is no name", || {
+        let seen = ask("web-anywhere.query.consul");
+        if seen.is_empty() { Ok(()) } else { Err(seen) }
     });
 }

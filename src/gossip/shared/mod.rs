@@ -139,11 +139,11 @@ pub type Changes = Vec<(String, Option<Vec<u8>>)>;
 
 /// Keeps rows for the next start. Calls block: they are made outside the task.
 pub trait SharedStore: Send + Sync + 'static {
-    /// Returns every row that is kept.
+    /// Returns every row that is kept, but those whose name begins with `without`: these are not even read.
     ///
     /// # Errors
     /// A text for people.
-    fn rows(&self) -> Result<Vec<(String, Vec<u8>)>, String>;
+    fn rows(&self, without: Option<&str>) -> Result<Vec<(String, Vec<u8>)>, String>;
     /// Writes all of `changes`, or none.
     ///
     /// # Errors
