@@ -19,8 +19,8 @@ use weft::pki::{CaDir, DocumentKey, Revoked, Utc};
 use weft::policy::{Document, DocumentId, Draft};
 
 use crate::cli::{
-    CheckArgs, ClientArgs, ConfigDeleteArgs, ConfigListArgs, ConfigReadArgs, ConfigWriteArgs, CreateArgs, EndsArgs,
-    ExportArgs, Format, ImportArgs, ListArgs, MatchArgs, OperatorAdoptArgs, OperatorArgs, OperatorCreateArgs,
+    CaListArgs, CheckArgs, ClientArgs, ConfigDeleteArgs, ConfigListArgs, ConfigReadArgs, ConfigWriteArgs, CreateArgs,
+    EndsArgs, ExportArgs, Format, ImportArgs, ListArgs, MatchArgs, OperatorAdoptArgs, OperatorCreateArgs,
     OperatorRenewArgs, OperatorRevokeArgs, SignerArgs,
 };
 use crate::client::{Client, segment};
@@ -44,7 +44,7 @@ pub(crate) fn create_operator(args: &OperatorCreateArgs) -> Result<(), Failure> 
 }
 
 /// `weft ca operator list`
-pub(crate) fn list_operators(args: &OperatorArgs) -> Result<(), Failure> {
+pub(crate) fn list_operators(args: &CaListArgs) -> Result<(), Failure> {
     let now = clock::wall();
     let known = documents(&args.client).unwrap_or_default();
     let rows: Vec<[String; 5]> = CaDir::open(&args.ca)

@@ -15,7 +15,7 @@ use weft::model::NodeName;
 use weft::pki::{CaDir, DocumentKey, Revoked, Signatory, SpkiHash, Utc};
 use weft::policy::{Content, Document, DocumentError, DocumentId, DocumentKind, RevocationBody};
 
-use crate::cli::{ClientArgs, DocumentArgs, Format, IssuerListArgs, ListArgs, RevokeArgs, SignArgs, TokenListArgs};
+use crate::cli::{CaListArgs, ClientArgs, DocumentArgs, Format, ListArgs, RevokeArgs, SignArgs};
 use crate::client::Client;
 use crate::failure::Failure;
 use crate::table;
@@ -72,7 +72,7 @@ pub(crate) fn retire_issuer(ca: &Path, name: &str, sign: &SignArgs) -> Result<()
 }
 
 /// `weft ca issuer list`
-pub(crate) fn list_issuers(args: &IssuerListArgs) -> Result<(), Failure> {
+pub(crate) fn list_issuers(args: &CaListArgs) -> Result<(), Failure> {
     let now = clock::wall();
     let known = documents(&args.client).unwrap_or_default();
     let said = |needle: &str| known.iter().any(|document| says(document).iter().any(|text| text.starts_with(needle)));
@@ -98,7 +98,7 @@ pub(crate) fn list_issuers(args: &IssuerListArgs) -> Result<(), Failure> {
 }
 
 /// `weft token list`
-pub(crate) fn list_tokens(args: &TokenListArgs) -> Result<(), Failure> {
+pub(crate) fn list_tokens(args: &CaListArgs) -> Result<(), Failure> {
     let now = clock::wall();
     let known = documents(&args.client).unwrap_or_default();
     // Without an agent the list is what this directory knows.

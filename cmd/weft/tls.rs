@@ -8,15 +8,16 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, anyhow, bail};
 use rustls::client::WebPkiServerVerifier;
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls12_signature, verify_tls13_signature};
+use rustls::client::danger::ServerCertVerifier;
+use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use rustls::{CertificateError, ClientConfig, RootCertStore};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use webpki::{EndEntityCert, KeyUsage};
+use weft::pki::ServerCheck;
 use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::FromDer as _;
@@ -42,7 +43,13 @@ pub(crate) async fn shake<S: AsyncRead + AsyncWrite + Unpin>(
     let provider = Arc::new(aws_lc_rs::default_provider());
     let builder = ClientConfig::builder_with_provider(Arc::clone(&provider)).with_safe_default_protocol_versions()?;
     let (verifier, asked): (Arc<dyn ServerCertVerifier>, &str) = match name {
-        Some(id) if id.starts_with(SPIFFE) => (Arc::new(ById { roots, id: id.to_owned(), provider }), host),
+        Some(id) if id.starts_with(SPIFFE) => {
+            let by_id = ById { roots, id: id.to_owned(), provider: Arc::clone(&provider) };
+            let check = move |leaf: &CertificateDer<'_>, others: &[CertificateDer<'_>], now| {
+                by_id.check(leaf, others, now).map_err(refusal)
+            };
+            (Arc::new(ServerCheck::new(provider, check)), host)
+        }
         name => (WebPkiServerVerifier::builder_with_provider(roots, provider).build()?, name.unwrap_or(host)),
     };
     let config = builder.dangerous().with_custom_certificate_verifier(verifier).with_no_client_auth();
@@ -63,8 +70,12 @@ fn read(file: &Path) -> anyhow::Result<RootCertStore> {
     Ok(roots)
 }
 
+fn refusal(error: anyhow::Error) -> rustls::Error {
+    let error = Arc::<dyn std::error::Error + Send + Sync>::from(error.into_boxed_dyn_error());
+    rustls::Error::InvalidCertificate(CertificateError::Other(rustls::OtherError(error)))
+}
+
 /// Believes a chain to `roots` whose leaf has `id` as its URI name.
-#[derive(Debug)]
 struct ById {
     roots: Arc<RootCertStore>,
     id: String,
@@ -89,46 +100,6 @@ impl ById {
             bail!("it is of {shown}, not of {}", self.id);
         }
         Ok(())
-    }
-}
-
-impl ServerCertVerifier for ById {
-    fn verify_server_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        _server_name: &ServerName<'_>,
-        _ocsp_response: &[u8],
-        now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        let refused = |error: anyhow::Error| {
-            let error = Arc::<dyn std::error::Error + Send + Sync>::from(error.into_boxed_dyn_error());
-            rustls::Error::InvalidCertificate(CertificateError::Other(rustls::OtherError(error)))
-        };
-        self.check(end_entity, intermediates, now).map_err(refused)?;
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(message, certificate, signed, &self.provider.signature_verification_algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, certificate, signed, &self.provider.signature_verification_algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.provider.signature_verification_algorithms.supported_schemes()
     }
 }
 

@@ -30,9 +30,7 @@ use crate::gossip::{
 };
 use crate::lww::{Keep, Limits, Scope, Table};
 use crate::metrics::Metrics;
-use crate::model::{
-    CheckRecord, Generation, HealthStatus, MemberStatus, NodeInfo, NodeName, Protocol, ServiceRecord, TextMap, Weights,
-};
+use crate::model::{CheckRecord, Generation, HealthStatus, MemberStatus, NodeInfo, NodeName, Protocol, ServiceRecord};
 use crate::pki::{Identity, ephemeral};
 use crate::policy::{Document, Offered};
 use crate::registry::{
@@ -425,17 +423,10 @@ pub(super) fn node_entry(number: u8, status: MemberStatus) -> Arc<NodeEntry> {
 
 fn record() -> ServiceRecord {
     ServiceRecord {
-        id: "web-1".parse().unwrap(),
-        name: "web".parse().unwrap(),
-        kind: Box::default(),
         tags: ["v1".into(), "Blue".into()].into(),
-        meta: TextMap::default(),
-        address: Box::default(),
         port: 8080,
-        tagged_addresses: TextMap::default(),
-        weights: Weights::default(),
         protocol: Protocol::Http,
-        enable_tag_override: false,
+        ..ServiceRecord::new("web-1".parse().unwrap(), "web".parse().unwrap())
     }
 }
 

@@ -375,9 +375,7 @@ pub(super) fn status_of(node: &NodeEntry, checks: &[&Arc<CheckRecord>]) -> Healt
 mod tests {
     use super::*;
     use crate::clock::UnixSeconds;
-    use crate::model::{
-        CheckId, Entry, EntryKey, ExternalRecord, Generation, NodeInfo, Protocol, ServiceRecord, TextMap, Weights,
-    };
+    use crate::model::{CheckId, Entry, EntryKey, ExternalRecord, Generation, NodeInfo, ServiceRecord, TextMap};
     use crate::replica::{HeadSigner, Params, Replica};
 
     const ALIVE: MemberStatus = MemberStatus::Alive;
@@ -594,17 +592,8 @@ mod tests {
 
     fn service(id: &str, service: &str) -> Entry {
         Entry::Service(Arc::new(ServiceRecord {
-            id: id.parse().unwrap(),
-            name: service.parse().unwrap(),
-            kind: Box::default(),
-            tags: Box::default(),
-            meta: TextMap::default(),
-            address: Box::default(),
             port: 80,
-            tagged_addresses: TextMap::default(),
-            weights: Weights::default(),
-            protocol: Protocol::Tcp,
-            enable_tag_override: false,
+            ..ServiceRecord::new(id.parse().unwrap(), service.parse().unwrap())
         }))
     }
 

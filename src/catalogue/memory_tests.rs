@@ -10,7 +10,6 @@ use super::Builder;
 use crate::clock::UnixSeconds;
 use crate::model::{
     CheckRecord, Entry, EntryKey, Generation, HealthStatus, MemberStatus, NodeInfo, NodeName, Protocol, ServiceRecord,
-    TextMap, Weights,
 };
 use crate::replica::{Delta, Digest, HeadSigner, HeadVerifier, Params, Replica, VerifiedHead};
 use crate::wire::{self, FRAME_BYTES_MAX};
@@ -92,17 +91,11 @@ fn instance(at: usize, status: HealthStatus) -> [Entry; 2] {
     let service = service_name(at);
     let id = format!("{service}-{at}");
     let record = ServiceRecord {
-        id: id.parse().unwrap(),
-        name: service.parse().unwrap(),
-        kind: Box::default(),
         tags: ["v1".into()].into(),
-        meta: TextMap::default(),
         address: "10.0.0.1".into(),
         port: 8080,
-        tagged_addresses: TextMap::default(),
-        weights: Weights::default(),
         protocol: Protocol::Http,
-        enable_tag_override: false,
+        ..ServiceRecord::new(id.parse().unwrap(), service.parse().unwrap())
     };
     let check = CheckRecord {
         id: format!("service:{id}").parse().unwrap(),

@@ -17,7 +17,7 @@ use super::zone::Zone;
 use crate::catalogue::{Instance, NodeEntry, ServiceEntry, Snapshot};
 use crate::lww::{Body, Row, Stamp};
 use crate::model::{
-    Generation, HealthStatus, MemberStatus, NodeInfo, NodeName, Protocol, ServiceName, ServiceRecord, TextMap, Weights,
+    Generation, HealthStatus, MemberStatus, NodeInfo, NodeName, Protocol, ServiceName, ServiceRecord, Weights,
 };
 use crate::prepared::Book;
 
@@ -151,17 +151,11 @@ fn add(
     let instance = Arc::new(Instance {
         node: Arc::clone(node),
         record: Arc::new(ServiceRecord {
-            id: format!("{service}-{port}").parse().unwrap(),
-            name: name.clone(),
-            kind: Box::default(),
             tags: tags.iter().map(|tag| Box::from(*tag)).collect(),
-            meta: TextMap::default(),
             address: address.into(),
             port,
-            tagged_addresses: TextMap::default(),
             weights: Weights { passing: 10, warning: 2 },
-            protocol: Protocol::Tcp,
-            enable_tag_override: false,
+            ..ServiceRecord::new(format!("{service}-{port}").parse().unwrap(), name.clone())
         }),
         checks: Box::default(),
         status,

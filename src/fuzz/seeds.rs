@@ -18,7 +18,7 @@ use super::{NONCE, NOW};
 use crate::authz::{PathRule, Rule};
 use crate::gossip::engine::{Held, HelloReply, Message, Request as Ask, SyncReply, Trade};
 use crate::membership::{Core, Leave, LifeClaim, MemberEntry, MeshId, Output, Profile, Standing, Statement};
-use crate::model::{Entry, EntryKey, Generation, NodeInfo, Protocol, ServiceRecord, TextMap, Weights};
+use crate::model::{Entry, EntryKey, Generation, NodeInfo, Protocol, ServiceRecord};
 use crate::pki::join::{Answer, Denied, Hello, Request, Role, Welcome, Why, renewal_message};
 use crate::pki::{
     CaDir, DocumentKey, Issuer, JoinKey, NodeAuthority, Revoked, Rotation, Signatory, SpkiHash, TokenClaims,
@@ -324,17 +324,11 @@ fn records() -> BTreeMap<EntryKey, Entry> {
         issuer: false,
     };
     let service = ServiceRecord {
-        id: "web-1".parse().unwrap(),
-        name: "web".parse().unwrap(),
-        kind: Box::default(),
         tags: ["v1".into()].into(),
-        meta: TextMap::default(),
         address: "10.0.0.2".into(),
         port: 80,
-        tagged_addresses: TextMap::default(),
-        weights: Weights::default(),
         protocol: Protocol::Http,
-        enable_tag_override: false,
+        ..ServiceRecord::new("web-1".parse().unwrap(), "web".parse().unwrap())
     };
     [Entry::Node(info.into()), Entry::Service(service.into())].into_iter().map(|entry| (entry.key(), entry)).collect()
 }

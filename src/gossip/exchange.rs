@@ -13,12 +13,13 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use quinn::{Connection, RecvStream, SendStream};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 
 use super::actor::Input;
 use super::documents;
 use super::engine::{HelloReply, Message, Request, Stage, Step};
 use super::shared;
+use super::talk::{Talk, ask};
 use crate::membership::MeshId;
 use crate::model::NodeName;
 use crate::wire::{self, FRAME_BYTES_MAX, WireError};
@@ -53,6 +54,9 @@ pub(super) enum ExchangeError {
     /// There is no connection and none can be made.
     #[error("{0}")]
     Unreachable(String),
+    /// The peer has no place left for what it is given.
+    #[error("peer is busy with what it receives from others")]
+    Busy,
     /// This agent stops.
     #[error("agent is shutting down")]
     Closed,
@@ -75,30 +79,19 @@ impl ExchangeError {
     }
 }
 
-/// The stream of one exchange.
-struct Talk {
-    send: SendStream,
-    recv: RecvStream,
-}
-
+/// What the engine's exchanges say and hear on a stream.
 impl Talk {
-    async fn open(connection: &Connection) -> Result<Self, ExchangeError> {
-        let (send, recv) = connection.open_bi().await?;
-        Ok(Self { send, recv })
+    async fn tell(&mut self, message: &Message) -> Result<(), ExchangeError> {
+        self.say_frame(&message.encode()?).await
     }
 
-    async fn say(&mut self, message: &Message) -> Result<(), ExchangeError> {
-        Ok(wire::write_frame(&mut self.send, &message.encode()?).await?)
-    }
-
-    async fn hear(&mut self, stage: Stage) -> Result<Message, ExchangeError> {
+    async fn hear_at(&mut self, stage: Stage) -> Result<Message, ExchangeError> {
         if stage.awaits_end() {
-            self.finish();
             // The peer ends the stream when it has taken everything.
-            ended(&mut self.recv).await;
+            self.end().await;
             return Ok(Message::End);
         }
-        let frame = wire::read_frame(&mut self.recv, FRAME_BYTES_MAX).await?;
+        let frame = self.hear_frame(FRAME_BYTES_MAX).await?;
         Ok(stage.decode(&frame)?)
     }
 
@@ -113,39 +106,26 @@ impl Talk {
         loop {
             let message = match heard.take() {
                 Some(message) => message,
-                None => self.hear(stage).await?,
+                None => self.hear_at(stage).await?,
             };
-            let (reply, answer) = oneshot::channel();
-            let heard = Input::Heard { peer: peer.clone(), stage, message, reply };
-            actor.send(heard).await.map_err(|_| ExchangeError::Closed)?;
-            let again = match answer.await.map_err(|_| ExchangeError::Closed)? {
+            let step = ask(actor, |reply| Input::Heard { peer: peer.clone(), stage, message, reply }).await?;
+            let again = match step {
                 Step::Say(message, next) => {
-                    self.say(&message).await?;
+                    self.tell(&message).await?;
                     stage = next;
                     continue;
                 }
                 Step::Again(message, next) => Some((message, next)),
                 Step::Last(message) => {
-                    self.say(&message).await?;
+                    self.tell(&message).await?;
                     None
                 }
                 Step::Done => None,
             };
-            self.finish();
-            ended(&mut self.recv).await;
+            self.end().await;
             return Ok(again);
         }
     }
-
-    fn finish(&mut self) {
-        let _finished_before = self.send.finish();
-    }
-}
-
-/// Takes the end of a peer's stream: a stream that is dropped before costs a packet that says so, and another for the
-/// answer to that. Whatever comes in its place is as good as an end.
-pub(super) async fn ended(recv: &mut RecvStream) {
-    let _end = recv.read_to_end(0).await;
 }
 
 async fn within<T>(exchange: impl Future<Output = Result<T, ExchangeError>>) -> Result<T, ExchangeError> {
@@ -155,9 +135,8 @@ async fn within<T>(exchange: impl Future<Output = Result<T, ExchangeError>>) -> 
 /// Says hello.
 pub(super) async fn hello(connection: &Connection, own: MeshId) -> Result<HelloReply, ExchangeError> {
     let reply = within(async {
-        let mut talk = Talk::open(connection).await?;
-        talk.say(&Message::Request(Request::Hello(own))).await?;
-        talk.hear(Stage::Greeting).await
+        let mut talk = Talk::open(connection, &Message::Request(Request::Hello(own))).await?;
+        talk.hear_at(Stage::Greeting).await
     });
     match reply.await? {
         Message::Hello(reply) => Ok(reply),
@@ -168,12 +147,11 @@ pub(super) async fn hello(connection: &Connection, own: MeshId) -> Result<HelloR
 /// Asks the peer at the other end of `connection` for its round trips, by node.
 pub(super) async fn round_trips(connection: &Connection) -> Result<BTreeMap<NodeName, Duration>, ExchangeError> {
     let asked = async {
-        let mut talk = Talk::open(connection).await?;
-        talk.say(&Message::Request(Request::RoundTrips)).await?;
+        let mut talk = Talk::open(connection, &Message::Request(Request::RoundTrips)).await?;
         talk.finish();
-        let frame = wire::read_frame(&mut talk.recv, ROUND_TRIPS_BYTES_MAX).await?;
+        let frame = talk.hear_frame(ROUND_TRIPS_BYTES_MAX).await?;
         let told: Vec<(NodeName, u32)> = wire::decode(&frame, ROUND_TRIPS_BYTES_MAX)?;
-        ended(&mut talk.recv).await;
+        talk.ended().await;
         Ok(told.into_iter().map(|(node, micros)| (node, Duration::from_micros(micros.into()))).collect())
     };
     tokio::time::timeout(ROUND_TRIPS_TIME_MAX, asked).await.unwrap_or(Err(ExchangeError::Late))
@@ -181,14 +159,11 @@ pub(super) async fn round_trips(connection: &Connection) -> Result<BTreeMap<Node
 
 /// Tells a peer this node's round trips, in microseconds.
 async fn tell_round_trips(talk: &mut Talk, actor: &mpsc::Sender<Input>) -> Result<(), ExchangeError> {
-    let (reply, answer) = oneshot::channel();
-    actor.send(Input::RoundTrips(reply)).await.map_err(|_| ExchangeError::Closed)?;
-    let measured = answer.await.map_err(|_| ExchangeError::Closed)?;
+    let measured = ask(actor, Input::RoundTrips).await?;
     let micros = |trip: Duration| u32::try_from(trip.as_micros()).unwrap_or(u32::MAX);
     let told: Vec<(NodeName, u32)> = measured.into_iter().map(|(node, trip)| (node, micros(trip))).collect();
-    wire::write_frame(&mut talk.send, &wire::encode(&told)?).await?;
-    talk.finish();
-    ended(&mut talk.recv).await;
+    talk.say(&told).await?;
+    talk.end().await;
     Ok(())
 }
 
@@ -202,8 +177,7 @@ pub(super) async fn begin(
     let mut next = Some(first);
     while let Some((message, stage)) = next {
         next = within(async {
-            let mut talk = Talk::open(&connection).await?;
-            talk.say(&message).await?;
+            let mut talk = Talk::open(&connection, &message).await?;
             talk.run(&peer, stage, None, &actor).await
         })
         .await?;
@@ -219,14 +193,10 @@ pub(super) async fn serve(
     desks: Desks,
 ) -> Result<(), ExchangeError> {
     let mut talk = Talk { send: streams.0, recv: streams.1 };
-    let first = within(talk.hear(Stage::Asked)).await?;
+    let first = within(talk.hear_at(Stage::Asked)).await?;
     match first {
-        Message::Request(Request::Documents(said)) => {
-            documents::serve(peer, said, (&mut talk.send, &mut talk.recv), &desks.documents).await
-        }
-        Message::Request(Request::Shared(said)) => {
-            shared::serve(peer, said, (&mut talk.send, &mut talk.recv), &desks.shared).await
-        }
+        Message::Request(Request::Documents(said)) => documents::serve(peer, said, &mut talk, &desks.documents).await,
+        Message::Request(Request::Shared(said)) => shared::serve(peer, said, &mut talk, &desks.shared).await,
         Message::Request(Request::RoundTrips) => within(tell_round_trips(&mut talk, &actor)).await,
         first => within(talk.run(&peer, Stage::Asked, Some(first), &actor)).await.map(drop),
     }
@@ -237,36 +207,12 @@ mod tests {
     use std::sync::Arc;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
-    use quinn::{ClientConfig, Endpoint, ServerConfig};
     use tokio::task::JoinSet;
 
     use super::*;
     use crate::gossip::engine::{Held, SyncReply, Trade};
+    use crate::gossip::talk::pair;
     use crate::model::Generation;
-
-    /// Two ends of one connection over loopback; the endpoints live as long as the pair.
-    struct Pair {
-        dialer: Connection,
-        listener: Connection,
-        _endpoints: [Endpoint; 2],
-    }
-
-    async fn pair() -> Pair {
-        let made = rcgen::generate_simple_self_signed(vec!["peer".to_owned()]).unwrap();
-        let certificate = made.cert.der().clone();
-        let key = rustls::pki_types::PrivateKeyDer::try_from(made.signing_key.serialize_der()).unwrap();
-        let server = ServerConfig::with_single_cert(vec![certificate.clone()], key).unwrap();
-        let listener = Endpoint::server(server, "127.0.0.1:0".parse().unwrap()).unwrap();
-        let mut roots = rustls::RootCertStore::empty();
-        roots.add(certificate).unwrap();
-        let client = ClientConfig::with_root_certificates(Arc::new(roots)).unwrap();
-        let dialer = Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
-        let addr = listener.local_addr().unwrap();
-        let dial = async { dialer.connect_with(client, addr, "peer").unwrap().await.unwrap() };
-        let accept = async { listener.accept().await.unwrap().await.unwrap() };
-        let (dialled, accepted) = tokio::join!(dial, accept);
-        Pair { dialer: dialled, listener: accepted, _endpoints: [dialer, listener] }
-    }
 
     fn desks() -> Desks {
         Desks { documents: documents::queue().0, shared: shared::queue().0 }

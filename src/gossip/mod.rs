@@ -19,6 +19,7 @@
 //! Not here: SWIM (`membership`), versions and merging (`replica`), TLS (`pki`, `transport`), health (`registry`).
 
 mod actor;
+mod carrier;
 mod documents;
 pub mod engine;
 mod exchange;
@@ -28,6 +29,7 @@ mod policy;
 mod pulse;
 mod reach;
 mod shared;
+mod talk;
 mod targets;
 #[cfg(test)]
 mod tests;
@@ -219,14 +221,13 @@ impl Gossip {
         let (commands, received) = mpsc::channel(COMMANDS_MAX);
         let orders = documents::queue();
         let (desk, shared_orders) = shared::queue();
-        let around = documents::Around {
+        let around = carrier::Around {
             own: params.node.name.clone(),
-            identity: Arc::clone(&params.identity),
             transport: params.transport.clone(),
             gossip: commands.clone(),
             interval: params.sync_interval,
-            stop: params.stop.clone(),
         };
+        let identity = Arc::clone(&params.identity);
         let (stop, first_index) = (params.stop.clone(), params.first_index);
         let mut compiler = policy::Compiler::new(documents.default_policy, metrics).map_err(StartError::Metrics)?;
         // The data plane begins with what is on disk: nothing passes that was denied before the restart.
@@ -239,13 +240,13 @@ impl Gossip {
         let task = shared::Task::new(
             shared,
             around.clone(),
-            first_index,
+            (first_index, stop.clone()),
             members.clone(),
             (desk.orders, shared_orders),
             metrics,
         );
         let (shared_task, shared) = task.map_err(StartError::Metrics)?;
-        let task = documents::Task::new(documents, around, members.clone(), orders, metrics);
+        let task = documents::Task::new(documents, around, (identity, stop.clone()), members.clone(), orders, metrics);
         let (task, documents) = task.map_err(StartError::Metrics)?;
         tasks.spawn("gossip", actor.run());
         tasks.spawn("documents", task.run());

@@ -7,7 +7,7 @@ use super::*;
 use crate::catalogue::LocalView;
 use crate::clock;
 use crate::lww::{Row, Scope};
-use crate::model::{Entry, EntryKey, Protocol, ServeScope, ServiceName, ServiceRecord, TextMap, Weights};
+use crate::model::{Entry, EntryKey, Protocol, ServeScope, ServiceName, ServiceRecord};
 use crate::pki::Plane;
 use crate::policy::DocumentSet;
 use crate::registry::Publication;
@@ -183,17 +183,10 @@ impl Agent {
 
     fn publish(&self, name: &str, tag: String) {
         let record = ServiceRecord {
-            id: name.parse().unwrap(),
-            name: name.parse().unwrap(),
-            kind: Box::default(),
             tags: [tag.into()].into(),
-            meta: TextMap::default(),
-            address: Box::default(),
             port: 8080,
-            tagged_addresses: TextMap::default(),
-            weights: Weights::default(),
             protocol: Protocol::Http,
-            enable_tag_override: false,
+            ..ServiceRecord::new(name.parse().unwrap(), name.parse().unwrap())
         };
         let records = BTreeMap::from([(EntryKey::Service(record.id.clone()), Entry::Service(record.into()))]);
         self.publication.send_replace(Arc::new(Publication { records, view: LocalView::default() }));

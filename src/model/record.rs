@@ -137,6 +137,25 @@ pub struct ServiceRecord {
     pub enable_tag_override: bool,
 }
 
+impl ServiceRecord {
+    /// An instance of which nothing is known but its names: plain TCP, of the least weight, without a port.
+    pub fn new(id: InstanceId, name: ServiceName) -> Self {
+        Self {
+            id,
+            name,
+            kind: Box::default(),
+            tags: Box::default(),
+            meta: TextMap::default(),
+            address: Box::default(),
+            port: 0,
+            tagged_addresses: TextMap::default(),
+            weights: Weights::default(),
+            protocol: Protocol::Tcp,
+            enable_tag_override: false,
+        }
+    }
+}
+
 /// A check's result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

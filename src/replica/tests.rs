@@ -5,9 +5,7 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 
 use super::*;
-use crate::model::{
-    CheckRecord, ExternalRecord, HealthStatus, NodeInfo, Protocol, ServeScope, ServiceRecord, TextMap, Weights,
-};
+use crate::model::{CheckRecord, ExternalRecord, HealthStatus, NodeInfo, Protocol, ServeScope, ServiceRecord, TextMap};
 use crate::wire;
 
 const NOW: UnixSeconds = UnixSeconds(1_700_000_000);
@@ -80,17 +78,10 @@ fn facts(node: &str) -> Entry {
 
 fn service(id: &str, service: &str, port: u16) -> Entry {
     Entry::Service(Arc::new(ServiceRecord {
-        id: id.parse().unwrap(),
-        name: service.parse().unwrap(),
-        kind: Box::default(),
         tags: ["v1".into()].into(),
-        meta: TextMap::default(),
-        address: Box::default(),
         port,
-        tagged_addresses: TextMap::default(),
-        weights: Weights::default(),
         protocol: Protocol::Http,
-        enable_tag_override: false,
+        ..ServiceRecord::new(id.parse().unwrap(), service.parse().unwrap())
     }))
 }
 

@@ -43,7 +43,7 @@ mod test_support {
     use std::sync::Arc;
 
     use crate::catalogue::{Instance, NodeEntry, ServiceEntry};
-    use crate::model::{Generation, HealthStatus, MemberStatus, NodeInfo, Protocol, ServiceRecord, TextMap, Weights};
+    use crate::model::{Generation, HealthStatus, MemberStatus, NodeInfo, Protocol, ServiceRecord, Weights};
 
     pub(super) fn now() -> tokio::time::Instant {
         use std::sync::LazyLock;
@@ -73,17 +73,10 @@ mod test_support {
             modify_index: 1,
         };
         let record = ServiceRecord {
-            id: "w".parse().unwrap(),
-            name: "web".parse().unwrap(),
-            kind: Box::default(),
-            tags: Box::default(),
-            meta: TextMap::default(),
-            address: Box::default(),
             port: 80,
-            tagged_addresses: TextMap::default(),
             weights: Weights { passing: weight, warning: 1 },
             protocol: Protocol::Http,
-            enable_tag_override: false,
+            ..ServiceRecord::new("w".parse().unwrap(), "web".parse().unwrap())
         };
         let node = Arc::new(entry);
         let record = Arc::new(record);

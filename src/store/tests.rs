@@ -1,4 +1,6 @@
+use super::tokens::TOKEN_KEPT_AFTER_END;
 use super::*;
+use crate::clock::UnixSeconds;
 
 fn id(text: &str) -> CheckId {
     text.parse().unwrap()

@@ -305,17 +305,11 @@ fn instance(version: &str, datacenter: &str, status: HealthStatus) -> Instance {
         modify_index: 1,
     };
     let record = ServiceRecord {
-        id: "w".parse().unwrap(),
-        name: "web".parse().unwrap(),
-        kind: Box::default(),
-        tags: Box::default(),
         meta: [("version", version.into())].into_iter().collect::<TextMap<Box<str>>>(),
-        address: Box::default(),
         port: 80,
-        tagged_addresses: TextMap::default(),
         weights: Weights { passing: 1, warning: 1 },
         protocol: Protocol::Http,
-        enable_tag_override: false,
+        ..ServiceRecord::new("w".parse().unwrap(), "web".parse().unwrap())
     };
     Instance {
         node: node.into(),

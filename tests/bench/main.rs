@@ -12,9 +12,7 @@ use std::time::Duration;
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use weft::clock::UnixSeconds;
-use weft::model::{
-    Entry, EntryKey, Generation, NodeInfo, NodeName, Protocol, ServeScope, ServiceRecord, TextMap, Weights,
-};
+use weft::model::{Entry, EntryKey, Generation, NodeInfo, NodeName, Protocol, ServeScope, ServiceRecord};
 use weft::replica::{Delta, Digest, HeadSigner, HeadVerifier, Params, Replica, VerifiedHead};
 use weft::wire;
 
@@ -49,17 +47,15 @@ fn name(text: &str) -> NodeName {
 
 fn service(at: usize, port: u16) -> Entry {
     Entry::Service(Arc::new(ServiceRecord {
-        id: format!("web-{at}").parse().expect("a valid id"),
-        name: format!("service-{at}").parse().expect("a valid name"),
-        kind: Box::default(),
         tags: ["v1".into(), "blue".into()].into(),
         meta: [("team", "shop".into())].into_iter().collect(),
         address: "10.0.0.1".into(),
         port,
-        tagged_addresses: TextMap::default(),
-        weights: Weights::default(),
         protocol: Protocol::Http,
-        enable_tag_override: false,
+        ..ServiceRecord::new(
+            format!("web-{at}").parse().expect("a valid id"),
+            format!("service-{at}").parse().expect("a valid name"),
+        )
     }))
 }
 

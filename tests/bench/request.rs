@@ -9,7 +9,7 @@ use criterion::Criterion;
 use tokio::runtime::Runtime;
 use weft::clock;
 use weft::config::{Config, IdentitySource, Secret};
-use weft::model::{NodeName, Protocol, ServiceRecord, TextMap, Weights};
+use weft::model::{NodeName, Protocol, ServiceRecord};
 use weft::node::Node;
 use weft::pki::{self, CaDir, TokenClaims};
 use weft::registry::{ServiceDefinition, UpstreamDefinition};
@@ -60,17 +60,9 @@ pub(crate) fn proxied_request(c: &mut Criterion) {
 fn service(name: &str, app_addr: SocketAddr, upstreams: Vec<UpstreamDefinition>) -> ServiceDefinition {
     ServiceDefinition {
         record: ServiceRecord {
-            id: name.parse().expect("a valid id"),
-            name: name.parse().expect("a valid name"),
-            kind: Box::default(),
-            tags: Box::default(),
-            meta: TextMap::default(),
-            address: Box::default(),
             port: app_addr.port(),
-            tagged_addresses: TextMap::default(),
-            weights: Weights::default(),
             protocol: Protocol::Http,
-            enable_tag_override: false,
+            ..ServiceRecord::new(name.parse().expect("a valid id"), name.parse().expect("a valid name"))
         },
         socket_path: String::new(),
         app_addr,

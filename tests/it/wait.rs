@@ -7,19 +7,13 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Polls `probe` until it gives a value; fails after [`PATIENCE`], naming `what` and the last state that `probe` told.
 #[track_caller]
-pub(crate) fn until<T>(what: &str, probe: impl FnMut() -> Result<T, String>) -> T {
-    until_within(PATIENCE, what, probe)
-}
-
-/// The same with a limit of its own, for what comes in rounds that are as long as [`PATIENCE`].
-#[track_caller]
-pub(crate) fn until_within<T>(limit: Duration, what: &str, mut probe: impl FnMut() -> Result<T, String>) -> T {
+pub(crate) fn until<T>(what: &str, mut probe: impl FnMut() -> Result<T, String>) -> T {
     let begun = Instant::now();
     loop {
         match probe() {
             Ok(value) => return value,
-            Err(state) if begun.elapsed() > limit => {
-                panic!("after {limit:?} still not: {what}; last seen: {state}")
+            Err(state) if begun.elapsed() > PATIENCE => {
+                panic!("after {PATIENCE:?} still not: {what}; last seen: {state}")
             }
             // The pause between two looks at a level, not a wait for a time.
             Err(_) => std::thread::park_timeout(Duration::from_millis(50)),

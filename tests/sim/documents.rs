@@ -20,7 +20,7 @@ use weft::policy::{Content, Document, DocumentId, DocumentKind, DocumentSet, Hel
 use super::scenarios::SECOND;
 use super::world::{WALL, World};
 
-/// As `gossip::documents`.
+/// As `gossip::carrier`.
 const FORWARDS: usize = 3;
 /// As there after a difference; what is equal is compared every 30 s there.
 const COMPARE_EVERY: Duration = Duration::from_secs(5);

@@ -7,8 +7,7 @@ use std::time::Duration;
 use weft::gossip::engine::Engine;
 use weft::membership::MeshId;
 use weft::model::{
-    CheckRecord, Entry, EntryKey, Generation, HealthStatus, NodeInfo, NodeName, Protocol, ServiceRecord, TextMap,
-    Weights,
+    CheckRecord, Entry, EntryKey, Generation, HealthStatus, NodeInfo, NodeName, Protocol, ServiceRecord,
 };
 use weft::store::StoredPeer;
 
@@ -222,17 +221,10 @@ pub(crate) fn generation(number: u64, nonce: u64) -> Generation {
 /// A service as a host registers it, with one check.
 pub(crate) fn service(id: &str, service: &str, tag: &str) -> [Entry; 2] {
     let record = ServiceRecord {
-        id: id.parse().unwrap(),
-        name: service.parse().unwrap(),
-        kind: Box::default(),
         tags: [tag.into()].into(),
-        meta: TextMap::default(),
-        address: Box::default(),
         port: 8080,
-        tagged_addresses: TextMap::default(),
-        weights: Weights::default(),
         protocol: Protocol::Http,
-        enable_tag_override: false,
+        ..ServiceRecord::new(id.parse().unwrap(), service.parse().unwrap())
     };
     let check = CheckRecord {
         id: format!("check-{id}").parse().unwrap(),

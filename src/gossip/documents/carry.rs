@@ -6,22 +6,25 @@
 //!        Given(what the other lacks, own digests) -> Given(what the beginner lacks)
 //! ```
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use quinn::{Connection, RecvStream, SendStream};
-use serde::de::DeserializeOwned;
+use quinn::Connection;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 
-use super::Order;
+use super::{COMPARES_MAX, Order, PUSH_TIME_MAX, PUSHES_MAX, PUSHES_PER_PEER_MAX, PUSHES_WAITING_MAX};
+use crate::clock;
+use crate::gossip::carrier::{Bounds, Cargo, Found};
 use crate::gossip::engine::{Message, Request};
-use crate::gossip::exchange::{ExchangeError, ended};
+use crate::gossip::exchange::ExchangeError;
+use crate::gossip::talk::{Talk, ask};
 use crate::model::NodeName;
-use crate::policy::HeldDigest;
+use crate::policy::{DocumentDigest, HeldDigest};
 use crate::wire::{self, FRAME_BYTES_MAX};
 
 /// Longest exchange about documents.
-pub(super) const TIME_MAX: Duration = Duration::from_secs(10);
+const TIME_MAX: Duration = Duration::from_secs(10);
 
 /// The first frame's content.
 #[derive(Debug, Serialize, Deserialize)]
@@ -71,99 +74,108 @@ pub(in crate::gossip) enum Asked {
     Summary(oneshot::Sender<u64>),
 }
 
-/// Asks the task.
-async fn ask<T>(
-    task: &mpsc::Sender<Order>,
-    question: impl FnOnce(oneshot::Sender<T>) -> Asked,
-) -> Result<T, ExchangeError> {
-    let (reply, answer) = oneshot::channel();
-    task.send(Order::Peer(question(reply))).await.map_err(|_| ExchangeError::Closed)?;
-    answer.await.map_err(|_| ExchangeError::Closed)
+impl From<Asked> for Order {
+    fn from(asked: Asked) -> Self {
+        Self::Peer(asked)
+    }
 }
 
-async fn say<T: Serialize>(send: &mut SendStream, value: &T) -> Result<(), ExchangeError> {
-    Ok(wire::write_frame(send, &wire::encode(value)?).await?)
-}
-
-async fn hear<T: DeserializeOwned>(recv: &mut RecvStream) -> Result<T, ExchangeError> {
-    let frame = wire::read_frame(recv, FRAME_BYTES_MAX).await?;
-    Ok(wire::decode(&frame, FRAME_BYTES_MAX)?)
-}
-
-async fn open(connection: &Connection, said: &Said) -> Result<(SendStream, RecvStream), ExchangeError> {
-    let (mut send, recv) = connection.open_bi().await?;
-    let first = Message::Request(Request::Documents(wire::encode(said)?));
-    wire::write_frame(&mut send, &first.encode()?).await?;
-    Ok((send, recv))
-}
-
-/// Pushes a document.
-pub(super) async fn push(connection: &Connection, document: Vec<u8>) -> Result<Took, ExchangeError> {
-    let (mut send, mut recv) = open(connection, &Said::Push(document)).await?;
-    let _finished_before = send.finish();
-    hear(&mut recv).await
+/// A document for a peer.
+#[derive(Debug, Clone)]
+pub(in crate::gossip) struct News {
+    pub(super) digest: DocumentDigest,
+    pub(super) bytes: Arc<Vec<u8>>,
+    /// How many pushes to this member went before.
+    pub(super) tries: u8,
 }
 
 /// What a comparison told.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Compare {
+pub(in crate::gossip) struct Compare {
     /// The other's wall time less this one's, in milliseconds.
     pub(super) ahead_ms: i64,
     /// Neither side held what the other did not.
     pub(super) was_equal: bool,
 }
 
-/// Compares with a peer and evens out what fits one frame each way.
-pub(super) async fn compare(
-    connection: &Connection,
-    peer: NodeName,
-    task: &mpsc::Sender<Order>,
-    clock_ms: impl Fn() -> u64,
-) -> Result<Compare, ExchangeError> {
-    let set_hash = ask(task, Asked::Summary).await?;
-    let asked_ms = clock_ms();
-    let (mut send, mut recv) = open(connection, &Said::Compare { set_hash, clock_ms: asked_ms }).await?;
-    let compared: Compared = hear(&mut recv).await?;
-    // The peer read its clock about half-way.
-    let middle_ms = asked_ms.midpoint(clock_ms());
-    let ahead_ms = i64::try_from(compared.clock_ms).unwrap_or(i64::MAX).saturating_sub_unsigned(middle_ms);
-    let was_equal = compared.digests.is_none();
-    if let Some(digests) = compared.digests {
-        let given = ask(task, |reply| Asked::Lacking(digests, reply)).await?;
-        say(&mut send, &given).await?;
-        let back: Given = hear(&mut recv).await?;
-        ask(task, |reply| Asked::Given(peer, back, reply)).await?;
+/// Documents as a carrier's cargo: asks the task that owns them.
+#[derive(Debug, Clone)]
+pub(super) struct Documents(pub(super) mpsc::Sender<Order>);
+
+impl Cargo for Documents {
+    const BOUNDS: Bounds = Bounds {
+        name: "documents",
+        pushes_max: PUSHES_MAX,
+        pushes_per_peer_max: PUSHES_PER_PEER_MAX,
+        pushes_waiting_max: PUSHES_WAITING_MAX,
+        push_time_max: PUSH_TIME_MAX,
+        compares_max: COMPARES_MAX,
+        compare_time_max: TIME_MAX,
+    };
+    type Item = News;
+    type Took = Took;
+    type Compared = Compare;
+
+    async fn push(self, connection: Connection, news: News) -> Result<Took, ExchangeError> {
+        let mut talk = open(&connection, &Said::Push(news.bytes.to_vec())).await?;
+        talk.finish();
+        talk.hear().await
     }
-    let _finished_before = send.finish();
-    ended(&mut recv).await;
-    Ok(Compare { ahead_ms, was_equal })
+
+    /// Evens out what fits one frame each way.
+    async fn compare(self, connection: Connection, peer: NodeName) -> Result<Compare, ExchangeError> {
+        let task = &self.0;
+        let set_hash = ask(task, Asked::Summary).await?;
+        let asked_ms = clock::wall_ms();
+        let mut talk = open(&connection, &Said::Compare { set_hash, clock_ms: asked_ms }).await?;
+        let compared: Compared = talk.hear().await?;
+        // The peer read its clock about half-way.
+        let middle_ms = asked_ms.midpoint(clock::wall_ms());
+        let ahead_ms = i64::try_from(compared.clock_ms).unwrap_or(i64::MAX).saturating_sub_unsigned(middle_ms);
+        let was_equal = compared.digests.is_none();
+        if let Some(digests) = compared.digests {
+            let given = ask(task, |reply| Asked::Lacking(digests, reply)).await?;
+            talk.say(&given).await?;
+            let back: Given = talk.hear().await?;
+            ask(task, |reply| Asked::Given(peer, back, reply)).await?;
+        }
+        talk.end().await;
+        Ok(Compare { ahead_ms, was_equal })
+    }
+
+    fn found(compared: &Compare) -> Found {
+        if compared.was_equal { Found::Equal } else { Found::Differed }
+    }
+}
+
+async fn open(connection: &Connection, said: &Said) -> Result<Talk, ExchangeError> {
+    Talk::open(connection, &Message::Request(Request::Documents(wire::encode(said)?))).await
 }
 
 /// Answers what `peer` says about documents; `first` is the content of its first frame.
 pub(in crate::gossip) async fn serve(
     peer: NodeName,
     first: Vec<u8>,
-    (send, recv): (&mut SendStream, &mut RecvStream),
+    talk: &mut Talk,
     task: &mpsc::Sender<Order>,
 ) -> Result<(), ExchangeError> {
     let answered = async {
         match wire::decode::<Said>(&first, FRAME_BYTES_MAX)? {
             Said::Push(document) => {
                 let took = ask(task, |reply| Asked::Pushed(peer, document, reply)).await?;
-                say(send, &took).await?;
+                talk.say(&took).await?;
             }
             Said::Compare { set_hash, clock_ms: _ } => {
                 let compared = ask(task, |reply| Asked::Compared(set_hash, reply)).await?;
-                say(send, &compared).await?;
+                talk.say(&compared).await?;
                 if compared.digests.is_some() {
-                    let given: Given = hear(recv).await?;
+                    let given: Given = talk.hear().await?;
                     let back = ask(task, |reply| Asked::Given(peer, given, reply)).await?;
-                    say(send, &back).await?;
+                    talk.say(&back).await?;
                 }
             }
         }
-        let _finished_before = send.finish();
-        ended(recv).await;
+        talk.end().await;
         Ok(())
     };
     tokio::time::timeout(TIME_MAX, answered).await.unwrap_or(Err(ExchangeError::Late))

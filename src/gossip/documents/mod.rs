@@ -8,7 +8,7 @@
 //!
 //! The highest class of gossip: a document is pushed on streams of its own the moment it counts, over connections that
 //! are open where there are any; SWIM's packets and syncs of records do not stand before it. The node that an operator
-//! tells pushes to everybody and says how many confirmed; whoever learns a document passes it to [`FORWARDS`] others, so
+//! tells pushes to everybody and says how many confirmed; whoever learns a document passes it to three others, so
 //! that it also reaches those whom the first node does not; and each comparison with a random member (about every 5 s,
 //! every 30 s while nothing differs, three at once after a join) heals what was missed.
 //!
@@ -41,15 +41,14 @@ use crate::policy::{DocumentDigest, DocumentError, DocumentSet, Notice, Offered,
 pub(crate) use self::carry::fuzz as fuzz_documents;
 pub(super) use self::carry::serve;
 pub(super) use self::shown::views;
-pub(super) use self::task::{Around, Task};
+pub(super) use self::task::Task;
 
-/// How many members a node passes a document on to that it learned from another: with three, a mesh of 1,000 is through
-/// after seven hops but for some 5 %, whom the origin's own pushes and the comparisons reach.
-const FORWARDS: usize = 3;
 /// Most members that the first node pushes to itself.
 const ORIGIN_PUSHES_MAX: usize = 256;
 /// Most pushes under way at once: each may cost a handshake.
 const PUSHES_MAX: usize = 64;
+/// Most of them to one peer: so many streams of one connection it reads at once.
+const PUSHES_PER_PEER_MAX: usize = 16;
 /// Most pushes that wait; beyond it a document is left to the comparisons.
 const PUSHES_WAITING_MAX: usize = 4096;
 /// Longest push, its handshake included: a lost handshake packet costs QUIC a second.
@@ -62,8 +61,6 @@ const CONFIRM_TIME_MAX: Duration = Duration::from_secs(5);
 const ORDERS_MAX: usize = 256;
 /// Most comparisons under way at once that this node began.
 const COMPARES_MAX: usize = 4;
-/// Comparisons that a node begins when it finds the first others alive: one of three may withhold what it has.
-const JOIN_COMPARES: usize = 3;
 /// Most bytes of documents in one frame; the digests take the rest.
 const GIVEN_BYTES_MAX: usize = 96 * 1024;
 /// Most links between roots that newcomers are shown: nobody is off for longer than so many rotations.

@@ -2,53 +2,34 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
-use std::time::Duration;
 
-use rand::rngs::StdRng;
-use rand::seq::IndexedRandom as _;
-use rand::{RngExt as _, SeedableRng as _};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
-use super::carry::{self, Asked, Compare, Compared, Given, Took};
+use super::carry::{Asked, Compare, Compared, Documents, Given, News, Took};
 use super::ends::Ends;
 use super::patience::{After, Patience};
 use super::shown::{revoked_nodes, view};
 use super::{
-    CLOCKS_MAX, COMPARES_MAX, CONFIRM_TIME_MAX, ClockSkew, DocumentMetrics, DocumentStore, DocumentView,
-    DocumentsHandle, DocumentsParams, DocumentsView, FORWARDS, GIVEN_BYTES_MAX, JOIN_COMPARES, LINKS_MAX,
-    ORIGIN_PUSHES_MAX, OfferError, OnTrust, Order, PUSH_TIME_MAX, PUSH_TRIES_MAX, PUSHES_MAX, PUSHES_WAITING_MAX,
-    Spread,
+    CLOCKS_MAX, CONFIRM_TIME_MAX, ClockSkew, DocumentMetrics, DocumentStore, DocumentView, DocumentsHandle,
+    DocumentsParams, DocumentsView, GIVEN_BYTES_MAX, LINKS_MAX, ORIGIN_PUSHES_MAX, OfferError, OnTrust, Order,
+    PUSH_TRIES_MAX, Spread,
 };
 use crate::clock::{self, UnixSeconds};
+use crate::gossip::carrier::{self, Around, Carrier, FORWARDS};
 use crate::gossip::exchange::ExchangeError;
-use crate::gossip::reach::reach;
+use crate::gossip::talk::answer;
 use crate::gossip::{Command, MemberView, Members};
 use crate::metrics::Metrics;
-use crate::model::{MemberStatus, NodeName};
+use crate::model::NodeName;
 use crate::pki::Identity;
 use crate::policy::{Document, DocumentDigest, DocumentId, DocumentKind, DocumentSet, Fork, Offered, Refused};
-use crate::transport::ControlTransport;
 
 /// A skew from here on is worth a warning: certificates begin 60 s in the past, and a minute is soon used up.
 const SKEW_WARN_SECONDS: f64 = 10.0;
-
-/// How many times rarer comparisons are while the last one found nothing: what the pushes missed is found by comparing
-/// with members that come back, and at last by these.
-const QUIET_FACTOR: u32 = 6;
-
-/// A push that waits or runs.
-#[derive(Debug, Clone)]
-struct Push {
-    to: MemberView,
-    digest: DocumentDigest,
-    bytes: Arc<Vec<u8>>,
-    /// How many pushes to this member went before.
-    tries: u8,
-}
 
 /// An operator who waits for confirmations.
 #[derive(Debug)]
@@ -64,20 +45,14 @@ struct Waiting {
     reply: oneshot::Sender<Result<Spread, OfferError>>,
 }
 
-/// How a piece of work ended.
 #[derive(Debug)]
-enum Done {
-    Pushed(Push, Result<Took, ExchangeError>),
-    Compared(NodeName, Result<Compare, ExchangeError>),
-    Kept(DocumentDigest, Result<(), String>),
-}
+struct Kept(DocumentDigest, Result<(), String>);
 
-#[derive(Debug)]
 enum Event {
     Stop,
     Order(Order),
-    Done(Done),
-    Members,
+    Carried(carrier::Event<Documents>),
+    Kept(Kept),
     Wake,
 }
 
@@ -88,43 +63,20 @@ enum Origin<'a> {
     Peer(&'a NodeName),
 }
 
-/// What gossip gives the tasks of documents and of shared maps.
-#[derive(Clone)]
-pub(in crate::gossip) struct Around {
-    pub(in crate::gossip) own: NodeName,
-    pub(in crate::gossip) identity: Arc<Identity>,
-    pub(in crate::gossip) transport: ControlTransport,
-    pub(in crate::gossip) gossip: mpsc::Sender<Command>,
-    pub(in crate::gossip) interval: Duration,
-    pub(in crate::gossip) stop: CancellationToken,
-}
-
 /// The task's state.
 pub(in crate::gossip) struct Task {
-    own: NodeName,
     set: DocumentSet,
     store: Arc<dyn DocumentStore>,
     identity: Arc<Identity>,
     on_trust: OnTrust,
-    transport: ControlTransport,
     gossip: mpsc::Sender<Command>,
     orders: mpsc::Receiver<Order>,
-    orders_sender: mpsc::Sender<Order>,
-    members: watch::Receiver<Arc<Members>>,
-    have_members_ended: bool,
+    carrier: Carrier<Documents>,
+    /// Writes to the disk.
+    work: JoinSet<Kept>,
     view: watch::Sender<Arc<DocumentsView>>,
     metrics: DocumentMetrics,
-    rng: StdRng,
-    work: JoinSet<Done>,
-    waiting_pushes: VecDeque<Push>,
-    pushes: usize,
-    compares: BTreeSet<NodeName>,
     confirmations: Vec<Waiting>,
-    interval: Duration,
-    next_compare: Instant,
-    is_quiet: bool,
-    /// The others that answered when it was last looked.
-    known_alive: BTreeSet<NodeName>,
     /// The latest offset of each member's clock, in milliseconds.
     clocks: VecDeque<(NodeName, i64)>,
     is_skew_told: bool,
@@ -143,6 +95,7 @@ impl Task {
     pub(in crate::gossip) fn new(
         params: DocumentsParams,
         around: Around,
+        (identity, stop): (Arc<Identity>, CancellationToken),
         members: watch::Receiver<Arc<Members>>,
         (orders_sender, orders): (mpsc::Sender<Order>, mpsc::Receiver<Order>),
         metrics: &Metrics,
@@ -150,29 +103,17 @@ impl Task {
         let (view, view_reader) = watch::channel(Arc::default());
         let handle = DocumentsHandle { orders: orders_sender.clone(), view: view_reader };
         let mut task = Self {
-            own: around.own,
             set: params.set,
             store: params.store,
-            identity: around.identity,
+            identity,
             on_trust: params.on_trust,
-            transport: around.transport,
-            gossip: around.gossip,
+            gossip: around.gossip.clone(),
             orders,
-            orders_sender,
-            members,
-            have_members_ended: false,
+            carrier: Carrier::new(Documents(orders_sender), around, members, rand::random()),
+            work: JoinSet::new(),
             view,
             metrics: DocumentMetrics::new(metrics)?,
-            rng: StdRng::seed_from_u64(rand::random()),
-            work: JoinSet::new(),
-            waiting_pushes: VecDeque::new(),
-            pushes: 0,
-            compares: BTreeSet::new(),
             confirmations: Vec::new(),
-            interval: around.interval,
-            next_compare: clock::now() + around.interval,
-            is_quiet: false,
-            known_alive: BTreeSet::new(),
             clocks: VecDeque::new(),
             is_skew_told: false,
             forks_told: BTreeSet::new(),
@@ -182,7 +123,7 @@ impl Task {
             compared_at: None,
             is_own_end_told: false,
             is_gossip_untold: false,
-            stop: around.stop,
+            stop,
         };
         task.show();
         task.tell_ends();
@@ -195,39 +136,31 @@ impl Task {
             match self.select().await {
                 Event::Stop => break,
                 Event::Order(order) => self.order(order),
-                Event::Done(done) => self.done(done),
-                Event::Members => self.members_changed(),
+                Event::Carried(event) => self.carried(event),
+                Event::Kept(kept) => self.kept(kept),
                 Event::Wake => {}
             }
-            let now = clock::now();
-            if self.next_compare <= now {
-                self.tick(now);
-            }
-            self.confirm(now);
-            self.start_pushes();
+            self.confirm(clock::now());
         }
+        self.carrier.stop().await;
         self.work.shutdown().await;
     }
 
     /// Waits for the next event. Cancel safe: every branch is.
     async fn select(&mut self) -> Event {
         let confirm = self.confirmations.iter().map(|waiting| waiting.until).min();
-        let wake = confirm.map_or(self.next_compare, |at| at.min(self.next_compare));
         tokio::select! {
             () = self.stop.cancelled() => Event::Stop,
             Some(order) = self.orders.recv() => Event::Order(order),
-            Some(done) = self.work.join_next() => match done {
-                Ok(done) => Event::Done(done),
+            event = self.carrier.next() => Event::Carried(event),
+            Some(kept) = self.work.join_next() => match kept {
+                Ok(kept) => Event::Kept(kept),
                 Err(error) => {
-                    error!(%error, "work on documents failed");
+                    error!(%error, "keeping a document failed");
                     Event::Wake
                 }
             },
-            changed = self.members.changed(), if !self.have_members_ended => {
-                self.have_members_ended = changed.is_err();
-                Event::Members
-            }
-            () = tokio::time::sleep_until(wake) => Event::Wake,
+            () = until(confirm) => Event::Wake,
         }
     }
 
@@ -269,7 +202,7 @@ impl Task {
             Ok(taken) => taken,
             Err(error) => return answer(reply, Err(error)),
         };
-        let mut alive = self.alive();
+        let mut alive = self.carrier.others();
         let revoked = self.set.get(&digest.id).map(revoked_nodes).unwrap_or_default();
         // The members do not show it as failed yet, and it confirms nothing any more.
         alive.retain(|member| !revoked.contains(&member.name));
@@ -291,7 +224,8 @@ impl Task {
         if let Some(held) = self.set.get(&digest.id) {
             let bytes = Arc::new(held.document.to_bytes());
             for to in pushed {
-                self.push(Push { to, digest: digest.clone(), bytes: Arc::clone(&bytes), tries: 0 });
+                let news = News { digest: digest.clone(), bytes: Arc::clone(&bytes), tries: 0 };
+                self.carrier.push(to, news);
             }
         }
         // The order is answered once the document is on disk as well; it spreads meanwhile.
@@ -393,16 +327,8 @@ impl Task {
                 Some(bytes) => store.put(&key, &bytes),
                 None => store.remove(&key),
             };
-            Done::Kept(digest, kept)
+            Kept(digest, kept)
         });
-    }
-
-    fn alive(&self) -> Vec<MemberView> {
-        let members = self.members.borrow();
-        let is_other = |member: &&MemberView| {
-            member.name != self.own && matches!(member.status, MemberStatus::Alive | MemberStatus::Leaving)
-        };
-        members.members.iter().filter(is_other).cloned().collect()
     }
 
     fn forward(&mut self, digest: &DocumentDigest, from: &NodeName) {
@@ -412,80 +338,57 @@ impl Task {
     }
 
     fn forward_bytes(&mut self, digest: &DocumentDigest, bytes: &Arc<Vec<u8>>, from: &NodeName) {
-        let others: Vec<MemberView> = self.alive().into_iter().filter(|member| member.name != *from).collect();
-        let chosen: Vec<MemberView> = others.sample(&mut self.rng, FORWARDS).cloned().collect();
-        for to in chosen {
-            self.push(Push { to, digest: digest.clone(), bytes: Arc::clone(bytes), tries: 0 });
+        let news = News { digest: digest.clone(), bytes: Arc::clone(bytes), tries: 0 };
+        self.carrier.spread([news], FORWARDS, Some(from));
+    }
+
+    fn carried(&mut self, event: carrier::Event<Documents>) {
+        match event {
+            carrier::Event::Pushed { to, item, result } => self.pushed(to, item, result),
+            carrier::Event::Compared(peer, result) => self.compared(peer, result),
+            carrier::Event::Round => self.tick(),
         }
     }
 
-    fn push(&mut self, push: Push) {
-        if self.waiting_pushes.len() < PUSHES_WAITING_MAX {
-            self.waiting_pushes.push_back(push);
+    fn pushed(&mut self, to: MemberView, news: News, result: Result<Took, ExchangeError>) {
+        let is_held = matches!(result, Ok(Took::Held));
+        let is_lost = result.is_err();
+        self.metrics.pushes.with_label_values(&[if is_held { "ok" } else { "failed" }]).inc();
+        match result {
+            Ok(Took::Held | Took::Older) => {}
+            Ok(Took::Refused(reason)) => {
+                warn!(peer = %to.name, document = %news.digest.id, reason, "peer refuses a document");
+            }
+            Err(error) => debug!(peer = %to.name, error = error.explain(None), "document was not pushed"),
+        }
+        let tries = news.tries + 1;
+        let is_awaited = |waiting: &Waiting| waiting.digest == news.digest && waiting.left.contains(&to.name);
+        if is_lost && tries < PUSH_TRIES_MAX && self.confirmations.iter().any(is_awaited) {
+            return self.carrier.push(to, News { tries, ..news });
+        }
+        for waiting in self.confirmations.iter_mut().filter(|waiting| waiting.digest == news.digest) {
+            if waiting.left.remove(&to.name) && is_held {
+                waiting.confirmed += 1;
+            }
         }
     }
 
-    fn start_pushes(&mut self) {
-        while self.pushes < PUSHES_MAX {
-            let Some(push) = self.waiting_pushes.pop_front() else { return };
-            self.pushes += 1;
-            let reach = reach(self.gossip.clone(), self.transport.clone(), push.to.clone());
-            self.work.spawn(async move {
-                let pushed = async {
-                    let connection = reach.await?;
-                    carry::push(&connection, push.bytes.to_vec()).await
-                };
-                let result = tokio::time::timeout(PUSH_TIME_MAX, pushed).await.unwrap_or(Err(ExchangeError::Late));
-                Done::Pushed(push, result)
-            });
+    fn compared(&mut self, peer: NodeName, result: Result<Compare, ExchangeError>) {
+        match result {
+            Ok(compare) => {
+                self.compared_at = Some(clock::wall());
+                self.clock_seen(peer, compare.ahead_ms);
+            }
+            Err(error) => debug!(%peer, error = error.explain(None), "documents were not compared"),
         }
     }
 
-    fn done(&mut self, done: Done) {
-        match done {
-            Done::Pushed(push, result) => {
-                self.pushes = self.pushes.saturating_sub(1);
-                let is_held = matches!(result, Ok(Took::Held));
-                let is_lost = result.is_err();
-                self.metrics.pushes.with_label_values(&[if is_held { "ok" } else { "failed" }]).inc();
-                match result {
-                    Ok(Took::Held | Took::Older) => {}
-                    Ok(Took::Refused(reason)) => {
-                        warn!(peer = %push.to.name, document = %push.digest.id, reason, "peer refuses a document");
-                    }
-                    Err(error) => debug!(peer = %push.to.name, error = error.explain(None), "document was not pushed"),
-                }
-                let tries = push.tries + 1;
-                let is_awaited =
-                    |waiting: &Waiting| waiting.digest == push.digest && waiting.left.contains(&push.to.name);
-                if is_lost && tries < PUSH_TRIES_MAX && self.confirmations.iter().any(is_awaited) {
-                    return self.push(Push { tries, ..push });
-                }
-                for waiting in self.confirmations.iter_mut().filter(|waiting| waiting.digest == push.digest) {
-                    if waiting.left.remove(&push.to.name) && is_held {
-                        waiting.confirmed += 1;
-                    }
-                }
-            }
-            Done::Compared(peer, result) => {
-                self.compares.remove(&peer);
-                match result {
-                    Ok(compare) => {
-                        self.compared_at = Some(clock::wall());
-                        self.found(compare.was_equal);
-                        self.clock_seen(peer, compare.ahead_ms);
-                    }
-                    Err(error) => debug!(%peer, error = error.explain(None), "documents were not compared"),
-                }
-            }
-            Done::Kept(digest, kept) => {
-                if let Err(error) = &kept {
-                    error!(document = %digest.id, error, "a document counts but is not on disk");
-                }
-                for waiting in self.confirmations.iter_mut().filter(|waiting| waiting.digest == digest) {
-                    waiting.kept = Some(kept.clone());
-                }
-            }
+    fn kept(&mut self, Kept(digest, kept): Kept) {
+        if let Err(error) = &kept {
+            error!(document = %digest.id, error, "a document counts but is not on disk");
+        }
+        for waiting in self.confirmations.iter_mut().filter(|waiting| waiting.digest == digest) {
+            waiting.kept = Some(kept.clone());
         }
     }
 
@@ -504,35 +407,8 @@ impl Task {
         }
     }
 
-    fn members_changed(&mut self) {
-        self.members.mark_unchanged();
-        let alive = self.alive();
-        let asked: Vec<MemberView> = if self.known_alive.is_empty() {
-            alive.sample(&mut self.rng, JOIN_COMPARES).cloned().collect()
-        } else {
-            // Everybody sees a member come or come back: of all some three ask it.
-            let share = (alive.len() / JOIN_COMPARES).max(1);
-            let fresh = alive.iter().filter(|member| !self.known_alive.contains(&member.name));
-            fresh.filter(|_| self.rng.random_range(0..share) == 0).cloned().collect()
-        };
-        self.known_alive = alive.into_iter().map(|member| member.name).collect();
-        for peer in asked {
-            self.compare(peer);
-        }
-    }
-
-    /// Notes how a comparison ended: a difference is looked after soon.
-    fn found(&mut self, was_equal: bool) {
-        self.is_quiet = was_equal;
-        if !was_equal {
-            self.next_compare = self.next_compare.min(clock::now() + self.interval);
-        }
-    }
-
-    /// Lets ended documents go, compares with a random member, looks again at what is open.
-    fn tick(&mut self, now: Instant) {
-        let pause = self.interval * if self.is_quiet { QUIET_FACTOR } else { 1 };
-        self.next_compare = now + pause.mul_f64(self.rng.random_range(0.75..1.25));
+    /// Lets ended documents go, looks again at what is open.
+    fn tick(&mut self) {
         let ended = self.set.expire(clock::wall());
         for digest in &ended {
             let had_effect = self.shown.get(&digest.id).is_some_and(|view| view.says_policy());
@@ -550,37 +426,6 @@ impl Task {
             self.tell_gossip();
         }
         self.tell_ends();
-        if let Some(peer) = self.partner() {
-            self.compare(peer);
-        }
-    }
-
-    /// Returns a member to compare with: a neighbour, where the mesh is large (what differs spreads over neighbours as well,
-    /// and a random member would cost a handshake each time), and one that a connection leads to, if there is one.
-    fn partner(&mut self) -> Option<MemberView> {
-        let mut alive = self.alive();
-        let near = self.members.borrow().neighbours.clone();
-        alive.retain(|member| near.is_empty() || near.contains(&member.name));
-        let reached = self.transport.live().nodes();
-        let linked: Vec<&MemberView> = alive.iter().filter(|member| reached.contains(&member.name)).collect();
-        let chosen = linked.choose(&mut self.rng).copied();
-        chosen.or_else(|| alive.choose(&mut self.rng)).cloned()
-    }
-
-    fn compare(&mut self, peer: MemberView) {
-        if self.compares.len() >= COMPARES_MAX || !self.compares.insert(peer.name.clone()) {
-            return;
-        }
-        let (name, orders) = (peer.name.clone(), self.orders_sender.clone());
-        let reach = reach(self.gossip.clone(), self.transport.clone(), peer);
-        self.work.spawn(async move {
-            let compared = async {
-                let connection = reach.await?;
-                carry::compare(&connection, name.clone(), &orders, clock::wall_ms).await
-            };
-            let result = tokio::time::timeout(carry::TIME_MAX, compared).await.unwrap_or(Err(ExchangeError::Late));
-            Done::Compared(name, result)
-        });
     }
 
     fn clock_seen(&mut self, peer: NodeName, ahead_ms: i64) {
@@ -665,9 +510,12 @@ fn order_of_taking(bytes: &[u8]) -> u8 {
     }
 }
 
-/// Answers if the other side still waits.
-fn answer<T>(reply: oneshot::Sender<T>, value: T) {
-    let _unwanted = reply.send(value);
+/// Waits until `at`; for ever where there is none.
+async fn until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
 }
 
 #[expect(clippy::cast_precision_loss, reason = "seconds until a certificate ends are far below 2^52")]

@@ -8,8 +8,8 @@
 //! ```
 //!
 //! One last-writer-wins map (`lww`) for each [`Space`]. A write is pushed to [`ORIGIN_PUSHES`] members and passed on by each that
-//! did not have it to [`FORWARDS`] others; comparisons with random members, about every 5 s, heal what was missed. A member
-//! vouches for what it passes on with the certificate of its connection: every node of the mesh may write every key, so a
+//! did not have it to three others; comparisons with random members heal what was missed. The pushes and the rhythm of the
+//! comparisons are the carrier's (`gossip::carrier`). A member vouches for what it passes on with the certificate of its connection: every node of the mesh may write every key, so a
 //! signature of each writer would prove nothing more.
 //!
 //! Invariants: a client's write is on disk before it is answered; what a peer sends is bounded before it is read; values
@@ -18,7 +18,6 @@
 
 mod carry;
 mod disk;
-mod places;
 mod task;
 
 use std::fmt;
@@ -31,17 +30,17 @@ use tokio::sync::{mpsc, oneshot};
 #[cfg(any(test, fuzzing))]
 pub(crate) use self::carry::fuzz as fuzz_shared;
 pub(super) use self::carry::serve;
-use self::places::Places;
 pub(super) use self::task::Task;
+use super::carrier::Places;
 use crate::lww::{Body, Keep, Limits, Refused, Row, Scope, Table};
 use crate::metrics::Metrics;
 
 /// How many members the first node pushes a write to: all of a small mesh.
 const ORIGIN_PUSHES: usize = 16;
-/// How many members a node passes a write on to that it learned from another.
-const FORWARDS: usize = 3;
 /// Most pushes under way at once; each may hold a value.
 const PUSHES_MAX: usize = 16;
+/// Most of them to one peer: a slow one leaves half of the places to others.
+const PUSHES_PER_PEER_MAX: usize = 8;
 /// Most pushes that wait, by key; beyond it a write is left to the comparisons.
 const PUSHES_WAITING_MAX: usize = 4096;
 /// Longest push, its handshake included.
@@ -50,10 +49,8 @@ const PUSH_TIME_MAX: Duration = Duration::from_secs(10);
 const COMPARES_MAX: usize = 2;
 /// Most values of more than a frame that are received at once, over all peers: 8 MiB.
 const RECEIVING_MAX: usize = 16;
-/// Most of them of one peer: as many of its streams as its pushes and its comparison need, and an eighth of all.
-const RECEIVING_OF_ONE_MAX: usize = 2;
-/// So long a value waits for its place at most: peers that hold them all keep nobody waiting.
-const PLACE_WAIT_MAX: Duration = Duration::from_secs(1);
+/// Most of them from one peer: three that read slowly leave a quarter to others.
+const RECEIVING_PER_PEER_MAX: usize = 4;
 /// So often it is said at most that records are refused.
 const WARNED_EVERY: Duration = Duration::from_mins(1);
 /// Most orders that wait: each may hold a value of 512 KiB.
@@ -274,13 +271,13 @@ impl SharedHandle {
 pub(super) struct Desk {
     pub(super) orders: mpsc::Sender<Order>,
     /// Places for values that are received.
-    pub(super) places: Arc<Places>,
+    pub(super) places: Places,
 }
 
 /// Makes the two ends of the task's queue.
 pub(super) fn queue() -> (Desk, mpsc::Receiver<Order>) {
     let (orders, received) = mpsc::channel(ORDERS_MAX);
-    (Desk { orders, places: Arc::default() }, received)
+    (Desk { orders, places: Places::new(RECEIVING_MAX, RECEIVING_PER_PEER_MAX) }, received)
 }
 
 /// What the shared maps count.

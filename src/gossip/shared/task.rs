@@ -1,49 +1,32 @@
 //! The task: `select -> apply`.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rand::rngs::StdRng;
-use rand::seq::IndexedRandom as _;
-use rand::{RngExt as _, SeedableRng as _};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, warn};
 
-use super::carry::{self, Asked, Compare, Compared, Page, Taken, Verdict};
+use super::carry::{self, Asked, Compare, Compared, Maps, News, Page, Taken, Verdict};
 use super::disk::{self, Stored, Times};
 use super::{
-    Answer, COMPARES_MAX, Changes, FORWARDS, KV_BYTES_DEFAULT, ORIGIN_PUSHES, Order, PUSH_TIME_MAX, PUSHES_MAX,
-    PUSHES_WAITING_MAX, SharedError, SharedHandle, SharedMetrics, SharedParams, SharedStore, Space, WAITERS_MAX,
-    WARNED_EVERY, WRITING_BYTES_MAX, Write,
+    Answer, Changes, KV_BYTES_DEFAULT, ORIGIN_PUSHES, Order, SharedError, SharedHandle, SharedMetrics, SharedParams,
+    SharedStore, Space, WAITERS_MAX, WARNED_EVERY, WRITING_BYTES_MAX, Write,
 };
 use crate::clock;
-use crate::gossip::documents::Around;
+use crate::gossip::Members;
+use crate::gossip::carrier::{self, Around, Carrier, FORWARDS};
 use crate::gossip::exchange::ExchangeError;
-use crate::gossip::reach::reach;
-use crate::gossip::{Command, MemberView, Members};
+use crate::gossip::talk::answer;
 use crate::lww::{AHEAD_MS_MAX, Merged, Record, Refused, Scope, Table};
 use crate::metrics::Metrics;
-use crate::model::{MemberStatus, NodeName};
-use crate::transport::ControlTransport;
+use crate::model::NodeName;
 
-/// How many members a node compares with when it finds the first others alive.
-const JOIN_COMPARES: usize = 3;
-/// How many times rarer comparisons are while the last ones found nothing.
-const QUIET_FACTOR: u32 = 6;
 /// What is known of other replicas goes to disk this often.
 const TIMES_KEPT_EVERY: Duration = Duration::from_mins(1);
-
-/// A push that waits. The record is read when it begins: a newer one may have come.
-#[derive(Debug, Clone)]
-struct Push {
-    to: MemberView,
-    space: Space,
-    key: Arc<str>,
-}
 
 #[derive(Debug)]
 struct Waiter {
@@ -54,20 +37,15 @@ struct Waiter {
 
 type WriteReply = oneshot::Sender<Result<(), SharedError>>;
 
+/// A write to the disk that ended, with what the disk did not take.
 #[derive(Debug)]
-enum Done {
-    Pushed(NodeName, Space, Result<carry::Verdict, ExchangeError>),
-    Compared(NodeName, Result<Vec<(Space, Compare)>, ExchangeError>),
-    /// With what the disk did not take.
-    Written(Vec<WriteReply>, Result<(), (String, Changes)>),
-}
+struct Written(Vec<WriteReply>, Result<(), (String, Changes)>);
 
-#[derive(Debug)]
 enum Event {
     Stop,
     Order(Order),
-    Done(Done),
-    Members,
+    Carried(carrier::Event<Maps>),
+    Written(Written),
     Wake,
 }
 
@@ -77,32 +55,23 @@ pub(in crate::gossip) struct Task {
     tables: BTreeMap<Space, Table>,
     waiters: BTreeMap<Space, Vec<Waiter>>,
     store: Arc<dyn SharedStore>,
-    transport: ControlTransport,
-    gossip: mpsc::Sender<Command>,
     orders: mpsc::Receiver<Order>,
-    orders_sender: mpsc::Sender<Order>,
-    members: watch::Receiver<Arc<Members>>,
-    have_members_ended: bool,
-    known_alive: BTreeSet<NodeName>,
+    carrier: Carrier<Maps>,
     metrics: SharedMetrics,
-    rng: StdRng,
-    work: JoinSet<Done>,
-    waiting_pushes: VecDeque<Push>,
-    pushes: usize,
-    compares: BTreeSet<NodeName>,
+    /// Writes to the disk.
+    work: JoinSet<Written>,
     /// What goes to the disk next, and who waits for it; one write runs at a time.
     changes: BTreeMap<String, Option<Vec<u8>>>,
     changed_bytes: usize,
     writers: Vec<WriteReply>,
     is_writing: bool,
-    /// While a batch is owed that the disk refused: when it is tried again at the latest.
-    retry_at: Option<Instant>,
+    /// A batch is owed that the disk refused.
+    is_owed: bool,
+    /// It is tried again: at a round, or with a client's write.
+    is_retry_due: bool,
     /// When it was said last that records are refused.
     warned_at: Option<Instant>,
     times_kept_at: Instant,
-    interval: Duration,
-    next_compare: Instant,
-    is_quiet: bool,
     stop: CancellationToken,
 }
 
@@ -110,42 +79,32 @@ impl Task {
     pub(in crate::gossip) fn new(
         params: SharedParams,
         around: Around,
-        first_index: u64,
+        (first_index, stop): (u64, CancellationToken),
         members: watch::Receiver<Arc<Members>>,
         (orders_sender, orders): (mpsc::Sender<Order>, mpsc::Receiver<Order>),
         metrics: &Metrics,
     ) -> Result<(Self, SharedHandle), prometheus::Error> {
         let handle = SharedHandle { orders: orders_sender.clone() };
         let (tables, unwanted) = load(&params, first_index);
+        let cargo = Maps { task: orders_sender, spaces: tables.keys().copied().collect() };
         let task = Self {
-            own: around.own,
+            own: around.own.clone(),
             tables,
             waiters: BTreeMap::new(),
             store: params.store,
-            transport: around.transport,
-            gossip: around.gossip,
             orders,
-            orders_sender,
-            members,
-            have_members_ended: false,
-            known_alive: BTreeSet::new(),
+            carrier: Carrier::new(cargo, around, members, rand::random()),
             metrics: SharedMetrics::new(metrics)?,
-            rng: StdRng::seed_from_u64(rand::random()),
             work: JoinSet::new(),
-            waiting_pushes: VecDeque::new(),
-            pushes: 0,
-            compares: BTreeSet::new(),
             changes: unwanted.into_iter().map(|name| (name, None)).collect(),
             changed_bytes: 0,
             writers: Vec::new(),
             is_writing: false,
-            retry_at: None,
+            is_owed: false,
+            is_retry_due: false,
             warned_at: None,
             times_kept_at: clock::now(),
-            interval: around.interval,
-            next_compare: clock::now() + around.interval,
-            is_quiet: false,
-            stop: around.stop,
+            stop,
         };
         for (space, table) in &task.tables {
             task.metrics.show(*space, table);
@@ -158,25 +117,20 @@ impl Task {
             match self.select().await {
                 Event::Stop => break,
                 Event::Order(order) => self.order(order),
-                Event::Done(done) => self.done(done),
-                Event::Members => self.members_changed(),
+                Event::Carried(event) => self.carried(event),
+                Event::Written(written) => self.written(written),
                 Event::Wake => {}
             }
-            let now = clock::now();
-            if self.next_compare <= now {
-                self.tick(now);
-            }
             self.start_write();
-            self.start_pushes();
         }
+        self.carrier.stop().await;
         while self.is_writing {
             match self.work.join_next().await {
-                Some(Ok(done)) => self.done(done),
-                Some(Err(error)) => error!(%error, "work on shared records failed"),
+                Some(Ok(written)) => self.written(written),
+                Some(Err(error)) => error!(%error, "a write of shared records failed in itself"),
                 None => break,
             }
         }
-        self.work.shutdown().await;
         self.keep_times();
         // What peers brought is answered already; clients whose write is under way hear that the agent stops.
         let (changes, store) = (self.take_changes(), self.store);
@@ -192,19 +146,15 @@ impl Task {
         let has_room = self.changed_bytes < WRITING_BYTES_MAX;
         tokio::select! {
             () = self.stop.cancelled() => Event::Stop,
-            Some(done) = self.work.join_next() => match done {
-                Ok(done) => Event::Done(done),
+            Some(written) = self.work.join_next() => match written {
+                Ok(written) => Event::Written(written),
                 Err(error) => {
-                    error!(%error, "work on shared records failed");
+                    error!(%error, "a write of shared records failed in itself");
                     Event::Wake
                 }
             },
             Some(order) = self.orders.recv(), if has_room => Event::Order(order),
-            changed = self.members.changed(), if !self.have_members_ended => {
-                self.have_members_ended = changed.is_err();
-                Event::Members
-            }
-            () = tokio::time::sleep_until(self.next_compare) => Event::Wake,
+            event = self.carrier.next() => Event::Carried(event),
         }
     }
 
@@ -259,7 +209,7 @@ impl Task {
         for key in &keys {
             self.changed(space, key);
         }
-        self.spread(space, &keys, None);
+        self.carrier.spread(keys.into_iter().map(|key| News { space, key }), ORIGIN_PUSHES, None);
         Ok(())
     }
 
@@ -332,7 +282,7 @@ impl Task {
         match &merged {
             Ok(Merged::Taken) => {
                 self.changed(space, &key);
-                self.spread(space, std::slice::from_ref(&key), Some(peer));
+                self.carrier.spread([News { space, key }], FORWARDS, Some(peer));
             }
             Ok(Merged::Known | Merged::Older) => {}
             Err(refused) => {
@@ -406,7 +356,7 @@ impl Task {
 
     /// Lets what is known of other replicas go to the disk; not while rows are owed, which it speaks about.
     fn keep_times(&mut self) {
-        if self.retry_at.is_some() {
+        if self.is_owed {
             return;
         }
         for (space, table) in self.tables.iter().filter(|(space, _)| space.is_durable()) {
@@ -424,123 +374,72 @@ impl Task {
         if self.is_writing || (self.changes.is_empty() && self.writers.is_empty()) {
             return;
         }
-        // What the disk refused is tried again at the next tick, or with a client's write.
-        if self.retry_at.is_some_and(|at| clock::now() < at) && self.writers.is_empty() {
+        if self.is_owed && !self.is_retry_due && self.writers.is_empty() {
             return;
         }
         self.is_writing = true;
+        self.is_retry_due = false;
         let (changes, writers) = (self.take_changes(), std::mem::take(&mut self.writers));
         let store = Arc::clone(&self.store);
         self.work.spawn_blocking(move || {
             let written = if changes.is_empty() { Ok(()) } else { store.write(&changes) };
-            Done::Written(writers, written.map_err(|error| (error, changes)))
+            Written(writers, written.map_err(|error| (error, changes)))
         });
+    }
+
+    fn written(&mut self, Written(writers, written): Written) {
+        self.is_writing = false;
+        self.is_owed = false;
+        let written = written.map_err(|(error, owed)| {
+            error!(error, "shared records count but are not on disk; they are written again at the next turn");
+            self.is_owed = true;
+            for (name, bytes) in owed {
+                // What has changed since is newer.
+                self.changes.entry(name).or_insert(bytes);
+            }
+            error
+        });
+        for writer in writers {
+            answer(writer, written.clone().map_err(SharedError::Store));
+        }
     }
 
     // Spreading.
 
-    fn alive(&self) -> Vec<MemberView> {
-        let members = self.members.borrow();
-        let others = members.members.iter().filter(|member| member.name != self.own);
-        others.filter(|member| member.status == MemberStatus::Alive).cloned().collect()
-    }
-
-    /// Pushes the records of `keys`: own ones to many, those that `from` brought to a few others.
-    fn spread(&mut self, space: Space, keys: &[Arc<str>], from: Option<&NodeName>) {
-        let members: Arc<Members> = Arc::clone(&self.members.borrow());
-        let mut others: Vec<&MemberView> = Vec::new();
-        let most = if from.is_none() { ORIGIN_PUSHES } else { FORWARDS };
-        for key in keys {
-            // Beyond it the comparisons bring them.
-            let room = PUSHES_WAITING_MAX.saturating_sub(self.waiting_pushes.len());
-            if room == 0 {
-                self.is_quiet = false;
-                return;
-            }
-            if others.is_empty() {
-                let alive = members.members.iter().filter(|member| member.status == MemberStatus::Alive);
-                others.extend(alive.filter(|member| member.name != self.own && Some(&member.name) != from));
-            }
-            for to in others.sample(&mut self.rng, most.min(room)) {
-                let push = Push { to: (*to).clone(), space, key: Arc::clone(key) };
-                self.waiting_pushes.push_back(push);
-            }
+    fn carried(&mut self, event: carrier::Event<Maps>) {
+        match event {
+            carrier::Event::Pushed { to, item, result } => self.pushed(&to.name, item.space, result),
+            carrier::Event::Compared(peer, result) => self.comparison_ended(&peer, result),
+            carrier::Event::Round => self.tick(clock::now()),
         }
     }
 
-    fn start_pushes(&mut self) {
-        while self.pushes < PUSHES_MAX {
-            let Some(Push { to, space, key }) = self.waiting_pushes.pop_front() else { return };
-            let hash = crate::lww::key_hash(&key);
-            let Some(record) = self.tables.get(&space).and_then(|table| table.record(&hash)) else { continue };
-            self.pushes += 1;
-            let (name, reach) = (to.name.clone(), reach(self.gossip.clone(), self.transport.clone(), to));
-            self.work.spawn(async move {
-                let pushed = async {
-                    let connection = reach.await?;
-                    carry::push(&connection, space, &record).await
-                };
-                let result = tokio::time::timeout(PUSH_TIME_MAX, pushed).await.unwrap_or(Err(ExchangeError::Late));
-                Done::Pushed(name, space, result)
-            });
-        }
-    }
-
-    fn done(&mut self, done: Done) {
-        match done {
-            Done::Pushed(to, space, result) => {
-                self.pushes = self.pushes.saturating_sub(1);
-                let label = match &result {
-                    Ok(Verdict::Held | Verdict::Older | Verdict::Off) => "ok",
-                    Ok(Verdict::Send | Verdict::Refused(_)) => "refused",
-                    Err(_) => "failed",
-                };
-                self.metrics.pushes.with_label_values(&[label]).inc();
-                match result {
-                    Ok(Verdict::Refused(reason)) => {
-                        if self.may_warn() {
-                            warn!(peer = %to, space = space.as_str(), reason, "peer refuses a shared record");
-                        } else {
-                            debug!(peer = %to, space = space.as_str(), reason, "peer refuses a shared record");
-                        }
-                    }
-                    Ok(_) => {}
-                    Err(error) => {
-                        // The comparisons bring it.
-                        self.is_quiet = false;
-                        debug!(peer = %to, error = error.explain(None), "shared record was not pushed");
-                    }
+    fn pushed(&mut self, to: &NodeName, space: Space, result: Result<Option<Verdict>, ExchangeError>) {
+        let label = match &result {
+            Ok(None) => return,
+            Ok(Some(Verdict::Held | Verdict::Older | Verdict::Off)) => "ok",
+            Ok(Some(Verdict::Send | Verdict::Refused(_) | Verdict::Busy)) => "refused",
+            Err(_) => "failed",
+        };
+        self.metrics.pushes.with_label_values(&[label]).inc();
+        match result {
+            Ok(Some(Verdict::Refused(reason))) => {
+                if self.may_warn() {
+                    warn!(peer = %to, space = space.as_str(), reason, "peer refuses a shared record");
+                } else {
+                    debug!(peer = %to, space = space.as_str(), reason, "peer refuses a shared record");
                 }
             }
-            Done::Compared(peer, result) => self.comparison_ended(&peer, result),
-            Done::Written(writers, written) => {
-                self.is_writing = false;
-                self.retry_at = None;
-                let written = written.map_err(|(error, owed)| {
-                    error!(error, "shared records count but are not on disk; they are written again at the next turn");
-                    self.retry_at = Some(self.next_compare);
-                    for (name, bytes) in owed {
-                        // What has changed since is newer.
-                        self.changes.entry(name).or_insert(bytes);
-                    }
-                    error
-                });
-                for writer in writers {
-                    answer(writer, written.clone().map_err(SharedError::Store));
-                }
-            }
+            Ok(_) => {}
+            Err(error) => debug!(peer = %to, error = error.explain(None), "shared record was not pushed"),
         }
     }
 
     fn comparison_ended(&mut self, peer: &NodeName, result: Result<Vec<(Space, Compare)>, ExchangeError>) {
-        self.compares.remove(peer);
         self.metrics.comparisons.with_label_values(&[if result.is_ok() { "ok" } else { "failed" }]).inc();
         let compared = match result {
             Ok(compared) => compared,
-            Err(error) => {
-                self.is_quiet = false;
-                return debug!(%peer, error = error.explain(None), "shared records were not compared");
-            }
+            Err(error) => return debug!(%peer, error = error.explain(None), "shared records were not compared"),
         };
         let now_ms = clock::wall_ms();
         for (space, compare) in &compared {
@@ -559,32 +458,11 @@ impl Task {
                 );
             }
         }
-        self.is_quiet = !compared.iter().any(|(_, compare)| matches!(compare, Compare::Differed { .. }));
-        if !self.is_quiet {
-            self.next_compare = self.next_compare.min(clock::now() + self.interval);
-        }
     }
 
-    fn members_changed(&mut self) {
-        self.members.mark_unchanged();
-        let alive = self.alive();
-        let asked: Vec<MemberView> = if self.known_alive.is_empty() {
-            alive.sample(&mut self.rng, JOIN_COMPARES).cloned().collect()
-        } else {
-            let share = (alive.len() / JOIN_COMPARES).max(1);
-            let fresh = alive.iter().filter(|member| !self.known_alive.contains(&member.name));
-            fresh.filter(|_| self.rng.random_range(0..share) == 0).cloned().collect()
-        };
-        self.known_alive = alive.into_iter().map(|member| member.name).collect();
-        for peer in asked {
-            self.compare(peer);
-        }
-    }
-
-    /// Lets go what is over, compares with a random member.
+    /// Lets go what is over; what the disk refused is written again.
     fn tick(&mut self, now: Instant) {
-        let pause = self.interval * if self.is_quiet { QUIET_FACTOR } else { 1 };
-        self.next_compare = now + pause.mul_f64(self.rng.random_range(0.75..1.25));
+        self.is_retry_due = self.is_owed;
         let is_due = now.saturating_duration_since(self.times_kept_at) >= TIMES_KEPT_EVERY;
         for (space, table) in &mut self.tables {
             let purged = table.purge(clock::wall_ms());
@@ -604,41 +482,6 @@ impl Task {
                 waiters.retain(|waiter| !waiter.reply.is_closed());
             }
         }
-        if let Some(peer) = self.partner() {
-            self.compare(peer);
-        }
-    }
-
-    /// Returns a member to compare with: a neighbour where the mesh is large, one that a connection leads to if there is one.
-    fn partner(&mut self) -> Option<MemberView> {
-        let mut alive = self.alive();
-        let near = self.members.borrow().neighbours.clone();
-        alive.retain(|member| near.is_empty() || near.contains(&member.name));
-        let reached = self.transport.live().nodes();
-        let linked: Vec<&MemberView> = alive.iter().filter(|member| reached.contains(&member.name)).collect();
-        let chosen = linked.choose(&mut self.rng).copied();
-        chosen.or_else(|| alive.choose(&mut self.rng)).cloned()
-    }
-
-    fn compare(&mut self, peer: MemberView) {
-        if self.compares.len() >= COMPARES_MAX || !self.compares.insert(peer.name.clone()) {
-            return;
-        }
-        let (name, orders) = (peer.name.clone(), self.orders_sender.clone());
-        let reach = reach(self.gossip.clone(), self.transport.clone(), peer);
-        let spaces: Vec<Space> = self.tables.keys().copied().collect();
-        self.work.spawn(async move {
-            let compared = async {
-                let connection = reach.await?;
-                let mut outcomes = Vec::new();
-                for space in spaces {
-                    outcomes.push((space, carry::compare(&connection, &name, space, &orders).await?));
-                }
-                Ok(outcomes)
-            };
-            let result = tokio::time::timeout(carry::COMPARE_TIME_MAX, compared).await;
-            Done::Compared(name.clone(), result.unwrap_or(Err(ExchangeError::Late)))
-        });
     }
 }
 
@@ -691,9 +534,4 @@ fn load(params: &SharedParams, first_index: u64) -> (BTreeMap<Space, Table>, Vec
         );
     }
     (tables, unwanted)
-}
-
-/// Answers if the other side still waits.
-fn answer<T>(reply: oneshot::Sender<T>, value: T) {
-    let _unwanted = reply.send(value);
 }

@@ -1,7 +1,9 @@
 //! Both sides over a loopback QUIC connection, with real apps and callers.
 
+mod cut_off;
 mod edge;
 mod floods;
+mod framing;
 mod hedged;
 mod rest;
 mod routed;
@@ -30,9 +32,7 @@ use super::*;
 use crate::catalogue::{Instance, LocalInstance, NodeEntry, Publisher, ServiceEntry, Snapshot};
 use crate::clock::UnixSeconds;
 use crate::metrics::Metrics;
-use crate::model::{
-    Generation, HealthStatus, MemberStatus, NodeInfo, Protocol, ServeScope, ServiceRecord, SpiffeId, TextMap, Weights,
-};
+use crate::model::{Generation, HealthStatus, MemberStatus, NodeInfo, Protocol, ServeScope, ServiceRecord, SpiffeId};
 use crate::proxy::head::HEADERS_MAX;
 use crate::proxy::{Lease, Route, Source};
 use crate::routing::{Ask, Balancer, ConnectBackoff, Flow, NoInstance};
@@ -254,17 +254,9 @@ fn instance() -> Arc<Instance> {
         modify_index: 1,
     });
     let record = ServiceRecord {
-        id: "web-1".parse().unwrap(),
-        name: "web".parse().unwrap(),
-        kind: Box::default(),
-        tags: Box::default(),
-        meta: TextMap::default(),
-        address: Box::default(),
         port: 80,
-        tagged_addresses: TextMap::default(),
-        weights: Weights::default(),
         protocol: Protocol::Http,
-        enable_tag_override: false,
+        ..ServiceRecord::new("web-1".parse().unwrap(), "web".parse().unwrap())
     };
     let (record, status) = (Arc::new(record), HealthStatus::Passing);
     Arc::new(Instance { node, record, checks: Box::default(), status, create_index: 1, modify_index: 1 })
@@ -535,82 +527,6 @@ fn after_an_upgrade_bytes_flow_both_ways_and_each_way_ends_by_itself() {
     });
 }
 
-/// Starts an app that answers one request with `bytes`, and breaks off when told.
-async fn cut_off(bytes: &'static str) -> (SocketAddr, oneshot::Sender<()>) {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let addr = listener.local_addr().unwrap();
-    let (cut, told) = oneshot::channel();
-    tokio::task::spawn_local(async move {
-        let (mut stream, _) = listener.accept().await.unwrap();
-        let mut head = Vec::new();
-        while !head.ends_with(b"\r\n\r\n") {
-            head.push(stream.read_u8().await.unwrap());
-        }
-        stream.write_all(bytes.as_bytes()).await.unwrap();
-        told.await.unwrap();
-    });
-    (addr, cut)
-}
-
-const CUT_OFF: [&str; 3] = [
-    "HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nbegun",
-    "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nbegun\r\n",
-    "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n64\r\nbegun",
-];
-
-#[test]
-fn a_response_that_the_app_cuts_off_is_not_ended_as_if_it_were_whole() {
-    run(async {
-        for bytes in CUT_OFF {
-            let worker = Loopback::new(Limits::default());
-            let (addr, cut) = cut_off(bytes).await;
-            worker.add(addr, Protocol::Http).await;
-            let mut client = client(worker.listen(false).await).await;
-            let response = client.send_request(get("/")).await.unwrap();
-            assert_eq!(response.status(), StatusCode::OK);
-            let mut body = response.into_body();
-            assert_eq!(body.frame().await.unwrap().unwrap().into_data().unwrap(), "begun");
-            cut.send(()).unwrap();
-            assert!(body.frame().await.unwrap().is_err(), "{bytes:?}");
-        }
-    });
-}
-
-#[test]
-fn a_response_that_is_cut_off_at_its_head_is_no_success() {
-    run(async {
-        for bytes in CUT_OFF.into_iter().chain(["", "HTTP/1.1 200 OK\r\ncontent-"]) {
-            let worker = Loopback::new(Limits::default());
-            let (addr, cut) = cut_off(bytes).await;
-            worker.add(addr, Protocol::Http).await;
-            let port = worker.listen(false).await;
-            cut.send(()).unwrap();
-            let mut client = client(port).await;
-            let response = client.send_request(get("/")).await.unwrap();
-            let status = response.status();
-            // What weft had read of the response when it broke decides between an error answer and a broken one.
-            let whole = response.into_body().collect().await.is_ok();
-            assert!(
-                status == StatusCode::BAD_GATEWAY && whole || status == StatusCode::OK && !whole,
-                "{bytes:?}: {status}"
-            );
-        }
-    });
-}
-
-#[test]
-fn a_response_with_two_lengths_goes_by_its_chunks() {
-    run(async {
-        let worker = Loopback::new(Limits::default());
-        let both = "HTTP/1.1 200 OK\r\ncontent-length: 3\r\ntransfer-encoding: chunked\r\n\r\n5\r\nbegun\r\n0\r\n\r\n";
-        let (addr, _cut) = cut_off(both).await;
-        worker.add(addr, Protocol::Http).await;
-        let mut client = client(worker.listen(false).await).await;
-        let response = client.send_request(get("/")).await.unwrap();
-        assert_eq!(body_text(response).await, "begun");
-    });
-}
-
 #[test]
 fn a_caller_that_leaves_ends_the_request_at_the_app() {
     run(async {
@@ -735,114 +651,6 @@ fn a_connection_whose_request_is_under_way_does_not_rest() {
             answer.push_str(&String::from_utf8_lossy(&bytes[..count]));
         }
         assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
-    });
-}
-
-#[test]
-fn heads_over_the_bounds_are_refused() {
-    run(async {
-        let mut setup = setup().await;
-        let long = format!("GET / HTTP/1.1\r\nhost: web\r\nx-a: {}\r\n\r\n", "a".repeat(61 * 1024));
-        let many = format!("GET / HTTP/1.1\r\nhost: web\r\n{}\r\n", "x-a: b\r\n".repeat(101));
-        for request in [long, many] {
-            let answer = raw(setup.port, request.as_bytes()).await;
-            assert!(answer.starts_with("HTTP/1.1 431"), "{answer}");
-            assert!(setup.messages.try_recv().is_err());
-        }
-        let most = format!("GET / HTTP/1.1\r\nhost: web\r\nconnection: close\r\n{}\r\n", "x-a: b\r\n".repeat(98));
-        assert_eq!(raw(setup.port, most.as_bytes()).await.split("x-a=b").count(), 99);
-    });
-}
-
-#[test]
-fn requests_whose_length_is_in_doubt_never_reach_the_app() {
-    run(async {
-        let mut setup = setup().await;
-        for bad in [
-            "content-length: 5\r\ncontent-length: 6\r\n\r\nabcdef",
-            "content-length: 5, 6\r\n\r\nabcdef",
-            "content-length: 5\r\ncontent-length: 5\r\n\r\nabcde",
-            "content-length: 3\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
-            "transfer-encoding: chunked\r\ncontent-length: 3\r\n\r\n0\r\n\r\n",
-            "transfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
-            "transfer-encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
-            "transfer-encoding: \x0bchunked\r\n\r\n0\r\n\r\n",
-            "content-length: +5\r\n\r\nabcde",
-            "transfer-encoding: gzip\r\n\r\n",
-            "transfer-encoding: chunked, identity\r\n\r\n0\r\n\r\n",
-            "transfer-encoding: identity\r\ncontent-length: 5\r\n\r\nabcde",
-            "transfer-encoding: chunked\r\n\r\nzz\r\n\r\n",
-            "transfer-encoding: chunked\r\n\r\n1\r\nab\r\n0\r\n\r\n",
-            "x-a: b\r\n c\r\ncontent-length: 0\r\n\r\n",
-            "x-a : b\r\n\r\n",
-            "x-a: b\0\r\n\r\n",
-            "x-a: b\n\r\n",
-            "x-a: b\rc\r\n\r\n",
-            "x-a: b\r\n\n",
-            " x-a: b\r\n\r\n",
-            "transfer-encoding: chunked\r\n\r\n5\nabcde\r\n0\r\n\r\n",
-            "transfer-encoding: chunked\r\n\r\n5;a=\nb\r\nabcde\r\n0\r\n\r\n",
-            "transfer-encoding: chunked\r\n\r\n-1\r\n\r\n",
-            "transfer-encoding: chunked\r\n\r\n10000000000000000\r\n",
-            "transfer-encoding: chunked\r\n\r\n0\r\nx-a: b\nx-c: d\r\n\r\n",
-            "host: other\r\n\r\n",
-            "host: web\r\n\r\n",
-        ] {
-            let answer = raw(setup.port, format!("POST / HTTP/1.1\r\nhost: web\r\n{bad}").as_bytes()).await;
-            assert!(answer.starts_with("HTTP/1.1 400"), "{bad:?}: {answer}");
-            assert!(setup.messages.try_recv().is_err(), "{bad:?} reached the app");
-        }
-    });
-}
-
-#[test]
-fn a_chunk_that_turns_out_bad_later_does_not_look_like_the_end() {
-    run(async {
-        let mut setup = setup().await;
-        let mut stream = TcpStream::connect(setup.port).await.unwrap();
-        let head = b"POST /echo HTTP/1.1\r\nhost: web\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n";
-        stream.write_all(head).await.unwrap();
-        assert_eq!(setup.messages.recv().await.unwrap(), "POST /echo");
-        stream.write_all(b"zz\r\n").await.unwrap();
-        let mut answer = Vec::new();
-        let _reset = stream.read_to_end(&mut answer).await;
-        let answer = String::from_utf8(answer).unwrap();
-        assert!(!answer.starts_with("HTTP/1.1 200") || !answer.ends_with("0\r\n\r\n"), "{answer}");
-    });
-}
-
-#[test]
-fn a_second_request_is_looked_at_like_the_first_and_what_is_refused_is_counted() {
-    run(async {
-        let mut setup = setup().await;
-        let firsts = [
-            "GET /first HTTP/1.1\r\nhost: web\r\n\r\n",
-            "POST /first HTTP/1.1\r\nhost: web\r\ncontent-length: 3\r\n\r\nabc",
-            "POST /first HTTP/1.1\r\nhost: web\r\ntransfer-encoding: chunked\r\n\r\n3;x=y\r\nabc\r\n0\r\n\r\n",
-            "GET /first HTTP/1.1\r\nhost: web\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n",
-        ];
-        for first in firsts {
-            let second = "POST /second HTTP/1.1\r\nhost: web\r\ncontent-length: 4\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n";
-            let answer = raw(setup.port, format!("{first}{second}").as_bytes()).await;
-            assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("HTTP/1.1 400"), "{first}: {answer}");
-            assert!(setup.messages.recv().await.unwrap().ends_with("/first"));
-            assert!(setup.messages.try_recv().is_err(), "{first}: the second reached the app");
-        }
-        let text = setup.worker.metrics.render().unwrap();
-        assert!(text.contains("weft_http_malformed_total{reason=\"two_framings\"} 4"), "{text}");
-    });
-}
-
-#[test]
-fn an_absolute_target_and_host_name_the_same_service_or_nobody_is_asked() {
-    run(async {
-        let mut setup = setup().await;
-        for (target, host, status) in [("http://web/a", "web", 200), ("http://other/a", "web", 400)] {
-            let request = format!("GET {target} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n");
-            let answer = raw(setup.port, request.as_bytes()).await;
-            assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{answer}");
-            assert_eq!(setup.messages.try_recv().is_ok(), status == 200);
-        }
     });
 }
 

@@ -19,7 +19,6 @@ use crate::clock::{self, UnixSeconds};
 use crate::metrics::Metrics;
 use crate::model::{
     Generation, HealthStatus, MemberStatus, NodeInfo, NodeName, Protocol, ServiceName, ServiceRecord, SpiffeId,
-    TextMap, Weights,
 };
 use crate::pki::{PeerIdentity, Plane, Presented};
 use crate::traffic::{Entries, Ready, Traffic};
@@ -232,19 +231,7 @@ fn instance(node: &str, mesh_addr: SocketAddr, id: &str) -> Arc<Instance> {
         create_index: 1,
         modify_index: 1,
     };
-    let record = ServiceRecord {
-        id: id.parse().unwrap(),
-        name: name("web"),
-        kind: Box::default(),
-        tags: Box::default(),
-        meta: TextMap::default(),
-        address: Box::default(),
-        port: 80,
-        tagged_addresses: TextMap::default(),
-        weights: Weights::default(),
-        protocol: Protocol::Tcp,
-        enable_tag_override: false,
-    };
+    let record = ServiceRecord { port: 80, ..ServiceRecord::new(id.parse().unwrap(), name("web")) };
     let (node, record, status) = (Arc::new(entry), Arc::new(record), HealthStatus::Passing);
     Arc::new(Instance { node, record, checks: Box::default(), status, create_index: 1, modify_index: 1 })
 }

@@ -8,11 +8,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::{ClientConfig, RootCertStore};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UdpSocket};
 use tokio::sync::Semaphore;
@@ -20,6 +18,7 @@ use tracing::warn;
 
 use super::state::Outcome;
 use crate::model::HealthStatus;
+use crate::pki::ServerCheck;
 use crate::registry::definition::TlsOptions;
 
 /// Where systems keep the certificates of the CAs that they believe.
@@ -227,47 +226,9 @@ impl TlsConfigs {
                 ClientConfig::builder_with_provider(Arc::clone(&provider)).with_safe_default_protocol_versions();
             versions.map_err(|error| error.to_string())
         };
-        let believing = Arc::new(Believing(Arc::clone(&provider)));
+        // Any certificate will do (`TLSSkipVerify`); the peer must hold its key.
+        let believing = Arc::new(ServerCheck::new(Arc::clone(&provider), |_, _, _| Ok(())));
         let unverified = builder()?.dangerous().with_custom_certificate_verifier(believing).with_no_client_auth();
         Ok(Self { verified: builder()?.with_root_certificates(roots).with_no_client_auth(), unverified })
-    }
-}
-
-/// Takes any certificate (`TLSSkipVerify`); the peer must hold its key.
-#[derive(Debug)]
-struct Believing(Arc<CryptoProvider>);
-
-impl ServerCertVerifier for Believing {
-    fn verify_server_cert(
-        &self,
-        _end_entity: &CertificateDer<'_>,
-        _intermediates: &[CertificateDer<'_>],
-        _server_name: &ServerName<'_>,
-        _ocsp_response: &[u8],
-        _now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(message, cert, dss, &self.0.signature_verification_algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
     }
 }
