@@ -2,6 +2,7 @@
 
 mod edge;
 mod floods;
+mod flow;
 mod hedged;
 mod rest;
 mod routed;
