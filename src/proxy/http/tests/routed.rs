@@ -161,7 +161,8 @@ fn grpc_is_tried_again_only_as_long_as_nothing_but_a_status_was_answered() {
             let text = setup.worker.metrics.render().unwrap();
             let status = if times == 2 { "grpc_response_status=\"0\"" } else { "grpc_response_status=\"14\"" };
             let is_counted = |line: &str| line.contains("reporter=\"source\"") && line.contains(status);
-            assert!(text.lines().any(is_counted), "{first:?}: {text}");
+            // One that breaks off once its head has gone on is cut off, without a status.
+            assert!(first == BROKEN || text.lines().any(is_counted), "{first:?}: {text}");
         }
     });
 }
