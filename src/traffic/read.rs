@@ -653,7 +653,8 @@ fn proxy_defaults(object: &mut Object<'_>, problems: &mut Problems) -> Entry {
         config.finish(problems);
     }
     let hops = object.texts("TrustedHops", HOPS_MAX, problems).into_iter();
-    let trusted_hops = hops.filter_map(|(path, text)| text.parse::<Network>().map_err(|rule| problems.add(path, rule)).ok());
+    let trusted_hops =
+        hops.filter_map(|(path, text)| text.parse::<Network>().map_err(|rule| problems.add(path, rule)).ok());
     let trusted_hops = trusted_hops.collect();
     // Read by what balances.
     object.leave("PrioritizeByLocality");

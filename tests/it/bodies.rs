@@ -31,7 +31,7 @@ fn a_gibibyte_passes_each_way_in_bounded_memory() {
 fn pass_both_ways(last: u8, bytes: u64) {
     let listener = TcpListener::bind(SocketAddr::new(loopback_ip(last + 1), BULK)).unwrap();
     // It ends with the test's process.
-    std::thread::spawn(move || listener.incoming().map_while(Result::ok).try_for_each(|stream| serve(stream, bytes)));
+    std::thread::spawn(move || listener.incoming().flatten().for_each(|stream| drop(serve(stream, bytes))));
     let pair = Pair::start(last, &[("bulk", BULK, "http")]);
     for (way, pass) in [("down", down as fn(SocketAddr, u64) -> u64), ("up", up)] {
         let agents = [&pair.first, &pair.second];
@@ -43,7 +43,12 @@ fn pass_both_ways(last: u8, bytes: u64) {
         assert_eq!(pass(pair.at(BULK), bytes), bytes, "{way}");
         for (agent, before) in agents.into_iter().zip(before) {
             let grown = resident(agent, "VmHWM:").saturating_sub(before);
-            println!("{bytes} bytes {way}: {} grew by {} KiB at most, from {} KiB", agent.name, grown >> 10, before >> 10);
+            println!(
+                "{bytes} bytes {way}: {} grew by {} KiB at most, from {} KiB",
+                agent.name,
+                grown >> 10,
+                before >> 10
+            );
             assert!(grown < GROWTH_BYTES_MAX, "{} grew by {grown} bytes as {bytes} went {way}", agent.name);
         }
     }

@@ -7,7 +7,7 @@ use tempfile::TempDir;
 
 use crate::agent::{Agent, Ca, Spec, path};
 use crate::lab::{Host, Lab};
-use crate::wait::until;
+use crate::wait::{PATIENCE, until, until_within};
 
 /// The largest value, in bytes.
 const VALUE_BYTES_MAX: usize = 512 * 1024;
@@ -137,6 +137,48 @@ fn keys_spread_outlive_a_split_with_the_newest_and_a_crash_and_what_was_deleted_
     newcomer.wait_ready();
     wait_value(&[&newcomer], "app/flag", Ok("from n3, later"));
     wait_value(&[&newcomer], "large", Ok(&large));
+}
+
+#[test]
+fn a_node_with_less_room_takes_what_fits_says_so_and_takes_the_rest_once_there_is_room() {
+    let Some(lab) = Lab::new(2) else { return };
+    let (mesh, n1) = Mesh::new(&lab);
+    let small = mesh.dir.path().join("small.hcl");
+    std::fs::write(&small, "kv {\n  enabled = true\n  bytes_max = 1048576\n}\n").unwrap();
+    let mut spec = mesh.spec(&lab.host(2), "n2");
+    *spec.args.last_mut().unwrap() = path(&small).to_owned();
+    let n2 = Agent::start(&spec);
+    n1.wait_members(&["n1=1", "n2=1"]);
+    // Two of them fit into a MiB.
+    let large = "x".repeat(400 * 1024);
+    let keys = ["big/1", "big/2", "big/3", "big/4"];
+    for key in keys {
+        put(&n1, key, &large);
+    }
+    let held = || keys.into_iter().filter(|key| value(&n2, key).is_ok()).collect::<Vec<_>>();
+    until("n2 holds what fits", || if held().len() == 2 { Ok(()) } else { Err(format!("{:?}", held())) });
+    // Comparisons come in rounds; one of the two says what to do.
+    until_within(4 * PATIENCE, "the difference is told", || {
+        let logs = [n1.log(), n2.log()];
+        if logs.iter().any(|log| log.contains("set `kv { bytes_max }` to the same on every agent")) {
+            Ok(())
+        } else {
+            Err(logs.concat())
+        }
+    });
+    // What is small goes on as before, and both live.
+    put(&n1, "small", "1");
+    wait_value(&[&n2], "small", Ok("1"));
+    put(&n2, "small", "2");
+    wait_value(&[&n1], "small", Ok("2"));
+    for key in held() {
+        delete(&n1, key);
+    }
+    until_within(4 * PATIENCE, "n2 takes the others once there is room", || {
+        let left = keys.map(|key| (value(&n1, key).is_ok(), value(&n2, key).is_ok()));
+        if left.iter().all(|(first, second)| first == second) { Ok(()) } else { Err(format!("{left:?}")) }
+    });
+    assert_eq!(held().len(), 2);
 }
 
 #[test]

@@ -298,7 +298,10 @@ fn only_trusted_hops_say_for_whom_they_ask_and_nobody_says_who_calls() {
 
     cluster.write(&json!({"Kind": "proxy-defaults", "Name": "global", "TrustedHops": ["10.77.0.3", "192.0.2.0/24"]}));
     let of_hop = seen(&cluster.n3).unwrap();
-    assert!(of_hop.contains("x-forwarded-for: 203.0.113.9\n") && of_hop.contains("x-real-ip: 203.0.113.9\n"), "{of_hop}");
+    assert!(
+        of_hop.contains("x-forwarded-for: 203.0.113.9\n") && of_hop.contains("x-real-ip: 203.0.113.9\n"),
+        "{of_hop}"
+    );
     let of_stranger = seen(&cluster.n2).unwrap();
     assert!(of_stranger.contains("x-forwarded-for: 10.77.0.2\n"), "{of_stranger}");
     for head in [&of_hop, &of_stranger] {

@@ -136,8 +136,7 @@ pub(super) async fn answer<D: Dial>(
     let (activity, id) = (&*connection.activity, OnceCell::new());
     let priority = connection.priority(&target.caller, &parts.headers);
     let kept = Rc::clone(&target);
-    let call =
-        Call { parts: &parts, authority, target: kept, payload, from, priority, cookie, uploads, activity, id };
+    let call = Call { parts: &parts, authority, target: kept, payload, from, priority, cookie, uploads, activity, id };
     Ok(match attempts(worker, &call, &plan, (body, &mut exchange)).await {
         Err(refusal) => outbound::refuse_call(&**worker, exchange, refusal, how),
         Ok(mut answer) => {

@@ -553,7 +553,9 @@ fn an_app_that_is_gone_once_its_body_was_asked_for_is_answered_for_once() {
                 _ = gone => {}
             }
         });
-        assert!(raw(port, b"GET / HTTP/1.1\r\nhost: web\r\nconnection: close\r\n\r\n").await.starts_with("HTTP/1.1 200"));
+        assert!(
+            raw(port, b"GET / HTTP/1.1\r\nhost: web\r\nconnection: close\r\n\r\n").await.starts_with("HTTP/1.1 200")
+        );
         // One is under way and one waits for its stream; a third is not taken out of weft's hands.
         let mut waiting = Vec::new();
         for _ in 0..2 {

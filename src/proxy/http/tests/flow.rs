@@ -7,7 +7,7 @@ const GIB: usize = 1 << 30;
 /// What sockets, windows and buffers on the whole way hold at most: both TCP connections' buffers are the largest part.
 const HELD_BYTES_MAX: usize = 64 << 20;
 /// What is passed in all: well above that.
-const PASSED_BYTES: usize = 96 << 20;
+const PASSED_BYTES: usize = 80 << 20;
 const PIECE_BYTES: usize = 64 << 10;
 /// Bytes repeat after so many: no power of two, so that a piece that is lost or comes twice is seen.
 const ROUND: usize = 251;
