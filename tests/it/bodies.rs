@@ -1,7 +1,7 @@
 //! Bodies of any length through two real agents: streamed, in memory that does not grow with them.
 
 use std::fs;
-use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
+use std::io::{self, BufReader, Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
