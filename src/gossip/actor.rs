@@ -398,7 +398,7 @@ impl Actor {
             }
             Command::Trust => self.turn(now, Engine::handle_trust),
             Command::Link(peer, reply) => answer(reply, self.links.open(&peer).cloned()),
-            Command::RoundTrips(reply) => answer(reply, self.links.round_trips()),
+            Command::RoundTrips(reply) => answer(reply, self.round_trips(now)),
             Command::Certificates(reply) => answer(reply, self.certificates()),
             Command::Adopt { peer, addr, connection } => {
                 self.metrics.dials.with_label_values(&["ok"]).inc();
@@ -502,6 +502,16 @@ impl Actor {
         }
     }
 
+    /// Returns the round trips that are known. Members that no connection leads to are dialled, as far as there is room, so
+    /// that whoever asks again knows more.
+    fn round_trips(&mut self, now: Instant) -> BTreeMap<NodeName, Duration> {
+        if !self.links.is_full() {
+            self.engine.membership().alive().for_each(|id| self.links.acquaint(id, now));
+            self.dial_next();
+        }
+        self.links.round_trips()
+    }
+
     fn dial_next(&mut self) {
         while let Some(dial) = self.links.next_dial() {
             self.dial(dial);
@@ -588,7 +598,7 @@ impl Actor {
                 self.metrics.received_bytes.inc_by(packet.len() as u64);
                 self.turn(now, |engine, turn| engine.handle_packet(&from, &packet, turn));
             }
-            Input::RoundTrips(reply) => answer(reply, self.links.round_trips()),
+            Input::RoundTrips(reply) => answer(reply, self.round_trips(now)),
             Input::Unreadable(reason) => self.metrics.refused.with_label_values(&[reason]).inc(),
             Input::Heard { peer, message: Message::Request(Request::Hello(id)), reply, .. } => {
                 self.greeted(Challenge { peer, id, reply }, now);
@@ -621,6 +631,9 @@ impl Actor {
                 }
                 Output::Event(event) => self.event(event),
             }
+        }
+        if let Some(linked) = self.links.take_changed() {
+            self.engine.set_linked(linked);
         }
         for name in self.engine.take_dirty() {
             let status = self.engine.status_of(&name);

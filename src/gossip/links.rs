@@ -8,7 +8,7 @@
 //! ends before its time is over, all are begun anew, and the work done is lost: so only [`DIALS_MAX`] run, the peer that was
 //! needed last comes next, and of two agents that dial each other one gives up ([`Links::accepted`]).
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -80,12 +80,14 @@ pub(super) struct Links {
     uses: u64,
     /// Dials that run.
     dials: usize,
+    /// Whether connections came or went since [`Links::take_changed`].
+    is_changed: bool,
 }
 
 impl Links {
     /// Makes room for links to `most` peers, one at least.
     pub(super) fn new(most: usize) -> Self {
-        Self { peers: BTreeMap::new(), most: most.max(1), uses: 0, dials: 0 }
+        Self { peers: BTreeMap::new(), most: most.max(1), uses: 0, dials: 0, is_changed: false }
     }
 
     /// Returns the connection in use to `peer`.
@@ -102,6 +104,13 @@ impl Links {
     /// Returns how many peers have an open connection.
     pub(super) fn count(&self) -> usize {
         self.peers.values().filter(|link| !link.open.is_empty()).count()
+    }
+
+    /// Returns to whom connections lead, if that may have changed since the last call.
+    pub(super) fn take_changed(&mut self) -> Option<BTreeSet<NodeName>> {
+        let open = |link: &Link| !link.open.is_empty();
+        let names = || self.peers.iter().filter(|(_, link)| open(link)).map(|(name, _)| name.clone()).collect();
+        std::mem::take(&mut self.is_changed).then(names)
     }
 
     /// Sends or queues `packet`.
@@ -140,6 +149,23 @@ impl Links {
             Some(dial) => Sent::Dial(dial),
             None => Sent::Queued,
         }
+    }
+
+    /// Wants a connection to `to` for what it measures, after all that packets wait for; none has to make room for it.
+    pub(super) fn acquaint(&mut self, to: &MeshId, now: Instant) {
+        if self.is_full() {
+            return;
+        }
+        let link = self.peers.entry(to.name.clone()).or_default();
+        let is_paused = link.not_before.is_some_and(|then| now < then);
+        if link.open.is_empty() && link.dial.is_none() && link.wanted.is_none() && !is_paused {
+            link.wanted = Some(to.clone());
+        }
+    }
+
+    /// Whether another peer would have to make room for the next one.
+    pub(super) fn is_full(&self) -> bool {
+        self.peers.len() >= self.most
     }
 
     /// Returns the dial to begin with, if one is wanted and few enough run: to the peer that was needed last.
@@ -195,7 +221,9 @@ impl Links {
             link.open.remove(0).close(0u32.into(), b"replaced by a newer connection");
         }
         link.open.push(connection);
-        link.waiting.drain(..).collect()
+        let waiting = link.waiting.drain(..).collect();
+        self.is_changed = true;
+        waiting
     }
 
     /// Notes that a packet of `peer`'s came.
@@ -231,6 +259,7 @@ impl Links {
 
     /// Forgets a connection that ended.
     pub(super) fn ended(&mut self, peer: &NodeName, stable_id: usize) {
+        self.is_changed = true;
         if let Some(link) = self.peers.get_mut(peer) {
             link.open.retain(|connection| connection.stable_id() != stable_id);
             if link.open.is_empty() && link.dial.is_none() && link.wanted.is_none() {
@@ -243,6 +272,7 @@ impl Links {
     pub(super) fn close(&mut self, peer: &NodeName, reason: &str) {
         if let Some(mut link) = self.peers.remove(peer) {
             close_all(&mut link, reason);
+            self.is_changed = true;
         }
     }
 
@@ -253,7 +283,7 @@ impl Links {
     }
 
     fn touch(&mut self, peer: &NodeName) -> &mut Link {
-        if self.peers.len() >= self.most && !self.peers.contains_key(peer) {
+        if self.is_full() && !self.peers.contains_key(peer) {
             let oldest = self.peers.iter().min_by_key(|(_, link)| link.used).map(|(name, _)| name.clone());
             if let Some(name) = oldest {
                 self.close(&name, "idle");
@@ -330,6 +360,30 @@ mod tests {
         links.close(&id("n3").name, "test");
         links.dial_ended(&id("n3").name);
         assert_eq!(links.dials, DIALS_MAX - 2);
+    }
+
+    #[test]
+    fn who_is_only_measured_is_dialled_last_and_takes_nobodys_place() {
+        let now = crate::clock::now();
+        let mut links = Links::new(DIALS_MAX + 3);
+        for number in 0..DIALS_MAX {
+            assert!(dial_of(links.send(&id(&format!("n{number}")), Bytes::new(), now)).is_some());
+        }
+        links.acquaint(&id("far"), now);
+        links.acquaint(&id("n0"), now);
+        assert_eq!(dial_of(links.send(&id("near"), Bytes::new(), now)), None);
+        let next = |links: &mut Links, ended: &str| {
+            links.dial_failed(&id(ended).name, now);
+            links.next_dial().map(|dial| dial.to.name.to_string())
+        };
+        assert_eq!(next(&mut links, "n0").as_deref(), Some("near"));
+        assert_eq!(next(&mut links, "n1").as_deref(), Some("far"));
+        assert_eq!(next(&mut links, "n2"), None, "one whose dial ran needs no second");
+        links.acquaint(&id("n0"), now);
+        assert_eq!(next(&mut links, "n3"), None, "it has just failed");
+        links.acquaint(&id("last"), now);
+        links.acquaint(&id("too-many"), now);
+        assert_eq!(links.peers.len(), DIALS_MAX + 3);
     }
 
     #[test]

@@ -100,7 +100,7 @@ pub struct Members {
     pub members: Vec<MemberView>,
     /// Nobody else answers, though others are known or seeds are given: this node may be cut off.
     pub isolated: bool,
-    /// Those that connections lead to in a mesh of more than 256; empty in a smaller one, where that is everybody.
+    /// Those that connections lead to in a mesh of more than 33; empty in a smaller one, where that is everybody.
     pub neighbours: BTreeSet<NodeName>,
 }
 
@@ -335,7 +335,8 @@ impl GossipHandle {
         self.order(|reply| Command::ForceLeave(name, prune, reply)).await?
     }
 
-    /// The smoothed round trips of the connections that are open, by node: everybody's in a mesh of at most [`LINKS_MAX`] others.
+    /// The smoothed round trips of the connections that are open, by node. Members without one are dialled, up to
+    /// [`LINKS_MAX`] in all: who asks again a second later learns of them too.
     ///
     /// # Errors
     /// [`GossipError::Closed`].

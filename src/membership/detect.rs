@@ -186,7 +186,7 @@ impl Core {
         if !self.is_watching() || now < self.when.watch {
             return;
         }
-        self.when.watch = now + self.health.stretch(self.profile.watch_period);
+        self.when.watch = now + self.stretch(self.profile.watch_period, now);
         let own = self.id().name.clone();
         let watched: Vec<NodeName> = self.ring.successors(&own).cloned().collect();
         self.watch_turn = self.watch_turn.wrapping_add(1);
@@ -201,7 +201,7 @@ impl Core {
         if self.living(name).is_none() {
             return;
         }
-        let timeout = self.health.stretch(self.profile.check_timeout);
+        let timeout = self.stretch(self.profile.check_timeout, now);
         if let Some(step) = self.checks.start(name, timeout, now) {
             self.take_step(step, now);
         }

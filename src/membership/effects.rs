@@ -1,5 +1,6 @@
 //! What leaves the core: foca's wishes, packets in their envelopes, news at its pace.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -27,6 +28,11 @@ pub(super) const FANOUT: usize = 3;
 /// whose probes all do (the share of strangers to its links grows with the mesh) probes once in this time; its watchers
 /// find a crash in a mesh of any size.
 const COLD_PROBE_PERIOD: Duration = Duration::from_mins(2);
+/// With connections to so many peers, as many as a node of a large mesh has neighbours, news reaches everybody soon.
+/// Further neighbours are met one per [`COLD_NEWS_PAUSE`]: a start of 100 agents would spend most of its time on
+/// handshakes with neighbours that are none any more once all are there.
+const LINKS_ENOUGH: usize = 16;
+const COLD_NEWS_PAUSE: Duration = Duration::from_secs(5);
 /// A gone member is called by one in so many of the living per period at least: the whole mesh calls it often enough.
 const CALLERS_SHARE: usize = 8;
 
@@ -103,6 +109,9 @@ impl Core {
             match notification {
                 OwnedNotification::MemberUp(id) => {
                     self.ring.insert(&id.name);
+                    if self.roster.find(&id.name).is_none() {
+                        self.arrivals.came(self.alive_count(), now);
+                    }
                     // The first to watch after a time alone: its turn does not lie in the past.
                     self.when.watch = self.when.watch.max(now);
                     self.change(&id.name, |roster| roster.back(&id, now));
@@ -151,8 +160,8 @@ impl Core {
     fn schedule(&mut self, after: Duration, timer: Timer<MeshId>, now: Instant) {
         let is_lifeguard = self.profile.detector == Detector::Lifeguard;
         let after = match &timer {
-            Timer::ProbeRandomMember(_) if is_lifeguard => self.health.stretch(after.max(self.cold_probe_period())),
-            Timer::SendIndirectProbe { .. } if is_lifeguard => self.health.stretch(after),
+            Timer::ProbeRandomMember(_) if is_lifeguard => self.stretch(after.max(self.cold_probe_period()), now),
+            Timer::SendIndirectProbe { .. } if is_lifeguard => self.stretch(after, now),
             Timer::PeriodicAnnounceDown(_) => after * self.recall_stretch(),
             Timer::ChangeSuspectToDown { member_id, incarnation, .. } => {
                 let (member, incarnation) = (member_id.clone(), *incarnation);
@@ -168,6 +177,11 @@ impl Core {
         };
         self.timer_number = self.timer_number.wrapping_add(1);
         self.timers.insert((now + after, self.timer_number), timer);
+    }
+
+    /// Stretches a timer of the detection by how this node does, and how the mesh does.
+    pub(super) fn stretch(&self, timer: Duration, now: Instant) -> Duration {
+        self.arrivals.stretch(self.health.stretch(timer), now)
     }
 
     /// Returns how seldom random members are probed because of those that no connection leads to.
@@ -270,7 +284,7 @@ impl Core {
         }
         self.when.spread = None;
         self.when.spread_last = Some(now);
-        for to in self.next_neighbours() {
+        for to in self.next_neighbours(now) {
             // The last copies may have gone to the neighbour before.
             if self.has_news() {
                 self.send_call(&to, Call::News);
@@ -298,23 +312,38 @@ impl Core {
         self.news.clear();
     }
 
-    /// Returns whom news goes to next: each neighbour once, in random order, before any twice.
-    fn next_neighbours(&mut self) -> Vec<NodeName> {
+    /// Returns whom news goes to next: each neighbour, and each that a connection leads to, once, in random order, before any
+    /// twice. With [`LINKS_ENOUGH`] few are chosen that no connection leads to yet.
+    fn next_neighbours(&mut self, now: Instant) -> Vec<NodeName> {
         let mut chosen = Vec::new();
         for _ in 0..2 {
             while chosen.len() < FANOUT
                 && let Some(name) = self.turns.pop()
             {
-                if self.ring.contains(&name) && !chosen.contains(&name) {
+                if self.ring.contains(&name) && !chosen.contains(&name) && self.is_for_news(&name, now) {
                     chosen.push(name);
                 }
             }
             if self.turns.is_empty() {
-                self.turns = self.ring.neighbours(&self.id().name);
+                // Whoever took this node for a neighbour has a connection to it: it is one for this node as well.
+                let neighbours = self.ring.neighbours(&self.id().name).into_iter();
+                let all: BTreeSet<NodeName> = neighbours.chain(self.linked.iter().cloned()).collect();
+                self.turns = all.into_iter().collect();
                 self.turns.shuffle(&mut self.rng);
             }
         }
         chosen
+    }
+
+    fn is_for_news(&mut self, name: &NodeName, now: Instant) -> bool {
+        if self.linked.len() < LINKS_ENOUGH || self.linked.contains(name) {
+            return true;
+        }
+        if self.when.cold_news.is_some_and(|then| now < then) {
+            return false;
+        }
+        self.when.cold_news = Some(now + COLD_NEWS_PAUSE);
+        true
     }
 
     /// How often one piece of news is sent on: four times per decade of members, as memberlist does on a LAN, so that by

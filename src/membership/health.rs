@@ -5,6 +5,8 @@
 
 use std::time::Duration;
 
+use tokio::time::Instant;
+
 /// Worst score; timers are stretched by one more than the score (memberlist's bound).
 pub const LOCAL_HEALTH_WORST: u8 = 8;
 
@@ -31,9 +33,63 @@ impl LocalHealth {
     }
 }
 
+/// So many newcomers within [`CROWD_SPAN`] make a crowd, if they are a tenth of the living as well.
+const CROWD_MIN: usize = 16;
+pub(super) const CROWD_SPAN: Duration = Duration::from_secs(10);
+/// How many times longer checks take in a crowd.
+const CROWD_STRETCH: u32 = 4;
+
+/// Newcomers of late. While a mesh comes up everybody is busy with handshakes, and hosts that run many agents have no time to
+/// answer; each false accusation costs every member a signature check, a refutation another one, so that a mesh that doubts
+/// itself then is busy with nothing else. A member that crashes meanwhile is found some seconds later.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Arrivals {
+    since: Option<Instant>,
+    count: usize,
+    crowd_until: Option<Instant>,
+}
+
+impl Arrivals {
+    /// Notes a newcomer, one of `living` members now.
+    pub(super) fn came(&mut self, living: usize, now: Instant) {
+        if self.since.is_none_or(|since| now >= since + CROWD_SPAN) {
+            self.since = Some(now);
+            self.count = 0;
+        }
+        self.count += 1;
+        if self.count >= CROWD_MIN.max(living / 10) {
+            self.crowd_until = Some(now + CROWD_SPAN);
+        }
+    }
+
+    /// Stretches a timer.
+    pub(super) fn stretch(self, timer: Duration, now: Instant) -> Duration {
+        if self.crowd_until.is_some_and(|until| now < until) { timer * CROWD_STRETCH } else { timer }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn many_newcomers_at_once_stretch_timers_for_a_while_and_a_few_or_slow_ones_do_not() {
+        let (now, second) = (crate::clock::now(), Duration::from_secs(1));
+        let mut arrivals = Arrivals::default();
+        (1..CROWD_MIN).for_each(|_| arrivals.came(20, now));
+        assert_eq!(arrivals.stretch(second, now), second);
+        arrivals.came(20, now + second);
+        assert_eq!(arrivals.stretch(second, now + second), 4 * second);
+        assert_eq!(arrivals.stretch(second, now + 12 * second), second, "all are there");
+        // One every two seconds, for minutes.
+        let mut arrivals = Arrivals::default();
+        (0..100).for_each(|step| arrivals.came(20, now + step * 2 * second));
+        assert_eq!(arrivals.stretch(second, now + 198 * second), second);
+        // Few of many.
+        let mut arrivals = Arrivals::default();
+        (0..50).for_each(|_| arrivals.came(1000, now));
+        assert_eq!(arrivals.stretch(second, now), second);
+    }
 
     #[test]
     fn timers_stretch_up_to_nine_times_and_recover_step_by_step() {

@@ -66,7 +66,7 @@ use budget::Budget;
 use checks::Checks;
 use demands::Demands;
 pub use health::LOCAL_HEALTH_WORST;
-use health::LocalHealth;
+use health::{Arrivals, LocalHealth};
 pub use id::{Life, MeshId};
 use news::News;
 use packet::WireCodec;
@@ -276,6 +276,7 @@ pub struct Core {
     /// This node's own word for its present life, once it is signed.
     own_life: Option<LifeClaim>,
     health: LocalHealth,
+    arrivals: Arrivals,
     checks: Checks,
     suspicions: BTreeMap<NodeName, Suspicion>,
     /// Strangers that a peer calls gone: not in foca's list, called now and then, believed alive once they answer.
@@ -288,6 +289,8 @@ pub struct Core {
     demands: Demands,
     /// Neighbours that news goes to before any gets some again, the next last.
     turns: Vec<NodeName>,
+    /// Peers that a connection leads to, if the owner told.
+    linked: BTreeSet<NodeName>,
     when: When,
     watch_turn: usize,
     stats: Stats,
@@ -311,6 +314,8 @@ struct When {
     /// A refutation waits for this moment; none: nothing to refute.
     refute: Option<Instant>,
     refuted_last: Option<Instant>,
+    /// Until then no news goes where no connection leads, as long as enough lead elsewhere.
+    cold_news: Option<Instant>,
     renewed_last: Option<Instant>,
     blamed_last: Option<Instant>,
 }
@@ -346,6 +351,7 @@ impl Core {
             changed_last: now,
             refute: None,
             refuted_last: None,
+            cold_news: None,
             renewed_last: None,
             blamed_last: None,
         };
@@ -364,6 +370,7 @@ impl Core {
             incarnation: 0,
             own_life: None,
             health: LocalHealth::default(),
+            arrivals: Arrivals::default(),
             checks: Checks::default(),
             suspicions: BTreeMap::new(),
             gone: BTreeMap::new(),
@@ -373,6 +380,7 @@ impl Core {
             reports: News::default(),
             demands: Demands::default(),
             turns: Vec::new(),
+            linked: BTreeSet::new(),
             when,
             watch_turn: 0,
             stats: Stats::default(),
@@ -434,13 +442,19 @@ impl Core {
         self.swim.num_members()
     }
 
-    /// Some member that a connection leads to, if there is one: with it comparing costs no handshake. In a mesh of up to
-    /// 256 it is any.
+    /// Some member that a connection leads to, if there is one: with it comparing costs no handshake.
     pub fn neighbour(&mut self) -> Option<NodeName> {
-        self.ring.neighbours(&self.id().name).into_iter().choose(&mut self.rng)
+        let neighbours = self.ring.neighbours(&self.id().name);
+        let linked = neighbours.iter().filter(|name| self.linked.contains(*name)).choose(&mut self.rng).cloned();
+        linked.or_else(|| neighbours.into_iter().choose(&mut self.rng))
     }
 
-    /// The members that this one gossips with in a mesh of more than 256; none in a smaller one, where that is everybody.
+    /// Tells to whom connections lead now: news prefers them while a mesh comes up.
+    pub fn set_linked(&mut self, linked: BTreeSet<NodeName>) {
+        self.linked = linked;
+    }
+
+    /// The members that this one gossips with in a mesh of more than 33; none in a smaller one, where that is everybody.
     pub fn few_neighbours(&self) -> BTreeSet<NodeName> {
         if self.alive_count() <= ALL_NEIGHBOURS_MAX {
             return BTreeSet::new();

@@ -25,6 +25,7 @@ pub(crate) mod join;
 mod operators;
 mod own_root;
 mod pem;
+mod remembered;
 mod revocation;
 mod rotate;
 mod tls;

@@ -10,7 +10,7 @@
 
 use std::fmt;
 
-use rustls::pki_types::{CertificateDer, SignatureVerificationAlgorithm, TrustAnchor, UnixTime};
+use rustls::pki_types::{CertificateDer, TrustAnchor, UnixTime};
 use time::OffsetDateTime;
 use webpki::aws_lc_rs::ECDSA_P256_SHA256;
 use webpki::{EndEntityCert, KeyUsage};
@@ -20,6 +20,7 @@ use x509_parser::prelude::FromDer as _;
 
 use super::certificate::{CONTEXT_NODE, signed_bytes};
 use super::extension::{self, NodeExtension};
+use super::remembered::Remembering;
 use super::revocation::{Presented, Revocations, SpkiHash};
 use super::{PeerIdentity, PkiError, TrustBundle};
 use crate::clock::UnixSeconds;
@@ -33,8 +34,8 @@ pub(crate) const CERTIFICATE_BYTES_MAX: usize = 4096;
 /// Signers below a root: the issuer and the node.
 pub(super) const ROOT_PATH_LENGTH: u32 = 2;
 
-/// Signatures that weft's certificates carry.
-const ALGORITHMS: [&dyn SignatureVerificationAlgorithm; 1] = [ECDSA_P256_SHA256];
+/// Signatures that weft's certificates carry; the process meets each many times.
+static CERTIFICATES: Remembering = Remembering::new();
 
 /// A wall time for people: `2026-01-31T12:00:00Z`.
 pub struct Utc(pub UnixSeconds);
@@ -401,7 +402,7 @@ fn check_path(
     let entity = EndEntityCert::try_from(leaf).map_err(path)?;
     let time = UnixTime::since_unix_epoch(std::time::Duration::from_secs(now.0));
     let verified =
-        entity.verify_for_usage(&ALGORITHMS, &anchors, intermediates, time, usage, None, None).map_err(path)?;
+        entity.verify_for_usage(&[&CERTIFICATES], &anchors, intermediates, time, usage, None, None).map_err(path)?;
     // A shorter path than the chain shown would be one with an idle certificate in it.
     if verified.intermediate_certificates().count() != intermediates.len() {
         return Err(VerifyError::Path { reason: "the chain has a certificate that the path does not need".to_owned() });
@@ -441,7 +442,7 @@ fn check_link(
     }
     let entity = EndEntityCert::try_from(signer_der).map_err(|err| path(&err.to_string()))?;
     entity
-        .verify_signature(ECDSA_P256_SHA256, certificate.tbs_certificate.as_ref(), &certificate.signature_value.data)
+        .verify_signature(&CERTIFICATES, certificate.tbs_certificate.as_ref(), &certificate.signature_value.data)
         .map_err(|err| path(&err.to_string()))
 }
 

@@ -122,6 +122,8 @@ pub(crate) struct Process {
     /// Counts the starts on this host: what belongs to an earlier one is void.
     pub(crate) boot: u32,
     pub(crate) links: HashMap<usize, Link>,
+    /// Whether connections came or went since the engine was told.
+    pub(crate) links_changed: bool,
     pub(crate) uses: u64,
     pub(crate) is_paused: bool,
     /// What arrived while it was stopped.

@@ -1,4 +1,5 @@
-//! The QUIC connections between simulated agents: what `gossip::links` does, with the handshake as a delay.
+//! The QUIC connections between simulated agents: what `gossip::links` does, with the handshake as a delay, but for the
+//! bound on dials at once and what concerns dials of both sides.
 //!
 //! A handshake takes a round trip, a lost flight a second more (QUIC's first probe time-out); to an unreachable peer the
 //! first flight is repeated until the time limit. Idle connections end after 10 min. A packet on a connection that the peer has lost is answered by a
@@ -185,6 +186,7 @@ impl World {
             }
             let connection = Connection { number, peer_boot, used, owed: AckOwed::default() };
             link.open.push(connection);
+            process.links_changed = true;
             for packet in std::mem::take(&mut link.waiting) {
                 self.put_on_wire(own, peer, connection, packet);
             }
@@ -213,6 +215,7 @@ impl World {
         let Some(process) = &mut self.hosts[host].process else { return };
         if let Some(link) = process.links.get_mut(&peer) {
             link.open.retain(|connection| connection.number != number);
+            process.links_changed = true;
             if link.open.is_empty() && !link.is_dialling {
                 process.links.remove(&peer);
             }
@@ -224,6 +227,9 @@ impl World {
         let Some(link) = self.hosts[host].process.as_mut().and_then(|process| process.links.remove(&peer)) else {
             return;
         };
+        if let Some(process) = &mut self.hosts[host].process {
+            process.links_changed = true;
+        }
         for connection in link.open {
             for delay in self.net.carry(host, peer, &mut self.rng) {
                 let lost = Event::ConnectionLost { host: peer, peer: host, number: connection.number };

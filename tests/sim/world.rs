@@ -351,6 +351,7 @@ impl World {
 
     /// Calls into the engine of `host` and carries out what it wants; none if it does not run.
     pub(crate) fn turn<T>(&mut self, host: usize, act: impl FnOnce(&mut Engine, &Turn<'_>) -> T) -> Option<T> {
+        self.tell_links(host);
         let machine = &mut self.hosts[host];
         let signer = machine.signer(self.settings.chain_bytes);
         let wall = wall_of(self.now, machine.wall_ahead);
@@ -364,6 +365,20 @@ impl World {
         }
         self.carry_out(host);
         Some(result)
+    }
+
+    /// Tells the engine of `host` to whom connections lead, if that changed.
+    fn tell_links(&mut self, host: usize) {
+        let Some(process) = &self.hosts[host].process else { return };
+        if !process.links_changed {
+            return;
+        }
+        let open = process.links.iter().filter(|(_, link)| !link.open.is_empty());
+        let linked = open.map(|(peer, _)| self.hosts[*peer].name.clone()).collect();
+        if let Some(process) = &mut self.hosts[host].process {
+            process.links_changed = false;
+            process.engine.set_linked(linked);
+        }
     }
 
     fn carry_out(&mut self, host: usize) {
@@ -497,6 +512,7 @@ impl World {
             engine: Engine::new(params, seed, &turn),
             boot: machine.boots,
             links: HashMap::new(),
+            links_changed: false,
             uses: 0,
             is_paused: false,
             inbox: VecDeque::new(),

@@ -378,6 +378,11 @@ impl Engine {
         &self.core
     }
 
+    /// Tells to whom connections lead.
+    pub fn set_linked(&mut self, linked: BTreeSet<NodeName>) {
+        self.core.set_linked(linked);
+    }
+
     /// Who published what.
     pub fn replica(&self) -> &Replica {
         &self.replica

@@ -360,3 +360,54 @@ fn a_demand_counts_under_its_author_s_signature_alone_and_only_the_newest() {
     assert!(!mesh.demands.contains_key(&(name(0), name(77))), "of nobody's");
     assert_eq!(mesh.at(0).sizes().demands.1, 1);
 }
+
+#[test]
+fn with_enough_connections_news_goes_over_them_and_seldom_to_a_stranger() {
+    let now = crate::clock::now();
+    let mut core = Core::new(id(0, 1), Profile::default(), 1, now);
+    (1..=22).for_each(|number| core.attest(&id(number, 1), now));
+    let told_in = |core: &mut Core, from: Instant, millis: u64| {
+        let mut told = BTreeSet::new();
+        for step in 0..millis / 50 {
+            let now = from + Duration::from_millis(step * 50);
+            // A newcomer's word is news; 33 members are few enough for all to be neighbours.
+            if step % 12 == 0 {
+                let newcomer = id(100 + core.members().count(), 1);
+                let claim = LifeClaim { id: newcomer, incarnation: 0, signature: Vec::new() };
+                core.handle_verified(Statement::Life(claim), Verdict::Holds, now);
+            }
+            core.handle_timeout(now);
+            while let Some(output) = core.poll_output() {
+                if let Output::Send { to, packet } = output
+                    && class_of(&packet).0 == "news"
+                {
+                    told.insert(to.name);
+                }
+            }
+        }
+        told
+    };
+    let linked: BTreeSet<NodeName> = (1..=16).map(name).collect();
+    core.set_linked(linked.clone());
+    let told = told_in(&mut core, now, 3000);
+    let strangers = told.difference(&linked).count();
+    assert!(told.is_superset(&linked), "{told:?}");
+    assert!((1..=2).contains(&strangers), "{strangers}: {told:?}");
+    // Few connections: no choice is left.
+    core.set_linked((1..=3).map(name).collect());
+    let told = told_in(&mut core, now + 3 * SECOND, 3000);
+    assert!(told.len() > 12, "{told:?}");
+}
+
+#[test]
+fn a_crash_while_a_mesh_comes_up_is_seen_late_and_nobody_else_is_doubted() {
+    seeds(10, |seed| {
+        let mut mesh = Mesh::new(20, seed);
+        mesh.run(40 * SECOND, Mesh::all_alive).expect("the join converges");
+        mesh.kill(1);
+        mesh.log.clear();
+        let took = mesh.run(40 * SECOND, |mesh| mesh.all_see(1, Some(MemberStatus::Failed)));
+        assert!(took.is_some_and(|took| took < 12 * SECOND), "{took:?}");
+        assert!(mesh.failures().all(|(_, _, of, _)| *of == name(1)));
+    });
+}

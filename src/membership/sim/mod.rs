@@ -9,6 +9,7 @@ mod mesh;
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 
+use super::health::CROWD_SPAN;
 use super::*;
 use crate::model::Generation;
 
@@ -42,6 +43,8 @@ struct Mesh {
     demands: BTreeMap<(NodeName, NodeName), Demand>,
     differs: usize,
     bytes: u64,
+    /// Between whom connections lead, from the first packet that arrived on.
+    links: BTreeMap<NodeName, BTreeSet<NodeName>>,
 }
 
 fn name(number: usize) -> NodeName {
@@ -98,6 +101,7 @@ impl Mesh {
             demands: BTreeMap::new(),
             differs: 0,
             bytes: 0,
+            links: BTreeMap::new(),
         };
         for number in 0..count {
             mesh.boot(number, 1);
@@ -128,6 +132,8 @@ impl Mesh {
 
     fn kill(&mut self, number: usize) {
         self.nodes.remove(&name(number));
+        self.links.remove(&name(number));
+        self.links.values_mut().for_each(|linked| drop(linked.remove(&name(number))));
         if let Some(at) = self.wake_of.remove(&name(number)) {
             self.wakes.remove(&(at, name(number)));
         }
@@ -248,9 +254,26 @@ impl Mesh {
             return;
         }
         let now = self.now;
+        if self.nodes.contains_key(&to.name) {
+            self.link(from, &to.name);
+        }
         if let Some(core) = self.nodes.get_mut(&to.name) {
             core.handle_packet(from, &packet, now).unwrap();
             self.flush(&to.name);
+        }
+    }
+
+    /// Notes that a connection leads from one to the other, and back.
+    fn link(&mut self, one: &NodeName, other: &NodeName) {
+        if self.links.get(one).is_some_and(|linked| linked.contains(other)) {
+            return;
+        }
+        for (at, peer) in [(one, other), (other, one)] {
+            let linked = self.links.entry(at.clone()).or_default();
+            linked.insert(peer.clone());
+            if let Some(core) = self.nodes.get_mut(at) {
+                core.set_linked(linked.clone());
+            }
         }
     }
 
@@ -313,6 +336,8 @@ impl Mesh {
     fn joined_with(count: usize, seed: u64, profile: Profile) -> Self {
         let mut mesh = Self::with(count, seed, profile);
         mesh.run(Duration::from_mins(1), Self::all_alive).expect("the join converges");
+        // Until the newcomers are a crowd no more.
+        mesh.pass(CROWD_SPAN);
         mesh.log.clear();
         mesh
     }

@@ -5,6 +5,8 @@ from lab import address
 
 WEFT = os.environ["WEFT"]
 PATIENCE = 90
+# Seconds between two starts: all agents share this host's processors, and a start costs a handshake with everybody near.
+PACE = float(os.environ.get("PACE", "0.01"))
 # The API is asked from the router's namespace, and an API that is not on loopback wants a token.
 TOKEN = secrets.token_hex(16)
 
@@ -61,7 +63,7 @@ class Mesh:
             raise RuntimeError("the first agent does not start: " + open(f"{self.dir}/0/log").read()[-500:])
         for at in range(1, self.count):
             self.spawn(at)
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(PACE)
         started = time.time()
         async def sees_all(at):
             info = await self.info(at)
