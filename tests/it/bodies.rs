@@ -12,7 +12,7 @@ use crate::edges::Pair;
 const BULK: u16 = 7810;
 /// What an agent may take more while a body passes: windows, buffers and what the allocator keeps of them.
 const GROWTH_BYTES_MAX: u64 = 64 << 20;
-const PIECE: [u8; 64 << 10] = [b'x'; 64 << 10];
+static PIECE: [u8; 64 << 10] = [b'x'; 64 << 10];
 /// Nothing moves for so long: something is wrong.
 const STALLED: Duration = Duration::from_secs(20);
 
