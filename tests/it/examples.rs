@@ -251,7 +251,7 @@ fn the_pages_about_traffic_do_what_they_say() {
     let high = terminal.say(command(&overload, "priority: high"));
     assert!(high.contains("200 OK"), "{high}");
     let why = terminal.say(command(&overload, "weft why"));
-    assert!(why.contains('5'), "{why}");
+    assert!(why.contains(" of 5 requests"), "{why}");
     assert!(terminal.say(command(&overload, "balancer_overflow")).contains("limit=\"priority\""));
     terminal.say(command(&overload, "config delete"));
 
