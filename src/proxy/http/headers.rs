@@ -53,8 +53,30 @@ pub(crate) fn write(headers: &HeaderMap, writer: &mut HeadWriter<'_>) {
     }
 }
 
+/// Tells whether a name is one that weft alone says, with `_` for `-`: apps behind CGI's conventions (WSGI, PHP) read both
+/// as one.
+fn is_disguised(name: &HeaderName) -> bool {
+    let text = name.as_str();
+    text.contains('_') && {
+        let plain = text.replace('_', "-");
+        CLIENT_CERT == plain.as_str() || plain.starts_with(WEFT_PREFIX)
+    }
+}
+
+/// Takes out what says who calls, however it is written: peers' words do not count.
+pub(crate) fn forget_identity(headers: &mut HeaderMap) {
+    headers.remove(CLIENT_CERT);
+    let disguised: Vec<HeaderName> = headers.keys().filter(|name| is_disguised(name)).cloned().collect();
+    for name in disguised {
+        headers.remove(name);
+    }
+}
+
 fn is_dropped(name: &HeaderName) -> bool {
     let text = name.as_str();
+    if is_disguised(name) {
+        return true;
+    }
     match text.len() {
         4 => text == "host",
         7 => text == "upgrade",
@@ -241,7 +263,8 @@ pub(crate) fn check<B>(request: &Request<B>) -> Result<Option<Authority>, Refusa
 /// Takes out what a caller that is no trusted hop says of those before it, and says where it is itself.
 pub(crate) fn forget_forwarded(headers: &mut HeaderMap, from: Option<IpAddr>) {
     let is_said = |name: &&HeaderName| {
-        name.as_str().starts_with(FORWARDED_PREFIX) || [&header::FORWARDED, &REAL_IP].contains(name)
+        let plain = name.as_str().replace('_', "-");
+        plain.starts_with(FORWARDED_PREFIX) || header::FORWARDED == plain.as_str() || REAL_IP == plain.as_str()
     };
     let said: Vec<HeaderName> = headers.keys().filter(is_said).cloned().collect();
     for name in said {
@@ -307,6 +330,8 @@ mod tests {
             ("x-forwarded-client-cert", "URI=spiffe://td/node/forged"),
             ("x-weft-hops", "9"),
             ("x-weft-anything", "1"),
+            ("x_forwarded-client_cert", "URI=spiffe://td/node/forged"),
+            ("x_weft_hops", "9"),
             ("traceparent", "00-1-2-01"),
             ("accept", "a"),
             ("accept", "b"),
@@ -344,6 +369,8 @@ mod tests {
         let forged = forged.map(|name| (HeaderName::from_static(name), HeaderValue::from_static("10.0.0.1")));
         let mut headers = HeaderMap::from_iter(forged);
         headers.append(FORWARDED_FOR, HeaderValue::from_static("10.0.0.2"));
+        headers.append("x_forwarded_for", HeaderValue::from_static("10.0.0.3"));
+        headers.append("x_real_ip", HeaderValue::from_static("10.0.0.3"));
         headers.insert(header::ACCEPT, HeaderValue::from_static("a"));
         forget_forwarded(&mut headers, "::ffff:192.0.2.7".parse().ok());
         let mut left: Vec<(&str, &str)> =

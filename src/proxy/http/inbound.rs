@@ -544,7 +544,7 @@ fn build(
     client_cert: Option<&HeaderValue>,
 ) -> Request<TunnelBody> {
     let RequestHead { payload, method, authority, path, mut headers, .. } = head;
-    headers.remove(super::headers::CLIENT_CERT);
+    super::headers::forget_identity(&mut headers);
     if let Some(value) = client_cert {
         headers.insert(super::headers::CLIENT_CERT, value.clone());
     }
