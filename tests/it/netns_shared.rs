@@ -1,13 +1,15 @@
 //! What all agents share, between real agents: keys and values over a split and a crash, events, prepared queries.
 
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::agent::{Agent, Ca, Spec, path};
+use crate::clients::{found, program};
 use crate::lab::{Host, Lab};
-use crate::wait::{PATIENCE, until, until_within};
+use crate::wait::until;
 
 /// The largest value, in bytes.
 const VALUE_BYTES_MAX: usize = 512 * 1024;
@@ -140,48 +142,6 @@ fn keys_spread_outlive_a_split_with_the_newest_and_a_crash_and_what_was_deleted_
 }
 
 #[test]
-fn a_node_with_less_room_takes_what_fits_says_so_and_takes_the_rest_once_there_is_room() {
-    let Some(lab) = Lab::new(2) else { return };
-    let (mesh, n1) = Mesh::new(&lab);
-    let small = mesh.dir.path().join("small.hcl");
-    std::fs::write(&small, "kv {\n  enabled = true\n  bytes_max = 1048576\n}\n").unwrap();
-    let mut spec = mesh.spec(&lab.host(2), "n2");
-    *spec.args.last_mut().unwrap() = path(&small).to_owned();
-    let n2 = Agent::start(&spec);
-    n1.wait_members(&["n1=1", "n2=1"]);
-    // Two of them fit into a MiB.
-    let large = "x".repeat(400 * 1024);
-    let keys = ["big/1", "big/2", "big/3", "big/4"];
-    for key in keys {
-        put(&n1, key, &large);
-    }
-    let held = || keys.into_iter().filter(|key| value(&n2, key).is_ok()).collect::<Vec<_>>();
-    until("n2 holds what fits", || if held().len() == 2 { Ok(()) } else { Err(format!("{:?}", held())) });
-    // Comparisons come in rounds; one of the two says what to do.
-    until_within(4 * PATIENCE, "the difference is told", || {
-        let logs = [n1.log(), n2.log()];
-        if logs.iter().any(|log| log.contains("set `kv { bytes_max }` to the same on every agent")) {
-            Ok(())
-        } else {
-            Err(logs.concat())
-        }
-    });
-    // What is small goes on as before, and both live.
-    put(&n1, "small", "1");
-    wait_value(&[&n2], "small", Ok("1"));
-    put(&n2, "small", "2");
-    wait_value(&[&n1], "small", Ok("2"));
-    for key in held() {
-        delete(&n1, key);
-    }
-    until_within(4 * PATIENCE, "n2 takes the others once there is room", || {
-        let left = keys.map(|key| (value(&n1, key).is_ok(), value(&n2, key).is_ok()));
-        if left.iter().all(|(first, second)| first == second) { Ok(()) } else { Err(format!("{left:?}")) }
-    });
-    assert_eq!(held().len(), 2);
-}
-
-#[test]
 fn events_and_prepared_queries_are_known_to_every_agent() {
     let Some(lab) = Lab::new(3) else { return };
     let (mesh, n1) = Mesh::new(&lab);
@@ -212,5 +172,22 @@ fn events_and_prepared_queries_are_known_to_every_agent() {
         let answer = n3.try_get("/v1/query/web-anywhere/execute")?;
         let nodes = if answer.status == 200 { answer.json()["Nodes"].clone() } else { Value::Null };
         if nodes[0]["Node"]["Node"] == "n2" { Ok(()) } else { Err(format!("{} {}", answer.status, answer.body)) }
+    });
+    let Some([dig]) = found("dig", [program("dig")]) else { return };
+    let ask = |name: &str| {
+        let mut command = Command::new(&dig);
+        command.args(["@127.0.0.1", "-p", "8600", "+short", "+tries=1", "+time=5", name]);
+        let out = lab.host(3).run(|| command.stdin(Stdio::null()).output().unwrap());
+        String::from_utf8_lossy(&out.stdout).trim().to_owned()
+    };
+    until("another agent executes the query by DNS", || {
+        let seen = ask("web-anywhere.query.consul");
+        if seen == "10.77.0.2" { Ok(()) } else { Err(seen) }
+    });
+    let id = made.json()["ID"].as_str().unwrap().to_owned();
+    assert_eq!(n1.call(n1.api, "DELETE", &format!("/v1/query/{id}"), &[], "").unwrap().status, 200);
+    until("a query that was deleted is no name", || {
+        let seen = ask("web-anywhere.query.consul");
+        if seen.is_empty() { Ok(()) } else { Err(seen) }
     });
 }
