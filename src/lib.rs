@@ -19,6 +19,7 @@ pub mod model;
 pub mod node;
 pub mod pki;
 pub mod policy;
+pub mod prepared;
 pub mod proxy;
 pub mod registry;
 pub mod replica;

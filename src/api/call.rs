@@ -12,9 +12,10 @@ use flate2::write::GzEncoder;
 use futures_util::future::BoxFuture;
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 use serde::Serialize;
+use tokio::sync::OwnedSemaphorePermit;
 
-use super::Shared;
 use super::query::Query;
+use super::{Shared, held};
 use crate::gossip::GossipError;
 use crate::registry::RegistryError;
 use crate::registry::definition::DefinitionError;
@@ -50,6 +51,8 @@ pub(super) enum Reply {
     Bytes { status: StatusCode, body: Vec<u8>, content_type: &'static str, meta: Meta },
     /// 200 with text that goes on until the client or the agent has enough.
     Stream { body: Body, content_type: &'static str },
+    /// An answer that holds room until it has left.
+    Held { reply: Box<Reply>, room: OwnedSemaphorePermit },
     /// A status that is the answer itself.
     Judged { status: StatusCode, body: Vec<u8>, content_type: &'static str },
 }
@@ -96,12 +99,17 @@ impl Reply {
     }
 
     pub(super) fn into_response(self, coding: Coding) -> Response {
+        self.respond(coding, None)
+    }
+
+    fn respond(self, coding: Coding, room: Option<OwnedSemaphorePermit>) -> Response {
         let mut response = Response::new(Body::empty());
         match self {
             Self::Empty => {}
+            Self::Held { reply, room } => return reply.respond(coding, Some(room)),
             Self::Text { body, content_type } => {
                 response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
-                coding.write(&mut response, body.into_bytes());
+                coding.write(&mut response, body.into_bytes(), room);
             }
             Self::Stream { body, content_type } => {
                 response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
@@ -120,13 +128,13 @@ impl Reply {
                 headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
                 headers.insert(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static("sandbox"));
                 meta.write(headers);
-                *response.body_mut() = Body::from(body);
+                *response.body_mut() = body_of(body, room);
             }
             Self::Json { body, meta } => {
                 let headers = response.headers_mut();
                 headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
                 meta.write(headers);
-                coding.write(&mut response, body);
+                coding.write(&mut response, body, room);
             }
         }
         response
@@ -152,10 +160,10 @@ impl Coding {
         if lines.flat_map(|line| line.split(',')).any(takes) { Self::Gzip } else { Self::Identity }
     }
 
-    /// Makes `body` that of `response`, compressed if it is worth it.
-    fn write(self, response: &mut Response, body: Vec<u8>) {
+    /// Makes `body` that of `response`, compressed if it is worth it; it holds `room` until it has left.
+    fn write(self, response: &mut Response, body: Vec<u8>, room: Option<OwnedSemaphorePermit>) {
         if body.len() < GZIP_BYTES_MIN {
-            *response.body_mut() = Body::from(body);
+            *response.body_mut() = body_of(body, room);
             return;
         }
         response.headers_mut().insert(header::VARY, HeaderValue::from_static("Accept-Encoding"));
@@ -169,7 +177,14 @@ impl Coding {
                 written.expect("a vector takes what is written")
             }
         };
-        *response.body_mut() = Body::from(body);
+        *response.body_mut() = body_of(body, room);
+    }
+}
+
+fn body_of(bytes: Vec<u8>, room: Option<OwnedSemaphorePermit>) -> Body {
+    match room {
+        Some(room) => held::body(bytes, room),
+        None => Body::from(bytes),
     }
 }
 

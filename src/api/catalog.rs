@@ -34,8 +34,9 @@ pub(super) async fn nodes(call: Call) -> Result<Reply, Refusal> {
     let (snapshot, index) = block::wait(&call, options.blocking, Topic::Nodes).await?;
     let trips = RoundTrips::wanted(&call, &options).await?;
     let filter = sift::filter::<NodeEntry>(&call)?;
-    let shown = snapshot.nodes.values().filter(|node| is_shown(node, &options) && filter.is_match(&***node));
+    let shown = snapshot.listed_nodes().filter(|node| is_shown(node, &options) && filter.is_match(&***node));
     let mut shown: Vec<&Arc<NodeEntry>> = shown.collect();
+    shown.sort_by(|a, b| a.info.name.cmp(&b.info.name));
     if let Some(trips) = trips {
         trips.order(&mut shown, |node| node.info.name.as_str());
     }
@@ -51,8 +52,7 @@ pub(super) async fn services(call: Call) -> Result<Reply, Refusal> {
     let filter = sift::filter::<Listed<'_>>(&call)?;
     let local = call.shared.registry.state();
     let synthetic = sidecars(&call.shared, &snapshot, &local);
-    let published = snapshot.services.values().flat_map(|service| service.instances.iter());
-    let shown = published.chain(&synthetic).filter(|instance| is_shown(&instance.node, &options));
+    let shown = snapshot.all_listed().chain(&synthetic).filter(|instance| is_shown(&instance.node, &options));
     let mut tags: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
     for instance in shown.filter(|instance| filter.is_match(&Listed(instance))) {
         let of_service = tags.entry(instance.record.name.as_str()).or_default();
@@ -110,13 +110,16 @@ async fn of_node(call: Call, collect: fn(Vec<(String, Value)>) -> Value) -> Resu
     let (snapshot, index) = block::wait(&call, options.blocking, Topic::Everything).await?;
     let filter = sift::filter::<OfNode<'_>>(&call)?;
     // Consul takes the node's UUID as well.
-    let named = |node: &&Arc<NodeEntry>| node.info.name.as_str() == call.argument || node.info.id == call.argument;
-    let found = snapshot.nodes.values().find(named).filter(|node| is_shown(node, &options));
+    let by_name = call.argument.parse().ok().and_then(|name: NodeName| snapshot.listed_node(&name));
+    let by_id = || snapshot.listed_nodes().find(|node| node.info.id == call.argument && !node.info.id.is_empty());
+    let found = by_name.or_else(by_id).filter(|node| is_shown(node, &options));
     let Some(node) = found else { return Reply::at_index(&call, &Value::Null, index) };
     let local = call.shared.registry.state();
     let synthetic = sidecars(&call.shared, &snapshot, &local);
-    let published = snapshot.services.values().flat_map(|service| service.instances.iter());
-    let here = published.chain(&synthetic).filter(|instance| instance.node.info.name == node.info.name);
+    let is_here = |instance: &&Arc<Instance>| {
+        instance.node.info.name == node.info.name && instance.node.writer() == node.writer()
+    };
+    let here = snapshot.all_listed().chain(&synthetic).filter(is_here);
     let own = local_of(&call.shared, node, &local);
     let mut services: Vec<(String, Value)> = here
         .filter(|instance| filter.is_match(&OfNode(instance)))
@@ -141,7 +144,7 @@ pub(super) fn instances(
     options: &ReadOptions,
 ) -> Vec<Arc<Instance>> {
     let name = call.argument.as_str();
-    let published = snapshot.services.get(name).into_iter().flat_map(|service| service.instances.iter().cloned());
+    let published = snapshot.listed(name).into_iter();
     let synthetic = sidecars(&call.shared, snapshot, local).into_iter().filter(|i| i.record.name.as_str() == name);
     let shown = published.chain(synthetic).filter(|instance| is_shown(&instance.node, options));
     shown.filter(|instance| has_tags(&instance.record, &call.query)).collect()

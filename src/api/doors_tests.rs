@@ -2,8 +2,11 @@
 
 use std::io::Read as _;
 use std::sync::Arc;
+use std::time::Duration;
 
+use axum::Router;
 use axum::body::Body;
+use axum::response::Response;
 use flate2::read::GzDecoder;
 use http::{Method, Request, StatusCode};
 use http_body_util::BodyExt as _;
@@ -14,13 +17,14 @@ use rustls::{ClientConfig, RootCertStore};
 use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpStream, UnixStream};
+use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio_rustls::TlsConnector;
 use tokio_util::sync::CancellationToken;
 
 use super::fake::{Bench, node_entry, service};
 use super::routes::ROUTES;
-use super::{ApiConfig, ApiError, ApiToken, Certificate, HttpsConfig, Right, secure, serve};
+use super::{ApiConfig, ApiError, ApiToken, Certificate, HttpsConfig, Right, held, secure, serve};
 use crate::model::{HealthStatus, MemberStatus};
 use crate::pki::Plane;
 use crate::unix_socket::SocketConfig;
@@ -226,7 +230,7 @@ async fn an_answer_that_is_read_slowly_is_not_cut_for_a_newcomer() {
 async fn an_answer_that_nobody_reads_gives_its_seat_up_when_it_is_needed() {
     let (listening, stop) = (serve::bind(&on_loopback(None), None).await.unwrap(), CancellationToken::new());
     let addr = listening.addrs[0];
-    let limits = serve::Limits { stalled_after: std::time::Duration::from_millis(100), ..seats(1) };
+    let limits = serve::Limits { stalled_after: Duration::from_millis(100), ..seats(1) };
     let mut server = JoinSet::new();
     server.spawn(serve::run(listening, long_answers(), limits, stop.clone()));
     let mut stalled = TcpStream::connect(addr).await.unwrap();
@@ -239,9 +243,7 @@ async fn an_answer_that_nobody_reads_gives_its_seat_up_when_it_is_needed() {
 
 #[tokio::test]
 async fn a_body_that_does_not_come_gives_its_seat_up_when_it_is_needed_and_one_that_comes_does_not() {
-    for (body_after, is_cut) in
-        [(std::time::Duration::from_millis(100), true), (std::time::Duration::from_secs(60), false)]
-    {
+    for (body_after, is_cut) in [(Duration::from_millis(100), true), (Duration::from_mins(1), false)] {
         let bench = Bench::new();
         let listening = serve::bind(&on_loopback(None), None).await.unwrap();
         let addr = listening.addrs[0];
@@ -269,6 +271,30 @@ async fn a_body_that_does_not_come_gives_its_seat_up_when_it_is_needed_and_one_t
         let answer = in_time(newcomer.join_next()).await.unwrap().unwrap();
         assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
     }
+}
+
+#[tokio::test]
+async fn an_answer_that_nobody_reads_gives_its_room_back_in_the_end() {
+    let (listening, stop) = (serve::bind(&on_loopback(None), None).await.unwrap(), CancellationToken::new());
+    let addr = listening.addrs[0];
+    let (stalled_after, stalled_max) = (Duration::from_millis(50), Duration::from_millis(200));
+    let limits = serve::Limits { stalled_after, stalled_max, ..seats(10) };
+    let places = Arc::new(Semaphore::new(1));
+    let of_answers = Arc::clone(&places);
+    let router = Router::new().fallback(move || {
+        let room = Arc::clone(&of_answers).try_acquire_owned().unwrap();
+        async move { Response::new(held::body(vec![b'x'; LONG_BYTES], room)) }
+    });
+    let mut server = JoinSet::new();
+    server.spawn(serve::run(listening, router, limits, stop.clone()));
+    let mut stalled = TcpStream::connect(addr).await.unwrap();
+    stalled.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+    let mut start = [0; 8];
+    stalled.read_exact(&mut start).await.unwrap();
+    drop(in_time(places.acquire()).await.unwrap());
+    // Who reads all of it gives it back at once.
+    assert!(in_time(asked(TcpStream::connect(addr).await.unwrap(), "/")).await.len() > LONG_BYTES);
+    drop(in_time(places.acquire()).await.unwrap());
 }
 
 #[tokio::test]

@@ -316,6 +316,12 @@ impl Bench {
         }
     }
 
+    /// GET; the body is not read.
+    pub(super) async fn open(&self, uri: &str) -> axum::response::Response {
+        let request = Request::builder().uri(uri).body(Body::empty()).unwrap();
+        TowerToHyperService::new(self.router.clone()).call(request).await.unwrap()
+    }
+
     pub(super) fn call(
         &self,
         method: Method,
@@ -411,6 +417,7 @@ pub(super) fn node_entry(number: u8, status: MemberStatus) -> Arc<NodeEntry> {
         status,
         generation: Generation { number: 1, nonce: 1 },
         checks: Vec::new(),
+        external: None,
         create_index: 1000,
         modify_index: 1001,
     })
@@ -506,5 +513,6 @@ fn local_state() -> LocalState {
     LocalState {
         services: BTreeMap::from([(record.id, Arc::new(service))]),
         checks: BTreeMap::from([(check.id, Arc::new(local_check))]),
+        externals: BTreeMap::new(),
     }
 }

@@ -1,5 +1,7 @@
 //! `/v1/health/…`: checks of the mesh, and instances with their checks.
 
+use std::sync::Arc;
+
 use http::StatusCode;
 use serde_json::{Value, json};
 
@@ -8,7 +10,7 @@ use super::catalog::Pick;
 use super::index::Topic;
 use super::near::RoundTrips;
 use super::query::ReadOptions;
-use super::shape::Check;
+use super::shape::{Check, Told};
 use super::{Shared, block, catalog, shape, sift};
 use crate::catalogue::{Instance, NodeEntry, Snapshot};
 use crate::model::HealthStatus;
@@ -43,12 +45,12 @@ async fn entries(call: Call, pick: Pick) -> Result<Reply, Refusal> {
 
 /// An instance with its node and its checks.
 pub(super) fn entry(shared: &Shared, instance: &Instance, local: &LocalState) -> Value {
-    let local = catalog::local_of(shared, &instance.node, local);
-    let mut checks = node_checks(&instance.node, local);
-    checks.extend(instance_checks(instance, local));
+    let told = Told::of(shared, &instance.node, local);
+    let mut checks = node_checks(&instance.node, told);
+    checks.extend(instance_checks(instance, told));
     json!({
         "Node": shape::node(&instance.node),
-        "Service": shape::health_service(instance, local),
+        "Service": shape::health_service(instance, catalog::local_of(shared, &instance.node, local)),
         "Checks": checks,
     })
 }
@@ -61,10 +63,8 @@ pub(super) async fn checks(call: Call) -> Result<Reply, Refusal> {
     let trips = RoundTrips::wanted(&call, &options).await?;
     let local = call.shared.registry.state();
     let instances = catalog::instances(&call, &snapshot, &local, &options);
-    let checks = instances.iter().flat_map(|instance| {
-        let local = catalog::local_of(&call.shared, &instance.node, &local);
-        instance_checks(instance, local)
-    });
+    let checks =
+        instances.iter().flat_map(|instance| instance_checks(instance, Told::of(&call.shared, &instance.node, &local)));
     answer(&call, checks.collect(), trips, index)
 }
 
@@ -115,21 +115,26 @@ fn all_checks<'a>(
     wanted: impl Fn(&NodeEntry) -> bool,
 ) -> Vec<Check<'a>> {
     let mut checks = Vec::new();
-    for node in snapshot.nodes.values().filter(|node| catalog::is_shown(node, options) && wanted(node)) {
-        let local = catalog::local_of(shared, node, local);
-        checks.extend(node_checks(node, local));
-        let instances = snapshot.services.values().flat_map(|service| service.instances.iter());
-        let here = instances.filter(|instance| instance.node.info.name == node.info.name);
-        checks.extend(here.flat_map(|instance| instance_checks(instance, local)));
+    let shown = snapshot.listed_nodes().filter(|node| catalog::is_shown(node, options) && wanted(node));
+    let mut nodes: Vec<&Arc<NodeEntry>> = shown.collect();
+    nodes.sort_by(|a, b| a.info.name.cmp(&b.info.name));
+    for node in nodes {
+        let told = Told::of(shared, node, local);
+        checks.extend(node_checks(node, told));
+        let is_here = |instance: &&Arc<Instance>| {
+            instance.node.info.name == node.info.name && instance.node.writer() == node.writer()
+        };
+        let here = snapshot.all_listed().filter(is_here);
+        checks.extend(here.flat_map(|instance| instance_checks(instance, told)));
     }
     checks
 }
 
-fn node_checks<'a>(node: &'a NodeEntry, local: Option<&'a LocalState>) -> Vec<Check<'a>> {
-    let own = node.checks.iter().map(|check| Check::published(check, node, None, local));
+fn node_checks<'a>(node: &'a NodeEntry, told: Told<'a>) -> Vec<Check<'a>> {
+    let own = node.checks.iter().map(|check| Check::published(check, node, None, told));
     std::iter::once(Check::serf(node)).chain(own).collect()
 }
 
-fn instance_checks<'a>(instance: &'a Instance, local: Option<&'a LocalState>) -> impl Iterator<Item = Check<'a>> {
-    instance.checks.iter().map(move |check| Check::published(check, &instance.node, Some(instance), local))
+fn instance_checks<'a>(instance: &'a Instance, told: Told<'a>) -> impl Iterator<Item = Check<'a>> {
+    instance.checks.iter().map(move |check| Check::published(check, &instance.node, Some(instance), told))
 }

@@ -68,14 +68,15 @@ impl ListIndexes {
             seen.at = snapshot.index;
         }
         // Of an older snapshot than the last one seen no newer change is told: its reader would wait past that.
-        seen.changed.min(snapshot.index).max(newest)
+        seen.changed.min(snapshot.index).max(newest).max(snapshot.externals.nodes_index())
     }
 }
 
 /// Returns the index of the last change to any service.
 fn services(snapshot: &Snapshot) -> u64 {
     let living = snapshot.services.values().map(|service| service.modify_index);
-    living.chain(snapshot.gone_services.values().copied()).max().unwrap_or(0)
+    let mesh = living.chain(snapshot.gone_services.values().copied()).max().unwrap_or(0);
+    mesh.max(snapshot.externals.services_index())
 }
 
 /// Returns the index of the last change to the service `name`; 0 if it never had an instance.
@@ -85,5 +86,6 @@ fn service(snapshot: &Snapshot, name: &str) -> u64 {
     let owner = name.strip_suffix(SIDECAR_SUFFIX).filter(|_| !snapshot.services.contains_key(name));
     let name = owner.unwrap_or(name);
     let living = snapshot.services.get(name).map(|service| service.modify_index);
-    living.max(snapshot.gone_services.get(name).copied()).unwrap_or(0)
+    let mesh = living.max(snapshot.gone_services.get(name).copied()).unwrap_or(0);
+    mesh.max(snapshot.externals.service_index(name))
 }

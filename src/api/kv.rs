@@ -1,10 +1,12 @@
 //! `/v1/kv/…`: keys and values, where `kv { enabled = true }`. The last writer wins; what needs one order of writes is refused.
 
+use std::sync::Arc;
+
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use http::StatusCode;
 use serde_json::{Value, json};
-use tokio::sync::SemaphorePermit;
+use tokio::sync::OwnedSemaphorePermit;
 
 use super::call::{Call, Meta, Refusal, Reply};
 use super::query::ReadOptions;
@@ -15,15 +17,15 @@ use crate::lww::{Body, Row, Scope};
 /// What a value is sent as: a browser must neither run nor guess it.
 const RAW: &str = "application/octet-stream";
 
-/// Most bytes of rows whose answers are made at once, in KiB: 64 MiB.
+/// Most bytes of rows whose answers are made, or on their way, at once, in KiB: 64 MiB.
 pub(super) const ANSWERS_KIB_MAX: usize = 64 * 1024;
 /// What a row costs beside its key and value in an answer, in bytes.
 const ROW_BYTES: usize = 256;
 
-/// Takes room for an answer of `bytes`, until it is made. One that is larger than all the room is made alone.
-fn take_room(call: &Call, bytes: usize) -> Result<SemaphorePermit<'_>, Refusal> {
+/// Takes room for an answer of `bytes`, until it has left. One that is larger than all the room is made alone.
+fn take_room(call: &Call, bytes: usize) -> Result<OwnedSemaphorePermit, Refusal> {
     let kib = u32::try_from(bytes.div_ceil(1024).clamp(1, ANSWERS_KIB_MAX)).unwrap_or(u32::MAX);
-    call.shared.kv_answers.try_acquire_many(kib).map_err(|_| {
+    Arc::clone(&call.shared.kv_answers).try_acquire_many_owned(kib).map_err(|_| {
         let text = format!(
             "too many answers with keys and values are under way: {} MiB; ask again, or for a narrower prefix",
             ANSWERS_KIB_MAX / 1024
@@ -50,19 +52,20 @@ pub(super) async fn get(call: Call) -> Result<Reply, Refusal> {
     }
     let value_bytes = |row: &Row| if keys { 0 } else { row.body.as_ref().map_or(0, |body| body.value.len()) };
     let bytes: usize = answer.rows.iter().map(|(name, row)| ROW_BYTES + name.len() + value_bytes(row)).sum();
-    let _room = take_room(&call, bytes)?;
-    if keys {
+    let room = take_room(&call, bytes)?;
+    let reply = if keys {
         let separator = call.query.first("separator").unwrap_or_default();
         let names = answer.rows.iter().map(|(name, _)| &**name);
-        return Reply::json_with(&call, &cut(names, &key, separator), meta);
-    }
-    if raw {
+        Reply::json_with(&call, &cut(names, &key, separator), meta)?
+    } else if raw {
         let body = answer.rows.first().and_then(|(_, row)| row.body.as_ref()).map(|body| body.value.clone());
         let body = body.unwrap_or_default();
-        return Ok(Reply::Bytes { status: StatusCode::OK, body, content_type: RAW, meta });
-    }
-    let shapes: Vec<Value> = answer.rows.iter().map(|(name, row)| shape(name, row)).collect();
-    Reply::json_with(&call, &shapes, meta)
+        Reply::Bytes { status: StatusCode::OK, body, content_type: RAW, meta }
+    } else {
+        let shapes: Vec<Value> = answer.rows.iter().map(|(name, row)| shape(name, row)).collect();
+        Reply::json_with(&call, &shapes, meta)?
+    };
+    Ok(Reply::Held { reply: Box::new(reply), room })
 }
 
 /// `PUT /v1/kv/:key`: the body is the value.
@@ -238,6 +241,19 @@ mod tests {
         let refused = bench.get("/v1/kv/?recurse").await;
         assert_eq!(refused.status, StatusCode::TOO_MANY_REQUESTS);
         assert!(refused.text.contains("narrower prefix"), "{}", refused.text);
+    }
+
+    #[tokio::test]
+    async fn an_answer_holds_its_room_until_it_has_left() {
+        let bench = Bench::new();
+        bench.put("/v1/kv/a", &"x".repeat(100 * 1024)).await;
+        for query in ["recurse", "raw"] {
+            let answer = bench.open(&format!("/v1/kv/a?{query}")).await;
+            let left = bench.kv_answers.available_permits();
+            assert!(left + 100 <= ANSWERS_KIB_MAX, "{query}: {left} while nobody has read it");
+            drop(answer);
+            assert_eq!(bench.kv_answers.available_permits(), ANSWERS_KIB_MAX, "{query}");
+        }
     }
 
     #[tokio::test]

@@ -24,10 +24,12 @@ mod definition;
 mod documents;
 mod entry;
 mod event;
+mod external;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
 mod guard;
 mod health;
+mod held;
 mod host;
 mod index;
 mod intention;
@@ -38,7 +40,6 @@ mod meter;
 mod monitor;
 mod near;
 mod prepared;
-mod prepared_definition;
 mod query;
 mod records;
 mod routes;
@@ -57,6 +58,8 @@ mod write;
 mod coming;
 #[cfg(test)]
 mod doors_tests;
+#[cfg(test)]
+mod external_tests;
 #[cfg(test)]
 mod fake;
 #[cfg(test)]

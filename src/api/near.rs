@@ -109,6 +109,11 @@ impl RoundTrips {
         records.sort_by_key(|record| self.0.get(node(record)).copied().unwrap_or(Duration::MAX));
     }
 
+    /// Returns them by node.
+    pub(super) fn into_map(self) -> BTreeMap<NodeName, Duration> {
+        self.0
+    }
+
     /// The coordinate of `node`.
     fn coordinate(&self, node: &NodeName) -> Value {
         let measured = self.0.get(node).map(Duration::as_secs_f64);

@@ -1,5 +1,6 @@
 //! `/v1/query…`: prepared queries. Every agent holds all of them and answers by itself, from its own catalogue.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use http::StatusCode;
@@ -7,17 +8,13 @@ use serde_json::{Value, json};
 
 use super::call::{Call, Meta, Refusal, Reply};
 use super::near::RoundTrips;
-use super::prepared_definition::{Definition, ServiceQuery, Template};
 use super::query::{Near, ReadOptions};
 use super::records::read;
 use super::{catalog, health};
-use crate::catalogue::{Instance, Snapshot};
-use crate::gossip::{Answer, Space, Write};
+use crate::catalogue::Instance;
+use crate::gossip::{Space, Write};
 use crate::lww::{Body, Row, Scope};
-use crate::model::{HealthStatus, MemberStatus};
-
-/// Most datacenters and targets that one execution looks at.
-const FAILOVERS_MAX: usize = 32;
+use crate::prepared::{self, Book, Definition, Ends, Found};
 
 fn all() -> Scope {
     Scope::Prefix(String::new())
@@ -27,17 +24,8 @@ fn unknown() -> Refusal {
     Refusal::new(StatusCode::NOT_FOUND, "Query not found")
 }
 
-/// Reads a row as it is; a peer may have brought what no agent would take.
-fn unchecked(row: &Row) -> Option<Definition> {
-    serde_json::from_slice(&row.body.as_ref()?.value).ok()
-}
-
-fn decoded(row: &Row) -> Option<Definition> {
-    unchecked(row).filter(|definition| definition.check().is_ok())
-}
-
 fn shape(id: &str, row: &Row) -> Option<Value> {
-    let mut shape = serde_json::to_value(decoded(row)?).ok()?;
+    let mut shape = serde_json::to_value(prepared::decode_checked(row)?).ok()?;
     let fields = shape.as_object_mut()?;
     fields.insert("ID".to_owned(), id.into());
     fields.insert("CreateIndex".to_owned(), row.created.into());
@@ -89,11 +77,7 @@ pub(super) async fn delete(call: Call) -> Result<Reply, Refusal> {
 async fn put(call: &Call, id: &str) -> Result<(), Refusal> {
     let definition = Definition::parse(&call.body).map_err(Refusal::bad)?;
     let held = call.shared.records.read(Space::Query, all()).await?;
-    let is_taken = |(other, row): &(Arc<str>, Row)| {
-        let has_name = |other: &Definition| other.name == definition.name && other.check().is_ok();
-        **other != *id && unchecked(row).as_ref().is_some_and(has_name)
-    };
-    if !definition.name.is_empty() && held.rows.iter().any(is_taken) {
+    if !definition.name.is_empty() && Book::of(&held.rows).is_taken(&definition.name, id) {
         return Err(Refusal::bad(format!("Invalid query: another query is named {:?}", definition.name)));
     }
     let value = serde_json::to_vec(&definition).map_err(|error| Refusal::internal(error.to_string()))?;
@@ -102,34 +86,9 @@ async fn put(call: &Call, id: &str) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// Finds a query by its id, by its name, or by the template that says most of the name; renders a template.
-fn find(answer: &Answer, wanted: &str) -> Option<Definition> {
-    let by_id = answer.rows.iter().find(|(id, _)| **id == *wanted).and_then(|(_, row)| decoded(row));
-    if by_id.is_some() {
-        return by_id;
-    }
-    let mut all: Vec<(u64, Definition)> =
-        answer.rows.iter().filter_map(|(_, row)| Some((row.stamp.ms, unchecked(row)?))).collect();
-    // Checking compiles a template's expression: only for what could be meant.
-    all.retain(|(_, query)| wanted.starts_with(&query.name) && query.check().is_ok());
-    // Of two that got one name on two agents at once, the older.
-    all.sort_by_key(|(ms, _)| *ms);
-    let is_plain = |definition: &Definition| definition.template == Template::default();
-    let by_name = || {
-        let named = all.iter().find(|(_, definition)| is_plain(definition) && definition.name == wanted);
-        named.map(|(_, definition)| definition.clone()).filter(|definition| !definition.name.is_empty())
-    };
-    let by_template = || {
-        let fits = all.iter().filter(|(_, definition)| !is_plain(definition) && wanted.starts_with(&definition.name));
-        fits.max_by_key(|(ms, definition)| (definition.name.len(), std::cmp::Reverse(*ms)))
-            .and_then(|(_, definition)| definition.render(wanted))
-    };
-    by_name().or_else(by_template)
-}
-
 async fn found(call: &Call) -> Result<(Definition, u64), Refusal> {
     let answer = call.shared.records.read(Space::Query, all()).await?;
-    let definition = find(&answer, &call.argument).ok_or_else(unknown)?;
+    let definition = Book::of(&answer.rows).find(&call.argument).ok_or_else(unknown)?;
     Ok((definition, answer.index))
 }
 
@@ -156,21 +115,16 @@ pub(super) async fn execute(call: Call) -> Result<Reply, Refusal> {
         options.near = Some(Near::Here);
     }
     let trips = RoundTrips::wanted(&call, &options).await?;
-    let snapshot = call.shared.snapshot.load();
+    let from_here =
+        if query.failover.nearest_n > 0 { RoundTrips::now(&call).await?.into_map() } else { BTreeMap::new() };
     let is_connect = query.connect || call.query.switch("connect")?;
-    let own = options.datacenter.clone();
-    let mut places = vec![(query.service.clone(), own.clone())];
-    places.extend(failovers(&call, &snapshot, query, &own).await?);
-    places.truncate(FAILOVERS_MAX);
-    let mut outcome = (own, 0, Vec::new());
-    for (failovers, (service, datacenter)) in places.into_iter().enumerate() {
-        let instances = pick(&snapshot, query, &service, &datacenter, is_connect);
-        outcome = (datacenter, failovers, instances);
-        if !outcome.2.is_empty() {
-            break;
-        }
+    let ends = if is_connect { Ends::Mesh } else { Ends::Services };
+    let snapshot = call.shared.snapshot.load();
+    let Found { mut instances, datacenter, failovers } =
+        prepared::execute(&snapshot, query, &options.datacenter, ends, &from_here);
+    if is_connect {
+        instances = instances.iter().filter_map(|owner: &Arc<Instance>| catalog::proxy(owner)).collect();
     }
-    let (datacenter, failovers, mut instances) = outcome;
     match trips {
         Some(trips) => trips.order(&mut instances, |instance| instance.node.info.name.as_str()),
         None => rand::seq::SliceRandom::shuffle(instances.as_mut_slice(), &mut rand::rng()),
@@ -188,79 +142,6 @@ pub(super) async fn execute(call: Call) -> Result<Reply, Refusal> {
         "Failovers": failovers,
     });
     Reply::at_index(&call, &answer, snapshot.index)
-}
-
-/// Where to look when there is nobody here: services and datacenters, in order.
-async fn failovers(
-    call: &Call,
-    snapshot: &Snapshot,
-    query: &ServiceQuery,
-    own: &str,
-) -> Result<Vec<(String, String)>, Refusal> {
-    let service = &query.service;
-    let mut places: Vec<(String, String)> = Vec::new();
-    if query.failover.nearest_n > 0 {
-        let trips = RoundTrips::now(call).await?;
-        let nodes = snapshot.nodes.values().filter(|node| node.status == MemberStatus::Alive);
-        let mut nodes: Vec<_> = nodes.filter(|node| node.info.datacenter != own).collect();
-        trips.order(&mut nodes, |node| node.info.name.as_str());
-        for node in nodes {
-            let place = (service.clone(), node.info.datacenter.clone());
-            if places.len() < query.failover.nearest_n && !places.contains(&place) {
-                places.push(place);
-            }
-        }
-    }
-    let named = query.failover.datacenters.iter().map(|datacenter| (service.clone(), datacenter.clone()));
-    let or = |text: &str, default: &str| if text.is_empty() { default.to_owned() } else { text.to_owned() };
-    let targets = query.failover.targets.iter();
-    let targets = targets.map(|target| (or(&target.service, service), or(&target.datacenter, own)));
-    for place in named.chain(targets) {
-        if !places.contains(&place) {
-            places.push(place);
-        }
-    }
-    places.retain(|(other, datacenter)| other != service || datacenter != own);
-    Ok(places)
-}
-
-/// The instances of `service` in `datacenter` that the query takes.
-fn pick(
-    snapshot: &Snapshot,
-    query: &ServiceQuery,
-    service: &str,
-    datacenter: &str,
-    is_connect: bool,
-) -> Vec<Arc<Instance>> {
-    let held = snapshot.services.get(service).into_iter().flat_map(|service| service.instances.iter());
-    let taken = held.filter(|instance| instance.node.info.datacenter == datacenter && takes(query, instance));
-    if is_connect { taken.filter_map(|owner| catalog::proxy(owner)).collect() } else { taken.cloned().collect() }
-}
-
-fn takes(query: &ServiceQuery, instance: &Instance) -> bool {
-    let (record, node) = (&instance.record, &instance.node);
-    let has = |tag: &str| record.tags.iter().any(|own| own.eq_ignore_ascii_case(tag));
-    let tags = query.tags.iter().all(|tag| match tag.strip_prefix('!') {
-        Some(unwanted) => !has(unwanted),
-        None => has(tag),
-    });
-    let node_meta = query.node_meta.iter().all(|(key, value)| node.info.meta.get(key) == Some(value));
-    let service_meta =
-        query.service_meta.iter().all(|(key, value)| record.meta.get(key).is_some_and(|own| **own == **value));
-    let status = if query.ignore_check_ids.is_empty() {
-        instance.status
-    } else {
-        let counts = |id: &str| !query.ignore_check_ids.iter().any(|ignored| ignored == id);
-        let checks = instance.checks.iter().chain(&node.checks).filter(|check| counts(check.id.as_str()));
-        let member = if node.status == MemberStatus::Alive || !counts("serfHealth") {
-            HealthStatus::Passing
-        } else {
-            HealthStatus::Critical
-        };
-        checks.map(|check| check.status).fold(member, HealthStatus::max)
-    };
-    let healthy = if query.only_passing { status == HealthStatus::Passing } else { status != HealthStatus::Critical };
-    tags && node_meta && service_meta && healthy && node.status != MemberStatus::Left
 }
 
 #[cfg(test)]

@@ -16,8 +16,8 @@ use super::call::{Call, Coding, Handler, Refusal, Reply, TEXT};
 use super::guard::{Arrival, Peer, Right};
 use super::query::Query;
 use super::{
-    BODY_BYTES_MAX, Shared, agent, catalog, check, connect, documents, entry, event, health, host, intention, kv,
-    maintain, mesh, monitor, near, prepared, status, why,
+    BODY_BYTES_MAX, Shared, agent, catalog, check, connect, documents, entry, event, external, health, host, intention,
+    kv, maintain, mesh, monitor, near, prepared, status, why,
 };
 use crate::clock;
 
@@ -91,6 +91,8 @@ pub(super) const ROUTES: &[Route] = &[
     route!(GET "/v1/config/{*entry}" entry::read),
     route!(DELETE "/v1/config/{*entry}" entry::delete),
     route!(GET "/v1/discovery-chain/{service}" entry::discovery_chain),
+    route!(PUT "/v1/catalog/register" external::register, Services),
+    route!(PUT "/v1/catalog/deregister" external::deregister, Services),
     route!(GET "/v1/catalog/datacenters" catalog::datacenters),
     route!(GET "/v1/catalog/nodes" catalog::nodes),
     route!(GET "/v1/catalog/services" catalog::services),
@@ -140,16 +142,6 @@ pub(super) const REFUSED: &[(&str, StatusCode, &str)] = &[
         "/v1/coordinate/update",
         StatusCode::NOT_IMPLEMENTED,
         "weft measures round trips by itself: no client sets a coordinate",
-    ),
-    (
-        "/v1/catalog/register",
-        StatusCode::NOT_IMPLEMENTED,
-        "this version of weft has no external nodes: register at an agent, PUT /v1/agent/service/register",
-    ),
-    (
-        "/v1/catalog/deregister",
-        StatusCode::NOT_IMPLEMENTED,
-        "this version of weft has no external nodes: PUT /v1/agent/service/deregister/:id, or /v1/agent/force-leave/:node",
     ),
     (
         "/v1/session/",

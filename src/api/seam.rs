@@ -14,7 +14,9 @@ use crate::gossip::{
 use crate::lww::Scope;
 use crate::model::{CheckId, HealthStatus, InstanceId, NodeName, ServiceName};
 use crate::pki::{PkiError, Svid, TrustBundle};
-use crate::registry::{CheckDefinition, LocalState, RegistryError, RegistryHandle, ServiceDefinition};
+use crate::registry::{
+    CheckDefinition, ExternalPart, ExternalWrite, LocalState, RegistryError, RegistryHandle, ServiceDefinition,
+};
 
 /// What a client may ask of the registry.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,6 +26,8 @@ pub(super) enum RegistryOrder {
     RegisterCheck(Box<CheckDefinition>),
     DeregisterCheck(CheckId),
     UpdateTtl { id: CheckId, status: HealthStatus, output: String },
+    RegisterExternal(Box<ExternalWrite>),
+    DeregisterExternal { node: NodeName, part: ExternalPart },
 }
 
 /// The registry as the API sees it.
@@ -55,6 +59,8 @@ impl Registry for RegistryHandle {
                 RegistryOrder::RegisterCheck(definition) => self.register_check(*definition).await,
                 RegistryOrder::DeregisterCheck(id) => self.deregister_check(id).await,
                 RegistryOrder::UpdateTtl { id, status, output } => self.update_ttl(id, status, output).await,
+                RegistryOrder::RegisterExternal(write) => self.register_external(*write).await,
+                RegistryOrder::DeregisterExternal { node, part } => self.deregister_external(node, part).await,
             }
         })
     }

@@ -59,6 +59,8 @@ pub(super) struct Limits {
     /// An answer of which the client takes nothing for this long gives its seat up to whoever needs it: 10 s, for a client
     /// that reads at all reads more often.
     pub(super) stalled_after: Duration,
+    /// An answer of which the client takes nothing for this long is given up, for it holds memory: 60 s.
+    pub(super) stalled_max: Duration,
     /// A request whose body has not come whole this long after it was first missed gives its seat up likewise: 2 s, for a
     /// MiB comes sooner.
     pub(super) body_after: Duration,
@@ -69,6 +71,7 @@ impl Default for Limits {
         Self {
             connections_max: CONNECTIONS_MAX,
             stalled_after: Duration::from_secs(10),
+            stalled_max: Duration::from_mins(1),
             body_after: Duration::from_secs(2),
         }
     }
@@ -330,21 +333,35 @@ struct Seated<S> {
     stream: S,
     seat: Arc<Seat>,
     /// Runs while a write waits.
-    stall: Option<Pin<Box<tokio::time::Sleep>>>,
+    stall: Option<Stall>,
+}
+
+/// How long a client has taken nothing.
+struct Stall {
+    timer: Pin<Box<tokio::time::Sleep>>,
+    /// The first time is over: the timer runs for the second.
+    gave_up_seat: bool,
 }
 
 impl<S> Seated<S> {
     /// Notes what became of a write.
-    fn wrote<T>(&mut self, polled: Poll<T>, cx: &mut Context<'_>) -> Poll<T> {
+    fn wrote<T>(&mut self, polled: Poll<io::Result<T>>, cx: &mut Context<'_>) -> Poll<io::Result<T>> {
         if polled.is_ready() {
             if self.stall.take().is_some() {
                 self.seat.goes_on();
             }
             return polled;
         }
-        let after = self.seat.seats.limits.stalled_after;
-        let stall = self.stall.get_or_insert_with(|| Box::pin(tokio::time::sleep(after)));
-        if stall.as_mut().poll(cx).is_ready() {
+        let Limits { stalled_after, stalled_max, .. } = self.seat.seats.limits;
+        let begun = || Stall { timer: Box::pin(tokio::time::sleep(stalled_after)), gave_up_seat: false };
+        let stall = self.stall.get_or_insert_with(begun);
+        while stall.timer.as_mut().poll(cx).is_ready() {
+            if stall.gave_up_seat {
+                return Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the client takes nothing")));
+            }
+            stall.gave_up_seat = true;
+            let left = stalled_max.saturating_sub(stalled_after);
+            stall.timer.as_mut().reset(clock::now() + left);
             self.seat.rest();
         }
         polled

@@ -5,10 +5,11 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::Shared;
 use super::definition::of as definition_of;
 use crate::catalogue::{Instance, NodeEntry};
-use crate::model::{CheckRecord, HealthStatus, MemberStatus, ServiceRecord, Weights};
-use crate::registry::{LocalCheck, LocalState, Probe, ServiceDefinition};
+use crate::model::{CheckId, CheckRecord, HealthStatus, MemberStatus, ServiceRecord, Weights};
+use crate::registry::{ExternalNode, LocalCheck, LocalState, Probe, ServiceDefinition};
 
 /// The check that every node has: what the membership says of it.
 const SERF_HEALTH: &str = "serfHealth";
@@ -55,15 +56,24 @@ fn proxy(record: &ServiceRecord, local: Option<&LocalState>) -> Value {
     )
 }
 
+/// The `TaggedAddresses` of a node: its address, or what was written of a node without an agent.
+fn node_addresses<'a>(node: &'a NodeEntry, address: &'a str) -> BTreeMap<&'a str, &'a str> {
+    let mut addresses = BTreeMap::from(["lan", "wan"].map(|tag| (tag, address)));
+    if let Some(outside) = &node.external {
+        addresses.extend(outside.tagged_addresses.iter().map(|(tag, address)| (tag, &**address)));
+    }
+    addresses
+}
+
 /// A node, as health endpoints nest it and `catalog/nodes` lists it.
 pub(super) fn node(node: &NodeEntry) -> Value {
-    let address = node.info.mesh_addr.ip().to_string();
+    let address = node.address();
     json!({
         "ID": node.info.id,
         "Node": node.info.name,
         "Address": address,
         "Datacenter": node.info.datacenter,
-        "TaggedAddresses": {"lan": address, "wan": address},
+        "TaggedAddresses": node_addresses(node, &address),
         "Meta": node.info.meta,
         "CreateIndex": node.create_index,
         "ModifyIndex": node.modify_index,
@@ -95,13 +105,13 @@ pub(super) fn health_service(instance: &Instance, local: Option<&LocalState>) ->
 /// An instance, as `catalog/service` lists it.
 pub(super) fn catalog_service(instance: &Instance, local: Option<&LocalState>) -> Value {
     let (record, node) = (&instance.record, &instance.node);
-    let address = node.info.mesh_addr.ip().to_string();
+    let address = node.address();
     json!({
         "ID": node.info.id,
         "Node": node.info.name,
         "Address": address,
         "Datacenter": node.info.datacenter,
-        "TaggedAddresses": {"lan": address, "wan": address},
+        "TaggedAddresses": node_addresses(node, &address),
         "NodeMeta": node.info.meta,
         "ServiceKind": record.kind,
         "ServiceID": record.id,
@@ -194,6 +204,44 @@ fn proxy_of(definition: &ServiceDefinition) -> Value {
     })
 }
 
+/// What this agent knows of a node's checks beside what all know.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Told<'a> {
+    Nothing,
+    /// It is this agent's own node.
+    Own(&'a LocalState),
+    /// It was written here, and no agent runs on it.
+    Written(&'a ExternalNode),
+}
+
+impl<'a> Told<'a> {
+    pub(super) fn of(shared: &Shared, node: &NodeEntry, local: &'a LocalState) -> Self {
+        match node.writer() {
+            None if node.info.name == shared.node.name => Self::Own(local),
+            Some(writer) if *writer == shared.node.name => {
+                local.externals.get(&node.info.name).map_or(Self::Nothing, |node| Self::Written(node))
+            }
+            _ => Self::Nothing,
+        }
+    }
+
+    fn output(self, id: &CheckId) -> &'a str {
+        let output = match self {
+            Self::Nothing => None,
+            Self::Own(local) => local.checks.get(id).map(|check| check.output.as_str()),
+            Self::Written(node) => node.notes.get(id).map(|notes| notes.output.as_str()),
+        };
+        output.unwrap_or_default()
+    }
+
+    /// What the writer of a check says that it does; the agent's own checks show theirs in `agent/checks`.
+    fn definition(self, id: &CheckId) -> BTreeMap<String, Value> {
+        let Self::Written(node) = self else { return BTreeMap::new() };
+        let kept = node.notes.get(id).map(|notes| notes.definition.as_str()).unwrap_or_default();
+        serde_json::from_str(kept).unwrap_or_default()
+    }
+}
+
 /// A check, in the one shape that agent and health endpoints share.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "PascalCase")]
@@ -219,10 +267,17 @@ pub(super) struct Check<'a> {
 impl<'a> Check<'a> {
     /// What the membership says of `node`.
     pub(super) fn serf(node: &'a NodeEntry) -> Self {
-        let (status, output) = match node.status {
-            MemberStatus::Alive => (HealthStatus::Passing, "Agent alive and reachable"),
-            MemberStatus::Leaving | MemberStatus::Left => (HealthStatus::Critical, "Agent has left or is leaving"),
-            MemberStatus::Failed => (HealthStatus::Critical, "Agent not live or unreachable"),
+        let (status, output) = match (node.status, &node.external) {
+            (MemberStatus::Alive, None) => (HealthStatus::Passing, "Agent alive and reachable"),
+            (MemberStatus::Alive, Some(_)) => {
+                (HealthStatus::Passing, "No agent runs here; the agent where it was registered is alive")
+            }
+            (MemberStatus::Leaving | MemberStatus::Left, _) => (HealthStatus::Critical, "Agent has left or is leaving"),
+            (MemberStatus::Failed, None) => (HealthStatus::Critical, "Agent not live or unreachable"),
+            (MemberStatus::Failed, Some(_)) => (
+                HealthStatus::Critical,
+                "No agent runs here; the agent where it was registered is not live or unreachable",
+            ),
         };
         Self {
             node: node.info.name.as_str(),
@@ -242,14 +297,13 @@ impl<'a> Check<'a> {
         }
     }
 
-    /// A check of the catalogue: of `instance`, or of `node` as a whole. `local` is given for this agent's own node: it has the output.
+    /// A check of the catalogue: of `instance`, or of `node` as a whole.
     pub(super) fn published(
         check: &'a CheckRecord,
         node: &'a NodeEntry,
         instance: Option<&'a Instance>,
-        local: Option<&'a LocalState>,
+        told: Told<'a>,
     ) -> Self {
-        let output = local.and_then(|local| local.checks.get(&check.id)).map_or("", |check| check.output.as_str());
         let indexes = instance.map_or((node.create_index, node.modify_index), |i| (i.create_index, i.modify_index));
         Self {
             node: node.info.name.as_str(),
@@ -257,13 +311,13 @@ impl<'a> Check<'a> {
             name: &check.name,
             status: check.status.as_str(),
             notes: &check.notes,
-            output,
+            output: told.output(&check.id),
             service_id: instance.map_or("", |instance| instance.record.id.as_str()),
             service_name: instance.map_or("", |instance| instance.record.name.as_str()),
             service_tags: instance.map_or(&[], |instance| &instance.record.tags),
             r#type: &check.kind,
             exposed_port: 0,
-            definition: BTreeMap::new(),
+            definition: told.definition(&check.id),
             create_index: indexes.0,
             modify_index: indexes.1,
         }

@@ -35,7 +35,7 @@ impl Fields for NodeEntry {
 
     fn value(&self, name: &str) -> Value<'_> {
         match name {
-            "Address" => Value::Text(Cow::Owned(self.info.mesh_addr.ip().to_string())),
+            "Address" => Value::Text(self.address()),
             "Datacenter" => Value::text(&self.info.datacenter),
             "ID" => Value::text(&self.info.id),
             "Meta" => Value::Pairs(&self.info.meta),

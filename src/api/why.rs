@@ -3,7 +3,7 @@
 //! Any node answers. The intentions and the catalogue are the same everywhere; what only the caller's agent knows (whom
 //! its workers would pick, whom they leave out, their tunnels) is this agent's own, and the answer says so.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,6 +21,9 @@ use crate::clock::{self, UnixSeconds};
 use crate::gossip::NodeCertificates;
 use crate::model::{HealthStatus, InstanceId, MemberStatus, NodeName, ServiceName};
 use crate::pki;
+
+/// Most nodes that a remedy names.
+const NODES_NAMED_MAX: usize = 5;
 
 /// One data-plane worker's view of a call.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -202,6 +205,13 @@ fn policy_remedy(
 
 fn catalogue_remedy(snapshot: &Snapshot, destination: &ServiceName) -> Vec<String> {
     let Some(entry) = snapshot.services.get(destination) else {
+        if let Some(external) = snapshot.externals.services().get(destination) {
+            let nodes: BTreeSet<&str> = external.instances.iter().map(|one| one.node.info.name.as_str()).collect();
+            return vec![format!(
+                "`{destination}` is registered on nodes without an agent alone ({}): discovery lists it, and the mesh calls none of it, for nobody there can prove who it is. Dial it directly, or run an agent beside it and register it there",
+                nodes.into_iter().take(NODES_NAMED_MAX).collect::<Vec<_>>().join(", ")
+            )];
+        }
         return vec![format!(
             "no service `{destination}` is registered: register it on a node whose certificate covers it"
         )];

@@ -13,7 +13,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::{Instance, LocalView, NodeEntry, Reports, ServiceEntry, Snapshot};
+use super::external::{self, Written};
+use super::{Externals, Instance, LocalView, NodeEntry, Reports, ServiceEntry, Snapshot};
 use crate::authz::{Action, Table};
 use crate::model::{CheckRecord, HealthStatus, InstanceId, MemberStatus, NodeName, ServiceName};
 use crate::replica::NodeState;
@@ -44,6 +45,11 @@ pub struct Builder {
     reports: Arc<Reports>,
     traffic: Arc<Traffic>,
     traffic_index: u64,
+    /// Nodes without an agent, by the agent where they were written.
+    written: BTreeMap<NodeName, Written>,
+    externals: Arc<Externals>,
+    /// `externals` does not say what `written` and the names of `nodes` say.
+    are_externals_stale: bool,
     /// What became of a service's instances since the last snapshot; none: gone.
     touched: BTreeMap<ServiceName, Edits>,
     is_changed: bool,
@@ -66,6 +72,9 @@ impl Builder {
             reports: Arc::default(),
             traffic: Arc::default(),
             traffic_index: first_index.max(1),
+            written: BTreeMap::new(),
+            externals: Arc::default(),
+            are_externals_stale: false,
             touched: BTreeMap::new(),
             is_changed: false,
         }
@@ -78,10 +87,28 @@ impl Builder {
             Some((node, state)) => {
                 let ejected = if status == MemberStatus::Alive { state.ejections() } else { &[] };
                 self.set_reports(name, ejected);
+                self.set_written(&node, state);
                 self.set_instances(&node, state);
                 self.set_entry(node);
             }
             None => self.forget(name),
+        }
+    }
+
+    /// Takes over the nodes without an agent that were written at `node`.
+    fn set_written(&mut self, node: &NodeEntry, state: &NodeState) {
+        let name = &node.info.name;
+        let records: Box<[_]> = state.externals().cloned().collect();
+        // Who left takes along what was written there.
+        if records.is_empty() || node.status == MemberStatus::Left {
+            self.are_externals_stale |= self.written.remove(name).is_some();
+            return;
+        }
+        let (status, generation) = (node.status, node.generation);
+        let new = Written { records, status, generation, datacenter: node.info.datacenter.clone() };
+        if self.written.get(name) != Some(&new) {
+            self.written.insert(name.clone(), new);
+            self.are_externals_stale = true;
         }
     }
 
@@ -123,6 +150,7 @@ impl Builder {
 
     /// Returns the next snapshot; none if nothing changed since the last one.
     pub fn build(&mut self) -> Option<Arc<Snapshot>> {
+        self.derive_externals();
         if !std::mem::take(&mut self.is_changed) {
             return None;
         }
@@ -144,7 +172,21 @@ impl Builder {
             reports: Arc::clone(&self.reports),
             traffic: Arc::clone(&self.traffic),
             traffic_index: self.traffic_index,
+            externals: Arc::clone(&self.externals),
         }))
+    }
+
+    /// Makes what is shown of nodes without an agent anew, if something about them may have changed.
+    fn derive_externals(&mut self) {
+        if !std::mem::take(&mut self.are_externals_stale) {
+            return;
+        }
+        let is_mesh = |name: &NodeName| self.nodes.get(name).is_some_and(|node| node.status != MemberStatus::Left);
+        let externals = external::derive(&self.externals, &self.written, is_mesh, self.index);
+        if externals != *self.externals {
+            self.externals = Arc::new(externals);
+            self.is_changed = true;
+        }
     }
 
     /// Returns the node's entry: the one that is shown if nothing about it changed.
@@ -170,6 +212,7 @@ impl Builder {
             status,
             generation: state.generation,
             checks: node_checks(state).cloned().collect(),
+            external: None,
             create_index: shown.map_or(self.index, |entry| entry.create_index),
             modify_index: self.index,
         };
@@ -181,6 +224,7 @@ impl Builder {
         if self.nodes.get(&name).is_none_or(|shown| !Arc::ptr_eq(shown, &node)) {
             self.nodes.insert(name, node);
             self.is_changed = true;
+            self.are_externals_stale |= !self.written.is_empty();
         }
     }
 
@@ -226,8 +270,10 @@ impl Builder {
 
     fn forget(&mut self, name: &NodeName) {
         self.set_reports(name, &[]);
+        self.are_externals_stale |= self.written.remove(name).is_some();
         if self.nodes.remove(name).is_some() {
             self.is_changed = true;
+            self.are_externals_stale |= !self.written.is_empty();
         }
         for instance in self.by_node.remove(name).unwrap_or_default() {
             self.take_out(name, &instance);
@@ -318,7 +364,7 @@ fn instance_checks(state: &NodeState) -> BTreeMap<&InstanceId, Vec<&Arc<CheckRec
 
 /// Returns the worst of the instance's checks, its node's checks and the membership: whoever does not stay alive gets no
 /// new traffic.
-fn status_of(node: &NodeEntry, checks: &[&Arc<CheckRecord>]) -> HealthStatus {
+pub(super) fn status_of(node: &NodeEntry, checks: &[&Arc<CheckRecord>]) -> HealthStatus {
     if node.status != MemberStatus::Alive {
         return HealthStatus::Critical;
     }
@@ -329,7 +375,9 @@ fn status_of(node: &NodeEntry, checks: &[&Arc<CheckRecord>]) -> HealthStatus {
 mod tests {
     use super::*;
     use crate::clock::UnixSeconds;
-    use crate::model::{CheckId, Entry, EntryKey, Generation, NodeInfo, Protocol, ServiceRecord, TextMap, Weights};
+    use crate::model::{
+        CheckId, Entry, EntryKey, ExternalRecord, Generation, NodeInfo, Protocol, ServiceRecord, TextMap, Weights,
+    };
     use crate::replica::{HeadSigner, Params, Replica};
 
     const ALIVE: MemberStatus = MemberStatus::Alive;
@@ -458,6 +506,45 @@ mod tests {
         assert!(builder.build().is_none());
     }
 
+    #[test]
+    fn what_an_agent_writes_of_others_goes_with_it_and_yields_to_a_node_of_that_name() {
+        let mut builder = Builder::new(name("a"), 1);
+        let (mut a, mut db) = (Node::new("a"), Node::new("db-host"));
+        a.publish([service("w", "web"), external("db-host", "db")]);
+        builder.set_node(&name("a"), a.state(), ALIVE);
+        let shown = builder.build().unwrap();
+        assert_eq!(shown.services.keys().map(ServiceName::as_str).collect::<Vec<_>>(), ["web"], "never the mesh's");
+        let instances = shown.listed("db");
+        assert_eq!((instances.len(), instances[0].status), (1, HealthStatus::Passing));
+        assert_eq!(instances[0].node.writer(), Some(&name("a")));
+
+        builder.set_node(&name("a"), a.state(), MemberStatus::Failed);
+        let failed = builder.build().unwrap();
+        assert_eq!(failed.listed("db")[0].status, HealthStatus::Critical);
+        builder.set_node(&name("a"), a.state(), ALIVE);
+        builder.build().unwrap();
+
+        // A change of the agent's own services is none of what was written there.
+        let before = builder.build();
+        assert!(before.is_none());
+        a.publish([service("w", "shop"), external("db-host", "db")]);
+        builder.set_node(&name("a"), a.state(), ALIVE);
+        let other = builder.build().unwrap();
+        let kept = other.externals.service_index("db");
+        assert!(kept < other.index, "{kept}");
+
+        db.publish([service("s", "ssh")]);
+        builder.set_node(&name("db-host"), db.state(), ALIVE);
+        let taken = builder.build().unwrap();
+        assert!(taken.listed("db").is_empty(), "the mesh's node has the name");
+        assert_eq!(taken.externals.service_index("db"), taken.index);
+        builder.set_node(&name("db-host"), db.state(), MemberStatus::Left);
+        assert_eq!(builder.build().unwrap().listed("db").len(), 1);
+        builder.set_node(&name("a"), a.state(), MemberStatus::Left);
+        assert!(builder.build().unwrap().listed("db").is_empty(), "its agent left");
+        assert_eq!(builder.written.len(), 0);
+    }
+
     struct Unsigned;
 
     impl HeadSigner for Unsigned {
@@ -518,6 +605,19 @@ mod tests {
             weights: Weights::default(),
             protocol: Protocol::Tcp,
             enable_tag_override: false,
+        }))
+    }
+
+    fn external(node: &str, of: &str) -> Entry {
+        let Entry::Service(record) = service("x", of) else { unreachable!() };
+        Entry::External(Arc::new(ExternalRecord {
+            name: name(node),
+            id: Box::default(),
+            address: "192.0.2.7".into(),
+            tagged_addresses: TextMap::default(),
+            meta: TextMap::default(),
+            services: [record].into(),
+            checks: Box::default(),
         }))
     }
 

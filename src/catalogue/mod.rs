@@ -10,23 +10,26 @@
 //! Not here: deciding who is alive (`membership`), picking an instance (`routing`).
 
 pub mod builder;
+mod external;
 mod reports;
 pub mod virtual_ip;
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
 pub use self::builder::Builder;
+pub use self::external::Externals;
 pub use self::reports::Reports;
 pub use self::virtual_ip::VirtualIps;
 use crate::authz::{Action, Table};
 use crate::model::{
     CheckRecord, Generation, HealthStatus, InstanceId, MemberStatus, NodeInfo, NodeName, Protocol, ServiceName,
-    ServiceRecord,
+    ServiceRecord, TextMap,
 };
 use crate::traffic::Traffic;
 use crate::upstream;
@@ -58,9 +61,53 @@ pub struct Snapshot {
     pub traffic: Arc<Traffic>,
     /// Index of the last change to `traffic`.
     pub traffic_index: u64,
+    /// Nodes that no agent runs on and their services: found by who looks for them, never called through the mesh.
+    pub externals: Arc<Externals>,
 }
 
 impl Snapshot {
+    /// Returns the instances of `service` that discovery lists: the mesh's and those of nodes without an agent, in order of
+    /// (node, id).
+    pub fn listed(&self, service: &str) -> Vec<Arc<Instance>> {
+        let of = |services: &BTreeMap<ServiceName, Arc<ServiceEntry>>| {
+            services.get(service).map(|entry| entry.instances.clone()).unwrap_or_default()
+        };
+        let mut all = of(&self.services);
+        let external = of(self.externals.services());
+        if !external.is_empty() {
+            all.extend(external);
+            all.sort_by(|a, b| (&a.node.info.name, &a.record.id).cmp(&(&b.node.info.name, &b.record.id)));
+        }
+        all
+    }
+
+    /// Returns every instance that discovery lists, first those of the mesh.
+    pub fn all_listed(&self) -> impl Iterator<Item = &Arc<Instance>> {
+        let mesh = self.services.values().flat_map(|service| service.instances.iter());
+        mesh.chain(self.externals.instances())
+    }
+
+    /// Says why the data plane knows no service of this name.
+    pub fn why_unknown(&self, service: &str) -> String {
+        if self.externals.services().contains_key(service) {
+            return format!(
+                "service `{service}` is registered on nodes without an agent alone: the mesh does not call those"
+            );
+        }
+        format!("no service `{service}` is registered in the mesh")
+    }
+
+    /// Finds the node of this name, in the mesh or else without an agent.
+    pub fn listed_node(&self, name: &NodeName) -> Option<&Arc<NodeEntry>> {
+        let mesh = self.nodes.get(name).filter(|node| node.status != MemberStatus::Left);
+        mesh.or_else(|| self.externals.node(name)).or_else(|| self.nodes.get(name))
+    }
+
+    /// Returns every node that discovery lists, first those of the mesh.
+    pub fn listed_nodes(&self) -> impl Iterator<Item = &Arc<NodeEntry>> {
+        self.nodes.values().chain(self.externals.nodes())
+    }
+
     /// Returns the snapshot of a node that knows nothing yet; everybody may call.
     pub fn empty(local_node: NodeName) -> Self {
         Self {
@@ -76,6 +123,7 @@ impl Snapshot {
             reports: Arc::default(),
             traffic: Arc::default(),
             traffic_index: 1,
+            externals: Arc::default(),
         }
     }
 }
@@ -91,10 +139,47 @@ pub struct NodeEntry {
     pub generation: Generation,
     /// Its node-level checks, by id.
     pub checks: Vec<Arc<CheckRecord>>,
+    /// Where no agent runs on it: what it is instead. Its `info` has no mesh port then, and its `status` is that of the agent
+    /// where it was written.
+    pub external: Option<Box<Outside>>,
     /// Index at which the node appeared.
     pub create_index: u64,
     /// Index of its last change.
     pub modify_index: u64,
+}
+
+/// What a node without an agent is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outside {
+    /// An IP address or a host name.
+    pub address: Box<str>,
+    /// `lan`, `wan` … -> address.
+    pub tagged_addresses: TextMap<Box<str>>,
+    /// The agent that tells of it.
+    pub written_at: NodeName,
+}
+
+impl NodeEntry {
+    /// Returns where it is: an IP address, or a host name of a node without an agent.
+    pub fn address(&self) -> Cow<'_, str> {
+        match &self.external {
+            Some(outside) => Cow::Borrowed(&*outside.address),
+            None => Cow::Owned(self.info.mesh_addr.ip().to_string()),
+        }
+    }
+
+    /// Returns its IP address; none if it has but a name.
+    pub fn ip(&self) -> Option<IpAddr> {
+        match &self.external {
+            Some(outside) => outside.address.parse().ok(),
+            None => Some(self.info.mesh_addr.ip()),
+        }
+    }
+
+    /// Returns the agent where it was written, if no agent runs on it.
+    pub fn writer(&self) -> Option<&NodeName> {
+        self.external.as_ref().map(|outside| &outside.written_at)
+    }
 }
 
 /// A service as the catalogue shows it.

@@ -7,6 +7,7 @@
 
 use std::collections::HashSet;
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use hickory_proto::op::ResponseCode;
@@ -18,11 +19,12 @@ use rand::seq::SliceRandom as _;
 use super::message::{Answers, Request};
 use super::name::{self, Asked, Lookup, ServiceName};
 use super::near::Trips;
-use super::zone::{Pointer, Zone, own_address};
+use super::zone::{Pointer, Zone};
 use super::{DnsConfig, DomainName};
 use crate::catalogue::virtual_ip::is_virtual;
 use crate::catalogue::{Instance, NodeEntry};
 use crate::model::HealthStatus;
+use crate::prepared::{self, Book, Ends};
 
 /// Bytes of the shortest record: a pointer to its name, type, class, TTL, length and an IPv4 address.
 const RECORD_BYTES_MIN: u16 = 16;
@@ -59,6 +61,16 @@ impl Domain {
     }
 }
 
+/// What answers are made from beside the zone.
+pub(super) struct Beside<'a> {
+    /// The order of instances, by their nodes.
+    pub(super) trips: Option<&'a Trips>,
+    /// The prepared queries.
+    pub(super) queries: &'a Book,
+    /// Returns this agent's own round trips, as far as they are known.
+    pub(super) from_here: &'a dyn Fn() -> Option<Arc<Trips>>,
+}
+
 /// What a name turned out to be.
 enum Outcome {
     /// Not there.
@@ -92,8 +104,7 @@ struct Task<'a, R> {
     zone: &'a Zone,
     request: &'a Request,
     domain: &'a Domain,
-    /// The order of instances, by their nodes.
-    trips: Option<&'a Trips>,
+    beside: &'a Beside<'a>,
     rng: &'a mut R,
 }
 
@@ -106,13 +117,13 @@ impl Responder {
         Self { config, datacenter, domains, labels }
     }
 
-    /// Answers `request` from `zone`; none if the name is none of weft's. `rng` shuffles; what `trips` has comes first, nearest
-    /// before all.
+    /// Answers `request` from `zone`; none if the name is none of weft's. `rng` shuffles; whom `beside` has round trips of comes
+    /// first, nearest before all.
     pub(super) fn answer(
         &self,
         zone: &Zone,
         request: &Request,
-        trips: Option<&Trips>,
+        beside: &Beside<'_>,
         rng: &mut impl Rng,
     ) -> Option<Answers> {
         let lower = request.query.name().to_lowercase();
@@ -124,7 +135,7 @@ impl Responder {
             Lookup::Pointer(ip) => self.pointer(zone, request, ip),
             Lookup::Own(at, asked) => {
                 let domain = self.domains.get(at)?;
-                let mut task = Task { responder: self, zone, request, domain, trips, rng };
+                let mut task = Task { responder: self, zone, request, domain, beside, rng };
                 let outcome = task.outcome(asked);
                 Some(task.answers(outcome))
             }
@@ -222,18 +233,15 @@ impl<'a, R: Rng> Task<'a, R> {
             Asked::Apex => self.apex(),
             Asked::NameServer => Outcome::of(self.local_address(), self.config().node_ttl_s),
             Asked::Service(service) => self.service(service),
-            Asked::Located(service) => match self.instances(service) {
+            Asked::Located(service) => match self.instances(service, Reached::Directly) {
                 Some(instances) if matches!(self.kind(), RecordType::SRV | RecordType::ANY) => {
-                    self.srv(service.name, &instances, Reached::Directly)
+                    self.srv(self.ttl_s(service), &instances, Reached::Directly)
                 }
                 Some(_) => Outcome::empty(),
                 None => Outcome::Nothing,
             },
-            Asked::Connect(service) => match self.instances(service) {
-                Some(instances) if self.kind() == RecordType::SRV => {
-                    self.srv(service.name, &instances, Reached::ByMesh)
-                }
-                Some(instances) => self.addresses(service.name, &instances, Reached::ByMesh),
+            Asked::Connect(service) => match self.instances(service, Reached::ByMesh) {
+                Some(instances) => self.reached(self.ttl_s(service), &instances, Reached::ByMesh),
                 None => Outcome::Nothing,
             },
             Asked::Node { name, datacenter } => self.node(&name, datacenter),
@@ -241,6 +249,7 @@ impl<'a, R: Rng> Task<'a, R> {
                 Outcome::of(self.if_wanted(ip), self.config().node_ttl_s)
             }
             Asked::Virtual(service) => self.virtual_ip(service),
+            Asked::Query { name, datacenter } => self.prepared(&name, datacenter),
             Asked::Branch { datacenter } if self.is_known(datacenter) => Outcome::empty(),
             Asked::Address { .. } | Asked::Branch { .. } | Asked::Nothing => Outcome::Nothing,
         }
@@ -279,9 +288,10 @@ impl<'a, R: Rng> Task<'a, R> {
     }
 
     /// Returns the instances that `service` means, shuffled or nearest first; none if not one of them is healthy.
-    fn instances(&mut self, service: ServiceName<'_>) -> Option<Vec<&'a Instance>> {
+    fn instances(&mut self, service: ServiceName<'_>, reached: Reached) -> Option<Vec<&'a Instance>> {
         let zone = self.zone;
-        let entry = zone.service(service.name)?;
+        let external = || zone.external_service(service.name).filter(|_| reached == Reached::Directly);
+        let entries = zone.service(service.name).into_iter().chain(external());
         let datacenter = service.datacenter.unwrap_or(&self.responder.datacenter);
         let only_passing = self.config().only_passing;
         let is_healthy = |instance: &&Instance| match instance.status {
@@ -292,26 +302,51 @@ impl<'a, R: Rng> Task<'a, R> {
         let has_tag = |instance: &&Instance| {
             service.tag.is_none_or(|tag| instance.record.tags.iter().any(|own| own.eq_ignore_ascii_case(tag)))
         };
-        let all = entry.instances.iter().map(AsRef::as_ref);
+        let all = entries.flat_map(|entry| entry.instances.iter().map(AsRef::as_ref));
         let mut found: Vec<&Instance> = all
             .filter(is_healthy)
             .filter(|instance| instance.node.info.datacenter == datacenter)
             .filter(has_tag)
             .collect();
-        found.shuffle(self.rng);
-        if let Some(trips) = self.trips {
-            // Stable: those that nobody measured, and equals, stay shuffled.
-            found.sort_by_key(|instance| trips.get(&instance.node.info.name).copied().unwrap_or(Duration::MAX));
-        }
+        order(&mut found, self.beside.trips, self.rng);
         (!found.is_empty()).then_some(found)
     }
 
     fn service(&mut self, service: ServiceName<'_>) -> Outcome {
-        let Some(instances) = self.instances(service) else { return Outcome::Nothing };
-        match self.kind() {
-            RecordType::SRV => self.srv(service.name, &instances, Reached::Directly),
-            _ => self.addresses(service.name, &instances, Reached::Directly),
+        let Some(instances) = self.instances(service, Reached::Directly) else { return Outcome::Nothing };
+        self.reached(self.ttl_s(service), &instances, Reached::Directly)
+    }
+
+    /// Executes a prepared query as HTTP does; its own order goes before the configuration's.
+    fn prepared(&mut self, name: &str, datacenter: Option<&str>) -> Outcome {
+        let Some(definition) = self.beside.queries.find(name) else { return Outcome::Nothing };
+        let query = &definition.service;
+        let is_near = !query.near.is_empty();
+        let needs_distances = is_near || query.failover.nearest_n > 0;
+        let from_here = needs_distances.then(|| (self.beside.from_here)()).flatten().unwrap_or_default();
+        let (ends, reached) =
+            if query.connect { (Ends::Mesh, Reached::ByMesh) } else { (Ends::Services, Reached::Directly) };
+        let datacenter = datacenter.unwrap_or(&self.responder.datacenter);
+        let found = prepared::execute(self.zone.snapshot(), query, datacenter, ends, &from_here);
+        if found.instances.is_empty() {
+            return Outcome::Nothing;
         }
+        let mut instances: Vec<&Instance> = found.instances.iter().map(AsRef::as_ref).collect();
+        let trips = if is_near { Some(&*from_here) } else { self.beside.trips };
+        order(&mut instances, trips, self.rng);
+        let of_service = || self.config().service_ttl.of(&query.service.to_ascii_lowercase());
+        self.reached(definition.ttl_s().unwrap_or_else(of_service), &instances, reached)
+    }
+
+    fn reached(&self, ttl_s: u32, instances: &[&Instance], reached: Reached) -> Outcome {
+        match self.kind() {
+            RecordType::SRV => self.srv(ttl_s, instances, reached),
+            _ => self.addresses(ttl_s, instances, reached),
+        }
+    }
+
+    fn ttl_s(&self, service: ServiceName<'_>) -> u32 {
+        self.config().service_ttl.of(service.name)
     }
 
     /// Most records that can fit, and one more, by which it shows that some do not.
@@ -333,8 +368,7 @@ impl<'a, R: Rng> Task<'a, R> {
         Section { records, is_cut, ..Section::default() }
     }
 
-    fn addresses(&self, service: &str, instances: &[&Instance], reached: Reached) -> Outcome {
-        let ttl_s = self.config().service_ttl.of(service);
+    fn addresses(&self, ttl_s: u32, instances: &[&Instance], reached: Reached) -> Outcome {
         let mut seen = HashSet::with_hasher(foldhash::fast::RandomState::default());
         let mut records = Vec::new();
         let mut alias = None;
@@ -361,8 +395,7 @@ impl<'a, R: Rng> Task<'a, R> {
         Outcome::There(self.bound(records, self.config().a_record_limit))
     }
 
-    fn srv(&self, service: &str, instances: &[&Instance], reached: Reached) -> Outcome {
-        let ttl_s = self.config().service_ttl.of(service);
+    fn srv(&self, ttl_s: u32, instances: &[&Instance], reached: Reached) -> Outcome {
         let mut targets = Vec::new();
         let mut records = Vec::new();
         for instance in instances.iter().take(self.records_max()) {
@@ -405,7 +438,13 @@ impl<'a, R: Rng> Task<'a, R> {
         let Some(node) = self.zone.node(name).filter(|node| node.info.datacenter == wanted) else {
             return if self.zone.is_above_a_node(name) { Outcome::empty() } else { Outcome::Nothing };
         };
-        let mut records: Vec<RData> = self.if_wanted(node.info.mesh_addr.ip()).into_iter().collect();
+        let mut records: Vec<RData> = node.ip().and_then(|ip| self.if_wanted(ip)).into_iter().collect();
+        let wants_address =
+            matches!(self.kind(), RecordType::A | RecordType::AAAA | RecordType::CNAME | RecordType::ANY);
+        if node.ip().is_none() && wants_address {
+            let alias = host_name(&node.address()).map(|name| RData::CNAME(CNAME(name)));
+            return Outcome::of(alias, self.config().node_ttl_s);
+        }
         if matches!(self.kind(), RecordType::TXT | RecordType::ANY) {
             records.extend(node.info.meta.iter().map(|(key, value)| text(key, value)));
         }
@@ -443,18 +482,31 @@ enum Place {
 }
 
 fn place(instance: &Instance, reached: Reached) -> Place {
-    let address = &*instance.record.address;
-    if reached == Reached::ByMesh || address.is_empty() {
-        return Place::Node(instance.node.info.mesh_addr.ip());
+    let (address, node) = (&*instance.record.address, &instance.node);
+    if reached == Reached::ByMesh || (address.is_empty() && node.external.is_none()) {
+        return Place::Node(node.info.mesh_addr.ip());
     }
-    if let Some(ip) = own_address(instance) {
+    // Several agents may write one name of a node without an agent: its address says which is meant.
+    let given = if address.is_empty() { node.address() } else { address.into() };
+    if let Ok(ip) = given.parse() {
         return Place::Own(ip);
     }
-    let name = Name::from_ascii(address).map(|mut name| {
-        name.set_fqdn(true);
-        name
-    });
-    name.map_or(Place::Nowhere, Place::Named)
+    host_name(&given).map_or(Place::Nowhere, Place::Named)
+}
+
+fn host_name(text: &str) -> Option<Name> {
+    let mut name = Name::from_ascii(text).ok()?;
+    name.set_fqdn(true);
+    Some(name)
+}
+
+/// Shuffles `instances`, or puts the nearest first where distances are given.
+fn order(instances: &mut [&Instance], trips: Option<&Trips>, rng: &mut impl Rng) {
+    instances.shuffle(rng);
+    if let Some(trips) = trips {
+        // Stable: those that nobody measured, and equals, stay shuffled.
+        instances.sort_by_key(|instance| trips.get(&instance.node.info.name).copied().unwrap_or(Duration::MAX));
+    }
 }
 
 /// An address beside an answer, so that the asker need not ask for it.

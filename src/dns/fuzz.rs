@@ -9,15 +9,17 @@ use rand::SeedableRng as _;
 use rand::rngs::StdRng;
 
 use super::DnsConfig;
-use super::answer::Responder;
+use super::answer::{Beside, Responder};
 use super::message::{
     Decoded, Recursion, Request, Via, decode, decode_found, encode, encode_ask, encode_code, encode_found,
 };
 use super::zone::Zone;
 use crate::catalogue::{Instance, NodeEntry, ServiceEntry, Snapshot};
+use crate::lww::{Body, Row, Stamp};
 use crate::model::{
     Generation, HealthStatus, MemberStatus, NodeInfo, NodeName, Protocol, ServiceName, ServiceRecord, TextMap, Weights,
 };
+use crate::prepared::Book;
 
 /// A message: the first byte says who reads it.
 pub(crate) fn message(bytes: &[u8]) {
@@ -32,10 +34,10 @@ pub(crate) fn message(bytes: &[u8]) {
 
 /// A query gets an answer that is its own, whole, and no longer than its asker takes; nothing else gets one.
 fn asked(bytes: &[u8], via: Via) {
-    static PLACE: OnceLock<(Responder, Zone)> = OnceLock::new();
-    let (responder, zone) = PLACE.get_or_init(|| {
+    static PLACE: OnceLock<(Responder, Zone, Book)> = OnceLock::new();
+    let (responder, zone, queries) = PLACE.get_or_init(|| {
         let config = DnsConfig::on(Vec::new());
-        (Responder::new(config, "dc1".to_owned()), Zone::new(Arc::new(mesh()), None))
+        (Responder::new(config, "dc1".to_owned()), Zone::new(Arc::new(mesh()), None), queries())
     });
     let mut rng = StdRng::seed_from_u64(1);
     let (answer, limit) = match decode(bytes, via) {
@@ -46,7 +48,8 @@ fn asked(bytes: &[u8], via: Via) {
         Decoded::Refuse(_, answer) => (answer, 4096),
         Decoded::Ask(request) => {
             let limit = usize::from(request.limit());
-            let answer = match responder.answer(zone, &request, None, &mut rng) {
+            let beside = Beside { trips: None, queries, from_here: &|| None };
+            let answer = match responder.answer(zone, &request, &beside, &mut rng) {
                 Some(answers) => encode(&request, answers, Recursion::Available),
                 None => encode_code(&request, ResponseCode::Refused, Recursion::None),
             };
@@ -60,6 +63,22 @@ fn asked(bytes: &[u8], via: Via) {
     assert!(answer.len() <= limit && answer.len() >= 12, "{} bytes", answer.len());
     assert_eq!(answer[..2], bytes[..2], "the id");
     assert!(answer[2] & 0x80 != 0 && matches!(decode(&answer, via), Decoded::Ignore), "an answer is no query");
+}
+
+/// Queries whose names and templates a question can meet.
+fn queries() -> Book {
+    let query = |at: u64, value: &str| {
+        let stamp = Stamp { ms: at, count: 0, node: "n1".parse().unwrap() };
+        let body = Some(Arc::new(Body { flags: 0, value: value.into() }));
+        (Arc::from(at.to_string()), Row { stamp, sum: 0, body, created: 1, modified: 1 })
+    };
+    Book::of(&[
+        query(1, r#"{"Name": "q", "Service": {"Service": "many"}}"#),
+        query(
+            2,
+            r#"{"Name": "t-", "Template": {"Type": "name_prefix_match", "Regexp": "^t-(.*)$"}, "Service": {"Service": "${match(1)}"}}"#,
+        ),
+    ])
 }
 
 /// What a recursor sends becomes an answer within the asker's bound.
@@ -91,6 +110,7 @@ pub(super) fn mesh() -> Snapshot {
             status: MemberStatus::Alive,
             generation: Generation::default(),
             checks: Vec::new(),
+            external: None,
             create_index: 1,
             modify_index: 1,
         })

@@ -53,6 +53,7 @@ use self::zone::ZoneCell;
 use crate::catalogue::SnapshotReader;
 use crate::clock;
 use crate::metrics::Metrics;
+use crate::prepared::Book;
 use crate::supervise::Tasks;
 
 /// Longest domain, in bytes: the longest node name, its kind and a datacenter fit before it into 255.
@@ -218,6 +219,8 @@ pub struct DnsParams<'a> {
     pub snapshot: SnapshotReader,
     /// Tells how far nodes are.
     pub round_trips: Arc<dyn RoundTrips>,
+    /// The prepared queries; whoever writes it replaces it.
+    pub queries: Arc<ArcSwap<Book>>,
     /// Where its metrics go.
     pub metrics: &'a Metrics,
     /// Where its tasks are named and joined.
@@ -267,7 +270,7 @@ impl Dns {
     /// # Errors
     /// [`DnsError`]; nothing is served then.
     pub fn start(params: DnsParams<'_>) -> Result<Self, DnsError> {
-        let DnsParams { config, datacenter, snapshot, round_trips, metrics, tasks, stop } = params;
+        let DnsParams { config, datacenter, snapshot, round_trips, queries, metrics, tasks, stop } = params;
         let meter = Arc::new(Meter::new(metrics).map_err(DnsError::Metrics)?);
         let sockets: Vec<Bound> = config.listen.iter().map(|addr| Bound::on(*addr)).collect::<Result<_, _>>()?;
         let listening: Vec<SocketAddr> = sockets.iter().map(|bound| bound.addr).collect();
@@ -279,6 +282,7 @@ impl Dns {
         let shared = Arc::new(Shared {
             settings: Arc::clone(&settings),
             distances: Arc::new(Distances::new(round_trips)),
+            queries,
             zone: ZoneCell::new(snapshot),
             meter: Arc::clone(&meter),
             sources: Mutex::new(Sources::new()),

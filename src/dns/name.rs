@@ -51,6 +51,13 @@ pub(super) enum Asked<'a> {
     Virtual(ServiceName<'a>),
     /// `svc.connect[.dc]`
     Connect(ServiceName<'a>),
+    /// `q.query[.dc]`, `_q._tcp.query[.dc]`: a prepared query, by name or id, which may hold dots.
+    Query {
+        /// Joined by dots.
+        name: String,
+        /// Where.
+        datacenter: Option<&'a str>,
+    },
     /// A name with others below it and nothing of its own; it is there if the datacenter is.
     Branch {
         /// Where.
@@ -121,7 +128,11 @@ fn of_kind<'a>(kind: &str, labels: &[&'a str], datacenter: Option<&'a str>) -> A
         ("addr", [hex]) => ip_of_hex(hex).map_or(Asked::Nothing, |ip| Asked::Address { ip, datacenter }),
         ("virtual", [name]) => Asked::Virtual(service(name, None)),
         ("connect", [name]) => Asked::Connect(service(name, None)),
-        // No gateways and no prepared queries exist.
+        ("query", [first, second]) if second.starts_with('_') && first.len() > 1 && first.starts_with('_') => {
+            Asked::Query { name: first.get(1..).unwrap_or_default().to_owned(), datacenter }
+        }
+        ("query", name) => Asked::Query { name: name.join("."), datacenter },
+        // No gateways exist.
         _ => Asked::Nothing,
     }
 }
@@ -206,9 +217,11 @@ mod tests {
         check("20010db8000000000000000000000001.addr.weft", &own(Asked::Address { ip, datacenter: None }));
         check("web.virtual.weft", &own(Asked::Virtual(service("web", None, None))));
         check("web.connect.dc1.weft", &own(Asked::Connect(service("web", None, Some("dc1")))));
-        for name in ["web.ingress.weft", "q.query.weft", "q.query.dc1.weft"] {
-            check(name, &own(Asked::Nothing));
-        }
+        check("web.ingress.weft", &own(Asked::Nothing));
+        let query = |name: &str, datacenter| own(Asked::Query { name: name.to_owned(), datacenter });
+        check("q.query.weft", &query("q", None));
+        check("a.b.query.dc1.weft", &query("a.b", Some("dc1")));
+        check("_q._tcp.query.weft", &query("q", None));
         check("web.service.mesh.example", &Lookup::Own(1, Asked::Service(service("web", None, None))));
         check("10.2.0.192.in-addr.arpa", &Lookup::Pointer("192.0.2.10".parse().unwrap()));
         let nibbles = "1.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.8.b.d.0.1.0.0.2.ip6.arpa";

@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use super::DnsConfig;
-use super::answer::Responder;
+use super::answer::{Beside, Responder};
 use super::limit::{Admission, Sources};
 use super::message::{Decoded, Recursion, Request, Via, decode, encode, encode_code, encode_cut};
 use super::metrics::{Dropped, Meter};
@@ -33,6 +33,7 @@ use super::near::{Distances, Near, Renewal, Trips};
 use super::recurse::Recursor;
 use super::zone::{Zone, ZoneCell};
 use crate::clock;
+use crate::prepared::Book;
 use crate::supervise::Tasks;
 
 /// Datagrams that are read at once.
@@ -72,6 +73,8 @@ impl Settings {
 pub(super) struct Shared {
     pub(super) settings: Arc<ArcSwap<Settings>>,
     pub(super) distances: Arc<Distances>,
+    /// The prepared queries, as they are at the moment.
+    pub(super) queries: Arc<ArcSwap<Book>>,
     pub(super) zone: ZoneCell,
     pub(super) meter: Arc<Meter>,
     pub(super) sources: Mutex<Sources>,
@@ -106,7 +109,10 @@ impl Shared {
         let kind = Some(request.query.query_type());
         let (zone, settings) = (self.zone.load(), self.settings.load());
         let trips = settings.near.and_then(|near| self.trips(near, &zone, from, begun));
-        if let Some(answers) = settings.responder.answer(&zone, &request, trips.as_deref(), rng) {
+        let queries = self.queries.load();
+        let from_here = || self.trips(Near::Agent, &zone, from, begun);
+        let beside = Beside { trips: trips.as_deref(), queries: &queries, from_here: &from_here };
+        if let Some(answers) = settings.responder.answer(&zone, &request, &beside, rng) {
             self.meter.count(via, kind, answers.code);
             let bytes = encode(&request, answers, settings.recursion());
             self.meter.took(clock::now() - begun);

@@ -8,14 +8,17 @@ use hickory_proto::rr::{DNSClass, Name, RecordType};
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
 
-use super::answer::Responder;
+use super::answer::{Beside, Responder};
 use super::fuzz::mesh;
 use super::message::{Decoded, Recursion, Via, decode, encode, encode_found};
 use super::near::Trips;
 use super::zone::{Zone, ZoneCell};
 use super::{DnsConfig, DomainName};
-use crate::catalogue::{Publisher, Snapshot};
-use crate::model::{HealthStatus, MemberStatus};
+use crate::catalogue::{Externals, Publisher, Snapshot};
+use crate::model::{
+    CheckRecord, ExternalRecord, HealthStatus, MemberStatus, Protocol, ServiceRecord, TextMap, Weights,
+};
+use crate::prepared::Book;
 
 /// How a question is asked.
 #[derive(Clone, Copy)]
@@ -33,6 +36,9 @@ struct Server {
     responder: Responder,
     zone: Zone,
     trips: Option<Trips>,
+    /// This agent's own.
+    from_here: Option<Arc<Trips>>,
+    queries: Book,
 }
 
 impl Server {
@@ -47,6 +53,8 @@ impl Server {
             responder: Responder::new(config, "dc1".to_owned()),
             zone: Zone::new(Arc::new(snapshot), None),
             trips: None,
+            from_here: None,
+            queries: Book::default(),
         }
     }
 
@@ -54,7 +62,9 @@ impl Server {
     fn wire(&self, name: &str, kind: RecordType, how: How) -> Option<Vec<u8>> {
         let Decoded::Ask(request) = decode(&question(name, kind, how), how.via) else { panic!("{name} is a question") };
         let mut rng = StdRng::seed_from_u64(how.seed);
-        let answers = self.responder.answer(&self.zone, &request, self.trips.as_ref(), &mut rng)?;
+        let from_here = || self.from_here.clone();
+        let beside = Beside { trips: self.trips.as_ref(), queries: &self.queries, from_here: &from_here };
+        let answers = self.responder.answer(&self.zone, &request, &beside, &mut rng)?;
         Some(encode(&request, answers, Recursion::None))
     }
 
@@ -191,6 +201,126 @@ fn nodes_have_an_address_and_their_meta() {
     let server = Server::with(|_| {}, snapshot);
     server.check("n2.node.weft.", RecordType::A, &nothing(SOA));
     assert!(server.wire("2.0.0.10.in-addr.arpa.", RecordType::PTR, LOCAL).is_none());
+}
+
+#[test]
+fn prepared_queries_are_executed_by_name_id_and_template() {
+    let with_ttl = |config: &mut DnsConfig| config.service_ttl.by_name = [("web".to_owned(), 3)].into();
+    let mut server = Server::with(with_ttl, mesh());
+    let template = serde_json::json!({"Type": "name_prefix_match", "Regexp": "^geo-(.*)$"});
+    server.queries = Book::of_bodies(&[
+        serde_json::json!({"Name": "any-web", "Service": {"Service": "web"}, "DNS": {"TTL": "9s"}}),
+        serde_json::json!({"Name": "only", "Service": {"Service": "web", "OnlyPassing": true}}),
+        serde_json::json!({"Name": "geo-", "Template": template, "Service": {"Service": "${match(1)}"}}),
+        serde_json::json!({"Name": "a.b", "Service": {"Service": "web", "Tags": ["v2"]}}),
+        serde_json::json!({"Name": "away", "Service": {"Service": "far", "Failover": {"Datacenters": ["dc2"]}}}),
+        serde_json::json!({"Name": "mesh", "Service": {"Service": "web", "Connect": true}}),
+        serde_json::json!({"Name": "all", "Service": {"Service": "many"}}),
+        serde_json::json!({"Name": "near", "Service": {"Service": "web", "Near": "_agent"}}),
+    ]);
+    let a = RecordType::A;
+    let both = "NOERROR: any-web.query.weft. A 10.0.0.1, any-web.query.weft. A 192.0.2.10";
+    server.check("any-web.query.weft.", a, both);
+    server.check("ANY-Web.query.dc1.consul.", a, &both.replace("any-web.query.weft", "ANY-Web.query.dc1.consul"));
+    server.check("1.query.weft.", a, &both.replace("any-web.query", "1.query"));
+    server.check("only.query.weft.", a, "NOERROR: only.query.weft. A 10.0.0.1");
+    server.check("geo-six.query.weft.", RecordType::AAAA, "NOERROR: geo-six.query.weft. AAAA 2001:db8::3");
+    server.check("a.b.query.weft.", a, "NOERROR: a.b.query.weft. A 192.0.2.10");
+    server.check("away.query.weft.", a, "NOERROR: away.query.weft. A 10.0.2.1");
+    server.check("away.query.dc2.weft.", a, "NOERROR: away.query.dc2.weft. A 10.0.2.1");
+    let srv = "NOERROR: any-web.query.weft. SRV 1 10 80 n1.node.dc1.weft., any-web.query.weft. SRV 1 2 81 c000020a.addr.dc1.weft. |  | \
+               c000020a.addr.dc1.weft. A 192.0.2.10, n1.node.dc1.weft. A 10.0.0.1";
+    server.check("any-web.query.weft.", RecordType::SRV, srv);
+    server.check("_any-web._tcp.query.weft.", RecordType::SRV, &srv.replace("any-web.query", "_any-web._tcp.query"));
+    server.check("only.query.weft.", RecordType::TXT, &no_data());
+    let mesh = server.shown("mesh.query.weft.", RecordType::SRV);
+    assert!(
+        mesh.contains("SRV 1 10 8301 n1.node.dc1.weft.") && mesh.contains("SRV 1 2 8301 n2.node.dc1.weft."),
+        "{mesh}"
+    );
+    for absent in ["no.query.weft.", "geo-nobody.query.weft.", "any-web.query.dc9.weft.", "x.any-web.query.weft."] {
+        server.check(absent, a, &nothing(SOA));
+    }
+
+    // Its own time to live, or that of the service.
+    let ttl = |name: &str| server.message(name, a, LOCAL).answers[0].ttl;
+    assert_eq!((ttl("any-web.query.weft."), ttl("only.query.weft.")), (9, 3));
+    // Bounds of an answer are those of services.
+    assert_eq!(server.message("all.query.weft.", a, PLAIN).answers.len(), 3);
+    let cut = server.message("all.query.weft.", RecordType::SRV, How { edns: Some(1232), via: Via::Udp, ..LOCAL });
+    assert!(cut.metadata.truncation && !cut.answers.is_empty());
+    // It says itself whether the nearest come first.
+    let far = [("n1", 9), ("n2", 1)].map(|(node, ms)| (node.parse().unwrap(), std::time::Duration::from_millis(ms)));
+    server.from_here = Some(Arc::new(far.into()));
+    for seed in 0..10 {
+        let first = server.message("near.query.weft.", a, How { seed, ..LOCAL }).answers[0].data.to_string();
+        assert_eq!(first, "192.0.2.10");
+    }
+}
+
+#[test]
+fn nodes_without_an_agent_are_found_like_others_and_never_by_the_mesh() {
+    let mut snapshot = mesh();
+    let record = |node: &str, address: &str, own: &str, status: HealthStatus| ExternalRecord {
+        name: node.parse().unwrap(),
+        id: Box::default(),
+        address: address.into(),
+        tagged_addresses: TextMap::default(),
+        meta: [("rack", "z1".into())].into_iter().collect(),
+        services: [Arc::new(ServiceRecord {
+            id: "db-1".parse().unwrap(),
+            name: "db".parse().unwrap(),
+            kind: Box::default(),
+            tags: ["primary".into()].into(),
+            meta: TextMap::default(),
+            address: own.into(),
+            port: 5432,
+            tagged_addresses: TextMap::default(),
+            weights: Weights::default(),
+            protocol: Protocol::Tcp,
+            enable_tag_override: false,
+        })]
+        .into(),
+        checks: [Arc::new(CheckRecord {
+            id: "c".parse().unwrap(),
+            name: Box::default(),
+            status,
+            notes: Box::default(),
+            service: Some("db-1".parse().unwrap()),
+            kind: Box::default(),
+        })]
+        .into(),
+    };
+    let passing = HealthStatus::Passing;
+    let records = [
+        record("Db-Host", "192.0.2.77", "", passing),
+        record("saas", "db.example.org", "", passing),
+        record("sick-host", "192.0.2.78", "", HealthStatus::Critical),
+        record("z-own", "192.0.2.79", "192.0.2.80", passing),
+    ];
+    snapshot.externals = Arc::new(Externals::default().after("n1", MemberStatus::Alive, &records, 5));
+    let server = Server::with(|_| {}, snapshot);
+    let a = RecordType::A;
+    server.check("db.service.weft.", a, "NOERROR: db.service.weft. A 192.0.2.77, db.service.weft. A 192.0.2.80");
+    let alias = "NOERROR: primary.db.service.weft. CNAME db.example.org.";
+    server.check("primary.db.service.weft.", RecordType::AAAA, alias);
+    let srv = "NOERROR: db.service.weft. SRV 1 1 5432 c000024d.addr.dc1.weft., db.service.weft. SRV 1 1 5432 c0000250.addr.dc1.weft., \
+               db.service.weft. SRV 1 1 5432 db.example.org. |  | c000024d.addr.dc1.weft. A 192.0.2.77, c0000250.addr.dc1.weft. A 192.0.2.80";
+    server.check("db.service.weft.", RecordType::SRV, srv);
+    server.check("db-host.node.weft.", a, "NOERROR: db-host.node.weft. A 192.0.2.77");
+    server.check("db-host.node.weft.", RecordType::TXT, "NOERROR: db-host.node.weft. TXT rack=z1");
+    server.check("saas.node.dc1.weft.", a, "NOERROR: saas.node.dc1.weft. CNAME db.example.org.");
+    server.check(
+        "78.2.0.192.in-addr.arpa.",
+        RecordType::PTR,
+        "NOERROR: 78.2.0.192.in-addr.arpa. PTR sick-host.node.dc1.weft.",
+    );
+    for absent in ["db.connect.weft.", "db.virtual.weft.", "db.service.dc2.weft.", "other.node.weft."] {
+        server.check(absent, a, &nothing(SOA));
+    }
+    let mut snapshot = mesh();
+    snapshot.externals = Arc::new(Externals::default().after("n1", MemberStatus::Failed, &records, 5));
+    Server::with(|_| {}, snapshot).check("db.service.weft.", a, &nothing(SOA));
 }
 
 #[test]

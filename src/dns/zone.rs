@@ -61,11 +61,25 @@ impl Zone {
         services.get(lower).or_else(|| services.get(self.folded().services.get(lower)?))
     }
 
-    /// Finds a node that has not left, as [`Zone::service`] does.
+    /// Finds a service on nodes without an agent, as [`Zone::service`] does.
+    pub(super) fn external_service(&self, lower: &str) -> Option<&Arc<ServiceEntry>> {
+        let services = self.snapshot.externals.services();
+        if services.is_empty() {
+            return None;
+        }
+        services.get(lower).or_else(|| services.get(self.folded().services.get(lower)?))
+    }
+
+    /// Finds a node that has not left, as [`Zone::service`] does; one of the mesh goes before one without an agent.
     pub(super) fn node(&self, lower: &str) -> Option<&Arc<NodeEntry>> {
         let nodes = &self.snapshot.nodes;
-        let node = nodes.get(lower).or_else(|| nodes.get(self.folded().nodes.get(lower)?));
-        node.filter(|node| node.status != MemberStatus::Left)
+        let named = nodes.get(lower).or_else(|| nodes.get(self.folded().nodes.get(lower)?));
+        let external = || {
+            let name = || self.folded().nodes.get(lower).cloned().or_else(|| lower.parse().ok());
+            let externals = &self.snapshot.externals;
+            if externals.is_empty() { None } else { externals.node(&name()?) }
+        };
+        named.filter(|node| node.status != MemberStatus::Left).or_else(external)
     }
 
     /// Tells whether a node's name goes on to the left of `lower`: `b` lies above `a.b`.
@@ -109,10 +123,11 @@ impl Zone {
         self.folded.get_or_init(|| {
             let mut folded = Folded::default();
             let is_mixed = |name: &str| name.bytes().any(|byte| byte.is_ascii_uppercase());
-            for name in self.snapshot.services.keys().filter(|name| is_mixed(name.as_str())) {
+            let services = self.snapshot.services.keys().chain(self.snapshot.externals.services().keys());
+            for name in services.filter(|name| is_mixed(name.as_str())) {
                 folded.services.entry(name.as_str().to_ascii_lowercase()).or_insert_with(|| name.clone());
             }
-            for name in self.snapshot.nodes.keys() {
+            for name in self.snapshot.listed_nodes().map(|node| &node.info.name) {
                 if is_mixed(name.as_str()) {
                     folded.nodes.entry(name.as_str().to_ascii_lowercase()).or_insert_with(|| name.clone());
                 }
@@ -125,27 +140,30 @@ impl Zone {
     }
 }
 
-/// Returns where `instance` is reached without the mesh: its own address, or else its node's.
-pub(super) fn own_address(instance: &Instance) -> Option<IpAddr> {
+/// Returns the address that `instance` has for its own.
+fn own_address(instance: &Instance) -> Option<IpAddr> {
     instance.record.address.parse().ok()
 }
 
 fn pointers(snapshot: &Snapshot) -> HashMap<IpAddr, Vec<Pointer>> {
     let mut pointers: HashMap<IpAddr, Vec<Pointer>> = HashMap::new();
-    for node in snapshot.nodes.values().filter(|node| node.status != MemberStatus::Left) {
+    for node in snapshot.listed_nodes().filter(|node| node.status != MemberStatus::Left) {
+        let Some(ip) = node.ip() else { continue };
         let pointer = Pointer::Node { name: node.info.name.clone(), datacenter: node.info.datacenter.clone() };
-        pointers.entry(node.info.mesh_addr.ip()).or_default().push(pointer);
+        let known = pointers.entry(ip).or_default();
+        // What the mesh's own nodes are called is nobody else's to say.
+        if node.external.is_none() || known.is_empty() {
+            known.push(pointer);
+        }
     }
-    for service in snapshot.services.values() {
-        for instance in &service.instances {
-            let Some(ip) = own_address(instance) else { continue };
-            let datacenter = instance.node.info.datacenter.clone();
-            let pointer = Pointer::Service { name: service.name.clone(), datacenter };
-            let known = pointers.entry(ip).or_default();
-            let is_of_a_node = matches!(known.first(), Some(Pointer::Node { .. }));
-            if !is_of_a_node && known.last() != Some(&pointer) {
-                known.push(pointer);
-            }
+    for instance in snapshot.all_listed() {
+        let Some(ip) = own_address(instance) else { continue };
+        let datacenter = instance.node.info.datacenter.clone();
+        let pointer = Pointer::Service { name: instance.record.name.clone(), datacenter };
+        let known = pointers.entry(ip).or_default();
+        let is_of_a_node = matches!(known.first(), Some(Pointer::Node { .. }));
+        if !is_of_a_node && known.last() != Some(&pointer) {
+            known.push(pointer);
         }
     }
     pointers

@@ -1,7 +1,5 @@
 //! An instance as health endpoints and a resolver's subsets see it: `Node.…`, `Service.…`, `Checks`.
 
-use std::borrow::Cow;
-
 use super::{Fields, Kind, Value};
 use crate::catalogue::Instance;
 
@@ -31,7 +29,7 @@ impl Fields for Instance {
         match name {
             // The node's own, and what the membership says of it.
             "Checks" => Value::List(self.checks.len() + self.node.checks.len() + 1),
-            "Node.Address" => Value::Text(Cow::Owned(info.mesh_addr.ip().to_string())),
+            "Node.Address" => Value::Text(self.node.address()),
             "Node.Datacenter" => Value::text(&info.datacenter),
             "Node.ID" => Value::text(&info.id),
             "Node.Meta" => Value::Pairs(&info.meta),

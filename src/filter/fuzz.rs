@@ -59,6 +59,7 @@ pub(super) fn instance() -> Instance {
         status: MemberStatus::Alive,
         generation: Generation { number: 1, nonce: 1 },
         checks: Vec::new(),
+        external: None,
         create_index: 1,
         modify_index: 1,
     };

@@ -30,8 +30,9 @@ struct Documents(Mutex<BTreeMap<String, Vec<u8>>>);
 struct Rows(Mutex<BTreeMap<String, Vec<u8>>>);
 
 impl SharedStore for Rows {
-    fn rows(&self) -> Result<Vec<(String, Vec<u8>)>, String> {
-        Ok(self.0.lock().unwrap().clone().into_iter().collect())
+    fn rows(&self, without: Option<&str>) -> Result<Vec<(String, Vec<u8>)>, String> {
+        let is_wanted = |(name, _): &(String, Vec<u8>)| without.is_none_or(|without| !name.starts_with(without));
+        Ok(self.0.lock().unwrap().clone().into_iter().filter(is_wanted).collect())
     }
 
     fn write(&self, changes: &Changes) -> Result<(), String> {

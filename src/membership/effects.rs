@@ -15,8 +15,8 @@ use super::statement::{Certainty, Leave, Statement};
 use super::{Broadcast, Cause, Core, Detector, LEAVE_FANOUT_MAX, MeshId, Output, swim};
 use crate::model::{MemberStatus, NodeName};
 
-/// Shortest time between two rounds that spread news at once; what comes between waits for the next. Bounds a storm
-/// (half of a mesh failing) to 40 rounds of three packets a second.
+/// Shortest time between two rounds that spread news at once; what comes between waits for the next. In unrest it is the
+/// profile's period: a storm (half of a mesh failing) takes five rounds of three packets a second.
 const SPREAD_PAUSE: Duration = Duration::from_millis(25);
 /// Least copies of one piece of news that a node sends: while a mesh comes up nobody knows how large it is.
 const COPIES_MIN: u32 = 10;
@@ -109,9 +109,7 @@ impl Core {
             match notification {
                 OwnedNotification::MemberUp(id) => {
                     self.ring.insert(&id.name);
-                    if self.roster.find(&id.name).is_none() {
-                        self.arrivals.came(self.alive_count(), now);
-                    }
+                    self.unrest.note(self.alive_count(), now);
                     // The first to watch after a time alone: its turn does not lie in the past.
                     self.when.watch = self.when.watch.max(now);
                     self.change(&id.name, |roster| roster.back(&id, now));
@@ -181,7 +179,7 @@ impl Core {
 
     /// Stretches a timer of the detection by how this node does, and how the mesh does.
     pub(super) fn stretch(&self, timer: Duration, now: Instant) -> Duration {
-        self.arrivals.stretch(self.health.stretch(timer), now)
+        self.unrest.stretch(self.health.stretch(timer), now)
     }
 
     /// Returns how seldom random members are probed because of those that no connection leads to.
@@ -271,7 +269,9 @@ impl Core {
         if !self.news.add(broadcast) {
             return false;
         }
-        let at = self.when.spread_last.map_or(now, |last| (last + SPREAD_PAUSE).max(now));
+        // Where much happens, few full packets are worth more than many at once.
+        let pause = if self.unrest.is_at(now) { self.profile.gossip_period } else { SPREAD_PAUSE };
+        let at = self.when.spread_last.map_or(now, |last| (last + pause).max(now));
         self.when.spread = Some(self.when.spread.map_or(at, |planned| planned.min(at)));
         self.spread_due(now);
         true

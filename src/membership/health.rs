@@ -33,38 +33,46 @@ impl LocalHealth {
     }
 }
 
-/// So many newcomers within [`CROWD_SPAN`] make a crowd, if they are a tenth of the living as well.
-const CROWD_MIN: usize = 16;
-pub(super) const CROWD_SPAN: Duration = Duration::from_secs(10);
-/// How many times longer checks take in a crowd.
-const CROWD_STRETCH: u32 = 4;
+/// So many members that came, came back or refuted an accusation within [`UNREST_SPAN`] are unrest, if they are a tenth of the
+/// living as well.
+const UNREST_MIN: usize = 12;
+pub(super) const UNREST_SPAN: Duration = Duration::from_secs(10);
+/// How many times longer checks take in unrest.
+const UNREST_STRETCH: u32 = 4;
 
-/// Newcomers of late. While a mesh comes up everybody is busy with handshakes, and hosts that run many agents have no time to
-/// answer; each false accusation costs every member a signature check, a refutation another one, so that a mesh that doubts
-/// itself then is busy with nothing else. A member that crashes meanwhile is found some seconds later.
+/// How much has come and gone of late. While a mesh comes up everybody is busy with handshakes, and hosts that run many
+/// agents have no time to answer; each false accusation costs every member a signature check and each refutation another
+/// one, so that a mesh that doubts itself then is busy with nothing else. The local health sees only this node; many
+/// newcomers, returns and refutations say that others are too slow as well. A member that crashes meanwhile is found some
+/// seconds later.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Arrivals {
+pub(super) struct Unrest {
     since: Option<Instant>,
     count: usize,
-    crowd_until: Option<Instant>,
+    until: Option<Instant>,
 }
 
-impl Arrivals {
-    /// Notes a newcomer, one of `living` members now.
-    pub(super) fn came(&mut self, living: usize, now: Instant) {
-        if self.since.is_none_or(|since| now >= since + CROWD_SPAN) {
+impl Unrest {
+    /// Notes a newcomer, a return or a refutation; `living` members are there now.
+    pub(super) fn note(&mut self, living: usize, now: Instant) {
+        if self.since.is_none_or(|since| now >= since + UNREST_SPAN) {
             self.since = Some(now);
             self.count = 0;
         }
         self.count += 1;
-        if self.count >= CROWD_MIN.max(living / 10) {
-            self.crowd_until = Some(now + CROWD_SPAN);
+        if self.count >= UNREST_MIN.max(living / 10) {
+            self.until = Some(now + UNREST_SPAN);
         }
     }
 
     /// Stretches a timer.
     pub(super) fn stretch(self, timer: Duration, now: Instant) -> Duration {
-        if self.crowd_until.is_some_and(|until| now < until) { timer * CROWD_STRETCH } else { timer }
+        if self.is_at(now) { timer * UNREST_STRETCH } else { timer }
+    }
+
+    /// Whether it is restless at `now`.
+    pub(super) fn is_at(self, now: Instant) -> bool {
+        self.until.is_some_and(|until| now < until)
     }
 }
 
@@ -75,20 +83,20 @@ mod tests {
     #[test]
     fn many_newcomers_at_once_stretch_timers_for_a_while_and_a_few_or_slow_ones_do_not() {
         let (now, second) = (crate::clock::now(), Duration::from_secs(1));
-        let mut arrivals = Arrivals::default();
-        (1..CROWD_MIN).for_each(|_| arrivals.came(20, now));
-        assert_eq!(arrivals.stretch(second, now), second);
-        arrivals.came(20, now + second);
-        assert_eq!(arrivals.stretch(second, now + second), 4 * second);
-        assert_eq!(arrivals.stretch(second, now + 12 * second), second, "all are there");
+        let mut unrest = Unrest::default();
+        (1..UNREST_MIN).for_each(|_| unrest.note(20, now));
+        assert_eq!(unrest.stretch(second, now), second);
+        unrest.note(20, now + second);
+        assert_eq!(unrest.stretch(second, now + second), 4 * second);
+        assert_eq!(unrest.stretch(second, now + 12 * second), second, "all are there");
         // One every two seconds, for minutes.
-        let mut arrivals = Arrivals::default();
-        (0..100).for_each(|step| arrivals.came(20, now + step * 2 * second));
-        assert_eq!(arrivals.stretch(second, now + 198 * second), second);
+        let mut unrest = Unrest::default();
+        (0..100).for_each(|step| unrest.note(20, now + step * 2 * second));
+        assert_eq!(unrest.stretch(second, now + 198 * second), second);
         // Few of many.
-        let mut arrivals = Arrivals::default();
-        (0..50).for_each(|_| arrivals.came(1000, now));
-        assert_eq!(arrivals.stretch(second, now), second);
+        let mut unrest = Unrest::default();
+        (0..50).for_each(|_| unrest.note(1000, now));
+        assert_eq!(unrest.stretch(second, now), second);
     }
 
     #[test]

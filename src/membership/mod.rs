@@ -66,7 +66,7 @@ use budget::Budget;
 use checks::Checks;
 use demands::Demands;
 pub use health::LOCAL_HEALTH_WORST;
-use health::{Arrivals, LocalHealth};
+use health::{LocalHealth, Unrest};
 pub use id::{Life, MeshId};
 use news::News;
 use packet::WireCodec;
@@ -276,7 +276,7 @@ pub struct Core {
     /// This node's own word for its present life, once it is signed.
     own_life: Option<LifeClaim>,
     health: LocalHealth,
-    arrivals: Arrivals,
+    unrest: Unrest,
     checks: Checks,
     suspicions: BTreeMap<NodeName, Suspicion>,
     /// Strangers that a peer calls gone: not in foca's list, called now and then, believed alive once they answer.
@@ -370,7 +370,7 @@ impl Core {
             incarnation: 0,
             own_life: None,
             health: LocalHealth::default(),
-            arrivals: Arrivals::default(),
+            unrest: Unrest::default(),
             checks: Checks::default(),
             suspicions: BTreeMap::new(),
             gone: BTreeMap::new(),

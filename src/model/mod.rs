@@ -21,8 +21,8 @@ pub mod text_map;
 pub use grant::{GrantError, OperatorScope, Right};
 pub use name::{CheckId, InstanceId, NameError, NodeName, ServiceName, TrustDomain};
 pub use record::{
-    CheckRecord, DEMANDS_MAX, Demand, EJECTIONS_MAX, EjectionsRecord, Entry, EntryKey, Generation, HealthStatus,
-    MemberStatus, NodeInfo, Protocol, ServiceRecord, Weights,
+    CheckRecord, DEMANDS_MAX, Demand, EJECTIONS_MAX, EjectionsRecord, Entry, EntryKey, ExternalRecord, Generation,
+    HealthStatus, MemberStatus, NodeInfo, Protocol, ServiceRecord, Weights,
 };
 pub use scope::{NamePattern, ServeScope};
 pub use spiffe::{SpiffeError, SpiffeId};

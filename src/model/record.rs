@@ -197,6 +197,26 @@ pub struct CheckRecord {
     pub kind: Box<str>,
 }
 
+/// A node that no agent runs on (a database, somebody's endpoint), with its services: written at an agent, which tells of it
+/// for as long as it is there itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExternalRecord {
+    /// Its name: no mesh node's.
+    pub name: NodeName,
+    /// A UUID; empty: none was given.
+    pub id: Box<str>,
+    /// An IP address or a host name.
+    pub address: Box<str>,
+    /// `lan`, `wan` … -> address.
+    pub tagged_addresses: TextMap<Box<str>>,
+    /// Free key-value pairs.
+    pub meta: TextMap<Box<str>>,
+    /// In order of id.
+    pub services: Box<[Arc<ServiceRecord>]>,
+    /// In order of id; what is about no service is about the node.
+    pub checks: Box<[Arc<CheckRecord>]>,
+}
+
 /// Ejections of a node that it tells of: more say that the node itself is sick.
 pub const EJECTIONS_MAX: usize = 32;
 
@@ -229,6 +249,8 @@ pub enum EntryKey {
     Check(CheckId),
     /// The instances that the node has ejected.
     Ejections,
+    /// A node without an agent.
+    External(NodeName),
 }
 
 /// One record of a node; shared by all that hold it.
@@ -242,6 +264,8 @@ pub enum Entry {
     Check(Arc<CheckRecord>),
     /// The instances that the node has ejected.
     Ejections(Arc<EjectionsRecord>),
+    /// A node without an agent.
+    External(Arc<ExternalRecord>),
 }
 
 impl Entry {
@@ -252,6 +276,7 @@ impl Entry {
             Self::Service(service) => EntryKey::Service(service.id.clone()),
             Self::Check(check) => EntryKey::Check(check.id.clone()),
             Self::Ejections(_) => EntryKey::Ejections,
+            Self::External(external) => EntryKey::External(external.name.clone()),
         }
     }
 }

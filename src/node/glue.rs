@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use futures_util::future::BoxFuture;
 use prometheus::{IntCounterVec, Opts};
 use tokio::sync::{Semaphore, mpsc};
@@ -16,13 +18,16 @@ use crate::authz::Action;
 use crate::clock::{self, UnixSeconds};
 use crate::dns::{RoundTrips, Trips};
 use crate::gossip::{
-    Changes, DocumentStore, DocumentsHandle, DocumentsParams, GossipHandle, PeerStore, SharedParams, SharedStore,
+    Changes, DocumentStore, DocumentsHandle, DocumentsParams, GossipHandle, PeerStore, SharedHandle, SharedParams,
+    SharedStore, Space,
 };
 use crate::join::{JoinDirectory, JoinServer, JoinTrust, TokenLedger};
+use crate::lww::Scope;
 use crate::metrics::Metrics;
 use crate::model::{MemberStatus, NodeInfo, NodeName};
 use crate::pki::{Identity, IssuerCell, Plane, TrustBundle};
 use crate::policy::{Document, DocumentSet, Refused};
+use crate::prepared::Book;
 use crate::proxy::{Inspector, OpenTunnel, Question, WorkerView};
 use crate::routing::{GroupView, Standing};
 use crate::store::{Store, StoreError, StoredPeer};
@@ -34,6 +39,8 @@ use crate::transport::{Accepted, Cause, Closed, ControlTransport, LiveConnection
 const JOINS_MAX: usize = 32;
 /// Join exchanges of one address at once: a host joins once; a few may stand behind one NAT.
 const JOINS_PER_ADDRESS_MAX: usize = 4;
+/// How often the prepared queries are read where all places to wait for a change are taken.
+const QUERIES_READ_EVERY: Duration = Duration::from_secs(1);
 /// Application code of a connection that is closed because there are too many.
 const CODE_BUSY: u32 = 4;
 
@@ -49,6 +56,19 @@ impl RoundTrips for MeasuredBy {
         Box::pin(async move {
             if is_here { gossip.round_trips().await.ok() } else { gossip.round_trips_of(node).await.ok().flatten() }
         })
+    }
+}
+
+/// Keeps the prepared queries decoded, for whoever cannot wait for them; ends with the shared maps.
+pub(super) async fn follow_queries(shared: SharedHandle, book: Arc<ArcSwap<Book>>) {
+    let all = || Scope::Prefix(String::new());
+    loop {
+        let Ok(answer) = shared.read(Space::Query, all()).await else { return };
+        book.store(Arc::new(Book::of(&answer.rows)));
+        // With no place to wait it looks now and then.
+        if shared.changed(Space::Query, all(), answer.index).await.is_err() {
+            tokio::time::sleep(QUERIES_READ_EVERY).await;
+        }
     }
 }
 
@@ -80,8 +100,8 @@ impl DocumentStore for DocumentFile {
 struct SharedFile(Store);
 
 impl SharedStore for SharedFile {
-    fn rows(&self) -> Result<Vec<(String, Vec<u8>)>, String> {
-        self.0.shared().map_err(|err| Chain(&err).to_string())
+    fn rows(&self, without: Option<&str>) -> Result<Vec<(String, Vec<u8>)>, String> {
+        self.0.shared(without).map_err(|err| Chain(&err).to_string())
     }
 
     fn write(&self, changes: &Changes) -> Result<(), String> {

@@ -19,6 +19,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
@@ -32,6 +33,7 @@ use crate::gossip::{self, Gossip, GossipHandle, GossipParams};
 use crate::metrics::Metrics;
 use crate::model::{Demand, EjectionsRecord, Generation, NodeInfo, NodeName};
 use crate::pki::{DocumentKey, Identity};
+use crate::prepared::Book;
 use crate::proxy::{
     self, ListenerState, OpenTunnel, OpenTunnels, Proxy, ProxyError, ProxyHandle, ProxyHealth, ProxyParams,
 };
@@ -277,9 +279,12 @@ impl Node {
         let Some(config) = config.dns.clone() else { return Ok(None) };
         let (snapshot, tasks, stop) = (self.snapshot.clone(), &self.tasks, self.stop.clone());
         let round_trips = Arc::new(glue::MeasuredBy { gossip: self.gossip.clone(), here: self.name.clone() });
-        let params = DnsParams { config, datacenter, snapshot, round_trips, metrics, tasks, stop };
+        let queries = Arc::new(ArcSwap::from_pointee(Book::default()));
+        let following = glue::follow_queries(self.gossip.shared().clone(), Arc::clone(&queries));
+        let params = DnsParams { config, datacenter, snapshot, round_trips, queries, metrics, tasks, stop };
         let dns = Arc::new(Dns::start(params).map_err(part("DNS"))?);
         self.reloader.add_dns(Arc::clone(&dns));
+        self.tasks.spawn("prepared queries", until(self.stop.clone(), following));
         Ok(Some(dns))
     }
 

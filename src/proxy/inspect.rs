@@ -87,7 +87,7 @@ fn answer(worker: &Worker, question: &Question) -> WorkerView {
     let mut view = WorkerView { worker: worker.index, ..WorkerView::default() };
     let snapshot = worker.snapshot().load();
     match snapshot.services.get(&question.destination) {
-        None => view.why_none = format!("no service `{}` is registered in the mesh", question.destination),
+        None => view.why_none = snapshot.why_unknown(question.destination.as_str()),
         Some(service) => {
             let now = clock::now();
             let source = question.source.as_ref();

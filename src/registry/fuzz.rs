@@ -5,14 +5,14 @@ use std::net::{IpAddr, Ipv4Addr};
 use super::checks::decode_bus_message;
 use super::definition::{
     DEREGISTER_AFTER_MIN, DefinitionDefaults, INTERVAL_MIN, OUTPUT_BYTES_MAX, check_from_json, duration_from_text,
-    service_from_json,
+    external_from_json, removal_from_json, service_from_json,
 };
-use super::{CheckDefinition, Probe};
+use super::{CheckDefinition, ExternalNode, Probe};
 use crate::wire;
 
 const DEFAULTS: DefinitionDefaults = DefinitionDefaults { bind_ip: IpAddr::V4(Ipv4Addr::LOCALHOST) };
 
-/// The first byte says what follows: a service's body, a check's, a duration, a message of the bus.
+/// The first byte says what follows: a service's body, a check's, a node's without an agent, a duration, a message of the bus.
 pub(crate) fn definition(bytes: &[u8]) {
     let Some((kind, rest)) = bytes.split_first() else { return };
     match kind {
@@ -31,6 +31,16 @@ pub(crate) fn definition(bytes: &[u8]) {
             let Ok(check) = check_from_json(&value, &DEFAULTS) else { return };
             survives(&check);
             holds(&check);
+        }
+        b'e' => {
+            let Ok(value) = serde_json::from_slice(rest) else { return };
+            let _removal = removal_from_json(&value);
+            let Ok(written) = external_from_json(&value) else { return };
+            let scope = "*".parse().expect("everything is a scope");
+            let Ok(node) = ExternalNode::written(None, written.body, &scope) else { return };
+            survives(&node);
+            let ids: Vec<_> = node.record.checks.iter().map(|check| &check.id).collect();
+            assert!(ids.is_sorted_by(|a, b| a < b), "checks stand in order, each id once");
         }
         b'd' => {
             let Ok(text) = std::str::from_utf8(rest) else { return };

@@ -17,6 +17,8 @@ const DELAY_BUCKETS: [f64; 10] = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.
 #[derive(Debug, Clone)]
 pub(crate) struct RegistryMetrics {
     services: IntGauge,
+    /// Nodes without an agent that are written here.
+    pub(crate) externals: IntGauge,
     checks: IntGaugeVec,
     runs: IntCounterVec,
     durations: HistogramVec,
@@ -26,6 +28,8 @@ pub(crate) struct RegistryMetrics {
 impl RegistryMetrics {
     pub(crate) fn new(metrics: &Metrics) -> Result<Self, prometheus::Error> {
         let services = IntGauge::new("weft_registry_services", "Services registered on this node")?;
+        let externals =
+            IntGauge::new("weft_registry_external_nodes", "Nodes without an agent that are written at this node")?;
         let checks = Opts::new("weft_registry_checks", "Checks registered on this node, by status");
         let runs = Opts::new("weft_registry_check_runs_total", "Runs of checks, by kind and result");
         let durations = HistogramOpts::new("weft_registry_check_duration_seconds", "Time that a run takes, by kind");
@@ -34,6 +38,7 @@ impl RegistryMetrics {
             HistogramOpts::new(delay, "How long after its time a check starts").buckets(DELAY_BUCKETS.to_vec());
         Ok(Self {
             services: metrics.add(services)?,
+            externals: metrics.add(externals)?,
             checks: metrics.add(IntGaugeVec::new(checks, &["status"])?)?,
             runs: metrics.add(IntCounterVec::new(runs, &["kind", "result"])?)?,
             durations: metrics.add(HistogramVec::new(durations.buckets(DURATION_BUCKETS.to_vec()), &["kind"])?)?,

@@ -14,6 +14,7 @@
 
 mod checks;
 pub mod definition;
+mod external;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
 mod metrics;
@@ -36,6 +37,9 @@ use crate::supervise::Tasks;
 pub use self::checks::CheckSettings;
 use self::checks::alias::{self, AliasTarget};
 pub use self::definition::{CheckDefinition, Probe, ServiceDefinition, Target, UpstreamDefinition};
+pub use self::external::{
+    CheckNotes, EXTERNAL_BYTES_MAX, EXTERNAL_NODES_MAX, ExternalFacts, ExternalNode, ExternalPart, ExternalWrite,
+};
 pub use self::rules::RECORDS_BYTES_MAX;
 use self::task::{Command, Order};
 
@@ -75,6 +79,8 @@ pub struct LocalState {
     pub services: BTreeMap<InstanceId, Arc<LocalService>>,
     /// By id.
     pub checks: BTreeMap<CheckId, Arc<LocalCheck>>,
+    /// Nodes without an agent that are written here, by name.
+    pub externals: BTreeMap<NodeName, Arc<ExternalNode>>,
 }
 
 /// What the registry gives to gossip: own records and the data plane's view.
@@ -272,6 +278,24 @@ impl RegistryHandle {
     /// [`RegistryError::UnknownService`] if it is about a service that is not here; `Invalid`, `Store`, `Closed`.
     pub async fn register_check(&self, definition: CheckDefinition) -> Result<(), RegistryError> {
         self.order(Order::RegisterCheck { definition: Box::new(definition) }).await
+    }
+
+    /// Writes about a node without an agent; returns when it is on disk and published.
+    ///
+    /// Whether another node has the name is not looked at here.
+    ///
+    /// # Errors
+    /// [`RegistryError::OutOfScope`], `Invalid`, `Store`, `Closed`; nothing is changed then.
+    pub async fn register_external(&self, write: ExternalWrite) -> Result<(), RegistryError> {
+        self.order(Order::RegisterExternal(Box::new(write))).await
+    }
+
+    /// Takes away a part of a node without an agent; what is not there is gone already.
+    ///
+    /// # Errors
+    /// [`RegistryError::Store`], `Closed`.
+    pub async fn deregister_external(&self, node: NodeName, part: ExternalPart) -> Result<(), RegistryError> {
+        self.order(Order::DeregisterExternal { node, part }).await
     }
 
     /// Removes a check.

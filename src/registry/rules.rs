@@ -100,14 +100,16 @@ pub(super) fn in_scope(service: &ServiceDefinition, scope: &ServeScope) -> Resul
     Err(RegistryError::OutOfScope { service: name.to_owned(), scope: scope.to_string() })
 }
 
-/// Holds all services and the checks that stand alone against each other; tells how the checks fit into the records.
+/// Holds all services and the checks that stand alone against each other; tells how the checks fit into the records, of
+/// which `taken` bytes are nodes without an agent.
 pub(super) fn hold_together(
     services: &[&ServiceDefinition],
     alone: &[&CheckDefinition],
+    taken: usize,
 ) -> Result<Spread, RegistryError> {
     check_ids_are_unique(services, alone)?;
     upstreams_do_not_collide(services)?;
-    sizes_are_bounded(services, alone)
+    sizes_are_bounded(services, alone, taken)
 }
 
 fn owner(check: &CheckDefinition) -> String {
@@ -158,7 +160,11 @@ fn upstreams_do_not_collide(services: &[&ServiceDefinition]) -> Result<(), Regis
     Ok(())
 }
 
-fn sizes_are_bounded(services: &[&ServiceDefinition], alone: &[&CheckDefinition]) -> Result<Spread, RegistryError> {
+fn sizes_are_bounded(
+    services: &[&ServiceDefinition],
+    alone: &[&CheckDefinition],
+    taken: usize,
+) -> Result<Spread, RegistryError> {
     let bytes_of = |entry: &Entry| wire::encode(&(entry.key(), entry)).map_or(usize::MAX, |bytes| bytes.len());
     let sum = |sizes: &mut dyn Iterator<Item = usize>| sizes.fold(0_usize, usize::saturating_add);
     for service in services {
@@ -179,7 +185,8 @@ fn sizes_are_bounded(services: &[&ServiceDefinition], alone: &[&CheckDefinition]
             )));
         }
     }
-    let own = sum(&mut services.iter().map(|service| bytes_of(&Entry::Service(service.record.clone().into()))));
+    let of_services = services.iter().map(|service| bytes_of(&Entry::Service(service.record.clone().into())));
+    let own = sum(&mut of_services.chain([taken]));
     // A status takes as many bytes whatever it is, so that no result changes how checks are told.
     let checks = || services.iter().flat_map(|service| &service.checks).chain(alone.iter().copied());
     let status = HealthStatus::Critical;
@@ -191,7 +198,7 @@ fn sizes_are_bounded(services: &[&ServiceDefinition], alone: &[&CheckDefinition]
     let total = own.saturating_add(sum(&mut summed.into_iter().map(|record| bytes_of(&Entry::Check(record.into())))));
     if total > RECORDS_BYTES_MAX {
         return Err(RegistryError::Invalid(format!(
-            "this node's services and checks would take {total} bytes; at most {RECORDS_BYTES_MAX} are spread through the mesh: deregister some, or shorten tags, meta and notes"
+            "this node's services and checks would take {total} bytes, with {taken} of nodes without an agent; at most {RECORDS_BYTES_MAX} are spread through the mesh: deregister some, or shorten tags, meta and notes"
         )));
     }
     Ok(Spread::Summed)

@@ -300,6 +300,7 @@ async fn an_alias_of_another_node_follows_the_catalogue() {
             status: member,
             generation: crate::model::Generation::default(),
             checks: Vec::new(),
+            external: None,
             create_index: 1,
             modify_index: 1,
         });
@@ -457,5 +458,76 @@ async fn checks_that_do_not_fit_into_the_nodes_records_are_told_as_one() {
     rig.handle.deregister_service(id("web-0")).await.unwrap();
     rig.handle.deregister_service(id("web-2")).await.unwrap();
     assert_eq!(rig.publication.borrow().records.len(), 501, "each by itself where there is room");
+    rig.stop().await;
+}
+
+#[tokio::test]
+async fn nodes_without_an_agent_are_published_shown_and_outlive_a_restart() {
+    use super::external::tests::{check, write};
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let rig = Rig::start(&store).await;
+    let checks = vec![check("up", None, HealthStatus::Passing)];
+    rig.handle.register_external(ExternalWrite { checks, ..write("h1", "192.0.2.1", Some("db")) }).await.unwrap();
+    rig.handle.register_external(write("h2", "192.0.2.2", Some("db"))).await.unwrap();
+    let key = |name: &str| EntryKey::External(name.parse().unwrap());
+    let published = rig.publication.borrow().records[&key("h1")].clone();
+    let Entry::External(record) = &published else { panic!("{published:?}") };
+    assert_eq!((record.services.len(), record.checks.len()), (1, 1));
+    assert_eq!(rig.handle.state().externals["h1"].notes["up"].output, "up says so");
+    rig.handle.deregister_external("h2".parse().unwrap(), ExternalPart::Node).await.unwrap();
+    assert!(!rig.publication.borrow().records.contains_key(&key("h2")));
+    rig.handle.deregister_external("nobody".parse().unwrap(), ExternalPart::Node).await.unwrap();
+    rig.stop().await;
+
+    let rig = Rig::start(&store).await;
+    assert_eq!(rig.publication.borrow().records[&key("h1")], published);
+    assert_eq!(rig.handle.state().externals.keys().map(NodeName::as_str).collect::<Vec<_>>(), ["h1"]);
+    rig.stop().await;
+
+    // A narrower certificate leaves the service out; the node stays.
+    let rig = Rig::try_start(&store, "web", ConfigDefinitions::default()).await.unwrap();
+    assert_eq!(rig.handle.state().externals["h1"].record.services.len(), 0);
+    let refused = rig.handle.register_external(write("h3", "192.0.2.3", Some("db"))).await.unwrap_err();
+    assert!(matches!(refused, RegistryError::OutOfScope { .. }), "{refused}");
+    assert!(!rig.handle.state().externals.contains_key("h3"));
+    rig.stop().await;
+}
+
+#[tokio::test]
+async fn nodes_without_an_agent_share_the_records_room_and_leave_services_the_most_of_it() {
+    use super::external::tests::write;
+    let rig = Rig::start(&Store::in_memory().unwrap()).await;
+    let with_meta = |at: usize| {
+        let mut write = write(&format!("h{at}"), "192.0.2.1", None);
+        write.facts.as_mut().unwrap().meta.insert("k".to_owned(), "x".repeat(500));
+        write
+    };
+    let mut taken = 0;
+    let refused = loop {
+        match rig.handle.register_external(with_meta(taken)).await {
+            Ok(()) => taken += 1,
+            Err(refused) => break refused.to_string(),
+        }
+    };
+    assert!((30..60).contains(&taken), "{taken}");
+    assert!(refused.contains(&format!("at most {EXTERNAL_BYTES_MAX}")), "{refused}");
+    assert_eq!(rig.handle.state().externals.len(), taken, "what is refused changes nothing");
+    let large = |at: usize| {
+        service(&json!({"Name": format!("s{at}"), "Port": 1, "Meta": {"k": "y".repeat(512), "l": "y".repeat(512)}}))
+    };
+    let mut services = 0;
+    let refused = loop {
+        match rig.handle.register_service(large(services), false).await {
+            Ok(()) => services += 1,
+            Err(refused) => break refused.to_string(),
+        }
+    };
+    assert!((30..40).contains(&services), "{services} fit into what is left");
+    assert!(refused.contains("of nodes without an agent"), "{refused}");
+    for at in 0..taken {
+        rig.handle.deregister_external(format!("h{at}").parse().unwrap(), ExternalPart::Node).await.unwrap();
+    }
+    rig.handle.register_service(large(services), false).await.unwrap();
     rig.stop().await;
 }

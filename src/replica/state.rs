@@ -7,8 +7,8 @@ use std::sync::Arc;
 use super::head::{Base, Change, Delta, Digest, NodeHead};
 use crate::clock::UnixSeconds;
 use crate::model::{
-    CheckId, CheckRecord, EJECTIONS_MAX, EjectionsRecord, Entry, EntryKey, Generation, InstanceId, NodeInfo, NodeName,
-    ServeScope, ServiceName, ServiceRecord,
+    CheckId, CheckRecord, EJECTIONS_MAX, EjectionsRecord, Entry, EntryKey, ExternalRecord, Generation, InstanceId,
+    NodeInfo, NodeName, ServeScope, ServiceName, ServiceRecord,
 };
 use crate::wire::{self, WireError};
 
@@ -30,6 +30,8 @@ pub struct NodeState {
     /// By id.
     checks: Box<[Held<CheckRecord>]>,
     ejections: Option<Held<EjectionsRecord>>,
+    /// By name.
+    externals: Box<[Held<ExternalRecord>]>,
     withheld: Withheld,
     /// Removed keys with the version that removed them (or a later one), oldest first.
     grave: VecDeque<(u64, EntryKey)>,
@@ -60,6 +62,8 @@ impl<T> Clone for Held<T> {
 struct Withheld {
     services: BTreeSet<InstanceId>,
     checks: BTreeSet<CheckId>,
+    /// As a whole: a node of which one service is outside.
+    externals: BTreeSet<NodeName>,
 }
 
 /// A head with what proves it.
@@ -78,6 +82,7 @@ pub(super) struct Draft {
     services: BTreeMap<InstanceId, Held<ServiceRecord>>,
     checks: BTreeMap<CheckId, Held<CheckRecord>>,
     ejections: Option<Held<EjectionsRecord>>,
+    externals: BTreeMap<NodeName, Held<ExternalRecord>>,
     withheld: Withheld,
     grave: VecDeque<(u64, EntryKey)>,
     grave_floor: u64,
@@ -97,6 +102,7 @@ impl Draft {
             services: state.services.iter().map(|held| (held.record.id.clone(), held.clone())).collect(),
             checks: state.checks.iter().map(|held| (held.record.id.clone(), held.clone())).collect(),
             ejections: state.ejections.clone(),
+            externals: state.externals.iter().map(|held| (held.record.name.clone(), held.clone())).collect(),
             withheld: Withheld::default(),
             grave: state.grave.clone(),
             grave_floor: state.grave_floor,
@@ -110,6 +116,7 @@ impl Draft {
             Entry::Service(record) => drop(self.services.insert(record.id.clone(), Held { version, record })),
             Entry::Check(record) => drop(self.checks.insert(record.id.clone(), Held { version, record })),
             Entry::Ejections(record) => self.ejections = Some(Held { version, record }),
+            Entry::External(record) => drop(self.externals.insert(record.name.clone(), Held { version, record })),
         }
     }
 
@@ -120,6 +127,7 @@ impl Draft {
             EntryKey::Service(id) => drop(self.services.remove(id)),
             EntryKey::Check(id) => drop(self.checks.remove(id)),
             EntryKey::Ejections => self.ejections = None,
+            EntryKey::External(name) => drop(self.externals.remove(name)),
         }
         self.grave.push_back((version, key));
         while self.grave.len() > grave_max {
@@ -132,15 +140,20 @@ impl Draft {
     /// Encodes every entry with the version that changed it, in order of key: what the state hash covers.
     pub(super) fn encode(&self) -> Result<Vec<u8>, WireError> {
         let single = (self.info.clone(), self.ejections.clone());
-        let entries: Vec<(u64, Entry)> = entries(single, self.services.values(), self.checks.values()).collect();
+        let lists = (self.services.values(), self.checks.values(), self.externals.values());
+        let entries: Vec<(u64, Entry)> = entries(single, lists).collect();
         wire::encode(&entries)
     }
 
-    /// Puts aside the services outside `scope` and their checks; returns the services' names.
+    /// Puts aside the services outside `scope` and their checks, and nodes without an agent that have such a service; returns
+    /// the services' names.
     pub(super) fn withhold(&mut self, scope: &ServeScope) -> Vec<ServiceName> {
-        let is_refused = |held: &&Held<ServiceRecord>| !scope.covers(held.record.name.as_str());
-        let refused: Vec<&Held<ServiceRecord>> = self.services.values().filter(is_refused).collect();
-        if refused.is_empty() {
+        let is_outside = |record: &ServiceRecord| !scope.covers(record.name.as_str());
+        let refused: Vec<&Held<ServiceRecord>> =
+            self.services.values().filter(|held| is_outside(&held.record)).collect();
+        let has_refused = |held: &&Held<ExternalRecord>| held.record.services.iter().any(|service| is_outside(service));
+        let externals: Vec<&Held<ExternalRecord>> = self.externals.values().filter(has_refused).collect();
+        if refused.is_empty() && externals.is_empty() {
             return Vec::new();
         }
         let services: BTreeSet<InstanceId> = refused.iter().map(|held| held.record.id.clone()).collect();
@@ -148,10 +161,13 @@ impl Draft {
             |check: &CheckRecord| check.service.as_ref().is_some_and(|service| services.contains(service));
         let about = self.checks.values().filter(|held| is_about_refused(&held.record));
         let checks = about.map(|held| held.record.id.clone()).collect();
-        let mut names: Vec<ServiceName> = refused.iter().map(|held| held.record.name.clone()).collect();
+        let of_externals = externals.iter().flat_map(|held| held.record.services.iter());
+        let outside = of_externals.filter(|record| is_outside(record)).map(|record| record.name.clone());
+        let mut names: Vec<ServiceName> = refused.iter().map(|held| held.record.name.clone()).chain(outside).collect();
         names.sort();
         names.dedup();
-        self.withheld = Withheld { services, checks };
+        let externals = externals.iter().map(|held| held.record.name.clone()).collect();
+        self.withheld = Withheld { services, checks, externals };
         names
     }
 
@@ -164,13 +180,14 @@ impl Draft {
         names: &mut Names,
     ) -> NodeState {
         self.share_texts(names);
-        let Self { info, services, checks, ejections, withheld, mut grave, grave_floor } = self;
+        let Self { info, services, checks, ejections, externals, withheld, mut grave, grave_floor } = self;
         // A key that came back needs no removal.
         grave.retain(|(_, key)| match key {
             EntryKey::Node => info.is_none(),
             EntryKey::Service(id) => !services.contains_key(id),
             EntryKey::Check(id) => !checks.contains_key(id),
             EntryKey::Ejections => ejections.is_none(),
+            EntryKey::External(name) => !externals.contains_key(name),
         });
         let (info_version, info) = info.map_or((0, None), |held| (held.version, Some(held.record)));
         NodeState {
@@ -182,6 +199,7 @@ impl Draft {
             services: services.into_values().collect(),
             checks: checks.into_values().collect(),
             ejections,
+            externals: externals.into_values().collect(),
             withheld,
             grave,
             grave_floor,
@@ -238,14 +256,18 @@ impl Names {
 /// Returns entries with the version that changed each, in order of key.
 fn entries<'a>(
     (info, ejections): (Option<Held<NodeInfo>>, Option<Held<EjectionsRecord>>),
-    services: impl Iterator<Item = &'a Held<ServiceRecord>>,
-    checks: impl Iterator<Item = &'a Held<CheckRecord>>,
+    (services, checks, externals): (
+        impl Iterator<Item = &'a Held<ServiceRecord>>,
+        impl Iterator<Item = &'a Held<CheckRecord>>,
+        impl Iterator<Item = &'a Held<ExternalRecord>>,
+    ),
 ) -> impl Iterator<Item = (u64, Entry)> {
     let info = info.into_iter().map(|held| (held.version, Entry::Node(held.record)));
     let services = services.map(|held| (held.version, Entry::Service(Arc::clone(&held.record))));
     let checks = checks.map(|held| (held.version, Entry::Check(Arc::clone(&held.record))));
     let ejections = ejections.into_iter().map(|held| (held.version, Entry::Ejections(held.record)));
-    info.chain(services).chain(checks).chain(ejections)
+    let externals = externals.map(|held| (held.version, Entry::External(Arc::clone(&held.record))));
+    info.chain(services).chain(checks).chain(ejections).chain(externals)
 }
 
 impl NodeState {
@@ -282,10 +304,18 @@ impl NodeState {
         instances.get(..EJECTIONS_MAX).unwrap_or(instances)
     }
 
+    /// Returns the nodes without an agent that were written here and have no service outside its scope, by name.
+    pub fn externals(&self) -> impl Iterator<Item = &Arc<ExternalRecord>> {
+        let records = self.externals.iter().map(|held| &held.record);
+        records.filter(|record| !self.withheld.externals.contains(&record.name))
+    }
+
     /// Returns the keys of what the node published outside its scope.
     pub fn withheld(&self) -> impl Iterator<Item = EntryKey> {
-        let services = self.withheld.services.iter().cloned().map(EntryKey::Service);
-        services.chain(self.withheld.checks.iter().cloned().map(EntryKey::Check))
+        let Withheld { services, checks, externals } = &self.withheld;
+        let services = services.iter().cloned().map(EntryKey::Service);
+        let checks = checks.iter().cloned().map(EntryKey::Check);
+        services.chain(checks).chain(externals.iter().cloned().map(EntryKey::External))
     }
 
     /// Returns every key that the node published, whether shown or withheld.
@@ -295,7 +325,8 @@ impl NodeState {
 
     fn entries(&self) -> impl Iterator<Item = (u64, Entry)> {
         let info = self.info.clone().map(|record| Held { version: self.info_version, record });
-        entries((info, self.ejections.clone()), self.services.iter(), self.checks.iter())
+        let lists = (self.services.iter(), self.checks.iter(), self.externals.iter());
+        entries((info, self.ejections.clone()), lists)
     }
 
     /// Tells whether `entry` stands under its key.
@@ -305,6 +336,9 @@ impl NodeState {
             Entry::Service(service) => find(&self.services, |record| record.id.cmp(&service.id)) == Some(service),
             Entry::Check(check) => find(&self.checks, |record| record.id.cmp(&check.id)) == Some(check),
             Entry::Ejections(ejections) => self.ejections.as_ref().map(|held| &held.record) == Some(ejections),
+            Entry::External(external) => {
+                find(&self.externals, |record| record.name.cmp(&external.name)) == Some(external)
+            }
         }
     }
 

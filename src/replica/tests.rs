@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 
 use super::*;
-use crate::model::{CheckRecord, HealthStatus, NodeInfo, Protocol, ServeScope, ServiceRecord, TextMap, Weights};
+use crate::model::{
+    CheckRecord, ExternalRecord, HealthStatus, NodeInfo, Protocol, ServeScope, ServiceRecord, TextMap, Weights,
+};
 use crate::wire;
 
 const NOW: UnixSeconds = UnixSeconds(1_700_000_000);
@@ -92,6 +94,22 @@ fn service(id: &str, service: &str, port: u16) -> Entry {
     }))
 }
 
+fn external(node: &str, services: &[&str]) -> Entry {
+    let record = |of: &&str| match service(of, of, 1) {
+        Entry::Service(record) => record,
+        _ => unreachable!(),
+    };
+    Entry::External(Arc::new(ExternalRecord {
+        name: name(node),
+        id: Box::default(),
+        address: "192.0.2.1".into(),
+        tagged_addresses: TextMap::default(),
+        meta: TextMap::default(),
+        services: services.iter().map(record).collect(),
+        checks: Box::default(),
+    }))
+}
+
 fn check(id: &str, about: Option<&str>) -> Entry {
     Entry::Check(Arc::new(CheckRecord {
         id: id.parse().unwrap(),
@@ -121,7 +139,8 @@ fn view(replica: &Replica) -> String {
     let shown = |(name, state): (&NodeName, &NodeState)| {
         let NodeState { generation, version, info, .. } = state;
         let (services, checks): (Vec<_>, Vec<_>) = (state.services().collect(), state.checks().collect());
-        format!("{name} {generation:?} {version} {info:?} {services:?} {checks:?}\n")
+        let externals: Vec<_> = state.externals().collect();
+        format!("{name} {generation:?} {version} {info:?} {services:?} {checks:?} {externals:?}\n")
     };
     replica.nodes().map(shown).collect()
 }
@@ -321,6 +340,39 @@ fn services_outside_the_scope_are_not_shown_and_hashes_agree_all_the_same() {
     assert_eq!(apply(&mut c, &wider), Ok(Applied::Updated));
     assert_eq!(c.state(&name("a")).unwrap().services().count(), 2);
     assert_eq!(c.state(&name("a")).unwrap().withheld().count(), 0);
+}
+
+#[test]
+fn a_node_without_an_agent_with_one_service_outside_the_scope_is_withheld_whole() {
+    let (mut a, mut b) = (replica("a"), replica("b"));
+    let signer = FakeSigner::new("a", "db");
+    let entries = [facts("a"), external("h1", &["db"]), external("h2", &["db", "payments"])];
+    let delta = a.publish(records(entries), &signer, NOW).unwrap().unwrap();
+    assert_eq!(apply(&mut b, &delta), Ok(Applied::Updated));
+    let shown = |replica: &Replica| {
+        let state = replica.state(&name("a")).unwrap();
+        state.externals().map(|record| record.name.to_string()).collect::<Vec<_>>()
+    };
+    assert_eq!(shown(&b), ["h1"]);
+    let withheld: Vec<EntryKey> = b.state(&name("a")).unwrap().withheld().collect();
+    assert_eq!(withheld, [EntryKey::External(name("h2"))]);
+    let services = vec!["payments".parse().unwrap()];
+    assert_eq!(b.take_reports(), [Report::OutOfScope { node: name("a"), version: 1, services }]);
+    assert_eq!(a.set_hash(), b.set_hash());
+}
+
+#[test]
+fn nodes_without_an_agent_come_change_and_go_by_deltas() {
+    let (mut a, mut b) = (replica("a"), replica("b"));
+    let first = publish(&mut a, [facts("a"), external("h1", &["db"]), external("h2", &["db"])]).unwrap();
+    assert_eq!(apply(&mut b, &first), Ok(Applied::Updated));
+    let change = publish(&mut a, [facts("a"), external("h1", &["db", "cache"])]).unwrap();
+    assert_eq!((change.changes.len(), change.removed.as_slice()), (1, &[EntryKey::External(name("h2"))][..]));
+    assert_eq!(apply(&mut b, &change), Ok(Applied::Updated));
+    assert_eq!(view(&a), view(&b));
+    let services: usize = b.state(&name("a")).unwrap().externals().map(|record| record.services.len()).sum();
+    assert_eq!(services, 2);
+    assert!(publish(&mut a, [facts("a"), external("h1", &["db", "cache"])]).is_none(), "the same again is no news");
 }
 
 #[test]

@@ -68,6 +68,7 @@ mod test_support {
             status: MemberStatus::Alive,
             generation: Generation::default(),
             checks: Vec::new(),
+            external: None,
             create_index: 1,
             modify_index: 1,
         };

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   generation, node id, name, reset key, identity, peers -> `meta`
-//!   services, checks, check statuses, token uses, documents -> a table each
+//!   services, checks, check statuses, nodes without an agent, token uses, documents -> a table each
 //!                                                    all of it wire::encode'd
 //!   records that all agents share -> `shared`, bytes as `gossip::shared` writes them
 //! ```
@@ -35,7 +35,7 @@ use tracing::warn;
 pub use self::error::StoreError;
 use crate::clock::{self, UnixSeconds};
 use crate::model::{CheckId, HealthStatus, InstanceId, NodeName};
-use crate::registry::{CheckDefinition, ServiceDefinition};
+use crate::registry::{CheckDefinition, ExternalNode, ServiceDefinition};
 use crate::wire::{self, FRAME_BYTES_MAX};
 
 /// The file's name in the data directory.
@@ -60,6 +60,7 @@ const META: Table = TableDefinition::new("meta");
 const SERVICES: Table = TableDefinition::new("services");
 const CHECKS: Table = TableDefinition::new("checks");
 const STATUSES: Table = TableDefinition::new("check_statuses");
+const EXTERNALS: Table = TableDefinition::new("external_nodes");
 const TOKENS: Table = TableDefinition::new("token_uses");
 const DOCUMENTS: Table = TableDefinition::new("documents");
 /// Raw bytes: values are larger than a message.
@@ -173,7 +174,7 @@ impl Store {
         let database = RwLock::new(Some(open_checked(&path, open)?));
         let store = Self { inner: Arc::new(Inner { path, database, kind, has_failed: AtomicBool::new(false) }) };
         store.write(|transaction| {
-            for table in [META, SERVICES, CHECKS, STATUSES, TOKENS, DOCUMENTS, SHARED] {
+            for table in [META, SERVICES, CHECKS, STATUSES, EXTERNALS, TOKENS, DOCUMENTS, SHARED] {
                 transaction.open_table(table)?;
             }
             Ok(())
@@ -383,6 +384,30 @@ impl Store {
         })
     }
 
+    /// Returns the nodes without an agent that were written here, in order of name.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails.
+    pub fn externals(&self) -> Result<Vec<ExternalNode>, StoreError> {
+        Ok(self.values(EXTERNALS)?.into_iter().map(|(_, node)| node).collect())
+    }
+
+    /// Adds or replaces a node without an agent.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails.
+    pub fn put_external(&self, node: &ExternalNode) -> Result<(), StoreError> {
+        self.put(EXTERNALS, node.record.name.as_str(), node)
+    }
+
+    /// Removes a node without an agent, if it is there.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the file fails.
+    pub fn remove_external(&self, name: &NodeName) -> Result<(), StoreError> {
+        self.remove(EXTERNALS, name.as_str())
+    }
+
     /// Returns the signed documents, in order of key.
     ///
     /// # Errors
@@ -407,12 +432,31 @@ impl Store {
         self.remove(DOCUMENTS, key)
     }
 
-    /// Returns the records that all agents share, in order of name.
+    /// Returns the records that all agents share, in order of name, but those whose name begins with `without`, whose pages
+    /// are not read.
     ///
     /// # Errors
     /// [`StoreError`] if the file fails.
-    pub fn shared(&self) -> Result<Vec<(String, Vec<u8>)>, StoreError> {
-        self.rows(SHARED)
+    pub fn shared(&self, without: Option<&str>) -> Result<Vec<(String, Vec<u8>)>, StoreError> {
+        let Some(without) = without else { return self.rows(SHARED) };
+        let read = |database: &Database| -> Result<Vec<(String, Vec<u8>)>, redb::Error> {
+            let table = database.begin_read()?.open_table(SHARED)?;
+            let mut rows = Vec::new();
+            for row in table.range(..without)? {
+                let (key, bytes) = row?;
+                rows.push((key.value().to_owned(), bytes.value().to_vec()));
+            }
+            // No text that begins so is above it with the greatest character behind it, and none that does not lies between.
+            let end = format!("{without}{}", char::MAX);
+            for row in table.range(end.as_str()..)? {
+                let (key, bytes) = row?;
+                if !key.value().starts_with(without) {
+                    rows.push((key.value().to_owned(), bytes.value().to_vec()));
+                }
+            }
+            Ok(rows)
+        };
+        self.with(read)
     }
 
     /// Puts records that all agents share in place, or removes them where there are no bytes, in one commit.
@@ -687,6 +731,7 @@ fn decode<T: DeserializeOwned>(path: &Path, table: Table, key: &str, bytes: &[u8
             "services" => "services",
             "checks" => "checks",
             "check_statuses" => "check_statuses",
+            "external_nodes" => "external_nodes",
             "documents" => "documents",
             _ => "token_uses",
         };

@@ -300,6 +300,7 @@ fn instance(version: &str, datacenter: &str, status: HealthStatus) -> Instance {
         status: MemberStatus::Alive,
         generation: Generation::default(),
         checks: Vec::new(),
+        external: None,
         create_index: 1,
         modify_index: 1,
     };

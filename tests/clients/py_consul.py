@@ -72,6 +72,28 @@ def keys_and_values(first, second):
     assert first.kv.get("app/", keys=True)[1] is None
 
 
+def nodes_without_an_agent(first, second):
+    """A node that no agent runs on, registered at the first and found at the second."""
+    service = {"service": "db", "id": "db-1", "tags": ["primary"], "port": 5432}
+    assert first.catalog.register("db-host", "192.0.2.77", service=service) is True
+    deadline = time.monotonic() + PATIENCE
+    while not second.health.service("db", passing=True)[1]:
+        assert time.monotonic() < deadline, second.catalog.nodes()
+        time.sleep(0.05)
+    _, found = second.catalog.service("db")
+    assert (found[0]["Node"], found[0]["Address"], found[0]["ServicePort"]) == ("db-host", "192.0.2.77", 5432), found
+    check = {"name": "up", "checkid": "db-up", "status": "critical", "serviceid": "db-1"}
+    assert first.catalog.register("db-host", "192.0.2.77", check=check) is True
+    while second.health.service("db", passing=True)[1]:
+        assert time.monotonic() < deadline, second.health.service("db")
+        time.sleep(0.05)
+    assert first.catalog.deregister("db-host", check_id="db-up") is True
+    assert first.catalog.deregister("db-host") is True
+    while "db-host" in [node["Node"] for node in second.catalog.nodes()[1]]:
+        assert time.monotonic() < deadline, second.catalog.nodes()
+        time.sleep(0.05)
+
+
 def main():
     names = [first.agent.self()["Config"]["NodeName"], second.agent.self()["Config"]["NodeName"]]
     assert sorted(m["Name"] for m in first.agent.members()) == sorted(names)
@@ -136,6 +158,7 @@ def main():
         raise AssertionError(f"a session was made: {answer}")
 
     keys_and_values(first, second)
+    nodes_without_an_agent(first, second)
 
     print("kill the second", flush=True)
     watch.wait(both[:1])

@@ -27,6 +27,8 @@ fn rules() -> BTreeMap<&'static str, &'static [&'static str]> {
         // Subsets are chosen by what an instance is.
         ("traffic", &["authz", "catalogue", "filter", "model"]),
         ("catalogue", &["authz", "model", "replica", "traffic", "upstream"]),
+        // Rows of what all agents share, executed against the snapshot.
+        ("prepared", &["catalogue", "lww", "model"]),
         ("store", &["model", "wire", "clock", "registry"]),
         ("join", &["clock", "model", "pki", "policy", "wire", "transport"]),
         ("transport", &["clock", "metrics", "model", "pki", "supervise"]),
@@ -85,6 +87,7 @@ fn rules() -> BTreeMap<&'static str, &'static [&'static str]> {
                 "model",
                 "pki",
                 "policy",
+                "prepared",
                 "registry",
                 "supervise",
                 "telemetry",
@@ -93,7 +96,7 @@ fn rules() -> BTreeMap<&'static str, &'static [&'static str]> {
             ],
         ),
         ("filter", &["catalogue", "model"]),
-        ("dns", &["catalogue", "clock", "metrics", "model", "supervise"]),
+        ("dns", &["catalogue", "clock", "metrics", "model", "prepared", "supervise"]),
         ("workload", &["clock", "metrics", "model", "pki", "registry", "supervise", "telemetry", "unix_socket"]),
         // Of api, dns and workload: the form of their own blocks.
         ("config", &["api", "authz", "dns", "gossip", "model", "registry", "telemetry", "unix_socket", "workload"]),

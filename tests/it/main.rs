@@ -37,6 +37,7 @@ mod netns_bad_input;
 mod netns_balancing;
 mod netns_cluster;
 mod netns_documents;
+mod netns_external;
 mod netns_faults;
 mod netns_identity;
 mod netns_near;

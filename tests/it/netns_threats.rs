@@ -67,7 +67,7 @@ impl DocumentStore for Nowhere {
 }
 
 impl SharedStore for Nowhere {
-    fn rows(&self) -> Result<Vec<(String, Vec<u8>)>, String> {
+    fn rows(&self, _without: Option<&str>) -> Result<Vec<(String, Vec<u8>)>, String> {
         Ok(Vec::new())
     }
 

@@ -404,10 +404,10 @@ async fn take(
         let has_value = head.body.is_some();
         // A place for as long as the value is read: it is at most ten seconds. What fits in one frame takes none.
         let place = if head.value_bytes().is_some_and(|bytes| bytes > CHUNK_BYTES) {
-            let Ok(place) = tokio::time::timeout(PLACE_WAIT_MAX, desk.places.acquire()).await else {
+            let Ok(place) = tokio::time::timeout(PLACE_WAIT_MAX, desk.places.take(peer)).await else {
                 return say(send, &Verdict::Refused("busy with other values: again later".to_owned())).await;
             };
-            place.ok()
+            place
         } else {
             None
         };

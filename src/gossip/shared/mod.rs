@@ -18,6 +18,7 @@
 
 mod carry;
 mod disk;
+mod places;
 mod task;
 
 use std::fmt;
@@ -25,11 +26,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 
 #[cfg(any(test, fuzzing))]
 pub(crate) use self::carry::fuzz as fuzz_shared;
 pub(super) use self::carry::serve;
+use self::places::Places;
 pub(super) use self::task::Task;
 use crate::lww::{Body, Keep, Limits, Refused, Row, Scope, Table};
 use crate::metrics::Metrics;
@@ -48,7 +50,9 @@ const PUSH_TIME_MAX: Duration = Duration::from_secs(10);
 const COMPARES_MAX: usize = 2;
 /// Most values of more than a frame that are received at once, over all peers: 8 MiB.
 const RECEIVING_MAX: usize = 16;
-/// So long a value waits for its place at most: a peer that holds them all keeps nobody waiting.
+/// Most of them of one peer: as many of its streams as its pushes and its comparison need, and an eighth of all.
+const RECEIVING_OF_ONE_MAX: usize = 2;
+/// So long a value waits for its place at most: peers that hold them all keep nobody waiting.
 const PLACE_WAIT_MAX: Duration = Duration::from_secs(1);
 /// So often it is said at most that records are refused.
 const WARNED_EVERY: Duration = Duration::from_mins(1);
@@ -138,11 +142,11 @@ pub type Changes = Vec<(String, Option<Vec<u8>>)>;
 
 /// Keeps rows for the next start. Calls block: they are made outside the task.
 pub trait SharedStore: Send + Sync + 'static {
-    /// Returns every row that is kept.
+    /// Returns every row that is kept, but those whose name begins with `without`: these are not even read.
     ///
     /// # Errors
     /// A text for people.
-    fn rows(&self) -> Result<Vec<(String, Vec<u8>)>, String>;
+    fn rows(&self, without: Option<&str>) -> Result<Vec<(String, Vec<u8>)>, String>;
     /// Writes all of `changes`, or none.
     ///
     /// # Errors
@@ -270,13 +274,13 @@ impl SharedHandle {
 pub(super) struct Desk {
     pub(super) orders: mpsc::Sender<Order>,
     /// Places for values that are received.
-    pub(super) places: Arc<Semaphore>,
+    pub(super) places: Arc<Places>,
 }
 
 /// Makes the two ends of the task's queue.
 pub(super) fn queue() -> (Desk, mpsc::Receiver<Order>) {
     let (orders, received) = mpsc::channel(ORDERS_MAX);
-    (Desk { orders, places: Arc::new(Semaphore::new(RECEIVING_MAX)) }, received)
+    (Desk { orders, places: Arc::default() }, received)
 }
 
 /// What the shared maps count.

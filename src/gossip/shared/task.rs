@@ -656,16 +656,15 @@ fn load(params: &SharedParams, first_index: u64) -> (BTreeMap<Space, Table>, Vec
     let mut tables: BTreeMap<Space, Table> =
         spaces.map(|space| (space, Table::new(limits(space), first_index))).collect();
     let mut unwanted = Vec::new();
-    let rows = params.store.rows().unwrap_or_else(|error| {
+    let kv = disk::name(Space::Kv, "");
+    // Of a map that is off: kept on disk for the day when it is on again.
+    let without = params.kv_bytes_max.is_none().then_some(kv.as_str());
+    let rows = params.store.rows(without).unwrap_or_else(|error| {
         error!(error, "shared records of the last run cannot be read; others bring them again");
         Vec::new()
     });
-    let (now_ms, mut ahead, kv) = (clock::wall_ms(), 0_usize, disk::name(Space::Kv, ""));
+    let (now_ms, mut ahead) = (clock::wall_ms(), 0_usize);
     for (name, bytes) in rows {
-        // Of a map that is off: kept on disk for the day when it is on again.
-        if params.kv_bytes_max.is_none() && name.starts_with(&kv) {
-            continue;
-        }
         match disk::read(&name, &bytes) {
             // Left on disk: if this node's clock is behind, they are good, and a newer write takes their place.
             Some(Stored::Row { record, .. }) if record.stamp.ms > now_ms.saturating_add(AHEAD_MS_MAX) => ahead += 1,

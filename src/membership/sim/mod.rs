@@ -9,7 +9,7 @@ mod mesh;
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 
-use super::health::CROWD_SPAN;
+use super::health::UNREST_SPAN;
 use super::*;
 use crate::model::Generation;
 
@@ -336,8 +336,8 @@ impl Mesh {
     fn joined_with(count: usize, seed: u64, profile: Profile) -> Self {
         let mut mesh = Self::with(count, seed, profile);
         mesh.run(Duration::from_mins(1), Self::all_alive).expect("the join converges");
-        // Until the newcomers are a crowd no more.
-        mesh.pass(CROWD_SPAN);
+        // Until the newcomers are unrest no more.
+        mesh.pass(UNREST_SPAN);
         mesh.log.clear();
         mesh
     }

@@ -235,7 +235,7 @@ impl<D: Dial> Connection<D> {
             return Err(refusal(
                 StatusCode::SERVICE_UNAVAILABLE,
                 Reason::UnknownService,
-                format!("no service `{name}` is registered in the mesh"),
+                snapshot.why_unknown(name.as_str()),
             ));
         }
         let caller = Caller { source: Source::Node, destination: name };

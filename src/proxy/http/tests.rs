@@ -250,6 +250,7 @@ fn instance() -> Arc<Instance> {
         status: MemberStatus::Alive,
         generation: Generation::default(),
         checks: vec![],
+        external: None,
         create_index: 1,
         modify_index: 1,
     });

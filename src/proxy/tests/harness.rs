@@ -254,6 +254,7 @@ fn instance(node: &str, mesh_addr: SocketAddr, id: &str) -> Arc<Instance> {
         status: MemberStatus::Alive,
         generation: Generation { number: 1, nonce: 1 },
         checks: Vec::new(),
+        external: None,
         create_index: 1,
         modify_index: 1,
     };

@@ -4,9 +4,10 @@
 //! so on. Aliases that stand for each other in a ring count for nothing: only checks that look at something do.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use super::Outcome;
-use crate::catalogue::Snapshot;
+use crate::catalogue::{Instance, Snapshot};
 use crate::model::{CheckId, HealthStatus, InstanceId, MemberStatus};
 
 /// What an alias stands for.
@@ -85,7 +86,7 @@ pub(crate) fn remote(snapshot: &Snapshot, target: &AliasTarget) -> Outcome {
     let critical = |output| Outcome { status: HealthStatus::Critical, output };
     let wanted = target.node.as_deref().unwrap_or_default();
     let is_it = |name: &str, id: &str| name == wanted || id == wanted;
-    let found = snapshot.nodes.values().find(|node| is_it(node.info.name.as_str(), &node.info.id));
+    let found = snapshot.listed_nodes().find(|node| is_it(node.info.name.as_str(), &node.info.id));
     let Some(node) = found else { return critical(format!("there is no node {wanted:?}")) };
     if node.status != MemberStatus::Alive {
         return critical(format!("node {wanted:?} is not alive"));
@@ -93,8 +94,10 @@ pub(crate) fn remote(snapshot: &Snapshot, target: &AliasTarget) -> Outcome {
     let checks = match &target.service {
         None => node.checks.as_slice(),
         Some(id) => {
-            let instances = snapshot.services.values().flat_map(|service| &service.instances);
-            let mut instances = instances.filter(|instance| instance.node.info.name == node.info.name);
+            let is_there = |instance: &&Arc<Instance>| {
+                instance.node.info.name == node.info.name && instance.node.writer() == node.writer()
+            };
+            let mut instances = snapshot.all_listed().filter(is_there);
             match instances.find(|instance| instance.record.id == *id) {
                 Some(instance) => &*instance.checks,
                 None => {

@@ -10,6 +10,7 @@
 //! Not here: Consul's JSON on the way out (`api`).
 
 mod check;
+mod external;
 mod fields;
 mod service;
 
@@ -21,6 +22,7 @@ use std::time::Duration;
 use crate::model::{CheckId, HealthStatus, InstanceId, Protocol, ServiceName, ServiceRecord};
 
 pub use self::check::check_from_json;
+pub use self::external::{InDatacenter, external_from_json, removal_from_json};
 pub use self::service::service_from_json;
 #[cfg(any(test, fuzzing))]
 pub(crate) use crate::model::duration::parse as duration_from_text;

@@ -115,7 +115,7 @@ fn proxy_protocol_is_possible(version: &str, protocol: Protocol) -> Result<(), D
     Err(DefinitionError::Invalid { path: format!("Meta[\"{META_PROXY_PROTOCOL}\"]"), problem })
 }
 
-fn invalid(what: &str, error: &NameError) -> DefinitionError {
+pub(super) fn invalid(what: &str, error: &NameError) -> DefinitionError {
     DefinitionError::Invalid { path: what.to_owned(), problem: error.to_string() }
 }
 
@@ -137,7 +137,7 @@ fn protocol(fields: &mut Fields<'_>) -> Result<Option<Protocol>, DefinitionError
     parsed.map_err(|problem| DefinitionError::Invalid { path: field.path, problem })
 }
 
-fn meta_is_bounded(meta: &BTreeMap<String, String>) -> Result<(), DefinitionError> {
+pub(super) fn meta_is_bounded(meta: &BTreeMap<String, String>) -> Result<(), DefinitionError> {
     let refuse = |problem| Err(DefinitionError::Invalid { path: "Meta".into(), problem });
     if meta.len() > META_PAIRS_MAX {
         return refuse(format!("{} pairs are given; at most {META_PAIRS_MAX} are allowed", meta.len()));
@@ -156,7 +156,7 @@ fn meta_is_bounded(meta: &BTreeMap<String, String>) -> Result<(), DefinitionErro
     Ok(())
 }
 
-fn tagged_addresses(fields: &mut Fields<'_>) -> Result<BTreeMap<String, (String, u16)>, DefinitionError> {
+pub(super) fn tagged_addresses(fields: &mut Fields<'_>) -> Result<BTreeMap<String, (String, u16)>, DefinitionError> {
     let Some(field) = fields.take(&["taggedaddresses"])? else { return Ok(BTreeMap::new()) };
     let mut addresses = BTreeMap::new();
     for (tag, value) in field.map()? {
@@ -169,7 +169,7 @@ fn tagged_addresses(fields: &mut Fields<'_>) -> Result<BTreeMap<String, (String,
     Ok(addresses)
 }
 
-fn weights(fields: &mut Fields<'_>) -> Result<Weights, DefinitionError> {
+pub(super) fn weights(fields: &mut Fields<'_>) -> Result<Weights, DefinitionError> {
     let Some(field) = fields.take(&["weights"])? else { return Ok(Weights::default()) };
     let mut inner = Fields::of(&field)?;
     let passing = inner.number(&["passing"])?.unwrap_or(0);

@@ -25,8 +25,9 @@ use super::checks::{Change, CheckState, Outcome, Report, Runners, Tools, unavail
 use super::metrics::RegistryMetrics;
 use super::rules::{self, Spread};
 use super::{
-    CheckDefinition, ConfigDefinitions, LocalCheck, LocalService, LocalState, Probe, Publication, RegistryError,
-    RegistryParams, RegistryStartError, ScopeSource, ScriptPolicy, ServiceDefinition,
+    CheckDefinition, ConfigDefinitions, ExternalNode, ExternalPart, ExternalWrite, LocalCheck, LocalService,
+    LocalState, Probe, Publication, RegistryError, RegistryParams, RegistryStartError, ScopeSource, ScriptPolicy,
+    ServiceDefinition, external,
 };
 use crate::clock;
 use crate::model::{CheckId, HealthStatus, InstanceId, NodeName};
@@ -50,6 +51,8 @@ pub(super) enum Order {
     DeregisterCheck { id: CheckId },
     UpdateTtl { id: CheckId, status: HealthStatus, output: String },
     ReplaceConfig(Box<ConfigDefinitions>),
+    RegisterExternal(Box<ExternalWrite>),
+    DeregisterExternal { node: NodeName, part: ExternalPart },
     NoteRemote { statuses: BTreeMap<AliasTarget, Outcome> },
 }
 
@@ -104,6 +107,7 @@ pub(super) struct Task {
     scripts: ScriptPolicy,
     services: BTreeMap<InstanceId, HeldService>,
     checks: BTreeMap<CheckId, HeldCheck>,
+    externals: BTreeMap<NodeName, Arc<ExternalNode>>,
     /// Statuses of before the restart, until their checks are there.
     kept: BTreeMap<CheckId, HealthStatus>,
     /// When checks have something to do by themselves.
@@ -139,9 +143,10 @@ impl Task {
         commands: mpsc::Receiver<Command>,
     ) -> Result<Self, RegistryStartError> {
         let metrics = RegistryMetrics::new(&params.metrics).map_err(RegistryStartError::Metrics)?;
-        let loaded =
-            blocking(params.store.clone(), |store| Ok((store.services()?, store.checks()?, store.check_statuses()?)));
-        let (services, checks, statuses) = loaded.await.map_err(RegistryStartError::Store)?;
+        let loaded = blocking(params.store.clone(), |store| {
+            Ok((store.services()?, store.checks()?, store.check_statuses()?, store.externals()?))
+        });
+        let (services, checks, statuses, externals) = loaded.await.map_err(RegistryStartError::Store)?;
         let settings = params.check_settings.clone();
         let tools = blocking_call(move || Tools::new(settings)).await.map_err(RegistryStartError::Checks)?;
         let tools = Arc::new(tools);
@@ -153,6 +158,7 @@ impl Task {
             scripts: params.config.scripts,
             services: BTreeMap::new(),
             checks: BTreeMap::new(),
+            externals: BTreeMap::new(),
             kept: statuses.into_iter().collect(),
             deadlines: BTreeSet::new(),
             dirty: publish::Dirty::default(),
@@ -188,6 +194,9 @@ impl Task {
         }
         for check in checks {
             task.load_check(check, Origin::Api, now);
+        }
+        for node in externals {
+            task.load_external(node);
         }
         task.kept.clear();
         task.publish();
@@ -289,7 +298,7 @@ impl Task {
         }
         let stays = |check: &&CheckDefinition| check.service.as_ref().is_none_or(has);
         let alone: Vec<_> = self.alone(Some(Origin::Api)).filter(stays).chain(checks).collect();
-        rules::hold_together(&services, &alone).map(drop)
+        rules::hold_together(&services, &alone, self.external_bytes()).map(drop)
     }
 
     fn load_service(&mut self, service: ServiceDefinition, now: Instant) {
@@ -297,7 +306,7 @@ impl Task {
         let services: Vec<_> = self.definitions().chain([&service]).collect();
         let mut fits = rules::in_scope(&service, &(self.scope)())
             .and_then(|()| rules::may_run(&service.checks, self.scripts, Origin::Api))
-            .and_then(|()| rules::hold_together(&services, &[]).map(drop));
+            .and_then(|()| rules::hold_together(&services, &[], 0).map(drop));
         if self.services.contains_key(id) {
             fits = Err(RegistryError::Invalid("a config file has a service with its ID".to_owned()));
         }
@@ -313,12 +322,46 @@ impl Task {
         let services: Vec<_> = self.definitions().collect();
         let alone: Vec<_> = self.alone(None).chain([&check]).collect();
         let fits = rules::may_run(std::slice::from_ref(&check), self.scripts, origin)
-            .and_then(|()| rules::hold_together(&services, &alone));
+            .and_then(|()| rules::hold_together(&services, &alone, 0));
         match fits {
             Ok(_) if is_held => self.set_check(check, Some(origin), now),
             Ok(_) => warn!(check = %check.id, "check is left out, for its service is not here"),
             Err(error) => warn!(check = %check.id, %error, "check is left out"),
         }
+    }
+
+    /// Takes a node without an agent of the disk at the start.
+    fn load_external(&mut self, node: ExternalNode) {
+        let name = node.record.name.clone();
+        let (node, outside) = node.within(&(self.scope)());
+        if outside > 0 {
+            warn!(
+                node = %name,
+                services = outside,
+                "services of a node without an agent are outside this node's serve scope and are left out; they stay on disk until the node is written again"
+            );
+        }
+        let mut externals = self.externals.clone();
+        externals.insert(name.clone(), Arc::new(node));
+        match self.external_fits(&externals) {
+            Ok(()) => {
+                self.externals = externals;
+                self.dirty.structure = true;
+            }
+            Err(error) => warn!(node = %name, %error, "stored node without an agent is left out; it stays on disk"),
+        }
+    }
+
+    /// Holds nodes without an agent against their own bounds and against what is registered.
+    fn external_fits(&self, externals: &BTreeMap<NodeName, Arc<ExternalNode>>) -> Result<(), RegistryError> {
+        let bytes = external::are_bounded(externals)?;
+        let services: Vec<_> = self.definitions().collect();
+        rules::hold_together(&services, &self.alone(None).collect::<Vec<_>>(), bytes).map(drop)
+    }
+
+    /// How many bytes of the records nodes without an agent take.
+    fn external_bytes(&self) -> usize {
+        external::bytes(self.externals.values())
     }
 
     /// Tells of checks that this host cannot run; what they need may come up later.

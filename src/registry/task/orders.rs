@@ -1,12 +1,17 @@
 //! What each order does: rules, then the disk, then memory. A refused order changes nothing.
 
+use std::sync::Arc;
+
 use tracing::info;
 
 use super::{HeldCheck, Order, Origin, Task, blocking_call, unavailable};
 use crate::clock;
-use crate::model::{CheckId, HealthStatus, InstanceId};
+use crate::model::{CheckId, HealthStatus, InstanceId, NodeName};
 use crate::registry::checks::Outcome;
-use crate::registry::{CheckDefinition, ConfigDefinitions, Probe, RegistryError, ServiceDefinition, rules};
+use crate::registry::{
+    CheckDefinition, ConfigDefinitions, ExternalNode, ExternalPart, ExternalWrite, Probe, RegistryError,
+    ServiceDefinition, rules,
+};
 
 impl Task {
     pub(super) async fn execute(&mut self, order: Order) -> Result<(), RegistryError> {
@@ -19,6 +24,8 @@ impl Task {
             Order::DeregisterCheck { id } => self.deregister_check(&id).await,
             Order::UpdateTtl { id, status, output } => self.update_ttl(&id, status, output),
             Order::ReplaceConfig(config) => self.replace_config(*config).await,
+            Order::RegisterExternal(write) => self.register_external(*write).await,
+            Order::DeregisterExternal { node, part } => self.deregister_external(&node, &part).await,
             Order::NoteRemote { statuses } => {
                 self.remote = statuses;
                 self.dirty.note_remote();
@@ -63,7 +70,7 @@ impl Task {
         let others = self.definitions().filter(|service| service.record.id != id);
         let services: Vec<_> = others.chain([&definition]).collect();
         let alone: Vec<_> = self.alone(None).filter(|check| !dropped.contains(&check.id)).collect();
-        rules::hold_together(&services, &alone)?;
+        rules::hold_together(&services, &alone, self.external_bytes())?;
 
         let (stored, gone) = (definition.clone(), dropped.clone());
         // A check that moves from the table of its own into the service keeps its status.
@@ -95,6 +102,56 @@ impl Task {
         Ok(())
     }
 
+    async fn register_external(&mut self, write: ExternalWrite) -> Result<(), RegistryError> {
+        let name = write.node.clone();
+        let held = self.externals.get(&name);
+        let node = Arc::new(ExternalNode::written(held.map(|held| &**held), write, &(self.scope)())?);
+        if held == Some(&node) {
+            return Ok(());
+        }
+        let is_new = held.is_none();
+        let mut externals = self.externals.clone();
+        externals.insert(name.clone(), Arc::clone(&node));
+        self.external_fits(&externals)?;
+        self.on_disk(move |store| store.put_external(&node)).await?;
+        self.externals = externals;
+        self.dirty.structure = true;
+        if is_new {
+            info!(node = %name, "registered a node without an agent");
+        }
+        Ok(())
+    }
+
+    async fn deregister_external(&mut self, name: &NodeName, part: &ExternalPart) -> Result<(), RegistryError> {
+        let Some(held) = self.externals.get(name) else {
+            // One that was left out at the start is on disk still.
+            let name = name.clone();
+            return match part {
+                ExternalPart::Node => self.on_disk(move |store| store.remove_external(&name)).await,
+                ExternalPart::Service(_) | ExternalPart::Check(_) => Ok(()),
+            };
+        };
+        let left = held.without(part).map(Arc::new);
+        if left.as_ref() == Some(held) {
+            return Ok(());
+        }
+        match left {
+            Some(left) => {
+                let stored = Arc::clone(&left);
+                self.on_disk(move |store| store.put_external(&stored)).await?;
+                self.externals.insert(name.clone(), left);
+            }
+            None => {
+                let stored = name.clone();
+                self.on_disk(move |store| store.remove_external(&stored)).await?;
+                self.externals.remove(name);
+                info!(node = %name, "deregistered a node without an agent");
+            }
+        }
+        self.dirty.structure = true;
+        Ok(())
+    }
+
     async fn register_check(&mut self, definition: CheckDefinition) -> Result<(), RegistryError> {
         if let Some(service) = &definition.service
             && !self.services.contains_key(service)
@@ -123,7 +180,7 @@ impl Task {
         let services: Vec<_> = self.definitions().collect();
         let others = self.alone(None).filter(|check| check.id != definition.id);
         let alone: Vec<_> = others.chain([&definition]).collect();
-        rules::hold_together(&services, &alone)?;
+        rules::hold_together(&services, &alone, self.external_bytes())?;
         if let Some(held) = held
             && held.shown.definition.service != definition.service
         {
@@ -164,7 +221,7 @@ impl Task {
     ) -> Result<(), RegistryError> {
         let others = self.definitions().filter(|service| service.record.id != definition.record.id);
         let services: Vec<_> = others.chain([&definition]).collect();
-        rules::hold_together(&services, &self.alone(None).collect::<Vec<_>>())?;
+        rules::hold_together(&services, &self.alone(None).collect::<Vec<_>>(), self.external_bytes())?;
         let (stored, gone) = (definition.clone(), Vec::from_iter(dropped));
         match origin {
             Origin::Api => self.on_disk(move |store| store.replace_service(&stored, &gone)).await?,

@@ -89,10 +89,12 @@ impl Task {
         let state = LocalState {
             services: self.services.iter().map(|(id, held)| (id.clone(), Arc::clone(&held.shown))).collect(),
             checks: self.checks.iter().map(|(id, held)| (id.clone(), Arc::clone(&held.shown))).collect(),
+            externals: self.externals.clone(),
         };
         let services: Vec<_> = self.definitions().collect();
         // What is held was let in by this rule.
-        self.spread = rules::hold_together(&services, &self.alone(None).collect::<Vec<_>>()).unwrap_or(Spread::Summed);
+        let alone: Vec<_> = self.alone(None).collect();
+        self.spread = rules::hold_together(&services, &alone, self.external_bytes()).unwrap_or(Spread::Summed);
         let records = match self.spread {
             Spread::Each => {
                 self.statuses().map(|(definition, status)| rules::check_record(definition, status)).collect()
@@ -102,6 +104,8 @@ impl Task {
         let mut publication = publication(&state);
         let entry = |record| (EntryKey::Check(record_id(&record)), Entry::Check(record.into()));
         publication.records.extend(records.into_iter().map(entry));
+        let externals = self.externals.values().map(|node| Entry::External(Arc::clone(&node.record)));
+        publication.records.extend(externals.map(|entry| (entry.key(), entry)));
         self.count();
         replace_if_changed(&self.state, state);
         replace_if_changed(&self.publication, publication);
@@ -114,6 +118,7 @@ impl Task {
     }
 
     fn count(&self) {
+        self.metrics.externals.set(i64::try_from(self.externals.len()).unwrap_or(i64::MAX));
         self.metrics.show(self.services.len(), self.checks.values().map(|check| check.state.status()));
     }
 

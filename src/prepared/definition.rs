@@ -6,7 +6,7 @@ use regex::bytes::{Captures, Regex, RegexBuilder};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::query::parse_duration;
+use crate::model::duration;
 
 /// Largest compiled expression of a template, in bytes.
 const REGEXP_BYTES_MAX: usize = 64 * 1024;
@@ -16,18 +16,18 @@ const LIST_MAX: usize = 32;
 /// A prepared query.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "PascalCase")]
-pub(super) struct Definition {
+pub(crate) struct Definition {
     /// Empty: it is found by its id alone, or it is the template of all names.
-    pub(super) name: String,
-    pub(super) template: Template,
-    pub(super) service: ServiceQuery,
+    pub(crate) name: String,
+    pub(crate) template: Template,
+    pub(crate) service: ServiceQuery,
     #[serde(rename = "DNS")]
-    pub(super) dns: DnsOptions,
+    pub(crate) dns: DnsOptions,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "PascalCase")]
-pub(super) struct Template {
+pub(crate) struct Template {
     /// `name_prefix_match`, or empty: it is none.
     #[serde(rename = "Type")]
     kind: String,
@@ -37,39 +37,39 @@ pub(super) struct Template {
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "PascalCase")]
-pub(super) struct ServiceQuery {
-    pub(super) service: String,
-    pub(super) failover: Failover,
-    pub(super) only_passing: bool,
+pub(crate) struct ServiceQuery {
+    pub(crate) service: String,
+    pub(crate) failover: Failover,
+    pub(crate) only_passing: bool,
     #[serde(rename = "IgnoreCheckIDs")]
-    pub(super) ignore_check_ids: Vec<String>,
-    pub(super) near: String,
-    pub(super) tags: Vec<String>,
-    pub(super) node_meta: BTreeMap<String, String>,
-    pub(super) service_meta: BTreeMap<String, String>,
-    pub(super) connect: bool,
+    pub(crate) ignore_check_ids: Vec<String>,
+    pub(crate) near: String,
+    pub(crate) tags: Vec<String>,
+    pub(crate) node_meta: BTreeMap<String, String>,
+    pub(crate) service_meta: BTreeMap<String, String>,
+    pub(crate) connect: bool,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "PascalCase")]
-pub(super) struct Failover {
-    pub(super) nearest_n: usize,
-    pub(super) datacenters: Vec<String>,
-    pub(super) targets: Vec<Target>,
+pub(crate) struct Failover {
+    pub(crate) nearest_n: usize,
+    pub(crate) datacenters: Vec<String>,
+    pub(crate) targets: Vec<Target>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "PascalCase")]
-pub(super) struct Target {
-    pub(super) service: String,
-    pub(super) datacenter: String,
+pub(crate) struct Target {
+    pub(crate) service: String,
+    pub(crate) datacenter: String,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub(super) struct DnsOptions {
+pub(crate) struct DnsOptions {
     #[serde(rename = "TTL")]
-    pub(super) ttl: String,
+    pub(crate) ttl: String,
 }
 
 /// Every field, as it is written in answers.
@@ -105,7 +105,7 @@ impl Definition {
     ///
     /// # Errors
     /// A text for a 400.
-    pub(super) fn parse(body: &[u8]) -> Result<Self, String> {
+    pub(crate) fn parse(body: &[u8]) -> Result<Self, String> {
         let value: Value = serde_json::from_slice(body).map_err(|error| format!("Request decode failed: {error}"))?;
         let Value::Object(mut fields) = canonical(value) else {
             return Err("Request decode failed: the body must be an object".to_owned());
@@ -127,11 +127,11 @@ impl Definition {
         Ok(definition)
     }
 
-    /// Refuses what no agent executes.
+    /// Refuses what no agent executes; returns a template's expression, compiled.
     ///
     /// # Errors
     /// A text for a 400.
-    pub(super) fn check(&self) -> Result<(), String> {
+    pub(crate) fn check(&self) -> Result<Option<Regex>, String> {
         let (service, failover) = (&self.service, &self.service.failover);
         if service.service.is_empty() {
             return Err("Invalid query: Must provide a service name to query".to_owned());
@@ -141,12 +141,12 @@ impl Definition {
                 "Invalid query: Near is \"_agent\" or empty: an agent measures its own round trips only".to_owned()
             );
         }
-        match self.template.kind.as_str() {
-            "" if self.template.regexp.is_empty() => {}
-            "name_prefix_match" => drop(self.template.compile()?),
+        let regex = match self.template.kind.as_str() {
+            "" if self.template.regexp.is_empty() => None,
+            "name_prefix_match" => self.template.compile()?,
             _ => return Err("Invalid query: Template.Type is \"name_prefix_match\" or empty".to_owned()),
-        }
-        if !self.dns.ttl.is_empty() && parse_duration(&self.dns.ttl).is_none() {
+        };
+        if !self.dns.ttl.is_empty() && duration::parse(&self.dns.ttl).is_err() {
             return Err("Invalid query: DNS.TTL is a duration, such as \"10s\"".to_owned());
         }
         let lists = [service.tags.len(), service.ignore_check_ids.len(), failover.datacenters.len()];
@@ -155,15 +155,25 @@ impl Definition {
         if is_long || service.node_meta.len() > LIST_MAX || service.service_meta.len() > LIST_MAX {
             return Err(format!("Invalid query: each list has at most {LIST_MAX} entries"));
         }
-        Ok(())
+        Ok(regex)
     }
 
-    /// Renders this template for `name`; none: its expression does not compile here, or the outcome is no query.
-    pub(super) fn render(&self, name: &str) -> Option<Self> {
-        let regex = self.template.compile().ok()?;
-        let captures = regex.as_ref().and_then(|regex| regex.captures(name.as_bytes()));
-        let suffix = name.strip_prefix(self.name.as_str())?;
-        let prefix = self.name.as_str();
+    /// Tells whether it is found by names that begin as its own.
+    pub(crate) fn is_template(&self) -> bool {
+        self.template != Template::default()
+    }
+
+    /// Returns how long an answer by DNS holds, in seconds; none: as the configuration says of the service.
+    pub(crate) fn ttl_s(&self) -> Option<u32> {
+        let ttl = duration::parse(&self.dns.ttl).ok().filter(|_| !self.dns.ttl.is_empty())?;
+        Some(u32::try_from(ttl.as_secs()).unwrap_or(u32::MAX))
+    }
+
+    /// Renders this template for `name`, which begins as its own name does in any case, by its compiled expression; none: the
+    /// outcome is no query.
+    pub(super) fn render(&self, name: &str, regex: Option<&Regex>) -> Option<Self> {
+        let captures = regex.and_then(|regex| regex.captures(name.as_bytes()));
+        let (prefix, suffix) = name.split_at_checked(self.name.len())?;
         let mut service = serde_json::to_value(&self.service).ok()?;
         walk(&mut service, &|text| interpolate(text, (name, prefix, suffix), captures.as_ref()));
         let mut rendered = Self { service: serde_json::from_value(service).ok()?, ..self.clone() };
