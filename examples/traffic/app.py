@@ -1,4 +1,7 @@
-"""An HTTP app: python3 app.py PORT NAME. /fail answers 503 every other time, /slow takes three seconds."""
+"""An HTTP app: python3 app.py PORT NAME.
+
+/fail answers 503 every other time; /slow takes three seconds, /hold ten, and /tail one where NAME is v2.
+"""
 
 import sys
 import time
@@ -14,8 +17,8 @@ class App(BaseHTTPRequestHandler):
     def do_GET(self):
         global count
         count += 1
-        if self.path.startswith("/slow"):
-            time.sleep(3)
+        seconds = {"/slow": 3, "/hold": 10, "/tail": 1 if NAME == "v2" else 0}
+        time.sleep(seconds.get(self.path, 0))
         status = 503 if self.path.startswith("/fail") and count % 2 else 200
         body = f"{NAME} {self.path} {status}\n".encode()
         self.send_response(status)

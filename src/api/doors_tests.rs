@@ -230,11 +230,7 @@ async fn an_answer_that_is_read_slowly_is_not_cut_for_a_newcomer() {
 async fn an_answer_that_nobody_reads_gives_its_seat_up_when_it_is_needed() {
     let (listening, stop) = (serve::bind(&on_loopback(None), None).await.unwrap(), CancellationToken::new());
     let addr = listening.addrs[0];
-    let limits = serve::Limits {
-        connections_max: 1,
-        stalled_after: Duration::from_millis(100),
-        stalled_max: Duration::from_mins(1),
-    };
+    let limits = serve::Limits { stalled_after: Duration::from_millis(100), ..seats(1) };
     let mut server = JoinSet::new();
     server.spawn(serve::run(listening, long_answers(), limits, stop.clone()));
     let mut stalled = TcpStream::connect(addr).await.unwrap();
@@ -246,11 +242,43 @@ async fn an_answer_that_nobody_reads_gives_its_seat_up_when_it_is_needed() {
 }
 
 #[tokio::test]
+async fn a_body_that_does_not_come_gives_its_seat_up_when_it_is_needed_and_one_that_comes_does_not() {
+    for (body_after, is_cut) in [(Duration::from_millis(100), true), (Duration::from_mins(1), false)] {
+        let bench = Bench::new();
+        let listening = serve::bind(&on_loopback(None), None).await.unwrap();
+        let addr = listening.addrs[0];
+        let mut server = JoinSet::new();
+        let limits = serve::Limits { body_after, ..seats(1) };
+        server.spawn(serve::run(listening, bench.router.clone(), limits, bench.stop.clone()));
+        let mut slow = TcpStream::connect(addr).await.unwrap();
+        let framing = "connection: close\r\nexpect: 100-continue\r\ncontent-length: 2";
+        let head = format!("PUT /v1/agent/service/register HTTP/1.1\r\nhost: {addr}\r\n{framing}\r\n\r\n");
+        slow.write_all(head.as_bytes()).await.unwrap();
+        // The request is under way once its body is asked for.
+        let mut asked_for = [0; 25];
+        in_time(slow.read_exact(&mut asked_for)).await.unwrap();
+        assert!(asked_for.starts_with(b"HTTP/1.1 100 "), "{}", String::from_utf8_lossy(&asked_for));
+        slow.write_all(b"{").await.unwrap();
+        let mut newcomer = JoinSet::new();
+        newcomer.spawn(async move { asked(TcpStream::connect(addr).await.unwrap(), "/v1/status/leader").await });
+        if !is_cut {
+            // Within its time nobody takes its seat: it is answered, whatever the answer is.
+            slow.write_all(b"}").await.unwrap();
+            let mut answer = String::new();
+            in_time(slow.read_to_string(&mut answer)).await.unwrap();
+            assert!(answer.starts_with("HTTP/1.1 "), "{answer}");
+        }
+        let answer = in_time(newcomer.join_next()).await.unwrap().unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    }
+}
+
+#[tokio::test]
 async fn an_answer_that_nobody_reads_gives_its_room_back_in_the_end() {
     let (listening, stop) = (serve::bind(&on_loopback(None), None).await.unwrap(), CancellationToken::new());
     let addr = listening.addrs[0];
     let (stalled_after, stalled_max) = (Duration::from_millis(50), Duration::from_millis(200));
-    let limits = serve::Limits { connections_max: 10, stalled_after, stalled_max };
+    let limits = serve::Limits { stalled_after, stalled_max, ..seats(10) };
     let places = Arc::new(Semaphore::new(1));
     let of_answers = Arc::clone(&places);
     let router = Router::new().fallback(move || {

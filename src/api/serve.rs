@@ -6,8 +6,8 @@
 //!
 //! A connection is idle while no request of it is under way: before the first head is whole, and between requests, once the
 //! answer has left. So thousands that only sit there, or send a head byte by byte, keep nobody out; a blocking query, a
-//! monitor and an answer that is being read keep their seat. A client that takes nothing of its answer for a while has a
-//! seat only as long as nobody else needs it.
+//! monitor and an answer that is being read keep their seat. A client that takes nothing of its answer for a while, or whose
+//! request's body does not come, has a seat only as long as nobody else needs it.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -61,12 +61,19 @@ pub(super) struct Limits {
     pub(super) stalled_after: Duration,
     /// An answer of which the client takes nothing for this long is given up, for it holds memory: 60 s.
     pub(super) stalled_max: Duration,
+    /// A request whose body has not come whole this long after it was first missed gives its seat up likewise: 2 s, for a
+    /// MiB comes sooner.
+    pub(super) body_after: Duration,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        let (stalled_after, stalled_max) = (Duration::from_secs(10), Duration::from_mins(1));
-        Self { connections_max: CONNECTIONS_MAX, stalled_after, stalled_max }
+        Self {
+            connections_max: CONNECTIONS_MAX,
+            stalled_after: Duration::from_secs(10),
+            stalled_max: Duration::from_mins(1),
+            body_after: Duration::from_secs(2),
+        }
     }
 }
 
@@ -223,8 +230,9 @@ where
         if let Some(peer) = peer {
             request.extensions_mut().insert(peer);
         }
-        let answered = service.call(request.map(Body::new));
         let busy = seat.work();
+        let arriving = |body| Body::new(Arriving { body, seat: Arc::clone(seat), late: None, rests: false });
+        let answered = service.call(request.map(arriving));
         async move {
             let answer = answered.await.map_err(|never: Infallible| never);
             answer.map(|answer| answer.map(|body| Answer { body, _busy: busy }))
@@ -244,6 +252,53 @@ where
     };
     if let Err(error) = ended {
         debug!(%error, "HTTP connection ended early");
+    }
+}
+
+/// A request's body; while it does not come its connection counts as idle.
+struct Arriving {
+    body: hyper::body::Incoming,
+    seat: Arc<Seat>,
+    /// Runs from when a part was first missed.
+    late: Option<Pin<Box<tokio::time::Sleep>>>,
+    rests: bool,
+}
+
+impl http_body::Body for Arriving {
+    type Data = bytes::Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<http_body::Frame<Self::Data>, Self::Error>>> {
+        let polled = Pin::new(&mut self.body).poll_frame(cx);
+        if polled.is_pending() && !self.rests {
+            let after = self.seat.seats.limits.body_after;
+            let late = self.late.get_or_insert_with(|| Box::pin(tokio::time::sleep(after)));
+            if late.as_mut().poll(cx).is_ready() {
+                self.rests = true;
+                self.seat.rest();
+            }
+        }
+        polled
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> http_body::SizeHint {
+        self.body.size_hint()
+    }
+}
+
+impl Drop for Arriving {
+    /// It came, or nobody wants it: what is under way from here on is the answer.
+    fn drop(&mut self) {
+        if self.rests {
+            self.seat.goes_on();
+        }
     }
 }
 

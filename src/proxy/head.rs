@@ -26,7 +26,7 @@ use self::names::{METHODS, code_of, is_framing, name_of};
 /// Longest head or trailer block, in bytes: what nginx and Envoy accept by default, and within the u16 length.
 pub(crate) const HEAD_BYTES_MAX: usize = 60 * 1024;
 /// Most headers in a head: 100 of the message, which is hyper's and Envoy's default, and room for those that weft adds.
-pub(crate) const HEADERS_MAX: usize = 104;
+pub(crate) const HEADERS_MAX: usize = 106;
 
 /// Why a head or frame cannot be encoded or decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

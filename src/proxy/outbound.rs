@@ -19,7 +19,7 @@ use super::worker::{Caller, OpenError, Opened, Worker};
 use crate::catalogue::Instance;
 use crate::clock;
 use crate::model::ServiceName;
-use crate::routing::{Outcome, Tried};
+use crate::routing::{Limited, Outcome, Tried};
 use crate::traffic::Resolved;
 use crate::upstream::HashField;
 
@@ -53,7 +53,12 @@ pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream, caller: Caller)
             let ending = relay::relay(tcp, send, recv, &*edge, relay::IDLE_TIMEOUT).await;
             counted.ends(ending.flag());
         }
-        Err(flag) => counted.ends(flag),
+        Err((flag, limited)) => {
+            if let Some(what) = limited {
+                worker.overflowed(what);
+            }
+            counted.ends(flag);
+        }
     }
 }
 
@@ -67,7 +72,10 @@ pub(super) struct Connected {
     pub(super) instance: Arc<Instance>,
 }
 
-/// Returns a stream whose far end is connected, or the flag that says why there is none.
+/// Why there is no stream: the metrics' flag, and the limit that refused it, if one did.
+pub(super) type Refused = (&'static str, Option<Limited>);
+
+/// Returns a stream whose far end is connected.
 ///
 /// # Cancel safety
 /// Cancelling resets the stream.
@@ -76,10 +84,10 @@ pub(super) async fn connect(
     caller: &Caller,
     kind: StreamKind,
     (to, from): (Option<&Resolved>, Option<IpAddr>),
-) -> Result<Connected, &'static str> {
+) -> Result<Connected, Refused> {
     let destination = to.map_or(&caller.destination, |to| &to.target.service);
     let tried = RefCell::new(Tried::with_key(key_of_stream(worker, destination, from)));
-    let mut flag = None;
+    let mut refused = None;
     for _ in 0..ATTEMPTS_MAX {
         let opened = match to {
             None => worker.open(caller, kind, &tried).await,
@@ -89,18 +97,18 @@ pub(super) async fn connect(
             Ok(opened) => opened,
             Err(OpenError::Unreachable { node, reason }) => {
                 debug!(service = %caller.destination, %node, reason, "instance is unreachable");
-                flag = Some("UF");
+                refused = Some(("UF", None));
                 continue;
             }
             Err(OpenError::Full { node }) => {
                 debug!(service = %caller.destination, %node, "the instance's node takes no more streams");
-                flag = Some("UO");
+                refused = Some(("UO", Some(Limited::Pending)));
                 continue;
             }
-            Err(OpenError::UnknownService) => return Err("NR"),
-            Err(OpenError::NoInstance { .. }) => return Err(flag.unwrap_or("UH")),
-            Err(OpenError::Overflow(_)) => return Err("UO"),
-            Err(OpenError::Draining) => return Err("DR"),
+            Err(OpenError::UnknownService) => return Err(("NR", None)),
+            Err(OpenError::NoInstance { .. }) => return Err(refused.unwrap_or(("UH", None))),
+            Err(OpenError::Overflow(what)) => return Err(("UO", Some(what))),
+            Err(OpenError::Draining) => return Err(("DR", None)),
         };
         let Opened { send, recv, preamble, instance, lease } = opened;
         let begun = clock::now();
@@ -116,16 +124,16 @@ pub(super) async fn connect(
                 observe(Outcome::Success);
                 return Ok(Connected { send, recv, lease, instance });
             }
-            Err(Some(status)) if !status.may_retry() => return Err("RBAC"),
+            Err(Some(status)) if !status.may_retry() => return Err(("RBAC", None)),
             Err(status) => {
                 worker.connect_failed(&instance);
                 observe(Outcome::GatewayFailure);
                 debug!(service = %caller.destination, ?status, "instance was not connected");
-                flag = Some("UF");
+                refused = Some(("UF", None));
             }
         }
     }
-    Err(flag.unwrap_or("UF"))
+    Err(refused.unwrap_or(("UF", None)))
 }
 
 /// Returns the key of a connection, where its service is balanced by the caller's address: nothing else is known of it.

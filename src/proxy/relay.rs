@@ -352,3 +352,98 @@ fn resized(buffer_bytes: usize, read_bytes: usize) -> usize {
 fn compact(buffer: BytesMut) -> Bytes {
     if buffer.len() < buffer.capacity() / 8 { Bytes::copy_from_slice(&buffer) } else { buffer.freeze() }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+    use std::sync::Arc;
+
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    struct Uncounted;
+
+    impl Count for Uncounted {
+        fn up(&self, _: u64) {}
+        fn down(&self, _: u64) {}
+    }
+
+    /// Both ends of a connection on which silence is no sign of anything.
+    async fn tunnel() -> ([quinn::Endpoint; 2], quinn::Connection, quinn::Connection) {
+        let key = rcgen::generate_simple_self_signed(["peer".to_owned()]).unwrap();
+        let der = key.cert.der().clone();
+        let private = rustls::pki_types::PrivateKeyDer::try_from(key.signing_key.serialize_der()).unwrap();
+        let mut patient = quinn::TransportConfig::default();
+        patient.max_idle_timeout(None);
+        let patient = Arc::new(patient);
+        let mut config = quinn::ServerConfig::with_single_cert(vec![der.clone()], private).unwrap();
+        config.transport_config(Arc::clone(&patient));
+        let server = quinn::Endpoint::server(config, (Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(der).unwrap();
+        let mut config = quinn::ClientConfig::with_root_certificates(Arc::new(roots)).unwrap();
+        config.transport_config(patient);
+        let mut client = quinn::Endpoint::client((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+        client.set_default_client_config(config);
+        let dialling = client.connect(server.local_addr().unwrap(), "peer").unwrap();
+        let accepting = async { server.accept().await.unwrap().await.unwrap() };
+        let (near, far) = tokio::join!(dialling, accepting);
+        ([client, server], near.unwrap(), far)
+    }
+
+    #[tokio::test]
+    async fn an_hour_of_silence_ends_a_connection_and_each_byte_begins_it_anew() {
+        let (_endpoints, near, far) = tunnel().await;
+        let (mut send, recv) = near.open_bi().await.unwrap();
+        send.write_all(b"!").await.unwrap();
+        let (mut far_send, mut far_recv) = far.accept_bi().await.unwrap();
+        far_recv.read_exact(&mut [0]).await.unwrap();
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let mut app = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (tcp, _) = listener.accept().await.unwrap();
+
+        // From here on an hour is over at once if nothing happens in it.
+        tokio::time::pause();
+        let talk = async {
+            for turn in 0..4 {
+                tokio::time::sleep(Duration::from_mins(59)).await;
+                if turn % 2 == 0 {
+                    app.write_all(b"x").await.unwrap();
+                    far_recv.read_exact(&mut [0]).await.unwrap();
+                } else {
+                    far_send.write_all(b"y").await.unwrap();
+                    app.read_exact(&mut [0]).await.unwrap();
+                }
+            }
+            clock::now()
+        };
+        let relayed = relay(Tcp::new(tcp), Sending::new(send), recv, &Uncounted, IDLE_TIMEOUT);
+        let (ending, last) = tokio::join!(relayed, talk);
+        assert_eq!(ending, Ending::Idle);
+        let silence = clock::now() - last;
+        assert!((Duration::from_mins(59)..Duration::from_mins(61)).contains(&silence), "{silence:?}");
+        assert_eq!(app.read(&mut [0]).await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+        assert_eq!(far_recv.read(&mut [0]).await.unwrap_err(), ReadError::Reset(CODE_RESET));
+    }
+
+    #[test]
+    fn a_buffer_begins_small_grows_while_it_is_filled_and_shrinks_again() {
+        let mut bytes = BUFFER_BYTES_MIN;
+        for _ in 0..10 {
+            bytes = resized(bytes, bytes);
+        }
+        assert_eq!(bytes, BUFFER_BYTES_MAX);
+        assert_eq!(resized(bytes, bytes / 4), bytes);
+        for _ in 0..10 {
+            bytes = resized(bytes, 100);
+        }
+        assert_eq!(bytes, BUFFER_BYTES_MIN);
+        // What is kept until the peer has it takes no more than it must.
+        let mut little = BytesMut::with_capacity(BUFFER_BYTES_MAX);
+        little.extend_from_slice(b"little");
+        let little = compact(little);
+        assert_eq!((little.len(), little.try_into_mut().unwrap().capacity()), (6, 6));
+    }
+}

@@ -2,6 +2,7 @@
 
 mod bounds;
 mod bytes;
+mod drain;
 mod harness;
 mod limits;
 mod listeners;

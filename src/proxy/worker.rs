@@ -43,7 +43,6 @@ use crate::routing::{
 };
 use crate::traffic::{Resolved, Target};
 use crate::transport::{Credentials, Lane, LiveConnections, MeshPort, WorkerEndpoint};
-use crate::upstream::Priority;
 
 /// Connections that one worker holds from local apps, and streams from peers: 5 KB each when idle.
 pub(super) const CONNECTIONS_MAX: usize = 16_384;
@@ -404,11 +403,6 @@ impl Worker {
                 None => picked,
             };
         }
-        let is_spare = tried.borrow().priority == Priority::Spare;
-        // What is spare is left out without a word.
-        if let (Err(OpenError::Overflow(what)), false) = (&picked, is_spare) {
-            self.metrics.overflowed(*what);
-        }
         picked
     }
 
@@ -489,15 +483,14 @@ impl Worker {
         }
     }
 
-    /// Opens a stream to the picked instance of `destination`, within `limit` if there is one.
+    /// Opens a stream to the picked instance of `destination`, connecting to its node within `limit` if there is one.
     async fn dial(
         self: &Rc<Self>,
         (source, destination, kind): Ends<'_>,
         Picked { instance, load }: Picked,
         limit: Option<Duration>,
     ) -> Result<Opened, OpenError> {
-        let waiting = load.wait().ok_or(OpenError::Overflow(Limited::Pending));
-        let waiting = waiting.inspect_err(|_| self.metrics.overflowed(Limited::Pending))?;
+        let waiting = load.wait().ok_or(OpenError::Overflow(Limited::Pending))?;
         let node = &instance.node.info;
         let unreachable = |reason| OpenError::Unreachable { node: node.name.clone(), reason };
         let key = TunnelKey {
@@ -506,23 +499,12 @@ impl Worker {
             addr: node.mesh_addr,
             generation: instance.node.generation,
         };
-        let opening = self.stream(&key, destination);
-        let opened = match limit {
-            None => opening.await,
-            Some(limit) => {
-                let opened = within(limit, opening).await;
-                let late = || Unopened::Failed(format!("no connection within {limit:?}, the connect timeout"));
-                opened.unwrap_or_else(|| Err(late()))
-            }
-        };
+        let opened = self.stream(&key, destination, limit).await;
         drop(waiting);
         let ((send, recv), tunnel) = match opened {
             Ok(opened) => opened,
             // As much is under way there as may be: no fault of the instance, so nothing is counted against it.
-            Err(Unopened::Full) => {
-                self.metrics.overflowed(Limited::Pending);
-                return Err(OpenError::Full { node: node.name.clone() });
-            }
+            Err(Unopened::Full) => return Err(OpenError::Full { node: node.name.clone() }),
             Err(Unopened::Failed(reason)) => {
                 self.connect_failed(&instance);
                 self.observe(load.observer(), Outcome::GatewayFailure, Duration::ZERO);
@@ -531,6 +513,11 @@ impl Worker {
         };
         let preamble = Preamble { kind, instance: instance.record.id.clone(), service: destination.clone() }.encode();
         Ok(Opened { send, recv, preamble, instance, lease: Lease::new(tunnel, load) })
+    }
+
+    /// Notes that a limit refused a call.
+    pub(crate) fn overflowed(&self, what: Limited) {
+        self.metrics.overflowed(what);
     }
 
     /// Notes how a call ended, and tells what that did to the instance.
@@ -592,29 +579,40 @@ impl Worker {
     }
 
     /// Opens a stream on the tunnel of `key`; a tunnel that turns out to be lost is dialled once more, in what is left of the
-    /// time.
+    /// time. A tunnel that does not come within `limit` has failed; one that gives no stream in that time is full.
     async fn stream(
         &self,
         key: &TunnelKey,
         destination: &ServiceName,
+        limit: Option<Duration>,
     ) -> Result<((quinn::SendStream, quinn::RecvStream), Rc<Tunnel>), Unopened> {
-        let until = clock::now() + WAIT_MAX;
-        // A dial has a time limit of its own, and all who wait for it learn how it ended.
-        let tunnel = self.tunnel(key, destination).await.map_err(Unopened::Failed)?;
-        let left = || until.saturating_duration_since(clock::now()).max(STREAM_WAIT_MIN);
-        let opened = within(left(), tunnel.connection.open_bi()).await;
-        match opened {
-            Some(Ok(streams)) => return Ok((streams, tunnel)),
-            Some(Err(_lost)) => self.tunnels.forget(key, &tunnel),
-            None => return Err(Unopened::Full),
-        }
-        let again = async {
-            let tunnel = self.tunnel(key, destination).await.map_err(Unopened::Failed)?;
-            let streams = tunnel.connection.open_bi().await;
-            streams.map(|streams| (streams, tunnel)).map_err(|error| Unopened::Failed(error.to_string()))
+        let patience = limit.map_or(WAIT_MAX, |limit| limit.min(WAIT_MAX));
+        let until = clock::now() + patience;
+        let left = || until.saturating_duration_since(clock::now()).max(STREAM_WAIT_MIN.min(patience));
+        let dialling = self.tunnel(key, destination);
+        let dialled = match limit {
+            // A dial has a time limit of its own, and all who wait for it learn how it ended.
+            None => dialling.await,
+            Some(limit) => {
+                let late = || Err(format!("no connection within {limit:?}, the connect timeout"));
+                within(limit, dialling).await.unwrap_or_else(late)
+            }
         };
-        let late = || Err(Unopened::Failed(format!("the tunnel to {} was lost, and no other came in time", key.node)));
-        within(left(), again).await.unwrap_or_else(late)
+        let mut tunnel = dialled.map_err(Unopened::Failed)?;
+        let mut is_second = false;
+        loop {
+            let opened = within(left(), tunnel.connection.open_bi()).await;
+            match opened {
+                Some(Ok(streams)) => return Ok((streams, tunnel)),
+                None => return Err(Unopened::Full),
+                Some(Err(lost)) if is_second => return Err(Unopened::Failed(lost.to_string())),
+                Some(Err(_lost)) => self.tunnels.forget(key, &tunnel),
+            }
+            is_second = true;
+            let late = || Err(format!("the tunnel to {} was lost, and no other came in time", key.node));
+            let again = within(left(), self.tunnel(key, destination)).await.unwrap_or_else(late);
+            tunnel = again.map_err(Unopened::Failed)?;
+        }
     }
 
     /// Returns a tunnel to a node that may serve `destination`.

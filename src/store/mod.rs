@@ -582,7 +582,10 @@ impl Store {
     fn failed(&self, error: redb::Error) -> StoreError {
         let path = self.inner.path.clone();
         if matches!(error, redb::Error::Io(_) | redb::Error::PreviousIo) && self.inner.kind == Kind::File {
-            self.inner.has_failed.store(true, Ordering::Release);
+            // Once, until the file is opened again: the agent lives on what it has in memory.
+            if !self.inner.has_failed.swap(true, Ordering::AcqRel) {
+                tracing::error!(path = %path.display(), %error, "the disk refused: what is known is served on, what must be kept is refused until it takes writes");
+            }
         }
         match error {
             redb::Error::Corrupted(reason) => StoreError::Corrupt { path, reason },

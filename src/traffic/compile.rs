@@ -20,6 +20,7 @@ use super::entry::{
     Defaults, Destination, Entry, HeaderEdit, Place, Resolver, Route as Rule, Splitter, SubsetRule, Then,
 };
 use super::fields::Problems;
+use super::hops::TrustedHops;
 use super::matcher::{Matcher, TextTest};
 use super::read::read;
 use super::subset::Filter;
@@ -148,6 +149,11 @@ impl Entries {
 
     pub(super) fn has_protocols(&self) -> bool {
         self.global.protocol.is_some() || self.defaults.values().any(|defaults| defaults.protocol.is_some())
+    }
+
+    /// Who before weft may say for whom it asks.
+    pub(super) fn trusted_hops(&self) -> &TrustedHops {
+        &self.global.trusted_hops
     }
 
     /// How a service's traffic is parsed, if an entry says so.

@@ -1,7 +1,7 @@
 //! Config entries about requests.
 //!
 //! What is weft's own beside Consul's fields: `HostRewrite`, `PerTryTimeout`, `RetryBackoff`, `Hedge` and `Mirror` of a
-//! route's destination, `Redirect` of a route, `Sticky` of a splitter, and the whole kind `service-faults`.
+//! route's destination, `Redirect` of a route, `Sticky` of a splitter, `TrustedHops` of `proxy-defaults`, and the whole kind `service-faults`.
 //! `LoadBalancer`, `UpstreamConfig`, `RateLimits` and the like are others' to read: they pass here as they are.
 
 use std::collections::BTreeMap;
@@ -10,6 +10,7 @@ use std::time::Duration;
 use http::header::{HeaderName, HeaderValue};
 
 use super::hedge::Hedge;
+use super::hops::TrustedHops;
 use super::matcher::Match;
 use super::retry::Retry;
 use super::subset::Filter;
@@ -189,11 +190,13 @@ pub struct Resolver {
     pub failover: BTreeMap<String, Vec<Place>>,
 }
 
-/// `service-defaults`, as far as it is about requests.
+/// `service-defaults` and `proxy-defaults`, as far as they are about requests.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Defaults {
     /// How its traffic is parsed, where the registration does not say.
     pub protocol: Option<Protocol>,
+    /// Who before weft may say for whom it asks; of `proxy-defaults`.
+    pub trusted_hops: TrustedHops,
 }
 
 /// What is broken on purpose.

@@ -22,6 +22,7 @@ mod compile;
 mod entry;
 mod fields;
 pub mod hedge;
+mod hops;
 mod matcher;
 mod read;
 pub mod retry;
@@ -30,6 +31,7 @@ mod subset;
 #[cfg(test)]
 mod tests;
 
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use foldhash::HashMap;
@@ -41,6 +43,7 @@ pub use chain::{
 pub use compile::{Entries, Ready, Router};
 pub use entry::{Abort, HeaderEdit, Redirect, Sticky};
 pub use fields::{Problem, Problems};
+pub use hops::{Network, TrustedHops};
 pub use matcher::{Asked, HeaderTest, Match, Matcher, QueryTest, TextTest};
 pub use read::{PATH_REGEXES_MAX, ROUTES_MAX};
 pub use show::show;
@@ -111,6 +114,11 @@ impl Traffic {
     /// How a service's traffic is parsed, if an entry says so.
     pub fn protocol(&self, service: &ServiceName) -> Option<Protocol> {
         if self.has_protocols { self.entries.protocol(service) } else { None }
+    }
+
+    /// Whether a caller at `addr` may say for whom it asks.
+    pub fn trusts(&self, addr: IpAddr) -> bool {
+        self.entries.trusted_hops().holds(addr)
     }
 
     /// How many services have a chain.

@@ -11,6 +11,7 @@ use super::entry::{
 };
 use super::fields::{Node, Object, Problems};
 use super::hedge::{DELAY_MIN, Delay, Hedge, REQUESTS_MAX};
+use super::hops::Network;
 use super::matcher::{HeaderTest, Match, QueryTest, TextTest};
 use super::retry::{Condition, Retry};
 use super::subset::Filter;
@@ -30,6 +31,8 @@ const SUBSETS_MAX: usize = 64;
 const FAILOVER_MAX: usize = 16;
 /// Most faults of one service.
 const FAULTS_MAX: usize = 32;
+/// Most networks whose callers may say for whom they ask: each is held against callers from elsewhere.
+const HOPS_MAX: usize = 64;
 /// Most tests of headers, and as many of the query and of methods, of one match.
 const TESTS_MAX: usize = 16;
 /// Most headers that are added, set or removed at one place.
@@ -640,7 +643,7 @@ fn defaults(object: &mut Object<'_>, problems: &mut Problems) -> Entry {
         ],
         problems,
     );
-    Entry::Defaults(Defaults { protocol })
+    Entry::Defaults(Defaults { protocol, ..Defaults::default() })
 }
 
 fn proxy_defaults(object: &mut Object<'_>, problems: &mut Problems) -> Entry {
@@ -649,6 +652,10 @@ fn proxy_defaults(object: &mut Object<'_>, problems: &mut Problems) -> Entry {
         protocol = self::protocol(config.take("protocol"), problems);
         config.finish(problems);
     }
+    let hops = object.texts("TrustedHops", HOPS_MAX, problems).into_iter();
+    let trusted_hops =
+        hops.filter_map(|(path, text)| text.parse::<Network>().map_err(|rule| problems.add(path, rule)).ok());
+    let trusted_hops = trusted_hops.collect();
     // Read by what balances.
     object.leave("PrioritizeByLocality");
     object.refuse(
@@ -664,7 +671,7 @@ fn proxy_defaults(object: &mut Object<'_>, problems: &mut Problems) -> Entry {
         ],
         problems,
     );
-    Entry::Defaults(Defaults { protocol })
+    Entry::Defaults(Defaults { protocol, trusted_hops })
 }
 
 fn faults(object: &mut Object<'_>, problems: &mut Problems) -> Entry {

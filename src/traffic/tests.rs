@@ -472,6 +472,9 @@ fn other_kinds_are_read_as_strictly() {
     check("service-defaults", &json!({"Protocol": "sctp"}), "Protocol must be tcp");
     check("service-defaults", &json!({"MutualTLSMode": "permissive"}), "weft does nothing with it");
     check("proxy-defaults", &json!({"Config": {"envoy_x": 1}}), "Config.envoy_x is no field");
+    check("proxy-defaults", &json!({"TrustedHops": ["10.0.0.0/8", "10.0.0.1/8"]}), "TrustedHops[1] must be 0 after");
+    check("proxy-defaults", &json!({"TrustedHops": "10.0.0.0/8"}), "TrustedHops must be a list");
+    check("service-defaults", &json!({"TrustedHops": ["10.0.0.0/8"]}), "TrustedHops is no field");
     check("service-faults", &json!({"Faults": [{}]}), "Faults[0] must have Delay or Abort");
     check("service-faults", &json!({"Faults": [{"Abort": {"Reset": true, "HTTPStatus": 500}}]}), "only one of them");
     check("service-faults", &json!([]), "must be an object");
@@ -484,6 +487,16 @@ fn other_kinds_are_read_as_strictly() {
     );
     ready("service-resolver", &json!({"LoadBalancer": {"Policy": "maglev"}, "Meta": {"a": "b"}, "ModifyIndex": 7}));
     ready("service-defaults", &json!({"Protocol": "grpc", "UpstreamConfig": {"Defaults": {}}, "Mode": ""}));
+}
+
+#[test]
+fn who_may_say_for_whom_it_asks_is_in_the_proxy_defaults() {
+    let mut entries = Entries::default();
+    entries.add("proxy-defaults", "global", ready("proxy-defaults", &json!({"TrustedHops": ["10.1.0.0/16"]})));
+    let traffic = Traffic::new(entries, &Traffic::default(), Vec::new());
+    let trusts = |traffic: &Traffic, addr: &str| traffic.trusts(addr.parse().unwrap());
+    assert!(trusts(&traffic, "10.1.2.3") && !trusts(&traffic, "10.2.2.3"));
+    assert!(!trusts(&Traffic::default(), "10.1.2.3") && trusts(&Traffic::default(), "127.0.0.1"));
 }
 
 #[test]

@@ -31,6 +31,24 @@ impl App {
         Self::start(host, addr, move |stream| answer_http(stream, &name, status, delay))
     }
 
+    /// Starts an HTTP app that answers every request with the head that it was sent.
+    pub(crate) fn heads(host: Option<&Host>, addr: SocketAddr) -> Self {
+        Self::start(host, addr, |mut stream| {
+            let Ok(reading) = stream.try_clone() else { return };
+            let mut lines = BufReader::new(reading).lines();
+            loop {
+                // A head without a body each: it ends with an empty line.
+                let head: Vec<String> =
+                    lines.by_ref().map_while(Result::ok).take_while(|line| !line.is_empty()).collect();
+                let text = head.join("\n") + "\n";
+                let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{text}", text.len());
+                if head.is_empty() || stream.write_all(answer.as_bytes()).is_err() {
+                    return;
+                }
+            }
+        })
+    }
+
     /// Starts an HTTP app that answers every request with 503 and counts them.
     pub(crate) fn broken(host: Option<&Host>, addr: SocketAddr) -> (Self, Arc<AtomicUsize>) {
         let count = Arc::new(AtomicUsize::new(0));

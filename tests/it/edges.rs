@@ -22,15 +22,15 @@ const WS: u16 = 7803;
 const NGINX: u16 = 7804;
 
 /// Two agents; the second serves `services` (name, port, protocol), the first calls them at the same ports of its own.
-struct Pair {
+pub(crate) struct Pair {
     _ca: Ca,
-    first: Agent,
-    _second: Agent,
+    pub(crate) first: Agent,
+    pub(crate) second: Agent,
 }
 
 impl Pair {
     #[track_caller]
-    fn start(last: u8, services: &[(&str, u16, &str)]) -> Self {
+    pub(crate) fn start(last: u8, services: &[(&str, u16, &str)]) -> Self {
         let ca = Ca::init("edges.test");
         let first = Agent::start(&Spec::loopback(last, "n1", &["-issuer", path(&ca.issuer())]));
         let token = ca.token("n2", "*", "1h");
@@ -55,10 +55,10 @@ impl Pair {
                 std::net::TcpStream::connect(addr).map(drop).map_err(|e| e.to_string())
             });
         }
-        Self { _ca: ca, first, _second: second }
+        Self { _ca: ca, first, second }
     }
 
-    fn at(&self, port: u16) -> SocketAddr {
+    pub(crate) fn at(&self, port: u16) -> SocketAddr {
         SocketAddr::new(self.first.api.ip(), port)
     }
 }

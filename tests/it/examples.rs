@@ -221,6 +221,40 @@ fn the_pages_about_traffic_do_what_they_say() {
     });
     terminal.say(command(&resilience, "enable=false"));
 
+    let hedging = page("hedging.md");
+    terminal.say(command(&hedging, "turns.json"));
+    let calls: Vec<&String> = hedging.iter().filter(|line| line.contains("/tail")).collect();
+    let slowest = |said: String| said.lines().map(|line| line.parse::<f64>().unwrap()).fold(0.0, f64::max);
+    until("calls meet the slow instance", || match slowest(terminal.say(calls[0])) {
+        seconds if seconds >= 1.0 => Ok(()),
+        seconds => Err(seconds.to_string()),
+    });
+    terminal.say(command(&hedging, "hedge.json"));
+    let hedged = slowest(terminal.say(calls[1]));
+    assert!(hedged < 0.9, "the slowest took {hedged} s");
+    let hedges = terminal.say(command(&hedging, "grep hedges"));
+    assert!(hedges.contains("outcome=\"won\""), "{hedges}");
+    terminal.say(command(&hedging, "config delete"));
+
+    let overload = page("overload.md");
+    terminal.say(command(&overload, "limits.json"));
+    until("what matters least is refused", || {
+        terminal.say(command(&overload, "/hold"));
+        terminal.say(command(&overload, "sleep"));
+        match terminal.say(command(&overload, "sheddable")) {
+            said if said.contains(" 503") && said.contains("x-weft-overflow: priority") => Ok(()),
+            said => Err(said),
+        }
+    });
+    let plain = terminal.say(command(&overload, "/plain"));
+    assert!(plain.contains(" 503") && plain.contains("x-weft-overflow: priority"), "{plain}");
+    let high = terminal.say(command(&overload, "priority: high"));
+    assert!(high.contains("200 OK"), "{high}");
+    let why = terminal.say(command(&overload, "weft why"));
+    assert!(why.contains(" of 5 requests"), "{why}");
+    assert!(terminal.say(command(&overload, "balancer_overflow")).contains("limit=\"priority\""));
+    terminal.say(command(&overload, "config delete"));
+
     let faults = page("faults.md");
     terminal.say(command(&faults, "faults.json"));
     until("half of them fail", || {

@@ -111,6 +111,74 @@ fn what_cannot_start_says_why() {
     assert_says(&log, &[path(&blocked)]);
 }
 
+/// Limits how long the files may be that an agent writes.
+#[track_caller]
+fn limit_files(agent: &Agent, limit: &str) {
+    let (pid, limit) = (agent.pid().to_string(), format!("--fsize={limit}:unlimited"));
+    let out = std::process::Command::new("prlimit").args(["--pid", &pid, &limit]).output().expect("prlimit runs");
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+}
+
+#[test]
+fn an_agent_that_loses_its_disk_serves_on_says_so_and_keeps_again_what_it_is_told_once_it_can() {
+    let ca = Ca::init("loop.test");
+    let mut spec = Spec::loopback(244, "n1", &["-issuer", path(&ca.issuer())]);
+    // A write beyond the limit fails, and is no signal; what is printed goes through a pipe, which knows no limit.
+    let script = "trap '' XFSZ; exec \"$@\" > >(exec cat) 2>&1";
+    spec.wrap = ["bash", "-c", script, "-"].map(str::to_owned).to_vec();
+    let n1 = Agent::start(&spec);
+    let join = loopback_ip(244).to_string();
+    let n2 = Agent::start(&Spec::loopback(245, "n2", &["-join", &join, "-token", &ca.token("n2", "*", "1h")]));
+    n1.wait_members(&["n1=1", "n2=1"]);
+    let apps = [(&n1, "api"), (&n2, "web")].map(|(agent, name)| {
+        let app = App::http(None, SocketAddr::new(agent.api.ip(), 0), name);
+        let (ip, port) = (agent.api.ip().to_string(), app.addr.port());
+        let body = serde_json::json!({"Name": name, "Address": ip, "Port": port, "Protocol": "http"});
+        agent.put_ok("/v1/agent/service/register", &body.to_string());
+        app
+    });
+    // Each calls what the other serves.
+    for (agent, name) in [(&n1, "web"), (&n2, "api")] {
+        let ip = agent.api.ip().to_string();
+        let upstream = serde_json::json!({"DestinationName": name, "LocalBindAddress": ip, "LocalBindPort": 9191});
+        let caller = serde_json::json!({"Name": "caller", "Port": 1,
+            "Connect": {"SidecarService": {"Proxy": {"Upstreams": [upstream]}}}});
+        agent.put_ok("/v1/agent/service/register", &caller.to_string());
+        agent.wait_passing(name, &[name]);
+    }
+    let call = |agent: &Agent, name: &str| {
+        let answer = agent.call(SocketAddr::new(agent.api.ip(), 9191), "GET", "/", &[], "")?;
+        if answer.status == 200 && answer.body.starts_with(name) { Ok(()) } else { Err(answer.body) }
+    };
+    until("n1 calls n2", || call(&n1, "web"));
+    until("n2 calls n1", || call(&n2, "api"));
+
+    limit_files(&n1, "0");
+    let late = r#"{"Name": "late", "Port": 9}"#;
+    let refused = n1.put("/v1/agent/service/register", late);
+    assert_eq!(refused.status, 500, "{}", refused.body);
+    assert_says(&refused.body, &["cannot keep the registration on disk", "nothing was changed"]);
+    assert!(!n1.try_get("/v1/agent/services").unwrap().body.contains("late"));
+    until("it says so", || if n1.log().contains("the disk refused") { Ok(()) } else { Err(n1.log()) });
+    for _ in 0..20 {
+        call(&n1, "web").unwrap();
+        call(&n2, "api").unwrap();
+    }
+    // What others tell is known as before.
+    n2.put_ok("/v1/agent/service/register", r#"{"Name": "other", "Port": 9}"#);
+    n1.wait_passing("other", &["other"]);
+    n2.put_ok("/v1/agent/service/deregister/other", "");
+    n1.wait_passing("other", &[]);
+    assert_eq!(n1.members().unwrap(), ["n1=1", "n2=1"]);
+
+    limit_files(&n1, "unlimited");
+    n1.put_ok("/v1/agent/service/register", late);
+    n2.wait_passing("late", &["late"]);
+    assert_says(&n1.log(), &["opened the store again"]);
+    call(&n1, "web").unwrap();
+    drop(apps);
+}
+
 #[test]
 fn a_corrupt_store_is_named_and_kept() {
     let (_ca, n1) = alone(20, "n1");

@@ -18,6 +18,7 @@
 
 mod agent;
 mod app;
+mod bodies;
 mod checks;
 mod cli;
 mod clients;

@@ -272,6 +272,45 @@ fn a_hedge_takes_the_tail_of_a_slow_instance_whose_app_sees_its_callers_leave() 
 }
 
 #[test]
+fn only_trusted_hops_say_for_whom_they_ask_and_nobody_says_who_calls() {
+    let Some(cluster) = Cluster::start() else { return };
+    let _app = App::heads(Some(&cluster.lab.host(2)), "127.0.0.1:7001".parse().unwrap());
+    let web = json!({"Name": "web", "ID": "web", "Port": 7001, "Protocol": "http"});
+    cluster.n2.put_ok("/v1/agent/service/register", &web.to_string());
+    // A port that others reach: an ingress.
+    let upstream = json!({"DestinationName": "web", "LocalBindAddress": "10.77.0.1", "LocalBindPort": 9394});
+    let edge = json!({"Name": "edge", "Port": 2, "Connect": {"SidecarService": {"Proxy": {"Upstreams": [upstream]}}}});
+    cluster.n1.put_ok("/v1/agent/service/register", &edge.to_string());
+    cluster.n1.wait_passing("web", &["web"]);
+    let said = [
+        ("host", "web"),
+        ("x-forwarded-for", "203.0.113.9"),
+        ("x-real-ip", "203.0.113.9"),
+        ("x-forwarded-client-cert", "URI=spiffe://lab.test/svc/admin"),
+    ];
+    let seen = |from: &Agent| {
+        let answer = from.call("10.77.0.1:9394".parse().unwrap(), "GET", "/", &said, "")?;
+        if answer.status == 200 { Ok(answer.body) } else { Err(format!("{} {}", answer.status, answer.body)) }
+    };
+    let of_stranger = until("the ingress is open", || seen(&cluster.n3));
+    assert!(of_stranger.contains("x-forwarded-for: 10.77.0.3\n"), "{of_stranger}");
+    assert!(!of_stranger.contains("203.0.113.9"), "{of_stranger}");
+
+    cluster.write(&json!({"Kind": "proxy-defaults", "Name": "global", "TrustedHops": ["10.77.0.3", "192.0.2.0/24"]}));
+    let of_hop = seen(&cluster.n3).unwrap();
+    assert!(
+        of_hop.contains("x-forwarded-for: 203.0.113.9\n") && of_hop.contains("x-real-ip: 203.0.113.9\n"),
+        "{of_hop}"
+    );
+    let of_stranger = seen(&cluster.n2).unwrap();
+    assert!(of_stranger.contains("x-forwarded-for: 10.77.0.2\n"), "{of_stranger}");
+    for head in [&of_hop, &of_stranger] {
+        assert!(head.contains("x-forwarded-client-cert: URI=spiffe://lab.test/svc/edge/node/n1\n"), "{head}");
+        assert!(!head.contains("admin"), "{head}");
+    }
+}
+
+#[test]
 fn entries_change_under_load_and_no_request_is_lost() {
     let Some(cluster) = Cluster::start() else { return };
     let _v1 = cluster.serve(2, "web", "v1", (7001, 200, Duration::ZERO));

@@ -256,8 +256,7 @@ pub(super) fn encode_head(
             writer.header(name, value.as_bytes());
         }
         if !headers.contains_key(headers::REQUEST_ID) {
-            let id = uuid::Builder::from_random_bytes(rand::random()).into_uuid();
-            writer.header(&headers::REQUEST_ID, id.hyphenated().encode_lower(&mut [0; 36]).as_bytes());
+            writer.header(&headers::REQUEST_ID, call.made_id());
         }
         writer.finish()
     });

@@ -1,4 +1,6 @@
-//! Which headers cross the mesh (RFC 9110 §7.6.1), who is called (RFC 9112 §3.2), and how far a request went.
+//! Which headers cross the mesh (RFC 9110 §7.6.1), who is called (RFC 9112 §3.2), for whom, and how far a request went.
+
+use std::net::IpAddr;
 
 use base64::Engine as _;
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
@@ -16,6 +18,11 @@ pub(crate) const CLIENT_CERT: HeaderName = HeaderName::from_static("x-forwarded-
 pub(crate) const HOPS: HeaderName = HeaderName::from_static("x-weft-hops");
 /// Makes a request findable in logs.
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// How proxies say for whom they ask: by this one's kin, `Forwarded` (RFC 7239) and `X-Real-IP`.
+const FORWARDED_PREFIX: &str = "x-forwarded-";
+const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+const REAL_IP: HeaderName = HeaderName::from_static("x-real-ip");
 /// Prefix of weft's own headers.
 const WEFT_PREFIX: &str = "x-weft-";
 /// Longest chain of services: far above real call depths, and a loop reaches it within milliseconds.
@@ -46,8 +53,30 @@ pub(crate) fn write(headers: &HeaderMap, writer: &mut HeadWriter<'_>) {
     }
 }
 
+/// Tells whether a name is one that weft alone says, with `_` for `-`: apps behind CGI's conventions (WSGI, PHP) read both
+/// as one.
+fn is_disguised(name: &HeaderName) -> bool {
+    let text = name.as_str();
+    text.contains('_') && {
+        let plain = text.replace('_', "-");
+        CLIENT_CERT == plain.as_str() || plain.starts_with(WEFT_PREFIX)
+    }
+}
+
+/// Takes out what says who calls, however it is written: peers' words do not count.
+pub(crate) fn forget_identity(headers: &mut HeaderMap) {
+    headers.remove(CLIENT_CERT);
+    let disguised: Vec<HeaderName> = headers.keys().filter(|name| is_disguised(name)).cloned().collect();
+    for name in disguised {
+        headers.remove(name);
+    }
+}
+
 fn is_dropped(name: &HeaderName) -> bool {
     let text = name.as_str();
+    if is_disguised(name) {
+        return true;
+    }
     match text.len() {
         4 => text == "host",
         7 => text == "upgrade",
@@ -231,6 +260,22 @@ pub(crate) fn check<B>(request: &Request<B>) -> Result<Option<Authority>, Refusa
     }
 }
 
+/// Takes out what a caller that is no trusted hop says of those before it, and says where it is itself.
+pub(crate) fn forget_forwarded(headers: &mut HeaderMap, from: Option<IpAddr>) {
+    let is_said = |name: &&HeaderName| {
+        let plain = name.as_str().replace('_', "-");
+        plain.starts_with(FORWARDED_PREFIX) || header::FORWARDED == plain.as_str() || REAL_IP == plain.as_str()
+    };
+    let said: Vec<HeaderName> = headers.keys().filter(is_said).cloned().collect();
+    for name in said {
+        headers.remove(name);
+    }
+    if let Some(from) = from.and_then(|from| HeaderValue::try_from(from.to_canonical().to_string()).ok()) {
+        headers.insert(FORWARDED_FOR, from);
+        headers.insert(FORWARDED_PROTO, HeaderValue::from_static("http"));
+    }
+}
+
 /// Returns the number of hops to send, one more than came.
 pub(crate) fn next_hop(headers: &HeaderMap) -> Result<u8, Refusal> {
     let came = match headers.get(HOPS) {
@@ -285,6 +330,8 @@ mod tests {
             ("x-forwarded-client-cert", "URI=spiffe://td/node/forged"),
             ("x-weft-hops", "9"),
             ("x-weft-anything", "1"),
+            ("x_forwarded-client_cert", "URI=spiffe://td/node/forged"),
+            ("x_weft_hops", "9"),
             ("traceparent", "00-1-2-01"),
             ("accept", "a"),
             ("accept", "b"),
@@ -293,6 +340,45 @@ mod tests {
         assert_eq!(headers["te"], "trailers");
         assert_eq!(headers["traceparent"], "00-1-2-01");
         assert_eq!(headers.get_all("accept").iter().count(), 2);
+    }
+
+    #[test]
+    fn headers_that_join_traces_pass_as_they_came() {
+        let trace = [
+            ("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"),
+            ("tracestate", "congo=t61rcWkgMzE"),
+            ("tracestate", "rojo=00f067aa0ba902b7"),
+            ("b3", "80f198ee56343ba864fe8b2a57d3eff7-e457b5a2e4d86bd1-1"),
+            ("x-b3-traceid", "80f198ee56343ba864fe8b2a57d3eff7"),
+            ("x-b3-spanid", "e457b5a2e4d86bd1"),
+            ("x-b3-parentspanid", "05e3ac9a4f6e3b90"),
+            ("x-b3-sampled", "1"),
+            ("x-b3-flags", "1"),
+            ("x-request-id", "4fd1"),
+        ];
+        let came = crossing(&trace);
+        // Lists go on in their order (W3C Trace Context §3.3.1.4).
+        let came: Vec<(&str, &str)> =
+            came.iter().map(|(name, value)| (name.as_str(), value.to_str().unwrap())).collect();
+        assert_eq!(came, trace);
+    }
+
+    #[test]
+    fn what_a_stranger_says_of_those_before_it_is_forgotten_and_where_it_is_is_said() {
+        let forged = ["forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip"];
+        let forged = forged.map(|name| (HeaderName::from_static(name), HeaderValue::from_static("10.0.0.1")));
+        let mut headers = HeaderMap::from_iter(forged);
+        headers.append(FORWARDED_FOR, HeaderValue::from_static("10.0.0.2"));
+        headers.append("x_forwarded_for", HeaderValue::from_static("10.0.0.3"));
+        headers.append("x_real_ip", HeaderValue::from_static("10.0.0.3"));
+        headers.insert(header::ACCEPT, HeaderValue::from_static("a"));
+        forget_forwarded(&mut headers, "::ffff:192.0.2.7".parse().ok());
+        let mut left: Vec<(&str, &str)> =
+            headers.iter().map(|(name, value)| (name.as_str(), value.to_str().unwrap())).collect();
+        left.sort_unstable();
+        assert_eq!(left, [("accept", "a"), ("x-forwarded-for", "192.0.2.7"), ("x-forwarded-proto", "http")]);
+        forget_forwarded(&mut headers, None);
+        assert_eq!(headers.len(), 1, "{headers:?}");
     }
 
     #[track_caller]

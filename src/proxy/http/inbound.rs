@@ -16,7 +16,7 @@ use std::task::Poll;
 
 use bytes::{Bytes, BytesMut};
 use futures_util::task::AtomicWaker;
-use http::header::{self, HeaderMap, HeaderValue};
+use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::{Request, Response, StatusCode, Uri};
 use hyper::body::Incoming;
 use quinn::{RecvStream, SendStream};
@@ -318,6 +318,10 @@ async fn relay(
     };
     let first = match body::first(response.body_mut(), state).await {
         Ok(first) => first,
+        Err(BodyError::App(error)) if is_grpc => {
+            debug!(error = %error, "app broke off");
+            return break_off_begun(state, send, response, exchange).await;
+        }
         // Nothing was sent yet: an error answer is clearer than a reset, and does not make the caller's side try again.
         Err(BodyError::App(error)) => {
             debug!(error = %error, "app broke off");
@@ -362,6 +366,36 @@ async fn relay(
         exchange.grpc(&trailers);
     }
     exchange.finish(Flag::None);
+    Ok(())
+}
+
+/// Says that the app of a gRPC call broke off after its head: in trailers, for an answer that is nothing but a status would
+/// be tried again, and what has begun to answer is committed (gRFC A6).
+async fn break_off_begun(
+    state: &HttpState,
+    send: &mut TunnelSend,
+    response: &Response<Incoming>,
+    exchange: &mut Exchange,
+) -> Result<(), ServeError> {
+    let refusal = Refusal::reset("the application broke off inside its response".to_owned()).into_response(true);
+    let mut trailers = HeaderMap::new();
+    for name in ["grpc-status", "grpc-message"] {
+        trailers.extend(refusal.headers().get(name).map(|value| (HeaderName::from_static(name), value.clone())));
+    }
+    exchange.finish(Flag::Reset);
+    exchange.grpc(&trailers);
+    let has_status = send.put_status();
+    let encoded = state.encode(|out| {
+        put_status(out, has_status);
+        let mut writer = HeadWriter::response(out, Payload::Frames, response.status());
+        headers::write(response.headers(), &mut writer);
+        writer.finish()?;
+        let mut writer = HeadWriter::trailers(out);
+        headers::write_trailers(&trailers, &mut writer);
+        writer.finish()
+    });
+    send.write(&mut [encoded.map_err(ServeError::Head)?]).await.map_err(ServeError::Body)?;
+    send.finish();
     Ok(())
 }
 
@@ -510,7 +544,7 @@ fn build(
     client_cert: Option<&HeaderValue>,
 ) -> Request<TunnelBody> {
     let RequestHead { payload, method, authority, path, mut headers, .. } = head;
-    headers.remove(super::headers::CLIENT_CERT);
+    super::headers::forget_identity(&mut headers);
     if let Some(value) = client_cert {
         headers.insert(super::headers::CLIENT_CERT, value.clone());
     }

@@ -46,7 +46,7 @@ use super::{Caller, OpenError, Opened, Source, StreamKind, Tried, Worker};
 use crate::catalogue::{Instance, SnapshotReader};
 use crate::model::ServiceName;
 use crate::pki::PeerIdentity;
-use crate::routing::{Observer, Outcome, OverRate, Rates, key_of};
+use crate::routing::{Limited, Observer, Outcome, OverRate, Rates, key_of};
 use crate::traffic::Resolved;
 use crate::traffic::hedge::Answers;
 use crate::traffic::retry::Budget;
@@ -81,6 +81,8 @@ pub(crate) trait Dial: 'static {
     fn observe(&self, observer: &Observer, outcome: Outcome, took: Duration) {
         observer.observe(outcome, took, crate::clock::now());
     }
+    /// Notes that a limit refused a request.
+    fn overflowed(&self, _what: Limited) {}
     /// The catalogue.
     fn snapshot(&self) -> &SnapshotReader;
     /// Runs a task on the worker's thread; the worker ends it at the end of the drain.
@@ -123,6 +125,10 @@ impl Dial for Worker {
 
     fn observe(&self, observer: &Observer, outcome: Outcome, took: Duration) {
         Worker::observe(self, observer, outcome, took);
+    }
+
+    fn overflowed(&self, what: Limited) {
+        Worker::overflowed(self, what);
     }
 
     fn snapshot(&self) -> &SnapshotReader {

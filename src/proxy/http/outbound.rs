@@ -18,7 +18,7 @@
 //! 1024 stream errors of the caller's. PING and SETTINGS are answered one at a time, so who does not read the answers is
 //! not read either.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::net::IpAddr;
 use std::pin::Pin;
 use std::rc::Rc;
@@ -246,6 +246,15 @@ impl<D: Dial> Connection<D> {
 }
 
 impl<D: Dial> Connection<D> {
+    /// Takes out of a request's head what its caller may not say.
+    fn believe(&self, headers: &mut HeaderMap) {
+        // Before routes and intentions look at the head: they must not be asked about what somebody made up.
+        let trusts = |from: IpAddr| from.is_loopback() || self.worker.snapshot().peek().traffic.trusts(from);
+        if !self.from.is_some_and(trusts) {
+            headers::forget_forwarded(headers, self.from);
+        }
+    }
+
     /// How much a request with `headers` matters.
     pub(super) fn priority(&self, caller: &Caller, headers: &HeaderMap) -> Priority {
         let snapshot = self.worker.snapshot().peek();
@@ -277,6 +286,20 @@ pub(super) struct Call<'a> {
     pub(super) uploads: Cell<Option<Busy>>,
     /// The caller's connection, for interim answers.
     pub(super) activity: &'a Activity,
+    /// The id that it gets, if it has none: all its attempts and copies have the same.
+    pub(super) id: OnceCell<[u8; 36]>,
+}
+
+impl Call<'_> {
+    /// Returns the id that the request gets.
+    pub(super) fn made_id(&self) -> &[u8] {
+        self.id.get_or_init(|| {
+            let id = uuid::Builder::from_random_bytes(rand::random()).into_uuid();
+            let mut text = [0; 36];
+            id.hyphenated().encode_lower(&mut text);
+            text
+        })
+    }
 }
 
 /// An upgrade that the caller asks for.
@@ -316,6 +339,7 @@ async fn answer_of<D: Dial>(
     let grpc = headers::is_grpc(request.headers());
     let version = request.version();
     let checked = headers::check(&request);
+    connection.believe(request.headers_mut());
     let found = checked.and_then(|authority| Ok((connection.target(authority.as_ref())?, authority)));
     let (target, authority) = match found {
         Ok(found) => found,
@@ -341,12 +365,12 @@ async fn answer_of<D: Dial>(
     let upgraded = Upgrading::of(&mut request, payload);
     let (parts, body) = request.into_parts();
     let uploads = (payload == Payload::Frames).then(|| Busy::new(&connection.activity));
-    let (from, cookie) = (connection.from, Cell::default());
+    let (from, cookie, id) = (connection.from, Cell::default(), OnceCell::new());
     let (uploads, activity) = (Cell::new(uploads), &*connection.activity);
     let priority = connection.priority(&target.caller, &parts.headers);
-    let call = Call { parts: &parts, authority, target, payload, from, priority, cookie, uploads, activity };
+    let call = Call { parts: &parts, authority, target, payload, from, priority, cookie, uploads, activity, id };
     Ok(match attempts(&connection.worker, &call, body).await {
-        Err(refusal) => refuse_request(exchange, refusal, (version, grpc)),
+        Err(refusal) => refuse_call(&*connection.worker, exchange, refusal, (version, grpc)),
         Ok(mut answer) => {
             begin_answer(&mut answer, &call, &mut exchange, grpc);
             respond(&connection.worker, answer, exchange, upgraded, busy)
@@ -384,6 +408,19 @@ pub(super) fn admit<D: Dial>(worker: &D, caller: &Caller, asked: &Asked<'_>) -> 
     let ends = (caller.source.service(), &caller.destination);
     let decided = worker.http().policy().request(&worker.snapshot().peek().policy, Reporter::Source, ends, asked);
     decided.map_err(|denied| Refusal::denied(denied.text(ends.0, ends.1)))
+}
+
+/// Refuses a request that came to nothing; what a limit refused is counted once, however many instances were full.
+pub(super) fn refuse_call<D: Dial>(
+    worker: &D,
+    exchange: Exchange,
+    refusal: Refusal,
+    how: (Version, bool),
+) -> Response<TunnelBody> {
+    if let Reason::Overflow(what) = refusal.reason {
+        worker.overflowed(what);
+    }
+    refuse_request(exchange, refusal, how)
 }
 
 /// Refuses a request; one that breaks HTTP's rules ends its HTTP/1.1 connection, for what follows it is in doubt.

@@ -11,7 +11,7 @@
 //! budget and the limit of retries under way unless nothing had reached an app; a mirror delays nothing and has bounds of its own.
 //! Not here: what the entries mean (`traffic`), one attempt (`attempt`).
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -133,12 +133,12 @@ pub(super) async fn answer<D: Dial>(
     let uploads = (payload == Payload::Frames).then(|| Busy::new(&connection.activity));
     let plan = Plan { route, forward, leg, source, deadline, grpc };
     let (from, cookie, uploads) = (connection.from, Cell::default(), Cell::new(uploads));
-    let activity = &*connection.activity;
+    let (activity, id) = (&*connection.activity, OnceCell::new());
     let priority = connection.priority(&target.caller, &parts.headers);
     let kept = Rc::clone(&target);
-    let call = Call { parts: &parts, authority, target: kept, payload, from, priority, cookie, uploads, activity };
+    let call = Call { parts: &parts, authority, target: kept, payload, from, priority, cookie, uploads, activity, id };
     Ok(match attempts(worker, &call, &plan, (body, &mut exchange)).await {
-        Err(refusal) => outbound::refuse_request(exchange, refusal, how),
+        Err(refusal) => outbound::refuse_call(&**worker, exchange, refusal, how),
         Ok(mut answer) => {
             leg.response_headers.apply(&mut answer.head.headers);
             forward.response_headers.apply(&mut answer.head.headers);

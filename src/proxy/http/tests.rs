@@ -3,6 +3,7 @@
 mod cut_off;
 mod edge;
 mod floods;
+mod flow;
 mod framing;
 mod hedged;
 mod rest;

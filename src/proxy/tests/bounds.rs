@@ -203,7 +203,7 @@ async fn an_http_instance_whose_app_is_gone_is_passed_over_and_left_alone_for_a_
 }
 
 /// An app that answers every request of every connection.
-async fn answer(app: &TcpListener) {
+pub(super) async fn answer(app: &TcpListener) {
     let serve = async |mut stream: TcpStream| {
         let mut head = Vec::new();
         while stream.read_buf(&mut head).await.is_ok_and(|bytes| bytes > 0) {

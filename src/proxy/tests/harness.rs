@@ -25,6 +25,9 @@ use crate::traffic::{Entries, Ready, Traffic};
 use crate::transport::{ClientTls, Credentials, bind, client_config};
 use crate::upstream;
 
+/// Long enough for what is open to end by itself.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// Where an instance of `web` is said to be: node, its mesh address, instance id.
 pub(super) type Place<'a> = (&'a str, SocketAddr, &'a str);
 
@@ -50,9 +53,23 @@ impl Mesh {
         Self::start_on(2, authority, scope, more).await
     }
 
+    /// Starts both nodes with one worker each; what is open is cut `drain_timeout` after the drain began.
+    pub(super) async fn start_draining_within(drain_timeout: Duration) -> Self {
+        Self::start_as((1, drain_timeout), &Authority::new(), "*", |_| Vec::new()).await
+    }
+
     /// As [`Mesh::start_with`], with so many workers on each node.
     pub(super) async fn start_on(
         workers: usize,
+        authority: &Arc<Authority>,
+        scope: &str,
+        more: impl FnOnce(&mut LocalView) -> Vec<Place<'static>>,
+    ) -> Self {
+        Self::start_as((workers, DRAIN_TIMEOUT), authority, scope, more).await
+    }
+
+    async fn start_as(
+        how: (usize, Duration),
         authority: &Arc<Authority>,
         scope: &str,
         more: impl FnOnce(&mut LocalView) -> Vec<Place<'static>>,
@@ -62,10 +79,10 @@ impl Mesh {
         serve(&mut local, "web-1", app.local_addr().unwrap());
         let mut places: Vec<Place<'_>> = more(&mut local);
         let ids: Vec<String> = local.instances.keys().map(ToString::to_string).collect();
-        let b = Node::start_on(workers, authority, "b", scope, local);
+        let b = Node::start_on(how, authority, "b", scope, local);
         places.extend(ids.iter().map(|id| ("b", b.addr, id.as_str())));
         let upstream = free_port();
-        let a = Node::start_on(workers, authority, "a", "*", upstreams(&[upstream]));
+        let a = Node::start_on(how, authority, "a", "*", upstreams(&[upstream]));
         a.publish(&[upstream], &places);
         a.sees(upstream, |state| state == Some(&ListenerState::Listening)).await;
         Self { a, b, app, upstream }
@@ -112,10 +129,16 @@ pub(super) struct Node {
 
 impl Node {
     pub(super) fn start(authority: &Arc<Authority>, node: &str, scope: &str, local: LocalView) -> Self {
-        Self::start_on(2, authority, node, scope, local)
+        Self::start_on((2, DRAIN_TIMEOUT), authority, node, scope, local)
     }
 
-    fn start_on(workers: usize, authority: &Arc<Authority>, node: &str, scope: &str, local: LocalView) -> Self {
+    fn start_on(
+        (workers, drain_timeout): (usize, Duration),
+        authority: &Arc<Authority>,
+        node: &str,
+        scope: &str,
+        local: LocalView,
+    ) -> Self {
         let bound = bind((Ipv4Addr::LOCALHOST, 0).into(), workers).unwrap();
         let first = Snapshot { index: 1, local: Arc::new(local), ..Snapshot::empty(node.parse().unwrap()) };
         let publisher = Publisher::new(Arc::new(first));
@@ -127,7 +150,7 @@ impl Node {
             snapshot: publisher.reader(),
             shared_http: None,
             stop: CancellationToken::new(),
-            drain_timeout: Duration::from_secs(5),
+            drain_timeout,
             listener_retry: Duration::from_millis(20),
             credentials: Arc::new(authority.certify(node, scope)),
         };
@@ -209,6 +232,17 @@ pub(super) fn stranger(authority: &Arc<Authority>, node: &str) -> quinn::Endpoin
     let mut endpoint = quinn::Endpoint::client((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
     endpoint.set_default_client_config(client_config(Plane::Tunnel, tls.config).unwrap());
     endpoint
+}
+
+/// A node that lets others in, and gives their tunnels no stream.
+pub(super) fn full(authority: &Arc<Authority>, node: &str) -> quinn::Endpoint {
+    let tls = authority.certify(node, "*").server(Plane::Tunnel).unwrap();
+    let tls = quinn::crypto::rustls::QuicServerConfig::try_from(tls).unwrap();
+    let mut transport = quinn::TransportConfig::default();
+    transport.max_concurrent_bidi_streams(0_u32.into());
+    let mut config = quinn::ServerConfig::with_crypto(Arc::new(tls));
+    config.transport_config(Arc::new(transport));
+    quinn::Endpoint::server(config, (Ipv4Addr::LOCALHOST, 0).into()).unwrap()
 }
 
 /// An instance of `web` that passes.

@@ -1,43 +1,59 @@
 //! What a worker does where an instance has as much as it bears, or cannot be connected in time.
 
+use std::sync::Arc;
+use std::time::Duration;
+
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 
-use super::harness::{Authority, Mesh, upstreams};
-use super::{round_trip, within};
+use super::bounds::answer;
+use super::harness::{Authority, Mesh, full, upstreams};
+use super::{read_all, round_trip, within};
 use crate::model::Protocol;
+use crate::proxy::WorkerView;
+use crate::routing::Standing;
 
-/// One worker that may bring the app, which speaks HTTP, one request at a time.
-async fn one_at_a_time() -> Mesh {
+/// One worker each; the app speaks HTTP.
+pub(super) async fn of_http(authority: &Arc<Authority>) -> Mesh {
     let is_http = |local: &mut crate::catalogue::LocalView| {
         local.instances.values_mut().for_each(|instance| instance.protocol = Protocol::Http);
         Vec::new()
     };
-    let mesh = Mesh::start_on(1, &Authority::new(), "*", is_http).await;
+    let mesh = Mesh::start_on(1, authority, "*", is_http).await;
+    mesh.a.publish_local(http_ports(&mesh), &[("b", mesh.b.addr, "web-1")]);
+    mesh
+}
+
+fn http_ports(mesh: &Mesh) -> crate::catalogue::LocalView {
     let mut local = upstreams(&[mesh.upstream]);
     local.upstreams.iter_mut().for_each(|upstream| upstream.protocol = Some(Protocol::Http));
-    mesh.a.publish_local(local, &[("b", mesh.b.addr, "web-1")]);
+    local
+}
+
+/// One worker that may bring the app, which speaks HTTP, one request at a time.
+async fn one_at_a_time() -> Mesh {
+    let mesh = of_http(&Authority::new()).await;
     let limits = json!({"Limits": {"MaxRequestsPerInstance": 1, "MaxPendingRequests": 1}});
     mesh.a.say(&[("service-defaults", "app", json!({"UpstreamConfig": {"Defaults": limits}}))]);
     mesh
 }
 
-async fn ask(mesh: &Mesh, headers: &str) -> TcpStream {
+pub(super) async fn ask(mesh: &Mesh, headers: &str) -> TcpStream {
     let mut client = TcpStream::connect(mesh.upstream).await.unwrap();
     let head = format!("GET / HTTP/1.1\r\nhost: web\r\nconnection: close\r\n{headers}\r\n");
     client.write_all(head.as_bytes()).await.unwrap();
     client
 }
 
-async fn answer_of(mut client: TcpStream) -> String {
+pub(super) async fn answer_of(mut client: TcpStream) -> String {
     let mut answer = String::new();
     within(client.read_to_string(&mut answer)).await.unwrap();
     answer
 }
 
 /// Takes a request at the app.
-async fn take(app: &TcpListener) -> TcpStream {
+pub(super) async fn take(app: &TcpListener) -> TcpStream {
     let (mut stream, _) = within(app.accept()).await.unwrap();
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
@@ -46,7 +62,7 @@ async fn take(app: &TcpListener) -> TcpStream {
     stream
 }
 
-async fn give(mut stream: TcpStream) {
+pub(super) async fn give(mut stream: TcpStream) {
     stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n").await.unwrap();
 }
 
@@ -56,7 +72,7 @@ async fn a_request_waits_for_an_instance_in_a_queue_that_is_bounded_in_number_an
     // Answers take 1.5 s here: so long may a burst wait.
     let client = ask(&mesh, "").await;
     let stream = take(&mesh.app).await;
-    tokio::time::sleep(std::time::Duration::from_millis(1_500)).await;
+    tokio::time::sleep(Duration::from_millis(1_500)).await;
     give(stream).await;
     assert!(answer_of(client).await.starts_with("HTTP/1.1 200"));
 
@@ -103,6 +119,93 @@ async fn an_instance_that_is_not_connected_within_its_timeout_is_left_alone_for_
     tokio::select! {
         () = calls => {}
         () = mesh.a.knows(|view| view.backing_off.iter().any(|(node, _)| node.as_str() == "c")) => {}
+    }
+    mesh.stop().await;
+}
+
+/// Turns between the app and a node that gives no stream; whatever failed once would be ejected.
+fn in_turns(connect_timeout: &str) -> [(&'static str, &'static str, serde_json::Value); 2] {
+    let resolver = json!({"ConnectTimeout": connect_timeout, "LoadBalancer": {"Policy": "round_robin"}});
+    let guard = json!({"UpstreamConfig": {"Defaults": {"PassiveHealthCheck": {"MaxFailures": 1}}}});
+    [("service-resolver", "web", resolver), ("service-defaults", "app", guard)]
+}
+
+/// Lets in whoever dials, and keeps all connections.
+async fn accept_all(endpoint: &quinn::Endpoint) {
+    let mut held = Vec::new();
+    while let Some(incoming) = endpoint.accept().await {
+        held.extend(incoming.await.ok());
+    }
+}
+
+fn is_full_instance_in_use(view: &WorkerView) -> bool {
+    let mut seats = view.group.seats.iter().filter(|seat| seat.node.as_str() == "c");
+    view.backing_off.is_empty() && seats.any(|seat| seat.standing == Standing::Closed)
+}
+
+#[tokio::test]
+async fn a_request_to_a_node_that_gives_no_stream_goes_to_another_and_counts_against_nobody() {
+    let authority = Authority::new();
+    let mesh = of_http(&authority).await;
+    let endpoint = full(&authority, "c");
+    let there = ("c", endpoint.local_addr().unwrap(), "web-9");
+    mesh.a.publish_local(http_ports(&mesh), &[("b", mesh.b.addr, "web-1"), there]);
+    let requests = async {
+        // Time for the handshakes, and then little for a stream.
+        for connect_timeout in ["2s", "300ms"] {
+            mesh.a.say(&in_turns(connect_timeout));
+            for _ in 0..2 {
+                let answer = answer_of(ask(&mesh, "").await).await;
+                assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+            }
+        }
+        // It was its turn: the tunnel is there, and gave nothing.
+        assert_eq!(mesh.a.count("weft_quic_handshakes_total", &["dialer"]), 2);
+        mesh.a.knows(is_full_instance_in_use).await;
+        assert_eq!(mesh.a.count("weft_balancer_overflow_total", &[]), 0, "nothing was refused");
+        assert_eq!(mesh.a.count("weft_balancer_ejections_total", &[]), 0);
+
+        // Where there is no other, the request is refused as one that waits too long.
+        mesh.a.publish_local(http_ports(&mesh), &[there]);
+        mesh.a.knows(|view| view.group.seats.len() == 1).await;
+        let refused = answer_of(ask(&mesh, "").await).await;
+        assert!(refused.starts_with("HTTP/1.1 503") && refused.contains("x-weft-overflow: pending\r\n"), "{refused}");
+        mesh.a.counts("weft_balancer_overflow_total", &["pending"], 1).await;
+    };
+    tokio::select! {
+        () = accept_all(&endpoint) => unreachable!("the endpoint is open"),
+        never = answer(&mesh.app) => never,
+        () = within(requests) => {}
+    }
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn a_connection_to_a_node_that_gives_no_stream_goes_to_another_as_well() {
+    let authority = Authority::new();
+    let mesh = Mesh::start_on(1, &authority, "*", |_| Vec::new()).await;
+    let endpoint = full(&authority, "c");
+    let there = ("c", endpoint.local_addr().unwrap(), "web-9");
+    mesh.a.publish(&[mesh.upstream], &[("b", mesh.b.addr, "web-1"), there]);
+    let calls = async {
+        for connect_timeout in ["2s", "300ms"] {
+            mesh.a.say(&in_turns(connect_timeout));
+            for _ in 0..2 {
+                round_trip(&mesh).await;
+            }
+        }
+        mesh.a.knows(is_full_instance_in_use).await;
+        assert_eq!(mesh.a.count("weft_balancer_overflow_total", &[]), 0);
+        mesh.a.publish(&[mesh.upstream], &[there]);
+        mesh.a.knows(|view| view.group.seats.len() == 1).await;
+        let connect = async { read_all(&mut TcpStream::connect(mesh.upstream).await?).await };
+        assert_eq!(connect.await.unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
+        mesh.a.counts("weft_tcp_connections_closed_total", &["\"UO\""], 1).await;
+        assert_eq!(mesh.a.count("weft_balancer_overflow_total", &["pending"]), 1);
+    };
+    tokio::select! {
+        () = accept_all(&endpoint) => unreachable!("the endpoint is open"),
+        () = within(calls) => {}
     }
     mesh.stop().await;
 }

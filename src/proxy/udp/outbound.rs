@@ -268,17 +268,27 @@ async fn establish(port: &Port, caller: &Caller, from: SocketAddr) -> Result<Con
         return Err("RBAC");
     }
     let connect = || connect(worker, caller, StreamKind::Udp, (to.as_deref(), Some(from.ip())));
-    match connect().await {
+    let connected = match connect().await {
         // UDP does not say when it has done: the flow that is silent for longest makes room.
-        Err("UO") => {
-            let Some(oldest) = port.flows.borrow_mut().evict() else { return Err("UO") };
-            oldest.end("UO");
-            oldest.gone.notified().await;
-            drop(oldest);
-            connect().await
+        Err(("UO", limited)) => {
+            let oldest = port.flows.borrow_mut().evict();
+            if let Some(oldest) = oldest {
+                oldest.end("UO");
+                oldest.gone.notified().await;
+                drop(oldest);
+                connect().await
+            } else {
+                Err(("UO", limited))
+            }
         }
         connected => connected,
-    }
+    };
+    connected.map_err(|(flag, limited)| {
+        if let Some(what) = limited {
+            worker.overflowed(what);
+        }
+        flag
+    })
 }
 
 /// Carries a flow until it ends; returns why it did.

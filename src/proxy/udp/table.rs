@@ -378,7 +378,11 @@ mod tests {
         let mut table = FlowTable::new(BOUNDS);
         let places = Rc::new(Cell::new(0));
         let send = |table: &mut FlowTable<u16, Rc<()>>, port: u16, seconds: u64, free: bool| {
-            let place = || free.then(|| Rc::new(places.set(places.get() + 1)));
+            let take = || {
+                places.set(places.get() + 1);
+                Rc::new(())
+            };
+            let place = || free.then(take);
             match table.datagram(source(port), b"x", at(seconds), place) {
                 Verdict::Open { number, gone } => {
                     table.opened(source(port), number, port);

@@ -479,3 +479,96 @@ fn a_drain_ends_connections_after_their_requests_and_says_so() {
         assert!(idle.ready().await.is_err() || idle.send_request(super::get("/")).await.is_err());
     });
 }
+
+#[test]
+fn what_an_app_of_this_host_says_of_whom_it_asks_for_passes_with_its_own_id() {
+    run(async {
+        let setup = setup().await;
+        let said = "x-forwarded-for: 203.0.113.9\r\nx-forwarded-proto: https\r\nforwarded: for=203.0.113.9\r\n\
+                    x-request-id: mine\r\ntraceparent: 00-1-2-01\r\ntracestate: a=1,b=2\r\nb3: 1-2-1";
+        let request = format!("GET / HTTP/1.1\r\nhost: web\r\nconnection: close\r\n{said}\r\n\r\n");
+        let answer = raw(setup.port, request.as_bytes()).await;
+        for line in said.split("\r\n").map(|line| line.replacen(": ", "=", 1)) {
+            assert!(answer.contains(&line), "`{line}` is not in {answer}");
+        }
+        assert_eq!(answer.matches("x-request-id=").count(), 1, "{answer}");
+    });
+}
+
+#[test]
+fn a_request_that_an_app_has_begun_to_answer_is_not_sent_again() {
+    run(async {
+        let played = Played::start().await;
+        let get = "GET / HTTP/1.1\r\nhost: web\r\n\r\n";
+        let ok = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
+        let (mut caller, mut app, _) = played.begin(get).await;
+        app.write_all(ok).await.unwrap();
+        until(&mut caller, "\r\n\r\nok").await;
+
+        // An app that closes a connection that was kept may not have seen the request: it is sent once more.
+        caller.write_all(get.as_bytes()).await.unwrap();
+        until(&mut app, "\r\n\r\n").await;
+        drop(app);
+        let (mut app, _) = played.listener.accept().await.unwrap();
+        until(&mut app, "\r\n\r\n").await;
+        app.write_all(ok).await.unwrap();
+        assert!(until(&mut caller, "\r\n\r\nok").await.starts_with("HTTP/1.1 200"));
+
+        // One that said something has.
+        caller.write_all(get.as_bytes()).await.unwrap();
+        until(&mut app, "\r\n\r\n").await;
+        app.write_all(b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n").await.unwrap();
+        assert!(until(&mut caller, "\r\n\r\n").await.starts_with("HTTP/1.1 103"));
+        drop(app);
+        let answer = until(&mut caller, "\r\n\r\n").await;
+        assert!(answer.starts_with("HTTP/1.1 502") && answer.contains("x-weft-reason: reset"), "{answer}");
+        let again = tokio::time::timeout(Duration::from_millis(200), played.listener.accept()).await;
+        assert!(again.is_err(), "the request was sent again");
+    });
+}
+
+#[test]
+fn an_app_that_is_gone_once_its_body_was_asked_for_is_answered_for_once() {
+    run(async {
+        let worker = Loopback::new(Limits::default());
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        worker.add(listener.local_addr().unwrap(), Protocol::Http2).await;
+        let port = worker.listen(false).await;
+        let (go, gone) = oneshot::channel::<()>();
+        tokio::task::spawn_local(async move {
+            let (stream, _) = listener.accept().await.unwrap();
+            let mut builder = h2::server::Builder::new();
+            let mut connection = builder.max_concurrent_streams(1).handshake::<_, Bytes>(stream).await.unwrap();
+            let serve = async {
+                // With the answer to the first one weft knows that the app takes one at a time.
+                let (_, mut respond) = connection.accept().await.unwrap().unwrap();
+                respond.send_response(Response::new(()), true).unwrap();
+                let mut held = Vec::new();
+                while let Some(Ok(request)) = connection.accept().await {
+                    held.push(request);
+                }
+            };
+            tokio::select! {
+                () = serve => {}
+                _ = gone => {}
+            }
+        });
+        assert!(
+            raw(port, b"GET / HTTP/1.1\r\nhost: web\r\nconnection: close\r\n\r\n").await.starts_with("HTTP/1.1 200")
+        );
+        // One is under way and one waits for its stream; a third is not taken out of weft's hands.
+        let mut waiting = Vec::new();
+        for _ in 0..2 {
+            let mut caller = TcpStream::connect(port).await.unwrap();
+            caller.write_all(b"GET / HTTP/1.1\r\nhost: web\r\n\r\n").await.unwrap();
+            waiting.push(caller);
+        }
+        let mut caller = TcpStream::connect(port).await.unwrap();
+        caller.write_all(UPLOAD.as_bytes()).await.unwrap();
+        assert_eq!(until(&mut caller, "\r\n\r\n").await, "HTTP/1.1 100 Continue\r\n\r\n");
+        go.send(()).unwrap();
+        let answer = rest(&mut caller).await;
+        assert!(answer.starts_with("HTTP/1.1 502"), "{answer}");
+        assert!(answer.contains("the application of `web` broke off before it answered"), "{answer}");
+    });
+}

@@ -181,6 +181,26 @@ fn an_attempt_that_takes_too_long_counts_as_a_failure_of_its_instance() {
 }
 
 #[test]
+fn grpc_calls_that_fail_in_their_trailers_eject_their_instance() {
+    run(async {
+        const FAILS: &str = "HTTP/1.1 200 OK\r\ncontent-type: application/grpc\r\ntransfer-encoding: chunked\r\n\
+                             connection: close\r\n\r\n5\r\n\0\0\0\0\0\r\n0\r\ngrpc-status: 14\r\n\r\n";
+        const FINE: &str = "HTTP/1.1 200 OK\r\ncontent-type: application/grpc\r\ntransfer-encoding: chunked\r\n\
+                            connection: close\r\n\r\n5\r\n\0\0\0\0\0\r\n0\r\ngrpc-status: 0\r\n\r\n";
+        let guard = json!({"PassiveHealthCheck": {"MaxFailures": 3}});
+        let setup = balanced(&[&[FAILS], &[FINE]], &json!({"RequestTimeout": "20s"}), &guard).await;
+        for _ in 0..6 {
+            // By its HTTP status each is a success.
+            let answer = ask(setup.port, "POST /a.B/C HTTP/1.1\r\ncontent-type: application/grpc").await;
+            assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        }
+        let notices = setup.worker.balancer.borrow().as_ref().unwrap().take_notices();
+        let [notice] = &notices[..] else { panic!("{notices:?}") };
+        assert_eq!((notice.instance.as_str(), notice.cause), ("web-0", Cause::Consecutive));
+    });
+}
+
+#[test]
 fn with_few_instances_retries_are_as_many_as_the_route_says() {
     run(async {
         let destination = json!({"NumRetries": 3, "RetryOn": ["5xx"], "RetryBackoff": {"BaseInterval": "1ms"}});

@@ -101,11 +101,88 @@ fn a_retry_saves_a_request_and_sends_its_body_again() {
             raw(setup.port, b"POST /x HTTP/1.1\r\nhost: web\r\nconnection: close\r\ncontent-length: 4\r\n\r\nbody")
                 .await;
         assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("ok"), "{answer}");
+        let mut ids = Vec::new();
         for _ in 0..2 {
-            assert!(setup.messages.recv().await.unwrap().ends_with("\r\n\r\nbody"));
+            let sent = setup.messages.recv().await.unwrap();
+            assert!(sent.ends_with("\r\n\r\nbody"));
+            ids.push(sent.lines().find_map(|line| line.strip_prefix("x-request-id: ")).unwrap().to_owned());
         }
+        assert_eq!(ids[0], ids[1], "both attempts are one request");
         counts(&setup.worker, "weft_http_retries_total{destination_service=\"web\",reason=\"status\"}", 1);
         counts(&setup.worker, "weft_http_retries_saved_total{destination_service=\"web\"}", 1);
+    });
+}
+
+#[test]
+fn a_body_of_64_kib_is_sent_again_and_a_longer_one_is_not() {
+    run(async {
+        // Frames have headers, which are kept as well.
+        for (bytes, is_kept) in [(REPLAY_BYTES_MAX - 1024, true), (REPLAY_BYTES_MAX + 1, false)] {
+            let mut setup = web(&[UNAVAILABLE, OK], &[route(&json!({"NumRetries": 1, "RetryOn": ["5xx"]}))]).await;
+            let body = "b".repeat(bytes);
+            let request =
+                format!("POST / HTTP/1.1\r\nhost: web\r\nconnection: close\r\ncontent-length: {bytes}\r\n\r\n{body}");
+            let answer = raw(setup.port, request.as_bytes()).await;
+            let met: Vec<String> = std::iter::from_fn(|| setup.messages.try_recv().ok()).collect();
+            assert!(met.iter().all(|request| request.ends_with(&body)), "a body of {bytes} bytes came otherwise");
+            if is_kept {
+                assert!(answer.starts_with("HTTP/1.1 200") && met.len() == 2, "{bytes}: {answer}");
+            } else {
+                assert!(answer.starts_with("HTTP/1.1 503") && met.len() == 1, "{bytes}: {answer}");
+                let refused = "weft_http_retries_refused_total{destination_service=\"web\",reason=\"body\"}";
+                counts(&setup.worker, refused, 1);
+            }
+        }
+    });
+}
+
+const GRPC: &str = "POST /shop.Cart/Add HTTP/1.1\r\ncontent-type: application/grpc\r\nte: trailers";
+
+#[test]
+fn grpc_is_tried_again_only_as_long_as_nothing_but_a_status_was_answered() {
+    run(async {
+        const ONLY_STATUS: &str = "HTTP/1.1 200 OK\r\ncontent-type: application/grpc\r\ngrpc-status: 14\r\n\
+                                   content-length: 0\r\nconnection: close\r\n\r\n";
+        const FINE: &str = "HTTP/1.1 200 OK\r\ncontent-type: application/grpc\r\ngrpc-status: 0\r\n\
+                            content-length: 0\r\nconnection: close\r\n\r\n";
+        // A message, and the same status after it.
+        const BEGUN: &str = "HTTP/1.1 200 OK\r\ncontent-type: application/grpc\r\ntransfer-encoding: chunked\r\n\
+                             trailer: grpc-status\r\nconnection: close\r\n\r\n\
+                             5\r\n\0\0\0\0\0\r\n0\r\ngrpc-status: 14\r\n\r\n";
+        // It breaks off after its head.
+        const BROKEN: &str = "HTTP/1.1 200 OK\r\ncontent-type: application/grpc\r\ntransfer-encoding: chunked\r\n\
+                              connection: close\r\n\r\n";
+        let destination = json!({"NumRetries": 2, "RetryOn": ["unavailable", "reset"]});
+        for (first, times) in [(ONLY_STATUS, 2), (BEGUN, 1), (BROKEN, 1)] {
+            let mut setup = web(&[first, FINE], &[route(&destination)]).await;
+            let answer = ask(setup.port, GRPC).await;
+            let met = std::iter::from_fn(|| setup.messages.try_recv().ok()).count();
+            assert_eq!(met, times, "{first:?}: {answer}");
+            assert_eq!(answer.contains("grpc-status: 0\r\n"), times == 2, "{answer}");
+            let text = setup.worker.metrics.render().unwrap();
+            let status = if times == 2 { "grpc_response_status=\"0\"" } else { "grpc_response_status=\"14\"" };
+            let is_counted = |line: &str| line.contains("reporter=\"source\"") && line.contains(status);
+            // One that breaks off once its head has gone on is cut off, without a status.
+            assert!(first == BROKEN || text.lines().any(is_counted), "{first:?}: {text}");
+        }
+    });
+}
+
+#[test]
+fn a_grpc_timeout_is_kept_and_what_is_left_of_it_goes_along() {
+    run(async {
+        // Without an entry, with a route that allows more, and with one that allows less.
+        for (limit, asked) in [(None, "200m"), (Some("20s"), "200m"), (Some("200ms"), "10S")] {
+            let entries: Vec<_> = limit.map(|limit| route(&json!({"RequestTimeout": limit}))).into_iter().collect();
+            let mut setup = web(&[HANG], &entries).await;
+            let begun = crate::clock::now();
+            let answer = ask(setup.port, &format!("{GRPC}\r\ngrpc-timeout: {asked}")).await;
+            assert!(answer.contains("grpc-status: 4\r\n"), "{limit:?}: {answer}");
+            assert!(begun.elapsed() >= Duration::from_millis(200) && begun.elapsed() < Duration::from_secs(9));
+            let head = setup.messages.recv().await.unwrap();
+            let left = head.lines().find_map(|line| line.strip_prefix("grpc-timeout: ")?.strip_suffix('m')).unwrap();
+            assert!((1..=200).contains(&left.parse::<u64>().unwrap()), "{limit:?}: {left}");
+        }
     });
 }
 
