@@ -77,6 +77,7 @@ pub(crate) fn mesh(count: usize, services: usize, seed: u64, settings: Settings)
     }
     let took = world.run_until(120 * SECOND, |world| world.has_converged() && world.is_equal());
     assert!(took.is_some(), "{count} hosts join and hold the same");
+    world.calm_down();
     world
 }
 
