@@ -1,6 +1,7 @@
 //! What the data plane counts for TCP and tunnels. Handles are looked up once per pair of services and kept per worker.
 
 use std::cell::RefCell;
+use std::fmt;
 use std::rc::Rc;
 
 use foldhash::HashMap;
@@ -14,9 +15,9 @@ use crate::routing::Limited;
 /// Labels of what is counted per pair of services.
 pub(super) const EDGE_LABELS: [&str; 3] = ["reporter", "source_service", "destination_service"];
 /// Pairs whose handles one worker keeps; beyond it the cache starts again (the series stay).
-pub(super) const EDGES_MAX: usize = 4_096;
+const EDGES_MAX: usize = 4_096;
 /// Label of a caller that shows its node's own SVID; no service can have the name.
-pub(super) const NODE_LABEL: &str = "_node";
+const NODE_LABEL: &str = "_node";
 
 /// The handles of the whole agent. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -168,7 +169,29 @@ impl Edge {
     pub(crate) fn open(self: &Rc<Self>) -> OpenConnection {
         self.opened.inc();
         self.active.inc();
-        OpenConnection { edge: Rc::clone(self), flag: "UR" }
+        Open { edge: Rc::clone(self), flag: "UR" }
+    }
+}
+
+impl PerPair for Edge {
+    type Metrics = ProxyMetrics;
+
+    fn of(metrics: &ProxyMetrics, reporter: Reporter, labels: [&str; 3]) -> Self {
+        Self {
+            reporter,
+            labels: labels.map(str::to_owned),
+            metrics: metrics.clone(),
+            opened: metrics.opened.with_label_values(&labels),
+            active: metrics.active.with_label_values(&labels),
+            sent: metrics.sent.with_label_values(&labels),
+            received: metrics.received.with_label_values(&labels),
+        }
+    }
+
+    fn closed(&self, flag: &'static str) {
+        self.active.dec();
+        let [reporter, source, destination] = &self.labels;
+        self.metrics.closed.with_label_values(&[reporter, source, destination, flag]).inc();
     }
 }
 
@@ -188,46 +211,59 @@ impl Count for Edge {
     }
 }
 
-/// A connection that counts as open while this lives.
-#[derive(Debug)]
-pub(crate) struct OpenConnection {
-    edge: Rc<Edge>,
-    flag: &'static str,
+/// The handles that a pair of services has at one end.
+pub(crate) trait PerPair: fmt::Debug {
+    /// What they are handles of.
+    type Metrics: fmt::Debug;
+
+    /// Makes the handles of one pair; the labels are the end that reports, the source and the destination.
+    fn of(metrics: &Self::Metrics, reporter: Reporter, labels: [&str; 3]) -> Self;
+
+    /// Counts the end of what was open, with why it ended.
+    fn closed(&self, flag: &'static str);
 }
 
-impl OpenConnection {
+/// A connection, or a flow, that counts as open while this lives.
+#[derive(Debug)]
+pub(crate) struct Open<E: PerPair> {
+    pub(super) edge: Rc<E>,
+    pub(super) flag: &'static str,
+}
+
+impl<E: PerPair> Open<E> {
     /// Says why it ends.
     pub(crate) fn ends(&mut self, flag: &'static str) {
         self.flag = flag;
     }
 }
 
-impl Drop for OpenConnection {
+impl<E: PerPair> Drop for Open<E> {
     fn drop(&mut self) {
-        self.edge.active.dec();
-        let [reporter, source, destination] = &self.edge.labels;
-        self.edge.metrics.closed.with_label_values(&[reporter, source, destination, self.flag]).inc();
+        self.edge.closed(self.flag);
     }
 }
+
+/// An open connection.
+pub(crate) type OpenConnection = Open<Edge>;
 
 /// Who reports, the source (none: the node itself), the destination.
 type Pair = (Reporter, Option<ServiceName>, ServiceName);
 
-/// One worker's handles.
+/// One worker's handles: those of connections, unless told otherwise.
 #[derive(Debug)]
-pub(crate) struct Edges {
-    metrics: ProxyMetrics,
-    held: RefCell<HashMap<Pair, Rc<Edge>>>,
+pub(crate) struct Edges<E: PerPair = Edge> {
+    metrics: E::Metrics,
+    held: RefCell<HashMap<Pair, Rc<E>>>,
 }
 
-impl Edges {
+impl<E: PerPair> Edges<E> {
     /// Holds nothing yet.
-    pub(crate) fn new(metrics: ProxyMetrics) -> Self {
+    pub(crate) fn new(metrics: E::Metrics) -> Self {
         Self { metrics, held: RefCell::default() }
     }
 
     /// Returns the handles of a pair; a source of none is the node itself.
-    pub(crate) fn edge(&self, reporter: Reporter, source: Option<&ServiceName>, destination: &ServiceName) -> Rc<Edge> {
+    pub(crate) fn edge(&self, reporter: Reporter, source: Option<&ServiceName>, destination: &ServiceName) -> Rc<E> {
         let key = (reporter, source.cloned(), destination.clone());
         let mut held = self.held.borrow_mut();
         if let Some(edge) = held.get(&key) {
@@ -236,21 +272,8 @@ impl Edges {
         if held.len() >= EDGES_MAX {
             held.clear();
         }
-        let side = match reporter {
-            Reporter::Source => "source",
-            Reporter::Destination => "destination",
-        };
-        let labels = [side, source.map_or(NODE_LABEL, ServiceName::as_str), destination.as_str()];
-        let metrics = &self.metrics;
-        let edge = Rc::new(Edge {
-            reporter,
-            labels: labels.map(str::to_owned),
-            metrics: metrics.clone(),
-            opened: metrics.opened.with_label_values(&labels),
-            active: metrics.active.with_label_values(&labels),
-            sent: metrics.sent.with_label_values(&labels),
-            received: metrics.received.with_label_values(&labels),
-        });
+        let labels = [reporter.as_str(), source.map_or(NODE_LABEL, ServiceName::as_str), destination.as_str()];
+        let edge = Rc::new(E::of(&self.metrics, reporter, labels));
         held.insert(key, Rc::clone(&edge));
         edge
     }

@@ -1,18 +1,15 @@
 //! What the data plane counts for UDP. Handles are looked up once per pair of services and kept per worker.
 
-use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use foldhash::HashMap;
 use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts};
 use tracing::info;
 
 use super::table::Dropped;
 use crate::metrics::Metrics;
-use crate::model::ServiceName;
-use crate::proxy::metrics::{EDGE_LABELS, EDGES_MAX, NODE_LABEL, Reporter};
+use crate::proxy::metrics::{EDGE_LABELS, Edges, Open, PerPair, Reporter};
 
 /// The handles of the whole agent. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -87,7 +84,7 @@ impl UdpEdge {
     pub(super) fn open(self: &Rc<Self>) -> OpenFlow {
         self.opened.inc();
         self.active.inc();
-        OpenFlow { edge: Rc::clone(self), flag: "UR" }
+        Open { edge: Rc::clone(self), flag: "UR" }
     }
 
     /// Counts a datagram from the socket into the tunnel.
@@ -134,62 +131,11 @@ fn count(datagrams: &IntCounter, total: &IntCounter, bytes: usize) {
     total.inc_by(bytes as u64);
 }
 
-/// A flow that counts as open while this lives.
-#[derive(Debug)]
-pub(super) struct OpenFlow {
-    edge: Rc<UdpEdge>,
-    flag: &'static str,
-}
+impl PerPair for UdpEdge {
+    type Metrics = UdpMetrics;
 
-impl OpenFlow {
-    /// Says why it ends.
-    pub(super) fn ends(&mut self, flag: &'static str) {
-        self.flag = flag;
-    }
-}
-
-impl Drop for OpenFlow {
-    fn drop(&mut self) {
-        self.edge.active.dec();
-        let [reporter, source, destination] = &self.edge.labels;
-        self.edge.metrics.closed.with_label_values(&[reporter, source, destination, self.flag]).inc();
-    }
-}
-
-/// Who reports, the source (none: the node itself), the destination.
-type Pair = (Reporter, Option<ServiceName>, ServiceName);
-
-/// One worker's handles.
-#[derive(Debug)]
-pub(super) struct UdpEdges {
-    metrics: UdpMetrics,
-    held: RefCell<HashMap<Pair, Rc<UdpEdge>>>,
-}
-
-impl UdpEdges {
-    /// Holds nothing yet.
-    pub(super) fn new(metrics: UdpMetrics) -> Self {
-        Self { metrics, held: RefCell::default() }
-    }
-
-    /// Returns the handles of a pair; a source of none is the node itself.
-    pub(super) fn edge(
-        &self,
-        reporter: Reporter,
-        source: Option<&ServiceName>,
-        destination: &ServiceName,
-    ) -> Rc<UdpEdge> {
-        let key = (reporter, source.cloned(), destination.clone());
-        let mut held = self.held.borrow_mut();
-        if let Some(edge) = held.get(&key) {
-            return Rc::clone(edge);
-        }
-        if held.len() >= EDGES_MAX {
-            held.clear();
-        }
-        let labels = [reporter.as_str(), source.map_or(NODE_LABEL, ServiceName::as_str), destination.as_str()];
-        let metrics = &self.metrics;
-        let edge = Rc::new(UdpEdge {
+    fn of(metrics: &UdpMetrics, reporter: Reporter, labels: [&str; 3]) -> Self {
+        Self {
             reporter,
             labels: labels.map(str::to_owned),
             metrics: metrics.clone(),
@@ -199,8 +145,18 @@ impl UdpEdges {
             received_bytes: metrics.received_bytes.with_label_values(&labels),
             sent: metrics.sent.with_label_values(&labels),
             received: metrics.received.with_label_values(&labels),
-        });
-        held.insert(key, Rc::clone(&edge));
-        edge
+        }
+    }
+
+    fn closed(&self, flag: &'static str) {
+        self.active.dec();
+        let [reporter, source, destination] = &self.labels;
+        self.metrics.closed.with_label_values(&[reporter, source, destination, flag]).inc();
     }
 }
+
+/// An open flow.
+pub(super) type OpenFlow = Open<UdpEdge>;
+
+/// One worker's handles of flows.
+pub(super) type UdpEdges = Edges<UdpEdge>;
