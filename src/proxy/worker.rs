@@ -48,7 +48,7 @@ use crate::transport::{Credentials, Lane, LiveConnections, MeshPort, WorkerEndpo
 pub(super) const CONNECTIONS_MAX: usize = 16_384;
 /// A tunnel that was dialled for nearly all of the time that a call may wait gives a stream at once, or is full.
 const STREAM_WAIT_MIN: Duration = Duration::from_millis(100);
-/// How often unused tunnels are let go.
+/// How often unused tunnels, handles of metrics and series are let go.
 const SWEEP: Duration = Duration::from_secs(30);
 /// Turns of vanished services are dropped at most this often, however fast the catalogue changes.
 const FORGET_REST: Duration = Duration::from_secs(1);
@@ -305,6 +305,13 @@ impl Worker {
             loop {
                 tokio::time::sleep(SWEEP).await;
                 self.tunnels.sweep();
+                self.edges.let_go();
+                self.udp.let_go();
+                self.http.let_go();
+                // The series are those of all workers; one that has stopped ends the agent.
+                if self.index == 0 {
+                    self.metrics.expire(clock::now());
+                }
             }
         };
         let drains = self.draining.token();

@@ -85,6 +85,11 @@ impl UdpState {
         }
     }
 
+    /// Lets go of handles of metrics that are not used.
+    pub(super) fn let_go(&self) {
+        self.edges.let_go();
+    }
+
     /// Counts a flow of `peer` while the slots live; none if there are as many as there may be.
     fn accept(&self, peer: &NodeName) -> Option<(Slot, Slot)> {
         let mut per_peer = self.per_peer.borrow_mut();
