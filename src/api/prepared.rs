@@ -11,7 +11,7 @@ use super::near::RoundTrips;
 use super::query::{Near, ReadOptions};
 use super::records::read;
 use super::{catalog, health};
-use crate::catalogue::Instance;
+use crate::model::Instance;
 use crate::gossip::{Space, Write};
 use crate::lww::{Body, Row, Scope};
 use crate::prepared::{self, Book, Definition, Ends, Found};

@@ -11,7 +11,7 @@ use serde_json::Value as Json;
 use super::call::{Call, Refusal};
 use super::shape::{self, Check};
 use crate::authz::{Intention, Rule};
-use crate::catalogue::{Instance, NodeEntry};
+use crate::model::{Instance, NodeEntry};
 use crate::filter::{Fields, Filter, Kind, Value};
 use crate::registry::ServiceDefinition;
 

@@ -14,11 +14,9 @@ use super::message::{
     Decoded, Recursion, Request, Via, decode, decode_found, encode, encode_ask, encode_code, encode_found,
 };
 use super::zone::Zone;
-use crate::catalogue::{Instance, NodeEntry, ServiceEntry, Snapshot};
+use crate::catalogue::{ServiceEntry, Snapshot};
 use crate::lww::{Body, Row, Stamp};
-use crate::model::{
-    Generation, HealthStatus, MemberStatus, NodeInfo, NodeName, Protocol, ServiceName, ServiceRecord, Weights,
-};
+use crate::model::{Generation, HealthStatus, Instance, MemberStatus, NodeEntry, NodeInfo, NodeName, Protocol, ServiceName, ServiceRecord, Weights};
 use crate::prepared::Book;
 
 /// A message: the first byte says who reads it.

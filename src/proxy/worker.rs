@@ -34,9 +34,9 @@ use super::tunnel::{Lease, Tunnel, TunnelKey, Tunnels};
 use super::udp::{UdpMetrics, UdpState};
 use super::views::Views;
 use super::{Died, Listeners, ProxyError, authorize, dead, inbound, inspect, listener};
-use crate::catalogue::{Instance, ServiceEntry, SnapshotReader};
+use crate::catalogue::{ServiceEntry, SnapshotReader};
 use crate::clock;
-use crate::model::{HealthStatus, NodeName, ServiceName};
+use crate::model::{HealthStatus, Instance, NodeName, ServiceName};
 use crate::routing::{
     Ask, Balancer, ConnectBackoff, Flow, GroupView, Limited, NoInstance, Notice, Observer, Outcome, Picked, Rates,
     Shared, Tried, Turn, WAIT_MAX,

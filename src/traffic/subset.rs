@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::catalogue::Instance;
+use crate::model::Instance;
 use crate::filter;
 
 /// A filter expression over instances, as in the health endpoints. Cheap to clone; equal if its text is.
