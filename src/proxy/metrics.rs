@@ -9,6 +9,7 @@ use foldhash::HashMap;
 use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts};
 use tokio::time::Instant;
 
+use super::paths::PathMetrics;
 use super::relay::Count;
 use crate::metrics::{Expiring, Held, Metrics};
 use crate::model::ServiceName;
@@ -46,6 +47,8 @@ pub(crate) struct ProxyMetrics {
     pub(crate) listeners_failed: IntGauge,
     /// Datagrams in tunnels that belong to no open flow of UDP.
     pub(super) stray_datagrams: IntCounter,
+    /// What the paths of tunnels are like.
+    pub(super) paths: PathMetrics,
     /// Panics of worker tasks.
     pub(crate) panics: IntCounter,
     /// Instances taken out of the rotation.
@@ -129,6 +132,7 @@ impl ProxyMetrics {
                 "Calls refused because as much was under way as the limits allow.",
                 &["limit"],
             )?,
+            paths: PathMetrics::register(metrics)?,
             panics: metrics.add(IntCounter::new("weft_proxy_panics_total", "Panics caught in worker tasks.")?)?,
         })
     }

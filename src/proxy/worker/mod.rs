@@ -32,6 +32,7 @@ use super::http::metrics::HttpMetrics;
 use super::inbound::Stream;
 use super::metrics::{Edges, ProxyMetrics};
 use super::open::OpenTunnels;
+use super::paths::Paths;
 use super::runners::Runners;
 use super::tunnel::Tunnels;
 use super::udp::{UdpMetrics, UdpState};
@@ -47,7 +48,7 @@ use crate::transport::{Credentials, Lane, LiveConnections, MeshPort, WorkerEndpo
 
 /// Connections that one worker holds from local apps, and streams from peers: 5 KB each when idle.
 pub(super) const CONNECTIONS_MAX: usize = 16_384;
-/// How often unused tunnels, handles of metrics and series are let go.
+/// How often tunnels are looked at, and what is not used of them, of handles of metrics and of series is let go.
 const SWEEP: Duration = Duration::from_secs(30);
 /// Turns of vanished services are dropped at most this often, however fast the catalogue changes.
 const FORGET_REST: Duration = Duration::from_secs(1);
@@ -147,6 +148,8 @@ pub(crate) struct Worker {
     pub(super) runners: Runners<Stream>,
     /// Streams of peers that are served.
     pub(super) calls: Rc<Calls>,
+    /// Those of all tunnels, both ways.
+    pub(super) paths: Rc<Paths>,
     snapshot: SnapshotReader,
     tunnels: Tunnels,
     balancer: RefCell<Balancer>,
@@ -209,6 +212,7 @@ fn thread(setup: Setup, ready: &Ready) {
 impl Worker {
     fn new(setup: Setup) -> Result<(Self, mpsc::Receiver<inspect::Asked>), crate::transport::BindError> {
         let endpoint = WorkerEndpoint::new(setup.port, setup.lane, &setup.reset_key, setup.credentials, setup.live)?;
+        let paths = Paths::new(setup.metrics.paths.clone());
         let worker = Self {
             index: setup.index,
             endpoint,
@@ -224,7 +228,8 @@ impl Worker {
             runners: Runners::default(),
             calls: Rc::default(),
             snapshot: setup.snapshot,
-            tunnels: Tunnels::new(setup.metrics.clone(), setup.open),
+            tunnels: Tunnels::new(setup.metrics.clone(), setup.open, Rc::clone(&paths)),
+            paths,
             metrics: setup.metrics,
             // Neither the workers of a node nor the nodes move in step.
             balancer: RefCell::new(Balancer::with_shared(rand::random(), setup.balancing)),
@@ -248,6 +253,7 @@ impl Worker {
             loop {
                 tokio::time::sleep(SWEEP).await;
                 self.tunnels.sweep();
+                self.paths.look();
                 self.edges.let_go();
                 self.udp.let_go();
                 self.http.let_go();
