@@ -30,7 +30,10 @@ use crate::gossip::{
 };
 use crate::lww::{Keep, Limits, Scope, Table};
 use crate::metrics::Metrics;
-use crate::model::{CheckRecord, Generation, HealthStatus, Instance, MemberStatus, NodeEntry, NodeInfo, NodeName, Protocol, ServiceRecord};
+use crate::model::{
+    CheckRecord, Generation, HealthStatus, Instance, MemberStatus, NodeEntry, NodeInfo, NodeName, Protocol,
+    ServiceRecord,
+};
 use crate::pki::{Identity, ephemeral};
 use crate::policy::{Document, Offered};
 use crate::registry::{

@@ -16,9 +16,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
-use super::builder::status_of;
 use super::ServiceEntry;
-use crate::model::{CheckRecord, ExternalRecord, Generation, Instance, InstanceId, MemberStatus, NodeEntry, NodeInfo, NodeName, Outside, Protocol, ServiceName, ServiceRecord};
+use super::builder::status_of;
+use crate::model::{
+    CheckRecord, ExternalRecord, Generation, Instance, InstanceId, MemberStatus, NodeEntry, NodeInfo, NodeName,
+    Outside, Protocol, ServiceName, ServiceRecord,
+};
 
 /// Most services remembered after their last instance went: fewer than of the mesh's own, for they hardly ever go.
 const GONE_MAX: usize = 1024;

@@ -26,7 +26,7 @@ pub use self::external::Externals;
 pub use self::reports::Reports;
 pub use self::virtual_ip::VirtualIps;
 use crate::authz::{Action, Table};
-use crate::model::{Instance, InstanceId, NodeEntry, NodeName, Protocol, ServiceName};
+use crate::model::{Instance, InstanceId, MemberStatus, NodeEntry, NodeName, Protocol, ServiceName};
 use crate::traffic::Traffic;
 use crate::upstream;
 

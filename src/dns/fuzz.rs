@@ -16,7 +16,10 @@ use super::message::{
 use super::zone::Zone;
 use crate::catalogue::{ServiceEntry, Snapshot};
 use crate::lww::{Body, Row, Stamp};
-use crate::model::{Generation, HealthStatus, Instance, MemberStatus, NodeEntry, NodeInfo, NodeName, Protocol, ServiceName, ServiceRecord, Weights};
+use crate::model::{
+    Generation, HealthStatus, Instance, MemberStatus, NodeEntry, NodeInfo, NodeName, Protocol, ServiceName,
+    ServiceRecord, Weights,
+};
 use crate::prepared::Book;
 
 /// A message: the first byte says who reads it.

@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use prometheus::{Registry, TextEncoder};
 use tokio::time::Instant;
 
-pub(crate) use self::expiry::{Expiring, Family, Held};
 use self::expiry::Expire;
+pub(crate) use self::expiry::{Expiring, Family, Held};
 
 /// All metrics of one agent. Cheap to clone.
 #[derive(Debug, Clone, Default)]

@@ -43,7 +43,9 @@ mod test_support {
     use std::sync::Arc;
 
     use crate::catalogue::ServiceEntry;
-    use crate::model::{Generation, HealthStatus, Instance, MemberStatus, NodeEntry, NodeInfo, Protocol, ServiceRecord, Weights};
+    use crate::model::{
+        Generation, HealthStatus, Instance, MemberStatus, NodeEntry, NodeInfo, Protocol, ServiceRecord, Weights,
+    };
 
     pub(super) fn now() -> tokio::time::Instant {
         use std::sync::LazyLock;

@@ -46,8 +46,14 @@ pub(crate) fn proxied_request(c: &mut Criterion) {
         IdentitySource::Issuer { dir: ca.path().join("issuer-1"), serve: "*".parse().expect("a valid scope") };
     let operator = dir.path().join("bench.operator");
     let may = "intentions,config".parse().expect("valid rights");
-    ca.create_operator(&"bench".parse().expect("a valid name"), &may, Duration::from_hours(1), &operator, clock::wall())
-        .expect("the root key is there");
+    ca.create_operator(
+        &"bench".parse().expect("a valid name"),
+        &may,
+        Duration::from_hours(1),
+        &operator,
+        clock::wall(),
+    )
+    .expect("the root key is there");
     server.policy_authority = PolicyAuthority::File(operator);
     let apis = [server.http_addr, SocketAddr::from((CALLER, server.http_addr.port()))];
     let mut client = config("client", CALLER, caller);
@@ -127,7 +133,8 @@ fn wait_chain(api: SocketAddr, is_wanted: impl Fn(&str) -> bool) {
 fn ask(api: SocketAddr, method: &str, path: &str, body: &str) -> String {
     let mut stream = TcpStream::connect(api).expect("the API listens");
     let length = body.len();
-    let request = format!("{method} {path} HTTP/1.1\r\nhost: {api}\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n");
+    let request =
+        format!("{method} {path} HTTP/1.1\r\nhost: {api}\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n");
     stream.write_all(&[request.as_bytes(), body.as_bytes()].concat()).expect("it reads");
     let mut answer = String::new();
     stream.read_to_string(&mut answer).expect("it answers in text");

@@ -393,7 +393,8 @@ mod tests {
             exchange.status(status);
             exchange.finish(Flag::None);
         };
-        let begin = |destination| Exchange::new(cache.edge(Reporter::Source, None, Some(destination)), crate::clock::now());
+        let begin =
+            |destination| Exchange::new(cache.edge(Reporter::Source, None, Some(destination)), crate::clock::now());
         let mut now = crate::clock::now();
         let mut pass = |minutes: u64, requests: u64| {
             for _ in 0..minutes * 2 {

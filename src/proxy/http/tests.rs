@@ -33,7 +33,10 @@ use super::*;
 use crate::catalogue::{LocalInstance, Publisher, ServiceEntry, Snapshot};
 use crate::clock::UnixSeconds;
 use crate::metrics::Metrics;
-use crate::model::{Generation, HealthStatus, Instance, MemberStatus, NodeEntry, NodeInfo, Protocol, ServeScope, ServiceRecord, SpiffeId};
+use crate::model::{
+    Generation, HealthStatus, Instance, MemberStatus, NodeEntry, NodeInfo, Protocol, ServeScope, ServiceRecord,
+    SpiffeId,
+};
 use crate::proxy::head::HEADERS_MAX;
 use crate::proxy::{Lease, Route, Source};
 use crate::routing::{Ask, Balancer, ConnectBackoff, Flow, NoInstance};

@@ -15,7 +15,10 @@ use crate::authz::{Action, Table};
 use crate::catalogue::{LocalInstance, LocalView, Publisher, ServiceEntry, Snapshot, UpstreamListener};
 use crate::clock::{self, UnixSeconds};
 use crate::metrics::Metrics;
-use crate::model::{Generation, HealthStatus, Instance, MemberStatus, NodeEntry, NodeInfo, NodeName, Protocol, ServiceName, ServiceRecord, SpiffeId};
+use crate::model::{
+    Generation, HealthStatus, Instance, MemberStatus, NodeEntry, NodeInfo, NodeName, Protocol, ServiceName,
+    ServiceRecord, SpiffeId,
+};
 use crate::pki::{PeerIdentity, Plane, Presented};
 use crate::traffic::{Entries, Ready, Traffic};
 use crate::transport::{ClientTls, Credentials, bind, client_config};

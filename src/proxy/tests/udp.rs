@@ -393,7 +393,7 @@ async fn a_flood_of_datagrams_leaves_streams_of_its_tunnel_their_half_of_a_narro
     let authority = Authority::new();
     let mesh = Mesh::start_on(1, &authority, "*", |local| {
         serve(local, "web-2", flood.local_addr().unwrap());
-        local.instances.get_mut(&"web-2".parse().unwrap()).unwrap().protocol = Protocol::Udp;
+        local.instances.get_mut("web-2").unwrap().protocol = Protocol::Udp;
         Vec::new()
     })
     .await;

@@ -12,9 +12,7 @@ use serde_json::Value;
 
 use self::matching::{bound_regexes, matching};
 use self::route::{edits, route};
-use super::entry::{
-    Abort, Defaults, Entry, Fault, Place, Resolver, Route, Split, Splitter, Sticky, SubsetRule,
-};
+use super::entry::{Abort, Defaults, Entry, Fault, Place, Resolver, Route, Split, Splitter, Sticky, SubsetRule};
 use super::fields::{Node, Object, Problems};
 use super::hops::Network;
 use super::subset::Filter;
