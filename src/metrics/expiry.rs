@@ -87,10 +87,13 @@ impl<F: Family> Clone for Expiring<F> {
     }
 }
 
+/// The values of a series' labels, in order.
+type Labels = Box<[Box<str>]>;
+
 #[derive(Debug)]
 struct Inner<F: Family> {
     family: F,
-    series: Mutex<HashMap<Box<[Box<str>]>, Series<F::Metric>>>,
+    series: Mutex<HashMap<Labels, Series<F::Metric>>>,
 }
 
 #[derive(Debug)]
@@ -112,7 +115,7 @@ impl<F: Family> Expiring<F> {
 
     /// Returns the series of `labels`, made if there is none: takes a lock and writes the labels down.
     pub(crate) fn with(&self, labels: &[&str]) -> Held<F::Metric> {
-        let key: Box<[Box<str>]> = labels.iter().map(|label| Box::from(*label)).collect();
+        let key: Labels = labels.iter().map(|label| Box::from(*label)).collect();
         let mut all = self.0.lock();
         let series = all.entry(key).or_insert_with(|| {
             let metric = self.0.family.series(labels);
@@ -124,7 +127,7 @@ impl<F: Family> Expiring<F> {
 }
 
 impl<F: Family> Inner<F> {
-    fn lock(&self) -> MutexGuard<'_, HashMap<Box<[Box<str>]>, Series<F::Metric>>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Labels, Series<F::Metric>>> {
         self.series.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
