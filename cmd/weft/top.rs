@@ -13,7 +13,7 @@ use crate::table;
 
 const HEADER: [&str; 8] = ["Source", "Destination", "Side", "Req/s", "Failed/s", "p50", "p99", "kB/s"];
 
-/// What one pair of services did, as counters.
+/// What one pair of services did between two looks.
 #[derive(Debug, Clone, Default, PartialEq)]
 struct Counters {
     /// HTTP requests and TCP connections that ended.
@@ -47,7 +47,8 @@ pub(crate) fn top(args: &TopArgs) -> Result<(), Failure> {
             print!("\x1b[2J\x1b[H");
         }
         let seconds = (at - before_at).as_secs_f64().max(f64::EPSILON);
-        let rows: Vec<[String; 8]> = now.iter().map(|(pair, now)| row(pair, now, before.get(pair), seconds)).collect();
+        let pairs = between(&before, &now);
+        let rows: Vec<[String; 8]> = pairs.iter().map(|(pair, counters)| row(pair, counters, seconds)).collect();
         table::show(args.output.format, HEADER, &rows);
         (before_at, before) = (at, now);
         looks += 1;
@@ -57,34 +58,18 @@ pub(crate) fn top(args: &TopArgs) -> Result<(), Failure> {
     }
 }
 
-fn row(pair: &Pair, now: &Counters, before: Option<&Counters>, seconds: f64) -> [String; 8] {
-    let none = Counters::default();
-    let before = before.unwrap_or(&none);
-    // A counter that went back began anew with its agent.
-    let since = |now: f64, before: f64| if now < before { now } else { now - before };
-    let rate = |now: f64, before: f64| format!("{:.1}", since(now, before) / seconds);
-    let buckets: Vec<(f64, f64)> = now
-        .buckets
-        .iter()
-        .map(|(bound, count)| {
-            let earlier = before
-                .buckets
-                .iter()
-                .find(|(other, _)| other.total_cmp(bound).is_eq())
-                .map_or(0.0, |(_, count)| *count);
-            (*bound, since(*count, earlier))
-        })
-        .collect();
+fn row(pair: &Pair, counters: &Counters, seconds: f64) -> [String; 8] {
+    let rate = |count: f64| format!("{:.1}", count / seconds);
     let (source, destination, side) = pair.clone();
     [
         source,
         destination,
         side,
-        rate(now.ended, before.ended),
-        rate(now.failed, before.failed),
-        quantile(&buckets, 0.5),
-        quantile(&buckets, 0.99),
-        format!("{:.1}", since(now.bytes, before.bytes) / seconds / 1e3),
+        rate(counters.ended),
+        rate(counters.failed),
+        quantile(&counters.buckets, 0.5),
+        quantile(&counters.buckets, 0.99),
+        format!("{:.1}", counters.bytes / seconds / 1e3),
     ]
 }
 
@@ -97,22 +82,32 @@ fn quantile(buckets: &[(f64, f64)], q: f64) -> String {
     }
 }
 
-/// Reads the Prometheus text format, of it the calls.
-fn read(text: &str) -> BTreeMap<Pair, Counters> {
+/// Counters by name and labels, as they are written.
+type Series = BTreeMap<String, f64>;
+
+/// Reads the Prometheus text format, of it what counts calls.
+fn read(text: &str) -> Series {
+    const WANTED: [&str; 5] = [
+        "weft_http_requests_total",
+        "weft_http_request_duration_seconds_bucket",
+        "weft_tcp_connections_closed_total",
+        "weft_tcp_sent_bytes_total",
+        "weft_tcp_received_bytes_total",
+    ];
+    let lines = text.lines().filter(|line| line.split_once('{').is_some_and(|(name, _)| WANTED.contains(&name)));
+    let pairs = lines.filter_map(|line| line.rsplit_once(' '));
+    pairs.filter_map(|(series, value)| Some((series.to_owned(), value.parse().ok()?))).collect()
+}
+
+/// What each pair did from `before` to `now`. Series by series: one that counts less than before began anew, with its agent
+/// or because nothing had happened for long, and the others of its pair did not.
+fn between(before: &Series, now: &Series) -> BTreeMap<Pair, Counters> {
     let mut pairs: BTreeMap<Pair, Counters> = BTreeMap::new();
-    for line in text.lines() {
-        let Some((name, labels, value)) = sample(line) else { continue };
+    for (series, now) in now {
+        let Some((name, labels)) = sample(series) else { continue };
         let label = |key: &str| labels.iter().find(|(name, _)| *name == key).map_or("", |(_, value)| *value);
-        let wanted = [
-            "weft_http_requests_total",
-            "weft_http_request_duration_seconds_bucket",
-            "weft_tcp_connections_closed_total",
-            "weft_tcp_sent_bytes_total",
-            "weft_tcp_received_bytes_total",
-        ];
-        if !wanted.contains(&name) {
-            continue;
-        }
+        let earlier = before.get(series).filter(|earlier| *earlier <= now);
+        let value = now - earlier.unwrap_or(&0.0);
         let pair = ["source_service", "destination_service", "reporter"].map(|key| label(key).to_owned());
         let counters = pairs.entry(pair.into()).or_default();
         match name {
@@ -140,12 +135,11 @@ fn read(text: &str) -> BTreeMap<Pair, Counters> {
 /// Names and values of labels.
 type Labels<'a> = Vec<(&'a str, &'a str)>;
 
-/// Cuts `name{key="value",…} number`; names of services hold no quotes.
-fn sample(line: &str) -> Option<(&str, Labels<'_>, f64)> {
-    let (name, rest) = line.split_once('{')?;
-    let (labels, value) = rest.rsplit_once("} ")?;
+/// Cuts `name{key="value",…}`; names of services hold no quotes.
+fn sample(series: &str) -> Option<(&str, Labels<'_>)> {
+    let (name, labels) = series.strip_suffix('}')?.split_once('{')?;
     let pairs = labels.split("\",").filter_map(|pair| pair.trim_end_matches('"').split_once("=\""));
-    Some((name, pairs.collect(), value.trim().parse().ok()?))
+    Some((name, pairs.collect()))
 }
 
 #[cfg(test)]
@@ -168,19 +162,25 @@ weft_proxy_panics_total 0
         let before = read(FIRST);
         let now =
             read(&FIRST.replace("} 10\n", "} 110\n").replace("} 12\n", "} 112\n").replace("} 4000\n", "} 24000\n"));
-        let rows: Vec<[String; 8]> = now.iter().map(|(pair, now)| row(pair, now, before.get(pair), 10.0)).collect();
+        let pairs = between(&before, &now);
+        let rows: Vec<[String; 8]> = pairs.iter().map(|(pair, counters)| row(pair, counters, 10.0)).collect();
         assert_eq!(rows[0], ["api", "db", "destination", "0.0", "0.0", "", "", "2.0"]);
         assert_eq!(rows[1], ["api", "web", "source", "10.0", "0.0", "<10.0ms", "<10.0ms", "0.0"]);
     }
 
     #[test]
-    fn an_agent_that_began_anew_counts_from_nothing() {
+    fn what_began_anew_counts_from_nothing_and_what_expired_beside_it_does_not() {
         let now = read(FIRST);
-        let mut before = now.clone();
-        for counters in before.values_mut() {
-            counters.ended += 1e6;
-        }
-        let pair = now.keys().find(|pair| pair.1 == "web").unwrap();
-        assert_eq!(row(pair, &now[pair], before.get(pair), 1.0)[3], "12.0");
+        let ended = |before: &Series| {
+            let pairs = between(before, &now);
+            let (pair, counters) = pairs.iter().find(|(pair, _)| pair.1 == "web").unwrap();
+            row(pair, counters, 1.0)[3].clone()
+        };
+        // The agent began anew.
+        let before = read(&FIRST.replace("} 10\n", "} 1000\n").replace("} 2\n", "} 1000\n"));
+        assert_eq!(ended(&before), "12.0");
+        // Another outcome of the pair was idle for long.
+        let expired = FIRST.replace("} 2\n", "} 2\nweft_http_requests_total{destination_service=\"web\",reporter=\"source\",response_code=\"502\",response_flags=\"UF\",source_service=\"api\"} 1000\n");
+        assert_eq!(ended(&read(&expired)), "0.0");
     }
 }

@@ -11,8 +11,8 @@ use super::near::RoundTrips;
 use super::query::{self, Query, ReadOptions};
 use super::sift::{Listed, OfNode};
 use super::{Shared, block, shape, sift};
-use crate::catalogue::{Instance, NodeEntry, Snapshot};
-use crate::model::{MemberStatus, NodeName, ServiceRecord, TextMap};
+use crate::catalogue::Snapshot;
+use crate::model::{Instance, MemberStatus, NodeEntry, NodeName, ServiceRecord, TextMap};
 use crate::registry::LocalState;
 
 /// `GET /v1/catalog/datacenters`: the agent's own first, then by name.

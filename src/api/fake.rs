@@ -22,7 +22,7 @@ use super::near::Distances;
 use super::seam::{GossipOrder, Membership, Records, Registry, RegistryOrder};
 use super::watchers::{self, Watchers};
 use super::{ApiConfig, ApiToken, CertificateFacts, ListenerState, NodeFacts, Right, Shared, guard, routes};
-use crate::catalogue::{Instance, NodeEntry, Publisher, ServiceEntry, Snapshot};
+use crate::catalogue::{Publisher, ServiceEntry, Snapshot};
 use crate::clock::{self, UnixSeconds};
 use crate::gossip::{
     Answer as RecordsAnswer, DocumentsView, GossipError, MemberView, Members, NodeCertificates, OfferError,
@@ -30,7 +30,10 @@ use crate::gossip::{
 };
 use crate::lww::{Keep, Limits, Scope, Table};
 use crate::metrics::Metrics;
-use crate::model::{CheckRecord, Generation, HealthStatus, MemberStatus, NodeInfo, NodeName, Protocol, ServiceRecord};
+use crate::model::{
+    CheckRecord, Generation, HealthStatus, Instance, MemberStatus, NodeEntry, NodeInfo, NodeName, Protocol,
+    ServiceRecord,
+};
 use crate::pki::{Identity, ephemeral};
 use crate::policy::{Document, Offered};
 use crate::registry::{

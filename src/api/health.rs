@@ -12,8 +12,8 @@ use super::near::RoundTrips;
 use super::query::ReadOptions;
 use super::shape::{Check, Told};
 use super::{Shared, block, catalog, shape, sift};
-use crate::catalogue::{Instance, NodeEntry, Snapshot};
-use crate::model::HealthStatus;
+use crate::catalogue::Snapshot;
+use crate::model::{HealthStatus, Instance, NodeEntry};
 use crate::registry::LocalState;
 
 /// `GET /v1/health/service/:name`

@@ -11,9 +11,9 @@ use super::near::RoundTrips;
 use super::query::{Near, ReadOptions};
 use super::records::read;
 use super::{catalog, health};
-use crate::catalogue::Instance;
 use crate::gossip::{Space, Write};
 use crate::lww::{Body, Row, Scope};
+use crate::model::Instance;
 use crate::prepared::{self, Book, Definition, Ends, Found};
 
 fn all() -> Scope {

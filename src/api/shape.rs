@@ -7,8 +7,7 @@ use serde_json::{Value, json};
 
 use super::Shared;
 use super::definition::of as definition_of;
-use crate::catalogue::{Instance, NodeEntry};
-use crate::model::{CheckId, CheckRecord, HealthStatus, MemberStatus, ServiceRecord, Weights};
+use crate::model::{CheckId, CheckRecord, HealthStatus, Instance, MemberStatus, NodeEntry, ServiceRecord, Weights};
 use crate::registry::{ExternalNode, LocalCheck, LocalState, Probe, ServiceDefinition};
 
 /// The check that every node has: what the membership says of it.

@@ -11,8 +11,8 @@ use serde_json::Value as Json;
 use super::call::{Call, Refusal};
 use super::shape::{self, Check};
 use crate::authz::{Intention, Rule};
-use crate::catalogue::{Instance, NodeEntry};
 use crate::filter::{Fields, Filter, Kind, Value};
+use crate::model::{Instance, NodeEntry};
 use crate::registry::ServiceDefinition;
 
 /// Parses the query's filter for records of the type `T`; without one everything passes.

@@ -16,10 +16,10 @@ use super::intention::{Asked, ends, service};
 use super::mesh::rfc3339;
 use super::query::refuse_tenancy;
 use crate::authz::{Guard, Mode, Rule, Table};
-use crate::catalogue::{Instance, Snapshot};
+use crate::catalogue::Snapshot;
 use crate::clock::{self, UnixSeconds};
 use crate::gossip::NodeCertificates;
-use crate::model::{HealthStatus, InstanceId, MemberStatus, NodeName, ServiceName};
+use crate::model::{HealthStatus, Instance, InstanceId, MemberStatus, NodeName, ServiceName};
 use crate::pki;
 
 /// Most nodes that a remedy names.

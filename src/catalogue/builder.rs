@@ -14,9 +14,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::external::{self, Written};
-use super::{Externals, Instance, LocalView, NodeEntry, Reports, ServiceEntry, Snapshot};
+use super::{Externals, LocalView, Reports, ServiceEntry, Snapshot};
 use crate::authz::{Action, Table};
-use crate::model::{CheckRecord, HealthStatus, InstanceId, MemberStatus, NodeName, ServiceName};
+use crate::model::{CheckRecord, HealthStatus, Instance, InstanceId, MemberStatus, NodeEntry, NodeName, ServiceName};
 use crate::replica::NodeState;
 use crate::traffic::Traffic;
 use crate::upstream;

@@ -16,11 +16,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
+use super::ServiceEntry;
 use super::builder::status_of;
-use super::{Instance, NodeEntry, Outside, ServiceEntry};
 use crate::model::{
-    CheckRecord, ExternalRecord, Generation, InstanceId, MemberStatus, NodeInfo, NodeName, Protocol, ServiceName,
-    ServiceRecord,
+    CheckRecord, ExternalRecord, Generation, Instance, InstanceId, MemberStatus, NodeEntry, NodeInfo, NodeName,
+    Outside, Protocol, ServiceName, ServiceRecord,
 };
 
 /// Most services remembered after their last instance went: fewer than of the mesh's own, for they hardly ever go.

@@ -14,9 +14,8 @@ mod external;
 mod reports;
 pub mod virtual_ip;
 
-use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
@@ -27,10 +26,7 @@ pub use self::external::Externals;
 pub use self::reports::Reports;
 pub use self::virtual_ip::VirtualIps;
 use crate::authz::{Action, Table};
-use crate::model::{
-    CheckRecord, Generation, HealthStatus, InstanceId, MemberStatus, NodeInfo, NodeName, Protocol, ServiceName,
-    ServiceRecord, TextMap,
-};
+use crate::model::{Instance, InstanceId, MemberStatus, NodeEntry, NodeName, Protocol, ServiceName};
 use crate::traffic::Traffic;
 use crate::upstream;
 
@@ -128,60 +124,6 @@ impl Snapshot {
     }
 }
 
-/// A node as the catalogue shows it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct NodeEntry {
-    /// Its published facts.
-    pub info: Arc<NodeInfo>,
-    /// What the membership says; anything but `Alive` makes its instances critical (`serfHealth`).
-    pub status: MemberStatus,
-    /// Which life of it.
-    pub generation: Generation,
-    /// Its node-level checks, by id.
-    pub checks: Vec<Arc<CheckRecord>>,
-    /// Where no agent runs on it: what it is instead. Its `info` has no mesh port then, and its `status` is that of the agent
-    /// where it was written.
-    pub external: Option<Box<Outside>>,
-    /// Index at which the node appeared.
-    pub create_index: u64,
-    /// Index of its last change.
-    pub modify_index: u64,
-}
-
-/// What a node without an agent is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Outside {
-    /// An IP address or a host name.
-    pub address: Box<str>,
-    /// `lan`, `wan` … -> address.
-    pub tagged_addresses: TextMap<Box<str>>,
-    /// The agent that tells of it.
-    pub written_at: NodeName,
-}
-
-impl NodeEntry {
-    /// Returns where it is: an IP address, or a host name of a node without an agent.
-    pub fn address(&self) -> Cow<'_, str> {
-        match &self.external {
-            Some(outside) => Cow::Borrowed(&*outside.address),
-            None => Cow::Owned(self.info.mesh_addr.ip().to_string()),
-        }
-    }
-
-    /// Returns its IP address; none if it has but a name.
-    pub fn ip(&self) -> Option<IpAddr> {
-        match &self.external {
-            Some(outside) => outside.address.parse().ok(),
-            None => Some(self.info.mesh_addr.ip()),
-        }
-    }
-
-    /// Returns the agent where it was written, if no agent runs on it.
-    pub fn writer(&self) -> Option<&NodeName> {
-        self.external.as_ref().map(|outside| &outside.written_at)
-    }
-}
-
 /// A service as the catalogue shows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ServiceEntry {
@@ -192,23 +134,6 @@ pub struct ServiceEntry {
     /// In order of (node, instance id); never empty.
     pub instances: Vec<Arc<Instance>>,
     /// Index of the last change to any instance, its checks or its node.
-    pub modify_index: u64,
-}
-
-/// An instance with all that decides whether it gets traffic.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Instance {
-    /// Where it runs.
-    pub node: Arc<NodeEntry>,
-    /// What its node published; shared with the replica.
-    pub record: Arc<ServiceRecord>,
-    /// Its own checks, by id; shared with the replica.
-    pub checks: Box<[Arc<CheckRecord>]>,
-    /// The worst of its checks, its node's checks and the membership.
-    pub status: HealthStatus,
-    /// Index at which it appeared.
-    pub create_index: u64,
-    /// Index of its last change.
     pub modify_index: u64,
 }
 

@@ -22,8 +22,7 @@ use super::near::Trips;
 use super::zone::{Pointer, Zone};
 use super::{DnsConfig, DomainName};
 use crate::catalogue::virtual_ip::is_virtual;
-use crate::catalogue::{Instance, NodeEntry};
-use crate::model::HealthStatus;
+use crate::model::{HealthStatus, Instance, NodeEntry};
 use crate::prepared::{self, Book, Ends};
 
 /// Bytes of the shortest record: a pointer to its name, type, class, TTL, length and an IPv4 address.

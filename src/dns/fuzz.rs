@@ -14,10 +14,11 @@ use super::message::{
     Decoded, Recursion, Request, Via, decode, decode_found, encode, encode_ask, encode_code, encode_found,
 };
 use super::zone::Zone;
-use crate::catalogue::{Instance, NodeEntry, ServiceEntry, Snapshot};
+use crate::catalogue::{ServiceEntry, Snapshot};
 use crate::lww::{Body, Row, Stamp};
 use crate::model::{
-    Generation, HealthStatus, MemberStatus, NodeInfo, NodeName, Protocol, ServiceName, ServiceRecord, Weights,
+    Generation, HealthStatus, Instance, MemberStatus, NodeEntry, NodeInfo, NodeName, Protocol, ServiceName,
+    ServiceRecord, Weights,
 };
 use crate::prepared::Book;
 

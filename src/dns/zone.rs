@@ -7,8 +7,8 @@ use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use crate::catalogue::{Instance, NodeEntry, ServiceEntry, Snapshot, SnapshotReader, VirtualIps};
-use crate::model::{MemberStatus, NodeName, ServiceName};
+use crate::catalogue::{ServiceEntry, Snapshot, SnapshotReader, VirtualIps};
+use crate::model::{Instance, MemberStatus, NodeEntry, NodeName, ServiceName};
 
 /// A snapshot, with what DNS derives from it.
 #[derive(Debug)]

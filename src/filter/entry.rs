@@ -1,7 +1,7 @@
 //! An instance as health endpoints and a resolver's subsets see it: `Node.…`, `Service.…`, `Checks`.
 
 use super::{Fields, Kind, Value};
-use crate::catalogue::Instance;
+use crate::model::Instance;
 
 impl Fields for Instance {
     const FIELDS: &'static [(&'static str, Kind)] = &[

@@ -6,8 +6,9 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 
 use super::{EXPRESSION_BYTES_MAX, Filter};
-use crate::catalogue::{Instance, NodeEntry};
-use crate::model::{Generation, HealthStatus, MemberStatus, NodeInfo, Protocol, ServiceRecord, TextMap, Weights};
+use crate::model::{
+    Generation, HealthStatus, Instance, MemberStatus, NodeEntry, NodeInfo, Protocol, ServiceRecord, TextMap, Weights,
+};
 
 /// What parses can be written, and is the same filter when it is read again; every filter answers.
 pub(crate) fn expression(bytes: &[u8]) -> bool {

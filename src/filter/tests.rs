@@ -2,7 +2,7 @@ use proptest::prelude::*;
 
 use super::fuzz::instance;
 use super::*;
-use crate::catalogue::Instance;
+use crate::model::Instance;
 
 #[track_caller]
 fn is_match(text: &str) -> bool {

@@ -1,9 +1,9 @@
-//! The vocabulary: names, SPIFFE ids, scopes and the records that a node publishes.
+//! The vocabulary: names, SPIFFE ids, scopes, the records that a node publishes, and what an agent makes of them.
 //!
 //! Every type is parsed once, at the edge; inside, a value of the type is valid. No logic, no I/O, no clock.
 //!
 //! ```text
-//!   names ---> spiffe ---> scope, grant ---> record (what a node owns)
+//!   names ---> spiffe ---> scope, grant ---> record (what a node owns) ---> instance (as it is seen)
 //! ```
 //!
 //! Invariants: a name fits a DNS label and a SPIFFE path segment; a record's strings are bounded by the
@@ -12,6 +12,7 @@
 
 pub mod duration;
 pub mod grant;
+pub mod instance;
 pub mod name;
 pub mod record;
 pub mod scope;
@@ -19,6 +20,7 @@ pub mod spiffe;
 pub mod text_map;
 
 pub use grant::{GrantError, OperatorScope, Right};
+pub use instance::{Instance, NodeEntry, Outside};
 pub use name::{CheckId, InstanceId, NameError, NodeName, ServiceName, TrustDomain};
 pub use record::{
     CheckRecord, DEMANDS_MAX, Demand, EJECTIONS_MAX, EjectionsRecord, Entry, EntryKey, ExternalRecord, Generation,

@@ -19,9 +19,9 @@ use std::time::Duration;
 
 use regex::bytes::Regex;
 
-use crate::catalogue::{Instance, Snapshot};
+use crate::catalogue::Snapshot;
 use crate::lww::Row;
-use crate::model::{HealthStatus, MemberStatus, NodeName};
+use crate::model::{HealthStatus, Instance, MemberStatus, NodeName};
 
 pub(crate) use self::definition::{Definition, ServiceQuery};
 

@@ -109,7 +109,9 @@ async fn tunnel(worker: Rc<Worker>, incoming: quinn::Incoming, handshake: Slot, 
     worker.metrics.handshakes.with_label_values(&["acceptor"]).inc();
     let gauge = worker.metrics.tunnels.with_label_values(&["acceptor"]);
     gauge.inc();
+    let watched = worker.paths.watch(&connection, "acceptor");
     streams(&worker, &connection, &peer).await;
+    drop(watched);
     gauge.dec();
     let mut per_peer = per_peer.borrow_mut();
     match per_peer.get_mut(&peer.node) {

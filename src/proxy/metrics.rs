@@ -1,14 +1,17 @@
-//! What the data plane counts for TCP and tunnels. Handles are looked up once per pair of services and kept per worker.
+//! What the data plane counts for TCP and tunnels. Handles are looked up once per pair of services and kept per worker, as
+//! long as they are used: the series of pairs that call no more expire.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::rc::Rc;
 
 use foldhash::HashMap;
 use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts};
+use tokio::time::Instant;
 
+use super::paths::PathMetrics;
 use super::relay::Count;
-use crate::metrics::Metrics;
+use crate::metrics::{Expiring, Held, Metrics};
 use crate::model::ServiceName;
 use crate::routing::Limited;
 
@@ -22,11 +25,12 @@ const NODE_LABEL: &str = "_node";
 /// The handles of the whole agent. Cheap to clone.
 #[derive(Debug, Clone)]
 pub(crate) struct ProxyMetrics {
-    opened: IntCounterVec,
-    closed: IntCounterVec,
-    active: IntGaugeVec,
-    sent: IntCounterVec,
-    received: IntCounterVec,
+    all: Metrics,
+    opened: Expiring<IntCounterVec>,
+    closed: Expiring<IntCounterVec>,
+    active: Expiring<IntGaugeVec>,
+    sent: Expiring<IntCounterVec>,
+    received: Expiring<IntCounterVec>,
     /// Tunnels open, by side.
     pub(crate) tunnels: IntGaugeVec,
     /// Finished handshakes, by side.
@@ -43,6 +47,8 @@ pub(crate) struct ProxyMetrics {
     pub(crate) listeners_failed: IntGauge,
     /// Datagrams in tunnels that belong to no open flow of UDP.
     pub(super) stray_datagrams: IntCounter,
+    /// What the paths of tunnels are like.
+    pub(super) paths: PathMetrics,
     /// Panics of worker tasks.
     pub(crate) panics: IntCounter,
     /// Instances taken out of the rotation.
@@ -60,18 +66,23 @@ impl ProxyMetrics {
             |name: &str, help: &str, labels: &[&str]| metrics.add(IntCounterVec::new(Opts::new(name, help), labels)?);
         let gauges =
             |name: &str, help: &str, labels: &[&str]| metrics.add(IntGaugeVec::new(Opts::new(name, help), labels)?);
+        let of_pairs = |name: &str, help: &str, labels: &[&str]| {
+            metrics.add_expiring(IntCounterVec::new(Opts::new(name, help), labels)?)
+        };
+        let active = IntGaugeVec::new(Opts::new("weft_tcp_connections_active", "TCP connections open."), &EDGE_LABELS)?;
         let [reporter, source, destination] = EDGE_LABELS;
         let closed_labels = [reporter, source, destination, "response_flags"];
         Ok(Self {
-            opened: counters("weft_tcp_connections_opened_total", "TCP connections that began.", &EDGE_LABELS)?,
-            closed: counters(
+            all: metrics.clone(),
+            opened: of_pairs("weft_tcp_connections_opened_total", "TCP connections that began.", &EDGE_LABELS)?,
+            closed: of_pairs(
                 "weft_tcp_connections_closed_total",
                 "TCP connections that ended, by reason.",
                 &closed_labels,
             )?,
-            active: gauges("weft_tcp_connections_active", "TCP connections open.", &EDGE_LABELS)?,
-            sent: counters("weft_tcp_sent_bytes_total", "Bytes from the called app to the caller.", &EDGE_LABELS)?,
-            received: counters(
+            active: metrics.add_expiring(active)?,
+            sent: of_pairs("weft_tcp_sent_bytes_total", "Bytes from the called app to the caller.", &EDGE_LABELS)?,
+            received: of_pairs(
                 "weft_tcp_received_bytes_total",
                 "Bytes from the caller to the called app.",
                 &EDGE_LABELS,
@@ -121,12 +132,18 @@ impl ProxyMetrics {
                 "Calls refused because as much was under way as the limits allow.",
                 &["limit"],
             )?,
+            paths: PathMetrics::register(metrics)?,
             panics: metrics.add(IntCounter::new("weft_proxy_panics_total", "Panics caught in worker tasks.")?)?,
         })
     }
 }
 
 impl ProxyMetrics {
+    /// Drops the series of the agent that are idle for long enough.
+    pub(super) fn expire(&self, now: Instant) {
+        self.all.expire(now);
+    }
+
     /// Counts a call that a limit refused.
     pub(super) fn overflowed(&self, what: Limited) {
         self.limited.with_label_values(&[what.as_str()]).inc();
@@ -158,10 +175,10 @@ pub(crate) struct Edge {
     reporter: Reporter,
     labels: [String; 3],
     metrics: ProxyMetrics,
-    opened: IntCounter,
-    active: IntGauge,
-    sent: IntCounter,
-    received: IntCounter,
+    opened: Held<IntCounter>,
+    active: Held<IntGauge>,
+    sent: Held<IntCounter>,
+    received: Held<IntCounter>,
 }
 
 impl Edge {
@@ -181,17 +198,17 @@ impl PerPair for Edge {
             reporter,
             labels: labels.map(str::to_owned),
             metrics: metrics.clone(),
-            opened: metrics.opened.with_label_values(&labels),
-            active: metrics.active.with_label_values(&labels),
-            sent: metrics.sent.with_label_values(&labels),
-            received: metrics.received.with_label_values(&labels),
+            opened: metrics.opened.with(&labels),
+            active: metrics.active.with(&labels),
+            sent: metrics.sent.with(&labels),
+            received: metrics.received.with(&labels),
         }
     }
 
     fn closed(&self, flag: &'static str) {
         self.active.dec();
         let [reporter, source, destination] = &self.labels;
-        self.metrics.closed.with_label_values(&[reporter, source, destination, flag]).inc();
+        self.metrics.closed.with(&[reporter, source, destination, flag]).inc();
     }
 }
 
@@ -253,7 +270,22 @@ type Pair = (Reporter, Option<ServiceName>, ServiceName);
 #[derive(Debug)]
 pub(crate) struct Edges<E: PerPair = Edge> {
     metrics: E::Metrics,
-    held: RefCell<HashMap<Pair, Rc<E>>>,
+    held: RefCell<HashMap<Pair, Kept<E>>>,
+}
+
+/// Handles that are kept while they are used.
+#[derive(Debug)]
+struct Kept<E> {
+    edge: Rc<E>,
+    /// Since [`Edges::let_go`] last looked.
+    is_used: Cell<bool>,
+}
+
+impl<E> Kept<E> {
+    fn take(&self) -> Rc<E> {
+        self.is_used.set(true);
+        Rc::clone(&self.edge)
+    }
 }
 
 impl<E: PerPair> Edges<E> {
@@ -266,15 +298,70 @@ impl<E: PerPair> Edges<E> {
     pub(crate) fn edge(&self, reporter: Reporter, source: Option<&ServiceName>, destination: &ServiceName) -> Rc<E> {
         let key = (reporter, source.cloned(), destination.clone());
         let mut held = self.held.borrow_mut();
-        if let Some(edge) = held.get(&key) {
-            return Rc::clone(edge);
+        if let Some(kept) = held.get(&key) {
+            return kept.take();
         }
         if held.len() >= EDGES_MAX {
             held.clear();
         }
         let labels = [reporter.as_str(), source.map_or(NODE_LABEL, ServiceName::as_str), destination.as_str()];
-        let edge = Rc::new(E::of(&self.metrics, reporter, labels));
-        held.insert(key, Rc::clone(&edge));
+        let kept = Kept { edge: Rc::new(E::of(&self.metrics, reporter, labels)), is_used: Cell::default() };
+        let edge = kept.take();
+        held.insert(key, kept);
         edge
+    }
+
+    /// Lets go of the handles of pairs of which nothing is open and nothing began since the last time.
+    pub(crate) fn let_go(&self) {
+        self.held.borrow_mut().retain(|_, kept| kept.is_used.replace(false) || Rc::strong_count(&kept.edge) > 1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::clock;
+
+    #[test]
+    fn a_pair_that_calls_no_more_is_no_series_and_a_silent_connection_keeps_its_own() {
+        let metrics = Metrics::new();
+        let proxy = ProxyMetrics::register(&metrics).unwrap();
+        let edges: Edges = Edges::new(proxy.clone());
+        let name = |text: &str| text.parse::<ServiceName>().unwrap();
+        let [api, web, db] = ["api", "web", "db"].map(name);
+        let mut now = clock::now();
+        let mut pass = |minutes: u64| {
+            for _ in 0..minutes * 2 {
+                now += Duration::from_secs(30);
+                edges.let_go();
+                proxy.expire(now);
+            }
+        };
+        let silent = edges.edge(Reporter::Source, Some(&api), &db);
+        let mut connection = silent.open();
+        edges.edge(Reporter::Source, Some(&api), &web).open().ends("-");
+        let of_web = || metrics.render().unwrap().lines().filter(|line| line.contains("\"web\"")).count();
+        pass(9);
+        assert_eq!(of_web(), 5, "each of the five metrics of a pair");
+        pass(3);
+        assert_eq!(of_web(), 0);
+        // The connection that was silent meanwhile counts where it is shown.
+        silent.up(100);
+        let line = |name: &str, count: u64| {
+            let labels = "destination_service=\"db\",reporter=\"source\",source_service=\"api\"";
+            format!("{name}{{{labels}}} {count}\n")
+        };
+        assert!(metrics.render().unwrap().contains(&line("weft_tcp_received_bytes_total", 100)));
+        assert!(metrics.render().unwrap().contains(&line("weft_tcp_connections_active", 1)));
+        connection.ends("-");
+        drop((connection, silent));
+        pass(9);
+        assert!(metrics.render().unwrap().contains(&line("weft_tcp_connections_active", 0)));
+        pass(3);
+        assert!(!metrics.render().unwrap().contains("\"db\""));
+        edges.edge(Reporter::Source, Some(&api), &web).open().ends("-");
+        assert_eq!(of_web(), 5, "it begins again");
     }
 }

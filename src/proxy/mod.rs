@@ -28,6 +28,7 @@ pub mod measured;
 mod metrics;
 mod open;
 mod outbound;
+mod paths;
 mod preamble;
 mod relay;
 mod runners;

@@ -16,8 +16,10 @@ use proptest::prelude::*;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 
-use self::harness::{Authority, Mesh, Node, free_port, serve};
+use self::harness::{Authority, Mesh, Node, free_port, full, serve, stranger};
+use super::paths::{PathMetrics, Paths};
 use crate::catalogue::LocalView;
+use crate::metrics::Metrics;
 
 /// Enough to tell a share of the turns from a few tries.
 const CONNECTIONS: u64 = 40;
@@ -37,6 +39,42 @@ async fn each_side_may_end_first_and_the_other_direction_goes_on() {
     }
     mesh.a.counts("weft_tcp_received_bytes_total", &["reporter=\"source\""], 14).await;
     mesh.stop().await;
+}
+
+#[tokio::test]
+async fn what_the_paths_of_tunnels_are_like_is_counted_by_side() {
+    let authority = Authority::new();
+    let (caller, server) = (stranger(&authority, "x"), full(&authority, "y"));
+    let accepted = async { server.accept().await.unwrap().await.unwrap() };
+    let dialled = caller.connect(server.local_addr().unwrap(), "mesh.weft").unwrap();
+    let (accepted, dialled) = within(async { tokio::join!(accepted, dialled) }).await;
+    let metrics = Metrics::new();
+    let paths = Paths::new(PathMetrics::register(&metrics).unwrap());
+    let dialled = dialled.unwrap();
+    let watched = [paths.watch(&dialled, "dialer"), paths.watch(&accepted, "acceptor")];
+    let shown = |name: &str, side: &str| {
+        let text = metrics.render().unwrap();
+        let line = text.lines().find(|line| line.starts_with(&format!("{name}{{side=\"{side}\"}}")));
+        line.map_or(0.0, |line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap())
+    };
+    for looks in [1.0, 2.0] {
+        paths.look();
+        for side in ["dialer", "acceptor"] {
+            assert!((shown("weft_quic_rtt_seconds_count", side) - looks).abs() < 0.5, "{side}");
+            assert!(shown("weft_quic_rtt_seconds_sum", side) > 0.0, "{side}");
+            assert!(shown("weft_quic_congestion_window_bytes_sum", side) >= looks * 10_000.0, "{side}");
+        }
+    }
+    // A handshake takes some packets each way; what follows the last look is counted at the end.
+    let before = shown("weft_quic_packets_sent_total", "dialer");
+    assert!(before >= 2.0, "{before}");
+    dialled.send_datagram(b"one more".as_slice().into()).unwrap();
+    within(accepted.read_datagram()).await.unwrap();
+    drop(watched);
+    assert!(shown("weft_quic_packets_sent_total", "dialer") > before);
+    // Nothing is looked at twice, and nothing that is gone.
+    paths.look();
+    assert!((shown("weft_quic_rtt_seconds_count", "dialer") - 2.0).abs() < 0.5);
 }
 
 #[tokio::test]

@@ -18,6 +18,7 @@ use tokio::time::Instant;
 
 use super::metrics::ProxyMetrics;
 use super::open::{Entry, OpenTunnel, OpenTunnels};
+use super::paths::{Paths, Watched};
 use super::udp::Datagrams;
 use crate::clock::{self, UnixSeconds};
 use crate::model::{Generation, NodeName, ServiceName};
@@ -58,6 +59,7 @@ pub(crate) struct Tunnel {
     not_after: UnixSeconds,
     gauge: prometheus::IntGauge,
     _listed: Entry,
+    _watched: Watched,
     _live: Option<LiveEntry>,
 }
 
@@ -137,12 +139,13 @@ pub(crate) struct Tunnels {
     slots: RefCell<HashMap<TunnelKey, Rc<Slot>>>,
     metrics: ProxyMetrics,
     open: OpenTunnels,
+    paths: Rc<Paths>,
 }
 
 impl Tunnels {
     /// Holds nothing yet.
-    pub(crate) fn new(metrics: ProxyMetrics, open: OpenTunnels) -> Self {
-        Self { slots: RefCell::default(), metrics, open }
+    pub(crate) fn new(metrics: ProxyMetrics, open: OpenTunnels, paths: Rc<Paths>) -> Self {
+        Self { slots: RefCell::default(), metrics, open, paths }
     }
 
     /// Returns the tunnel of `key`; dials it if there is none, together with all who ask meanwhile.
@@ -241,7 +244,17 @@ impl Tunnels {
                     not_after: peer.not_after,
                 });
                 let datagrams = Datagrams::of(&connection, &self.metrics);
-                Ok(Rc::new(Tunnel { connection, peer, datagrams, not_after, gauge, _listed: listed, _live: live }))
+                let watched = self.paths.watch(&connection, "dialer");
+                Ok(Rc::new(Tunnel {
+                    connection,
+                    peer,
+                    datagrams,
+                    not_after,
+                    gauge,
+                    _listed: listed,
+                    _watched: watched,
+                    _live: live,
+                }))
             }
             Err(error) => {
                 self.metrics.dial_failures.with_label_values(&[error.kind()]).inc();

@@ -282,8 +282,8 @@ async fn an_alias_follows_its_service_at_once() {
 
 #[tokio::test]
 async fn an_alias_of_another_node_follows_the_catalogue() {
-    use crate::catalogue::{Instance, NodeEntry, Publisher, ServiceEntry, Snapshot};
-    use crate::model::{CheckRecord, MemberStatus, NodeInfo};
+    use crate::catalogue::{Publisher, ServiceEntry, Snapshot};
+    use crate::model::{CheckRecord, Instance, MemberStatus, NodeEntry, NodeInfo};
     let rig = Rig::start(&Store::in_memory().unwrap()).await;
     let info = NodeInfo {
         id: "a-uuid".to_owned(),

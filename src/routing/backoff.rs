@@ -5,8 +5,7 @@ use std::time::Duration;
 use foldhash::HashMap;
 use tokio::time::Instant;
 
-use crate::catalogue::Instance;
-use crate::model::{InstanceId, NodeName};
+use crate::model::{Instance, InstanceId, NodeName};
 
 /// How long an instance is left out after its first failure: by then the membership or a check has usually seen it.
 pub const BACKOFF_START: Duration = Duration::from_secs(1);

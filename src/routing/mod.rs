@@ -42,8 +42,10 @@ mod test_support {
     use std::collections::BTreeMap;
     use std::sync::Arc;
 
-    use crate::catalogue::{Instance, NodeEntry, ServiceEntry};
-    use crate::model::{Generation, HealthStatus, MemberStatus, NodeInfo, Protocol, ServiceRecord, Weights};
+    use crate::catalogue::ServiceEntry;
+    use crate::model::{
+        Generation, HealthStatus, Instance, MemberStatus, NodeEntry, NodeInfo, Protocol, ServiceRecord, Weights,
+    };
 
     pub(super) fn now() -> tokio::time::Instant {
         use std::sync::LazyLock;

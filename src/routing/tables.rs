@@ -59,7 +59,7 @@ pub struct HashTable {
 impl HashTable {
     /// Returns the instances of `service` as they would stand in a table.
     pub fn members_of(service: &ServiceEntry) -> Vec<Member> {
-        let member = |instance: &std::sync::Arc<crate::catalogue::Instance>| Member {
+        let member = |instance: &std::sync::Arc<crate::model::Instance>| Member {
             node: instance.node.info.name.clone(),
             id: instance.record.id.clone(),
             weight: instance.record.weights.passing.clamp(1, 65_535),

@@ -17,8 +17,7 @@ use super::hedge::Hedge;
 use super::matcher::{Asked, Matcher};
 use super::retry::Retry;
 use super::subset::Filter;
-use crate::catalogue::Instance;
-use crate::model::{HealthStatus, ServiceName};
+use crate::model::{HealthStatus, Instance, ServiceName};
 
 /// The whole of a split's shares: products of weights in units of 0.01 % are exact down to the third splitter.
 pub const SHARES: u64 = 1_000_000_000_000;

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use crate::catalogue::Instance;
 use crate::filter;
+use crate::model::Instance;
 
 /// A filter expression over instances, as in the health endpoints. Cheap to clone; equal if its text is.
 #[derive(Debug, Clone)]

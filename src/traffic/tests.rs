@@ -7,8 +7,9 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::catalogue::{Instance, NodeEntry};
-use crate::model::{Generation, HealthStatus, MemberStatus, NodeInfo, ServiceRecord, TextMap, Weights};
+use crate::model::{
+    Generation, HealthStatus, Instance, MemberStatus, NodeEntry, NodeInfo, ServiceRecord, TextMap, Weights,
+};
 
 #[track_caller]
 fn ready(kind: &str, value: &Value) -> Ready {

@@ -14,10 +14,12 @@
 //! to others as Cubic does.
 //!
 //! Invariants: what Cubic is told, it is told as it happened; ECN marks, persistent congestion (RFC 9002 §7.6) and the loss that
-//! ends slow start are always told. Not here: what a lost packet is (quinn, RFC 9002 §6).
+//! ends slow start are always told. Beside that it notes what leaves ([`Departures`]), which quinn tells nobody else.
+//! Not here: what a lost packet is (quinn, RFC 9002 §6).
 
 use std::any::Any;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use quinn::congestion::{Controller, ControllerFactory, ControllerMetrics, Cubic, CubicConfig};
@@ -31,6 +33,40 @@ const COUNTED_PACKETS: u64 = 256;
 /// Round trip above the shortest one that is not yet a queue: two agents on busy hosts wait for a processor as long as that.
 const QUEUE_MAX: Duration = Duration::from_millis(5);
 
+/// What left by a path, noted by its controller. The connection's own thread writes it.
+#[derive(Debug, Default)]
+pub(crate) struct Departures {
+    sent: AtomicU64,
+    drained_at: AtomicU64,
+}
+
+impl Departures {
+    /// Bytes that left, packets' headers included.
+    pub(crate) fn sent(&self) -> u64 {
+        self.sent.load(Ordering::Relaxed)
+    }
+
+    /// What [`Departures::sent`] was when an acknowledgement last found that all there was to send had left.
+    pub(crate) fn drained_at(&self) -> u64 {
+        self.drained_at.load(Ordering::Relaxed)
+    }
+
+    fn add(&self, bytes: u64) {
+        self.sent.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    fn drained(&self) {
+        self.drained_at.store(self.sent(), Ordering::Relaxed);
+    }
+}
+
+/// Returns what leaves by the path that `connection` takes: another one after the peer's address changed. None where the
+/// connection was not made by this module's parent.
+pub(crate) fn departures(connection: &quinn::Connection) -> Option<Arc<Departures>> {
+    let own = connection.congestion_state().into_any().downcast::<Tolerant>().ok()?;
+    Some(Arc::clone(&own.departures))
+}
+
 /// Makes a [`Tolerant`] per path.
 #[derive(Debug, Default)]
 pub(super) struct TolerantConfig(Arc<CubicConfig>);
@@ -41,6 +77,7 @@ impl ControllerFactory for TolerantConfig {
             cubic: Cubic::new(Arc::clone(&self.0), now, current_mtu),
             losses: Losses::new(current_mtu),
             has_left_slow_start: false,
+            departures: Arc::default(),
         })
     }
 }
@@ -51,10 +88,19 @@ struct Tolerant {
     cubic: Cubic,
     losses: Losses,
     has_left_slow_start: bool,
+    /// Shared by copies: quinn makes one where an address changes but not the host.
+    departures: Arc<Departures>,
 }
 
 impl Controller for Tolerant {
+    fn on_sent(&mut self, _now: Instant, bytes: u64, _last_packet_number: u64) {
+        self.departures.add(bytes);
+    }
+
     fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64, app_limited: bool, rtt: &RttEstimator) {
+        if app_limited {
+            self.departures.drained();
+        }
         self.losses.arrived(bytes, rtt.get(), rtt.min());
         self.cubic.on_ack(now, sent, bytes, app_limited, rtt);
     }

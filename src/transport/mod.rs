@@ -29,6 +29,7 @@ mod tune;
 mod worker;
 
 pub use bind::{BindError, BoundSockets, SOCKET_BUFFER_BYTES, SocketBuffers, bind};
+pub(crate) use congestion::{Departures, departures};
 pub use control::{Accepted, ControlCounts, ControlTransport};
 #[cfg(test)]
 pub(crate) use credentials::ClientTls;

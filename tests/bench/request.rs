@@ -1,14 +1,16 @@
 //! One request through two agents of this process, over loopback with mutual TLS: app, caller's agent, tunnel, server's
-//! agent, app, and back.
+//! agent, app, and back. First without any config entry, then with every kind of entry of which no rule is about the
+//! request, then without them again: what the first and the last differ by is noise.
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
 use criterion::Criterion;
+use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 use weft::clock;
-use weft::config::{Config, IdentitySource, Secret};
+use weft::config::{Config, IdentitySource, PolicyAuthority, Secret};
 use weft::model::{NodeName, Protocol, ServiceRecord};
 use weft::node::Node;
 use weft::pki::{self, CaDir, TokenClaims};
@@ -25,7 +27,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const REQUEST: &[u8] = b"GET /hello HTTP/1.1\r\nhost: web.weft\r\n\r\n";
 const RESPONSE: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
 
-/// Measures the latency of one request on one keep-alive HTTP/1.1 connection.
+/// Measures the latency of one request on one keep-alive HTTP/1.1 connection: `proxied_request`, `…/entries_unmatched`,
+/// `…/entries_deleted`.
 pub(crate) fn proxied_request(c: &mut Criterion) {
     let dir = tempfile::tempdir().expect("a directory");
     let app = TcpListener::bind((SERVER, 0)).expect("a free port");
@@ -41,20 +44,102 @@ pub(crate) fn proxied_request(c: &mut Criterion) {
     let mut server = config("server", SERVER, web);
     server.identity =
         IdentitySource::Issuer { dir: ca.path().join("issuer-1"), serve: "*".parse().expect("a valid scope") };
+    let operator = dir.path().join("bench.operator");
+    let may = "intentions,config".parse().expect("valid rights");
+    ca.create_operator(
+        &"bench".parse().expect("a valid name"),
+        &may,
+        Duration::from_hours(1),
+        &operator,
+        clock::wall(),
+    )
+    .expect("the root key is there");
+    server.policy_authority = PolicyAuthority::File(operator);
+    let apis = [server.http_addr, SocketAddr::from((CALLER, server.http_addr.port()))];
     let mut client = config("client", CALLER, caller);
     client.join = vec![server.mesh_bind.to_string()];
     client.identity = IdentitySource::Token(Secret::new(token(&ca)));
     let nodes = [start(&runtime, server), start(&runtime, client)];
 
     let mut connection = Connection::open();
-    c.bench_function("proxied_request", |bencher| {
-        bencher.iter(|| connection.request().expect("a keep-alive connection answers"));
-    });
+    let mut measure = |name: &str| {
+        c.bench_function(name, |bencher| {
+            bencher.iter(|| connection.request().expect("a keep-alive connection answers"));
+        });
+    };
+    measure("proxied_request");
+    for entry in entries() {
+        ask(apis[0], "PUT", "/v1/config", &entry.to_string());
+    }
+    apis.iter().for_each(|api| wait_chain(*api, |chain| chain.contains(NEVER)));
+    measure("proxied_request/entries_unmatched");
+    for entry in entries().iter().rev() {
+        let [kind, name] = ["Kind", "Name"].map(|key| entry.get(key).and_then(Value::as_str).expect("each has it"));
+        ask(apis[0], "DELETE", &format!("/v1/config/{kind}/{name}"), "");
+    }
+    apis.iter().for_each(|api| wait_chain(*api, |chain| !chain.contains(NEVER)));
+    measure("proxied_request/entries_deleted");
     drop(connection);
     for node in nodes {
         node.shutdown();
         runtime.block_on(node.run_until_stopped()).expect("it stops in peace");
     }
+}
+
+/// The last one of the routes that match nothing.
+const NEVER: &str = "/never/19";
+
+/// Entries of every kind; none is about the request but a split to all of it and limits far above it.
+fn entries() -> [Value; 7] {
+    let route = |at: usize| {
+        let http = match at % 4 {
+            0 => json!({"PathExact": format!("/never/{at}")}),
+            1 => json!({"PathPrefix": "/", "Header": [{"Name": "x-never", "Exact": at.to_string()}]}),
+            2 => json!({"PathRegex": format!("/never/[0-9]+/{at}"), "Methods": ["PUT"]}),
+            _ => json!({"PathPrefix": format!("/never/{at}"), "QueryParam": [{"Name": "never", "Present": true}]}),
+        };
+        let retried = json!({"NumRetries": 3, "RetryOn": ["5xx"], "RequestTimeout": "5s", "PerTryTimeout": "1s",
+            "Hedge": {"Delay": "50ms"}, "Mirror": {"Service": "caller"}});
+        json!({"Match": {"HTTP": http}, "Destination": retried})
+    };
+    let never = json!({"HTTP": {"PathPrefix": "/never/"}});
+    [
+        json!({"Kind": "proxy-defaults", "Name": "global", "TrustedHops": ["192.0.2.0/24"]}),
+        json!({"Kind": "service-defaults", "Name": "web", "Protocol": "http", "RateLimits": {"InstanceLevel": {
+            "RequestsPerSecond": 1_000_000, "Routes": [{"PathPrefix": "/never/", "RequestsPerSecond": 1}]}}}),
+        json!({"Kind": "service-defaults", "Name": "caller", "Protocol": "http", "UpstreamConfig": {"Defaults": {
+            "Limits": {"MaxConcurrentRequests": 500, "MaxRequestsPerInstance": 400},
+            "PassiveHealthCheck": {"MaxFailures": 3}}}}),
+        json!({"Kind": "service-resolver", "Name": "web", "ConnectTimeout": "5s",
+            "Subsets": {"never": {"Filter": "Service.Meta.version == never"}},
+            "Failover": {"never": {"Service": "caller"}}}),
+        json!({"Kind": "service-splitter", "Name": "web", "Splits": [{"Weight": 100}]}),
+        json!({"Kind": "service-router", "Name": "web", "Routes": (0..20).map(route).collect::<Vec<Value>>()}),
+        json!({"Kind": "service-faults", "Name": "web", "Faults": [
+            {"Match": never, "Delay": {"Duration": "1s"}}, {"Match": never, "Abort": {"HTTPStatus": 503}}]}),
+    ]
+}
+
+/// Waits until the chain of `web` is as wanted.
+fn wait_chain(api: SocketAddr, is_wanted: impl Fn(&str) -> bool) {
+    let until = clock::now() + PATIENCE;
+    while !is_wanted(&ask(api, "GET", "/v1/discovery-chain/web", "")) {
+        assert!(clock::now() < until, "what was written does not spread");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Asks an agent's API; returns the answer, which must be 200.
+fn ask(api: SocketAddr, method: &str, path: &str, body: &str) -> String {
+    let mut stream = TcpStream::connect(api).expect("the API listens");
+    let length = body.len();
+    let request =
+        format!("{method} {path} HTTP/1.1\r\nhost: {api}\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n");
+    stream.write_all(&[request.as_bytes(), body.as_bytes()].concat()).expect("it reads");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("it answers in text");
+    assert!(answer.starts_with("HTTP/1.1 200"), "{method} {path}: {answer}");
+    answer
 }
 
 fn service(name: &str, app_addr: SocketAddr, upstreams: Vec<UpstreamDefinition>) -> ServiceDefinition {

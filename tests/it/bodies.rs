@@ -21,6 +21,7 @@ fn a_long_body_passes_each_way_in_bounded_memory() {
     pass_both_ways(240, 256 << 20);
 }
 
+/// By hand: `cargo test --test it a_gibibyte -- --ignored --nocapture`, which prints how much each agent grew.
 #[test]
 #[ignore = "2 GiB through a development build take a minute: for a run by name"]
 fn a_gibibyte_passes_each_way_in_bounded_memory() {

@@ -142,6 +142,48 @@ fn keys_spread_outlive_a_split_with_the_newest_and_a_crash_and_what_was_deleted_
 }
 
 #[test]
+fn a_node_with_less_room_takes_what_fits_says_so_and_takes_the_rest_once_there_is_room() {
+    let Some(lab) = Lab::new(2) else { return };
+    let (mesh, n1) = Mesh::new(&lab);
+    let small = mesh.dir.path().join("small.hcl");
+    std::fs::write(&small, "kv {\n  enabled = true\n  bytes_max = 1048576\n}\n").unwrap();
+    let args = ["-join", "10.77.0.1", "-token", &mesh.token, "-config-file", path(&small)];
+    let n2 = Agent::start(&Spec::on(&lab.host(2), "n2", &args));
+    n1.wait_members(&["n1=1", "n2=1"]);
+    // Peers may bring twice a MiB: five of them.
+    let large = "x".repeat(400 * 1024);
+    let keys = ["big/1", "big/2", "big/3", "big/4", "big/5", "big/6", "big/7"];
+    for key in keys {
+        put(&n1, key, &large);
+    }
+    let held = |agent: &Agent| keys.into_iter().filter(|key| value(agent, key).is_ok()).collect::<Vec<_>>();
+    until("n2 holds what fits", || if held(&n2).len() == 5 { Ok(()) } else { Err(format!("{:?}", held(&n2))) });
+    // Comparisons come in rounds; one of the two says what to do.
+    until("the difference is told", || {
+        let logs = [n1.log(), n2.log()];
+        let is_told = |log: &String| log.contains("set `kv { bytes_max }` to the same on every agent");
+        if logs.iter().any(is_told) { Ok(()) } else { Err(logs.concat()) }
+    });
+    assert_eq!(held(&n2).len(), 5, "no comparison brings more than fits");
+    // Its own clients may bring a MiB alone, and hear why nothing more is taken.
+    let refused = n2.put("/v1/kv/own", "1");
+    assert_eq!(refused.status, 507, "{}", refused.body);
+    assert!(refused.body.contains("raise the limit on every agent"), "{}", refused.body);
+    // What is small goes on as before, both ways, and both live.
+    put(&n1, "small", "1");
+    wait_value(&[&n2], "small", Ok("1"));
+    put(&n2, "small", "2");
+    wait_value(&[&n1], "small", Ok("2"));
+    for key in held(&n2) {
+        delete(&n1, key);
+    }
+    until("n2 takes the others once there is room", || {
+        let both = [held(&n1), held(&n2)];
+        if both.iter().all(|held| held.len() == 2) { Ok(()) } else { Err(format!("{both:?}")) }
+    });
+}
+
+#[test]
 fn events_and_prepared_queries_are_known_to_every_agent() {
     let Some(lab) = Lab::new(3) else { return };
     let (mesh, n1) = Mesh::new(&lab);

@@ -2,16 +2,16 @@
 //! so that a request formats nothing and takes no lock.
 //!
 //! Label values are bounded: services by the registered ones and `_unknown`, codes by HTTP and gRPC, flags by [`Flag`].
-//! Not here: series that expire when idle.
+//! Handles that are not used are let go, so that the series of pairs and outcomes that are over expire.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use foldhash::HashMap;
 use prometheus::{Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, Opts};
 use tokio::time::Instant;
 
-use crate::metrics::Metrics;
+use crate::metrics::{Expiring, Held, Metrics};
 use crate::model::ServiceName;
 use crate::proxy::authorize::PolicySeries;
 use crate::proxy::metrics::Reporter;
@@ -32,10 +32,10 @@ const UNKNOWN_LABEL: &str = "_unknown";
 /// The HTTP metrics of the agent. Cheap to clone: one per worker.
 #[derive(Debug, Clone)]
 pub(crate) struct HttpMetrics {
-    requests: IntCounterVec,
-    duration: HistogramVec,
+    requests: Expiring<IntCounterVec>,
+    duration: Expiring<HistogramVec>,
     /// Requests over a rate limit.
-    pub(super) limited: IntCounterVec,
+    pub(super) limited: Expiring<IntCounterVec>,
     /// Callers' connections that ended because a request's framing was in doubt, by reason.
     pub(super) malformed: IntCounterVec,
     /// What is counted of decisions, over streams as well.
@@ -55,10 +55,10 @@ impl HttpMetrics {
             "weft_http_request_duration_seconds",
             "Time from a request's head to the end of its response.",
         );
-        let requests = metrics.add(IntCounterVec::new(requests, &LABELS)?)?;
-        let duration = metrics.add(HistogramVec::new(duration.buckets(BUCKETS.to_vec()), &LABELS)?)?;
+        let requests = metrics.add_expiring(IntCounterVec::new(requests, &LABELS)?)?;
+        let duration = metrics.add_expiring(HistogramVec::new(duration.buckets(BUCKETS.to_vec()), &LABELS)?)?;
         let limited = Opts::new("weft_http_rate_limited_total", "Requests refused by the rate limits of a service.");
-        let limited = metrics.add(IntCounterVec::new(limited, &["destination_service"])?)?;
+        let limited = metrics.add_expiring(IntCounterVec::new(limited, &["destination_service"])?)?;
         let malformed = "Requests refused before they were read, for it is in doubt where they end.";
         let malformed = Opts::new("weft_http_malformed_total", malformed);
         let malformed = metrics.add(IntCounterVec::new(malformed, &["reason"])?)?;
@@ -71,23 +71,24 @@ impl HttpMetrics {
 #[derive(Debug, Clone)]
 pub(crate) struct TrafficSeries {
     /// By destination and reason.
-    pub(crate) retries: IntCounterVec,
+    pub(crate) retries: Expiring<IntCounterVec>,
     /// By destination.
-    pub(crate) saved: IntCounterVec,
+    pub(crate) saved: Expiring<IntCounterVec>,
     /// By destination and reason.
-    pub(crate) not_retried: IntCounterVec,
+    pub(crate) not_retried: Expiring<IntCounterVec>,
     /// By destination and outcome.
-    pub(crate) hedges: IntCounterVec,
+    pub(crate) hedges: Expiring<IntCounterVec>,
     /// By destination and outcome.
-    pub(crate) mirrored: IntCounterVec,
+    pub(crate) mirrored: Expiring<IntCounterVec>,
     /// By destination and kind.
-    pub(crate) faults: IntCounterVec,
+    pub(crate) faults: Expiring<IntCounterVec>,
 }
 
 impl TrafficSeries {
     fn register(metrics: &Metrics) -> Result<Self, prometheus::Error> {
-        let add =
-            |name: &str, help: &str, labels: &[&str]| metrics.add(IntCounterVec::new(Opts::new(name, help), labels)?);
+        let add = |name: &str, help: &str, labels: &[&str]| {
+            metrics.add_expiring(IntCounterVec::new(Opts::new(name, help), labels)?)
+        };
         let by = |second: &'static str| ["destination_service", second];
         Ok(Self {
             retries: add(
@@ -185,10 +186,21 @@ struct Outcome {
 }
 
 /// The handles of one outcome.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 struct Series {
-    requests: IntCounter,
-    duration: Histogram,
+    outcome: Outcome,
+    requests: Held<IntCounter>,
+    duration: Held<Histogram>,
+    /// Since [`EdgeCache::let_go`] last looked.
+    is_used: Cell<bool>,
+}
+
+impl Series {
+    fn record(&self, seconds: f64) {
+        self.requests.inc();
+        self.duration.observe(seconds);
+        self.is_used.set(true);
+    }
 }
 
 /// The series between one source and one destination.
@@ -199,36 +211,34 @@ pub(crate) struct Edge {
     source: Option<ServiceName>,
     destination: Option<ServiceName>,
     /// Few outcomes are ever seen; the first is nearly always the right one.
-    series: RefCell<Vec<(Outcome, Series)>>,
+    series: RefCell<Vec<Series>>,
+    /// Since [`EdgeCache::let_go`] last looked.
+    is_used: Cell<bool>,
 }
 
 impl Edge {
     fn record(&self, outcome: Outcome, seconds: f64) {
         let mut series = self.series.borrow_mut();
-        if let Some((_, found)) = series.iter().find(|(known, _)| *known == outcome) {
-            found.requests.inc();
-            found.duration.observe(seconds);
-            return;
+        if let Some(found) = series.iter().find(|series| series.outcome == outcome) {
+            return found.record(seconds);
         }
         let made = self.series(outcome);
-        made.requests.inc();
-        made.duration.observe(seconds);
-        series.push((outcome, made));
+        made.record(seconds);
+        series.push(made);
     }
 
     fn series(&self, outcome: Outcome) -> Series {
-        let reporter = match self.reporter {
-            Reporter::Source => "source",
-            Reporter::Destination => "destination",
-        };
+        let reporter = self.reporter.as_str();
         let code = outcome.status.to_string();
         let grpc = outcome.grpc.map(|code| code.to_string()).unwrap_or_default();
         let source = self.source.as_ref().map_or(NODE_LABEL, ServiceName::as_str);
         let destination = self.destination.as_ref().map_or(UNKNOWN_LABEL, ServiceName::as_str);
         let labels = [reporter, source, destination, code.as_str(), grpc.as_str(), outcome.flag.as_str()];
         Series {
-            requests: self.metrics.requests.with_label_values(&labels),
-            duration: self.metrics.duration.with_label_values(&labels),
+            outcome,
+            requests: self.metrics.requests.with(&labels),
+            duration: self.metrics.duration.with(&labels),
+            is_used: Cell::default(),
         }
     }
 }
@@ -257,6 +267,7 @@ impl EdgeCache {
         let mut edges = self.edges.borrow_mut();
         let key = (reporter, source.cloned(), destination.cloned());
         if let Some(edge) = edges.get(&key) {
+            edge.is_used.set(true);
             return Rc::clone(edge);
         }
         if edges.len() >= EDGES_MAX {
@@ -268,9 +279,18 @@ impl EdgeCache {
             source: key.1.clone(),
             destination: key.2.clone(),
             series: RefCell::default(),
+            is_used: Cell::new(true),
         });
         edges.insert(key, Rc::clone(&edge));
         edge
+    }
+
+    /// Lets go of the handles of pairs and outcomes that were not met since the last time.
+    pub(crate) fn let_go(&self) {
+        self.edges.borrow_mut().retain(|_, edge| {
+            edge.series.borrow_mut().retain(|series| series.is_used.replace(false));
+            edge.is_used.replace(false) || Rc::strong_count(edge) > 1
+        });
     }
 }
 
@@ -362,5 +382,50 @@ mod tests {
         };
         assert!(text.contains(&format!("{} 2", series(200, "-"))), "{text}");
         assert!(text.contains(&format!("{} 1", series(0, "DC"))), "{text}");
+    }
+
+    #[test]
+    fn outcomes_that_are_over_are_no_series_beside_those_that_go_on_and_a_long_request_is_counted() {
+        let metrics = Metrics::new();
+        let cache = EdgeCache::new(HttpMetrics::register(&metrics).unwrap());
+        let [web, api] = ["web", "api"].map(|name| name.parse::<ServiceName>().unwrap());
+        let ended = |exchange: &mut Exchange, status| {
+            exchange.status(status);
+            exchange.finish(Flag::None);
+        };
+        let begin =
+            |destination| Exchange::new(cache.edge(Reporter::Source, None, Some(destination)), crate::clock::now());
+        let mut now = crate::clock::now();
+        let mut pass = |minutes: u64, requests: u64| {
+            for _ in 0..minutes * 2 {
+                for _ in 0..requests {
+                    ended(&mut begin(&web), http::StatusCode::OK);
+                }
+                now += std::time::Duration::from_secs(30);
+                cache.let_go();
+                metrics.expire(now);
+            }
+        };
+        let count = |name: &str, code: &str| {
+            let text = metrics.render().unwrap();
+            let is_wanted = |line: &&str| [name, code].iter().all(|label| line.contains(&format!("\"{label}\"")));
+            let line = text.lines().filter(|line| line.starts_with("weft_http_requests_total")).find(is_wanted);
+            line.map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap())
+        };
+        ended(&mut begin(&web), http::StatusCode::BAD_GATEWAY);
+        let mut long = begin(&api);
+        pass(9, 1);
+        assert_eq!((count("web", "200"), count("web", "502")), (Some(18), Some(1)));
+        pass(3, 1);
+        assert_eq!((count("web", "200"), count("web", "502")), (Some(24), None));
+        assert!(!metrics.render().unwrap().contains("\"502\""), "its durations as well");
+        // A request that lasts longer than series live is counted when it ends.
+        pass(20, 0);
+        assert_eq!(count("web", "200"), None);
+        ended(&mut long, http::StatusCode::OK);
+        drop(long);
+        assert_eq!(count("api", "200"), Some(1));
+        ended(&mut begin(&web), http::StatusCode::BAD_GATEWAY);
+        assert_eq!(count("web", "502"), Some(1));
     }
 }

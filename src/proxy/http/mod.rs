@@ -43,8 +43,9 @@ use super::authorize::PolicyMetrics;
 use super::head::RequestHead;
 use super::metrics::Reporter;
 use super::{Caller, OpenError, Opened, Source, StreamKind, Tried, Worker};
-use crate::catalogue::{Instance, SnapshotReader};
-use crate::model::ServiceName;
+use crate::catalogue::SnapshotReader;
+use crate::metrics::Expiring;
+use crate::model::{Instance, ServiceName};
 use crate::pki::PeerIdentity;
 use crate::routing::{Limited, Observer, Outcome, OverRate, Rates, key_of};
 use crate::traffic::Resolved;
@@ -194,7 +195,7 @@ pub(crate) struct HttpState {
     limits: Limits,
     edges: EdgeCache,
     policy: PolicyMetrics,
-    limited: IntCounterVec,
+    limited: Expiring<IntCounterVec>,
     malformed: IntCounterVec,
     rates: Arc<Rates>,
     /// What chains did to requests.
@@ -258,12 +259,17 @@ impl HttpState {
             RateKey::Header(name) => head.headers.get(name).map_or(1, |value| key_of(value.as_bytes())),
         };
         let admitted = self.rates.admit(service, rules, head.path.path(), key, crate::clock::now());
-        admitted.inspect_err(|_| self.limited.with_label_values(&[service.as_str()]).inc())
+        admitted.inspect_err(|_| self.limited.with(&[service.as_str()]).inc())
     }
 
     /// Begins the drain: every caller's connection ends after its current requests (`Connection: close`, GOAWAY).
     pub(crate) fn drain(&self) {
         self.watchman.drain();
+    }
+
+    /// Lets go of handles of metrics that are not used.
+    pub(crate) fn let_go(&self) {
+        self.edges.let_go();
     }
 
     /// Asks intentions and counts what they say.

@@ -145,7 +145,7 @@ impl Race<'_> {
 
     fn count(&self, state: &HttpState, outcome: &str) {
         let service = self.plan.leg.to.target.service.as_str();
-        state.traffic.hedges.with_label_values(&[service, outcome]).inc();
+        state.traffic.hedges.with(&[service, outcome]).inc();
     }
 
     /// Prepares a copy, if there may be one.

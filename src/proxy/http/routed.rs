@@ -92,7 +92,7 @@ pub(super) async fn answer<D: Dial>(
     let mut exchange = Exchange::new(Rc::clone(&target.edge), started);
     if let Some(faults) = &chain.faults {
         let (delay, abort) = faults.strike(&asked(&request), (rand::random(), rand::random()));
-        let count = |kind| worker.http().traffic.faults.with_label_values(&[chain.service.as_str(), kind]).inc();
+        let count = |kind| worker.http().traffic.faults.with(&[chain.service.as_str(), kind]).inc();
         if let Some(delay) = delay {
             count("delay");
             exchange.ends_well_as(Flag::Delay);
@@ -352,7 +352,7 @@ async fn attempts<D: Dial>(
                     exchange.ends_well_as(Flag::HedgeWon);
                 }
                 if retries > 0 {
-                    state.traffic.saved.with_label_values(&[destination.as_str()]).inc();
+                    state.traffic.saved.with(&[destination.as_str()]).inc();
                 }
                 return Ok(*answer);
             }
@@ -402,13 +402,13 @@ async fn attempts<D: Dial>(
             Ok(_) => held_back(&one, &mut leaves),
         };
         if let Some(why) = refused {
-            state.traffic.not_retried.with_label_values(&[destination.as_str(), why]).inc();
+            state.traffic.not_retried.with(&[destination.as_str(), why]).inc();
             break failure;
         }
         end_call(kept.as_deref_mut());
         last = Some(failure);
         retries += 1;
-        state.traffic.retries.with_label_values(&[destination.as_str(), reason]).inc();
+        state.traffic.retries.with(&[destination.as_str(), reason]).inc();
         debug!(service = %destination, reason, retries, "another attempt follows");
         pause(wait.ok().flatten().unwrap_or(backoff)).await;
     };
@@ -625,7 +625,7 @@ fn mirror<D: Dial>(worker: &Rc<D>, call: &Call<'_>, plan: &Plan<'_>, pending: Op
     let service = mirror.to.service.clone();
     let count = {
         let mirrored = state.traffic.mirrored.clone();
-        move |outcome: &str| mirrored.with_label_values(&[service.as_str(), outcome]).inc()
+        move |outcome: &str| mirrored.with(&[service.as_str(), outcome]).inc()
     };
     if pending.is_some_and(|upload| !upload.ended.get()) || call.payload == Payload::Upgrade {
         return count("body_too_long");

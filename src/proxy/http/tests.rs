@@ -30,10 +30,13 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, oneshot};
 
 use super::*;
-use crate::catalogue::{Instance, LocalInstance, NodeEntry, Publisher, ServiceEntry, Snapshot};
+use crate::catalogue::{LocalInstance, Publisher, ServiceEntry, Snapshot};
 use crate::clock::UnixSeconds;
 use crate::metrics::Metrics;
-use crate::model::{Generation, HealthStatus, MemberStatus, NodeInfo, Protocol, ServeScope, ServiceRecord, SpiffeId};
+use crate::model::{
+    Generation, HealthStatus, Instance, MemberStatus, NodeEntry, NodeInfo, Protocol, ServeScope, ServiceRecord,
+    SpiffeId,
+};
 use crate::proxy::head::HEADERS_MAX;
 use crate::proxy::{Lease, Route, Source};
 use crate::routing::{Ask, Balancer, ConnectBackoff, Flow, NoInstance};

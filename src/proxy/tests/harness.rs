@@ -12,13 +12,12 @@ use tokio_util::sync::CancellationToken;
 use super::super::{ListenerState, ProxyHandle, Question, StartParams, WorkerView, start};
 use super::within;
 use crate::authz::{Action, Table};
-use crate::catalogue::{
-    Instance, LocalInstance, LocalView, NodeEntry, Publisher, ServiceEntry, Snapshot, UpstreamListener,
-};
+use crate::catalogue::{LocalInstance, LocalView, Publisher, ServiceEntry, Snapshot, UpstreamListener};
 use crate::clock::{self, UnixSeconds};
 use crate::metrics::Metrics;
 use crate::model::{
-    Generation, HealthStatus, MemberStatus, NodeInfo, NodeName, Protocol, ServiceName, ServiceRecord, SpiffeId,
+    Generation, HealthStatus, Instance, MemberStatus, NodeEntry, NodeInfo, NodeName, Protocol, ServiceName,
+    ServiceRecord, SpiffeId,
 };
 use crate::pki::{PeerIdentity, Plane, Presented};
 use crate::traffic::{Entries, Ready, Traffic};

@@ -105,6 +105,33 @@ async fn a_request_waits_for_an_instance_in_a_queue_that_is_bounded_in_number_an
 }
 
 #[tokio::test]
+async fn what_is_over_a_limit_of_connections_or_requests_is_refused_at_once_and_waits_for_nothing() {
+    let limit = |name: &str| json!({"UpstreamConfig": {"Defaults": {"Limits": {name: 1}}}});
+    let mesh = Mesh::start_on(1, &Authority::new(), "*", |_| Vec::new()).await;
+    mesh.a.say(&[("service-defaults", "app", limit("MaxConnections"))]);
+    let (client, app) = mesh.connect().await;
+    let late = async { read_all(&mut TcpStream::connect(mesh.upstream).await?).await };
+    assert_eq!(within(late).await.unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
+    mesh.a.counts("weft_tcp_connections_closed_total", &["\"UO\""], 1).await;
+    mesh.a.counts("weft_balancer_overflow_total", &["\"connections\""], 1).await;
+    drop((client, app));
+    mesh.a.counts("weft_tcp_connections_active", &["reporter=\"source\""], 0).await;
+    round_trip(&mesh).await;
+    mesh.stop().await;
+
+    let mesh = of_http(&Authority::new()).await;
+    mesh.a.say(&[("service-defaults", "app", limit("MaxConcurrentRequests"))]);
+    let first = ask(&mesh, "").await;
+    let held = take(&mesh.app).await;
+    let answer = answer_of(ask(&mesh, "").await).await;
+    assert!(answer.starts_with("HTTP/1.1 503") && answer.contains("x-weft-overflow: requests\r\n"), "{answer}");
+    assert_eq!(mesh.a.count("weft_balancer_queued_total", &[]), 0);
+    give(held).await;
+    assert!(answer_of(first).await.starts_with("HTTP/1.1 200"));
+    mesh.stop().await;
+}
+
+#[tokio::test]
 async fn an_instance_that_is_not_connected_within_its_timeout_is_left_alone_for_a_while() {
     // Datagrams vanish here: a dial would take 3 s.
     let silent = UdpSocket::bind("127.0.0.1:0").await.unwrap();

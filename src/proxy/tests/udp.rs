@@ -1,9 +1,11 @@
 //! Flows of UDP through two nodes.
 
+use std::collections::VecDeque;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use serde_json::json;
+use tokio::io::AsyncWriteExt as _;
 use tokio::net::UdpSocket;
 use tokio::task::JoinSet;
 
@@ -325,8 +327,17 @@ async fn ask(
     tunnel: &quinn::Connection,
     kind: StreamKind,
 ) -> Result<(quinn::SendStream, quinn::RecvStream), StreamStatus> {
+    ask_for(tunnel, kind, "web-1").await
+}
+
+/// Opens a stream to an instance of `web` as a peer does.
+async fn ask_for(
+    tunnel: &quinn::Connection,
+    kind: StreamKind,
+    instance: &str,
+) -> Result<(quinn::SendStream, quinn::RecvStream), StreamStatus> {
     let (mut send, mut recv) = within(tunnel.open_bi()).await.unwrap();
-    let preamble = Preamble { kind, instance: "web-1".parse().unwrap(), service: "web".parse().unwrap() };
+    let preamble = Preamble { kind, instance: instance.parse().unwrap(), service: "web".parse().unwrap() };
     send.write_all(&preamble.encode()).await.unwrap();
     let mut status = [0];
     within(recv.read_exact(&mut status)).await.unwrap();
@@ -334,6 +345,99 @@ async fn ask(
         StreamStatus::Ok => Ok((send, recv)),
         status => Err(status),
     }
+}
+
+/// Bytes that a narrow path carries in a millisecond: 32 Mbit/s.
+const PATH_BYTES_PER_MS: usize = 4_000;
+/// Packets that wait before it.
+const PATH_PACKETS_MAX: usize = 64;
+
+/// Returns the near end of a path to `to` that is narrow on the way back, and what carries it.
+async fn narrow_path(to: SocketAddr) -> (SocketAddr, JoinSet<()>) {
+    let (near, far) = (socket().await, socket().await);
+    far.connect(to).await.unwrap();
+    let addr = near.local_addr().unwrap();
+    let mut carrying = JoinSet::new();
+    carrying.spawn(async move {
+        let (mut caller, mut waiting, mut credit) = (None, VecDeque::new(), 0);
+        let mut turn = tokio::time::interval(Duration::from_millis(1));
+        let (mut there, mut back) = (vec![0; 65_507], vec![0; 65_507]);
+        loop {
+            tokio::select! {
+                Ok((bytes, from)) = near.recv_from(&mut there) => {
+                    caller = Some(from);
+                    let _lost = far.try_send(&there[..bytes]);
+                }
+                Ok(bytes) = far.recv(&mut back) => if waiting.len() < PATH_PACKETS_MAX {
+                    waiting.push_back(back[..bytes].to_vec());
+                },
+                _ = turn.tick() => {
+                    // Of a time in which nothing waits, no more is left than the largest packet.
+                    credit = (credit + PATH_BYTES_PER_MS).min(8_000);
+                    while let Some(packet) = waiting.pop_front_if(|packet: &mut Vec<u8>| packet.len() <= credit) {
+                        credit -= packet.len();
+                        let _lost = caller.map(|caller| near.try_send_to(&packet, caller));
+                    }
+                }
+            }
+        }
+    });
+    (addr, carrying)
+}
+
+#[tokio::test]
+async fn a_flood_of_datagrams_leaves_streams_of_its_tunnel_their_half_of_a_narrow_path() {
+    /// What is looked at: a second and a half of the path.
+    const BYTES: usize = 6_000_000;
+    let flood = socket().await;
+    let authority = Authority::new();
+    let mesh = Mesh::start_on(1, &authority, "*", |local| {
+        serve(local, "web-2", flood.local_addr().unwrap());
+        local.instances.get_mut("web-2").unwrap().protocol = Protocol::Udp;
+        Vec::new()
+    })
+    .await;
+    let (near, _carrying) = narrow_path(mesh.b.addr).await;
+    let endpoint = stranger(&authority, "x");
+    let tunnel = within(endpoint.connect(near, "mesh.weft").unwrap()).await.unwrap();
+    let (_asks, mut bytes) = ask(&tunnel, StreamKind::Tcp).await.unwrap();
+    let (flow, _said) = ask_for(&tunnel, StreamKind::Udp, "web-2").await.unwrap();
+    let id = u8::try_from(flow.id().index()).unwrap();
+    tunnel.send_datagram(vec![id, b'?'].into()).unwrap();
+    let (_, from) = receive(&flood).await;
+    let (mut app, _) = within(mesh.app.accept()).await.unwrap();
+    let mut apps = JoinSet::new();
+    apps.spawn(async move {
+        let chunk = vec![0; 64 << 10];
+        while app.write_all(&chunk).await.is_ok() {}
+    });
+    // Six times what the path carries.
+    apps.spawn(async move {
+        let mut turn = tokio::time::interval(Duration::from_millis(1));
+        loop {
+            turn.tick().await;
+            for _ in 0..PATH_BYTES_PER_MS * 6 / 1_000 {
+                let _dropped = flood.send_to(&[0; 1_000], from).await;
+            }
+        }
+    });
+    let (mut of_streams, mut of_datagrams) = (0, 0);
+    within(async {
+        while of_streams + of_datagrams < BYTES {
+            tokio::select! {
+                chunk = bytes.read_chunk(usize::MAX, true) => of_streams += chunk.unwrap().unwrap().bytes.len(),
+                datagram = tunnel.read_datagram() => of_datagrams += datagram.unwrap().len(),
+            }
+        }
+    })
+    .await;
+    println!("streams {of_streams}, datagrams {of_datagrams}");
+    // Half each; what is lost on the path, headers and the start are left out of account.
+    assert!(of_streams * 5 >= BYTES * 2, "streams had {of_streams} of {BYTES}");
+    assert!(of_datagrams * 4 >= BYTES, "datagrams had {of_datagrams} of {BYTES}");
+    assert!(mesh.b.count("weft_udp_dropped_datagrams_total", &[DESTINATION, "\"congested\""]) > 0);
+    drop((apps, tunnel));
+    mesh.stop().await;
 }
 
 #[tokio::test]

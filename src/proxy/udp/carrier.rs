@@ -1,13 +1,14 @@
 //! The datagrams of one tunnel: which flow each belongs to, and where it leaves the mesh.
 //!
 //! ```text
-//!   flow -> Registered::send: id | payload ==DATAGRAM frame==> reader -> exits[id] -> socket
+//!   flow -> Registered::send: has the tunnel room? id | payload ==DATAGRAM frame==> reader -> exits[id] -> socket
 //! ```
 //!
 //! A flow's id is the index of the stream that stands for it (RFC 9297 §2.1 calls it the quarter stream ID), as a varint:
 //! it means something within its connection alone and is never used twice there.
 //! Invariants: a datagram leaves by the exit that its flow registered, to no address that it could name; whole, as one
-//! datagram, or not at all; what belongs to no flow is counted and dropped at once, so that nothing piles up.
+//! datagram, or not at all; what belongs to no flow is counted and dropped at once, so that nothing piles up; datagrams
+//! leave the tunnel's streams their part (`share`).
 //! Not here: who may have a flow (`inbound`), which instance it goes to (`outbound`).
 
 use std::cell::{Cell, RefCell};
@@ -15,6 +16,7 @@ use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::rc::{Rc, Weak};
+use std::sync::Arc;
 
 use bytes::{BufMut as _, Bytes, BytesMut};
 use foldhash::HashMap;
@@ -27,11 +29,13 @@ use tokio::time::Instant;
 
 use super::Flows;
 use super::metrics::UdpEdge;
+use super::share::Share;
 use super::table::Dropped;
 use crate::clock;
 use crate::proxy::head::{put_varint, take_varint};
 use crate::proxy::metrics::ProxyMetrics;
 use crate::proxy::worker::spawn_abortable;
+use crate::transport::{Departures, departures};
 
 /// Longest id on the wire.
 const ID_BYTES_MAX: usize = 8;
@@ -88,41 +92,90 @@ impl Exit {
     }
 }
 
-type Exits = Rc<RefCell<HashMap<u64, Rc<Exit>>>>;
+/// What the flows of one tunnel share.
+struct Carrier {
+    connection: quinn::Connection,
+    exits: RefCell<HashMap<u64, Rc<Exit>>>,
+    room: RefCell<Room>,
+}
+
+/// How much more the tunnel takes; where nobody notes what leaves, quinn's own bound alone.
+struct Room {
+    departures: Option<Arc<Departures>>,
+    share: Share,
+}
+
+impl Room {
+    fn of(departures: Option<Arc<Departures>>) -> Self {
+        Self { departures, share: Share::default() }
+    }
+
+    fn admits(&mut self, bytes: usize) -> bool {
+        let Some(departures) = &self.departures else { return true };
+        self.share.admits(bytes, departures.sent(), departures.drained_at())
+    }
+
+    fn is_of(&self, departures: Option<&Arc<Departures>>) -> bool {
+        match (&self.departures, departures) {
+            (Some(own), Some(other)) => Arc::ptr_eq(own, other),
+            (own, other) => own.is_none() && other.is_none(),
+        }
+    }
+}
+
+impl Carrier {
+    /// Tells whether a datagram of `bytes` may go, and counts it.
+    fn admits(&self, bytes: usize) -> bool {
+        // quinn would drop older ones to make room, and tell nobody.
+        if self.connection.datagram_send_buffer_space() < bytes {
+            return false;
+        }
+        let mut room = self.room.borrow_mut();
+        if room.admits(bytes) {
+            return true;
+        }
+        // A peer that came to have another address has another path, which counts anew.
+        let current = departures(&self.connection);
+        if room.is_of(current.as_ref()) {
+            return false;
+        }
+        *room = Room::of(current);
+        room.admits(bytes)
+    }
+}
 
 /// The datagrams of one tunnel, read as long as this lives.
 pub(crate) struct Datagrams {
-    connection: quinn::Connection,
-    exits: Exits,
+    carrier: Rc<Carrier>,
     reader: AbortHandle,
 }
 
 /// A flow that gets the datagrams of its id while this lives; to be held no longer than the tunnel's [`Datagrams`].
 pub(super) struct Registered {
-    connection: quinn::Connection,
-    exits: Exits,
+    carrier: Rc<Carrier>,
     id: u64,
 }
 
 impl Datagrams {
     /// Reads the datagrams of `connection`, on the worker's thread.
     pub(crate) fn of(connection: &quinn::Connection, metrics: &ProxyMetrics) -> Self {
-        let exits = Exits::default();
-        let reading = read(connection.clone(), Rc::clone(&exits), metrics.stray_datagrams.clone());
+        let room = RefCell::new(Room::of(departures(connection)));
+        let carrier = Rc::new(Carrier { connection: connection.clone(), exits: RefCell::default(), room });
+        let reading = read(Rc::clone(&carrier), metrics.stray_datagrams.clone());
         let reader = spawn_abortable(&metrics.panics, reading);
-        Self { connection: connection.clone(), exits, reader }
+        Self { carrier, reader }
     }
 
     /// Has the datagrams of flow `id` leave by `exit`.
     pub(super) fn register(&self, id: u64, exit: Exit) -> Registered {
-        self.exits.borrow_mut().insert(id, Rc::new(exit));
-        Registered { connection: self.connection.clone(), exits: Rc::clone(&self.exits), id }
+        self.carrier.exits.borrow_mut().insert(id, Rc::new(exit));
+        Registered { carrier: Rc::clone(&self.carrier), id }
     }
 }
 
 impl fmt::Debug for Datagrams {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Datagrams").field("flows", &self.exits.borrow().len()).finish_non_exhaustive()
+        f.debug_struct("Datagrams").field("flows", &self.carrier.exits.borrow().len()).finish_non_exhaustive()
     }
 }
 
@@ -133,10 +186,10 @@ impl Drop for Datagrams {
 }
 
 /// Reads datagrams until the connection ends. What is buffered is read in one go: more comes only once other tasks ran.
-async fn read(connection: quinn::Connection, exits: Exits, stray: IntCounter) {
-    while let Ok(mut payload) = connection.read_datagram().await {
+async fn read(carrier: Rc<Carrier>, stray: IntCounter) {
+    while let Ok(mut payload) = carrier.connection.read_datagram().await {
         let id = take_varint(&mut payload);
-        let exit = id.and_then(|id| exits.borrow().get(&id).cloned());
+        let exit = id.and_then(|id| carrier.exits.borrow().get(&id).cloned());
         match exit {
             Some(exit) => exit.deliver(&payload, clock::now()),
             None => stray.inc(),
@@ -148,26 +201,32 @@ impl Registered {
     /// Sends a datagram of the flow, and counts it.
     pub(super) fn send(&self, payload: &[u8], edge: &UdpEdge) {
         let datagram = encode(self.id, payload);
-        // quinn would drop older ones to make room, and tell nobody.
-        if self.connection.datagram_send_buffer_space() < datagram.len() {
-            return edge.dropped(Dropped::Congested, 1);
+        let (carrier, bytes) = (&self.carrier, datagram.len());
+        let too_large = || {
+            let overhead = bytes - payload.len();
+            let bytes_max = carrier.connection.max_datagram_size().unwrap_or_default().saturating_sub(overhead);
+            (payload.len() > bytes_max).then_some(bytes_max)
+        };
+        if !carrier.admits(bytes) {
+            // What never could go is dropped for its size.
+            return match too_large() {
+                Some(bytes_max) => edge.oversize(payload.len(), bytes_max),
+                None => edge.dropped(Dropped::Congested, 1),
+            };
         }
-        let overhead = datagram.len() - payload.len();
-        match self.connection.send_datagram(datagram) {
-            Ok(()) => edge.up(payload.len()),
-            Err(SendDatagramError::TooLarge) => {
-                let bytes_max = self.connection.max_datagram_size().unwrap_or_default().saturating_sub(overhead);
-                edge.oversize(payload.len(), bytes_max);
-            }
+        match carrier.connection.send_datagram(datagram) {
+            Ok(()) => return edge.up(payload.len()),
+            Err(SendDatagramError::TooLarge) => edge.oversize(payload.len(), too_large().unwrap_or_default()),
             // The tunnel is lost, which ends the flow.
             Err(_) => edge.dropped(Dropped::NoInstance, 1),
         }
+        carrier.room.borrow_mut().share.give_back(bytes);
     }
 }
 
 impl Drop for Registered {
     fn drop(&mut self) {
-        let exit = self.exits.borrow_mut().remove(&self.id);
+        let exit = self.carrier.exits.borrow_mut().remove(&self.id);
         // Its handles may be the last: outside the borrow.
         drop(exit);
     }

@@ -117,8 +117,10 @@ impl App {
             tokio::select! {
                 // Its end, a reset, or bytes where there are to be none.
                 _ended = recv.read_chunk(1, true) => return Ending::ByCaller,
-                readable = self.socket.readable() => if readable.is_err() || self.take(worker).is_err() {
-                    return Ending::Refused;
+                readable = self.socket.readable() => match readable.and_then(|()| self.take(worker)) {
+                    Ok(true) => tokio::task::yield_now().await,
+                    Ok(false) => {}
+                    Err(_refused) => return Ending::Refused,
                 },
                 () = self.pulse.refused.notified() => return Ending::Refused,
                 () = &mut timer => {
@@ -140,21 +142,22 @@ impl App {
         }
     }
 
-    /// Sends on what the app has sent, as much as is one turn's; the error is that of a host without such an app.
-    fn take(&self, worker: &Worker) -> io::Result<()> {
-        worker.udp.with_buffer(|buffer| {
-            for _ in 0..BATCH {
-                match self.socket.try_recv(buffer) {
-                    Ok(bytes) => {
-                        self.registered.send(buffer.get(..bytes).unwrap_or_default(), &self.edge);
-                        self.pulse.used_at.set(clock::now());
-                    }
-                    Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => return Err(error),
-                    Err(_) => break,
-                }
-            }
-            Ok(())
-        })
+    /// Sends on what the app has sent, as much as is one turn's; returns true if there may be more.
+    ///
+    /// # Errors
+    /// That of a host without such an app.
+    fn take(&self, worker: &Worker) -> io::Result<bool> {
+        let ended = worker.udp.read_batch(|buffer| {
+            let bytes = self.socket.try_recv(buffer)?;
+            self.registered.send(buffer.get(..bytes).unwrap_or_default(), &self.edge);
+            self.pulse.used_at.set(clock::now());
+            Ok::<_, io::Error>(bytes)
+        });
+        match ended {
+            None => Ok(true),
+            Some(error) if error.kind() == io::ErrorKind::ConnectionRefused => Err(error),
+            Some(_) => Ok(false),
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! What the data plane counts for UDP. Handles are looked up once per pair of services and kept per worker.
 
+use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,20 +9,20 @@ use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts};
 use tracing::info;
 
 use super::table::Dropped;
-use crate::metrics::Metrics;
+use crate::metrics::{Expiring, Held, Metrics};
 use crate::proxy::metrics::{EDGE_LABELS, Edges, Open, PerPair, Reporter};
 
 /// The handles of the whole agent. Cheap to clone.
 #[derive(Debug, Clone)]
 pub(crate) struct UdpMetrics {
-    opened: IntCounterVec,
-    closed: IntCounterVec,
-    active: IntGaugeVec,
-    sent_bytes: IntCounterVec,
-    received_bytes: IntCounterVec,
-    sent: IntCounterVec,
-    received: IntCounterVec,
-    dropped: IntCounterVec,
+    opened: Expiring<IntCounterVec>,
+    closed: Expiring<IntCounterVec>,
+    active: Expiring<IntGaugeVec>,
+    sent_bytes: Expiring<IntCounterVec>,
+    received_bytes: Expiring<IntCounterVec>,
+    sent: Expiring<IntCounterVec>,
+    received: Expiring<IntCounterVec>,
+    dropped: Expiring<IntCounterVec>,
     /// The limit of size was told in the log.
     is_limit_told: Arc<AtomicBool>,
 }
@@ -29,8 +30,9 @@ pub(crate) struct UdpMetrics {
 impl UdpMetrics {
     /// Makes the metrics and adds them to the registry.
     pub(crate) fn register(metrics: &Metrics) -> Result<Self, prometheus::Error> {
-        let counters =
-            |name: &str, help: &str, labels: &[&str]| metrics.add(IntCounterVec::new(Opts::new(name, help), labels)?);
+        let counters = |name: &str, help: &str, labels: &[&str]| {
+            metrics.add_expiring(IntCounterVec::new(Opts::new(name, help), labels)?)
+        };
         let [reporter, source, destination] = EDGE_LABELS;
         let closed_labels = [reporter, source, destination, "response_flags"];
         let dropped_labels = [reporter, source, destination, "reason"];
@@ -38,7 +40,7 @@ impl UdpMetrics {
             opened: counters("weft_udp_flows_opened_total", "UDP flows that began.", &EDGE_LABELS)?,
             closed: counters("weft_udp_flows_closed_total", "UDP flows that ended, by reason.", &closed_labels)?,
             active: metrics
-                .add(IntGaugeVec::new(Opts::new("weft_udp_flows_active", "UDP flows open."), &EDGE_LABELS)?)?,
+                .add_expiring(IntGaugeVec::new(Opts::new("weft_udp_flows_active", "UDP flows open."), &EDGE_LABELS)?)?,
             sent_bytes: counters(
                 "weft_udp_sent_bytes_total",
                 "Bytes of datagrams from the called app to the caller.",
@@ -71,12 +73,14 @@ pub(super) struct UdpEdge {
     reporter: Reporter,
     labels: [String; 3],
     metrics: UdpMetrics,
-    opened: IntCounter,
-    active: IntGauge,
-    sent_bytes: IntCounter,
-    received_bytes: IntCounter,
-    sent: IntCounter,
-    received: IntCounter,
+    opened: Held<IntCounter>,
+    active: Held<IntGauge>,
+    sent_bytes: Held<IntCounter>,
+    received_bytes: Held<IntCounter>,
+    sent: Held<IntCounter>,
+    received: Held<IntCounter>,
+    /// Each from its first time on: a flood takes no lock per datagram.
+    dropped: RefCell<Vec<(Dropped, Held<IntCounter>)>>,
 }
 
 impl UdpEdge {
@@ -105,11 +109,17 @@ impl UdpEdge {
 
     /// Counts datagrams that are dropped.
     pub(super) fn dropped(&self, why: Dropped, datagrams: usize) {
-        if datagrams > 0 {
-            let [reporter, source, destination] = &self.labels;
-            let labels = [reporter, source, destination, why.as_str()];
-            self.metrics.dropped.with_label_values(&labels).inc_by(datagrams as u64);
+        if datagrams == 0 {
+            return;
         }
+        let mut dropped = self.dropped.borrow_mut();
+        if let Some((_, counter)) = dropped.iter().find(|(known, _)| *known == why) {
+            return counter.inc_by(datagrams as u64);
+        }
+        let [reporter, source, destination] = &self.labels;
+        let counter = self.metrics.dropped.with(&[reporter, source, destination, why.as_str()]);
+        counter.inc_by(datagrams as u64);
+        dropped.push((why, counter));
     }
 
     /// Counts a datagram that is too large for the tunnel, and says once what is not.
@@ -139,19 +149,20 @@ impl PerPair for UdpEdge {
             reporter,
             labels: labels.map(str::to_owned),
             metrics: metrics.clone(),
-            opened: metrics.opened.with_label_values(&labels),
-            active: metrics.active.with_label_values(&labels),
-            sent_bytes: metrics.sent_bytes.with_label_values(&labels),
-            received_bytes: metrics.received_bytes.with_label_values(&labels),
-            sent: metrics.sent.with_label_values(&labels),
-            received: metrics.received.with_label_values(&labels),
+            opened: metrics.opened.with(&labels),
+            active: metrics.active.with(&labels),
+            sent_bytes: metrics.sent_bytes.with(&labels),
+            received_bytes: metrics.received_bytes.with(&labels),
+            sent: metrics.sent.with(&labels),
+            received: metrics.received.with(&labels),
+            dropped: RefCell::default(),
         }
     }
 
     fn closed(&self, flag: &'static str) {
         self.active.dec();
         let [reporter, source, destination] = &self.labels;
-        self.metrics.closed.with_label_values(&[reporter, source, destination, flag]).inc();
+        self.metrics.closed.with(&[reporter, source, destination, flag]).inc();
     }
 }
 

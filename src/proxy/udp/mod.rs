@@ -11,12 +11,14 @@
 //! authorised, bounded, cut by changed intentions and drained by what does that for TCP; the stream carries no payload.
 //! Invariants: no datagram leaves the caller's agent before the destination has admitted its flow, and none reaches the
 //! app otherwise; datagrams are neither split, joined, repeated nor sent again; all that fills has a bound.
-//! Not here: which instance takes a flow (`routing`), the order of use and the bounds (`table`).
+//! Not here: which instance takes a flow (`routing`), the order of use and the bounds (`table`), what datagrams leave to
+//! the tunnel's streams (`share`).
 
 mod carrier;
 pub(super) mod inbound;
 mod metrics;
 pub(super) mod outbound;
+mod share;
 mod table;
 
 use std::cell::{Cell, RefCell};
@@ -50,6 +52,8 @@ const WAITING_MAX: usize = 16;
 const WAITING_BYTES_MAX: usize = 256 << 10;
 /// Datagrams taken from a socket before other tasks have their turn.
 const BATCH: usize = 64;
+/// Bytes taken from a socket before other tasks have their turn: what is taken leaves before the tunnel has no room for more.
+const BATCH_BYTES: usize = share::AHEAD_BYTES / 2;
 /// The largest payload that UDP has.
 const PAYLOAD_BYTES_MAX: usize = 65_507;
 
@@ -81,6 +85,11 @@ impl UdpState {
         }
     }
 
+    /// Lets go of handles of metrics that are not used.
+    pub(super) fn let_go(&self) {
+        self.edges.let_go();
+    }
+
     /// Counts a flow of `peer` while the slots live; none if there are as many as there may be.
     fn accept(&self, peer: &NodeName) -> Option<(Slot, Slot)> {
         let mut per_peer = self.per_peer.borrow_mut();
@@ -92,13 +101,24 @@ impl UdpState {
         Some((of_peer, Slot::take(&self.accepted, FLOWS_ACCEPTED_MAX)?))
     }
 
-    /// Lends the buffer; it takes no memory until the first datagram.
-    fn with_buffer<T>(&self, read: impl FnOnce(&mut [u8]) -> T) -> T {
+    /// Reads datagrams by `read`, which says how long each is, until it fails or a batch is read; none: one was.
+    /// The buffer takes no memory until the first datagram.
+    fn read_batch<E>(&self, mut read: impl FnMut(&mut [u8]) -> Result<usize, E>) -> Option<E> {
         let mut buffer = self.buffer.borrow_mut();
         if buffer.is_empty() {
             *buffer = vec![0; PAYLOAD_BYTES_MAX].into();
         }
-        read(&mut buffer)
+        let mut bytes = 0;
+        for _ in 0..BATCH {
+            match read(&mut buffer) {
+                Ok(read) => bytes += read,
+                Err(end) => return Some(end),
+            }
+            if bytes >= BATCH_BYTES {
+                break;
+            }
+        }
+        None
     }
 }
 
@@ -106,6 +126,19 @@ impl UdpState {
 mod tests {
     use super::*;
     use crate::metrics::Metrics;
+
+    #[test]
+    fn a_batch_ends_with_its_bytes_its_number_or_the_socket() {
+        let state = UdpState::new(UdpMetrics::register(&Metrics::new()).unwrap());
+        let read = |sizes: &mut dyn Iterator<Item = usize>| {
+            let mut count = 0;
+            let ended = state.read_batch(|_| sizes.next().inspect(|_| count += 1).ok_or("empty"));
+            (count, ended)
+        };
+        assert_eq!(read(&mut std::iter::repeat(1)), (BATCH, None));
+        assert_eq!(read(&mut std::iter::repeat(BATCH_BYTES / 2)), (2, None));
+        assert_eq!(read(&mut std::iter::repeat_n(0, 3)), (3, Some("empty")));
+    }
 
     #[test]
     fn no_peer_takes_all_flows_and_places_come_back() {

@@ -1,6 +1,7 @@
 //! Datagrams from local apps into the mesh, and the answers back: one task per upstream port, one per flow.
 
 use std::cell::{Cell, RefCell};
+use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -14,10 +15,10 @@ use tracing::debug;
 use super::carrier::{Exit, Registered};
 use super::metrics::UdpEdge;
 use super::table::{Bounds, Dropped, FlowTable, Gone, Verdict};
-use super::{BATCH, DRAIN_IDLE, FLOWS_MAX, FLOWS_PER_PORT_MAX, Flows, IDLE_TIMEOUT, WAITING_BYTES_MAX, WAITING_MAX};
-use crate::catalogue::{Instance, ServiceEntry, Snapshot};
+use super::{DRAIN_IDLE, FLOWS_MAX, FLOWS_PER_PORT_MAX, Flows, IDLE_TIMEOUT, WAITING_BYTES_MAX, WAITING_MAX};
+use crate::catalogue::{ServiceEntry, Snapshot};
 use crate::clock;
-use crate::model::HealthStatus;
+use crate::model::{HealthStatus, Instance};
 use crate::proxy::listener;
 use crate::proxy::metrics::Reporter;
 use crate::proxy::outbound::{Connected, connect};
@@ -103,7 +104,9 @@ pub(in crate::proxy) async fn listen(worker: Rc<Worker>, socket: UdpSocket, addr
         let next = swept_at + if is_draining { SWEEP_DRAINING } else { SWEEP };
         tokio::select! {
             readable = port.socket.readable() => match readable {
-                Ok(()) => take(&port),
+                Ok(()) => if take(&port) {
+                    tokio::task::yield_now().await;
+                },
                 Err(error) => return debug!(%addr, %error, "upstream port is lost"),
             },
             () = tokio::time::sleep_until(next), if has_flows => {
@@ -118,15 +121,15 @@ pub(in crate::proxy) async fn listen(worker: Rc<Worker>, socket: UdpSocket, addr
     }
 }
 
-/// Takes what apps have sent, as much as is one turn's.
-fn take(port: &Rc<Port>) {
-    port.worker.udp.with_buffer(|buffer| {
-        for _ in 0..BATCH {
-            // `WouldBlock`; there is no other error that lasts, for nothing is told of earlier datagrams (ip(7), IP_RECVERR).
-            let Ok((bytes, from)) = port.socket.try_recv_from(buffer) else { return };
-            port.datagram(from, buffer.get(..bytes).unwrap_or_default());
-        }
+/// Takes what apps have sent, as much as is one turn's; returns true if there may be more.
+fn take(port: &Rc<Port>) -> bool {
+    let ended = port.worker.udp.read_batch(|buffer| {
+        let (bytes, from) = port.socket.try_recv_from(buffer)?;
+        port.datagram(from, buffer.get(..bytes).unwrap_or_default());
+        Ok::<_, io::Error>(bytes)
     });
+    // `WouldBlock`; there is no other error that lasts, for nothing is told of earlier datagrams (ip(7), IP_RECVERR).
+    ended.is_none()
 }
 
 impl Port {

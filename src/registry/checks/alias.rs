@@ -7,8 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::Outcome;
-use crate::catalogue::{Instance, Snapshot};
-use crate::model::{CheckId, HealthStatus, InstanceId, MemberStatus};
+use crate::catalogue::Snapshot;
+use crate::model::{CheckId, HealthStatus, Instance, InstanceId, MemberStatus};
 
 /// What an alias stands for.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]

@@ -14,8 +14,8 @@ use super::super::draw::Draw;
 use super::super::seat::{Cause, Common, Seat, Standing};
 use super::super::tables::HashTable;
 use super::Ask;
-use crate::catalogue::{Instance, NodeEntry, Reports, ServiceEntry, Snapshot};
-use crate::model::{HealthStatus, InstanceId, NodeName};
+use crate::catalogue::{Reports, ServiceEntry, Snapshot};
+use crate::model::{HealthStatus, Instance, InstanceId, NodeEntry, NodeName};
 use crate::upstream::{Balance, InPanic, Table};
 
 /// Largest weight that counts (Consul's bound).

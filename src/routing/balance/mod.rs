@@ -28,8 +28,8 @@ use super::queue::Turn;
 use super::seat::{Common, Flow, Load, Notice, Observer, Standing};
 use super::tables::member_key;
 use super::usage::{Limited, Shared};
-use crate::catalogue::{Instance, ServiceEntry, Snapshot};
-use crate::model::{HealthStatus, InstanceId, NodeName, ServiceName};
+use crate::catalogue::{ServiceEntry, Snapshot};
+use crate::model::{HealthStatus, Instance, InstanceId, NodeName, ServiceName};
 use crate::upstream::{Algorithm, Limits, Priority};
 
 /// Most services that one worker keeps a group for; beyond it all groups start anew.
