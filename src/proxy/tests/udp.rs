@@ -353,6 +353,48 @@ async fn where_a_limit_is_reached_the_flow_that_is_silent_for_longest_gives_way(
     mesh.stop().await;
 }
 
+/// How many files this process may have open.
+fn descriptors_max() -> usize {
+    let limits = std::fs::read_to_string("/proc/self/limits").unwrap();
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files")).unwrap();
+    line.split_whitespace().next().unwrap().parse().unwrap_or(usize::MAX)
+}
+
+#[tokio::test]
+async fn a_peer_with_as_many_flows_as_it_may_have_is_told_so_and_others_are_served() {
+    // Each flow to an app is a socket.
+    if descriptors_max() < 10_000 {
+        return println!("skipped: at most {} files may be open (ulimit -n)", descriptors_max());
+    }
+    let app = socket().await;
+    let authority = Authority::new();
+    let mesh = Mesh::start_on(1, &authority, "*", |local| {
+        serve_udp(local, &[("web-1", &app)]);
+        Vec::new()
+    })
+    .await;
+    let endpoints = [stranger(&authority, "x"), stranger(&authority, "y")];
+    let connect =
+        async |endpoint: &quinn::Endpoint| within(endpoint.connect(mesh.b.addr, "mesh.weft").unwrap()).await.unwrap();
+    let (greedy, other) = (connect(&endpoints[0]).await, connect(&endpoints[1]).await);
+    let mut held = Vec::new();
+    let refused = loop {
+        match ask(&greedy, StreamKind::Udp).await {
+            Ok(streams) => held.push(streams),
+            Err(status) => break status,
+        }
+    };
+    assert_eq!(refused, StreamStatus::Full, "after {}", held.len());
+    let _of_other = ask(&other, StreamKind::Udp).await.unwrap();
+    // A flow that ends leaves its place.
+    let before = mesh.b.count("weft_udp_flows_active", &[DESTINATION]);
+    drop(held.pop());
+    mesh.b.counts("weft_udp_flows_active", &[DESTINATION], before - 1).await;
+    let _again = ask(&greedy, StreamKind::Udp).await.unwrap();
+    drop((greedy, other));
+    mesh.stop().await;
+}
+
 /// Says to each flow of the first tunnel that there are as many as there may be.
 async fn refuse_flows(endpoint: &quinn::Endpoint, refused: &Cell<usize>) {
     let tunnel = endpoint.accept().await.unwrap().await.unwrap();
