@@ -391,7 +391,7 @@ async fn a_peer_with_as_many_flows_as_it_may_have_is_told_so_and_others_are_serv
     drop(held.pop());
     mesh.b.counts("weft_udp_flows_active", &[DESTINATION], before - 1).await;
     let _again = ask(&greedy, StreamKind::Udp).await.unwrap();
-    drop((greedy, other));
+    drop((held, greedy, other));
     mesh.stop().await;
 }
 
