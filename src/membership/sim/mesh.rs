@@ -438,7 +438,9 @@ fn news_of_a_crowd_waits_to_go_together() {
         let mut told = |number: usize, now: Instant| {
             says(&mut core, number, 0, now);
             let outputs = std::iter::from_fn(|| core.poll_output());
-            outputs.filter(|output| matches!(output, Output::Send { packet, .. } if class_of(packet).0 == "news")).count()
+            outputs
+                .filter(|output| matches!(output, Output::Send { packet, .. } if class_of(packet).0 == "news"))
+                .count()
         };
         assert!(told(50, now) > 0, "nothing was told before");
         assert_eq!(told(51, now + Duration::from_millis(30)) > 0, goes_at_once, "{members}");

@@ -90,7 +90,8 @@ fn is_dropped(name: &HeaderName) -> bool {
 /// Tells whether a name is not for `Connection` to take away: a caller could have the app not hear from where it calls, and by
 /// what the request is found in logs.
 fn goes_to_the_end(token: &[u8]) -> bool {
-    let begins = |prefix: &str| token.get(..prefix.len()).is_some_and(|start| start.eq_ignore_ascii_case(prefix.as_bytes()));
+    let begins =
+        |prefix: &str| token.get(..prefix.len()).is_some_and(|start| start.eq_ignore_ascii_case(prefix.as_bytes()));
     let is_it = |name: &HeaderName| name.as_str().as_bytes().eq_ignore_ascii_case(token);
     begins(FORWARDED_PREFIX) || [header::FORWARDED, REAL_IP, REQUEST_ID].iter().any(is_it)
 }
