@@ -1,5 +1,6 @@
 //! `/v1/health/…`: checks of the mesh, and instances with their checks.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use http::StatusCode;
@@ -13,7 +14,7 @@ use super::query::ReadOptions;
 use super::shape::{Check, Told};
 use super::{Shared, block, catalog, shape, sift};
 use crate::catalogue::Snapshot;
-use crate::model::{HealthStatus, Instance, NodeEntry};
+use crate::model::{HealthStatus, Instance, NodeEntry, NodeName};
 use crate::registry::LocalState;
 
 /// `GET /v1/health/service/:name`
@@ -115,16 +116,18 @@ fn all_checks<'a>(
     wanted: impl Fn(&NodeEntry) -> bool,
 ) -> Vec<Check<'a>> {
     let mut checks = Vec::new();
+    // So that a list of all nodes does not look at each instance for each of them.
+    let mut by_node: BTreeMap<(&NodeName, Option<&NodeName>), Vec<&Arc<Instance>>> = BTreeMap::new();
+    for instance in snapshot.all_listed().filter(|instance| wanted(&instance.node)) {
+        by_node.entry((&instance.node.info.name, instance.node.writer())).or_default().push(instance);
+    }
     let shown = snapshot.listed_nodes().filter(|node| catalog::is_shown(node, options) && wanted(node));
     let mut nodes: Vec<&Arc<NodeEntry>> = shown.collect();
     nodes.sort_by(|a, b| a.info.name.cmp(&b.info.name));
     for node in nodes {
         let told = Told::of(shared, node, local);
         checks.extend(node_checks(node, told));
-        let is_here = |instance: &&Arc<Instance>| {
-            instance.node.info.name == node.info.name && instance.node.writer() == node.writer()
-        };
-        let here = snapshot.all_listed().filter(is_here);
+        let here = by_node.get(&(&node.info.name, node.writer())).into_iter().flatten().copied();
         checks.extend(here.flat_map(|instance| instance_checks(instance, told)));
     }
     checks

@@ -121,7 +121,7 @@ pub(super) async fn execute(call: Call) -> Result<Reply, Refusal> {
     let ends = if is_connect { Ends::Mesh } else { Ends::Services };
     let snapshot = call.shared.snapshot.load();
     let Found { mut instances, datacenter, failovers } =
-        prepared::execute(&snapshot, query, &options.datacenter, ends, &from_here);
+        prepared::execute(&snapshot, query, &options.datacenter, ends, || &from_here);
     if is_connect {
         instances = instances.iter().filter_map(|owner: &Arc<Instance>| catalog::proxy(owner)).collect();
     }

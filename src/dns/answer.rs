@@ -326,7 +326,7 @@ impl<'a, R: Rng> Task<'a, R> {
         let (ends, reached) =
             if query.connect { (Ends::Mesh, Reached::ByMesh) } else { (Ends::Services, Reached::Directly) };
         let datacenter = datacenter.unwrap_or(&self.responder.datacenter);
-        let found = prepared::execute(self.zone.snapshot(), query, datacenter, ends, &from_here);
+        let found = prepared::execute(self.zone.snapshot(), query, datacenter, ends, || &from_here);
         if found.instances.is_empty() {
             return Outcome::Nothing;
         }

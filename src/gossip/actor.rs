@@ -160,6 +160,8 @@ pub(super) struct Actor {
     /// The newest refusal that was looked at.
     refused_until: Option<Instant>,
     desks: Desks,
+    /// Of services outside their nodes' scope.
+    outside_told: events::Seldom,
 }
 
 impl std::fmt::Debug for Actor {
@@ -206,6 +208,7 @@ impl Actor {
             members,
             links: Links::new(params.links_max),
             refusals: params.transport.refusals(),
+            outside_told: events::Seldom::default(),
             refused_until: None,
             transport: params.transport,
             identity: params.identity,

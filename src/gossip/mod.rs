@@ -55,6 +55,8 @@ pub use self::documents::{
 pub use self::links::LINKS_MAX;
 #[cfg(any(test, fuzzing))]
 pub(crate) use self::shared::fuzz_shared;
+#[cfg(test)]
+pub(crate) use self::shared::restless;
 pub use self::shared::{
     Answer, Changes, EVENT_BYTES_MAX, EVENTS_MAX, KV_BYTES_DEFAULT, KV_KEY_BYTES_MAX, KV_VALUE_BYTES_MAX, SharedError,
     SharedHandle, SharedParams, SharedStore, Space, Write,

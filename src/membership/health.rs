@@ -3,9 +3,12 @@
 //! A node that misses answers, whose helpers stay silent, that is suspected by others or wakes late is more likely slow
 //! than the whole mesh is. It then waits longer before it says a word about anybody.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use tokio::time::Instant;
+
+use crate::model::NodeName;
 
 /// Worst score; timers are stretched by one more than the score (memberlist's bound).
 pub const LOCAL_HEALTH_WORST: u8 = 8;
@@ -44,34 +47,38 @@ const UNREST_STRETCH: u32 = 4;
 /// agents have no time to answer; each false accusation costs every member a signature check and each refutation another
 /// one, so that a mesh that doubts itself then is busy with nothing else. The local health sees only this node; many
 /// newcomers, returns and refutations say that others are too slow as well. A member that crashes meanwhile is found some
-/// seconds later.
-#[derive(Debug, Clone, Copy, Default)]
+/// seconds later. Each member counts once: one that raises its incarnation again and again makes nobody patient.
+#[derive(Debug, Clone, Default)]
 pub(super) struct Unrest {
     since: Option<Instant>,
-    count: usize,
+    /// Who it was since then, at most as many as it takes.
+    who: BTreeSet<NodeName>,
     until: Option<Instant>,
 }
 
 impl Unrest {
-    /// Notes a newcomer, a return or a refutation; `living` members are there now.
-    pub(super) fn note(&mut self, living: usize, now: Instant) {
+    /// Notes that `member` came, came back or refuted an accusation; `living` members are there now.
+    pub(super) fn note(&mut self, member: &NodeName, living: usize, now: Instant) {
         if self.since.is_none_or(|since| now >= since + UNREST_SPAN) {
             self.since = Some(now);
-            self.count = 0;
+            self.who.clear();
         }
-        self.count += 1;
-        if self.count >= UNREST_MIN.max(living / 10) {
+        let enough = UNREST_MIN.max(living / 10);
+        if self.who.len() < enough && !self.who.contains(member) {
+            self.who.insert(member.clone());
+        }
+        if self.who.len() >= enough {
             self.until = Some(now + UNREST_SPAN);
         }
     }
 
     /// Stretches a timer.
-    pub(super) fn stretch(self, timer: Duration, now: Instant) -> Duration {
+    pub(super) fn stretch(&self, timer: Duration, now: Instant) -> Duration {
         if self.is_at(now) { timer * UNREST_STRETCH } else { timer }
     }
 
     /// Whether it is restless at `now`.
-    pub(super) fn is_at(self, now: Instant) -> bool {
+    pub(super) fn is_at(&self, now: Instant) -> bool {
         self.until.is_some_and(|until| now < until)
     }
 }
@@ -80,22 +87,43 @@ impl Unrest {
 mod tests {
     use super::*;
 
+    /// Notes the members `who`, each `apart` from the one before.
+    fn crowd(unrest: &mut Unrest, who: std::ops::Range<u32>, living: usize, (begun, apart): (Instant, Duration)) {
+        for (step, number) in (0..).zip(who) {
+            unrest.note(&format!("n{number}").parse().unwrap(), living, begun + step * apart);
+        }
+    }
+
     #[test]
     fn many_newcomers_at_once_stretch_timers_for_a_while_and_a_few_or_slow_ones_do_not() {
         let (now, second) = (crate::clock::now(), Duration::from_secs(1));
+        let at_once = (now, Duration::ZERO);
+        let most = u32::try_from(UNREST_MIN).unwrap();
         let mut unrest = Unrest::default();
-        (1..UNREST_MIN).for_each(|_| unrest.note(20, now));
+        crowd(&mut unrest, 1..most, 20, at_once);
         assert_eq!(unrest.stretch(second, now), second);
-        unrest.note(20, now + second);
+        unrest.note(&"last".parse().unwrap(), 20, now + second);
         assert_eq!(unrest.stretch(second, now + second), 4 * second);
         assert_eq!(unrest.stretch(second, now + 12 * second), second, "all are there");
         // One every two seconds, for minutes.
         let mut unrest = Unrest::default();
-        (0..100).for_each(|step| unrest.note(20, now + step * 2 * second));
+        crowd(&mut unrest, 0..100, 20, (now, 2 * second));
         assert_eq!(unrest.stretch(second, now + 198 * second), second);
         // Few of many.
         let mut unrest = Unrest::default();
-        (0..50).for_each(|_| unrest.note(1000, now));
+        crowd(&mut unrest, 0..99, 1000, at_once);
+        assert_eq!(unrest.stretch(second, now), second);
+        crowd(&mut unrest, 99..100, 1000, at_once);
+        assert_eq!(unrest.stretch(second, now), 4 * second, "a tenth of all");
+    }
+
+    #[test]
+    fn one_member_that_refutes_again_and_again_stretches_nothing() {
+        let (now, second) = (crate::clock::now(), Duration::from_secs(1));
+        let mut unrest = Unrest::default();
+        for _ in 0..1000 {
+            crowd(&mut unrest, 1..4, 20, (now, Duration::ZERO));
+        }
         assert_eq!(unrest.stretch(second, now), second);
     }
 

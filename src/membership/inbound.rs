@@ -199,7 +199,7 @@ impl Core {
             return;
         }
         member.incarnation = incarnation;
-        self.unrest.note(self.swim.num_members(), now);
+        self.unrest.note(&id.name, self.swim.num_members(), now);
         if let Some(suspicion) = self.suspicions.get_mut(&id.name) {
             let was_believed = suspicion.is_believed();
             suspicion.void_below(incarnation, &own, now);

@@ -39,7 +39,8 @@ use crate::transport::{Accepted, Cause, Closed, ControlTransport, LiveConnection
 const JOINS_MAX: usize = 32;
 /// Join exchanges of one address at once: a host joins once; a few may stand behind one NAT.
 const JOINS_PER_ADDRESS_MAX: usize = 4;
-/// How often the prepared queries are read where all places to wait for a change are taken.
+/// So often the prepared queries are read at most: up to 4 MiB of JSON, which any peer may have changed without a pause. And
+/// so often they are read where all places to wait for a change are taken.
 const QUERIES_READ_EVERY: Duration = Duration::from_secs(1);
 /// Application code of a connection that is closed because there are too many.
 const CODE_BUSY: u32 = 4;
@@ -65,10 +66,8 @@ pub(super) async fn follow_queries(shared: SharedHandle, book: Arc<ArcSwap<Book>
     loop {
         let Ok(answer) = shared.read(Space::Query, all()).await else { return };
         book.store(Arc::new(Book::of(&answer.rows)));
-        // With no place to wait it looks now and then.
-        if shared.changed(Space::Query, all(), answer.index).await.is_err() {
-            tokio::time::sleep(QUERIES_READ_EVERY).await;
-        }
+        tokio::time::sleep(QUERIES_READ_EVERY).await;
+        let _no_place_to_wait = shared.changed(Space::Query, all(), answer.index).await;
     }
 }
 
@@ -403,6 +402,16 @@ impl Drop for AddressPlace {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn queries_that_change_without_a_pause_are_read_with_one() {
+        let begun = clock::now();
+        let mut task = tokio::task::JoinSet::new();
+        let (shared, restless) = crate::gossip::restless(10);
+        task.spawn(restless);
+        follow_queries(shared, Arc::default()).await;
+        assert!(clock::now() - begun >= 9 * QUERIES_READ_EVERY, "{:?}", clock::now() - begun);
+    }
 
     #[test]
     fn one_address_holds_a_few_places_and_gives_them_back() {

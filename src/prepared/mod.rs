@@ -7,7 +7,8 @@
 //! HTTP and DNS execute them by the same functions. Names are looked for without case, as Consul does.
 //!
 //! Invariants: a peer may bring what no agent would take, and such a query is found by nobody; what one execution looks at is
-//! bounded; an expression is compiled once for each book, and only if a name could mean its query.
+//! bounded, and other datacenters are no part of it while somebody is in the first place; an expression is compiled once for
+//! each book, and only that of the template which a name means.
 //! Not here: where queries are kept (`gossip::shared`), the order of instances, Consul's JSON (`api`), records (`dns`).
 
 mod definition;
@@ -78,13 +79,15 @@ impl Book {
         if let Some(kept) = by_id.or_else(|| self.kept.iter().find(is_named)) {
             return Some(kept.definition.clone());
         }
-        let fits = |(_, kept): &(usize, &Kept)| {
+        let fits = |kept: &&Kept| {
             let name = kept.definition.name.as_str();
             let begins = wanted.get(..name.len()).is_some_and(|start| start.eq_ignore_ascii_case(name));
-            begins && kept.definition.is_template() && kept.counts()
+            begins && kept.definition.is_template()
         };
-        let templates = self.kept.iter().enumerate().filter(fits);
-        let (_, kept) = templates.max_by_key(|(at, kept)| (kept.definition.name.len(), Reverse(*at)))?;
+        let mut templates: Vec<&Kept> = self.kept.iter().filter(fits).collect();
+        // Stable: of two that say as much the older counts. They are compiled one by one until one counts: peers may bring a thousand.
+        templates.sort_by_key(|kept| Reverse(kept.definition.name.len()));
+        let kept = templates.into_iter().find(|kept| kept.counts())?;
         kept.definition.render(wanted, kept.regex().ok()?)
     }
 
@@ -138,20 +141,22 @@ pub(crate) struct Found {
     pub(crate) failovers: usize,
 }
 
-/// Looks in `datacenter`, and where nobody is there in the places of the query's failover, in order. `from_here` are this agent's
-/// round trips, for the nearest datacenters.
-pub(crate) fn execute(
+/// Looks in `datacenter`, and where nobody is there in the places of the query's failover, in order. `from_here` returns this
+/// agent's round trips; it is asked where the nearest datacenters are to be known.
+pub(crate) fn execute<'a>(
     snapshot: &Snapshot,
     query: &ServiceQuery,
     datacenter: &str,
     ends: Ends,
-    from_here: &BTreeMap<NodeName, Duration>,
+    from_here: impl FnOnce() -> &'a BTreeMap<NodeName, Duration>,
 ) -> Found {
-    let mut places = vec![(query.service.clone(), datacenter.to_owned())];
-    places.extend(failovers(snapshot, query, datacenter, from_here));
-    places.truncate(PLACES_MAX);
-    let mut found = Found::default();
-    for (failovers, (service, datacenter)) in places.into_iter().enumerate() {
+    let instances = pick(snapshot, query, &query.service, datacenter, ends);
+    let mut found = Found { instances, datacenter: datacenter.to_owned(), failovers: 0 };
+    if !found.instances.is_empty() {
+        return found;
+    }
+    let places = failovers(snapshot, query, datacenter, from_here).into_iter().take(PLACES_MAX - 1);
+    for (failovers, (service, datacenter)) in (1..).zip(places) {
         let instances = pick(snapshot, query, &service, &datacenter, ends);
         found = Found { instances, datacenter, failovers };
         if !found.instances.is_empty() {
@@ -162,22 +167,17 @@ pub(crate) fn execute(
 }
 
 /// Where to look when there is nobody in `own`: services and datacenters, in order.
-fn failovers(
+fn failovers<'a>(
     snapshot: &Snapshot,
     query: &ServiceQuery,
     own: &str,
-    from_here: &BTreeMap<NodeName, Duration>,
+    from_here: impl FnOnce() -> &'a BTreeMap<NodeName, Duration>,
 ) -> Vec<(String, String)> {
     let service = &query.service;
-    let mut places: Vec<(String, String)> = Vec::new();
-    let nodes = snapshot.nodes.values().filter(|node| node.status == MemberStatus::Alive);
-    let mut nodes: Vec<_> = nodes.filter(|node| node.info.datacenter != own).collect();
-    nodes.sort_by_key(|node| from_here.get(&node.info.name).copied().unwrap_or(Duration::MAX));
-    for node in nodes {
-        let place = (service.clone(), node.info.datacenter.clone());
-        if places.len() < query.failover.nearest_n && !places.contains(&place) {
-            places.push(place);
-        }
+    let mut places = Vec::new();
+    if query.failover.nearest_n > 0 {
+        let datacenters = nearest(snapshot, own, query.failover.nearest_n, from_here());
+        places.extend(datacenters.into_iter().map(|datacenter| (service.clone(), datacenter)));
     }
     let named = query.failover.datacenters.iter().map(|datacenter| (service.clone(), datacenter.clone()));
     let or = |text: &str, default: &str| if text.is_empty() { default.to_owned() } else { text.to_owned() };
@@ -190,6 +190,20 @@ fn failovers(
     }
     places.retain(|(other, datacenter)| other != service || datacenter != own);
     places
+}
+
+/// The `most` datacenters other than `own` whose nearest node is nearest; those of which no node was measured come last.
+fn nearest(snapshot: &Snapshot, own: &str, most: usize, from_here: &BTreeMap<NodeName, Duration>) -> Vec<String> {
+    let mut trips: BTreeMap<&str, Duration> = BTreeMap::new();
+    for node in snapshot.nodes.values().filter(|node| node.status == MemberStatus::Alive) {
+        let trip = from_here.get(&node.info.name).copied().unwrap_or(Duration::MAX);
+        let shortest = trips.entry(&node.info.datacenter).or_insert(Duration::MAX);
+        *shortest = trip.min(*shortest);
+    }
+    trips.remove(own);
+    let mut datacenters: Vec<(Duration, &str)> = trips.into_iter().map(|(name, trip)| (trip, name)).collect();
+    datacenters.sort_unstable();
+    datacenters.into_iter().take(most).map(|(_, name)| name.to_owned()).collect()
 }
 
 /// The instances of `service` in `datacenter` that the query takes.
@@ -233,7 +247,9 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::catalogue::{NodeEntry, ServiceEntry};
     use crate::lww::{Body, Stamp};
+    use crate::model::{Generation, NodeInfo, Protocol, ServiceRecord};
 
     fn raw(ms: u64, value: Vec<u8>) -> (Arc<str>, Row) {
         let stamp = Stamp { ms, count: 0, node: "n1".parse().unwrap() };
@@ -264,6 +280,86 @@ mod tests {
         let of = |service: &str| json!({"Name": "q", "Service": {"Service": service}}).to_string().into_bytes();
         let book = Book::of(&[raw(9, of("late")), raw(3, of("early"))]);
         assert_eq!(book.find("Q").unwrap().service.service, "early");
+    }
+
+    #[test]
+    fn of_the_templates_that_fit_a_name_only_the_one_that_it_means_is_compiled() {
+        let template = |name: &str| {
+            let template = json!({"Type": "name_prefix_match", "Regexp": "^(.*)$"});
+            json!({"Name": name, "Template": template, "Service": {"Service": "${match(1)}"}})
+        };
+        let bodies: Vec<_> = std::iter::repeat_n("", 20).chain(["geo-"]).map(template).collect();
+        let book = Book::of_bodies(&bodies);
+        for name in ["geo-db", "other"] {
+            assert_eq!(book.find(name).unwrap().service.service, name);
+        }
+        assert_eq!(book.kept.iter().filter(|kept| kept.checked.get().is_some()).count(), 2);
+    }
+
+    /// A mesh of these nodes, each with its datacenter; those in `serving` have an instance of `web`.
+    fn mesh(nodes: &[(&str, &str)], serving: &[&str]) -> Snapshot {
+        let node = |(name, datacenter): &(&str, &str)| {
+            let info = NodeInfo {
+                id: String::new(),
+                name: name.parse().unwrap(),
+                mesh_addr: "192.0.2.1:8301".parse().unwrap(),
+                datacenter: (*datacenter).to_owned(),
+                meta: BTreeMap::new(),
+                build: String::new(),
+                issuer: false,
+            };
+            let entry = NodeEntry {
+                info: Arc::new(info),
+                status: MemberStatus::Alive,
+                generation: Generation::default(),
+                checks: Vec::new(),
+                external: None,
+                create_index: 1,
+                modify_index: 1,
+            };
+            (entry.info.name.clone(), Arc::new(entry))
+        };
+        let nodes: BTreeMap<NodeName, Arc<NodeEntry>> = nodes.iter().map(node).collect();
+        let instance = |name: &&str| {
+            Arc::new(Instance {
+                node: Arc::clone(&nodes[*name]),
+                record: Arc::new(ServiceRecord::new("web-1".parse().unwrap(), "web".parse().unwrap())),
+                checks: Box::default(),
+                status: HealthStatus::Passing,
+                create_index: 1,
+                modify_index: 1,
+            })
+        };
+        let instances = serving.iter().map(instance).collect();
+        let web = ServiceEntry { name: "web".parse().unwrap(), protocol: Protocol::Tcp, instances, modify_index: 1 };
+        let services = BTreeMap::from([(web.name.clone(), Arc::new(web))]);
+        Snapshot { nodes, services, ..Snapshot::empty("n1".parse().unwrap()) }
+    }
+
+    #[test]
+    fn how_far_others_are_is_asked_only_where_nobody_is_here_and_the_nearest_are_wanted() {
+        let snapshot = mesh(&[("n1", "dc1"), ("n2", "dc2"), ("n3", "dc3"), ("n4", "dc3")], &["n1", "n2", "n3"]);
+        let query = |failover: serde_json::Value| {
+            let body = json!({"Service": {"Service": "web", "Failover": failover}});
+            Definition::parse(body.to_string().as_bytes()).unwrap().service
+        };
+        let (near, named) = (query(json!({"NearestN": 2})), query(json!({"Datacenters": ["dc2"]})));
+        for (query, datacenter, want) in [(&near, "dc1", ("dc1", 0)), (&named, "dc9", ("dc2", 1))] {
+            let found = execute(&snapshot, query, datacenter, Ends::Services, || unreachable!("nobody asked for it"));
+            assert_eq!((found.datacenter.as_str(), found.failovers), want);
+        }
+        // Of a datacenter its nearest node counts; one of which nobody was measured comes last.
+        for (measured, want) in [
+            (&[("n2", 9), ("n3", 20), ("n4", 5)][..], "dc3"),
+            (&[("n2", 9), ("n3", 20)][..], "dc2"),
+            (&[("n3", 9)][..], "dc3"),
+            (&[][..], "dc1"),
+        ] {
+            let trip = |(node, ms): &(&str, u64)| (node.parse().unwrap(), Duration::from_millis(*ms));
+            let trips: BTreeMap<NodeName, Duration> = measured.iter().map(trip).collect();
+            let found = execute(&snapshot, &near, "dc9", Ends::Services, || &trips);
+            assert_eq!((found.datacenter.as_str(), found.failovers), (want, 1), "{measured:?}");
+        }
     }
 
     #[test]

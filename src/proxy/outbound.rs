@@ -124,6 +124,11 @@ pub(super) async fn connect(
                 return Ok(Connected { send, recv, lease, instance });
             }
             Err(Some(status)) if !status.may_retry() => return Err(("RBAC", None)),
+            // No fault of the instance's.
+            Err(Some(StreamStatus::Full)) if kind == StreamKind::Udp => {
+                debug!(service = %caller.destination, node = %instance.node.info.name, "the instance's node takes no more flows");
+                refused = Some(("UO", Some(Limited::Pending)));
+            }
             Err(status) => {
                 worker.connect_failed(&instance);
                 observe(Outcome::GatewayFailure);

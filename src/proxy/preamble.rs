@@ -45,6 +45,8 @@ pub(crate) enum StreamStatus {
     Forbidden,
     /// The agent is stopping.
     Draining,
+    /// There are as many flows of UDP as there may be.
+    Full,
 }
 
 impl StreamStatus {
@@ -56,19 +58,20 @@ impl StreamStatus {
             Self::UnknownInstance => 2,
             Self::Forbidden => 3,
             Self::Draining => 4,
+            Self::Full => 5,
         }
     }
 
     /// Reads the byte of the wire; none if it stands for nothing.
     pub(crate) fn from_byte(byte: u8) -> Option<Self> {
-        [Self::Ok, Self::ConnectFailed, Self::UnknownInstance, Self::Forbidden, Self::Draining]
+        [Self::Ok, Self::ConnectFailed, Self::UnknownInstance, Self::Forbidden, Self::Draining, Self::Full]
             .into_iter()
             .find(|status| status.byte() == byte)
     }
 
     /// Tells whether another instance may do better.
     pub(crate) fn may_retry(self) -> bool {
-        matches!(self, Self::ConnectFailed | Self::UnknownInstance | Self::Draining)
+        matches!(self, Self::ConnectFailed | Self::UnknownInstance | Self::Draining | Self::Full)
     }
 }
 
@@ -191,10 +194,10 @@ mod tests {
 
     #[test]
     fn every_status_survives_its_byte() {
-        for byte in 0..5 {
+        for byte in 0..6 {
             assert_eq!(StreamStatus::from_byte(byte).unwrap().byte(), byte);
         }
-        assert_eq!(StreamStatus::from_byte(5), None);
+        assert_eq!(StreamStatus::from_byte(6), None);
     }
 
     #[test]

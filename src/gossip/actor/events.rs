@@ -2,20 +2,42 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustls::pki_types::CertificateDer;
+use tokio::time::Instant;
 use tracing::{error, info, warn};
 
 use super::Actor;
+use crate::clock;
 use crate::gossip::engine::Event;
 use crate::gossip::{MemberView, Members, NodeCertificates};
 use crate::membership::MeshId;
-use crate::model::{MemberStatus, NodeName};
+use crate::model::{MemberStatus, NodeName, ServiceName};
 use crate::pki::{facts_of, root_key_of};
 use crate::replica::{ApplyError, NodeState, Report};
 
 /// Reasons that one log line gives.
 const REASONS_LOGGED: usize = 3;
+/// Services that one log line names: a node may announce a thousand.
+const NAMES_LOGGED: usize = 8;
+/// So often something is told at most that a node may bring about with each of its versions.
+const TOLD_EVERY: Duration = Duration::from_mins(1);
+
+/// When something was told last.
+#[derive(Debug, Default)]
+pub(super) struct Seldom(Option<Instant>);
+
+impl Seldom {
+    /// Tells whether it is time to tell it again, and takes it for told.
+    fn is_due(&mut self, now: Instant) -> bool {
+        let is_due = self.0.is_none_or(|told_at| now >= told_at + TOLD_EVERY);
+        if is_due {
+            self.0 = Some(now);
+        }
+        is_due
+    }
+}
 
 impl Actor {
     pub(super) fn event(&mut self, event: Event) {
@@ -85,7 +107,10 @@ impl Actor {
             Event::LeaseEnded(node) => info!(%node, "records ended: their node has not renewed them"),
             Event::Report(Report::OutOfScope { node, services, .. }) => {
                 self.metrics.outside_scope.inc();
-                warn!(%node, ?services, "services outside the node's serve scope are not shown");
+                if self.outside_told.is_due(clock::now()) {
+                    let services = first_names(&services);
+                    warn!(%node, services, "services outside the node's serve scope are not shown; others like it are counted alone for a minute");
+                }
             }
             Event::Report(Report::Fork { node, generation, version }) => {
                 warn!(%node, %generation, version, "a node signed two states of one version: is its disk a copy?");
@@ -167,6 +192,15 @@ fn log_member(node: &NodeName, addr: Option<SocketAddr>, before: Option<MemberSt
     }
 }
 
+/// Returns the first names on one line, and how many more there are.
+fn first_names(names: &[ServiceName]) -> String {
+    let shown: Vec<&str> = names.iter().take(NAMES_LOGGED).map(ServiceName::as_str).collect();
+    match names.len().saturating_sub(NAMES_LOGGED) {
+        0 => shown.join(", "),
+        more => format!("{} and {more} more", shown.join(", ")),
+    }
+}
+
 /// Returns the first reasons on one line, and how many more there are.
 fn first_reasons(failed: &[(String, String)]) -> String {
     let mut reasons: Vec<_> =
@@ -188,5 +222,21 @@ fn log_joined(in_vain: u32, peers: &[MeshId], failed: &[(String, String)]) {
     }
     for peer in peers {
         info!(peer = %peer.name, addr = %peer.addr, "joined through");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_node_brings_about_at_will_is_told_once_a_minute_and_shortly() {
+        let (mut told, now) = (Seldom::default(), clock::now());
+        let at = |seconds: u64| now + Duration::from_secs(seconds);
+        let due: Vec<u64> = (0..130).filter(|seconds| told.is_due(at(*seconds))).collect();
+        assert_eq!(due, [0, 60, 120]);
+        let names: Vec<ServiceName> = (0..1000).map(|number| format!("s{number}").parse().unwrap()).collect();
+        assert_eq!(first_names(&names[..2]), "s0, s1");
+        assert_eq!(first_names(&names), "s0, s1, s2, s3, s4, s5, s6, s7 and 992 more");
     }
 }

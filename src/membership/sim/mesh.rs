@@ -399,6 +399,54 @@ fn with_enough_connections_news_goes_over_them_and_seldom_to_a_stranger() {
     assert!(told.len() > 12, "{told:?}");
 }
 
+/// A node that meets `members` others, and when; they are unrest if they are many.
+fn met(members: usize) -> (Core, Instant) {
+    let now = crate::clock::now();
+    let mut core = Core::new(id(0, 1), Profile::default(), 1, now);
+    (1..=members).for_each(|number| core.attest(&id(number, 1), now));
+    while core.poll_output().is_some() {}
+    (core, now)
+}
+
+/// Hears the own word of the member `number`.
+fn says(core: &mut Core, number: usize, incarnation: u16, now: Instant) {
+    let claim = LifeClaim { id: id(number, 1), incarnation, signature: Vec::new() };
+    core.handle_verified(Statement::Life(claim), Verdict::Holds, now);
+}
+
+#[test]
+fn a_crowd_that_comes_or_refutes_makes_patient_and_one_member_does_not() {
+    let patience = |core: &Core, now: Instant| core.stretch(SECOND, now);
+    let (few, now) = met(11);
+    assert_eq!(patience(&few, now), SECOND);
+    let (mut many, now) = met(12);
+    assert_eq!(patience(&many, now), 4 * SECOND, "they came");
+    let now = now + UNREST_SPAN;
+    assert_eq!(patience(&many, now), SECOND, "and are there");
+    for incarnation in 1..=100 {
+        says(&mut many, 1, incarnation, now);
+    }
+    assert_eq!(patience(&many, now), SECOND, "one refutes and refutes");
+    (2..=12).for_each(|number| says(&mut many, number, 1, now));
+    assert_eq!(patience(&many, now), 4 * SECOND, "all do");
+}
+
+#[test]
+fn news_of_a_crowd_waits_to_go_together() {
+    for (members, goes_at_once) in [(6, true), (12, false)] {
+        let (mut core, now) = met(members);
+        let mut told = |number: usize, now: Instant| {
+            says(&mut core, number, 0, now);
+            let outputs = std::iter::from_fn(|| core.poll_output());
+            outputs
+                .filter(|output| matches!(output, Output::Send { packet, .. } if class_of(packet).0 == "news"))
+                .count()
+        };
+        assert!(told(50, now) > 0, "nothing was told before");
+        assert_eq!(told(51, now + Duration::from_millis(30)) > 0, goes_at_once, "{members}");
+    }
+}
+
 #[test]
 fn a_crash_while_a_mesh_comes_up_is_seen_late_and_nobody_else_is_doubted() {
     seeds(10, |seed| {

@@ -288,7 +288,11 @@ impl Body for TunnelBody {
                 return Poll::Ready(Some(Err(this.fail(BodyError::TimedOut))));
             }
             match this.decoder.next(&mut this.inbox) {
-                Ok(Some(frame)) => {
+                Ok(Some(mut frame)) => {
+                    // As in a head: an agent that sends it may be anybody's.
+                    if let Some(trailers) = frame.trailers_mut() {
+                        headers::forget_identity(trailers);
+                    }
                     if let Err(error) = this.pass(&frame, cx) {
                         return Poll::Ready(Some(Err(this.fail(error))));
                     }

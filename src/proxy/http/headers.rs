@@ -34,8 +34,8 @@ const NOMINATED_MAX: usize = 32;
 
 /// Writes the headers that cross the mesh.
 ///
-/// Left out: hop-by-hop headers and those that `Connection` names, `host`, weft's own and the client identity; and
-/// `content-length` beside `transfer-encoding`, which overrides it (RFC 9112 §6.3).
+/// Left out: hop-by-hop headers and those that `Connection` names, but for those that say for whom a request is; `host`, weft's
+/// own and the client identity; and `content-length` beside `transfer-encoding`, which overrides it (RFC 9112 §6.3).
 pub(crate) fn write(headers: &HeaderMap, writer: &mut HeadWriter<'_>) {
     let nominated = Nominated::of(headers);
     let is_chunked = headers.contains_key(header::TRANSFER_ENCODING);
@@ -87,7 +87,16 @@ fn is_dropped(name: &HeaderName) -> bool {
     }
 }
 
-/// The names that `Connection` lists, beyond its own options.
+/// Tells whether a name is not for `Connection` to take away: a caller could have the app not hear from where it calls, and by
+/// what the request is found in logs.
+fn goes_to_the_end(token: &[u8]) -> bool {
+    let begins =
+        |prefix: &str| token.get(..prefix.len()).is_some_and(|start| start.eq_ignore_ascii_case(prefix.as_bytes()));
+    let is_it = |name: &HeaderName| name.as_str().as_bytes().eq_ignore_ascii_case(token);
+    begins(FORWARDED_PREFIX) || [header::FORWARDED, REAL_IP, REQUEST_ID].iter().any(is_it)
+}
+
+/// The names that `Connection` lists, beyond its own options and what goes to the end.
 struct Nominated<'a> {
     names: Vec<&'a [u8]>,
 }
@@ -100,6 +109,7 @@ impl<'a> Nominated<'a> {
                 let known = [&b"keep-alive"[..], b"close", b"upgrade", b"te", b"content-length"];
                 if !token.is_empty()
                     && !known.iter().any(|known| known.eq_ignore_ascii_case(token))
+                    && !goes_to_the_end(token)
                     && names.len() < NOMINATED_MAX
                 {
                     names.push(token);
@@ -340,6 +350,18 @@ mod tests {
         assert_eq!(headers["te"], "trailers");
         assert_eq!(headers["traceparent"], "00-1-2-01");
         assert_eq!(headers.get_all("accept").iter().count(), 2);
+    }
+
+    #[test]
+    fn connection_takes_nothing_away_that_says_for_whom_a_request_is() {
+        let kept = ["x-forwarded-for", "x-forwarded-proto", "forwarded", "x-real-ip", "x-request-id"];
+        let mut sent: Vec<(&str, &str)> = kept.iter().map(|name| (*name, "1")).collect();
+        sent.push(("connection", "close, X-Forwarded-For, x-forwarded-proto, Forwarded"));
+        sent.push(("connection", "X-Real-IP,X-REQUEST-ID, x-hop"));
+        sent.push(("x-hop", "1"));
+        let headers = crossing(&sent);
+        let names: Vec<&str> = headers.keys().map(HeaderName::as_str).collect();
+        assert_eq!(names, kept);
     }
 
     #[test]

@@ -235,10 +235,15 @@ pub(super) fn stranger(authority: &Arc<Authority>, node: &str) -> quinn::Endpoin
 
 /// A node that lets others in, and gives their tunnels no stream.
 pub(super) fn full(authority: &Arc<Authority>, node: &str) -> quinn::Endpoint {
+    host(authority, node, 0)
+}
+
+/// A node that lets others in, and gives their tunnels so many streams.
+pub(super) fn host(authority: &Arc<Authority>, node: &str, streams: u32) -> quinn::Endpoint {
     let tls = authority.certify(node, "*").server(Plane::Tunnel).unwrap();
     let tls = quinn::crypto::rustls::QuicServerConfig::try_from(tls).unwrap();
     let mut transport = quinn::TransportConfig::default();
-    transport.max_concurrent_bidi_streams(0_u32.into());
+    transport.max_concurrent_bidi_streams(streams.into());
     let mut config = quinn::ServerConfig::with_crypto(Arc::new(tls));
     config.transport_config(Arc::new(transport));
     quinn::Endpoint::server(config, (Ipv4Addr::LOCALHOST, 0).into()).unwrap()

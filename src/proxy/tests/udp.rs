@@ -1,5 +1,6 @@
 //! Flows of UDP through two nodes.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
@@ -9,7 +10,7 @@ use tokio::io::AsyncWriteExt as _;
 use tokio::net::UdpSocket;
 use tokio::task::JoinSet;
 
-use super::harness::{Authority, Mesh, Node, Place, serve, stranger, upstreams};
+use super::harness::{Authority, Mesh, Node, Place, host, serve, stranger, upstreams};
 use super::within;
 use crate::authz::Action;
 use crate::catalogue::LocalView;
@@ -453,6 +454,101 @@ async fn where_a_limit_is_reached_the_flow_that_is_silent_for_longest_gives_way(
     }
     mesh.a.counts("weft_udp_flows_active", &[SOURCE], 2).await;
     assert_eq!(mesh.a.count("weft_udp_flows_closed_total", &[SOURCE, "\"UO\""]), 3);
+    mesh.stop().await;
+}
+
+/// How many files this process may have open.
+fn descriptors_max() -> usize {
+    let limits = std::fs::read_to_string("/proc/self/limits").unwrap();
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files")).unwrap();
+    line.split_whitespace().next().unwrap().parse().unwrap_or(usize::MAX)
+}
+
+#[tokio::test]
+async fn a_peer_with_as_many_flows_as_it_may_have_is_told_so_and_others_are_served() {
+    // Each flow to an app is a socket.
+    if descriptors_max() < 10_000 {
+        return println!("skipped: at most {} files may be open (ulimit -n)", descriptors_max());
+    }
+    let app = socket().await;
+    let authority = Authority::new();
+    let mesh = Mesh::start_on(1, &authority, "*", |local| {
+        serve_udp(local, &[("web-1", &app)]);
+        Vec::new()
+    })
+    .await;
+    let endpoints = [stranger(&authority, "x"), stranger(&authority, "y")];
+    let connect =
+        async |endpoint: &quinn::Endpoint| within(endpoint.connect(mesh.b.addr, "mesh.weft").unwrap()).await.unwrap();
+    let (greedy, other) = (connect(&endpoints[0]).await, connect(&endpoints[1]).await);
+    let mut held = Vec::new();
+    let refused = loop {
+        match ask(&greedy, StreamKind::Udp).await {
+            Ok(streams) => held.push(streams),
+            Err(status) => break status,
+        }
+    };
+    assert_eq!(refused, StreamStatus::Full, "after {}", held.len());
+    let _of_other = ask(&other, StreamKind::Udp).await.unwrap();
+    // A flow that ends leaves its place.
+    let before = mesh.b.count("weft_udp_flows_active", &[DESTINATION]);
+    drop(held.pop());
+    mesh.b.counts("weft_udp_flows_active", &[DESTINATION], before - 1).await;
+    let _again = ask(&greedy, StreamKind::Udp).await.unwrap();
+    drop((held, greedy, other));
+    mesh.stop().await;
+}
+
+/// Says to each flow of the first tunnel that there are as many as there may be.
+async fn refuse_flows(endpoint: &quinn::Endpoint, refused: &Cell<usize>) {
+    let tunnel = endpoint.accept().await.unwrap().await.unwrap();
+    while let Ok((mut send, _recv)) = tunnel.accept_bi().await {
+        send.write_all(&[StreamStatus::Full.byte()]).await.unwrap();
+        refused.set(refused.get() + 1);
+    }
+}
+
+#[tokio::test]
+async fn a_node_that_has_as_many_flows_as_it_may_is_passed_over_and_nothing_counts_against_it() {
+    let app = socket().await;
+    let authority = Authority::new();
+    let mut mesh = Mesh::start_on(1, &authority, "*", |local| {
+        serve_udp(local, &[("web-1", &app)]);
+        Vec::new()
+    })
+    .await;
+    mesh.upstream = free_port();
+    let endpoint = host(&authority, "c", 100);
+    let there = ("c", endpoint.local_addr().unwrap(), "web-9");
+    // In turns, and whatever failed once would be ejected.
+    let resolver = json!({"LoadBalancer": {"Policy": "round_robin"}});
+    let guard = json!({"UpstreamConfig": {"Defaults": {"PassiveHealthCheck": {"MaxFailures": 1}}}});
+    mesh.a.say(&[("service-resolver", "web", resolver), ("service-defaults", "app", guard)]);
+    lead(&mesh, &[("b", mesh.b.addr, "web-1"), there]).await;
+    let _echo = echo(app);
+    let refused = Cell::new(0);
+    let calls = async {
+        for at in 0..6_u8 {
+            let client = client(&mesh).await;
+            insist(&client, &[at], async { assert_eq!(receive(&client).await.0, [at]) }).await;
+        }
+        assert!(refused.get() >= 3, "it was its turn: {}", refused.get());
+        assert_eq!(mesh.a.count("weft_balancer_ejections_total", &[]), 0);
+        mesh.a.knows(|view| view.backing_off.is_empty()).await;
+        // Where there is no other, the datagram is dropped as one too many.
+        lead(&mesh, &[there]).await;
+        let client = client(&mesh).await;
+        insist(&client, b"?", async {
+            while mesh.a.count("weft_udp_dropped_datagrams_total", &[SOURCE, "\"full\""]) == 0 {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await;
+    };
+    tokio::select! {
+        () = refuse_flows(&endpoint, &refused) => unreachable!("the tunnel is open"),
+        () = within(calls) => {}
+    }
     mesh.stop().await;
 }
 

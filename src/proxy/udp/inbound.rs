@@ -62,8 +62,8 @@ async fn flow(worker: &Rc<Worker>, call: FlowCall) {
     let Some(_places) = worker.udp.accept(&peer.node) else {
         counted.ends("UO");
         debug!(node = %peer.node, %service, "as many flows as there may be: one is refused");
-        // As with streams over their bound: the caller sees a reset and tries another instance.
-        return drop(Sending::new(send));
+        // The caller tries another instance, or has one of its own flows give way.
+        return refuse(send, recv, StreamStatus::Full).await;
     };
     drop(peer);
     let socket = match connect(app).await {

@@ -1,10 +1,12 @@
 //! The edges of HTTP: interim answers, `Expect`, upgrades, CONNECT, HEAD, trailers, loops, the drain.
 
 use http::Method;
+use http::header::{self, HeaderName};
 use serde_json::json;
 
 use super::routed::{route, say};
 use super::*;
+use crate::proxy::head::{HeadWriter, Payload, put_data_header};
 
 /// One connection of an app that the test plays itself.
 struct Played {
@@ -370,6 +372,34 @@ fn trailers_pass_both_ways_but_for_those_that_say_who_calls_or_frame_a_message()
         app.write_all(answer.as_bytes()).await.unwrap();
         let answer = rest(&mut caller).await;
         assert!(answer.contains("trailer: x-res") && answer.ends_with("0\r\nx-res: 2\r\n\r\n"), "{answer}");
+    });
+}
+
+#[test]
+fn an_agent_that_says_in_trailers_who_calls_is_not_believed() {
+    run(async {
+        let played = Played::start().await;
+        let tunnel = played.worker.tunnels.borrow()[0].clone();
+        let (mut send, _recv) = tunnel.open_bi().await.unwrap();
+        // In the place of a preamble.
+        let mut bytes = BytesMut::from(&[0, 0][..]);
+        let mut writer = HeadWriter::request(&mut bytes, Payload::Frames, &Method::POST, (b"web", b"/"));
+        writer.header(&header::TRAILER, b"x-sum, x-forwarded-client-cert, x_forwarded_client_cert");
+        writer.finish().unwrap();
+        put_data_header(&mut bytes, 2);
+        bytes.extend_from_slice(b"hi");
+        let mut writer = HeadWriter::trailers(&mut bytes);
+        for name in ["x-sum", "x-forwarded-client-cert", "x_forwarded_client_cert"] {
+            writer.header(&HeaderName::from_static(name), b"URI=spiffe://td/forged");
+        }
+        writer.finish().unwrap();
+        send.write_all(&bytes).await.unwrap();
+        send.finish().unwrap();
+        let (mut app, _) = played.listener.accept().await.unwrap();
+        until(&mut app, "\r\n\r\n").await;
+        let body = until(&mut app, "\r\n\r\n").await;
+        assert!(body.contains("x-sum: URI="), "{body}");
+        assert!(!body.contains("client"), "{body}");
     });
 }
 
