@@ -25,7 +25,7 @@ use super::links::{Dial, Links, Sent};
 use super::metrics::GossipMetrics;
 use super::policy::Compiled;
 use super::targets::{self, DialError, Outcome, Thorough};
-use super::trust::{Signer, Verifier};
+use super::trust::{Chains, Signer, Verifier};
 use super::{Command, GossipError, GossipParams, Members, PeerStore, Prune};
 use crate::catalogue::builder::Builder;
 use crate::catalogue::{Publisher, Snapshot, SnapshotReader};
@@ -136,6 +136,7 @@ pub(super) struct Actor {
     ejections: watch::Receiver<Arc<EjectionsRecord>>,
     has_ejections_ended: bool,
     demand: watch::Receiver<Arc<Demand>>,
+    chains: Chains,
     has_demand_ended: bool,
     demands: mpsc::Sender<(NodeName, Demand)>,
     commands: mpsc::Receiver<Command>,
@@ -169,9 +170,9 @@ impl std::fmt::Debug for Actor {
 }
 
 /// Calls `act` with the time and the keys of this moment.
-fn with_turn<T>(identity: &Identity, now: Instant, act: impl FnOnce(&Turn<'_>) -> T) -> T {
+fn with_turn<T>((identity, chains): (&Identity, &Chains), now: Instant, act: impl FnOnce(&Turn<'_>) -> T) -> T {
     let wall = clock::wall();
-    let (signer, verifier) = (Signer::new(identity), Verifier::new(identity, wall));
+    let (signer, verifier) = (Signer::new(identity), Verifier::new(identity, chains, wall));
     act(&Turn { now, wall, signer: &signer, verifier: &verifier })
 }
 
@@ -198,7 +199,8 @@ impl Actor {
             known_peers: params.known_peers,
             sync_interval: params.sync_interval,
         };
-        let engine = with_turn(&params.identity, now, |turn| Engine::new(start, rand::random(), turn));
+        let chains = Chains::default();
+        let engine = with_turn((&params.identity, &chains), now, |turn| Engine::new(start, rand::random(), turn));
         let mut actor = Self {
             engine,
             builder: Builder::new(name.clone(), params.first_index),
@@ -224,6 +226,7 @@ impl Actor {
             inputs,
             inputs_sender,
             work: JoinSet::new(),
+            chains,
             stop: params.stop,
             metrics,
             stream_sends: 0,
@@ -367,7 +370,7 @@ impl Actor {
 
     /// Lets the engine act with the time and the keys of this moment.
     fn turn<T>(&mut self, now: Instant, act: impl FnOnce(&mut Engine, &Turn<'_>) -> T) -> T {
-        with_turn(&self.identity, now, |turn| act(&mut self.engine, turn))
+        with_turn((&self.identity, &self.chains), now, |turn| act(&mut self.engine, turn))
     }
 
     // Orders.
