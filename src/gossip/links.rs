@@ -101,11 +101,6 @@ impl Links {
         open.collect()
     }
 
-    /// Returns how many peers have an open connection.
-    pub(super) fn count(&self) -> usize {
-        self.peers.values().filter(|link| !link.open.is_empty()).count()
-    }
-
     /// Returns to whom connections lead, if that may have changed since the last call.
     pub(super) fn take_changed(&mut self) -> Option<BTreeSet<NodeName>> {
         let open = |link: &Link| !link.open.is_empty();
@@ -233,11 +228,15 @@ impl Links {
         }
     }
 
-    /// Returns the peers that have acknowledged something since the last call, while an answer of theirs is awaited, and
-    /// since when at the earliest.
-    pub(super) fn signs_of_life(&mut self, now: Instant) -> Vec<(NodeName, Instant)> {
-        let waiting = self.peers.iter_mut().filter(|(_, link)| link.pulse.is_waiting());
-        let answered = waiting.filter_map(|(name, link)| {
+    /// Returns those of `peers` that have acknowledged something since it was last looked, while an answer of theirs is
+    /// awaited, and since when at the earliest. A look costs a lock of QUIC's: only who is in question is looked at.
+    pub(super) fn signs_of_life(
+        &mut self,
+        peers: impl IntoIterator<Item = NodeName>,
+        now: Instant,
+    ) -> Vec<(NodeName, Instant)> {
+        let answered = peers.into_iter().filter_map(|name| {
+            let link = self.peers.get_mut(&name).filter(|link| link.pulse.is_waiting())?;
             let came_at = link.pulse.look(received(&link.open), now)?;
             Some((name.clone(), came_at))
         });

@@ -5,6 +5,7 @@
 //!   evidence_crashed ----------------------------------------------^      evidence_alive, answers: veto
 //! ```
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use foca::{Identity as _, Member, State};
@@ -145,6 +146,12 @@ impl Core {
 
     /// Returns when `name` last answered this node; none before it did, and after it was declared failed.
     pub fn answered_at(&self, name: &NodeName) -> Option<Instant> {
+    /// Those whose signs of life matter now: the members that are checked or accused, and those that are checked next.
+    pub fn in_question(&self) -> BTreeSet<NodeName> {
+        let watched = self.ring.successors(&self.id().name).cloned();
+        watched.chain(self.checks.targets().cloned()).chain(self.suspicions.keys().cloned()).collect()
+    }
+
         self.roster.find(name)?.heard
     }
 
