@@ -231,7 +231,7 @@ impl<C: Cargo> Carrier<C> {
     }
 
     fn start_push(&mut self, to: MemberView, item: C::Item) {
-        let (cargo, reach) = (self.cargo.clone(), self.reach(to.clone()));
+        let (cargo, reach) = (self.cargo.clone(), reach(self.around.gossip.clone(), to.name.clone()));
         let offered = item.clone();
         self.work.spawn(async move {
             let pushed = async { cargo.push(reach.await?, offered).await };
@@ -241,16 +241,13 @@ impl<C: Cargo> Carrier<C> {
     }
 
     fn start_comparison(&mut self, peer: MemberView) {
-        let (cargo, name, reach) = (self.cargo.clone(), peer.name.clone(), self.reach(peer));
+        let (cargo, name) = (self.cargo.clone(), peer.name);
+        let reach = reach(self.around.gossip.clone(), name.clone());
         self.work.spawn(async move {
             let compared = async { cargo.compare(reach.await?, name.clone()).await };
             let result = tokio::time::timeout(C::BOUNDS.compare_time_max, compared).await;
             Event::Compared(name, result.unwrap_or(Err(ExchangeError::Late)))
         });
-    }
-
-    fn reach(&self, peer: MemberView) -> impl Future<Output = Result<Connection, ExchangeError>> + Send + use<C> {
-        reach(self.around.gossip.clone(), self.around.transport.clone(), peer)
     }
 
     fn ended(&mut self, ended: Event<C>) -> Event<C> {
@@ -370,7 +367,7 @@ mod tests {
                 _event = carrier.next() => {}
                 Some(command) = commands.recv() => {
                     // The answer is dropped with it: it cannot be reached.
-                    let Command::Link(peer, _) = command else { panic!("{command:?}") };
+                    let Command::Reach(peer, _) = command else { panic!("{command:?}") };
                     tried.entry(peer.to_string()).or_default().push((clock::now() - begun).as_secs_f64());
                 }
                 () = tokio::time::sleep_until(begun + time) => return tried,

@@ -23,6 +23,7 @@ mod answer;
 mod goodbye;
 mod joining;
 mod message;
+pub(in crate::gossip) mod pace;
 mod records;
 mod rounds;
 #[cfg(test)]
