@@ -19,6 +19,7 @@ mod places;
 mod pushes;
 mod rounds;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -216,16 +217,22 @@ impl<C: Cargo> Carrier<C> {
         if !self.rounds.is_round_due(now) {
             return None;
         }
-        let (near, linked) = (self.members.borrow().neighbours.clone(), self.around.transport.live().nodes());
+        let (near, linked) = self.near_and_linked();
         if let Some(peer) = self.rounds.round(&others, &near, &linked, now) {
             self.start_comparison(peer);
         }
         Some(Event::Round)
     }
 
+    /// The neighbours in a large mesh, and to whom connections lead.
+    fn near_and_linked(&self) -> (BTreeSet<NodeName>, BTreeSet<NodeName>) {
+        (self.members.borrow().neighbours.clone(), self.around.transport.live().nodes())
+    }
+
     fn members_changed(&mut self) {
         let others = self.others();
-        for peer in self.rounds.members_changed(&others, clock::now()) {
+        let (near, linked) = self.near_and_linked();
+        for peer in self.rounds.members_changed(&others, &near, &linked, clock::now()) {
             self.start_comparison(peer);
         }
     }
@@ -298,7 +305,7 @@ fn test_bounds() -> Bounds {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::{BTreeMap, BTreeSet};
+    use std::collections::BTreeMap;
 
     use super::*;
 
@@ -391,7 +398,7 @@ mod tests {
         carrier.members.mark_unchanged();
         carrier.have_members_ended = true;
         let (others, now) = (carrier.others(), clock::now());
-        for peer in carrier.rounds.members_changed(&others, now) {
+        for peer in carrier.rounds.members_changed(&others, &BTreeSet::new(), &BTreeSet::new(), now) {
             carrier.rounds.ended(&peer.name, Found::Equal, now);
         }
         (carrier, commands)
