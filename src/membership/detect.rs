@@ -113,7 +113,9 @@ impl Core {
         let own = &self.id().name;
         let bounds = self.profile.bounds(self.alive_count() + 1);
         for suspicion in self.suspicions.values() {
-            sooner(suspicion.deadline(&bounds, own).filter(|_| self.profile.detector == Detector::Lifeguard));
+            sooner(
+                suspicion.deadline(&bounds, own, self.unrest).filter(|_| self.profile.detector == Detector::Lifeguard),
+            );
             sooner(suspicion.expires());
             sooner(Some(suspicion.next_appeal).filter(|_| suspicion.has_vote(own)));
         }
@@ -177,6 +179,7 @@ impl Core {
     /// Doubts itself after a late wake-up, and leaves everybody the time that it slept.
     fn blame_lateness(&mut self, now: Instant) {
         let late = now.saturating_duration_since(self.poll_timeout());
+        self.lag.note(late);
         if late <= LATE || self.profile.detector == Detector::Plain {
             return;
         }
@@ -318,10 +321,11 @@ impl Core {
     pub(super) fn judge(&mut self, now: Instant) {
         let own = self.id().name.clone();
         let bounds = self.profile.bounds(self.alive_count() + 1);
+        let unrest = self.unrest;
         let (mut failed, mut appeals) = (Vec::new(), Vec::new());
         for (name, suspicion) in &mut self.suspicions {
             self.stats.advisories_ignored += suspicion.expire(now) as u64;
-            let is_due = suspicion.deadline(&bounds, &own).is_some_and(|at| at <= now);
+            let is_due = suspicion.deadline(&bounds, &own, unrest).is_some_and(|at| at <= now);
             if is_due && self.profile.detector == Detector::Lifeguard {
                 failed.push(name.clone());
             } else if suspicion.has_vote(&own) && suspicion.next_appeal <= now {

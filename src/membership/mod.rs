@@ -66,7 +66,7 @@ use budget::Budget;
 use checks::Checks;
 use demands::Demands;
 pub use health::LOCAL_HEALTH_WORST;
-use health::{LocalHealth, Unrest};
+use health::{Lag, LocalHealth, Unrest};
 pub use id::{Life, MeshId};
 use news::News;
 use packet::WireCodec;
@@ -277,6 +277,7 @@ pub struct Core {
     own_life: Option<LifeClaim>,
     health: LocalHealth,
     unrest: Unrest,
+    lag: Lag,
     checks: Checks,
     suspicions: BTreeMap<NodeName, Suspicion>,
     /// Strangers that a peer calls gone: not in foca's list, called now and then, believed alive once they answer.
@@ -371,6 +372,7 @@ impl Core {
             own_life: None,
             health: LocalHealth::default(),
             unrest: Unrest::default(),
+            lag: Lag::default(),
             checks: Checks::default(),
             suspicions: BTreeMap::new(),
             gone: BTreeMap::new(),
