@@ -45,6 +45,8 @@ pub use self::message::{
     DELTAS_BYTES_MAX, DIGESTS_MAX, Ending, Exchange, Held, HelloReply, Message, Request, Stage, Step, SyncReply, Trade,
     WELCOME_MEMBERS_MAX,
 };
+use self::pace::Pace;
+use self::records::Wanted;
 use crate::clock::UnixSeconds;
 use crate::membership::{self, Core, ForceLeaveError, MeshId, Profile, Refused};
 use crate::model::{Demand, Entry, EntryKey, Generation, MemberStatus, NodeInfo, NodeName};
@@ -53,8 +55,14 @@ use crate::store::StoredPeer;
 
 /// Most comparisons begun at once.
 pub const SYNCS_MAX: usize = 8;
-/// Most pulls at once.
+/// Most pulls at once, one per peer.
 pub const PULLS_MAX: usize = 8;
+/// So many pulls begin as soon as somebody tells of what this node lacks, and then one in [`PULL_EVERY`]: while many nodes
+/// start, each of which everybody has to learn of, one pull brings several.
+const PULL_BURST: u32 = 8;
+const PULL_EVERY: Duration = Duration::from_millis(200);
+/// Most states that wait for a pull; comparisons bring the others.
+pub const WANTED_MAX: usize = 1024;
 /// Rounds of a periodic comparison, and of the first one after a join, which moves the whole catalogue.
 const SYNC_ROUNDS: usize = 3;
 const JOIN_SYNC_ROUNDS: usize = 64;
@@ -249,6 +257,8 @@ pub struct Sizes {
     pub syncs: usize,
     /// Pulls that it began.
     pub pulls: usize,
+    /// States that it wants to pull.
+    pub wanted: usize,
     /// Nodes whose records were refused and told.
     pub refusals: usize,
     /// Outputs that nobody has taken yet.
@@ -274,6 +284,9 @@ pub struct Engine {
     syncs: BTreeSet<NodeName>,
     pulls: BTreeSet<NodeName>,
     seeds: Vec<String>,
+    /// States that others hold and this node lacks, by node.
+    wanted: BTreeMap<NodeName, Wanted>,
+    pull_pace: Pace,
     known_peers: Vec<StoredPeer>,
     is_saving: bool,
     /// Whether this life has kept any peers yet.
@@ -335,6 +348,8 @@ impl Engine {
             seeds: params.seeds,
             known_peers,
             is_saving: false,
+            wanted: BTreeMap::new(),
+            pull_pace: Pace::new(PULL_BURST, PULL_EVERY, now),
             has_saved: false,
             are_peers_dirty: false,
             join_pause: JOIN_PAUSE_MIN,
@@ -433,6 +448,7 @@ impl Engine {
             outputs: self.outputs.len(),
         }
     }
+            wanted: self.wanted.len(),
 
     /// Takes the names of the nodes whose records or status changed since the last call.
     pub fn take_dirty(&mut self) -> BTreeSet<NodeName> {
@@ -470,9 +486,7 @@ impl Engine {
                     self.core.announce(id, turn.now);
                 }
             }
-            Exchange::Pull(node) => {
-                self.pulls.remove(node);
-            }
+            Exchange::Pull(peer) => self.pull_ended(peer, ending),
             Exchange::Goodbye(_) => self.goodbye_ended(ending),
         }
         self.settle(turn);
@@ -544,6 +558,7 @@ impl Engine {
             return next;
         }
         next.min(self.heard_at + SILENCE_MAX)
+        let next = next.min(self.pull_at().unwrap_or(self.next_sync));
     }
 
     /// Returns the next thing to do.
@@ -581,6 +596,7 @@ impl Engine {
         self.core.set_state_hash(self.replica.set_hash(), turn.now);
         for report in self.replica.take_reports() {
             self.tell(Event::Report(report));
+        self.pull_wanted(turn.now);
         }
         if !self.has_saved && self.core.alive_count() > 0 {
             // A crash right after the first join must find the way back, too.
