@@ -146,14 +146,14 @@ impl Core {
         self.check(name, now);
     }
 
-    /// Returns when `name` last answered this node; none before it did, and after it was declared failed.
-    pub fn answered_at(&self, name: &NodeName) -> Option<Instant> {
     /// Those whose signs of life matter now: the members that are checked or accused, and those that are checked next.
     pub fn in_question(&self) -> BTreeSet<NodeName> {
         let watched = self.ring.successors(&self.id().name).cloned();
         watched.chain(self.checks.targets().cloned()).chain(self.suspicions.keys().cloned()).collect()
     }
 
+    /// Returns when `name` last answered this node; none before it did, and after it was declared failed.
+    pub fn answered_at(&self, name: &NodeName) -> Option<Instant> {
         self.roster.find(name)?.heard
     }
 
@@ -445,6 +445,18 @@ impl Core {
             self.when.blamed_last = Some(now);
             self.health.worsen(1);
         }
+        self.raise_incarnation(now);
+    }
+
+    /// Says this node's word anew: its key is another, and nobody can check the old word any more.
+    pub fn restate(&mut self, now: Instant) {
+        if !self.has_left {
+            self.raise_incarnation(now);
+        }
+    }
+
+    /// Lives on under the next incarnation.
+    fn raise_incarnation(&mut self, now: Instant) {
         let Some(next) = self.incarnation.checked_add(1).filter(|next| *next < u16::MAX) else {
             self.renew(now);
             return;

@@ -273,7 +273,7 @@ pub struct Core {
     goodbye: Option<Leave>,
     /// foca's incarnation of this node, which it does not tell.
     incarnation: u16,
-    /// This node's own word for its present life, once it is signed.
+    /// What [`Core::own_word`] tells.
     own_life: Option<LifeClaim>,
     health: LocalHealth,
     unrest: Unrest,
@@ -394,6 +394,11 @@ impl Core {
     /// This node's identity.
     pub fn id(&self) -> &MeshId {
         self.swim.identity()
+    }
+
+    /// This node's own word for its present life, once it is signed.
+    pub fn own_word(&self) -> Option<&LifeClaim> {
+        self.own_life.as_ref()
     }
 
     /// Whether this node said goodbye.

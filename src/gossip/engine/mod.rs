@@ -282,11 +282,12 @@ pub struct Engine {
     next_sync: Instant,
     ticks: u32,
     syncs: BTreeSet<NodeName>,
+    /// Peers that are asked for states at this moment.
     pulls: BTreeSet<NodeName>,
-    seeds: Vec<String>,
     /// States that others hold and this node lacks, by node.
     wanted: BTreeMap<NodeName, Wanted>,
     pull_pace: Pace,
+    seeds: Vec<String>,
     known_peers: Vec<StoredPeer>,
     is_saving: bool,
     /// Whether this life has kept any peers yet.
@@ -311,6 +312,8 @@ pub struct Engine {
     refusals: BTreeSet<NodeName>,
     /// Nodes whose certificate was revoked; they count as failed until they publish under another.
     revoked: BTreeSet<NodeName>,
+    /// The own certificates are others since the last tick.
+    has_new_chain: bool,
 }
 
 impl std::fmt::Debug for Engine {
@@ -345,11 +348,11 @@ impl Engine {
             sync_interval: params.sync_interval,
             syncs: BTreeSet::new(),
             pulls: BTreeSet::new(),
+            wanted: BTreeMap::new(),
+            pull_pace: Pace::new(PULL_BURST, PULL_EVERY, now),
             seeds: params.seeds,
             known_peers,
             is_saving: false,
-            wanted: BTreeMap::new(),
-            pull_pace: Pace::new(PULL_BURST, PULL_EVERY, now),
             has_saved: false,
             are_peers_dirty: false,
             join_pause: JOIN_PAUSE_MIN,
@@ -365,6 +368,7 @@ impl Engine {
             conflict_seen: None,
             refusals: BTreeSet::new(),
             revoked: BTreeSet::new(),
+            has_new_chain: false,
             node: params.node,
         };
         engine.publish(turn);
@@ -444,11 +448,11 @@ impl Engine {
             grave_max: self.replica.nodes().map(|(_, state)| state.grave_len()).max().unwrap_or(0),
             syncs: self.syncs.len(),
             pulls: self.pulls.len(),
+            wanted: self.wanted.len(),
             refusals: self.refusals.len(),
             outputs: self.outputs.len(),
         }
     }
-            wanted: self.wanted.len(),
 
     /// Takes the names of the nodes whose records or status changed since the last call.
     pub fn take_dirty(&mut self) -> BTreeSet<NodeName> {
@@ -554,11 +558,11 @@ impl Engine {
     /// Returns when [`Engine::handle_timeout`] wants to run.
     pub fn poll_timeout(&self) -> Instant {
         let next = self.core.poll_timeout().min(self.next_sync).min(self.join_at().unwrap_or(self.next_sync));
+        let next = next.min(self.pull_at().unwrap_or(self.next_sync));
         if self.was_isolated || self.core.alive_count() == 0 || self.core.has_left() {
             return next;
         }
         next.min(self.heard_at + SILENCE_MAX)
-        let next = next.min(self.pull_at().unwrap_or(self.next_sync));
     }
 
     /// Returns the next thing to do.
@@ -592,11 +596,11 @@ impl Engine {
                 membership::Output::Differs { peer } => self.start_sync(&peer.name, SYNC_ROUNDS),
             }
         }
+        self.pull_wanted(turn.now);
         // Before anything is sent again: an old hash on a probe would begin a comparison for nothing.
         self.core.set_state_hash(self.replica.set_hash(), turn.now);
         for report in self.replica.take_reports() {
             self.tell(Event::Report(report));
-        self.pull_wanted(turn.now);
         }
         if !self.has_saved && self.core.alive_count() > 0 {
             // A crash right after the first join must find the way back, too.

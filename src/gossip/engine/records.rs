@@ -9,7 +9,7 @@ use super::message::{DIGESTS_MAX, Ending, Exchange, Message, Request, Stage, Ste
 use super::{Engine, Event, PULLS_MAX, REFUSALS_MAX, Turn, WANTED_MAX};
 use crate::membership::{BROADCAST_BYTES_MAX, Broadcast, MeshId};
 use crate::model::{Entry, EntryKey, Generation, MemberStatus, NodeName};
-use crate::replica::{Applied, ApplyError, Delta, Digest};
+use crate::replica::{Applied, ApplyError, Delta, Digest, NodeState, Replica};
 use crate::wire;
 
 /// How often one state is asked for; then comparisons bring it.
@@ -42,8 +42,11 @@ impl Engine {
     pub(super) fn publish(&mut self, turn: &Turn<'_>) {
         let mut records = self.records.clone();
         records.insert(EntryKey::Node, Entry::Node(Arc::new(self.node.clone())));
+        let before = self.replica.state(&self.node.name).map(NodeState::shared_chain);
         match self.replica.publish(records, turn.signer, turn.wall) {
             Ok(Some(delta)) => {
+                let after = self.replica.state(&self.node.name).map(NodeState::shared_chain);
+                self.has_new_chain |= before.is_some() && before != after;
                 self.tell(Event::Published(Ok(())));
                 self.spread(&delta, turn);
             }
@@ -136,6 +139,7 @@ impl Engine {
         self.core.member(node).is_some_and(|member| has_left(member) && member.id.life.generation >= generation)
     }
 
+    /// Wants the whole state of the delta's node from `from`: the delta's base is not at hand.
     pub(super) fn pull_whole(&mut self, from: &NodeName, delta: &Delta) {
         self.want(from, delta.node(), None);
     }
