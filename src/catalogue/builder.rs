@@ -148,6 +148,11 @@ impl Builder {
         self.is_changed = true;
     }
 
+    /// Whether the next snapshot differs from the last one.
+    pub fn has_changed(&self) -> bool {
+        self.is_changed || self.are_externals_stale
+    }
+
     /// Returns the next snapshot; none if nothing changed since the last one.
     pub fn build(&mut self) -> Option<Arc<Snapshot>> {
         self.derive_externals();

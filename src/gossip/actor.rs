@@ -2,6 +2,8 @@
 
 mod events;
 mod evidence;
+mod reaching;
+mod reading;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -17,20 +19,24 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
 use self::evidence::{Challenge, Holder, Watches};
+pub(super) use self::reaching::ReachReply;
+use self::reaching::Reaching;
+use self::reading::{read_connection, send_on_stream};
+use super::engine::pace::Pace;
 use super::engine::{
     self, Ending, Engine, Exchange, Incumbent, JoinCause, Message, Output, Request, Stage, Step, Turn,
 };
 use super::exchange::{self, Desks, ExchangeError};
-use super::links::{Dial, Links, Sent};
+use super::links::{Dial, Links, Purpose, Sent};
 use super::metrics::GossipMetrics;
 use super::policy::Compiled;
 use super::targets::{self, DialError, Outcome, Thorough};
-use super::trust::{Signer, Verifier};
+use super::trust::{Chains, Signer, Verifier};
 use super::{Command, GossipError, GossipParams, Members, PeerStore, Prune};
 use crate::catalogue::builder::Builder;
 use crate::catalogue::{Publisher, Snapshot, SnapshotReader};
 use crate::clock;
-use crate::membership::{ForceLeaveError, MeshId, PACKET_BYTES_MAX, Profile};
+use crate::membership::{ForceLeaveError, MeshId, Profile, Stats};
 use crate::model::{Demand, EjectionsRecord, Entry, EntryKey, NodeName, SpiffeId};
 use crate::pki::Identity;
 use crate::registry::Publication;
@@ -38,14 +44,16 @@ use crate::replica;
 use crate::store::StoredPeer;
 use crate::transport::{Accepted, ControlTransport, Refusals};
 use crate::upstream;
-use crate::wire::{self, WireError};
 
 /// Most messages from connections that wait; datagrams past it are dropped, streams wait.
 const INPUTS_MAX: usize = 1024;
-/// Most streams of one peer that are served at once.
-const STREAMS_PER_PEER_MAX: usize = 16;
 /// Most packets under way on streams at once.
 const STREAM_SENDS_MAX: usize = 256;
+/// So many changes of other nodes are shown as they come, and then all of them once in [`SHOW_EVERY`]: each time costs a list
+/// of all members and a wake-up of every worker and of whoever else follows the catalogue. While a mesh starts, two or three
+/// changes come with each newcomer. What this node does itself is shown at once.
+const SHOW_BURST: u32 = 8;
+const SHOW_EVERY: Duration = Duration::from_millis(100);
 /// How long a goodbye waits for peers that say that they heard it: some round trips, retransmissions included. The
 /// datagrams have left the host long before.
 const LEAVE_TIME_MAX: Duration = Duration::from_millis(500);
@@ -71,9 +79,9 @@ type JoinReply = Option<oneshot::Sender<Result<usize, GossipError>>>;
 /// How a piece of work that the task began has ended.
 #[derive(Debug)]
 enum Done {
-    Dialled(MeshId, Result<Connection, DialError>),
+    Dialled(MeshId, Purpose, Result<Connection, DialError>),
     /// The peer's own connection came first.
-    Superseded(NodeName),
+    Superseded(NodeName, Purpose),
     Joined(Outcome, JoinReply),
     Exchanged {
         peer: NodeName,
@@ -128,6 +136,7 @@ pub(super) struct Actor {
     links: Links,
     transport: ControlTransport,
     identity: Arc<Identity>,
+    chains: Chains,
     publication: watch::Receiver<Arc<Publication>>,
     has_publication_ended: bool,
     rules: Rules,
@@ -162,6 +171,13 @@ pub(super) struct Actor {
     desks: Desks,
     /// Of services outside their nodes' scope.
     outside_told: events::Seldom,
+    reaching: Reaching,
+    /// Nodes whose records or status are not in the catalogue yet.
+    unshown: BTreeSet<NodeName>,
+    are_members_unshown: bool,
+    show_pace: Pace,
+    /// What the metrics show of the membership.
+    stats_shown: Stats,
 }
 
 impl std::fmt::Debug for Actor {
@@ -171,9 +187,9 @@ impl std::fmt::Debug for Actor {
 }
 
 /// Calls `act` with the time and the keys of this moment.
-fn with_turn<T>(identity: &Identity, now: Instant, act: impl FnOnce(&Turn<'_>) -> T) -> T {
+fn with_turn<T>((identity, chains): (&Identity, &Chains), now: Instant, act: impl FnOnce(&Turn<'_>) -> T) -> T {
     let wall = clock::wall();
-    let (signer, verifier) = (Signer::new(identity), Verifier::new(identity, wall));
+    let (signer, verifier) = (Signer::new(identity), Verifier::new(identity, chains, wall));
     act(&Turn { now, wall, signer: &signer, verifier: &verifier })
 }
 
@@ -200,7 +216,8 @@ impl Actor {
             known_peers: params.known_peers,
             sync_interval: params.sync_interval,
         };
-        let engine = with_turn(&params.identity, now, |turn| Engine::new(start, rand::random(), turn));
+        let chains = Chains::default();
+        let engine = with_turn((&params.identity, &chains), now, |turn| Engine::new(start, rand::random(), turn));
         let mut actor = Self {
             engine,
             builder: Builder::new(name.clone(), params.first_index),
@@ -212,6 +229,7 @@ impl Actor {
             refused_until: None,
             transport: params.transport,
             identity: params.identity,
+            chains,
             publication: params.publication,
             has_publication_ended: false,
             rules,
@@ -238,6 +256,11 @@ impl Actor {
             doubted: BTreeSet::new(),
             challenges: 0,
             desks,
+            reaching: Reaching::default(),
+            unshown: BTreeSet::new(),
+            are_members_unshown: false,
+            show_pace: Pace::new(SHOW_BURST, SHOW_EVERY, now),
+            stats_shown: Stats::default(),
         };
         actor.builder.set_local(publication.view.clone());
         actor.take_policy();
@@ -261,7 +284,8 @@ impl Actor {
             if self.engine.poll_timeout() <= now {
                 self.drain_inputs(now);
                 // What sockets say of peers comes before the verdict over them.
-                self.tell_signs_of_life(now);
+                let peers = self.engine.membership().in_question();
+                self.tell_signs_of_life(peers, now);
                 self.turn(now, Engine::handle_timeout);
             }
             self.settle(now);
@@ -279,6 +303,7 @@ impl Actor {
     /// Waits for the next event. Cancel safe: every branch is.
     async fn select(&mut self) -> Event {
         let wake = self.engine.poll_timeout();
+        let wake = self.show_at().map_or(wake, |at| wake.min(at));
         tokio::select! {
             () = self.stop.cancelled() => Event::Stop,
             Some(command) = self.commands.recv() => Event::Command(command),
@@ -370,7 +395,7 @@ impl Actor {
 
     /// Lets the engine act with the time and the keys of this moment.
     fn turn<T>(&mut self, now: Instant, act: impl FnOnce(&mut Engine, &Turn<'_>) -> T) -> T {
-        with_turn(&self.identity, now, |turn| act(&mut self.engine, turn))
+        with_turn((&self.identity, &self.chains), now, |turn| act(&mut self.engine, turn))
     }
 
     // Orders.
@@ -403,14 +428,7 @@ impl Actor {
             Command::Link(peer, reply) => answer(reply, self.links.open(&peer).cloned()),
             Command::RoundTrips(reply) => answer(reply, self.round_trips(now)),
             Command::Certificates(reply) => answer(reply, self.certificates()),
-            Command::Adopt { peer, addr, connection } => {
-                self.metrics.dials.with_label_values(&["ok"]).inc();
-                self.watch(&peer, connection.clone());
-                let waiting = self.links.adopted(&peer, addr, connection);
-                if let Some(id) = self.engine.membership().member(&peer).map(|member| member.id.clone()) {
-                    self.resend(&id, waiting, now);
-                }
-            }
+            Command::Reach(peer, reply) => self.reach(peer, reply, now),
         }
     }
 
@@ -431,6 +449,7 @@ impl Actor {
             self.watch(&peer.id.name, connection.clone());
             let waiting = self.links.accepted(&self.engine.membership().id().name, &peer.id.name, connection);
             self.resend(&peer.id, waiting, now);
+            self.reached(&peer.id.name);
         }
         self.turn(now, |engine, turn| engine.handle_joined(cause, join, turn));
         match reply {
@@ -462,6 +481,7 @@ impl Actor {
         if let Some(id) = self.engine.membership().member(&peer.node).map(|member| member.id.clone()) {
             self.resend(&id, waiting, now);
         }
+        self.reached(&peer.node);
     }
 
     /// Reads everything that comes on `connection`.
@@ -521,13 +541,13 @@ impl Actor {
         }
     }
 
-    fn dial(&mut self, Dial { to, is_superseded }: Dial) {
+    fn dial(&mut self, Dial { to, purpose, is_superseded }: Dial) {
         let transport = self.transport.clone();
         self.work.spawn(async move {
             let dial = targets::dial(&transport, to.addr, Some(to.name.clone()));
             match is_superseded.run_until_cancelled(dial).await {
-                Some(dialled) => Done::Dialled(to, dialled.map(|(connection, _)| connection)),
-                None => Done::Superseded(to.name),
+                Some(dialled) => Done::Dialled(to, purpose, dialled.map(|(connection, _)| connection)),
+                None => Done::Superseded(to.name, purpose),
             }
         });
     }
@@ -551,24 +571,27 @@ impl Actor {
 
     fn done(&mut self, done: Done, now: Instant) {
         match done {
-            Done::Superseded(peer) => {
-                self.links.dial_ended(&peer);
+            Done::Superseded(peer, purpose) => {
+                self.links.dial_ended(&peer, purpose);
                 self.dial_next();
             }
-            Done::Dialled(to, Ok(connection)) => {
+            Done::Dialled(to, purpose, Ok(connection)) => {
                 self.metrics.dials.with_label_values(&["ok"]).inc();
                 self.watch(&to.name, connection.clone());
-                let waiting = self.links.dialled(&to.name, to.addr, connection);
+                let waiting = self.links.dialled(&to, purpose, connection);
                 self.resend(&to, waiting, now);
+                self.reached(&to.name);
                 self.dial_next();
             }
-            Done::Dialled(to, Err(error)) => {
+            Done::Dialled(to, purpose, Err(error)) => {
                 if matches!(error, DialError::Refused(_)) {
                     self.port_refused(&to, now);
                 }
-                debug!(peer = %to.name, reason = error.text(), "dial failed");
+                let reason = error.text();
+                debug!(peer = %to.name, reason, "dial failed");
                 self.metrics.dials.with_label_values(&["failed"]).inc();
-                let lost = self.links.dial_failed(&to.name, now);
+                let lost = self.links.dial_failed(&to.name, purpose, now);
+                self.not_reached(&to.name, &reason);
                 self.metrics.dropped.with_label_values(&["no_link"]).inc_by(lost as u64);
                 self.dial_next();
             }
@@ -615,12 +638,15 @@ impl Actor {
 
     // The end of each turn.
 
-    /// Carries out what the engine wants and publishes what changed, once.
+    /// Carries out what the engine wants and publishes what changed, once, or soon.
     fn settle(&mut self, now: Instant) {
         while let Some(output) = self.engine.poll_output() {
             match output {
                 Output::Send { to, packet } => self.send(&to, packet, now),
-                Output::Close { peer, reason } => self.links.close(&peer, reason),
+                Output::Close { peer, reason } => {
+                    self.links.close(&peer, reason);
+                    self.not_reached(&peer, reason);
+                }
                 Output::Exchange { peer, exchange, message, stage } => {
                     self.begin(peer, exchange, (message, stage), now);
                 }
@@ -636,21 +662,15 @@ impl Actor {
             }
         }
         if let Some(linked) = self.links.take_changed() {
+            self.metrics.connections.set(i64::try_from(linked.len()).unwrap_or(i64::MAX));
             self.engine.set_linked(linked);
         }
-        for name in self.engine.take_dirty() {
-            let status = self.engine.status_of(&name);
-            self.builder.set_node(&name, self.engine.replica().state(&name), status);
+        self.show_what_changed(now);
+        let stats = self.engine.membership().stats();
+        if stats != self.stats_shown {
+            self.stats_shown = stats;
+            self.metrics.show_membership(&stats);
         }
-        if let Some(snapshot) = self.builder.build() {
-            self.publisher.publish(snapshot);
-        }
-        if self.engine.take_members_changed() {
-            self.show_members();
-            self.watch_successors();
-        }
-        self.metrics.show_membership(&self.engine.membership().stats());
-        self.metrics.connections.set(i64::try_from(self.links.count()).unwrap_or(i64::MAX));
     }
 }
 
@@ -667,63 +687,4 @@ fn answer<T>(reply: oneshot::Sender<T>, value: T) {
 
 fn empty_snapshot(local_node: NodeName, index: u64) -> Snapshot {
     Snapshot { index, ..Snapshot::empty(local_node) }
-}
-
-async fn send_on_stream(connection: &Connection, packet: &[u8]) -> Result<(), ExchangeError> {
-    let mut stream = connection.open_uni().await?;
-    wire::write_frame(&mut stream, packet).await?;
-    let _finished_before = stream.finish();
-    Ok(())
-}
-
-/// Reads datagrams and streams of one connection until it ends.
-async fn read_connection(
-    peer: NodeName,
-    connection: Connection,
-    inputs: mpsc::Sender<Input>,
-    desks: Desks,
-    metrics: GossipMetrics,
-) {
-    let mut streams = JoinSet::new();
-    loop {
-        let has_room = streams.len() < STREAMS_PER_PEER_MAX;
-        tokio::select! {
-            datagram = connection.read_datagram() => {
-                let Ok(packet) = datagram else { return };
-                if inputs.try_send(Input::Packet(peer.clone(), packet)).is_err() {
-                    metrics.dropped.with_label_values(&["queue_full"]).inc();
-                }
-            }
-            stream = connection.accept_uni(), if has_room => {
-                let Ok(stream) = stream else { return };
-                streams.spawn(read_packet(peer.clone(), stream, inputs.clone()));
-            }
-            stream = connection.accept_bi(), if has_room => {
-                let Ok(stream) = stream else { return };
-                let (peer, inputs, desks) = (peer.clone(), inputs.clone(), desks.clone());
-                streams.spawn(async move {
-                    if let Err(error) = exchange::serve(peer.clone(), stream, inputs, desks).await {
-                        debug!(%peer, error = error.explain(None), "exchange failed");
-                    }
-                });
-            }
-            Some(ended) = streams.join_next() => {
-                if let Err(error) = ended {
-                    error!(%peer, %error, "stream task failed");
-                }
-            }
-        }
-    }
-}
-
-/// Reads one packet that did not fit a datagram.
-async fn read_packet(peer: NodeName, mut stream: quinn::RecvStream, inputs: mpsc::Sender<Input>) {
-    let read = tokio::time::timeout(exchange::TIME_MAX, wire::read_frame(&mut stream, PACKET_BYTES_MAX));
-    let input = match read.await {
-        Ok(Ok(packet)) => Input::Packet(peer, packet.into()),
-        Ok(Err(WireError::TooLarge { .. })) => Input::Unreadable("too_large"),
-        Ok(Err(_)) | Err(_) => Input::Unreadable("malformed"),
-    };
-    // The actor is gone only when the agent stops.
-    let _stopping = inputs.send(input).await;
 }

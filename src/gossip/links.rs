@@ -30,9 +30,44 @@ const WAITING_MAX: usize = 16;
 /// After a failed dial the peer is not dialled again for so long.
 const DIAL_PAUSE: Duration = Duration::from_secs(1);
 
-/// Most dials that run at once: a handshake takes 2.8 ms of a core for both sides, so 100 agents on two cores that all begin
-/// with their limit are through in about a second, well within the 4 s of one dial.
+/// Most dials that run at once because packets wait: a handshake takes 2.8 ms of a core for both sides, so 100 agents on two
+/// cores that all begin with their limit are through in about a second, well within the 4 s of one dial.
 const DIALS_MAX: usize = 8;
+/// Most dials beside them that run at once because streams wait, of documents and shared records: pushing a document to 64
+/// members at once that are 50 ms away takes half a second, of the two that a push has.
+const STREAM_DIALS_MAX: usize = 16;
+
+/// What a connection is dialled for: neither kind takes the other's places.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// Packets of the membership wait, or the round trip is wanted.
+    Packets,
+    /// Streams wait.
+    Streams,
+}
+
+/// How many dials run, by purpose.
+#[derive(Debug, Clone, Copy, Default)]
+struct Dials {
+    packets: usize,
+    streams: usize,
+}
+
+impl Dials {
+    fn has_place(self, purpose: Purpose) -> bool {
+        match purpose {
+            Purpose::Packets => self.packets < DIALS_MAX,
+            Purpose::Streams => self.streams < STREAM_DIALS_MAX,
+        }
+    }
+
+    fn of(&mut self, purpose: Purpose) -> &mut usize {
+        match purpose {
+            Purpose::Packets => &mut self.packets,
+            Purpose::Streams => &mut self.streams,
+        }
+    }
+}
 
 /// What has to happen to a packet.
 #[derive(Debug)]
@@ -53,6 +88,7 @@ pub(super) enum Sent {
 #[derive(Debug)]
 pub(super) struct Dial {
     pub(super) to: MeshId,
+    pub(super) purpose: Purpose,
     /// The peer's own connection has come: this one is not needed.
     pub(super) is_superseded: CancellationToken,
 }
@@ -65,7 +101,7 @@ struct Link {
     dialled: Option<SocketAddr>,
     dial: Option<CancellationToken>,
     /// Waits for one of the dials that run to end.
-    wanted: Option<MeshId>,
+    wanted: Option<(MeshId, Purpose)>,
     waiting: VecDeque<Bytes>,
     not_before: Option<Instant>,
     pulse: Pulse,
@@ -79,7 +115,7 @@ pub(super) struct Links {
     most: usize,
     uses: u64,
     /// Dials that run.
-    dials: usize,
+    dials: Dials,
     /// Whether connections came or went since [`Links::take_changed`].
     is_changed: bool,
 }
@@ -87,7 +123,7 @@ pub(super) struct Links {
 impl Links {
     /// Makes room for links to `most` peers, one at least.
     pub(super) fn new(most: usize) -> Self {
-        Self { peers: BTreeMap::new(), most: most.max(1), uses: 0, dials: 0, is_changed: false }
+        Self { peers: BTreeMap::new(), most: most.max(1), uses: 0, dials: Dials::default(), is_changed: false }
     }
 
     /// Returns the connection in use to `peer`.
@@ -99,11 +135,6 @@ impl Links {
     pub(super) fn round_trips(&self) -> BTreeMap<NodeName, Duration> {
         let open = self.peers.keys().filter_map(|peer| Some((peer.clone(), self.open(peer)?.rtt())));
         open.collect()
-    }
-
-    /// Returns how many peers have an open connection.
-    pub(super) fn count(&self) -> usize {
-        self.peers.values().filter(|link| !link.open.is_empty()).count()
     }
 
     /// Returns to whom connections lead, if that may have changed since the last call.
@@ -144,7 +175,7 @@ impl Links {
         if link.dial.is_some() {
             return Sent::Queued;
         }
-        link.wanted = Some(to.clone());
+        link.wanted = Some((to.clone(), Purpose::Packets));
         match self.next_dial() {
             Some(dial) => Sent::Dial(dial),
             None => Sent::Queued,
@@ -159,8 +190,21 @@ impl Links {
         let link = self.peers.entry(to.name.clone()).or_default();
         let is_paused = link.not_before.is_some_and(|then| now < then);
         if link.open.is_empty() && link.dial.is_none() && link.wanted.is_none() && !is_paused {
-            link.wanted = Some(to.clone());
+            link.wanted = Some((to.clone(), Purpose::Packets));
         }
+    }
+
+    /// Wants a connection to `to` for streams; false: a dial has just failed, and it rests.
+    pub(super) fn want(&mut self, to: &MeshId, now: Instant) -> bool {
+        let link = self.touch(&to.name);
+        if link.not_before.is_some_and(|then| now < then) {
+            return false;
+        }
+        link.open.retain(|connection| connection.close_reason().is_none());
+        if link.open.is_empty() && link.dial.is_none() && link.wanted.is_none() {
+            link.wanted = Some((to.clone(), Purpose::Streams));
+        }
+        true
     }
 
     /// Whether another peer would have to make room for the next one.
@@ -168,18 +212,19 @@ impl Links {
         self.peers.len() >= self.most
     }
 
-    /// Returns the dial to begin with, if one is wanted and few enough run: to the peer that was needed last.
+    /// Returns the dial to begin with, if one is wanted and few enough of its kind run: to the peer that was needed last.
     pub(super) fn next_dial(&mut self) -> Option<Dial> {
-        if self.dials >= DIALS_MAX {
+        let dials = self.dials;
+        if !dials.has_place(Purpose::Packets) && !dials.has_place(Purpose::Streams) {
             return None;
         }
-        let wanted = self.peers.values_mut().filter(|link| link.wanted.is_some());
-        let link = wanted.max_by_key(|link| link.used)?;
-        let to = link.wanted.take()?;
+        let has_place = |link: &&mut Link| link.wanted.as_ref().is_some_and(|(_, purpose)| dials.has_place(*purpose));
+        let link = self.peers.values_mut().filter(has_place).max_by_key(|link| link.used)?;
+        let (to, purpose) = link.wanted.take()?;
         let is_superseded = CancellationToken::new();
         link.dial = Some(is_superseded.clone());
-        self.dials += 1;
-        Some(Dial { to, is_superseded })
+        *self.dials.of(purpose) += 1;
+        Some(Dial { to, purpose, is_superseded })
     }
 
     /// Takes a connection that a peer opened or a join made.
@@ -194,19 +239,15 @@ impl Links {
     }
 
     /// Takes a connection that a dial of [`Links::next_dial`] made, and returns the packets that waited.
-    pub(super) fn dialled(&mut self, peer: &NodeName, addr: SocketAddr, connection: Connection) -> Vec<Bytes> {
-        self.dial_ended(peer);
-        self.take(peer, connection, Some(addr))
-    }
-
-    /// Takes a connection that somebody else dialled, and returns the packets that waited.
-    pub(super) fn adopted(&mut self, peer: &NodeName, addr: SocketAddr, connection: Connection) -> Vec<Bytes> {
-        self.take(peer, connection, Some(addr))
+    pub(super) fn dialled(&mut self, to: &MeshId, purpose: Purpose, connection: Connection) -> Vec<Bytes> {
+        self.dial_ended(&to.name, purpose);
+        self.take(&to.name, connection, Some(to.addr))
     }
 
     /// Notes that a dial ended, as it does when it is superseded.
-    pub(super) fn dial_ended(&mut self, peer: &NodeName) {
-        self.dials = self.dials.saturating_sub(1);
+    pub(super) fn dial_ended(&mut self, peer: &NodeName, purpose: Purpose) {
+        let dials = self.dials.of(purpose);
+        *dials = dials.saturating_sub(1);
         if let Some(link) = self.peers.get_mut(peer) {
             link.dial = None;
         }
@@ -233,20 +274,24 @@ impl Links {
         }
     }
 
-    /// Returns the peers that have acknowledged something since the last call, while an answer of theirs is awaited, and
-    /// since when at the earliest.
-    pub(super) fn signs_of_life(&mut self, now: Instant) -> Vec<(NodeName, Instant)> {
-        let waiting = self.peers.iter_mut().filter(|(_, link)| link.pulse.is_waiting());
-        let answered = waiting.filter_map(|(name, link)| {
+    /// Returns those of `peers` that have acknowledged something since it was last looked, while an answer of theirs is
+    /// awaited, and since when at the earliest. A look costs a lock of QUIC's: only who is in question is looked at.
+    pub(super) fn signs_of_life(
+        &mut self,
+        peers: impl IntoIterator<Item = NodeName>,
+        now: Instant,
+    ) -> Vec<(NodeName, Instant)> {
+        let answered = peers.into_iter().filter_map(|name| {
+            let link = self.peers.get_mut(&name).filter(|link| link.pulse.is_waiting())?;
             let came_at = link.pulse.look(received(&link.open), now)?;
-            Some((name.clone(), came_at))
+            Some((name, came_at))
         });
         answered.collect()
     }
 
     /// Notes that a dial failed; returns how many packets are lost with it.
-    pub(super) fn dial_failed(&mut self, peer: &NodeName, now: Instant) -> usize {
-        self.dial_ended(peer);
+    pub(super) fn dial_failed(&mut self, peer: &NodeName, purpose: Purpose, now: Instant) -> usize {
+        self.dial_ended(peer, purpose);
         let Some(link) = self.peers.get_mut(peer) else { return 0 };
         if !link.open.is_empty() {
             return 0;
@@ -330,7 +375,7 @@ mod tests {
         for _ in 0..40 {
             assert!(matches!(links.send(&id("a"), Bytes::from_static(b"2"), now), Sent::Queued));
         }
-        assert_eq!(links.dial_failed(&id("a").name, now), WAITING_MAX);
+        assert_eq!(links.dial_failed(&id("a").name, Purpose::Packets, now), WAITING_MAX);
         assert!(matches!(links.send(&id("a"), Bytes::new(), now), Sent::Dropped("no_link")));
         assert!(dial_of(links.send(&id("a"), Bytes::new(), now + DIAL_PAUSE)).is_some());
     }
@@ -349,7 +394,7 @@ mod tests {
         }
         assert!(links.next_dial().is_none(), "all places are taken");
         let next = |links: &mut Links, ended: &str| {
-            links.dial_failed(&id(ended).name, now);
+            links.dial_failed(&id(ended).name, Purpose::Packets, now);
             links.next_dial().map(|dial| dial.to.name.to_string())
         };
         assert_eq!(next(&mut links, "n0").as_deref(), Some("n20"));
@@ -358,8 +403,8 @@ mod tests {
         assert_eq!(next(&mut links, "n2"), None, "nobody waits");
         // A link that was closed while its dial ran gives its place back once.
         links.close(&id("n3").name, "test");
-        links.dial_ended(&id("n3").name);
-        assert_eq!(links.dials, DIALS_MAX - 2);
+        links.dial_ended(&id("n3").name, Purpose::Packets);
+        assert_eq!(links.dials.packets, DIALS_MAX - 2);
     }
 
     #[test]
@@ -373,7 +418,7 @@ mod tests {
         links.acquaint(&id("n0"), now);
         assert_eq!(dial_of(links.send(&id("near"), Bytes::new(), now)), None);
         let next = |links: &mut Links, ended: &str| {
-            links.dial_failed(&id(ended).name, now);
+            links.dial_failed(&id(ended).name, Purpose::Packets, now);
             links.next_dial().map(|dial| dial.to.name.to_string())
         };
         assert_eq!(next(&mut links, "n0").as_deref(), Some("near"));
@@ -384,6 +429,32 @@ mod tests {
         links.acquaint(&id("last"), now);
         links.acquaint(&id("too-many"), now);
         assert_eq!(links.peers.len(), DIALS_MAX + 3);
+    }
+
+    #[test]
+    fn streams_and_packets_do_not_take_each_others_dials() {
+        let now = crate::clock::now();
+        let mut links = Links::new(LINKS_MAX);
+        let dialled = |links: &mut Links| std::iter::from_fn(|| links.next_dial()).collect::<Vec<_>>();
+        for number in 0..STREAM_DIALS_MAX + 4 {
+            assert!(links.want(&id(&format!("s{number}")), now));
+        }
+        let begun = dialled(&mut links);
+        assert_eq!(begun.len(), STREAM_DIALS_MAX);
+        assert!(begun.iter().all(|dial| dial.purpose == Purpose::Streams));
+        // A packet for one that waits for a place makes it one of the packets'.
+        let waiting = id("s0");
+        assert!(links.peers[&waiting.name].wanted.is_some());
+        assert_eq!(dial_of(links.send(&waiting, Bytes::new(), now)), Some(waiting.name));
+        for number in 1..DIALS_MAX {
+            assert!(dial_of(links.send(&id(&format!("p{number}")), Bytes::new(), now)).is_some());
+        }
+        assert!(matches!(links.send(&id("late"), Bytes::new(), now), Sent::Queued));
+        links.dial_failed(&begun[0].to.name, Purpose::Streams, now);
+        let next = dialled(&mut links);
+        assert_eq!(next.iter().map(|dial| dial.purpose).collect::<Vec<_>>(), [Purpose::Streams]);
+        assert!(!links.want(&begun[0].to, now), "it rests");
+        assert!(links.want(&begun[0].to, now + DIAL_PAUSE));
     }
 
     #[test]

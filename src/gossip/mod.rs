@@ -14,7 +14,7 @@
 //! - A record counts only when its own node's signature over it was checked, whoever passed it on.
 //! - Every queue, frame, set of tasks and exchange has a bound, and losing any of them loses no data for good:
 //!   anti-entropy repairs.
-//! - A snapshot is published at most once per turn of the loop.
+//! - A snapshot is published at most once per turn of the loop, and at a bounded rate for what others change.
 //!
 //! Not here: SWIM (`membership`), versions and merging (`replica`), TLS (`pki`, `transport`), health (`registry`).
 
@@ -272,12 +272,8 @@ enum Command {
     RoundTrips(oneshot::Sender<BTreeMap<NodeName, Duration>>),
     /// Asks for the certificates under which nodes publish.
     Certificates(oneshot::Sender<Vec<NodeCertificates>>),
-    /// Takes over a connection that was dialled elsewhere.
-    Adopt {
-        peer: NodeName,
-        addr: SocketAddr,
-        connection: quinn::Connection,
-    },
+    /// Asks for a connection to a peer, which is dialled if there is none.
+    Reach(NodeName, actor::ReachReply),
 }
 
 /// Whether a member that is made to leave is forgotten.

@@ -1,26 +1,18 @@
-//! A connection to a member: the one that is open, or a new one.
+//! A connection to a member for streams: the one that is open, or one that gossip dials among its own.
 
 use quinn::Connection;
 use tokio::sync::{mpsc, oneshot};
 
+use super::Command;
 use super::exchange::ExchangeError;
-use super::{Command, MemberView};
-use crate::transport::ControlTransport;
+use crate::model::NodeName;
 
-/// Finds the open connection to `peer`, or dials one and hands it to gossip.
-pub(super) async fn reach(
-    gossip: mpsc::Sender<Command>,
-    transport: ControlTransport,
-    peer: MemberView,
-) -> Result<Connection, ExchangeError> {
+/// Asks gossip for a connection to `peer`.
+///
+/// # Cancel safety
+/// Cancelling forgets the answer; the dial goes on.
+pub(super) async fn reach(gossip: mpsc::Sender<Command>, peer: NodeName) -> Result<Connection, ExchangeError> {
     let (reply, answer) = oneshot::channel();
-    gossip.send(Command::Link(peer.name.clone(), reply)).await.map_err(|_| ExchangeError::Closed)?;
-    if let Some(connection) = answer.await.map_err(|_| ExchangeError::Closed)? {
-        return Ok(connection);
-    }
-    let dialled = transport.connect(peer.addr, Some(peer.name.clone())).await;
-    let (connection, _) = dialled.map_err(|error| ExchangeError::Unreachable(error.to_string()))?;
-    let adopt = Command::Adopt { peer: peer.name, addr: peer.addr, connection: connection.clone() };
-    gossip.send(adopt).await.map_err(|_| ExchangeError::Closed)?;
-    Ok(connection)
+    gossip.send(Command::Reach(peer, reply)).await.map_err(|_| ExchangeError::Closed)?;
+    answer.await.map_err(|_| ExchangeError::Closed)?.map_err(ExchangeError::Unreachable)
 }

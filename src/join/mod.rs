@@ -376,8 +376,8 @@ pub struct Renewed {
     pub links: Vec<Vec<u8>>,
 }
 
-/// Renews the certificate of `authority` with a new key, up to [`RENEW_GRACE`] after its end; name and scope stay. `bundle`
-/// is what this node believes; a seed under a newer root is believed once its links lead there.
+/// Renews the certificate of `authority` for `key`, a new one or its own, up to [`RENEW_GRACE`] after its end; name and scope
+/// stay. `bundle` is what this node believes; a seed under a newer root is believed once its links lead there.
 ///
 /// # Errors
 /// As [`request_certificate`].
@@ -386,11 +386,11 @@ pub struct Renewed {
 pub async fn renew(
     seeds: &[SocketAddr],
     authority: &NodeAuthority,
+    key: &JoinKey,
     bundle: &TrustBundle,
     now: UnixSeconds,
 ) -> Result<Renewed, JoinError> {
-    let key = JoinKey::new().map_err(JoinError::Local)?;
-    search(seeds, &Asked { node: authority.node(), now, key: &key, by: By::Key(authority, bundle) }).await
+    search(seeds, &Asked { node: authority.node(), now, key, by: By::Key(authority, bundle) }).await
 }
 
 enum By<'a> {

@@ -4,7 +4,7 @@ use std::sync::Mutex;
 use quinn::crypto::rustls::QuicServerConfig;
 
 use super::*;
-use crate::pki::{EphemeralCa, Identity, Revocations, Revoked, TokenClaims, ephemeral};
+use crate::pki::{EphemeralCa, Identity, Revocations, Revoked, TokenClaims, ephemeral, verify_signed_by_node};
 
 const DAY: Duration = Duration::from_secs(86_400);
 
@@ -186,13 +186,20 @@ async fn a_renewal_keeps_name_and_scope_until_30_days_after_the_end() {
     };
     for age in [Duration::ZERO, DAY * 36] {
         let old = aged(age);
-        let new = renew(&[seed.addr], &old, old.bundle(), clock::wall()).await.unwrap().authority;
+        let new =
+            renew(&[seed.addr], &old, &JoinKey::new().unwrap(), old.bundle(), clock::wall()).await.unwrap().authority;
         assert_eq!((new.node(), new.scope()), (old.node(), old.scope()));
         assert!(new.not_after() > clock::wall().plus(DAY * 6));
         assert_ne!(new.chain().first(), old.chain().first());
+        // For its own key: what the old certificate's key signed holds under the new one, and only then.
+        let same = renew(&[seed.addr], &old, &old.key().unwrap(), old.bundle(), clock::wall()).await.unwrap().authority;
+        let word = old.sign(b"word").unwrap();
+        let holds =
+            |by: &NodeAuthority| verify_signed_by_node(by.chain(), b"word", &word, by.bundle(), clock::wall()).is_ok();
+        assert!(same.chain().first() != old.chain().first() && holds(&same) && !holds(&new));
     }
     let old = aged(DAY * 38);
-    let error = renew(&[seed.addr], &old, old.bundle(), clock::wall()).await.unwrap_err();
+    let error = renew(&[seed.addr], &old, &JoinKey::new().unwrap(), old.bundle(), clock::wall()).await.unwrap_err();
     assert!(matches!(&error, JoinError::Refused { reason, .. } if reason.contains("was valid until")), "{error}");
 }
 
@@ -259,7 +266,8 @@ async fn a_revoked_token_key_or_node_gets_no_certificate() {
     let until = clock::wall();
     for revoked in [Revoked::Key(key), Revoked::Node { node: "web-1".parse().unwrap(), until }] {
         let seed = issuing(&ca, with(revoked));
-        let refused = renew(&[seed.addr], &old, old.bundle(), clock::wall()).await.unwrap_err();
+        let refused =
+            renew(&[seed.addr], &old, &JoinKey::new().unwrap(), old.bundle(), clock::wall()).await.unwrap_err();
         assert!(matches!(&refused, JoinError::Revoked { reason, .. } if reason.contains("revoked")), "{refused}");
     }
 }
@@ -312,14 +320,14 @@ async fn scenario_20_a_node_off_throughout_a_rotation_renews_by_walking_and_a_st
     let after = Arc::new(after);
     let mesh = |links: Vec<Vec<u8>>| Mesh { bundle: Some(Arc::new(bundle.clone())), links, ..Mesh::default() };
     let with_links = seed_of(&after, Some(Arc::clone(&after)), mesh(vec![link]), clock::wall());
-    let renewed = renew(&[with_links.addr], &old, old.bundle(), clock::wall()).await.unwrap();
+    let renewed = renew(&[with_links.addr], &old, &JoinKey::new().unwrap(), old.bundle(), clock::wall()).await.unwrap();
     assert_eq!(renewed.authority.bundle().roots, bundle.roots, "the newest first, then what was walked from");
     assert_eq!(renewed.links.len(), 1);
     // Whoever knows the new root already is shown no links.
     assert_eq!(join(&with_links, &token, "web-2").await.unwrap().bundle(), &new);
 
     let without = seed_of(&after, Some(Arc::clone(&after)), mesh(Vec::new()), clock::wall());
-    let error = renew(&[without.addr], &old, old.bundle(), clock::wall()).await.unwrap_err();
+    let error = renew(&[without.addr], &old, &JoinKey::new().unwrap(), old.bundle(), clock::wall()).await.unwrap_err();
     assert!(
         matches!(&error, JoinError::Untrusted { source, .. } if matches!(**source, VerifyError::Path { .. })),
         "{error}"

@@ -171,6 +171,11 @@ impl Checks {
         self.open.len()
     }
 
+    /// Returns who is checked.
+    pub(super) fn targets(&self) -> impl Iterator<Item = &NodeName> {
+        self.open.values().map(|check| &check.target)
+    }
+
     pub(super) fn poll_timeout(&self) -> Option<Instant> {
         self.open.values().map(|check| check.next.min(check.ends)).min()
     }

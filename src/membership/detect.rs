@@ -5,6 +5,7 @@
 //!   evidence_crashed ----------------------------------------------^      evidence_alive, answers: veto
 //! ```
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use foca::{Identity as _, Member, State};
@@ -112,7 +113,9 @@ impl Core {
         let own = &self.id().name;
         let bounds = self.profile.bounds(self.alive_count() + 1);
         for suspicion in self.suspicions.values() {
-            sooner(suspicion.deadline(&bounds, own).filter(|_| self.profile.detector == Detector::Lifeguard));
+            sooner(
+                suspicion.deadline(&bounds, own, &self.unrest).filter(|_| self.profile.detector == Detector::Lifeguard),
+            );
             sooner(suspicion.expires());
             sooner(Some(suspicion.next_appeal).filter(|_| suspicion.has_vote(own)));
         }
@@ -143,6 +146,12 @@ impl Core {
         self.check(name, now);
     }
 
+    /// Those whose signs of life matter now: the members that are checked or accused, and those that are checked next.
+    pub fn in_question(&self) -> BTreeSet<NodeName> {
+        let watched = self.ring.successors(&self.id().name).cloned();
+        watched.chain(self.checks.targets().cloned()).chain(self.suspicions.keys().cloned()).collect()
+    }
+
     /// Returns when `name` last answered this node; none before it did, and after it was declared failed.
     pub fn answered_at(&self, name: &NodeName) -> Option<Instant> {
         self.roster.find(name)?.heard
@@ -170,6 +179,7 @@ impl Core {
     /// Doubts itself after a late wake-up, and leaves everybody the time that it slept.
     fn blame_lateness(&mut self, now: Instant) {
         let late = now.saturating_duration_since(self.poll_timeout());
+        self.lag.note(late);
         if late <= LATE || self.profile.detector == Detector::Plain {
             return;
         }
@@ -311,10 +321,11 @@ impl Core {
     pub(super) fn judge(&mut self, now: Instant) {
         let own = self.id().name.clone();
         let bounds = self.profile.bounds(self.alive_count() + 1);
+        let unrest = &self.unrest;
         let (mut failed, mut appeals) = (Vec::new(), Vec::new());
         for (name, suspicion) in &mut self.suspicions {
             self.stats.advisories_ignored += suspicion.expire(now) as u64;
-            let is_due = suspicion.deadline(&bounds, &own).is_some_and(|at| at <= now);
+            let is_due = suspicion.deadline(&bounds, &own, unrest).is_some_and(|at| at <= now);
             if is_due && self.profile.detector == Detector::Lifeguard {
                 failed.push(name.clone());
             } else if suspicion.has_vote(&own) && suspicion.next_appeal <= now {
@@ -434,6 +445,18 @@ impl Core {
             self.when.blamed_last = Some(now);
             self.health.worsen(1);
         }
+        self.raise_incarnation(now);
+    }
+
+    /// Says this node's word anew: its key is another, and nobody can check the old word any more.
+    pub fn restate(&mut self, now: Instant) {
+        if !self.has_left {
+            self.raise_incarnation(now);
+        }
+    }
+
+    /// Lives on under the next incarnation.
+    fn raise_incarnation(&mut self, now: Instant) {
         let Some(next) = self.incarnation.checked_add(1).filter(|next| *next < u16::MAX) else {
             self.renew(now);
             return;

@@ -9,17 +9,24 @@ use rand::seq::SliceRandom as _;
 use tokio::time::Instant;
 
 use super::demands::REPORT_COPIES;
+use super::health::Lag;
 use super::packet::{self, Call, CallPacket, Envelope, Kind};
 use super::ring::ALL_NEIGHBOURS_MAX;
 use super::statement::{Certainty, Leave, Statement};
-use super::{Broadcast, Cause, Core, Detector, LEAVE_FANOUT_MAX, MeshId, Output, swim};
+use super::{Broadcast, Cause, Core, Detector, LEAVE_FANOUT_MAX, MeshId, Output, PACKET_BYTES_MAX, swim};
 use crate::model::{MemberStatus, NodeName};
 
 /// Shortest time between two rounds that spread news at once; what comes between waits for the next. In unrest it is the
-/// profile's period: a storm (half of a mesh failing) takes five rounds of three packets a second.
+/// profile's period: a storm (half of a mesh coming back) takes five rounds of three packets a second.
 const SPREAD_PAUSE: Duration = Duration::from_millis(25);
 /// Least copies of one piece of news that a node sends: while a mesh comes up nobody knows how large it is.
 const COPIES_MIN: u32 = 10;
+/// How many times longer news waits in unrest while it does not fill a packet: a newcomer each 0.4 s is two items, and the
+/// five rounds a second would carry one or two in each packet.
+const UNREST_WAIT: u32 = 3;
+/// Copies of a newcomer's records and word while there are many newcomers: by chance one in 50 members hears of none, and
+/// comparing repairs that. With [`COPIES_MIN`] half of a starting mesh's packets would be repetitions.
+const UNREST_COPIES: u32 = 4;
 /// Longest that calls to the gone are put apart: about four minutes, so that no mesh forgets them.
 const RECALL_STRETCH_MAX: u32 = 120;
 /// To how many members at a time news goes.
@@ -71,8 +78,8 @@ impl Records {
         self.agreed_at.filter(|_| self.unequal_since.is_none())
     }
 
-    /// Takes a peer's hash; returns whether it is time to compare with it.
-    pub(super) fn hear(&mut self, theirs: u64, now: Instant) -> bool {
+    /// Takes a peer's hash; returns whether it is time to compare with it, `lag` being this node's.
+    pub(super) fn hear(&mut self, theirs: u64, lag: Lag, now: Instant) -> bool {
         let Some(own) = self.own else { return false };
         if own == theirs {
             self.unequal_since = None;
@@ -85,7 +92,7 @@ impl Records {
         if now < self.next || !(is_settled || is_long) {
             return false;
         }
-        self.next = now + Self::DIFFERS_EVERY;
+        self.next = now + lag.lengthen(Self::DIFFERS_EVERY);
         true
     }
 }
@@ -266,11 +273,12 @@ impl Core {
         if let Broadcast::Said(Statement::Demand(_)) = broadcast {
             return self.spread_demand(broadcast, now);
         }
-        if !self.news.add(broadcast) {
+        let is_restless = self.unrest.is_at(now);
+        let most = if is_restless && self.is_repaired(broadcast) { UNREST_COPIES } else { u32::MAX };
+        if !self.news.add_at_most(broadcast, most) {
             return false;
         }
-        // Where much happens, few full packets are worth more than many at once.
-        let pause = if self.unrest.is_at(now) { self.profile.gossip_period } else { SPREAD_PAUSE };
+        let pause = if is_restless { self.spread_period(now) } else { self.lag.lengthen(SPREAD_PAUSE) };
         let at = self.when.spread_last.map_or(now, |last| (last + pause).max(now));
         self.when.spread = Some(self.when.spread.map_or(at, |planned| planned.min(at)));
         self.spread_due(now);
@@ -291,8 +299,15 @@ impl Core {
             }
         }
         if self.has_news() {
-            self.when.spread = Some(now + self.profile.gossip_period);
+            self.when.spread = Some(now + self.spread_period(now));
         }
+    }
+
+    /// How long after a round of news the next one comes. Where much happens, few full packets are worth more than many.
+    fn spread_period(&self, now: Instant) -> Duration {
+        let is_scanty = self.unrest.is_at(now) && self.news.weight() < PACKET_BYTES_MAX;
+        let period = if is_scanty { self.profile.gossip_period * UNREST_WAIT } else { self.profile.gossip_period };
+        self.lag.lengthen(period)
     }
 
     fn has_news(&self) -> bool {
@@ -346,6 +361,17 @@ impl Core {
         true
     }
 
+    /// Whether others learn of it soon by other ways where this node says it too seldom: another's records by comparing, its
+    /// first word by its records and by asking for lives.
+    fn is_repaired(&self, broadcast: &Broadcast) -> bool {
+        let own = &self.id().name;
+        match broadcast {
+            Broadcast::Delta { node, .. } | Broadcast::IHave { node, .. } => node != own,
+            Broadcast::Said(Statement::Life(claim)) => claim.incarnation == 0 && claim.id.name != *own,
+            Broadcast::Said(_) => false,
+        }
+    }
+
     /// How often one piece of news is sent on: four times per decade of members, as memberlist does on a LAN, so that by
     /// chance alone nobody is left out.
     fn copies(&self) -> u32 {
@@ -363,14 +389,14 @@ mod tests {
         let now = crate::clock::now();
         let at = |millis| now + Duration::from_millis(millis);
         let mut records = Records::new(now);
-        assert!(!records.hear(1, now), "nothing is known of the own records");
+        assert!(!records.hear(1, Lag::default(), now), "nothing is known of the own records");
         records.set_own(2, now);
-        assert!(!records.hear(2, at(500)), "equal");
-        assert!(!records.hear(1, at(399)), "the change may still spread by itself");
-        assert!(records.hear(1, at(400)));
-        assert!(!records.hear(1, at(899)), "at most two a second");
+        assert!(!records.hear(2, Lag::default(), at(500)), "equal");
+        assert!(!records.hear(1, Lag::default(), at(399)), "the change may still spread by itself");
+        assert!(records.hear(1, Lag::default(), at(400)));
+        assert!(!records.hear(1, Lag::default(), at(899)), "at most two a second");
         // A hash that changes all the time does not put it off for ever.
         records.set_own(3, at(1300));
-        assert!(records.hear(1, at(1400)));
+        assert!(records.hear(1, Lag::default(), at(1400)));
     }
 }

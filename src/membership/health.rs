@@ -36,9 +36,35 @@ impl LocalHealth {
     }
 }
 
-/// So many members that came, came back or refuted an accusation within [`UNREST_SPAN`] are unrest, if they are a tenth of the
-/// living as well.
+/// A timer may be served so late on a host that has time enough.
+const LAG_FREE: Duration = Duration::from_millis(20);
+/// More counts as much: a process that was stopped is not slow.
+const LAG_MAX: Duration = Duration::from_millis(200);
+/// How many times the lag news waits for more to go with it. A host whose processes wait for a processor for 100 ms sends a
+/// quarter of the packets: each costs it three wake-ups, and what it may send at most takes half of a core for 100 agents.
+const LAG_FACTOR: u32 = 8;
+
+/// How late this node's timers are served: the average of the last dozen. Where many agents share a host, nothing but
+/// themselves can slow them down before they keep each other from work.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Lag(Duration);
+
+impl Lag {
+    /// Notes that a timer was served so late.
+    pub(super) fn note(&mut self, late: Duration) {
+        self.0 = (self.0 * 7 + late.min(LAG_MAX)) / 8;
+    }
+
+    /// Lengthens a pause between packets that can wait.
+    pub(super) fn lengthen(self, pause: Duration) -> Duration {
+        pause + self.0.saturating_sub(LAG_FREE) * LAG_FACTOR
+    }
+}
+
+/// So many members that came, came back or refuted an accusation within [`UNREST_SPAN`] are unrest, if they are one in
+/// [`UNREST_SHARE`] of the living as well.
 const UNREST_MIN: usize = 12;
+const UNREST_SHARE: usize = 16;
 pub(super) const UNREST_SPAN: Duration = Duration::from_secs(10);
 /// How many times longer checks take in unrest.
 const UNREST_STRETCH: u32 = 4;
@@ -57,13 +83,17 @@ pub(super) struct Unrest {
 }
 
 impl Unrest {
+    /// None.
+    #[cfg(test)]
+    pub(super) const CALM: Self = Self { since: None, who: BTreeSet::new(), until: None };
+
     /// Notes that `member` came, came back or refuted an accusation; `living` members are there now.
     pub(super) fn note(&mut self, member: &NodeName, living: usize, now: Instant) {
         if self.since.is_none_or(|since| now >= since + UNREST_SPAN) {
             self.since = Some(now);
             self.who.clear();
         }
-        let enough = UNREST_MIN.max(living / 10);
+        let enough = UNREST_MIN.max(living / UNREST_SHARE);
         if self.who.len() < enough && !self.who.contains(member) {
             self.who.insert(member.clone());
         }
@@ -75,6 +105,16 @@ impl Unrest {
     /// Stretches a timer.
     pub(super) fn stretch(&self, timer: Duration, now: Instant) -> Duration {
         if self.is_at(now) { timer * UNREST_STRETCH } else { timer }
+    }
+
+    /// Returns when something is over that began at `since` and takes `time` in calm: in unrest as many times longer as a
+    /// check, and no longer than the unrest.
+    pub(super) fn end_of(&self, since: Instant, time: Duration) -> Instant {
+        let end = since + time;
+        match self.until {
+            Some(until) if end < until => (since + time * UNREST_STRETCH).min(until),
+            _ => end,
+        }
     }
 
     /// Whether it is restless at `now`.
@@ -125,6 +165,34 @@ mod tests {
             crowd(&mut unrest, 1..4, 20, (now, Duration::ZERO));
         }
         assert_eq!(unrest.stretch(second, now), second);
+    }
+
+    #[test]
+    fn a_suspicion_lasts_longer_in_unrest_and_ends_with_it() {
+        let (now, second) = (crate::clock::now(), Duration::from_secs(1));
+        let mut unrest = Unrest::default();
+        assert_eq!(unrest.end_of(now, second), now + second);
+        (0..UNREST_MIN).for_each(|_| unrest.note(20, now));
+        assert_eq!(unrest.end_of(now, second), now + 4 * second);
+        assert_eq!(unrest.end_of(now, 3 * second), now + UNREST_SPAN);
+        assert_eq!(unrest.end_of(now + 9 * second, second / 2), now + UNREST_SPAN);
+        assert_eq!(unrest.end_of(now + 9 * second, 2 * second), now + 11 * second);
+    }
+
+    #[test]
+    fn who_is_served_late_sends_less_often_and_one_pause_does_not_count() {
+        let pause = Duration::from_millis(200);
+        let mut lag = Lag::default();
+        (0..50).for_each(|_| lag.note(Duration::from_millis(15)));
+        assert_eq!(lag.lengthen(pause), pause, "a loaded machine");
+        lag.note(Duration::from_secs(10));
+        assert!(lag.lengthen(pause) < pause * 2, "SIGSTOP: {:?}", lag.lengthen(pause));
+        (0..50).for_each(|_| lag.note(Duration::from_millis(120)));
+        assert!(lag.lengthen(pause) > pause * 4, "{:?}", lag.lengthen(pause));
+        (0..50).for_each(|_| lag.note(Duration::from_secs(1)));
+        assert!(lag.lengthen(pause) < pause * 9, "{:?}", lag.lengthen(pause));
+        (0..50).for_each(|_| lag.note(Duration::ZERO));
+        assert_eq!(lag.lengthen(pause), pause);
     }
 
     #[test]

@@ -79,7 +79,7 @@ impl Core {
         if is_meant && let Some(incarnation) = suspected {
             self.accused(incarnation, now);
         }
-        if self.is_current(&src) && set_hash.is_some_and(|theirs| self.records.hear(theirs, now)) {
+        if self.is_current(&src) && set_hash.is_some_and(|theirs| self.records.hear(theirs, self.lag, now)) {
             self.outputs.push_back(Output::Differs { peer: src });
         }
         result

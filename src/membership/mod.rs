@@ -66,7 +66,7 @@ use budget::Budget;
 use checks::Checks;
 use demands::Demands;
 pub use health::LOCAL_HEALTH_WORST;
-use health::{LocalHealth, Unrest};
+use health::{Lag, LocalHealth, Unrest};
 pub use id::{Life, MeshId};
 use news::News;
 use packet::WireCodec;
@@ -273,10 +273,11 @@ pub struct Core {
     goodbye: Option<Leave>,
     /// foca's incarnation of this node, which it does not tell.
     incarnation: u16,
-    /// This node's own word for its present life, once it is signed.
+    /// What [`Core::own_word`] tells.
     own_life: Option<LifeClaim>,
     health: LocalHealth,
     unrest: Unrest,
+    lag: Lag,
     checks: Checks,
     suspicions: BTreeMap<NodeName, Suspicion>,
     /// Strangers that a peer calls gone: not in foca's list, called now and then, believed alive once they answer.
@@ -371,6 +372,7 @@ impl Core {
             own_life: None,
             health: LocalHealth::default(),
             unrest: Unrest::default(),
+            lag: Lag::default(),
             checks: Checks::default(),
             suspicions: BTreeMap::new(),
             gone: BTreeMap::new(),
@@ -392,6 +394,11 @@ impl Core {
     /// This node's identity.
     pub fn id(&self) -> &MeshId {
         self.swim.identity()
+    }
+
+    /// This node's own word for its present life, once it is signed.
+    pub fn own_word(&self) -> Option<&LifeClaim> {
+        self.own_life.as_ref()
     }
 
     /// Whether this node said goodbye.

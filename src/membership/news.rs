@@ -51,6 +51,8 @@ struct Item {
     rank: Rank,
     bytes: Bytes,
     sent: u32,
+    /// It is not sent more often.
+    most: u32,
 }
 
 /// Everything that is on its way from this node.
@@ -63,6 +65,8 @@ pub(super) struct News {
     /// How often each was sent, and which: the first goes first.
     order: BTreeSet<(u32, u64)>,
     number: u64,
+    /// Bytes of all items in packets.
+    weight: usize,
 }
 
 fn classify(broadcast: &Broadcast) -> (Subject, Rank) {
@@ -93,7 +97,13 @@ impl News {
         self.items.len()
     }
 
+    /// Bytes that all items take in packets.
+    pub(super) fn weight(&self) -> usize {
+        self.weight
+    }
+
     pub(super) fn clear(&mut self) {
+        self.weight = 0;
         self.items.clear();
         self.by_subject.clear();
         self.bytes.clear();
@@ -107,6 +117,11 @@ impl News {
 
     /// Takes `broadcast` in; false if something newer about its subject waits already, or it is too large.
     pub(super) fn add(&mut self, broadcast: &Broadcast) -> bool {
+        self.add_at_most(broadcast, u32::MAX)
+    }
+
+    /// As [`News::add`]; it goes out `most` times at most.
+    pub(super) fn add_at_most(&mut self, broadcast: &Broadcast, most: u32) -> bool {
         let Ok(bytes) = wire::encode(broadcast) else { return false };
         if bytes.len() > packet::BROADCAST_BYTES_MAX {
             return false;
@@ -130,8 +145,9 @@ impl News {
         self.order.insert((0, self.number));
         self.by_subject.insert(subject.clone(), self.number);
         let bytes = Bytes::from(bytes);
+        self.weight += packet::weight_of(&bytes);
         self.bytes.insert(bytes.clone());
-        self.items.insert(self.number, Item { subject, rank, bytes, sent: 0 });
+        self.items.insert(self.number, Item { subject, rank, bytes, sent: 0, most });
         true
     }
 
@@ -148,6 +164,7 @@ impl News {
 
     fn remove(&mut self, number: u64) {
         if let Some(item) = self.items.remove(&number) {
+            self.weight -= packet::weight_of(&item.bytes);
             self.by_subject.remove(&item.subject);
             self.bytes.remove(&item.bytes);
             self.order.remove(&(item.sent, number));
@@ -174,7 +191,7 @@ impl News {
             self.order.remove(&(item.sent, number));
             item.sent += 1;
             self.order.insert((item.sent, number));
-            if item.sent >= copies {
+            if item.sent >= copies.min(item.most) {
                 self.remove(number);
             }
         }
@@ -217,6 +234,8 @@ mod tests {
         let in_packet = |broadcast: &Broadcast| wire::encode(broadcast).unwrap();
         assert!(news.holds(&in_packet(&records("x", 6))) && !news.holds(&in_packet(&records("x", 5))));
         assert_eq!(news.bytes.len(), news.len());
+        let taken: usize = [records("x", 6), records("y", 1)].iter().map(|item| in_packet(item).len() + 2).sum();
+        assert_eq!(news.weight(), taken);
         let leave = Leave { node: name("x"), life: Life::default(), prune: false, by: name("x"), signature: vec![] };
         assert!(news.add(&Broadcast::Said(Statement::Leave(leave))), "records do not silence a goodbye");
         assert_eq!(news.len(), 3);
@@ -253,6 +272,21 @@ mod tests {
         }
         let each = wire::encode(&life("n10", 0)).unwrap().len() + 2;
         assert!((each * 30 * 4 - bytes) < 200, "{bytes} bytes in {packets} packets");
+    }
+
+    #[test]
+    fn what_is_repaired_otherwise_goes_out_less_often() {
+        let mut news = News::default();
+        assert!(news.add_at_most(&life("few", 0), 2) && news.add(&life("many", 0)));
+        let sizes = std::iter::repeat_with(|| {
+            let mut packet = vec![0; 60];
+            news.fill(&mut packet, 4);
+            packet.len()
+        });
+        let sizes: Vec<usize> = sizes.take(5).collect();
+        assert!(sizes[0] == sizes[1] && sizes[1] > sizes[2] && sizes[2] == sizes[3], "both, then one: {sizes:?}");
+        assert!(sizes[3] > 60 && sizes[4] == 60, "{sizes:?}");
+        assert_eq!(news.weight(), 0);
     }
 
     #[test]

@@ -356,10 +356,15 @@ pub(super) fn append(packet: &mut Vec<u8>, broadcast: &Broadcast) -> bool {
     wire::encode(broadcast).is_ok_and(|bytes| append_bytes(packet, &bytes))
 }
 
+/// Bytes that an encoded broadcast takes in a packet.
+pub(super) fn weight_of(bytes: &[u8]) -> usize {
+    2 + bytes.len()
+}
+
 /// Appends an encoded broadcast, as [`append`] does.
 pub(super) fn append_bytes(packet: &mut Vec<u8>, bytes: &[u8]) -> bool {
     let Ok(length) = u16::try_from(bytes.len()) else { return false };
-    if packet.len() + 2 + bytes.len() > PACKET_BYTES_MAX {
+    if packet.len() + weight_of(bytes) > PACKET_BYTES_MAX {
         return false;
     }
     packet.put_u16(length);

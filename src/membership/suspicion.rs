@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::health::Unrest;
 use super::id::Life;
 use super::statement::Certainty;
 use crate::model::NodeName;
@@ -142,14 +143,14 @@ impl Suspicion {
         self.believed_since.is_some()
     }
 
-    /// Returns when the member counts as failed; none while the case is advisory.
-    pub(super) fn deadline(&self, bounds: &Bounds, own: &NodeName) -> Option<Instant> {
+    /// Returns when the member counts as failed, later in `unrest`; none while the case is advisory.
+    pub(super) fn deadline(&self, bounds: &Bounds, own: &NodeName, unrest: &Unrest) -> Option<Instant> {
         let since = self.believed_since?;
         let confirmed = u32::try_from(self.votes.len().saturating_sub(1)).unwrap_or(u32::MAX);
         if self.has_crashed_for(own) {
             return Some(since);
         }
-        let at = if self.is_certain() { since } else { since + bounds.timeout(confirmed) };
+        let at = if self.is_certain() { since } else { unrest.end_of(since, bounds.timeout(confirmed)) };
         Some(self.put_off.map_or(at, |until| until.max(at)))
     }
 
@@ -189,6 +190,8 @@ impl Suspicion {
 mod tests {
     use super::*;
 
+    const CALM: &Unrest = &Unrest::CALM;
+
     fn name(text: &str) -> NodeName {
         text.parse().unwrap()
     }
@@ -210,7 +213,7 @@ mod tests {
         use Certainty::Silent;
         let now = crate::clock::now();
         let wait = |votes: &[(&str, Certainty)]| {
-            case(votes, now).deadline(&bounds(), &name("own")).map(|deadline| deadline - now)
+            case(votes, now).deadline(&bounds(), &name("own"), CALM).map(|deadline| deadline - now)
         };
         let alone = wait(&[("own", Silent)]).unwrap();
         assert_eq!(alone, Duration::from_secs(3));
@@ -231,13 +234,13 @@ mod tests {
         use Certainty::{Crashed, Silent};
         let now = crate::clock::now();
         let own = name("own");
-        assert_eq!(case(&[("a", Silent)], now).deadline(&bounds(), &own), None);
-        assert_eq!(case(&[("a", Crashed)], now).deadline(&bounds(), &own), None);
-        assert!(case(&[("a", Silent), ("b", Silent)], now).deadline(&bounds(), &own).is_some());
+        assert_eq!(case(&[("a", Silent)], now).deadline(&bounds(), &own, CALM), None);
+        assert_eq!(case(&[("a", Crashed)], now).deadline(&bounds(), &own, CALM), None);
+        assert!(case(&[("a", Silent), ("b", Silent)], now).deadline(&bounds(), &own, CALM).is_some());
         // Refused ports are certain: this node's own, or two others'.
-        assert_eq!(case(&[("own", Crashed)], now).deadline(&bounds(), &own), Some(now));
-        assert_eq!(case(&[("a", Crashed), ("b", Crashed)], now).deadline(&bounds(), &own), Some(now));
-        assert!(case(&[("a", Crashed), ("b", Silent)], now).deadline(&bounds(), &own).unwrap() > now);
+        assert_eq!(case(&[("own", Crashed)], now).deadline(&bounds(), &own, CALM), Some(now));
+        assert_eq!(case(&[("a", Crashed), ("b", Crashed)], now).deadline(&bounds(), &own, CALM), Some(now));
+        assert!(case(&[("a", Crashed), ("b", Silent)], now).deadline(&bounds(), &own, CALM).unwrap() > now);
     }
 
     #[test]
@@ -245,10 +248,10 @@ mod tests {
         let now = crate::clock::now();
         let mut suspicion = case(&[("a", Certainty::Crashed), ("b", Certainty::Crashed)], now);
         suspicion.put_off(now + Duration::from_secs(1));
-        assert_eq!(suspicion.deadline(&bounds(), &name("own")), Some(now + Duration::from_secs(1)));
+        assert_eq!(suspicion.deadline(&bounds(), &name("own"), CALM), Some(now + Duration::from_secs(1)));
         // What this node meets itself is not kept waiting.
         suspicion.vote(&name("own"), 0, Certainty::Crashed, &name("own"), now);
-        assert_eq!(suspicion.deadline(&bounds(), &name("own")), Some(now));
+        assert_eq!(suspicion.deadline(&bounds(), &name("own"), CALM), Some(now));
     }
 
     #[test]

@@ -228,7 +228,8 @@ async fn by_stored(
     let mut seeds = resolve(&config.join).await;
     seeds.extend(stored_peers(store)?.into_iter().take(ASKED_MAX));
     let bundle = stored_documents(store, stored.bundle())?.bundle();
-    let renewal = join::renew(&seeds, &stored, &bundle, clock::wall());
+    let key = JoinKey::new()?;
+    let renewal = join::renew(&seeds, &stored, &key, &bundle, clock::wall());
     match tokio::time::timeout(ASK_TIME_MAX, Box::pin(renewal)).await {
         Ok(Ok(renewed)) => {
             info!("the certificate on disk still counts and was renewed; the new token is not needed");
@@ -261,7 +262,8 @@ fn stored_peers(store: &Store) -> Result<Vec<SocketAddr>, StoreError> {
 async fn renew_ended(config: &Config, store: &Store, ended: &NodeAuthority) -> Result<NodeAuthority, IdentityError> {
     warn!(until = ended.not_after().0, "the node's certificate has ended; asking an issuer to renew it");
     let bundle = stored_documents(store, ended.bundle())?.bundle();
-    match (ask(config, &stored_peers(store)?, Wish::Renewal(ended, &bundle)).await, &config.identity) {
+    let key = JoinKey::new()?;
+    match (ask(config, &stored_peers(store)?, Wish::Renewal(ended, &key, &bundle)).await, &config.identity) {
         (Err(IdentityError::Join(refused)), IdentitySource::Token(text)) => {
             warn!(error = %Chain(&refused), "renewal refused; using the token");
             by_token(config, store, &text.reveal().parse()?).await
@@ -289,8 +291,8 @@ fn join_key(store: &Store) -> Result<JoinKey, IdentityError> {
 #[derive(Clone, Copy)]
 enum Wish<'a> {
     Token(&'a Token, &'a JoinKey),
-    /// Of this authority, by a node that believes this.
-    Renewal(&'a NodeAuthority, &'a TrustBundle),
+    /// Of this authority, for this key, by a node that believes this.
+    Renewal(&'a NodeAuthority, &'a JoinKey, &'a TrustBundle),
 }
 
 /// Whether there is anybody to ask: a seed, or a peer of the last run.
@@ -310,7 +312,9 @@ async fn ask(config: &Config, peers: &[SocketAddr], wish: Wish<'_>) -> Result<No
         let now = clock::wall();
         let answer = match wish {
             Wish::Token(token, key) => join::request_certificate(&seeds, token, key, &config.node_name, now).await,
-            Wish::Renewal(old, bundle) => join::renew(&seeds, old, bundle, now).await.map(|renewed| renewed.authority),
+            Wish::Renewal(old, key, bundle) => {
+                join::renew(&seeds, old, key, bundle, now).await.map(|renewed| renewed.authority)
+            }
         };
         match answer {
             Ok(authority) => return Ok(authority),
@@ -378,6 +382,17 @@ enum Urgency {
     Alone,
 }
 
+/// What a renewal is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Reason {
+    /// Half of the certificate's life is over, or it has not begun.
+    Due,
+    /// As [`Urgency::NewRoot`].
+    NewRoot,
+    /// As [`Urgency::Alone`].
+    Alone,
+}
+
 /// Renews leaves locally, and the node's own certificate by an issuer from half its life on.
 pub(super) struct Renewal {
     pub(super) identity: Arc<Identity>,
@@ -425,9 +440,18 @@ impl Renewal {
             }
             // A certificate that is due is renewed the usual way first: an issuer by itself.
             let is_alone = urgency == Some(Urgency::Alone) && !is_due;
-            match self.renew_authority(&authority, is_alone, now).await {
+            let reason = match urgency {
+                Some(Urgency::Alone) if is_alone && !is_early => Reason::Alone,
+                Some(Urgency::NewRoot) if !is_due && !is_early => Reason::NewRoot,
+                _ => Reason::Due,
+            };
+            match self.renew_authority(&authority, reason, now).await {
                 Ok(until) => {
-                    info!(until = until.0, "renewed the node's certificate");
+                    if let Some(until) = until {
+                        info!(until = until.0, "renewed the node's certificate");
+                    } else {
+                        debug!("this node is alone, and an issuer has nothing new to tell it");
+                    }
                     next_walk = clock::now() + WALK_REST;
                 }
                 Err(IdentityError::Join(refused @ JoinError::Revoked { .. })) => {
@@ -490,23 +514,31 @@ impl Renewal {
         self.connections.recheck(&self.identity.bundle(), now, is_current);
     }
 
+    /// Renews the certificate and returns its end; none: what an issuer granted says no more than the old one.
+    ///
+    /// A new key comes with each half of a certificate's life, and in between the old one stays: what it signed is on its way
+    /// to others, and would look forged to whoever has heard of another.
     async fn renew_authority(
         &self,
         old: &NodeAuthority,
-        is_alone: bool,
+        reason: Reason,
         now: UnixSeconds,
-    ) -> Result<UnixSeconds, IdentityError> {
+    ) -> Result<Option<UnixSeconds>, IdentityError> {
         let bundle = self.identity.bundle();
         // An issuer that nobody answers may itself stand under a root that the others have left.
-        let issuer = self.issuer.active(&bundle, now).filter(|_| !is_alone);
+        let issuer = self.issuer.active(&bundle, now).filter(|_| reason != Reason::Alone);
         let renewed = if let Some(issuer) = issuer {
             issuer.self_certify(old.node(), old.scope(), now)?
         } else {
-            let renewed = join::renew(&self.askable().await, old, &bundle, now).await?;
+            let key = if reason == Reason::Due { JoinKey::new()? } else { old.key()? };
+            let renewed = join::renew(&self.askable().await, old, &key, &bundle, now).await?;
             for link in renewed.links {
                 if let Err(err) = self.gossip.documents().offer(link).await {
                     debug!(error = %Chain(&err), "a link between roots is of no use here");
                 }
+            }
+            if reason == Reason::Alone && renewed.authority.chain().get(1) == old.chain().get(1) {
+                return Ok(None);
             }
             renewed.authority
         };
@@ -518,7 +550,7 @@ impl Renewal {
         if let Ok(Err(err)) = tokio::task::spawn_blocking(move || store.put_identity(&bytes)).await {
             error!(error = %Chain(&err), "the renewed certificate is in use but not on disk; a restart begins with the old one");
         }
-        Ok(until)
+        Ok(Some(until))
     }
 
     /// Live issuers first, in random order, then whoever is alive (it names the issuers that it knows), then the failed

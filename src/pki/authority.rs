@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::certificate::{
     CONTEXT_NODE, CONTEXT_RENEW, LEAF_LIFE, Validity, generate_key, leaf_params, private_key, sign,
 };
+use super::join::JoinKey;
 use super::{PkiError, Revocations, Svid, TrustBundle, VerifyError, verify};
 use crate::clock::UnixSeconds;
 use crate::model::{NodeName, ServeScope, ServiceName, SpiffeId, TrustDomain};
@@ -157,6 +158,11 @@ impl NodeAuthority {
     /// A context is signed with it, so that no message can pass for a certificate or a renewal.
     pub fn sign(&self, message: &[u8]) -> Result<Vec<u8>, PkiError> {
         sign(self.signer.key(), CONTEXT_NODE, message)
+    }
+
+    /// The own key, for a certificate in place of this one.
+    pub(crate) fn key(&self) -> Result<JoinKey, PkiError> {
+        JoinKey::from_bytes(self.signer.key().serialize_der())
     }
 
     /// Signs a renewal's proof.

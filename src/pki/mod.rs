@@ -60,7 +60,8 @@ pub(crate) use tls::JoinVerifier;
 pub use tls::{ALPN_GOSSIP, ALPN_JOIN, ALPN_TUNNEL};
 pub use token::{Token, TokenClaims, TokenError, create_token};
 pub use verify::{
-    Utc, VerifyError, check_revoked, root_bundle, root_key_of, verify_peer, verify_presented, verify_signed_by_node,
+    NodeChain, Utc, VerifyError, check_revoked, root_bundle, root_key_of, verify_peer, verify_presented,
+    verify_signed_by_node,
 };
 
 /// Which plane a connection is for; each has its own ALPN.

@@ -276,6 +276,11 @@ impl NodeState {
         &self.signed.chain
     }
 
+    /// The same, to be held.
+    pub(crate) fn shared_chain(&self) -> Arc<Vec<Vec<u8>>> {
+        Arc::clone(&self.signed.chain)
+    }
+
     /// Returns whose state it is.
     pub fn node(&self) -> &NodeName {
         &self.signed.head.node

@@ -159,6 +159,72 @@ pub(crate) fn idle(world: &mut World, time: Duration) -> Idle {
     }
 }
 
+/// What each newcomer costs each member, sent: beside what a mesh at rest sends.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Cost {
+    pub(crate) packets: f64,
+    pub(crate) stream_packets: f64,
+    pub(crate) acks: f64,
+    pub(crate) dials: f64,
+    /// Until all know all, from the last start on.
+    pub(crate) took: Duration,
+}
+
+impl Cost {
+    /// Counts what was sent since `before`, less what `rest` says of so much time; hosts that were not there count from zero.
+    fn of(world: &World, before: &[host::Traffic], rest: Option<&Idle>, newcomers: usize, took: Duration) -> Self {
+        let mut sum = host::Traffic::default();
+        let zero = host::Traffic::default();
+        let each = world.hosts.iter().zip(before.iter().chain(std::iter::repeat(&zero)));
+        each.for_each(|(host, before)| sum.add(&host.traffic.since(before)));
+        let pairs = (world.hosts.len() * newcomers) as f64;
+        let at_rest = |of: fn(&Idle) -> f64| rest.map_or(0.0, of) * took.as_secs_f64() / newcomers as f64;
+        Self {
+            packets: sum.packets as f64 / pairs - at_rest(|idle| idle.packets),
+            stream_packets: sum.stream_packets as f64 / pairs - at_rest(|idle| idle.stream_packets),
+            acks: sum.acks as f64 / pairs - at_rest(|idle| idle.acks),
+            dials: sum.dials as f64 / pairs - at_rest(|idle| idle.dials),
+            took,
+        }
+    }
+
+    fn show(&self) -> String {
+        let Self { packets, stream_packets, acks, dials, took } = self;
+        format!(
+            "{packets:.2} packets, {stream_packets:.2} of streams, {acks:.2} acks, {dials:.3} dials; all after {}",
+            show(*took)
+        )
+    }
+}
+
+/// Starts `count` hosts 15 ms apart and counts until all know all, and how long that takes from the last start on.
+pub(crate) fn start(count: usize, seed: u64, settings: &Settings) -> Cost {
+    let mut world = World::new(seed, settings.clone());
+    world.add_hosts(count);
+    for host in 0..count {
+        world.start(host);
+        world.run(Duration::from_millis(15));
+    }
+    let took = world.run_until(120 * SECOND, World::has_converged).expect("all know all");
+    Cost::of(&world, &[], None, count, took)
+}
+
+/// Adds `newcomers` to a mesh of `count`, 15 ms apart, and counts for 20 s what that costs beside the rest.
+pub(crate) fn newcomers(count: usize, newcomers: usize, seed: u64, settings: &Settings) -> Cost {
+    let mut world = scenarios::mesh(count, 1, seed, settings.clone());
+    world.run(60 * SECOND);
+    let rest = idle(&mut world, 30 * SECOND);
+    let before: Vec<_> = world.hosts.iter().map(|host| host.traffic).collect();
+    world.add_hosts(newcomers);
+    for host in count..count + newcomers {
+        world.start(host);
+        world.run(Duration::from_millis(15));
+    }
+    let took = world.run_until(60 * SECOND, World::has_converged).expect("all know all");
+    world.run(20 * SECOND - took.min(20 * SECOND));
+    Cost { took, ..Cost::of(&world, &before, Some(&rest), newcomers, 20 * SECOND) }
+}
+
 /// Stops a host for 10 s: (unrouted everywhere, back everywhere after it went on, others that flapped).
 pub(crate) fn sigstop(count: usize, seed: u64, settings: &Settings) -> (Duration, Duration, usize) {
     let mut world = World::joined(count, seed, settings.clone());
@@ -245,7 +311,7 @@ pub(crate) fn readdressed(count: usize, seed: u64, settings: &Settings) -> Durat
 pub(crate) type Group = (&'static str, fn(&Settings, &mut dyn FnMut(Figure)));
 
 /// Everything that the mesh must reach and that a simulation can show, by group.
-pub(crate) const GROUPS: [Group; 11] = [
+pub(crate) const GROUPS: [Group; 12] = [
     ("kill", kill_figures),
     ("kill-1000", |settings, report| kill_figure(1000, 1, 5, settings, report)),
     ("register", |settings, report| register_figures(20, 20, 5, settings, report)),
@@ -256,6 +322,7 @@ pub(crate) const GROUPS: [Group; 11] = [
     ("readdress", readdress_figures),
     ("idle", idle_figures),
     ("idle-1000", large_idle_figure),
+    ("newcomers", newcomer_figures),
     ("false-positives", false_positive_figures),
 ];
 
@@ -358,6 +425,23 @@ fn idle_figure(world: &mut World, instances: usize, time: Duration, report: &mut
     eprintln!("{}", classes(world, time, (acks, dials)));
     let name = format!("idle, N={}, {instances} instances", world.hosts.len());
     report(Figure::new(name, "1,000 B/s", measured, wire_bytes <= 1000.0));
+}
+
+/// No bound is asked for: these are what changes of the gossip are held against.
+fn newcomer_figures(settings: &Settings, report: &mut dyn FnMut(Figure)) {
+    for (count, fresh) in [(20, 1), (100, 1), (200, 1), (200, 20)] {
+        let cost = newcomers(count, fresh, 1, settings);
+        report(Figure::new(
+            format!("{fresh} newcomers, N={count}: sent by each member for each"),
+            "",
+            cost.show(),
+            true,
+        ));
+    }
+    for count in [20, 100, 200] {
+        let cost = start(count, 1, settings);
+        report(Figure::new(format!("start of {count}: sent by each for each"), "", cost.show(), true));
+    }
 }
 
 /// One seed in so many is run with plain foca as well: its count is thousands per seed, and only its order of magnitude counts.

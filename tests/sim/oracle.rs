@@ -124,7 +124,7 @@ impl World {
         let names = self.hosts.len();
         assert!(sizes.syncs <= SYNCS_MAX && sizes.pulls <= weft::gossip::engine::PULLS_MAX, "{at}: {sizes:?}");
         assert!(sizes.members < names && sizes.nodes <= names, "{at}: {sizes:?} of {names} names");
-        assert!(sizes.refusals <= names, "{at}: {sizes:?}");
+        assert!(sizes.refusals <= names && sizes.wanted <= names, "{at}: {sizes:?}");
         let core = sizes.core;
         // foca keeps a few timers per probe and per suspect.
         assert!(core.timers <= 64 + 4 * names, "{at}: {sizes:?}");

@@ -147,7 +147,35 @@ impl Actor {
         self.engine.replica().nodes().filter_map(of).collect()
     }
 
-    pub(super) fn show_members(&self) {
+    /// When the next snapshot and list of members are due; none: everything is shown.
+    pub(super) fn show_at(&self) -> Option<Instant> {
+        (!self.unshown.is_empty() || self.are_members_unshown).then(|| self.show_pace.next_at())
+    }
+
+    /// Publishes a snapshot and the list of members if they changed: what this node did at once, the rest at its pace.
+    pub(super) fn show_what_changed(&mut self, now: Instant) {
+        self.unshown.append(&mut self.engine.take_dirty());
+        self.are_members_unshown |= self.engine.take_members_changed();
+        let is_own = self.unshown.contains(&self.engine.node().name) || self.builder.has_changed();
+        let is_pending = !self.unshown.is_empty() || self.are_members_unshown;
+        let is_due = is_own || (is_pending && self.show_pace.take(now));
+        if !is_due {
+            return;
+        }
+        for name in std::mem::take(&mut self.unshown) {
+            let status = self.engine.status_of(&name);
+            self.builder.set_node(&name, self.engine.replica().state(&name), status);
+        }
+        if let Some(snapshot) = self.builder.build() {
+            self.publisher.publish(snapshot);
+        }
+        if std::mem::take(&mut self.are_members_unshown) {
+            self.show_members();
+            self.watch_successors();
+        }
+    }
+
+    fn show_members(&self) {
         let (node, replica) = (self.engine.node(), self.engine.replica());
         let info = |name: &NodeName| replica.state(name).and_then(|state| state.info.clone());
         let own = MemberView {

@@ -111,9 +111,9 @@ impl Actor {
         }
     }
 
-    /// Tells the engine which peers acknowledge what they are sent.
-    pub(super) fn tell_signs_of_life(&mut self, now: Instant) {
-        for (peer, came_at) in self.links.signs_of_life(now) {
+    /// Tells the engine which of `peers` acknowledge what they are sent.
+    pub(super) fn tell_signs_of_life(&mut self, peers: impl IntoIterator<Item = NodeName>, now: Instant) {
+        for (peer, came_at) in self.links.signs_of_life(peers, now) {
             self.turn(now, |engine, turn| engine.evidence_alive(&peer, came_at, turn));
         }
     }
@@ -138,7 +138,7 @@ impl Actor {
             return;
         }
         // What it acknowledged before is no answer.
-        self.tell_signs_of_life(now);
+        self.tell_signs_of_life([id.name.clone()], now);
         self.turn(now, |engine, turn| engine.question(&id.name, turn));
         let round_trip = self.links.open(&id.name).map(Connection::rtt).unwrap_or_default();
         let until = now + LIFE_SHOWS_IN + 2 * round_trip;
@@ -152,7 +152,7 @@ impl Actor {
     pub(super) fn port_doubted(&mut self, id: &MeshId, since: Instant, now: Instant) {
         self.doubted.remove(id);
         self.drain_inputs(now);
-        self.tell_signs_of_life(now);
+        self.tell_signs_of_life([id.name.clone()], now);
         let answered = self.engine.membership().answered_at(&id.name);
         if answered.is_none_or(|at| at <= since) {
             self.port_refused(id, now);
@@ -209,7 +209,7 @@ impl Actor {
     pub(super) fn challenged(&mut self, challenge: Challenge, holder: Holder, now: Instant) {
         self.challenges -= 1;
         self.drain_inputs(now);
-        self.tell_signs_of_life(now);
+        self.tell_signs_of_life([challenge.id.name.clone()], now);
         self.welcome(challenge, holder.judge());
     }
 

@@ -19,6 +19,7 @@ mod places;
 mod pushes;
 mod rounds;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -216,22 +217,28 @@ impl<C: Cargo> Carrier<C> {
         if !self.rounds.is_round_due(now) {
             return None;
         }
-        let (near, linked) = (self.members.borrow().neighbours.clone(), self.around.transport.live().nodes());
+        let (near, linked) = self.near_and_linked();
         if let Some(peer) = self.rounds.round(&others, &near, &linked, now) {
             self.start_comparison(peer);
         }
         Some(Event::Round)
     }
 
+    /// The neighbours in a large mesh, and to whom connections lead.
+    fn near_and_linked(&self) -> (BTreeSet<NodeName>, BTreeSet<NodeName>) {
+        (self.members.borrow().neighbours.clone(), self.around.transport.live().nodes())
+    }
+
     fn members_changed(&mut self) {
         let others = self.others();
-        for peer in self.rounds.members_changed(&others, clock::now()) {
+        let (near, linked) = self.near_and_linked();
+        for peer in self.rounds.members_changed(&others, &near, &linked, clock::now()) {
             self.start_comparison(peer);
         }
     }
 
     fn start_push(&mut self, to: MemberView, item: C::Item) {
-        let (cargo, reach) = (self.cargo.clone(), self.reach(to.clone()));
+        let (cargo, reach) = (self.cargo.clone(), reach(self.around.gossip.clone(), to.name.clone()));
         let offered = item.clone();
         self.work.spawn(async move {
             let pushed = async { cargo.push(reach.await?, offered).await };
@@ -241,16 +248,13 @@ impl<C: Cargo> Carrier<C> {
     }
 
     fn start_comparison(&mut self, peer: MemberView) {
-        let (cargo, name, reach) = (self.cargo.clone(), peer.name.clone(), self.reach(peer));
+        let (cargo, name) = (self.cargo.clone(), peer.name);
+        let reach = reach(self.around.gossip.clone(), name.clone());
         self.work.spawn(async move {
             let compared = async { cargo.compare(reach.await?, name.clone()).await };
             let result = tokio::time::timeout(C::BOUNDS.compare_time_max, compared).await;
             Event::Compared(name, result.unwrap_or(Err(ExchangeError::Late)))
         });
-    }
-
-    fn reach(&self, peer: MemberView) -> impl Future<Output = Result<Connection, ExchangeError>> + Send + use<C> {
-        reach(self.around.gossip.clone(), self.around.transport.clone(), peer)
     }
 
     fn ended(&mut self, ended: Event<C>) -> Event<C> {
@@ -301,7 +305,7 @@ fn test_bounds() -> Bounds {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::{BTreeMap, BTreeSet};
+    use std::collections::BTreeMap;
 
     use super::*;
 
@@ -370,7 +374,7 @@ mod tests {
                 _event = carrier.next() => {}
                 Some(command) = commands.recv() => {
                     // The answer is dropped with it: it cannot be reached.
-                    let Command::Link(peer, _) = command else { panic!("{command:?}") };
+                    let Command::Reach(peer, _) = command else { panic!("{command:?}") };
                     tried.entry(peer.to_string()).or_default().push((clock::now() - begun).as_secs_f64());
                 }
                 () = tokio::time::sleep_until(begun + time) => return tried,
@@ -394,7 +398,7 @@ mod tests {
         carrier.members.mark_unchanged();
         carrier.have_members_ended = true;
         let (others, now) = (carrier.others(), clock::now());
-        for peer in carrier.rounds.members_changed(&others, now) {
+        for peer in carrier.rounds.members_changed(&others, &BTreeSet::new(), &BTreeSet::new(), now) {
             carrier.rounds.ended(&peer.name, Found::Equal, now);
         }
         (carrier, commands)

@@ -25,8 +25,13 @@ use tokio::time::Instant;
 use crate::gossip::MemberView;
 use crate::model::NodeName;
 
-/// Comparisons that a node begins when it finds the first others alive: one of three may withhold what it has.
+/// Members that a node compares with when it finds the first others alive: one of three may withhold what it has.
 const JOIN_COMPARES: usize = 3;
+/// In a mesh so large that connections lead to a few, the first that no connection leads to are asked a while later: by then
+/// some do, and a newcomer costs no handshakes for this.
+const JOIN_REST: Duration = Duration::from_secs(1);
+/// Most members that are remembered as seen before: more than a membership holds.
+const SEEN_MAX: usize = 32_768;
 /// How many times rarer rounds are while the last comparison found nothing: what the pushes missed is found by comparing
 /// with members that come back, and at last by these.
 const QUIET_FACTOR: u32 = 6;
@@ -67,6 +72,10 @@ pub(super) struct Rounds {
     again: BTreeMap<NodeName, Again>,
     /// The others that answered when it was last looked.
     known_alive: BTreeSet<NodeName>,
+    /// The others that have ever answered.
+    seen: BTreeSet<NodeName>,
+    /// Whom this node has asked as a newcomer; at most [`JOIN_COMPARES`].
+    asked_first: BTreeSet<NodeName>,
 }
 
 impl Rounds {
@@ -81,6 +90,8 @@ impl Rounds {
             under_way: BTreeSet::new(),
             again: BTreeMap::new(),
             known_alive: BTreeSet::new(),
+            seen: BTreeSet::new(),
+            asked_first: BTreeSet::new(),
         }
     }
 
@@ -111,11 +122,31 @@ impl Rounds {
         self.next_round = now + self.jittered(pause);
         let is_near = |member: &&MemberView| near.is_empty() || near.contains(&member.name);
         let candidates: Vec<&MemberView> = alive.iter().filter(is_near).collect();
-        let rank = |member: &MemberView| (self.again.contains_key(&member.name), !linked.contains(&member.name));
+        let is_newcomer = self.has_first_to_ask(alive);
+        let rank = |member: &MemberView| {
+            let is_asked = is_newcomer && self.asked_first.contains(&member.name);
+            (is_asked, self.again.contains_key(&member.name), !linked.contains(&member.name))
+        };
         let best = candidates.iter().map(|member| rank(member)).min()?;
         let chosen: Vec<&MemberView> = candidates.into_iter().filter(|member| rank(member) == best).collect();
         let partner = (*chosen.choose(&mut self.rng)?).clone();
+        if is_newcomer {
+            self.asked_first.insert(partner.name.clone());
+            self.ask_first_soon(alive, now);
+        }
         self.begin(&partner.name, now).then_some(partner)
+    }
+
+    /// Whether this node has asked fewer others than a newcomer should, and there are more.
+    fn has_first_to_ask(&self, alive: &[MemberView]) -> bool {
+        self.asked_first.len() < JOIN_COMPARES && alive.iter().any(|member| !self.asked_first.contains(&member.name))
+    }
+
+    /// Puts the next round forward while a newcomer has others to ask.
+    fn ask_first_soon(&mut self, alive: &[MemberView], now: Instant) {
+        if self.has_first_to_ask(alive) {
+            self.next_round = self.next_round.min(now + JOIN_REST);
+        }
     }
 
     /// Begins a comparison that is to be repeated by now; returns its member.
@@ -136,17 +167,41 @@ impl Rounds {
         self.under_way.iter().any(|peer| self.again.contains_key(peer))
     }
 
-    /// Begins comparisons with members that come or come back; returns them.
-    pub(super) fn members_changed(&mut self, alive: &[MemberView], now: Instant) -> Vec<MemberView> {
-        let mut asked: Vec<MemberView> = if self.known_alive.is_empty() {
-            alive.sample(&mut self.rng, JOIN_COMPARES).cloned().collect()
+    /// Begins comparisons as the list of members changes; returns with whom.
+    ///
+    /// A newcomer asks the first that it finds. Whoever is not new asks those that come back, some three of all of them each:
+    /// they may hold what was said in another part of a mesh that was split. Those that were never there ask by themselves:
+    /// in a mesh so large that connections lead to a few (`near` is not empty) they are left alone.
+    pub(super) fn members_changed(
+        &mut self,
+        alive: &[MemberView],
+        near: &BTreeSet<NodeName>,
+        linked: &BTreeSet<NodeName>,
+        now: Instant,
+    ) -> Vec<MemberView> {
+        let is_small = near.is_empty();
+        let mut asked: Vec<MemberView> = if self.has_first_to_ask(alive) {
+            let is_first = |member: &&MemberView| {
+                !self.asked_first.contains(&member.name) && (is_small || linked.contains(&member.name))
+            };
+            let first: Vec<&MemberView> = alive.iter().filter(is_first).collect();
+            let left = JOIN_COMPARES - self.asked_first.len();
+            first.sample(&mut self.rng, left).map(|member| (*member).clone()).collect()
         } else {
-            // Everybody sees a member come or come back: of all some three ask it.
             let share = (alive.len() / JOIN_COMPARES).max(1);
             let fresh = alive.iter().filter(|member| !self.known_alive.contains(&member.name));
+            let fresh = fresh.filter(|member| is_small || self.seen.contains(&member.name));
             fresh.filter(|_| self.rng.random_range(0..share) == 0).cloned().collect()
         };
+        if self.has_first_to_ask(alive) {
+            self.asked_first.extend(asked.iter().map(|member| member.name.clone()));
+            self.ask_first_soon(alive, now);
+        }
         self.known_alive = alive.iter().map(|member| member.name.clone()).collect();
+        if self.seen.len() >= SEEN_MAX {
+            self.seen.clear();
+        }
+        self.seen.extend(self.known_alive.iter().cloned());
         self.again.retain(|peer, _| self.known_alive.contains(peer));
         asked.retain(|member| self.begin(&member.name, now));
         asked
@@ -246,6 +301,12 @@ mod tests {
             self.all.iter().map(|member| member.name.clone()).collect()
         }
 
+        /// The list changed, in a small mesh.
+        fn members_changed(&mut self) -> Vec<MemberView> {
+            let linked = self.linked();
+            self.rounds.members_changed(&self.all, &BTreeSet::new(), &linked, self.now)
+        }
+
         /// Moves on to what is due next, and returns the seconds since the beginning and whom it asks.
         fn step(&mut self) -> (f64, Vec<MemberView>) {
             self.now = self.now.max(self.rounds.wake_at());
@@ -268,7 +329,7 @@ mod tests {
     fn a_comparison_that_failed_is_begun_again_after_1_2_4_8_and_16_seconds_and_rounds_go_on_with_others() {
         for seed in 0..50 {
             let mut run = Run::new(3, 4, seed);
-            let first = run.rounds.members_changed(&run.all, run.now);
+            let first = run.members_changed();
             assert_eq!(first.len(), 3, "seed {seed}");
             for member in &first {
                 let found = if member.name.as_str() == "n2" { Found::Failed } else { Found::Equal };
@@ -299,7 +360,7 @@ mod tests {
     #[test]
     fn one_success_ends_the_repeats_and_what_is_equal_is_compared_every_30_seconds() {
         let mut run = Run::new(3, 4, 1);
-        let first = run.rounds.members_changed(&run.all, run.now);
+        let first = run.members_changed();
         run.end_all(&first, Found::Equal);
         run.rounds.missed(&run.all[0].name, run.now);
         let (seconds, asked) = run.step();
@@ -324,7 +385,7 @@ mod tests {
     #[test]
     fn a_round_avoids_those_that_failed_and_a_peer_that_is_gone_is_not_asked_again() {
         let mut run = Run::new(2, 4, 3);
-        let first = run.rounds.members_changed(&run.all, run.now);
+        let first = run.members_changed();
         run.end_all(&first, Found::Equal);
         run.rounds.ended(&run.all[0].name, Found::Failed, run.now);
         run.rounds.next_round = run.now;
@@ -338,14 +399,14 @@ mod tests {
         assert_eq!(names(&asked), ["n1"]);
         run.end_all(&asked, Found::Failed);
         run.all = vec![gone];
-        assert!(run.rounds.members_changed(&run.all, run.now).is_empty());
+        assert!(run.members_changed().is_empty());
         assert!(run.rounds.again.is_empty(), "n1 is not alive");
     }
 
     #[test]
     fn places_and_what_is_remembered_are_bounded_and_who_found_no_place_is_asked_when_there_is_one() {
         let mut run = Run::new(20, 2, 4);
-        let first = run.rounds.members_changed(&run.all, run.now);
+        let first = run.members_changed();
         assert_eq!(first.len(), 2, "of three that are chosen at the join two find a place");
         assert_eq!(run.rounds.again.len(), 1);
         assert_eq!(run.rounds.wake_at(), run.rounds.next_round, "nobody is woken for a place that is not there");
@@ -360,5 +421,56 @@ mod tests {
         assert_eq!(run.rounds.wake_at(), run.rounds.next_round, "one is repeated at a time");
         run.end_all(&asked, Found::Equal);
         assert!(run.rounds.wake_at() < run.now + Duration::from_millis(1250));
+    }
+
+    /// A node of a large mesh, whose neighbours are the first eight and to whom connections lead to `linked`.
+    fn large(count: usize, linked: &[&str]) -> (Run, BTreeSet<NodeName>, BTreeSet<NodeName>) {
+        let run = Run::new(count, 4, 5);
+        let near = run.all.iter().take(8).map(|member| member.name.clone()).collect();
+        (run, near, linked.iter().map(|name| name.parse().unwrap()).collect())
+    }
+
+    #[test]
+    fn a_newcomer_of_a_large_mesh_asks_three_others_over_connections_that_there_are() {
+        let (mut run, near, linked) = large(100, &["n1"]);
+        let asked = run.rounds.members_changed(&run.all, &near, &linked, run.now);
+        assert_eq!(names(&asked), ["n1"], "no other connection leads anywhere");
+        run.end_all(&asked, Found::Equal);
+        let linked: BTreeSet<NodeName> = ["n1", "n4", "n7"].map(|name| name.parse().unwrap()).into();
+        let mut second = Vec::new();
+        for _ in 0..2 {
+            let at = run.rounds.wake_at();
+            assert!(at <= run.now + JOIN_REST);
+            run.now = at;
+            let asked: Vec<MemberView> = run.rounds.round(&run.all, &near, &linked, at).into_iter().collect();
+            second.extend(names(&asked));
+            run.end_all(&asked, Found::Equal);
+        }
+        second.sort();
+        assert_eq!(second, ["n4", "n7"]);
+        assert!(run.rounds.wake_at() > run.now + INTERVAL, "then the rounds are rare");
+    }
+
+    #[test]
+    fn in_a_large_mesh_newcomers_are_left_alone_and_those_that_come_back_are_asked() {
+        let (mut run, near, linked) = large(100, &["n1", "n2", "n3"]);
+        let asked = run.rounds.members_changed(&run.all, &near, &linked, run.now);
+        assert_eq!(asked.len(), 3);
+        run.end_all(&asked, Found::Equal);
+        let (all, mut asked) = (run.all.clone(), Vec::new());
+        for new in 0..200 {
+            run.all.push(member(&format!("new{new}")));
+            asked.extend(run.rounds.members_changed(&run.all, &near, &linked, run.now));
+        }
+        assert_eq!(names(&asked), [""; 0]);
+        // Most of them were cut off, again and again: of 300 that see each of 200 come back some three ask it.
+        let mut asked = 0;
+        for _ in 0..20 {
+            run.rounds.members_changed(&all, &near, &linked, run.now);
+            let back = run.rounds.members_changed(&run.all, &near, &linked, run.now);
+            run.end_all(&back, Found::Equal);
+            asked += back.len();
+        }
+        assert!((10..80).contains(&asked), "{asked}");
     }
 }

@@ -212,7 +212,7 @@ pub enum Step {
 pub enum Exchange {
     /// A comparison with this peer.
     Sync(NodeName),
-    /// A pull of this node's state.
+    /// A pull of states from this peer.
     Pull(NodeName),
     /// A goodbye to this peer.
     Goodbye(NodeName),

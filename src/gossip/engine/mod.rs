@@ -23,6 +23,7 @@ mod answer;
 mod goodbye;
 mod joining;
 mod message;
+pub(in crate::gossip) mod pace;
 mod records;
 mod rounds;
 #[cfg(test)]
@@ -44,6 +45,8 @@ pub use self::message::{
     DELTAS_BYTES_MAX, DIGESTS_MAX, Ending, Exchange, Held, HelloReply, Message, Request, Stage, Step, SyncReply, Trade,
     WELCOME_MEMBERS_MAX,
 };
+use self::pace::Pace;
+use self::records::Wanted;
 use crate::clock::UnixSeconds;
 use crate::membership::{self, Core, ForceLeaveError, MeshId, Profile, Refused};
 use crate::model::{Demand, Entry, EntryKey, Generation, MemberStatus, NodeInfo, NodeName};
@@ -52,8 +55,14 @@ use crate::store::StoredPeer;
 
 /// Most comparisons begun at once.
 pub const SYNCS_MAX: usize = 8;
-/// Most pulls at once.
+/// Most pulls at once, one per peer.
 pub const PULLS_MAX: usize = 8;
+/// So many pulls begin as soon as somebody tells of what this node lacks, and then one in [`PULL_EVERY`]: while many nodes
+/// start, each of which everybody has to learn of, one pull brings several.
+const PULL_BURST: u32 = 8;
+const PULL_EVERY: Duration = Duration::from_millis(200);
+/// Most states that wait for a pull; comparisons bring the others.
+pub const WANTED_MAX: usize = 1024;
 /// Rounds of a periodic comparison, and of the first one after a join, which moves the whole catalogue.
 const SYNC_ROUNDS: usize = 3;
 const JOIN_SYNC_ROUNDS: usize = 64;
@@ -248,6 +257,8 @@ pub struct Sizes {
     pub syncs: usize,
     /// Pulls that it began.
     pub pulls: usize,
+    /// States that it wants to pull.
+    pub wanted: usize,
     /// Nodes whose records were refused and told.
     pub refusals: usize,
     /// Outputs that nobody has taken yet.
@@ -271,7 +282,11 @@ pub struct Engine {
     next_sync: Instant,
     ticks: u32,
     syncs: BTreeSet<NodeName>,
+    /// Peers that are asked for states at this moment.
     pulls: BTreeSet<NodeName>,
+    /// States that others hold and this node lacks, by node.
+    wanted: BTreeMap<NodeName, Wanted>,
+    pull_pace: Pace,
     seeds: Vec<String>,
     known_peers: Vec<StoredPeer>,
     is_saving: bool,
@@ -297,6 +312,8 @@ pub struct Engine {
     refusals: BTreeSet<NodeName>,
     /// Nodes whose certificate was revoked; they count as failed until they publish under another.
     revoked: BTreeSet<NodeName>,
+    /// The own certificates are others since the last tick.
+    has_new_chain: bool,
 }
 
 impl std::fmt::Debug for Engine {
@@ -331,6 +348,8 @@ impl Engine {
             sync_interval: params.sync_interval,
             syncs: BTreeSet::new(),
             pulls: BTreeSet::new(),
+            wanted: BTreeMap::new(),
+            pull_pace: Pace::new(PULL_BURST, PULL_EVERY, now),
             seeds: params.seeds,
             known_peers,
             is_saving: false,
@@ -349,6 +368,7 @@ impl Engine {
             conflict_seen: None,
             refusals: BTreeSet::new(),
             revoked: BTreeSet::new(),
+            has_new_chain: false,
             node: params.node,
         };
         engine.publish(turn);
@@ -428,6 +448,7 @@ impl Engine {
             grave_max: self.replica.nodes().map(|(_, state)| state.grave_len()).max().unwrap_or(0),
             syncs: self.syncs.len(),
             pulls: self.pulls.len(),
+            wanted: self.wanted.len(),
             refusals: self.refusals.len(),
             outputs: self.outputs.len(),
         }
@@ -469,9 +490,7 @@ impl Engine {
                     self.core.announce(id, turn.now);
                 }
             }
-            Exchange::Pull(node) => {
-                self.pulls.remove(node);
-            }
+            Exchange::Pull(peer) => self.pull_ended(peer, ending),
             Exchange::Goodbye(_) => self.goodbye_ended(ending),
         }
         self.settle(turn);
@@ -539,6 +558,7 @@ impl Engine {
     /// Returns when [`Engine::handle_timeout`] wants to run.
     pub fn poll_timeout(&self) -> Instant {
         let next = self.core.poll_timeout().min(self.next_sync).min(self.join_at().unwrap_or(self.next_sync));
+        let next = next.min(self.pull_at().unwrap_or(self.next_sync));
         if self.was_isolated || self.core.alive_count() == 0 || self.core.has_left() {
             return next;
         }
@@ -576,6 +596,7 @@ impl Engine {
                 membership::Output::Differs { peer } => self.start_sync(&peer.name, SYNC_ROUNDS),
             }
         }
+        self.pull_wanted(turn.now);
         // Before anything is sent again: an old hash on a probe would begin a comparison for nothing.
         self.core.set_state_hash(self.replica.set_hash(), turn.now);
         for report in self.replica.take_reports() {

@@ -1,21 +1,52 @@
 //! Records: publishing the own, merging others', pulling what is missing.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::message::{Exchange, Message, Request, Stage, Step};
-use super::{Engine, Event, PULLS_MAX, REFUSALS_MAX, Turn};
+use tokio::time::Instant;
+
+use super::message::{DIGESTS_MAX, Ending, Exchange, Message, Request, Stage, Step};
+use super::{Engine, Event, PULLS_MAX, REFUSALS_MAX, Turn, WANTED_MAX};
 use crate::membership::{BROADCAST_BYTES_MAX, Broadcast, MeshId};
 use crate::model::{Entry, EntryKey, Generation, MemberStatus, NodeName};
-use crate::replica::{Applied, ApplyError, Delta, Digest};
+use crate::replica::{Applied, ApplyError, Delta, Digest, NodeState, Replica};
 use crate::wire;
+
+/// How often one state is asked for; then comparisons bring it.
+const PULL_TRIES_MAX: u8 = 3;
+
+/// A state that another node holds and this one lacks.
+#[derive(Debug)]
+pub(super) struct Wanted {
+    /// Who told of it last.
+    from: NodeName,
+    /// What it is said to be; none: a delta did not fit, and it is wanted whole.
+    theirs: Option<Digest>,
+    tries: u8,
+    /// Who is asked for it at this moment.
+    asked: Option<NodeName>,
+}
+
+impl Wanted {
+    /// Returns what to ask with; none if it has come.
+    fn lacks(&self, node: &NodeName, replica: &Replica) -> Option<Digest> {
+        match &self.theirs {
+            Some(theirs) => replica.wanted(std::slice::from_ref(theirs)).pop(),
+            None => Some(Digest::none(node.clone())),
+        }
+    }
+}
 
 impl Engine {
     /// Publishes the own records if they changed or their lease needs it, and spreads them.
     pub(super) fn publish(&mut self, turn: &Turn<'_>) {
         let mut records = self.records.clone();
         records.insert(EntryKey::Node, Entry::Node(Arc::new(self.node.clone())));
+        let before = self.replica.state(&self.node.name).map(NodeState::shared_chain);
         match self.replica.publish(records, turn.signer, turn.wall) {
             Ok(Some(delta)) => {
+                let after = self.replica.state(&self.node.name).map(NodeState::shared_chain);
+                self.has_new_chain |= before.is_some() && before != after;
                 self.tell(Event::Published(Ok(())));
                 self.spread(&delta, turn);
             }
@@ -54,9 +85,9 @@ impl Engine {
             }
             Broadcast::IHave { node, generation, version, hash } => {
                 let theirs = Digest { node: node.clone(), generation: *generation, version: *version, hash: *hash };
-                if *node != self.node.name && !self.is_gone(node, *generation) {
-                    let wanted = self.replica.wanted(&[theirs]);
-                    self.pull(&from.name, node, wanted);
+                let is_newer = !self.replica.wanted(std::slice::from_ref(&theirs)).is_empty();
+                if *node != self.node.name && !self.is_gone(node, *generation) && is_newer {
+                    self.want(&from.name, node, Some(theirs));
                 }
             }
             // The core keeps statements for itself.
@@ -108,18 +139,83 @@ impl Engine {
         self.core.member(node).is_some_and(|member| has_left(member) && member.id.life.generation >= generation)
     }
 
+    /// Wants the whole state of the delta's node from `from`: the delta's base is not at hand.
     pub(super) fn pull_whole(&mut self, from: &NodeName, delta: &Delta) {
-        let node = delta.node().clone();
-        let none = Digest::none(node.clone());
-        self.pull(from, &node, vec![none]);
+        self.want(from, delta.node(), None);
     }
 
-    fn pull(&mut self, from: &NodeName, node: &NodeName, have: Vec<Digest>) {
-        if have.is_empty() || self.pulls.len() >= PULLS_MAX || !self.pulls.insert(node.clone()) {
-            return;
+    /// Wants the state of `node` from `from`, which holds `theirs` of it (none: whatever it is, whole).
+    fn want(&mut self, from: &NodeName, node: &NodeName, theirs: Option<Digest>) {
+        if let Some(known) = self.wanted.get_mut(node) {
+            // Who told last is the most likely to be reached.
+            known.from = from.clone();
+            known.theirs = match (known.theirs.take(), theirs) {
+                (Some(known), Some(theirs)) => Some(if theirs.is_newer_than(&known) { theirs } else { known }),
+                _ => None,
+            };
+        } else if self.wanted.len() < WANTED_MAX {
+            self.wanted.insert(node.clone(), Wanted { from: from.clone(), theirs, tries: 0, asked: None });
         }
-        let begin = Step::Say(Message::Request(Request::Pull(have)), Stage::Pulling);
-        self.begin(from, Exchange::Pull(node.clone()), begin);
+    }
+
+    /// When the next pull may begin; none: there is nothing to begin.
+    pub(super) fn pull_at(&self) -> Option<Instant> {
+        self.pull_from().map(|_| self.pull_pace.next_at())
+    }
+
+    /// Whom to ask next: who told of most that is wanted, and is not being asked.
+    fn pull_from(&self) -> Option<NodeName> {
+        if self.pulls.len() >= PULLS_MAX || self.core.has_left() {
+            return None;
+        }
+        let mut told: BTreeMap<&NodeName, usize> = BTreeMap::new();
+        for wanted in self.wanted.values().filter(|wanted| wanted.asked.is_none() && !self.pulls.contains(&wanted.from))
+        {
+            *told.entry(&wanted.from).or_default() += 1;
+        }
+        told.into_iter().max_by_key(|(_, count)| *count).map(|(peer, _)| peer.clone())
+    }
+
+    /// Pulls what is wanted, as far as the pace allows.
+    pub(super) fn pull_wanted(&mut self, now: Instant) {
+        while let Some(peer) = self.pull_from() {
+            if !self.pull_pace.take(now) {
+                return;
+            }
+            // Where the next one has to wait, this one is asked for everything: it may have heard of the others, too.
+            let is_last = self.pull_pace.next_at() > now;
+            let (replica, mut have) = (&self.replica, Vec::new());
+            self.wanted.retain(|node, wanted| {
+                if wanted.asked.is_some() || have.len() >= DIGESTS_MAX || !(is_last || wanted.from == peer) {
+                    return true;
+                }
+                let lacks = wanted.lacks(node, replica);
+                wanted.asked = lacks.is_some().then(|| peer.clone());
+                have.extend(lacks);
+                wanted.asked.is_some()
+            });
+            if !have.is_empty() {
+                self.pulls.insert(peer.clone());
+                let begin = Step::Say(Message::Request(Request::Pull(have)), Stage::Pulling);
+                self.begin(&peer, Exchange::Pull(peer.clone()), begin);
+            }
+        }
+    }
+
+    /// Notes how a pull from `peer` ended: what it did not bring is asked of whoever else told of it.
+    pub(super) fn pull_ended(&mut self, peer: &NodeName, ending: Ending) {
+        self.pulls.remove(peer);
+        let replica = &self.replica;
+        self.wanted.retain(|node, wanted| {
+            if wanted.asked.as_ref() != Some(peer) {
+                return true;
+            }
+            wanted.asked = None;
+            wanted.tries += 1;
+            let is_there = wanted.theirs.is_none() || wanted.lacks(node, replica).is_none();
+            let has_source = ending == Ending::Complete || wanted.from != *peer;
+            !is_there && has_source && wanted.tries < PULL_TRIES_MAX
+        });
     }
 
     pub(super) fn take_pulled(&mut self, deltas: &[Delta], turn: &Turn<'_>) {

@@ -16,6 +16,7 @@ impl Engine {
     pub(super) fn tick(&mut self, turn: &Turn<'_>) {
         let jitter = self.rng.random_range(0.75..1.25);
         self.next_sync = turn.now + self.sync_interval.mul_f64(jitter);
+        self.keep_word(turn);
         self.publish(turn);
         for node in self.replica.expire(turn.wall) {
             self.tell(Event::LeaseEnded(node.clone()));

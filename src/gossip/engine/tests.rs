@@ -1,6 +1,7 @@
 //! The engine alone: its bounds, and what it says without a network.
 
 use super::*;
+use crate::membership::Broadcast;
 use crate::model::ServeScope;
 use crate::replica::{Digest, VerifiedHead};
 
@@ -38,6 +39,36 @@ impl HeadVerifier for Trust {
         }
         let scope: ServeScope = "*".parse().unwrap();
         Ok(VerifiedHead { node, scope, not_after: UnixSeconds(u64::MAX) })
+    }
+}
+
+/// As [`Trust`], after a renewal of the node's certificate; with a new key or with the one that the node had.
+struct Renewed(NodeName, Key);
+
+#[derive(Clone, Copy)]
+enum Key {
+    New,
+    Same,
+}
+
+impl HeadSigner for Renewed {
+    fn chain(&self) -> Vec<Vec<u8>> {
+        vec![self.0.as_str().as_bytes().to_vec(), b"renewed".to_vec()]
+    }
+
+    fn sign(&self, message: &[u8]) -> Result<Vec<u8>, String> {
+        let mut signature = Trust(self.0.clone()).sign(message)?;
+        signature.extend(matches!(self.1, Key::New).then_some(b'2'));
+        Ok(signature)
+    }
+}
+
+impl HeadVerifier for Renewed {
+    fn verify(&self, chain: &[Vec<u8>], message: &[u8], signature: &[u8]) -> Result<VerifiedHead, String> {
+        let signed = if chain.len() == 1 { Trust(self.0.clone()).sign(message)? } else { self.sign(message)? };
+        let scope: ServeScope = "*".parse().unwrap();
+        let head = VerifiedHead { node: self.0.clone(), scope, not_after: UnixSeconds(u64::MAX) };
+        if signed == signature { Ok(head) } else { Err("bad signature".to_owned()) }
     }
 }
 
@@ -187,4 +218,100 @@ fn a_revoked_member_is_out_of_the_membership_at_once_and_a_later_life_brings_it_
     engine.vouch_for([&life(2)], &turn(&trust, at));
     assert_eq!(engine.membership().member(&name).unwrap().status, MemberStatus::Alive);
     assert_eq!(engine.status_of(&name), MemberStatus::Failed, "it has to publish under its new certificate first");
+}
+
+/// `from` tells `engine` that it holds the records of `of`.
+fn tell_of(engine: &mut Engine, trust: &Trust, from: usize, of: usize, now: Instant) {
+    let from = MeshId::new(name(from), SocketAddr::from(([10, 0, 1, 1], 8301)), Generation::default());
+    let generation = Generation { number: 1, nonce: 1 };
+    let broadcast = Broadcast::IHave { node: name(of), generation, version: 1, hash: 7 };
+    engine.received(&from, &broadcast, &turn(trust, now));
+}
+
+fn name(number: usize) -> NodeName {
+    format!("n{number}").parse().unwrap()
+}
+
+/// The pulls that `engine` has begun: from whom, and of how many states.
+fn pulls(engine: &mut Engine) -> Vec<(String, usize)> {
+    let begun = exchanges(engine).into_iter().filter_map(|(exchange, message, _)| match (exchange, message) {
+        (Exchange::Pull(peer), Message::Request(Request::Pull(have))) => Some((peer.to_string(), have.len())),
+        _ => None,
+    });
+    begun.collect()
+}
+
+#[test]
+fn what_one_packet_tells_of_is_pulled_at_once_and_together_and_a_storm_of_it_in_batches() {
+    let now = crate::clock::now() + Duration::from_mins(1);
+    let (mut engine, trust) = engine(0, now);
+    for of in 100..130 {
+        tell_of(&mut engine, &trust, 1, of, now);
+    }
+    engine.settle(&turn(&trust, now));
+    assert_eq!(pulls(&mut engine), [("n1".to_owned(), 30)]);
+    // Many tell of one each. The last pull that the pace allows asks for all of it.
+    let most = usize::try_from(PULL_BURST).unwrap();
+    for from in 2..40 {
+        tell_of(&mut engine, &trust, from, 200 + from, now);
+    }
+    engine.settle(&turn(&trust, now));
+    let begun = pulls(&mut engine);
+    assert_eq!(begun.len(), most - 1);
+    assert_eq!(begun.iter().map(|(_, states)| states).sum::<usize>(), 38);
+    assert_eq!(begun.iter().filter(|(_, states)| *states == 1).count(), most - 2);
+    assert_eq!((engine.sizes().pulls, engine.sizes().wanted), (PULLS_MAX, 68));
+    // Who answers with nothing is asked again, by the pace, and others are asked for what they told of.
+    for (peer, _) in &begun {
+        engine.handle_end(&Exchange::Pull(peer.parse().unwrap()), Ending::Complete, &turn(&trust, now));
+    }
+    assert!(pulls(&mut engine).is_empty(), "not before its time");
+    assert!(engine.poll_timeout() <= now + PULL_EVERY);
+    engine.handle_timeout(&turn(&trust, now + PULL_EVERY));
+    assert_eq!(pulls(&mut engine).iter().map(|(_, states)| *states).collect::<Vec<_>>(), [38]);
+}
+
+#[test]
+fn a_state_that_does_not_come_is_asked_of_others_and_given_up_in_the_end() {
+    let now = crate::clock::now() + Duration::from_mins(1);
+    let (mut engine, trust) = engine(0, now);
+    let end = |engine: &mut Engine, peer: usize, ending| {
+        engine.handle_end(&Exchange::Pull(name(peer)), ending, &turn(&trust, now));
+    };
+    tell_of(&mut engine, &trust, 1, 9, now);
+    engine.settle(&turn(&trust, now));
+    tell_of(&mut engine, &trust, 2, 9, now);
+    end(&mut engine, 1, Ending::Failed);
+    assert_eq!(pulls(&mut engine), [("n1".to_owned(), 1), ("n2".to_owned(), 1)]);
+    end(&mut engine, 2, Ending::Complete);
+    assert_eq!(pulls(&mut engine), [("n2".to_owned(), 1)]);
+    end(&mut engine, 2, Ending::Complete);
+    assert_eq!((pulls(&mut engine), engine.sizes().wanted), (Vec::new(), 0));
+    tell_of(&mut engine, &trust, 3, 9, now);
+    engine.settle(&turn(&trust, now));
+    end(&mut engine, 3, Ending::NoLink);
+    assert_eq!((pulls(&mut engine).len(), engine.sizes().wanted), (1, 0), "who cannot be reached is not asked again");
+}
+
+#[test]
+fn a_renewal_with_a_new_key_has_the_own_word_said_anew_and_one_with_the_same_key_does_not() {
+    for (key, want) in [(Key::New, 1), (Key::Same, 0)] {
+        let now = crate::clock::now();
+        let (mut engine, trust) = engine(1, now);
+        let word = |engine: &Engine| engine.membership().own_word().unwrap().clone();
+        assert_eq!(word(&engine).incarnation, 0);
+        let renewed = Renewed(trust.0.clone(), key);
+        let at =
+            |seconds| Turn { signer: &renewed, verifier: &renewed, ..turn(&trust, now + Duration::from_secs(seconds)) };
+        engine.handle_timeout(&at(7));
+        assert_eq!(engine.replica().state(&trust.0).unwrap().chain(), renewed.chain());
+        assert_eq!(word(&engine).incarnation, 0, "the others have to learn of the certificates first");
+        engine.handle_timeout(&at(14));
+        let word = word(&engine);
+        assert_eq!(word.incarnation, want);
+        let (signature, word) = (word.signature.clone(), crate::membership::Statement::Life(word));
+        assert!(renewed.verify(&renewed.chain(), &word.message().unwrap(), &signature).is_ok());
+        engine.handle_timeout(&at(21));
+        assert_eq!(engine.membership().own_word().unwrap().incarnation, want, "once");
+    }
 }

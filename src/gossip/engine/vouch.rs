@@ -18,6 +18,23 @@ impl Engine {
         self.core.handle_signed(&statement.with_signature(signature), turn.now);
     }
 
+    /// Says the own word anew a tick after the own certificates have changed, if it does not hold under them: the key is another.
+    /// The records that bring the certificates are everywhere by then.
+    pub(super) fn keep_word(&mut self, turn: &Turn<'_>) {
+        let Some(word) = self.core.own_word().cloned() else { return };
+        if !std::mem::take(&mut self.has_new_chain) {
+            return;
+        }
+        let word = Statement::Life(word);
+        let holds = word.message().is_ok_and(|message| {
+            let chain = turn.signer.chain();
+            turn.verifier.verify(&chain, &message, word.signature()).is_ok()
+        });
+        if !holds {
+            self.core.restate(turn.now);
+        }
+    }
+
     /// Checks with the certificates that the signer's records came with.
     pub(super) fn verify(&mut self, statement: Statement, turn: &Turn<'_>) {
         let state = self.replica.state(statement.signer());

@@ -389,13 +389,13 @@ fn with_enough_connections_news_goes_over_them_and_seldom_to_a_stranger() {
     };
     let linked: BTreeSet<NodeName> = (1..=16).map(name).collect();
     core.set_linked(linked.clone());
-    let told = told_in(&mut core, now, 3000);
+    let told = told_in(&mut core, now, 9000);
     let strangers = told.difference(&linked).count();
     assert!(told.is_superset(&linked), "{told:?}");
     assert!((1..=2).contains(&strangers), "{strangers}: {told:?}");
     // Few connections: no choice is left.
     core.set_linked((1..=3).map(name).collect());
-    let told = told_in(&mut core, now + 3 * SECOND, 3000);
+    let told = told_in(&mut core, now + 9 * SECOND, 9000);
     assert!(told.len() > 12, "{told:?}");
 }
 
@@ -445,6 +445,57 @@ fn news_of_a_crowd_waits_to_go_together() {
         assert!(told(50, now) > 0, "nothing was told before");
         assert_eq!(told(51, now + Duration::from_millis(30)) > 0, goes_at_once, "{members}");
     }
+}
+
+#[test]
+fn news_of_newcomers_fills_packets_and_news_of_one_goes_out_at_once() {
+    let now = crate::clock::now();
+    let run = |core: &mut Core, from: Instant, time: Duration| {
+        let (mut sizes, mut at) = (Vec::new(), from);
+        while at < from + time {
+            core.handle_timeout(at);
+            while let Some(output) = core.poll_output() {
+                if let Output::Send { packet, .. } = output
+                    && class_of(&packet).0 == "news"
+                {
+                    sizes.push(packet.len());
+                }
+            }
+            at = core.poll_timeout().max(at + Duration::from_millis(1));
+        }
+        sizes
+    };
+    let packets = |newcomers: usize, rest: Duration| {
+        let mut core = Core::new(id(0, 1), Profile::default(), 1, now);
+        (1..=60).for_each(|number| core.attest(&id(number, 1), now));
+        core.set_linked((1..=20).map(name).collect());
+        run(&mut core, now, rest);
+        for number in 0..newcomers {
+            let claim = LifeClaim { id: id(100 + number, 1), incarnation: 0, signature: vec![1; 72] };
+            core.handle_verified(Statement::Life(claim), Verdict::Holds, now + rest);
+        }
+        run(&mut core, now + rest, 5 * SECOND)
+    };
+    let one = packets(1, UNREST_SPAN + SECOND);
+    assert!((7..=12).contains(&one.len()), "ten copies, some on checks: {one:?}");
+    // Forty words of some 120 bytes, four copies each, fill eighteen packets.
+    let many = packets(40, SECOND);
+    assert!((14..=25).contains(&many.len()), "{many:?}");
+}
+
+#[test]
+fn who_is_watched_checked_or_accused_is_in_question_and_nobody_else() {
+    let mut mesh = Mesh::joined(20, 3);
+    let now = mesh.now;
+    let core = mesh.at(0);
+    let watched: BTreeSet<NodeName> = core.watched().into_iter().map(|id| id.name).collect();
+    let other = (1..20).map(name).find(|name| !watched.contains(name)).unwrap();
+    core.evidence_alive(&other, now);
+    assert!(watched.is_subset(&core.in_question()) && !core.in_question().contains(&other));
+    core.question(&other, now);
+    assert!(core.in_question().contains(&other), "it is checked");
+    core.evidence_alive(&other, now);
+    assert!(!core.in_question().contains(&other), "it answered");
 }
 
 #[test]

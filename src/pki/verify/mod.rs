@@ -276,7 +276,7 @@ fn check_signing_chain(
     chain: &[CertificateDer<'_>],
     bundle: &TrustBundle,
     now: UnixSeconds,
-) -> Result<Certified, VerifyError> {
+) -> Result<NodeChain, VerifyError> {
     let [node_der, issuer_der] = chain else {
         return Err(VerifyError::Length { found: chain.len(), want: 2 });
     };
@@ -290,11 +290,62 @@ fn check_signing_chain(
     for root_der in &bundle.roots {
         let root = parse(ROOT, root_der)?;
         match check_link(&issuer, &root, root_der).and_then(|()| check_time(ROOT, &root, now)) {
-            Ok(()) => return check_signers(None, &node, &issuer, bundle),
+            Ok(()) => {
+                let Certified { node: name, scope, not_after, .. } = check_signers(None, &node, &issuer, bundle)?;
+                let times = [&node, &issuer, &root].map(|certificate| certificate.validity());
+                let from = times.map(|time| seconds(time.not_before)).into_iter().max().unwrap_or(now);
+                let until = times.map(|time| seconds(time.not_after)).into_iter().min().unwrap_or(now);
+                return Ok(NodeChain {
+                    node: name,
+                    scope,
+                    not_after,
+                    from,
+                    until,
+                    signer: node_der.clone().into_owned(),
+                });
+            }
             Err(err) => refused = err,
         }
     }
     Err(refused)
+}
+
+/// A published chain `[node intermediate, issuer]` that was found good under one bundle.
+#[derive(Debug, Clone)]
+pub struct NodeChain {
+    /// The node that it certifies.
+    pub node: NodeName,
+    /// What the node may serve.
+    pub scope: ServeScope,
+    /// End of the intermediate, or of its issuer if that ends first.
+    pub not_after: UnixSeconds,
+    /// From when until when all of it is valid, its root included.
+    from: UnixSeconds,
+    until: UnixSeconds,
+    signer: CertificateDer<'static>,
+}
+
+impl NodeChain {
+    /// Checks a chain.
+    ///
+    /// # Errors
+    /// [`PkiError::Verify`] with the rule that is broken.
+    pub fn check(chain: &[CertificateDer<'_>], bundle: &TrustBundle, now: UnixSeconds) -> Result<Self, PkiError> {
+        Ok(check_signing_chain(chain, bundle, now)?)
+    }
+
+    /// Whether a check at `now`, under the bundle of the first, would find the same: nothing but time can change that.
+    pub fn is_good_at(&self, now: UnixSeconds) -> bool {
+        (self.from..=self.until).contains(&now)
+    }
+
+    /// Checks that the node signed `message`.
+    ///
+    /// # Errors
+    /// [`PkiError::Verify`] if it did not.
+    pub fn verify(&self, message: &[u8], signature: &[u8]) -> Result<(), PkiError> {
+        Ok(verify_signature(&self.signer, &self.node, CONTEXT_NODE, message, signature)?)
+    }
 }
 
 /// Holds a published chain that was verified before against what is revoked, without checking a signature again.
@@ -345,11 +396,9 @@ pub fn verify_signed_by_node(
     bundle: &TrustBundle,
     now: UnixSeconds,
 ) -> Result<(NodeName, ServeScope, UnixSeconds), PkiError> {
-    let (node, scope, not_after) = verify_node_chain(chain, bundle, now)?;
-    if let Some(signer) = chain.first() {
-        verify_signature(signer, &node, CONTEXT_NODE, message, signature)?;
-    }
-    Ok((node, scope, not_after))
+    let checked = NodeChain::check(chain, bundle, now)?;
+    checked.verify(message, signature)?;
+    Ok((checked.node, checked.scope, checked.not_after))
 }
 
 /// Checks a chain that a peer showed in TLS, leaf first.

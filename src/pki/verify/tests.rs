@@ -1,3 +1,5 @@
+use std::time::Duration;
+
 use proptest::prelude::*;
 use rcgen::{CertificateParams, CustomExtension, IsCa, KeyPair, KeyUsagePurpose, SanType};
 
@@ -168,6 +170,20 @@ fn a_nodes_signature_is_believed_for_its_own_message_and_context_only() {
     assert!(verify_signed_by_node(published, b"state", &good, &other, NOW).is_err());
     assert!(verify_signed_by_node(published, b"state", &good, &bundle, NOW.plus(NODE_LIFE + LEAF_LIFE)).is_err());
     assert!(verify_signed_by_node(&chain[..2], b"state", &good, &bundle, NOW).is_err());
+}
+
+#[test]
+fn a_chain_that_was_checked_is_good_as_long_as_each_certificate_of_it() {
+    let (chain, bundle, key) = Forge::new("spiffe://td/node/a").sign();
+    let checked = NodeChain::check(&chain[1..], &bundle, NOW).unwrap();
+    assert_eq!((checked.node.as_str(), checked.not_after), ("a", NOW.plus(NODE_LIFE)));
+    let day = Duration::from_hours(24);
+    for at in [UnixSeconds(NOW.0 - day.as_secs()), NOW, NOW.plus(NODE_LIFE), NOW.plus(NODE_LIFE + day)] {
+        let again = NodeChain::check(&chain[1..], &bundle, at);
+        assert_eq!(checked.is_good_at(at), again.is_ok(), "{at:?}");
+    }
+    let good = sign(&key, CONTEXT_NODE, b"state").unwrap();
+    assert!(checked.verify(b"state", &good).is_ok() && checked.verify(b"other", &good).is_err());
 }
 
 proptest! {
