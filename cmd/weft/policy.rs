@@ -16,7 +16,7 @@ use weft::clock::{self, UnixSeconds};
 use weft::config::{parse_duration, read_document};
 use weft::model::{NodeName, OperatorScope};
 use weft::pki::{CaDir, DocumentKey, Revoked, Utc};
-use weft::policy::{Document, DocumentId, Draft};
+use weft::policy::{Document, DocumentId, Draft, INERT_KINDS};
 
 use crate::cli::{
     CaListArgs, CheckArgs, ClientArgs, ConfigDeleteArgs, ConfigListArgs, ConfigReadArgs, ConfigWriteArgs, CreateArgs,
@@ -294,7 +294,15 @@ pub(crate) fn write_config(args: &ConfigWriteArgs) -> Result<(), Failure> {
                 .hint("read it again and decide anew"));
         }
     }
-    write(draft, &args.signer, &done, |client| client.put(&format!("/v1/config{cas}"), Some(&entry)))
+    let kind = draft.id().name.as_str().split_once(':').map(|(kind, _)| kind.to_owned());
+    write(draft, &args.signer, &done, |client| client.put(&format!("/v1/config{cas}"), Some(&entry)))?;
+    if let Some(kind) = kind.filter(|kind| INERT_KINDS.contains(&kind.as_str())) {
+        eprintln!(
+            "warning: the entry is kept and shown, and has no effect: nothing in weft acts on the kind {kind}; api/gateways.md says \
+             what stands in its place"
+        );
+    }
+    Ok(())
 }
 
 /// Holds an entry that is to be written, or deleted, against itself and the entries that the mesh has.

@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
 use self::evidence::{Challenge, Holder, Watches};
+use super::doubles::{Doubles, News};
 use super::engine::{
     self, Ending, Engine, Exchange, Incumbent, JoinCause, Message, Output, Request, Stage, Step, Turn,
 };
@@ -123,6 +124,7 @@ pub(super) struct Rules {
 pub(super) struct Actor {
     engine: Engine,
     builder: Builder,
+    doubles: Doubles,
     publisher: Publisher,
     members: watch::Sender<Arc<Members>>,
     links: Links,
@@ -202,6 +204,7 @@ impl Actor {
         let mut actor = Self {
             engine,
             builder: Builder::new(name.clone(), params.first_index),
+            doubles: Doubles::default(),
             publisher: Publisher::new(Arc::new(empty_snapshot(name, params.first_index))),
             members,
             links: Links::new(params.links_max),
@@ -640,6 +643,12 @@ impl Actor {
             self.builder.set_node(&name, self.engine.replica().state(&name), status);
         }
         if let Some(snapshot) = self.builder.build() {
+            if let Some(News { count, names }) = self.doubles.look(&snapshot.externals) {
+                self.metrics.external_conflicts.set(i64::try_from(count).unwrap_or(i64::MAX));
+                if !names.is_empty() {
+                    warn!(names, "several agents tell of one node without an agent: deregister it at all but one");
+                }
+            }
             self.publisher.publish(snapshot);
         }
         if self.engine.take_members_changed() {

@@ -311,8 +311,10 @@ impl Node {
         let snapshot = self.snapshot.clone();
         let listeners = move || {
             let snapshot = snapshot.load();
-            let destinations: BTreeMap<SocketAddr, String> =
-                snapshot.local.upstreams.iter().map(|up| (up.bind, up.destination.to_string())).collect();
+            let gateways = snapshot.gateway_ports().map(|port| (port.bind, format!("ingress gateway {}", port.gateway)));
+            let upstreams = snapshot.local.upstreams.iter().map(|up| (up.bind, up.destination.to_string()));
+            // Where both ask for a port, the upstream has it.
+            let destinations: BTreeMap<SocketAddr, String> = gateways.chain(upstreams).collect();
             let shown = |(bind, state): (&SocketAddr, &ListenerState)| ApiListener {
                 bind: bind.to_string(),
                 destination: destinations.get(bind).cloned().unwrap_or_else(|| "by Host".to_owned()),
@@ -465,6 +467,7 @@ async fn start_registry(
         store: store.clone(),
         scope: Arc::new(move || scope_of.authority().scope().clone()),
         node: config.node_name.clone(),
+        gateway_ip: config.mesh_bind.ip(),
         config: reload::definitions(config),
         check_settings: config.check_settings.clone(),
         metrics: metrics.clone(),

@@ -10,6 +10,7 @@ use super::entry::{
     Splitter, Sticky, SubsetRule, Then,
 };
 use super::fields::{Node, Object, Problems};
+use super::gateway;
 use super::hedge::{DELAY_MIN, Delay, Hedge, REQUESTS_MAX};
 use super::hops::Network;
 use super::matcher::{HeaderTest, Match, QueryTest, TextTest};
@@ -78,6 +79,7 @@ pub(super) fn read(kind: &str, value: &Value) -> Result<Entry, Problems> {
         "service-defaults" => defaults(&mut object, problems),
         "proxy-defaults" => proxy_defaults(&mut object, problems),
         "service-faults" => faults(&mut object, problems),
+        "ingress-gateway" => gateway::read(&mut object, problems),
         _ => return Ok(Entry::Other),
     };
     object.finish(problems);
@@ -433,7 +435,7 @@ fn mirror(mut object: Object<'_>, problems: &mut Problems) -> Option<MirrorRule>
     Some(MirrorRule { service: service?, subset, share })
 }
 
-fn edits(object: &mut Object<'_>, name: &str, problems: &mut Problems) -> HeaderEdit {
+pub(super) fn edits(object: &mut Object<'_>, name: &str, problems: &mut Problems) -> HeaderEdit {
     let Some(mut object) = object.object(name, problems) else { return HeaderEdit::default() };
     let mut edit = HeaderEdit {
         add: pairs(&mut object, "Add", problems),
