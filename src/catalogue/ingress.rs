@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use super::{Instance, Snapshot};
 use crate::model::{INGRESS_GATEWAY, Protocol, ServiceName};
-use crate::traffic::{Gateway, GatewayListener};
+use crate::traffic::GatewayListener;
 
 /// A gateway that is registered on this host.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -27,9 +27,7 @@ pub struct GatewayPort<'s> {
     pub bind: SocketAddr,
     /// Whose.
     pub gateway: &'s ServiceName,
-    /// Its entry.
-    pub entry: &'s Arc<Gateway>,
-    /// The entry's listener.
+    /// What its entry says of it.
     pub listener: &'s GatewayListener,
 }
 
@@ -42,7 +40,6 @@ impl Snapshot {
             entry.listeners.iter().map(move |listener| GatewayPort {
                 bind: SocketAddr::new(local.ip, listener.port),
                 gateway: &local.service,
-                entry,
                 listener,
             })
         })

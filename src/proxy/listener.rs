@@ -180,7 +180,7 @@ fn open_first(
     // The probe goes first: a UDP port that it still held could not be bound again.
     match bind(addr, Sharing::Exclusive, takes).map(drop).and_then(|()| held.open(worker, addr, takes)) {
         Ok(()) => {
-            info!(%addr, ?takes, "listening for a local app");
+            info!(%addr, ?takes, "local port is open");
             listening
         }
         Err(error) => {
@@ -189,7 +189,7 @@ fn open_first(
                 _ => error.to_string(),
             });
             if before != Some(&state) {
-                warn!(%addr, %error, "cannot listen for a local app; it is tried again");
+                warn!(%addr, %error, "cannot listen on a local port; it is tried again");
             }
             state
         }

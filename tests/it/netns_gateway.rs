@@ -194,7 +194,7 @@ fn calls_from_outside_come_in_by_a_gateway_in_its_name_and_its_ports_follow_its_
         state if state.contains("ingress gateway edge") && state.contains("in use") => Ok(()),
         state => Err(state),
     });
-    assert!(n1.log().contains("cannot listen for a local app") && n1.log().contains("10.77.0.1:8082"));
+    assert!(n1.log().contains("cannot listen on a local port") && n1.log().contains("10.77.0.1:8082"));
     drop(taken);
     cluster.wait_status((8082, "anything.example"), 200);
 

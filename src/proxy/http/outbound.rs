@@ -250,16 +250,16 @@ impl<D: Dial> Connection<D> {
     }
 
     fn target_of_host(&self, authority: Option<&Authority>) -> Result<Rc<Target>, Refusal> {
-        let unknown_host = |host: &str| {
+        let unknown = |host: &str| {
             unknown_host(format!("Host `{host}` names no service of the mesh: use NAME.weft or NAME.service.consul"))
         };
-        let Some(authority) = authority else { return Err(unknown_host("")) };
+        let Some(authority) = authority else { return Err(unknown("")) };
         if let Some(last) = &*self.last.borrow()
             && last.authority == *authority
         {
             return Ok(Rc::clone(&last.target));
         }
-        let Some(name) = service_of_host(authority.host()) else { return Err(unknown_host(authority.host())) };
+        let Some(name) = service_of_host(authority.host()) else { return Err(unknown(authority.host())) };
         let snapshot = self.worker.snapshot().peek();
         // A name that only entries know may lead to another service.
         if !snapshot.services.contains_key(&name) && snapshot.traffic.chain(&name).is_none() {
