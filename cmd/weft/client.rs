@@ -85,7 +85,8 @@ impl Client {
             Some(token) => Some(token),
             None => match from_file(&args.token_file)? {
                 Some(token) => Some(token),
-                None => filled(&args.consul_http_token).map_or_else(|| from_file(&args.consul_http_token_file), |token| Ok(Some(token)))?,
+                None => filled(&args.consul_http_token)
+                    .map_or_else(|| from_file(&args.consul_http_token_file), |token| Ok(Some(token)))?,
             },
         };
         Ok(Self {

@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 use weft::config::{ConfigError, Host, Inputs, read_document_or_input, validate as validate_config};
 
 use crate::cli::{
-    ClientArgs, ForceLeaveArgs, Format, FormatArgs, JoinArgs, ListArgs, MaintArgs, MembersArgs, NodesArgs, RegisterArgs,
-    ServicesArgs, ValidateArgs,
+    ClientArgs, ForceLeaveArgs, Format, FormatArgs, JoinArgs, ListArgs, MaintArgs, MembersArgs, NodesArgs,
+    RegisterArgs, ServicesArgs, ValidateArgs,
 };
 use crate::client::{Client, segment};
 use crate::failure::Failure;

@@ -61,9 +61,8 @@ fn rows(snapshot: &Snapshot, gateway: &ServiceName) -> Vec<Value> {
                 rows.push(named);
                 continue;
             }
-            let is_meant = |service: &&ServiceName| {
-                snapshot.is_exposed_unnamed(service) && !listener.names(service.as_str())
-            };
+            let is_meant =
+                |service: &&ServiceName| snapshot.is_exposed_unnamed(service) && !listener.names(service.as_str());
             for service in snapshot.services.keys().filter(is_meant) {
                 let mut unnamed = row(service);
                 put_if(&mut unnamed, "FromWildcard", true, || json!(true));

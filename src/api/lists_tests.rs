@@ -276,10 +276,15 @@ async fn gateways_are_listed_by_the_services_that_they_lead_to() {
     };
     let (woken, index) = tokio::join!(waiting, entered);
     let nodes = |found: &Value| -> Vec<String> {
-        let node = |one: &Value| format!("{} {}", one["Node"]["Node"].as_str().unwrap(), one["Service"]["Kind"].as_str().unwrap());
+        let node = |one: &Value| {
+            format!("{} {}", one["Node"]["Node"].as_str().unwrap(), one["Service"]["Kind"].as_str().unwrap())
+        };
         found.as_array().unwrap().iter().map(node).collect()
     };
-    assert_eq!((nodes(&woken.json()), woken.index()), (vec!["n1 ingress-gateway".to_owned(), "n2 ingress-gateway".to_owned()], index));
+    assert_eq!(
+        (nodes(&woken.json()), woken.index()),
+        (vec!["n1 ingress-gateway".to_owned(), "n2 ingress-gateway".to_owned()], index)
+    );
     assert_eq!(listed(&bench, "/v1/health/ingress/web?passing", "/Node/Node").await, ["n1"]);
     assert_eq!(bench.get("/v1/health/ingress/edge").await.json(), json!([]));
 

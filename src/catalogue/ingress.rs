@@ -140,7 +140,8 @@ mod tests {
         }
         snapshot.traffic = Arc::new(Traffic::new(entries, &Traffic::default(), Vec::new()));
         let ip = [127, 0, 0, 1].into();
-        let gateways = vec![LocalGateway { service: name("edge"), ip }, LocalGateway { service: name("unwritten"), ip }];
+        let gateways =
+            vec![LocalGateway { service: name("edge"), ip }, LocalGateway { service: name("unwritten"), ip }];
         snapshot.local = Arc::new(LocalView { gateways, ..LocalView::default() });
         snapshot
     }
@@ -149,7 +150,8 @@ mod tests {
     fn a_gateway_has_the_ports_of_its_entry_where_it_is_registered() {
         let listeners = json!([{"Port": 80, "Protocol": "http", "Services": [{"Name": "web"}]}, {"Port": 81, "Services": [{"Name": "db"}]}]);
         let snapshot = snapshot(&[("edge", listeners.clone()), ("elsewhere", listeners)]);
-        let ports: Vec<String> = snapshot.gateway_ports().map(|port| format!("{} {}", port.gateway, port.bind)).collect();
+        let ports: Vec<String> =
+            snapshot.gateway_ports().map(|port| format!("{} {}", port.gateway, port.bind)).collect();
         assert_eq!(ports, ["edge 127.0.0.1:80", "edge 127.0.0.1:81"]);
     }
 

@@ -324,7 +324,8 @@ impl<'a, R: Rng> Task<'a, R> {
             instance
         };
         let found = self.zone.snapshot().ingress(service.name).into_iter();
-        let found = found.filter(|(instance, _)| self.is_healthy(instance) && instance.node.info.datacenter == datacenter);
+        let found =
+            found.filter(|(instance, _)| self.is_healthy(instance) && instance.node.info.datacenter == datacenter);
         let gateways: Vec<Arc<Instance>> = found.map(at_port).collect();
         if gateways.is_empty() {
             return Outcome::Nothing;

@@ -155,7 +155,11 @@ fn services_have_the_addresses_of_their_healthy_instances() {
 #[test]
 fn a_service_s_healthy_gateways_answer_at_the_ports_of_their_entry() {
     let server = Server::new();
-    server.check("web.ingress.weft.", RecordType::A, "NOERROR: web.ingress.weft. A 10.0.0.1, web.ingress.weft. A 192.0.2.20");
+    server.check(
+        "web.ingress.weft.",
+        RecordType::A,
+        "NOERROR: web.ingress.weft. A 10.0.0.1, web.ingress.weft. A 192.0.2.20",
+    );
     server.check("mixed.ingress.dc2.weft.", RecordType::A, "NOERROR: mixed.ingress.dc2.weft. A 10.0.2.1");
     let want = "NOERROR: web.ingress.weft. SRV 1 10 8080 n1.node.dc1.weft., web.ingress.weft. SRV 1 2 8080 c0000214.addr.dc1.weft. |  | \
                 c0000214.addr.dc1.weft. A 192.0.2.20, n1.node.dc1.weft. A 10.0.0.1";

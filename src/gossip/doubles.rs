@@ -84,7 +84,8 @@ mod tests {
     fn shown(written: &[(&str, MemberStatus, &[&str])]) -> Arc<Externals> {
         let records: Vec<Vec<ExternalRecord>> =
             written.iter().map(|(_, _, nodes)| nodes.iter().map(|node| record(node)).collect()).collect();
-        let of = written.iter().zip(&records).map(|((agent, status, _), records)| (*agent, *status, records.as_slice()));
+        let of =
+            written.iter().zip(&records).map(|((agent, status, _), records)| (*agent, *status, records.as_slice()));
         Arc::new(Externals::default().after_all(&of.collect::<Vec<_>>(), 1))
     }
 
@@ -111,7 +112,11 @@ mod tests {
         let news = doubles.look(&shown(&[("n1", ALIVE, &names), ("n2", ALIVE, &names)])).unwrap();
         assert_eq!(news.count, names.len());
         assert!(news.names.starts_with("h0000 (by n1, n2), h0001 (by n1, n2), "), "{}", news.names);
-        assert!(news.names.ends_with(&format!("h0004 (by n1, n2) and {} more", TOLD_MAX - NAMED_MAX)), "{}", news.names);
+        assert!(
+            news.names.ends_with(&format!("h0004 (by n1, n2) and {} more", TOLD_MAX - NAMED_MAX)),
+            "{}",
+            news.names
+        );
         assert_eq!(doubles.told.len(), TOLD_MAX);
     }
 }

@@ -10,12 +10,13 @@
 //! Not here: what the parts do.
 
 mod authority;
+mod gateways;
 mod glue;
 mod identity;
 mod reload;
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -257,6 +258,7 @@ impl Node {
             stop,
         };
         node.tell_policy();
+        node.tell_gateways(&proxy, config.mesh_bind.ip());
         node.dns = node.start_dns(&config, &metrics).inspect_err(|_| node.drain.cancel())?;
         let started = node.start_api(&config, &info, &metrics, &proxy, (store, operator)).await;
         node.api = started.inspect_err(|_| node.drain.cancel())?;
@@ -288,6 +290,11 @@ impl Node {
         Ok(Some(dns))
     }
 
+    fn tell_gateways(&self, proxy: &ProxyHandle, own_ip: IpAddr) {
+        let telling = gateways::tell(self.registry.clone(), self.snapshot.clone(), proxy.listeners(), own_ip);
+        self.tasks.spawn("gateways", until(self.stop.clone(), telling));
+    }
+
     fn tell_policy(&self) {
         let policy = Arc::clone(&self.snapshot.load().policy);
         info!(intentions = policy.guards().len(), default = %policy.default_action(), "policy is in force");
@@ -311,7 +318,8 @@ impl Node {
         let snapshot = self.snapshot.clone();
         let listeners = move || {
             let snapshot = snapshot.load();
-            let gateways = snapshot.gateway_ports().map(|port| (port.bind, format!("ingress gateway {}", port.gateway)));
+            let gateways =
+                snapshot.gateway_ports().map(|port| (port.bind, format!("ingress gateway {}", port.gateway)));
             let upstreams = snapshot.local.upstreams.iter().map(|up| (up.bind, up.destination.to_string()));
             // Where both ask for a port, the upstream has it.
             let destinations: BTreeMap<SocketAddr, String> = gateways.chain(upstreams).collect();

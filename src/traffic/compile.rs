@@ -168,9 +168,12 @@ impl Entries {
         let mut problems = Problems::default();
         for (name, gateway) in &self.gateways {
             for (at, listener) in gateway.listeners.iter().enumerate() {
-                for (of, service) in listener.services.iter().enumerate().filter_map(|(of, one)| Some((of, one.service.as_ref()?))) {
+                for (of, service) in
+                    listener.services.iter().enumerate().filter_map(|(of, one)| Some((of, one.service.as_ref()?)))
+                {
                     let said = self.protocol(service);
-                    let takes = |said: Protocol| said.is_http() || !(listener.protocol.is_http() || said == Protocol::Udp);
+                    let takes =
+                        |said: Protocol| said.is_http() || !(listener.protocol.is_http() || said == Protocol::Udp);
                     if let Some(said) = said.filter(|said| !takes(*said)) {
                         let (own, said) = (listener.protocol.as_str(), said.as_str());
                         problems.add(

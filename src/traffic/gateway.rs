@@ -199,7 +199,9 @@ fn listener(node: &Node<'_>, problems: &mut Problems) -> Option<GatewayListener>
     match (nodes.len(), protocol.is_http()) {
         (0, _) => problems.add(path, "are missing: a listener leads to a service"),
         (1, _) | (_, true) => {}
-        (count, false) => problems.add(path, format!("are {count}: bytes name nobody, so a port of protocol tcp has one")),
+        (count, false) => {
+            problems.add(path, format!("are {count}: bytes name nobody, so a port of protocol tcp has one"))
+        }
     }
     object.finish(problems);
     Some(GatewayListener { port: port?, protocol, services, hosts })
@@ -321,7 +323,10 @@ mod tests {
         let problems = Ready::new("ingress-gateway", value).map(|_| ()).expect_err("it is refused");
         let mut said: Vec<String> = problems.0.iter().map(ToString::to_string).collect();
         for want in want {
-            let at = said.iter().position(|one| one.contains(want)).unwrap_or_else(|| panic!("{want:?} is not in {said:#?}"));
+            let at = said
+                .iter()
+                .position(|one| one.contains(want))
+                .unwrap_or_else(|| panic!("{want:?} is not in {said:#?}"));
             said.remove(at);
         }
         assert!(said.is_empty(), "more than is wrong: {said:#?}");
@@ -438,14 +443,14 @@ mod tests {
             check_write(held.iter().copied(), (new.0, new.1, Some(new.2))).map_err(|problems| problems.to_string())
         };
         let (tcp, http) = (defaults("tcp"), defaults("http"));
-        let (edge, of_tcp, of_http) = (
-            ("ingress-gateway", "edge", &edge),
-            ("service-defaults", "web", &tcp),
-            ("service-defaults", "web", &http),
-        );
+        let (edge, of_tcp, of_http) =
+            (("ingress-gateway", "edge", &edge), ("service-defaults", "web", &tcp), ("service-defaults", "web", &http));
         for (held, new) in [(of_tcp, edge), (edge, of_tcp)] {
             let said = with(&[held], new).unwrap_err();
-            assert!(said.contains("ingress-gateway:edge Listeners[0].Services[0] is web, whose protocol is tcp"), "{said}");
+            assert!(
+                said.contains("ingress-gateway:edge Listeners[0].Services[0] is web, whose protocol is tcp"),
+                "{said}"
+            );
         }
         assert_eq!(with(&[of_http], edge), Ok(()));
         assert_eq!(with(&[], edge), Ok(()));

@@ -249,7 +249,8 @@ fn address_and_token_come_from_flags_then_weft_s_then_consul_s_variables() {
 #[test]
 fn services_are_registered_by_flags_or_from_standard_input() {
     let (_ca, agent, at) = alone(227);
-    let words = ["services", "register", "-name=edge", "-kind=ingress-gateway", "-tag=a", "-tag=b", "-meta=k=v", "-port=80"];
+    let words =
+        ["services", "register", "-name=edge", "-kind=ingress-gateway", "-tag=a", "-tag=b", "-meta=k=v", "-port=80"];
     weft_ok(&[&words[..], &[&at]].concat());
     let edge = &agent.get("/v1/agent/services")["edge"];
     let shown = ["Kind", "Tags", "Meta", "Port"].map(|key| edge[key].clone());
@@ -261,7 +262,8 @@ fn services_are_registered_by_flags_or_from_standard_input() {
     let mut command = Command::new(WEFT);
     command.args(["services", "register", "-", &at]).stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut child = command.spawn().unwrap();
-    std::io::Write::write_all(&mut child.stdin.take().unwrap(), b"service {\n  name = \"piped\"\n  port = 81\n}\n").unwrap();
+    std::io::Write::write_all(&mut child.stdin.take().unwrap(), b"service {\n  name = \"piped\"\n  port = 81\n}\n")
+        .unwrap();
     let out = child.wait_with_output().unwrap();
     assert_eq!(String::from_utf8_lossy(&out.stdout), "Registered service: piped\n");
     assert_eq!(agent.get("/v1/agent/services")["piped"]["Port"], 81);

@@ -127,7 +127,8 @@ fn calls_from_outside_come_in_by_a_gateway_in_its_name_and_its_ports_follow_its_
     cluster.wait_closed(8080);
 
     // Its entry opens its ports; nothing is allowed yet, neither requests nor bytes.
-    let shop = http(8080, &json!([{"Name": "web", "Hosts": ["shop.example"], "ResponseHeaders": {"Set": {"x-edge": "1"}}}]));
+    let shop =
+        http(8080, &json!([{"Name": "web", "Hosts": ["shop.example"], "ResponseHeaders": {"Set": {"x-edge": "1"}}}]));
     cluster.listen(&json!([shop, bytes(9000, "legacy")]));
     let denied = cluster.wait_status((8080, "shop.example"), 403);
     assert!(denied.body.contains("edge") && denied.body.contains("web"), "{}", denied.body);
@@ -161,7 +162,10 @@ fn calls_from_outside_come_in_by_a_gateway_in_its_name_and_its_ports_follow_its_
 
     // Every agent knows by which gateway a service is reached.
     let gateways = n2.get("/v1/health/ingress/web?passing");
-    assert_eq!((&gateways[0]["Node"]["Node"], &gateways[0]["Service"]["Kind"]), (&json!("n1"), &json!("ingress-gateway")));
+    assert_eq!(
+        (&gateways[0]["Node"]["Node"], &gateways[0]["Service"]["Kind"]),
+        (&json!("n1"), &json!("ingress-gateway"))
+    );
     let led_to = n2.get("/v1/catalog/gateway-services/edge");
     let rows: Vec<String> =
         led_to.as_array().unwrap().iter().map(|row| format!("{} {}", row["Service"]["Name"], row["Port"])).collect();
@@ -195,8 +199,25 @@ fn calls_from_outside_come_in_by_a_gateway_in_its_name_and_its_ports_follow_its_
         state => Err(state),
     });
     assert!(n1.log().contains("cannot listen on a local port") && n1.log().contains("10.77.0.1:8082"));
+    let health = |want: &str| {
+        until(&format!("the gateway is {want} everywhere"), || {
+            let list = n2.try_get("/v1/health/service/edge")?.json();
+            let checks = list[0]["Checks"].as_array().cloned().unwrap_or_default();
+            let own = checks.iter().find(|check| check["CheckID"] == "gateway:edge");
+            if own.is_some_and(|check| check["Status"] == want) { Ok(()) } else { Err(list.to_string()) }
+        });
+    };
+    health("warning");
+    let said = n1.get("/v1/agent/checks")["gateway:edge"]["Output"].to_string();
+    assert!(said.contains("ports open: 2; port 8082: 10.77.0.1:8082 is in use"), "{said}");
+    cluster.listen(&json!([http(8082, &json!([{"Name": "web", "Hosts": ["*"]}]))]));
+    health("critical");
+    assert_eq!(n2.get("/v1/health/ingress/web?passing"), json!([]), "nobody is sent to it");
     drop(taken);
+    health("passing");
     cluster.wait_status((8082, "anything.example"), 200);
+    let named = http(8081, &json!([{"Name": "*"}]));
+    cluster.listen(&json!([named, bytes(9000, "legacy")]));
 
     // What an intention denies from here on ends.
     cluster.sign(&["intention", "create", "-deny", "-replace", "edge", "legacy"]);
@@ -206,7 +227,8 @@ fn calls_from_outside_come_in_by_a_gateway_in_its_name_and_its_ports_follow_its_
     });
 
     // What is kept without an effect says so, and what cannot be is refused with every problem.
-    let said = cluster.write(&json!({"Kind": "mesh", "Name": "mesh", "TransparentProxy": {"MeshDestinationsOnly": true}}));
+    let said =
+        cluster.write(&json!({"Kind": "mesh", "Name": "mesh", "TransparentProxy": {"MeshDestinationsOnly": true}}));
     assert!(said.contains("warning") && said.contains("has no effect"), "{said}");
     let bad = json!({"Kind": "ingress-gateway", "Name": "edge", "TLS": {"Enabled": true}, "Listeners": [{"Port": 0, "Services": []}]});
     let file = cluster.ca.dir().join("bad.json");
@@ -220,7 +242,7 @@ fn calls_from_outside_come_in_by_a_gateway_in_its_name_and_its_ports_follow_its_
 
     // Without its registration it has no ports, and nobody says that it has.
     n1.put_ok("/v1/agent/service/deregister/edge", "");
-    for port in [8081, 8082, 9000] {
+    for port in [8081, 9000] {
         cluster.wait_closed(port);
     }
     until("no gateway is known", || match n2.get("/v1/health/ingress/web") {

@@ -267,8 +267,7 @@ impl<D: Dial> Connection<D> {
             return Err(Refusal { status, flag: Flag::NoRoute, reason, text: snapshot.why_unknown(name.as_str()) });
         }
         let target = Target::of(&*self.worker, Caller { source: Source::Node, destination: name });
-        *self.last.borrow_mut() =
-            Some(Last { authority: authority.clone(), target: Rc::clone(&target), entry: None });
+        *self.last.borrow_mut() = Some(Last { authority: authority.clone(), target: Rc::clone(&target), entry: None });
         Ok(target)
     }
 
@@ -281,7 +280,9 @@ impl<D: Dial> Connection<D> {
         let snapshot = self.worker.snapshot().peek();
         let host = authority.map_or("", Authority::host);
         let unknown = || {
-            unknown_host(format!("Host `{host}` names no service that ingress gateway `{gateway}` leads to by port {port}"))
+            unknown_host(format!(
+                "Host `{host}` names no service that ingress gateway `{gateway}` leads to by port {port}"
+            ))
         };
         let entry = snapshot.traffic.gateway(gateway).ok_or_else(unknown)?;
         if let Some(last) = &*self.last.borrow()

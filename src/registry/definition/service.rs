@@ -45,7 +45,8 @@ pub fn service_from_json(value: &Value, defaults: &DefinitionDefaults) -> Result
     let declared = protocol(&mut fields)?;
     let check_fields = check_fields(&mut fields)?;
     let proxy = fields.take(&["proxy"])?.map(|field| proxy(&field, defaults)).transpose()?;
-    let mut connect = fields.take(&["connect"])?.map(|field| connect(&field, defaults)).transpose()?.unwrap_or_default();
+    let mut connect =
+        fields.take(&["connect"])?.map(|field| connect(&field, defaults)).transpose()?.unwrap_or_default();
     fields.finish()?;
 
     if name_text.is_empty() {
@@ -118,7 +119,8 @@ fn gateway_is_possible(name: &ServiceName, connect: &Connect, proxies: &[Proxy])
     let (path, problem) = if connect.sidecar || connect.native {
         ("Connect", "a gateway is in the mesh by itself: leave it out".to_owned())
     } else if let Some(proxy) = proxies.iter().find(|proxy| !proxy.upstreams.is_empty() || proxy.local_port.is_some()) {
-        let problem = format!("a gateway has the ports that the config entry ingress-gateway {name} lists, and no others");
+        let problem =
+            format!("a gateway has the ports that the config entry ingress-gateway {name} lists, and no others");
         (proxy.path.as_str(), problem)
     } else {
         return Ok(());

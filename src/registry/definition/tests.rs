@@ -36,9 +36,15 @@ fn a_gateway_says_where_it_listens_and_nothing_that_its_entry_says() {
         assert_eq!(service.record.port, 8080);
     }
     let upstreams = json!({"Proxy": {"Upstreams": [{"DestinationName": "db", "LocalBindPort": 1}]}});
-    refused(&gateway(upstreams), "Invalid Proxy: a gateway has the ports that the config entry ingress-gateway edge lists");
+    refused(
+        &gateway(upstreams),
+        "Invalid Proxy: a gateway has the ports that the config entry ingress-gateway edge lists",
+    );
     refused(&gateway(json!({"Proxy": {"LocalServicePort": 9}})), "Invalid Proxy: a gateway has the ports");
-    refused(&gateway(json!({"Connect": {"SidecarService": {}}})), "Invalid Connect: a gateway is in the mesh by itself");
+    refused(
+        &gateway(json!({"Connect": {"SidecarService": {}}})),
+        "Invalid Connect: a gateway is in the mesh by itself",
+    );
     refused(&gateway(json!({"Connect": {"Native": true}})), "Invalid Connect");
 }
 

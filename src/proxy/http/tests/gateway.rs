@@ -40,7 +40,10 @@ fn a_host_leads_to_its_service_in_the_name_of_the_gateway() {
         }
         let (status, headers, body) = ask(&mut client, "web.ingress.weft", "/").await;
         assert_eq!((status, &headers["x-weft-reason"]), (StatusCode::NOT_FOUND, &"unknown_host".parse().unwrap()));
-        assert!(body.contains("Host `web.ingress.weft` names no service that ingress gateway `edge` leads to"), "{body}");
+        assert!(
+            body.contains("Host `web.ingress.weft` names no service that ingress gateway `edge` leads to"),
+            "{body}"
+        );
         let series = |destination: &str, code: u16, flag: &str| {
             format!(
                 "weft_http_requests_total{{destination_service=\"{destination}\",grpc_response_status=\"\",reporter=\"source\",response_code=\"{code}\",response_flags=\"{flag}\",source_service=\"edge\"}}"
@@ -49,7 +52,8 @@ fn a_host_leads_to_its_service_in_the_name_of_the_gateway() {
         counts(&setup.worker, &series("web", 200, "-"), 3);
         counts(&setup.worker, &series("_unknown", 404, "NR"), 1);
 
-        let denied = Snapshot { policy: Arc::new(Table::empty(Action::Deny)), ..Snapshot::clone(&setup.worker.reader.load()) };
+        let denied =
+            Snapshot { policy: Arc::new(Table::empty(Action::Deny)), ..Snapshot::clone(&setup.worker.reader.load()) };
         setup.worker.publisher.publish(Arc::new(denied));
         let (status, _, body) = ask(&mut client, "shop.example", "/").await;
         assert_eq!(status, 403, "{body}");
