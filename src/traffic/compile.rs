@@ -168,19 +168,13 @@ impl Entries {
         let mut problems = Problems::default();
         for (name, gateway) in &self.gateways {
             for (at, listener) in gateway.listeners.iter().enumerate() {
-                for (of, service) in
-                    listener.services.iter().enumerate().filter_map(|(of, one)| Some((of, one.service.as_ref()?)))
-                {
-                    let said = self.protocol(service);
-                    let takes =
-                        |said: Protocol| said.is_http() || !(listener.protocol.is_http() || said == Protocol::Udp);
-                    if let Some(said) = said.filter(|said| !takes(*said)) {
-                        let (own, said) = (listener.protocol.as_str(), said.as_str());
-                        problems.add(
-                            format!("ingress-gateway:{name} Listeners[{at}].Services[{of}]"),
-                            format!("is {service}, whose protocol is {said} by its service-defaults or proxy-defaults; the listener's is {own}"),
-                        );
-                    }
+                for (of, exposed) in listener.services.iter().enumerate() {
+                    let Some(service) = &exposed.service else { continue };
+                    let Some(said) = self.protocol(service).filter(|said| !listener.takes(*said)) else { continue };
+                    let (own, said) = (listener.protocol.as_str(), said.as_str());
+                    let path = format!("ingress-gateway:{name} Listeners[{at}].Services[{of}]");
+                    let by = "by its service-defaults or proxy-defaults";
+                    problems.add(path, format!("is {service}, whose protocol is {said} {by}; the listener's is {own}"));
                 }
             }
         }

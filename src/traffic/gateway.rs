@@ -115,6 +115,11 @@ impl GatewayListener {
         named.map(ServiceName::as_str).any(|name| name.eq_ignore_ascii_case(service))
     }
 
+    /// Tells whether what comes by the port can be carried to services of `protocol`.
+    pub(super) fn takes(&self, protocol: Protocol) -> bool {
+        protocol.is_http() || (protocol == Protocol::Tcp && !self.protocol.is_http())
+    }
+
     /// Tells whether the port leads to every service that takes requests.
     pub fn leads_to_every(&self) -> bool {
         self.hosts.every.is_some()
