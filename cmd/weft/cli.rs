@@ -10,7 +10,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub(crate) use ask::{
-    CatalogVerb, ForceLeaveArgs, JoinArgs, MaintArgs, NodesArgs, ServicesArgs, ServicesVerb, ValidateArgs,
+    CatalogVerb, ForceLeaveArgs, JoinArgs, MaintArgs, MembersArgs, NodesArgs, RegisterArgs, ServicesArgs, ServicesVerb,
+    ValidateArgs,
 };
 pub(crate) use ca::{
     CaListArgs, CaVerb, IssuerVerb, OperatorAdoptArgs, OperatorCreateArgs, OperatorRenewArgs, OperatorRevokeArgs,
@@ -77,8 +78,8 @@ pub(crate) enum Verb {
     #[command(subcommand)]
     Document(DocumentVerb),
     /// Lists the members of the mesh.
-    #[command(after_help = "Example:\n  weft members -format=json")]
-    Members(ListArgs),
+    #[command(after_help = "Examples:\n  weft members -format=json\n  weft members -status 'failed|left'")]
+    Members(MembersArgs),
     /// Joins the agent to a mesh through the given addresses.
     #[command(after_help = "Example:\n  weft join 10.0.0.1 seed.example:8301")]
     Join(JoinArgs),
@@ -186,6 +187,9 @@ pub(crate) struct ClientArgs {
     /// The agent's admin token, where it asks for one.
     #[arg(long, env = "WEFT_HTTP_TOKEN", hide_env_values = true)]
     pub(crate) token: Option<String>,
+    /// File that holds it; -token goes before.
+    #[arg(long, env = "WEFT_HTTP_TOKEN_FILE", value_name = "FILE")]
+    pub(crate) token_file: Option<String>,
     /// PEM file of the CA that an https agent's certificate must lead to. Default: the host's CAs.
     #[arg(long, env = "WEFT_CACERT", value_name = "FILE")]
     pub(crate) ca_file: Option<String>,
@@ -201,6 +205,8 @@ pub(crate) struct ClientArgs {
     pub(crate) consul_http_addr: Option<String>,
     #[arg(long, env = "CONSUL_HTTP_TOKEN", hide = true, hide_env_values = true)]
     pub(crate) consul_http_token: Option<String>,
+    #[arg(long, env = "CONSUL_HTTP_TOKEN_FILE", hide = true)]
+    pub(crate) consul_http_token_file: Option<String>,
 }
 
 #[derive(Debug, Args)]

@@ -79,7 +79,16 @@ impl Client {
     pub(crate) fn new(args: &ClientArgs) -> Result<Self, Failure> {
         let filled = |text: &Option<String>| text.clone().filter(|text| !text.is_empty());
         let addr = filled(&args.http_addr).or_else(|| filled(&args.consul_http_addr));
-        let token = filled(&args.token).or_else(|| filled(&args.consul_http_token));
+        // By how it was given: a token before a file, weft's own names before Consul's, as with the address.
+        let from_file = |file: &Option<String>| filled(file).map(|file| token_of(&file)).transpose();
+        let token = match filled(&args.token) {
+            Some(token) => Some(token),
+            None => match from_file(&args.token_file)? {
+                Some(token) => Some(token),
+                None => filled(&args.consul_http_token)
+                    .map_or_else(|| from_file(&args.consul_http_token_file), |token| Ok(Some(token)))?,
+            },
+        };
         Ok(Self {
             addr: parse_addr(addr.as_deref().unwrap_or(ADDR_DEFAULT))?,
             token,
@@ -281,6 +290,15 @@ fn refusal(status: http::StatusCode, body: &[u8]) -> Failure {
             failure.hint("api/README.md lists what weft refuses, and what to use instead")
         }
         _ => failure,
+    }
+}
+
+/// Reads a token: the file's only line.
+fn token_of(file: &str) -> Result<String, Failure> {
+    let text = std::fs::read_to_string(file).with_context(|| format!("cannot read the token in {file}"))?;
+    match text.trim() {
+        "" => Err(Failure::text(format!("{file} holds no token"))),
+        token => Ok(token.to_owned()),
     }
 }
 

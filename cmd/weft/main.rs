@@ -115,7 +115,7 @@ fn run(verb: &Verb) -> Result<(), Failure> {
             Ok(())
         }
         Verb::Man(args) => shell::man(&args.dir),
-        Verb::Services(ServicesVerb::Register { files, client }) => verbs::register(files, client),
+        Verb::Services(ServicesVerb::Register(args)) => verbs::register(args),
         Verb::Services(ServicesVerb::Deregister { id, id_flag, client }) => {
             verbs::deregister(id.as_deref().or(id_flag.as_deref()).unwrap_or_default(), client)
         }

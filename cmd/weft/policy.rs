@@ -13,10 +13,10 @@ use base64::engine::general_purpose::STANDARD;
 use serde_json::{Map, Value, json};
 use weft::authz::{self, Party};
 use weft::clock::{self, UnixSeconds};
-use weft::config::{parse_duration, read_document};
+use weft::config::{parse_duration, read_document_or_input};
 use weft::model::{NodeName, OperatorScope};
 use weft::pki::{CaDir, DocumentKey, Revoked, Utc};
-use weft::policy::{Document, DocumentId, Draft};
+use weft::policy::{Document, DocumentId, Draft, INERT_KINDS};
 
 use crate::cli::{
     CaListArgs, CheckArgs, ClientArgs, ConfigDeleteArgs, ConfigListArgs, ConfigReadArgs, ConfigWriteArgs, CreateArgs,
@@ -117,7 +117,7 @@ pub(crate) fn adopt_certificate(args: &OperatorAdoptArgs) -> Result<(), Failure>
 pub(crate) fn create_intention(args: &CreateArgs) -> Result<(), Failure> {
     let mut fields = Map::new();
     if let Some(path) = &args.file {
-        fields.extend(read_document(path).map_err(|problems| weft::config::ConfigError { problems })?.root);
+        fields.extend(read_document_or_input(path).map_err(|problems| weft::config::ConfigError { problems })?.root);
     }
     for (key, text) in [("SourceName", &args.source), ("DestinationName", &args.destination)] {
         if let Some(text) = text {
@@ -281,7 +281,7 @@ pub(crate) fn check_intention(args: &CheckArgs) -> ExitCode {
 
 /// `weft config write`
 pub(crate) fn write_config(args: &ConfigWriteArgs) -> Result<(), Failure> {
-    let root = read_document(&args.file).map_err(|problems| weft::config::ConfigError { problems })?.root;
+    let root = read_document_or_input(&args.file).map_err(|problems| weft::config::ConfigError { problems })?.root;
     let entry = Value::Object(root);
     let draft = Draft::entry(entry.to_string())?;
     fits(&draft, Some(&entry), &args.signer)?;
@@ -294,7 +294,15 @@ pub(crate) fn write_config(args: &ConfigWriteArgs) -> Result<(), Failure> {
                 .hint("read it again and decide anew"));
         }
     }
-    write(draft, &args.signer, &done, |client| client.put(&format!("/v1/config{cas}"), Some(&entry)))
+    let kind = draft.id().name.as_str().split_once(':').map(|(kind, _)| kind.to_owned());
+    write(draft, &args.signer, &done, |client| client.put(&format!("/v1/config{cas}"), Some(&entry)))?;
+    if let Some(kind) = kind.filter(|kind| INERT_KINDS.contains(&kind.as_str())) {
+        eprintln!(
+            "warning: the entry is kept and shown, and has no effect: nothing in weft acts on the kind {kind}; api/gateways.md says \
+             what stands in its place"
+        );
+    }
+    Ok(())
 }
 
 /// Holds an entry that is to be written, or deleted, against itself and the entries that the mesh has.

@@ -1,22 +1,31 @@
 //! The verbs that ask or order a running agent, and `validate`.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use regex::Regex;
 use serde_json::{Value, json};
-use weft::config::{ConfigError, Host, Inputs, read_document, validate as validate_config};
+use weft::config::{ConfigError, Host, Inputs, read_document_or_input, validate as validate_config};
 
 use crate::cli::{
-    ClientArgs, ForceLeaveArgs, Format, FormatArgs, JoinArgs, ListArgs, MaintArgs, NodesArgs, ServicesArgs,
-    ValidateArgs,
+    ClientArgs, ForceLeaveArgs, Format, FormatArgs, JoinArgs, ListArgs, MaintArgs, MembersArgs, NodesArgs,
+    RegisterArgs, ServicesArgs, ValidateArgs,
 };
 use crate::client::{Client, segment};
 use crate::failure::Failure;
 use crate::table;
 
 /// Lists the members; in JSON as Consul shapes them.
-pub(crate) fn members(args: &ListArgs) -> Result<(), Failure> {
+pub(crate) fn members(args: &MembersArgs) -> Result<(), Failure> {
+    let status = args.status.as_deref().unwrap_or_default();
+    let status = Regex::new(status).map_err(|error| Failure::text(format!("-status is no expression: {error}")))?;
+    let args = &args.list;
     if args.output.format == Format::Json {
-        return list(args, "/v1/agent/members", |_| String::new());
+        let mut members = Client::new(&args.client)?.get("/v1/agent/members")?;
+        if let Value::Array(members) = &mut members {
+            members.retain(|member| status.is_match(consul_status(member)));
+        }
+        println!("{members:#}");
+        return Ok(());
     }
     list(args, "/v1/mesh/members", |value| {
         if value.get("Isolated").and_then(Value::as_bool) == Some(true) {
@@ -31,8 +40,21 @@ pub(crate) fn members(args: &ListArgs) -> Result<(), Failure> {
             let [name, address, status] = ["Name", "Address", "Status"].map(|key| text(member, key));
             [name, address, status, rough(seconds), text(member, "Build"), text(member, "Datacenter")]
         };
-        table::render(["Node", "Address", "Status", "For", "Build", "DC"], &rows(members, row))
+        let mut rows = rows(members, row);
+        rows.retain(|[_, _, own, ..]| status.is_match(own));
+        table::render(["Node", "Address", "Status", "For", "Build", "DC"], &rows)
     })
+}
+
+/// The word for the number that Consul's shape has.
+fn consul_status(member: &Value) -> &'static str {
+    match member.get("Status").and_then(Value::as_u64) {
+        Some(1) => "alive",
+        Some(2) => "leaving",
+        Some(3) => "left",
+        Some(4) => "failed",
+        _ => "none",
+    }
 }
 
 /// Writes a time in its largest whole unit: 59s, 3m, 71h, 12d.
@@ -58,7 +80,9 @@ pub(crate) fn nodes(args: &NodesArgs) -> Result<(), Failure> {
         Some(service) => format!("/v1/catalog/service/{}", segment(service)),
         None => "/v1/catalog/nodes".to_owned(),
     };
-    list(&args.list, &with_meta(&path, &args.node_meta), |value| {
+    let given = [("near", &args.near), ("filter", &args.filter)];
+    let given = given.iter().filter_map(|(key, value)| Some(format!("{key}={}", segment(value.as_ref()?))));
+    list(&args.list, &with_query(&path, meta_of(&args.node_meta).chain(given)), |value| {
         let row =
             |node: &Value| [text(node, "Node"), text(node, "ID"), text(node, "Address"), text(node, "Datacenter")];
         // A node with several instances of the service is one node.
@@ -84,23 +108,24 @@ pub(crate) fn services(args: &ServicesArgs) -> Result<(), Failure> {
             Ok(table::render(["Service", "ID", "Tags"], &rows))
         });
     }
-    list(&args.list, &with_meta("/v1/catalog/services", &args.node_meta), |value| {
+    list(&args.list, &with_query("/v1/catalog/services", meta_of(&args.node_meta)), |value| {
         let row = |(name, its): (&String, &Value)| [name.clone(), tags(its)];
         let services: Vec<[String; 2]> = value.as_object().into_iter().flatten().map(row).collect();
         table::render(["Service", "Tags"], &services)
     })
 }
 
-/// Adds `node-meta=key:value` for each `key=value`.
-fn with_meta(path: &str, meta: &[String]) -> String {
-    let pair = |pair: &String| {
+/// Makes `node-meta=key:value` of each `key=value`.
+fn meta_of(meta: &[String]) -> impl Iterator<Item = String> {
+    meta.iter().map(|pair| {
         let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
         format!("node-meta={}:{}", segment(key), segment(value))
-    };
-    match meta {
-        [] => path.to_owned(),
-        meta => format!("{path}?{}", meta.iter().map(pair).collect::<Vec<String>>().join("&")),
-    }
+    })
+}
+
+fn with_query(path: &str, parts: impl Iterator<Item = String>) -> String {
+    let parts: Vec<String> = parts.collect();
+    if parts.is_empty() { path.to_owned() } else { format!("{path}?{}", parts.join("&")) }
 }
 
 pub(crate) fn info(args: &ListArgs) -> Result<(), Failure> {
@@ -199,17 +224,19 @@ pub(crate) fn validate(args: &ValidateArgs) -> Result<(), Failure> {
         eprintln!("note: these files are a part of a configuration; an agent also needs, from flags or other files:");
         validated.missing.iter().for_each(|missing| eprintln!("  {missing}"));
     }
-    println!("Configuration is valid!");
+    if !args.quiet {
+        println!("Configuration is valid!");
+    }
     Ok(())
 }
 
-pub(crate) fn register(files: &[PathBuf], args: &ClientArgs) -> Result<(), Failure> {
-    let client = Client::new(args)?;
+pub(crate) fn register(args: &RegisterArgs) -> Result<(), Failure> {
+    let client = Client::new(&args.client)?;
     // All files are read before the first service is registered: a typing error changes nothing.
-    let mut services = Vec::new();
+    let mut services: Vec<Value> = args.name.iter().map(|name| by_flags(name, args)).collect();
     let mut problems = Vec::new();
-    for file in files {
-        match read_document(file) {
+    for file in &args.files {
+        match read_document_or_input(file) {
             Ok(document) => services.extend(definitions(file, document.root)?),
             Err(found) => problems.extend(found),
         }
@@ -223,6 +250,25 @@ pub(crate) fn register(files: &[PathBuf], args: &ClientArgs) -> Result<(), Failu
         println!("Registered service: {name}");
     }
     Ok(())
+}
+
+/// The service that the flags say.
+fn by_flags(name: &str, args: &RegisterArgs) -> Value {
+    let mut service = json!({"Name": name});
+    let pairs = args.meta.iter().map(|pair| pair.split_once('=').unwrap_or((pair, "")));
+    let meta: serde_json::Map<String, Value> = pairs.map(|(key, value)| (key.to_owned(), json!(value))).collect();
+    let given = [
+        ("ID", args.id.as_ref().map(|id| json!(id))),
+        ("Kind", args.kind.as_ref().map(|kind| json!(kind))),
+        ("Address", args.address.as_ref().map(|address| json!(address))),
+        ("Port", args.port.map(|port| json!(port))),
+        ("Tags", (!args.tag.is_empty()).then(|| json!(args.tag))),
+        ("Meta", (!meta.is_empty()).then(|| Value::Object(meta))),
+    ];
+    if let Some(fields) = service.as_object_mut() {
+        fields.extend(given.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?))));
+    }
+    service
 }
 
 /// Takes the services of a file: `service{}`, `services[]`, or a bare definition as the HTTP API takes it.

@@ -151,7 +151,7 @@ pub(super) fn instances(
 }
 
 /// Tells whether `record` has every tag of the query; case is no matter.
-fn has_tags(record: &ServiceRecord, query: &Query) -> bool {
+pub(super) fn has_tags(record: &ServiceRecord, query: &Query) -> bool {
     let has = |tag: &str| record.tags.iter().any(|own| own.eq_ignore_ascii_case(tag));
     query.all("tag").filter(|tag| !tag.is_empty()).all(has)
 }

@@ -12,26 +12,33 @@ use super::index::Topic;
 use super::near::RoundTrips;
 use super::query::ReadOptions;
 use super::shape::{Check, Told};
-use super::{Shared, block, catalog, shape, sift};
+use super::{Shared, block, catalog, gateway, shape, sift};
 use crate::catalogue::Snapshot;
 use crate::model::{HealthStatus, Instance, NodeEntry, NodeName};
 use crate::registry::LocalState;
 
 /// `GET /v1/health/service/:name`
 pub(super) async fn service(call: Call) -> Result<Reply, Refusal> {
-    entries(call, catalog::instances).await
+    let topic = Topic::Service(call.argument.clone());
+    entries(call, topic, catalog::instances).await
 }
 
 /// `GET /v1/health/connect/:name`: where the mesh reaches the service's instances.
 pub(super) async fn connect(call: Call) -> Result<Reply, Refusal> {
-    entries(call, catalog::proxies).await
+    let topic = Topic::Service(call.argument.clone());
+    entries(call, topic, catalog::proxies).await
 }
 
-async fn entries(call: Call, pick: Pick) -> Result<Reply, Refusal> {
+/// `GET /v1/health/ingress/:name`: the gateways by which the service is reached from outside.
+pub(super) async fn ingress(call: Call) -> Result<Reply, Refusal> {
+    entries(call, Topic::Ingress, gateway::instances).await
+}
+
+async fn entries(call: Call, topic: Topic, pick: Pick) -> Result<Reply, Refusal> {
     let options = ReadOptions::parse(&call)?;
     let passing_only = call.query.switch("passing")?;
     drop(sift::filter::<Instance>(&call)?);
-    let (snapshot, index) = block::wait(&call, options.blocking, Topic::Service(call.argument.clone())).await?;
+    let (snapshot, index) = block::wait(&call, options.blocking, topic).await?;
     let trips = RoundTrips::wanted(&call, &options).await?;
     let filter = sift::filter::<Instance>(&call)?;
     let local = call.shared.registry.state();

@@ -24,6 +24,8 @@ pub(super) enum Topic {
     Everything,
     /// Who may call whom.
     Policy,
+    /// Any service, and what gateways into the mesh lead to.
+    Ingress,
 }
 
 impl Topic {
@@ -35,6 +37,7 @@ impl Topic {
             Self::Nodes => lists.nodes(snapshot),
             Self::Everything => lists.nodes(snapshot).max(services(snapshot)),
             Self::Policy => snapshot.policy_index,
+            Self::Ingress => services(snapshot).max(snapshot.traffic_index),
         }
     }
 }

@@ -11,7 +11,8 @@ use super::shape::Check;
 use super::sift::{Listed, Listing, Member, OfNode, Own};
 use crate::authz;
 use crate::filter::{Fields, Filter};
-use crate::model::{HealthStatus, MemberStatus};
+use crate::model::{HealthStatus, INGRESS_GATEWAY, MemberStatus, Protocol};
+use crate::traffic::{Entries, Ready, Traffic};
 
 /// Reads `path` and returns the texts at `pointer` of each record.
 async fn listed(bench: &Bench, path: &str, pointer: &str) -> Vec<String> {
@@ -239,6 +240,70 @@ async fn the_mesh_s_endpoints_are_the_agents_of_healthy_instances() {
     assert_eq!(listed(&bench, "/v1/health/connect/db?passing", "/Node/Node").await, ["n1"]);
     assert_eq!(listed(&bench, "/v1/catalog/connect/db", "/ServiceName").await, ["db-sidecar-proxy"; 2]);
     assert_eq!(bench.get("/v1/health/connect/none").await.json(), json!([]));
+}
+
+#[tokio::test]
+async fn gateways_are_listed_by_the_services_that_they_lead_to() {
+    let bench = Bench::new();
+    let listeners = json!({"Listeners": [
+        {"Port": 8080, "Protocol": "http", "Services": [{"Name": "web", "Hosts": ["shop.example"]}, {"Name": "*"}]},
+        {"Port": 9000, "Services": [{"Name": "db"}]}, {"Port": 9001, "Services": [{"Name": "db"}]}]});
+    let before = bench.publish(|next| {
+        let nodes = [node_entry(1, MemberStatus::Alive), node_entry(2, MemberStatus::Alive)];
+        let mut edge = service("edge", &nodes[..1], HealthStatus::Passing, next.index);
+        edge.instances.extend(service("edge", &nodes[1..], HealthStatus::Critical, next.index).instances);
+        for instance in &mut edge.instances {
+            Arc::make_mut(&mut Arc::make_mut(instance).record).kind = INGRESS_GATEWAY.into();
+        }
+        let api = service("api", &nodes[..1], HealthStatus::Passing, next.index);
+        let mut db = service("db", &nodes[..1], HealthStatus::Passing, next.index);
+        db.protocol = Protocol::Tcp;
+        for service in [edge, api, db] {
+            next.services.insert(service.name.clone(), Arc::new(service));
+        }
+    });
+    assert_eq!(bench.get("/v1/health/ingress/db").await.json(), json!([]), "without an entry there is no gateway");
+    // Whoever waits for a service's gateways is woken by the entry.
+    let waiting = bench.get(&format!("/v1/health/ingress/db?index={before}&wait=60s"));
+    let entered = async {
+        tokio::task::yield_now().await;
+        bench.publish(|next| {
+            let mut entries = Entries::default();
+            entries.add(INGRESS_GATEWAY, "edge", Ready::new(INGRESS_GATEWAY, &listeners).unwrap());
+            next.traffic = Arc::new(Traffic::new(entries, &Traffic::default(), Vec::new()));
+            next.traffic_index = next.index;
+        })
+    };
+    let (woken, index) = tokio::join!(waiting, entered);
+    let nodes = |found: &Value| -> Vec<String> {
+        let node = |one: &Value| {
+            format!("{} {}", one["Node"]["Node"].as_str().unwrap(), one["Service"]["Kind"].as_str().unwrap())
+        };
+        found.as_array().unwrap().iter().map(node).collect()
+    };
+    assert_eq!(
+        (nodes(&woken.json()), woken.index()),
+        (vec!["n1 ingress-gateway".to_owned(), "n2 ingress-gateway".to_owned()], index)
+    );
+    assert_eq!(listed(&bench, "/v1/health/ingress/web?passing", "/Node/Node").await, ["n1"]);
+    assert_eq!(bench.get("/v1/health/ingress/edge").await.json(), json!([]));
+
+    let row = |service: &str, port: u16, protocol: &str| {
+        json!({"Gateway": {"Name": "edge"}, "Service": {"Name": service}, "GatewayKind": "ingress-gateway", "Port": port,
+            "Protocol": protocol, "CreateIndex": index, "ModifyIndex": index})
+    };
+    let with = |mut row: Value, key: &str, value: Value| {
+        row[key] = value;
+        row
+    };
+    let want = json!([
+        with(row("web", 8080, "http"), "Hosts", json!(["shop.example"])),
+        with(row("api", 8080, "http"), "FromWildcard", json!(true)),
+        row("db", 9000, "tcp"),
+        row("db", 9001, "tcp"),
+    ]);
+    assert_eq!(bench.get("/v1/catalog/gateway-services/edge").await.json(), want);
+    assert_eq!(bench.get("/v1/catalog/gateway-services/nobody").await.json(), json!([]));
 }
 
 #[tokio::test]

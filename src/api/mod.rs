@@ -27,6 +27,7 @@ mod event;
 mod external;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
+mod gateway;
 mod guard;
 mod health;
 mod held;

@@ -16,8 +16,8 @@ use super::call::{Call, Coding, Handler, Refusal, Reply, TEXT};
 use super::guard::{Arrival, Peer, Right};
 use super::query::Query;
 use super::{
-    BODY_BYTES_MAX, Shared, agent, catalog, check, connect, documents, entry, event, external, health, host, intention,
-    kv, maintain, mesh, monitor, near, prepared, status, why,
+    BODY_BYTES_MAX, Shared, agent, catalog, check, connect, documents, entry, event, external, gateway, health, host,
+    intention, kv, maintain, mesh, monitor, near, prepared, status, why,
 };
 use crate::clock;
 
@@ -100,8 +100,10 @@ pub(super) const ROUTES: &[Route] = &[
     route!(GET "/v1/catalog/connect/{name}" catalog::connect),
     route!(GET "/v1/catalog/node/{name}" catalog::node),
     route!(GET "/v1/catalog/node-services/{name}" catalog::node_services),
+    route!(GET "/v1/catalog/gateway-services/{name}" gateway::services),
     route!(GET "/v1/health/service/{name}" health::service),
     route!(GET "/v1/health/connect/{name}" health::connect),
+    route!(GET "/v1/health/ingress/{name}" health::ingress),
     route!(GET "/v1/health/node/{name}" health::node),
     route!(GET "/v1/health/checks/{name}" health::checks),
     route!(GET "/v1/health/state/{state}" health::state),

@@ -346,7 +346,7 @@ impl<'a> Check<'a> {
 }
 
 /// Adds `key` to the object `shape` where `wanted`.
-fn put_if(shape: &mut Value, key: &str, wanted: bool, value: impl FnOnce() -> Value) {
+pub(super) fn put_if(shape: &mut Value, key: &str, wanted: bool, value: impl FnOnce() -> Value) {
     if let (true, Some(object)) = (wanted, shape.as_object_mut()) {
         object.insert(key.to_owned(), value());
     }

@@ -62,6 +62,18 @@ impl Externals {
         self.nodes.range(from..).take_while(move |((own, _), _)| *own == name).map(|(_, node)| node)
     }
 
+    /// Returns the names that several agents tell of that are alive, each with those agents, in order.
+    pub fn doubled(&self) -> BTreeMap<NodeName, Vec<NodeName>> {
+        let mut by_name: BTreeMap<NodeName, Vec<NodeName>> = BTreeMap::new();
+        for ((name, agent), node) in &self.nodes {
+            if node.status == MemberStatus::Alive {
+                by_name.entry(name.clone()).or_default().push(agent.clone());
+            }
+        }
+        by_name.retain(|_, agents| agents.len() > 1);
+        by_name
+    }
+
     /// Returns the services; each has at least one instance.
     pub fn services(&self) -> &BTreeMap<ServiceName, Arc<ServiceEntry>> {
         &self.services
@@ -99,9 +111,17 @@ fn first_name() -> NodeName {
 impl Externals {
     /// What follows these at `index` if `agent`, which is `status`, has written `records` in `dc1`, and nobody else anything.
     pub(crate) fn after(&self, agent: &str, status: MemberStatus, records: &[ExternalRecord], index: u64) -> Self {
-        let records = records.iter().cloned().map(Arc::new).collect();
-        let written = Written { records, status, generation: Generation::default(), datacenter: "dc1".to_owned() };
-        derive(self, &BTreeMap::from([(agent.parse().unwrap(), written)]), |_| false, index)
+        self.after_all(&[(agent, status, records)], index)
+    }
+
+    /// As [`Externals::after`], for several agents.
+    pub(crate) fn after_all(&self, agents: &[(&str, MemberStatus, &[ExternalRecord])], index: u64) -> Self {
+        let written = agents.iter().map(|(agent, status, records)| {
+            let records = records.iter().cloned().map(Arc::new).collect();
+            let (generation, datacenter) = (Generation::default(), "dc1".to_owned());
+            (agent.parse().unwrap(), Written { records, status: *status, generation, datacenter })
+        });
+        derive(self, &written.collect(), |_| false, index)
     }
 }
 

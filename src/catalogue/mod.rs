@@ -11,6 +11,7 @@
 
 pub mod builder;
 mod external;
+mod ingress;
 mod reports;
 pub mod virtual_ip;
 
@@ -23,6 +24,7 @@ use tokio::sync::watch;
 
 pub use self::builder::Builder;
 pub use self::external::Externals;
+pub use self::ingress::{GatewayPort, LocalGateway};
 pub use self::reports::Reports;
 pub use self::virtual_ip::VirtualIps;
 use crate::authz::{Action, Table};
@@ -144,6 +146,8 @@ pub struct LocalView {
     pub upstreams: Vec<UpstreamListener>,
     /// Instances that mesh traffic may be relayed to.
     pub instances: BTreeMap<InstanceId, LocalInstance>,
+    /// Gateways by which calls come into the mesh, in order.
+    pub gateways: Vec<LocalGateway>,
 }
 
 /// A local port that leads to a service.

@@ -76,6 +76,20 @@ pub fn read_document(file: &Path) -> Result<Document, Vec<Problem>> {
     parse(&path, &text, language)
 }
 
+/// As [`read_document`]; `-` is standard input, in JSON if it begins with `{` and else in HCL.
+///
+/// # Errors
+/// As [`read_document`].
+pub fn read_document_or_input(file: &Path) -> Result<Document, Vec<Problem>> {
+    if file != Path::new("-") {
+        return read_document(file);
+    }
+    let path: Arc<Path> = Arc::from(Path::new("standard input"));
+    let text = bounded_text(std::io::stdin().lock()).map_err(|rule| vec![Problem::file(&path, rule)])?;
+    let language = if text.trim_start().starts_with('{') { Language::Json } else { Language::Hcl };
+    parse(&path, &text, language)
+}
+
 /// Adds to each problem the line where its key stands, as far as its file can still be read.
 pub(super) fn locate(problems: &mut [Problem]) {
     let mut texts: BTreeMap<Arc<Path>, Option<(Language, String)>> = BTreeMap::new();
@@ -93,14 +107,17 @@ pub(super) fn locate(problems: &mut [Problem]) {
 fn read_text(file: &Path) -> Result<(Language, String), String> {
     let language = language_of(file).ok_or_else(|| "a config file is named *.hcl or *.json".to_owned())?;
     let open = std::fs::File::open(file).map_err(|err| format!("cannot be read: {err}"))?;
+    Ok((language, bounded_text(open)?))
+}
+
+fn bounded_text(from: impl std::io::Read) -> Result<String, String> {
     let mut bytes = Vec::new();
     let limit = u64::try_from(FILE_BYTES_MAX).unwrap_or(u64::MAX).saturating_add(1);
-    open.take(limit).read_to_end(&mut bytes).map_err(|err| format!("cannot be read: {err}"))?;
+    from.take(limit).read_to_end(&mut bytes).map_err(|err| format!("cannot be read: {err}"))?;
     if bytes.len() > FILE_BYTES_MAX {
         return Err(format!("is larger than {FILE_BYTES_MAX} bytes"));
     }
-    let text = String::from_utf8(bytes).map_err(|err| format!("is not UTF-8: {err}"))?;
-    Ok((language, text))
+    String::from_utf8(bytes).map_err(|err| format!("is not UTF-8: {err}"))
 }
 
 /// Parses `text` as the file `path` would be.

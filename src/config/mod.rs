@@ -29,7 +29,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 pub use duration::parse_duration;
-pub use file::{Document, FILE_BYTES_MAX, list_directory, read_document};
+pub use file::{Document, FILE_BYTES_MAX, list_directory, read_document, read_document_or_input};
 pub use host::Host;
 pub use problem::{ConfigError, Problem, Source, Warning};
 pub use raw::Setting;

@@ -243,6 +243,7 @@ impl<'a, R: Rng> Task<'a, R> {
                 Some(instances) => self.reached(self.ttl_s(service), &instances, Reached::ByMesh),
                 None => Outcome::Nothing,
             },
+            Asked::Ingress(service) => self.ingress(service),
             Asked::Node { name, datacenter } => self.node(&name, datacenter),
             Asked::Address { ip, datacenter } if self.is_known(datacenter) => {
                 Outcome::of(self.if_wanted(ip), self.config().node_ttl_s)
@@ -292,23 +293,45 @@ impl<'a, R: Rng> Task<'a, R> {
         let external = || zone.external_service(service.name).filter(|_| reached == Reached::Directly);
         let entries = zone.service(service.name).into_iter().chain(external());
         let datacenter = service.datacenter.unwrap_or(&self.responder.datacenter);
-        let only_passing = self.config().only_passing;
-        let is_healthy = |instance: &&Instance| match instance.status {
-            HealthStatus::Passing => true,
-            HealthStatus::Warning => !only_passing,
-            HealthStatus::Critical => false,
-        };
         let has_tag = |instance: &&Instance| {
             service.tag.is_none_or(|tag| instance.record.tags.iter().any(|own| own.eq_ignore_ascii_case(tag)))
         };
         let all = entries.flat_map(|entry| entry.instances.iter().map(AsRef::as_ref));
         let mut found: Vec<&Instance> = all
-            .filter(is_healthy)
+            .filter(|instance| self.is_healthy(instance))
             .filter(|instance| instance.node.info.datacenter == datacenter)
             .filter(has_tag)
             .collect();
         order(&mut found, self.beside.trips, self.rng);
         (!found.is_empty()).then_some(found)
+    }
+
+    fn is_healthy(&self, instance: &Instance) -> bool {
+        match instance.status {
+            HealthStatus::Passing => true,
+            HealthStatus::Warning => !self.config().only_passing,
+            HealthStatus::Critical => false,
+        }
+    }
+
+    /// Finds the healthy gateways by which calls of a service come into the mesh, at the ports where they do.
+    fn ingress(&mut self, service: ServiceName<'_>) -> Outcome {
+        let datacenter = service.datacenter.unwrap_or(&self.responder.datacenter);
+        let at_port = |(mut instance, port): (Arc<Instance>, u16)| {
+            // A copy that nobody else sees: the port of a gateway's registration is none of its listeners'.
+            Arc::make_mut(&mut Arc::make_mut(&mut instance).record).port = port;
+            instance
+        };
+        let found = self.zone.snapshot().ingress(service.name).into_iter();
+        let found =
+            found.filter(|(instance, _)| self.is_healthy(instance) && instance.node.info.datacenter == datacenter);
+        let gateways: Vec<Arc<Instance>> = found.map(at_port).collect();
+        if gateways.is_empty() {
+            return Outcome::Nothing;
+        }
+        let mut instances: Vec<&Instance> = gateways.iter().map(AsRef::as_ref).collect();
+        order(&mut instances, self.beside.trips, self.rng);
+        self.reached(self.ttl_s(service), &instances, Reached::Directly)
     }
 
     fn service(&mut self, service: ServiceName<'_>) -> Outcome {

@@ -7,6 +7,7 @@ use std::sync::{Arc, OnceLock};
 use hickory_proto::op::ResponseCode;
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
+use serde_json::json;
 
 use super::DnsConfig;
 use super::answer::{Beside, Responder};
@@ -17,10 +18,11 @@ use super::zone::Zone;
 use crate::catalogue::{ServiceEntry, Snapshot};
 use crate::lww::{Body, Row, Stamp};
 use crate::model::{
-    Generation, HealthStatus, Instance, MemberStatus, NodeEntry, NodeInfo, NodeName, Protocol, ServiceName,
-    ServiceRecord, Weights,
+    Generation, HealthStatus, INGRESS_GATEWAY, Instance, MemberStatus, NodeEntry, NodeInfo, NodeName, Protocol,
+    ServiceName, ServiceRecord, Weights,
 };
 use crate::prepared::Book;
+use crate::traffic::{Entries, Ready, Traffic};
 
 /// A message: the first byte says who reads it.
 pub(crate) fn message(bytes: &[u8]) {
@@ -133,10 +135,29 @@ pub(super) fn mesh() -> Snapshot {
     add(&mut snapshot, &n1, "Mixed", "", &[], 8, passing);
     add(&mut snapshot, &n1, "named", "app.example.org", &[], 9, passing);
     add(&mut snapshot, &n1, "sick", "", &[], 10, HealthStatus::Critical);
+    add(&mut snapshot, &n1, "edge", "", &[], 1, passing);
+    add(&mut snapshot, &n2, "edge", "192.0.2.20", &[], 2, HealthStatus::Warning);
+    add(&mut snapshot, &n2, "edge", "192.0.2.21", &[], 3, HealthStatus::Critical);
+    add(&mut snapshot, &m1, "edge", "", &[], 4, passing);
+    make_gateway(&mut snapshot, "edge");
     for at in 0..100 {
         add(&mut snapshot, &n1, "many", &format!("198.51.100.{at}"), &[], 1000 + at, passing);
     }
     snapshot
+}
+
+/// Makes a service a gateway: `web` and `Mixed` by port 8080, `six` by 9000.
+fn make_gateway(snapshot: &mut Snapshot, name: &str) {
+    let entry = Arc::make_mut(snapshot.services.get_mut(name).unwrap());
+    for instance in &mut entry.instances {
+        Arc::make_mut(&mut Arc::make_mut(instance).record).kind = INGRESS_GATEWAY.into();
+    }
+    let listeners = json!({"Listeners": [
+        {"Port": 8080, "Protocol": "http", "Services": [{"Name": "web"}, {"Name": "Mixed", "Hosts": ["m.example"]}]},
+        {"Port": 9000, "Services": [{"Name": "six"}]}]});
+    let mut entries = Entries::default();
+    entries.add(INGRESS_GATEWAY, name, Ready::new(INGRESS_GATEWAY, &listeners).unwrap());
+    snapshot.traffic = Arc::new(Traffic::new(entries, &Traffic::default(), Vec::new()));
 }
 
 fn add(

@@ -51,6 +51,8 @@ pub(super) enum Asked<'a> {
     Virtual(ServiceName<'a>),
     /// `svc.connect[.dc]`
     Connect(ServiceName<'a>),
+    /// `svc.ingress[.dc]`
+    Ingress(ServiceName<'a>),
     /// `q.query[.dc]`, `_q._tcp.query[.dc]`: a prepared query, by name or id, which may hold dots.
     Query {
         /// Joined by dots.
@@ -128,11 +130,11 @@ fn of_kind<'a>(kind: &str, labels: &[&'a str], datacenter: Option<&'a str>) -> A
         ("addr", [hex]) => ip_of_hex(hex).map_or(Asked::Nothing, |ip| Asked::Address { ip, datacenter }),
         ("virtual", [name]) => Asked::Virtual(service(name, None)),
         ("connect", [name]) => Asked::Connect(service(name, None)),
+        ("ingress", [name]) => Asked::Ingress(service(name, None)),
         ("query", [first, second]) if second.starts_with('_') && first.len() > 1 && first.starts_with('_') => {
             Asked::Query { name: first.get(1..).unwrap_or_default().to_owned(), datacenter }
         }
         ("query", name) => Asked::Query { name: name.join("."), datacenter },
-        // No gateways exist.
         _ => Asked::Nothing,
     }
 }
@@ -217,7 +219,9 @@ mod tests {
         check("20010db8000000000000000000000001.addr.weft", &own(Asked::Address { ip, datacenter: None }));
         check("web.virtual.weft", &own(Asked::Virtual(service("web", None, None))));
         check("web.connect.dc1.weft", &own(Asked::Connect(service("web", None, Some("dc1")))));
-        check("web.ingress.weft", &own(Asked::Nothing));
+        check("web.ingress.weft", &own(Asked::Ingress(service("web", None, None))));
+        check("web.ingress.dc1.weft", &own(Asked::Ingress(service("web", None, Some("dc1")))));
+        check("a.web.ingress.weft", &own(Asked::Nothing));
         let query = |name: &str, datacenter| own(Asked::Query { name: name.to_owned(), datacenter });
         check("q.query.weft", &query("q", None));
         check("a.b.query.dc1.weft", &query("a.b", Some("dc1")));

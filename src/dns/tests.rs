@@ -139,7 +139,8 @@ fn services_have_the_addresses_of_their_healthy_instances() {
         "sick.service.weft.",
         "no.service.weft.",
         "a.b.web.service.weft.",
-        "web.ingress.weft.",
+        "far.ingress.weft.",
+        "web.ingress.dc9.weft.",
         "q.query.weft.",
         "x.y.z.weft.",
     ] {
@@ -149,6 +150,26 @@ fn services_have_the_addresses_of_their_healthy_instances() {
     server.check("six.service.weft.", RecordType::AAAA, "NOERROR: six.service.weft. AAAA 2001:db8::3");
     server.check("six.service.weft.", RecordType::ANY, "NOERROR: six.service.weft. AAAA 2001:db8::3");
     server.check("named.service.weft.", RecordType::A, "NOERROR: named.service.weft. CNAME app.example.org.");
+}
+
+#[test]
+fn a_service_s_healthy_gateways_answer_at_the_ports_of_their_entry() {
+    let server = Server::new();
+    server.check(
+        "web.ingress.weft.",
+        RecordType::A,
+        "NOERROR: web.ingress.weft. A 10.0.0.1, web.ingress.weft. A 192.0.2.20",
+    );
+    server.check("mixed.ingress.dc2.weft.", RecordType::A, "NOERROR: mixed.ingress.dc2.weft. A 10.0.2.1");
+    let want = "NOERROR: web.ingress.weft. SRV 1 10 8080 n1.node.dc1.weft., web.ingress.weft. SRV 1 2 8080 c0000214.addr.dc1.weft. |  | \
+                c0000214.addr.dc1.weft. A 192.0.2.20, n1.node.dc1.weft. A 10.0.0.1";
+    server.check("web.ingress.weft.", RecordType::SRV, want);
+    let six = server.shown("six.ingress.dc2.consul.", RecordType::SRV);
+    assert!(six.starts_with("NOERROR: six.ingress.dc2.consul. SRV 1 10 9000 m1.node.dc2.consul."), "{six}");
+    // Discovery still lists the gateway itself as it is registered.
+    server.check("edge.service.dc2.weft.", RecordType::A, "NOERROR: edge.service.dc2.weft. A 10.0.2.1");
+    let careful = Server::with(|config| config.only_passing = true, mesh());
+    careful.check("web.ingress.weft.", RecordType::A, "NOERROR: web.ingress.weft. A 10.0.0.1");
 }
 
 #[test]

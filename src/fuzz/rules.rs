@@ -54,6 +54,14 @@ pub(super) fn entries(bytes: &[u8]) -> bool {
         if let Some(chain) = traffic.chain(&service) {
             follow(chain);
         }
+        for listener in traffic.gateway(&service).iter().flat_map(|gateway| &gateway.listeners) {
+            assert!(listener.port > 0 && !listener.services.is_empty(), "a port that leads nowhere");
+            assert_eq!(listener.stream().is_some(), !listener.protocol.is_http(), "bytes have one service");
+            for host in ["", "a", "a.b", "A.ingress.b.", ".ingress.", "*"] {
+                let Some((name, exposed)) = listener.find(host) else { continue };
+                assert!(exposed.service.as_ref().is_none_or(|named| *named == name), "a host of another's");
+            }
+        }
     }
     if let Some((last, others)) = held.split_last() {
         let others = others.iter().map(|(kind, name, value)| (kind.as_str(), name.as_str(), value));

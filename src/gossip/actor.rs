@@ -22,6 +22,7 @@ use self::evidence::{Challenge, Holder, Watches};
 pub(super) use self::reaching::ReachReply;
 use self::reaching::Reaching;
 use self::reading::{read_connection, send_on_stream};
+use super::doubles::Doubles;
 use super::engine::pace::Pace;
 use super::engine::{
     self, Ending, Engine, Exchange, Incumbent, JoinCause, Message, Output, Request, Stage, Step, Turn,
@@ -131,6 +132,7 @@ pub(super) struct Rules {
 pub(super) struct Actor {
     engine: Engine,
     builder: Builder,
+    doubles: Doubles,
     publisher: Publisher,
     members: watch::Sender<Arc<Members>>,
     links: Links,
@@ -221,6 +223,7 @@ impl Actor {
         let mut actor = Self {
             engine,
             builder: Builder::new(name.clone(), params.first_index),
+            doubles: Doubles::default(),
             publisher: Publisher::new(Arc::new(empty_snapshot(name, params.first_index))),
             members,
             links: Links::new(params.links_max),

@@ -14,6 +14,7 @@
 //! | `weft_gossip_refusals_answered_total` | | members that answered although their host was said to refuse the port |
 //! | `weft_gossip_exchanges_total` | `kind`, `result` | exchanges begun here: `join`, `sync`, `pull`, `goodbye`; `ok`, `failed` |
 //! | `weft_gossip_demand_reports_total` | `way` | reports of demand for limits of the whole mesh: `sent`, `heard` |
+//! | `weft_gossip_external_conflicts` | | nodes without an agent that several living agents tell of |
 //! | `weft_membership_isolated` | | 1 while no other member answers this node |
 //! | `weft_membership_members` | `status` | members by status, this node included |
 //! | `weft_membership_conflicts_total` | | times that another node showed this node's name |
@@ -48,6 +49,7 @@ pub(super) struct GossipMetrics {
     pub(super) demand_reports: IntCounterVec,
     pub(super) ports_refused: IntCounter,
     pub(super) refusals_answered: IntCounter,
+    pub(super) external_conflicts: IntGauge,
     pub(super) isolated: IntGauge,
     pub(super) members: IntGaugeVec,
     pub(super) conflicts: IntCounter,
@@ -108,6 +110,10 @@ impl GossipMetrics {
             refusals_answered: counter(
                 "weft_gossip_refusals_answered_total",
                 "Members that answered although their host was said to refuse the port.",
+            )?,
+            external_conflicts: gauge(
+                "weft_gossip_external_conflicts",
+                "Nodes without an agent that several living agents tell of.",
             )?,
             isolated: gauge("weft_membership_isolated", "1 while no other member answers this node.")?,
             members: metrics.add(members)?,

@@ -21,6 +21,7 @@
 mod actor;
 mod carrier;
 mod documents;
+mod doubles;
 pub mod engine;
 mod exchange;
 mod links;

@@ -24,7 +24,7 @@ pub use instance::{Instance, NodeEntry, Outside};
 pub use name::{CheckId, InstanceId, NameError, NodeName, ServiceName, TrustDomain};
 pub use record::{
     CheckRecord, DEMANDS_MAX, Demand, EJECTIONS_MAX, EjectionsRecord, Entry, EntryKey, ExternalRecord, Generation,
-    HealthStatus, MemberStatus, NodeInfo, Protocol, ServiceRecord, Weights,
+    HealthStatus, INGRESS_GATEWAY, MemberStatus, NodeInfo, Protocol, ServiceRecord, Weights,
 };
 pub use scope::{NamePattern, ServeScope};
 pub use spiffe::{SpiffeError, SpiffeId};

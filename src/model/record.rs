@@ -110,6 +110,9 @@ impl Default for Weights {
     }
 }
 
+/// Consul's kind of a service by which calls come into the mesh from outside.
+pub const INGRESS_GATEWAY: &str = "ingress-gateway";
+
 /// A service instance as other nodes see it: every agent holds those of the whole mesh, so its texts have no room to grow.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ServiceRecord {
@@ -117,7 +120,7 @@ pub struct ServiceRecord {
     pub id: InstanceId,
     /// The service's name.
     pub name: ServiceName,
-    /// Consul's kind: empty for a plain service, `connect-proxy` for a synthetic sidecar.
+    /// Consul's kind: empty for a plain service, `connect-proxy` for a synthetic sidecar, or [`INGRESS_GATEWAY`].
     pub kind: Box<str>,
     /// In the order given.
     pub tags: Box<[Box<str>]>,

@@ -10,13 +10,14 @@
 //! Not here: what the parts do.
 
 mod authority;
+mod gateways;
 mod glue;
 mod host;
 mod identity;
 mod reload;
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -261,6 +262,7 @@ impl Node {
             stop,
         };
         node.tell_policy();
+        node.tell_gateways(&proxy, config.mesh_bind.ip());
         node.dns = node.start_dns(&config, &metrics).inspect_err(|_| node.drain.cancel())?;
         let api = node.start_api(&config, &info, &metrics, &proxy, (store, operator));
         node.api = node.host.within(api).await.inspect_err(|_| node.drain.cancel())?;
@@ -292,6 +294,11 @@ impl Node {
         Ok(Some(dns))
     }
 
+    fn tell_gateways(&self, proxy: &ProxyHandle, own_ip: IpAddr) {
+        let telling = gateways::tell(self.registry.clone(), self.snapshot.clone(), proxy.listeners(), own_ip);
+        self.tasks.spawn("gateways", until(self.stop.clone(), telling));
+    }
+
     fn tell_policy(&self) {
         let policy = Arc::clone(&self.snapshot.load().policy);
         info!(intentions = policy.guards().len(), default = %policy.default_action(), "policy is in force");
@@ -315,8 +322,11 @@ impl Node {
         let snapshot = self.snapshot.clone();
         let listeners = move || {
             let snapshot = snapshot.load();
-            let destinations: BTreeMap<SocketAddr, String> =
-                snapshot.local.upstreams.iter().map(|up| (up.bind, up.destination.to_string())).collect();
+            let gateways =
+                snapshot.gateway_ports().map(|port| (port.bind, format!("ingress gateway {}", port.gateway)));
+            let upstreams = snapshot.local.upstreams.iter().map(|up| (up.bind, up.destination.to_string()));
+            // Where both ask for a port, the upstream has it.
+            let destinations: BTreeMap<SocketAddr, String> = gateways.chain(upstreams).collect();
             let shown = |(bind, state): (&SocketAddr, &ListenerState)| ApiListener {
                 bind: bind.to_string(),
                 destination: destinations.get(bind).cloned().unwrap_or_else(|| "by Host".to_owned()),
@@ -469,6 +479,7 @@ async fn start_registry(
         store: store.clone(),
         scope: Arc::new(move || scope_of.authority().scope().clone()),
         node: config.node_name.clone(),
+        gateway_ip: config.mesh_bind.ip(),
         config: reload::definitions(config),
         check_settings: config.check_settings.clone(),
         metrics: metrics.clone(),

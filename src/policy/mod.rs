@@ -31,7 +31,9 @@ pub use draft::{Draft, DraftError};
 pub use ends::{Notice, notice};
 pub use revocation::{ENTRIES_MAX, REASON_BYTES_MAX, RevocationBody};
 pub use set::{DOCUMENTS_MAX, DocumentSet, Fork, Held, HeldDigest, Offered, Refused, SET_BYTES_MAX, walk};
-pub use written::{ConfigBody, ENTRY_BYTES_MAX, ENTRY_KINDS, IntentionBody, check_entry, entry_ends, intention_ends};
+pub use written::{
+    ConfigBody, ENTRY_BYTES_MAX, ENTRY_KINDS, INERT_KINDS, IntentionBody, check_entry, entry_ends, intention_ends,
+};
 
 /// How far ahead of this node's clock a document may begin: the tolerance of the rest of the mesh.
 pub const SKEW_MAX: std::time::Duration = std::time::Duration::from_secs(60);

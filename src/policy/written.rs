@@ -28,6 +28,9 @@ pub const ENTRY_KINDS: [&str; 10] = [
     "exported-services",
 ];
 
+/// Those of them that are kept and spread as they are, and that nothing acts on: for clients that write them.
+pub const INERT_KINDS: [&str; 3] = ["mesh", "terminating-gateway", "exported-services"];
+
 /// An intention; none: it is deleted.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IntentionBody(pub Option<Intention>);
@@ -158,6 +161,15 @@ fn entry_head(text: &str) -> Result<(String, String, Value), DocumentError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_kind_is_read_by_someone_or_said_to_be_without_effect() {
+        let mut known: Vec<&str> = traffic::KINDS.iter().chain(&INERT_KINDS).copied().collect();
+        let mut all = ENTRY_KINDS.to_vec();
+        known.sort_unstable();
+        all.sort_unstable();
+        assert_eq!(known, all);
+    }
 
     #[test]
     fn what_is_wrong_with_balancing_and_with_requests_is_named_at_once() {

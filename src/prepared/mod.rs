@@ -247,9 +247,9 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::catalogue::{NodeEntry, ServiceEntry};
+    use crate::catalogue::ServiceEntry;
     use crate::lww::{Body, Stamp};
-    use crate::model::{Generation, NodeInfo, Protocol, ServiceRecord};
+    use crate::model::{Generation, NodeEntry, NodeInfo, Protocol, ServiceRecord};
 
     fn raw(ms: u64, value: Vec<u8>) -> (Arc<str>, Row) {
         let stamp = Stamp { ms, count: 0, node: "n1".parse().unwrap() };

@@ -1,14 +1,17 @@
-//! The local ports into the mesh, for connections or, to services of protocol udp, for datagrams; shared by the workers
-//! (SO_REUSEPORT).
+//! The local ports into the mesh: of upstreams, for connections or, to services of protocol udp, for datagrams; and of
+//! gateways. Shared by the workers (SO_REUSEPORT).
 //!
 //! ```text
-//!   snapshot.local.upstreams -> worker 0: probe alone, bind, publish state -> the others bind what is listening
+//!   snapshot.local.upstreams -+-> worker 0: probe alone, bind, publish state -> the others bind what is listening
+//!   snapshot.gateway_ports() -+
 //! ```
 //!
-//! Invariants: a port that somebody else has is an error that `listeners` shows, never a port shared in silence; a port of
-//! datagrams stays with one worker per source address, by the kernel's hash.
+//! Invariants: a port that somebody else has is an error that `listeners` shows, never a port shared in silence; of two that
+//! ask for one the first has it (shared HTTP port, upstreams, gateways by name), and the log names the other; where a port
+//! leads is looked up for each connection; a port of datagrams stays with one worker per source address, by the kernel's
+//! hash.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -23,13 +26,13 @@ use super::relay::Tcp;
 use super::worker::{CONNECTIONS_MAX, Caller, Route, Slot, Source, Worker};
 use super::{ListenerState, Listeners, http, outbound, udp};
 use crate::catalogue::{Snapshot, UpstreamListener};
-use crate::model::Protocol;
+use crate::model::{Protocol, ServiceName};
 
 /// Connections that wait to be accepted, per worker and port; the kernel bounds it by `net.core.somaxconn`.
 const BACKLOG: i32 = 1_024;
 /// After an accept error that lasts (no file descriptors left) the port rests this long.
 const ACCEPT_REST: Duration = Duration::from_millis(100);
-/// Local ports of one agent.
+/// Local ports of one agent, those of its gateways included.
 const LISTENERS_MAX: usize = 1_024;
 
 /// What a port takes.
@@ -75,9 +78,10 @@ pub(super) async fn run(worker: &Rc<Worker>) {
 async fn lead(worker: &Rc<Worker>, held: &mut Held) {
     let mut changes = worker.snapshot().subscribe();
     let mut seen = None;
-    let mut states = Listeners::new();
+    let (mut states, mut told) = (Listeners::new(), BTreeSet::new());
     loop {
         let snapshot = Rc::new(changes.borrow_and_update().clone());
+        tell_crowded(worker, &snapshot, &mut told);
         let wanted = wanted(worker, &snapshot, &states);
         let has_failed = held.has_ended() || states.values().any(|state| Takes::of(state).is_none());
         if seen.as_ref() != Some(&wanted) || has_failed {
@@ -134,7 +138,29 @@ fn wanted(worker: &Worker, snapshot: &Snapshot, states: &Listeners) -> Wanted {
     };
     let upstreams = snapshot.local.upstreams.iter().filter(|upstream| worker.shared_http != Some(upstream.bind));
     let shared = worker.shared_http.into_iter().map(|addr| (addr, Takes::Connections));
-    shared.chain(upstreams.map(|upstream| (upstream.bind, takes(upstream)))).take(LISTENERS_MAX).collect()
+    let gateways = snapshot.gateway_ports().map(|port| (port.bind, Takes::Connections));
+    let all = shared.chain(upstreams.map(|upstream| (upstream.bind, takes(upstream)))).chain(gateways);
+    let mut wanted = Wanted::new();
+    for (addr, takes) in all.take(LISTENERS_MAX) {
+        wanted.entry(addr).or_insert(takes);
+    }
+    wanted
+}
+
+/// Logs ports of gateways that something else of this agent has, once for as long as it is so.
+fn tell_crowded(worker: &Worker, snapshot: &Snapshot, told: &mut BTreeSet<(SocketAddr, ServiceName)>) {
+    let mut owners: BTreeMap<SocketAddr, &ServiceName> = BTreeMap::new();
+    let mut crowded = BTreeSet::new();
+    for port in snapshot.gateway_ports() {
+        let is_taken = worker.shared_http == Some(port.bind) || upstream(snapshot, port.bind).is_some();
+        if is_taken || *owners.entry(port.bind).or_insert(port.gateway) != port.gateway {
+            crowded.insert((port.bind, port.gateway.clone()));
+        }
+    }
+    for (addr, gateway) in crowded.difference(told) {
+        warn!(%addr, %gateway, "a gateway does not get a port that an upstream or another gateway of this agent has");
+    }
+    *told = crowded;
 }
 
 /// Opens a port after a probe that nobody else has it; an error is logged when it appears.
@@ -154,7 +180,7 @@ fn open_first(
     // The probe goes first: a UDP port that it still held could not be bound again.
     match bind(addr, Sharing::Exclusive, takes).map(drop).and_then(|()| held.open(worker, addr, takes)) {
         Ok(()) => {
-            info!(%addr, ?takes, "listening for a local app");
+            info!(%addr, ?takes, "local port is open");
             listening
         }
         Err(error) => {
@@ -163,7 +189,7 @@ fn open_first(
                 _ => error.to_string(),
             });
             if before != Some(&state) {
-                warn!(%addr, %error, "cannot listen for a local app; it is tried again");
+                warn!(%addr, %error, "cannot listen on a local port; it is tried again");
             }
             state
         }
@@ -293,9 +319,18 @@ fn route(worker: &Worker, addr: SocketAddr) -> Option<(Route, Parse)> {
         return Some((Route::ByHost, Parse::Http));
     }
     let snapshot = worker.snapshot().peek();
-    let upstream = upstream(&snapshot, addr)?;
-    let protocol = protocol(&snapshot, upstream).unwrap_or_default();
-    Some((Route::Service(caller_of(upstream)), if protocol.is_http() { Parse::Http } else { Parse::Bytes }))
+    if let Some(upstream) = upstream(&snapshot, addr) {
+        let protocol = protocol(&snapshot, upstream).unwrap_or_default();
+        let parse = if protocol.is_http() { Parse::Http } else { Parse::Bytes };
+        return Some((Route::Service(caller_of(upstream)), parse));
+    }
+    let port = snapshot.gateway_ports().find(|port| port.bind == addr)?;
+    let gateway = port.gateway.clone();
+    if port.listener.protocol.is_http() {
+        return Some((Route::Gateway { gateway, port: addr.port() }, Parse::Http));
+    }
+    let destination = port.listener.stream()?.clone();
+    Some((Route::Service(Caller { source: Source::Service(gateway), destination }), Parse::Bytes))
 }
 
 /// Finds who calls whom through a port at this moment.
@@ -313,7 +348,5 @@ fn caller_of(upstream: &UpstreamListener) -> Caller {
 
 /// How the traffic of an upstream is parsed; none: nobody says so.
 fn protocol(snapshot: &Snapshot, upstream: &UpstreamListener) -> Option<Protocol> {
-    let declared = || snapshot.services.get(&upstream.destination).map(|service| service.protocol);
-    let written = || snapshot.traffic.protocol(&upstream.destination);
-    upstream.protocol.or_else(written).or_else(declared)
+    upstream.protocol.or_else(|| snapshot.protocol(&upstream.destination))
 }

@@ -23,6 +23,7 @@ mod task;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot, watch};
@@ -170,6 +171,8 @@ pub struct RegistryParams {
     pub scope: ScopeSource,
     /// This node's name.
     pub node: NodeName,
+    /// Where gateways listen that name no address: the agent's bind address.
+    pub gateway_ip: IpAddr,
     /// Services and checks from the node's files: not stored, replaced at a reload.
     pub config: ConfigDefinitions,
     /// What checks use of the host.

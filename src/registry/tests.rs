@@ -22,6 +22,7 @@ impl Rig {
             store: store.clone(),
             scope: Arc::new(move || scope.clone()),
             node: "n1".parse().unwrap(),
+            gateway_ip: [10, 0, 0, 1].into(),
             config,
             check_settings: CheckSettings::default(),
             metrics: Metrics::new(),
@@ -150,6 +151,24 @@ async fn one_local_port_goes_to_one_upstream() {
     // Another instance of the same service shares the port.
     rig.handle.register_service(with_upstream("a2", "a", "db", "127.0.0.1"), false).await.unwrap();
     assert_eq!(rig.publication.borrow().view.upstreams.len(), 2);
+}
+
+#[tokio::test]
+async fn gateways_are_told_to_the_data_plane_with_their_address_and_nothing_is_relayed_to_them() {
+    let rig = Rig::start(&Store::in_memory().unwrap()).await;
+    let gateway = |id: &str, address: &str| {
+        service(&json!({"ID": id, "Name": "edge", "Kind": "ingress-gateway", "Address": address, "Port": 8080}))
+    };
+    for (id, address) in [("edge-1", ""), ("edge-2", "10.0.0.7"), ("edge-3", "10.0.0.7")] {
+        rig.handle.register_service(gateway(id, address), false).await.unwrap();
+    }
+    let publication = rig.publication.borrow().clone();
+    let at: Vec<String> = publication.view.gateways.iter().map(|one| format!("{} {}", one.service, one.ip)).collect();
+    assert_eq!(at, ["edge 10.0.0.1", "edge 10.0.0.7"], "the agent's own address, or its own");
+    assert!(publication.view.instances.is_empty());
+    assert_eq!(publication.records.len(), 3);
+    rig.handle.deregister_service("edge-1".parse().unwrap()).await.unwrap();
+    assert_eq!(rig.publication.borrow().view.gateways.len(), 1);
 }
 
 #[tokio::test]

@@ -20,6 +20,7 @@ use super::entry::{
     Defaults, Destination, Entry, HeaderEdit, Place, Resolver, Route as Rule, Splitter, SubsetRule, Then,
 };
 use super::fields::Problems;
+use super::gateway::Gateway;
 use super::hops::TrustedHops;
 use super::matcher::{Matcher, TextTest};
 use super::read::read;
@@ -55,6 +56,8 @@ pub enum Ready {
     Defaults(Defaults),
     /// `service-faults`
     Faults(Arc<Faults>),
+    /// `ingress-gateway`
+    Gateway(Arc<Gateway>),
     /// Nothing acts on it.
     Other,
 }
@@ -87,6 +90,7 @@ impl Ready {
                 let matcher = compiled("Faults", Matcher::new(faults.iter().map(|fault| &fault.when)))?;
                 Self::Faults(Arc::new(Faults { matcher, faults }))
             }
+            Entry::Gateway(gateway) => Self::Gateway(Arc::new(gateway)),
             Entry::Other => Self::Other,
         })
     }
@@ -100,6 +104,7 @@ pub struct Entries {
     resolvers: BTreeMap<ServiceName, Arc<Resolver>>,
     defaults: BTreeMap<ServiceName, Defaults>,
     faults: BTreeMap<ServiceName, Arc<Faults>>,
+    gateways: BTreeMap<ServiceName, Arc<Gateway>>,
     global: Defaults,
 }
 
@@ -119,6 +124,7 @@ impl Entries {
             Ready::Resolver(resolver) => drop(self.resolvers.insert(name, resolver)),
             Ready::Defaults(defaults) => drop(self.defaults.insert(name, defaults)),
             Ready::Faults(faults) => drop(self.faults.insert(name, faults)),
+            Ready::Gateway(gateway) => drop(self.gateways.insert(name, gateway)),
             Ready::Other => {}
         }
     }
@@ -131,6 +137,7 @@ impl Entries {
             "service-resolver" => drop(self.resolvers.remove(name)),
             "service-defaults" => drop(self.defaults.remove(name)),
             "service-faults" => drop(self.faults.remove(name)),
+            "ingress-gateway" => drop(self.gateways.remove(name)),
             "proxy-defaults" => self.global = Defaults::default(),
             _ => {}
         }
@@ -138,7 +145,8 @@ impl Entries {
 
     /// Whether nothing is said.
     pub fn is_empty(&self) -> bool {
-        self.services().next().is_none() && self.defaults.is_empty() && self.global == Defaults::default()
+        let says_defaults = !self.defaults.is_empty() || self.global != Defaults::default();
+        self.services().next().is_none() && !says_defaults && self.gateways.is_empty()
     }
 
     /// The services that have a chain, some of them twice.
@@ -149,6 +157,28 @@ impl Entries {
 
     pub(super) fn has_protocols(&self) -> bool {
         self.global.protocol.is_some() || self.defaults.values().any(|defaults| defaults.protocol.is_some())
+    }
+
+    pub(super) fn gateways(&self) -> &BTreeMap<ServiceName, Arc<Gateway>> {
+        &self.gateways
+    }
+
+    /// Listeners of gateways that take another kind of traffic than entries say that their services have.
+    pub(super) fn gateway_conflicts(&self) -> Problems {
+        let mut problems = Problems::default();
+        for (name, gateway) in &self.gateways {
+            for (at, listener) in gateway.listeners.iter().enumerate() {
+                for (of, exposed) in listener.services.iter().enumerate() {
+                    let Some(service) = &exposed.service else { continue };
+                    let Some(said) = self.protocol(service).filter(|said| !listener.takes(*said)) else { continue };
+                    let (own, said) = (listener.protocol.as_str(), said.as_str());
+                    let path = format!("ingress-gateway:{name} Listeners[{at}].Services[{of}]");
+                    let by = "by its service-defaults or proxy-defaults";
+                    problems.add(path, format!("is {service}, whose protocol is {said} {by}; the listener's is {own}"));
+                }
+            }
+        }
+        problems
     }
 
     /// Who before weft may say for whom it asks.

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use http::header::{HeaderName, HeaderValue};
 
+use super::gateway::Gateway;
 use super::hedge::Hedge;
 use super::hops::TrustedHops;
 use super::matcher::Match;
@@ -234,6 +235,8 @@ pub(super) enum Entry {
     Defaults(Defaults),
     /// `service-faults`
     Faults(Vec<Fault>),
+    /// `ingress-gateway`
+    Gateway(Gateway),
     /// A kind that nothing acts on.
     Other,
 }

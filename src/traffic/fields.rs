@@ -79,7 +79,7 @@ fn fold(key: &str) -> String {
 }
 
 /// Whether a value says nothing: what Consul writes for an absent field.
-fn says_nothing(value: &Value) -> bool {
+pub(super) fn says_nothing(value: &Value) -> bool {
     match value {
         Value::Null => true,
         Value::Bool(flag) => !flag,

@@ -2,9 +2,10 @@
 //!
 //! ```text
 //!   config entries (JSON) --Ready::new--> Ready --Traffic::new--> Traffic { Chain per service } --> Snapshot --> proxy
-//!    service-router, -splitter, -resolver, -defaults, -faults, proxy-defaults
+//!    service-router, -splitter, -resolver, -defaults, -faults, proxy-defaults, ingress-gateway
 //!
 //!   Chain: faults -> routes (first match) -> redirect | split -> target, failover targets
+//!   Gateway: port -> host -> service
 //! ```
 //!
 //! An entry is read strictly: every problem is named at once with its field's path. References (subsets, circles) are held
@@ -21,6 +22,7 @@ mod chain;
 mod compile;
 mod entry;
 mod fields;
+mod gateway;
 pub mod hedge;
 mod hops;
 mod matcher;
@@ -43,6 +45,7 @@ pub use chain::{
 pub use compile::{Entries, Ready, Router};
 pub use entry::{Abort, HeaderEdit, Redirect, Sticky};
 pub use fields::{Problem, Problems};
+pub use gateway::{Exposed, Gateway, GatewayListener};
 pub use hops::{Network, TrustedHops};
 pub use matcher::{Asked, HeaderTest, Match, Matcher, QueryTest, TextTest};
 pub use read::{PATH_REGEXES_MAX, ROUTES_MAX};
@@ -52,8 +55,15 @@ pub use subset::Filter;
 use crate::model::{Protocol, ServiceName};
 
 /// Kinds of entries that are read here.
-pub const KINDS: [&str; 6] =
-    ["service-defaults", "proxy-defaults", "service-router", "service-splitter", "service-resolver", "service-faults"];
+pub const KINDS: [&str; 7] = [
+    "service-defaults",
+    "proxy-defaults",
+    "service-router",
+    "service-splitter",
+    "service-resolver",
+    "service-faults",
+    "ingress-gateway",
+];
 
 /// Something that is not in force as it was written.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -116,6 +126,16 @@ impl Traffic {
         if self.has_protocols { self.entries.protocol(service) } else { None }
     }
 
+    /// What the gateways of this name listen on, and whom calls that come there are for.
+    pub fn gateway(&self, name: &ServiceName) -> Option<&Arc<Gateway>> {
+        self.entries.gateways().get(name)
+    }
+
+    /// All gateways that an entry is about, in order of name.
+    pub fn gateways(&self) -> impl Iterator<Item = (&ServiceName, &Arc<Gateway>)> {
+        self.entries.gateways().iter()
+    }
+
     /// Whether a caller at `addr` may say for whom it asks.
     pub fn trusts(&self, addr: IpAddr) -> bool {
         self.entries.trusted_hops().holds(addr)
@@ -165,13 +185,10 @@ pub fn check_write<'v>(
     }
     let broken = |entries: &Entries| {
         let mut found = Problems::default();
-        for service in entries.services() {
-            if let Err(problems) = entries.chain(service) {
-                for problem in problems.0 {
-                    if !found.0.contains(&problem) {
-                        found.0.push(problem);
-                    }
-                }
+        let chains = entries.services().filter_map(|service| entries.chain(service).err());
+        for problem in chains.chain([entries.gateway_conflicts()]).flat_map(|problems| problems.0) {
+            if !found.0.contains(&problem) {
+                found.0.push(problem);
             }
         }
         found

@@ -96,6 +96,12 @@ fn lists_are_aligned_narrowed_and_the_same_in_json() {
         serde_json::from_str(&weft_ok(&["catalog", "services", "-format=json", &at])).unwrap();
     assert_eq!(json, serde_json::json!({"web": ["v1"]}));
     assert_says(&weft_ok(&["info", &at]), &["n1"]);
+    assert_says(&weft_ok(&["members", "-status=alive|left", &at]), &["n1"]);
+    assert!(!weft_ok(&["members", "-status=failed", &at]).contains("n1"));
+    assert_eq!(weft_ok(&["members", "-status=failed", "-format=json", &at]), "[]\n");
+    assert_says(&weft_ok(&["members", "-status=alive", "-format=json", &at]), &["n1"]);
+    assert_says(&weft_ok(&["catalog", "nodes", "-near=_agent", "-filter=Meta.rack == a1", &at]), &["n1"]);
+    assert!(!weft_ok(&["catalog", "nodes", "-filter=Meta.rack == b2", &at]).contains("n1"));
     weft_ok(&["maint", "-enable", "-service=web-1", "-reason=disk", &at]);
     assert_eq!(weft_ok(&["maint", &at]), "service web-1: disk\n");
     weft_ok(&["maint", "-disable", "-service=web-1", &at]);
@@ -205,8 +211,10 @@ fn address_and_token_come_from_flags_then_weft_s_then_consul_s_variables() {
     let ask = |set: &dyn Fn(&mut Command)| {
         let mut command = Command::new(WEFT);
         command.args(["catalog", "datacenters"]).stdin(Stdio::null());
-        for name in ["WEFT_HTTP_ADDR", "WEFT_HTTP_TOKEN", "CONSUL_HTTP_ADDR", "CONSUL_HTTP_TOKEN"] {
-            command.env_remove(name);
+        for of in ["WEFT", "CONSUL"] {
+            for name in ["ADDR", "TOKEN", "TOKEN_FILE"] {
+                command.env_remove(format!("{of}_HTTP_{name}"));
+            }
         }
         set(&mut command);
         std::thread::scope(|scope| {
@@ -227,6 +235,38 @@ fn address_and_token_come_from_flags_then_weft_s_then_consul_s_variables() {
             .arg("-token=t-flag");
     });
     assert_says(&seen, &["x-consul-token: t-flag\r\n"]);
+    let file = dir.path().join("token");
+    fs::write(&file, "t-file\n").unwrap();
+    let seen = ask(&|c| _ = c.env("WEFT_HTTP_ADDR", &at).env("CONSUL_HTTP_TOKEN_FILE", &file));
+    assert_says(&seen, &["x-consul-token: t-file\r\n"]);
+    let flag = format!("-token-file={}", path(&file));
+    let seen = ask(&|c| _ = c.env("WEFT_HTTP_ADDR", &at).env("CONSUL_HTTP_TOKEN", "t-consul").arg(&flag));
+    assert_says(&seen, &["x-consul-token: t-file\r\n"]);
+    let seen = ask(&|c| _ = c.env("WEFT_HTTP_ADDR", &at).env("WEFT_HTTP_TOKEN", "t-env").arg(&flag));
+    assert_says(&seen, &["x-consul-token: t-env\r\n"]);
+}
+
+#[test]
+fn services_are_registered_by_flags_or_from_standard_input() {
+    let (_ca, agent, at) = alone(227);
+    let words =
+        ["services", "register", "-name=edge", "-kind=ingress-gateway", "-tag=a", "-tag=b", "-meta=k=v", "-port=80"];
+    weft_ok(&[&words[..], &[&at]].concat());
+    let edge = &agent.get("/v1/agent/services")["edge"];
+    let shown = ["Kind", "Tags", "Meta", "Port"].map(|key| edge[key].clone());
+    let want = serde_json::json!(["ingress-gateway", ["a", "b"], {"k": "v"}, 80]);
+    assert_eq!(serde_json::json!(shown), want);
+    let refused = weft(&["services", "register", "-name=x", "file.hcl", &at]);
+    assert_eq!(refused.status.code(), Some(2), "{}", stderr(&refused));
+
+    let mut command = Command::new(WEFT);
+    command.args(["services", "register", "-", &at]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    std::io::Write::write_all(&mut child.stdin.take().unwrap(), b"service {\n  name = \"piped\"\n  port = 81\n}\n")
+        .unwrap();
+    let out = child.wait_with_output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&out.stdout), "Registered service: piped\n");
+    assert_eq!(agent.get("/v1/agent/services")["piped"]["Port"], 81);
 }
 
 #[test]

@@ -13,6 +13,7 @@ use nix::unistd::Pid;
 use serde_json::Value;
 
 use crate::agent::WEFT;
+use crate::clients::program;
 use crate::lab::{Host, Lab};
 use crate::wait::{PATIENCE, until};
 
@@ -145,7 +146,7 @@ fn every_entry_of_examples_and_of_the_pages_about_entries_is_taken() {
             }
         }
     }
-    for page in ["balancing.md", "traffic.md"] {
+    for page in ["balancing.md", "gateways.md", "traffic.md"] {
         let text = fs::read_to_string(examples().parent().unwrap().join("api").join(page)).unwrap();
         for block in text.split("```json\n").skip(1) {
             let block = block.split("```").next().unwrap();
@@ -291,6 +292,51 @@ fn the_page_about_udp_does_what_it_says() {
     let is_counted = |line: &str| line.contains("reason=\"oversize\"") && line.ends_with(" 2");
     assert!(counted.lines().any(is_counted), "{counted}");
     assert!(terminal.say(command(&page, "weft info")).contains("listening (udp)"));
+}
+
+#[test]
+fn the_page_about_gateways_does_what_it_says() {
+    let Some(lab) = Lab::new(1) else { return };
+    let temp = tempfile::tempdir().unwrap();
+    let dir = copy(temp.path());
+    let page = blocks(&fs::read_to_string(dir.join("examples/ingress/README.md")).unwrap()).concat();
+    let mut terminal = Terminal::open(&lab.host(1), &dir);
+    for start in ["weft agent", "7001 v1"] {
+        terminal.start(command(&page, start));
+    }
+    until("the agent is up", || match terminal.say("weft members") {
+        said if said.contains("alive") => Ok(()),
+        said => Err(said),
+    });
+    terminal.say(command(&page, "ingress/edge.json"));
+    until("the app answers by its host", || match terminal.say(command(&page, "/cart")) {
+        said if said.contains("v1 /cart 200") && said.contains("x-edge: yes") => Ok(()),
+        said => Err(said),
+    });
+    assert!(terminal.say(command(&page, "other.example")).contains(" 404 "));
+    assert_eq!(terminal.say(command(&page, "/bytes")), "v1 /bytes 200");
+    if program("dig").is_some() {
+        let said = terminal.say(command(&page, "dig "));
+        assert!(said.contains(" 8080 ") && said.contains(" 9000 "), "{said}");
+    }
+    assert!(terminal.say(command(&page, "gateway-services")).contains("\"GatewayKind\":\"ingress-gateway\""));
+    terminal.say(command(&page, "create -deny"));
+    until("the intention is in force", || match terminal.say(command(&page, "/denied")) {
+        said if said.contains("edge") && !said.contains("200") => Ok(()),
+        said => Err(said),
+    });
+    terminal.say(command(&page, "intention delete"));
+    until("it is gone", || match terminal.say(command(&page, "/allowed")) {
+        said if said == "v1 /allowed 200" => Ok(()),
+        said => Err(said),
+    });
+    terminal.say(command(&page, "edge-names"));
+    until("the other port is open", || match terminal.say(command(&page, "/names")) {
+        said if said == "v1 /names 200" => Ok(()),
+        said => Err(said),
+    });
+    let info = terminal.say(command(&page, "weft info"));
+    assert!(info.contains("127.0.0.1:8081") && info.contains("ingress gateway edge"), "{info}");
 }
 
 #[test]

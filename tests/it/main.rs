@@ -39,6 +39,7 @@ mod netns_cluster;
 mod netns_documents;
 mod netns_external;
 mod netns_faults;
+mod netns_gateway;
 mod netns_identity;
 mod netns_near;
 mod netns_policy;

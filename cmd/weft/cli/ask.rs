@@ -7,6 +7,15 @@ use clap::{Args, Subcommand};
 use super::{ClientArgs, ListArgs};
 
 #[derive(Debug, Args)]
+pub(crate) struct MembersArgs {
+    /// Only members whose status matches this expression: alive, leaving, left, failed.
+    #[arg(long, value_name = "REGEX")]
+    pub(crate) status: Option<String>,
+    #[command(flatten)]
+    pub(crate) list: ListArgs,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct JoinArgs {
     /// Names, addresses, host:port.
     #[arg(required = true, value_name = "ADDR")]
@@ -49,6 +58,9 @@ pub(crate) struct ValidateArgs {
     /// Config files and directories, in the order in which they are merged.
     #[arg(required = true, value_name = "PATH")]
     pub(crate) paths: Vec<PathBuf>,
+    /// Says nothing where all is valid.
+    #[arg(long)]
+    pub(crate) quiet: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -72,6 +84,12 @@ pub(crate) struct NodesArgs {
     /// Only nodes whose meta has KEY=VALUE; repeatable.
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) node_meta: Vec<String>,
+    /// Nearest to this node first; _agent is the agent's own.
+    #[arg(long, value_name = "NODE")]
+    pub(crate) near: Option<String>,
+    /// Only nodes that pass this filter expression.
+    #[arg(long, value_name = "EXPRESSION")]
+    pub(crate) filter: Option<String>,
     #[command(flatten)]
     pub(crate) list: ListArgs,
 }
@@ -90,15 +108,11 @@ pub(crate) struct ServicesArgs {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum ServicesVerb {
-    /// Registers every service that the files define.
-    #[command(after_help = "Example:\n  weft services register web.hcl db.json")]
-    Register {
-        /// Files with service{} or services[] (*.hcl, *.json).
-        #[arg(required = true, value_name = "FILE")]
-        files: Vec<PathBuf>,
-        #[command(flatten)]
-        client: ClientArgs,
-    },
+    /// Registers every service that the files define, or one by flags.
+    #[command(
+        after_help = "Examples:\n  weft services register web.hcl db.json\n  weft services register -name web -port 8080 -tag v1\n  weft services register -name edge -kind ingress-gateway"
+    )]
+    Register(RegisterArgs),
     /// Deregisters a service by its ID.
     #[command(after_help = "Examples:\n  weft services deregister web-1\n  weft services deregister -id web-1")]
     Deregister {
@@ -111,4 +125,34 @@ pub(crate) enum ServicesVerb {
         #[command(flatten)]
         client: ClientArgs,
     },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RegisterArgs {
+    /// Files with service{} or services[] (*.hcl, *.json); - is standard input.
+    #[arg(required_unless_present = "name", conflicts_with = "name", value_name = "FILE")]
+    pub(crate) files: Vec<PathBuf>,
+    /// Name of the service, in place of files.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) name: Option<String>,
+    /// Its ID. Default: its name.
+    #[arg(long, requires = "name", value_name = "ID")]
+    pub(crate) id: Option<String>,
+    /// Its kind: ingress-gateway. Default: an app's.
+    #[arg(long, requires = "name", value_name = "KIND")]
+    pub(crate) kind: Option<String>,
+    /// Where it is reached without the mesh. Default: the node's address.
+    #[arg(long, requires = "name", value_name = "ADDRESS")]
+    pub(crate) address: Option<String>,
+    /// Its port.
+    #[arg(long, requires = "name", value_name = "PORT")]
+    pub(crate) port: Option<u16>,
+    /// A tag; repeatable.
+    #[arg(long, requires = "name", value_name = "TAG")]
+    pub(crate) tag: Vec<String>,
+    /// A pair of its meta; repeatable.
+    #[arg(long, requires = "name", value_name = "KEY=VALUE")]
+    pub(crate) meta: Vec<String>,
+    #[command(flatten)]
+    pub(crate) client: ClientArgs,
 }

@@ -68,7 +68,7 @@ pub(crate) struct CreateArgs {
     /// Writes a new version of an intention that is there.
     #[arg(long)]
     pub(crate) replace: bool,
-    /// File with the intention (*.hcl, *.json), for permissions.
+    /// File with the intention (*.hcl, *.json; - is standard input), for permissions.
     #[arg(long, value_name = "FILE")]
     pub(crate) file: Option<PathBuf>,
     /// For people.
@@ -161,7 +161,7 @@ pub(crate) enum ConfigVerb {
 
 #[derive(Debug, Args)]
 pub(crate) struct ConfigWriteArgs {
-    /// File with the entry (*.hcl, *.json): Kind, Name, and what the kind has.
+    /// File with the entry (*.hcl, *.json; - is standard input): Kind, Name, and what the kind has.
     pub(crate) file: PathBuf,
     /// Only if the version is this; 0: only if there is none.
     #[arg(long, value_name = "VERSION")]

@@ -10,6 +10,7 @@ use tracing::{error, info, warn};
 
 use super::Actor;
 use crate::clock;
+use crate::gossip::doubles::News;
 use crate::gossip::engine::Event;
 use crate::gossip::{MemberView, Members, NodeCertificates};
 use crate::membership::MeshId;
@@ -167,6 +168,12 @@ impl Actor {
             self.builder.set_node(&name, self.engine.replica().state(&name), status);
         }
         if let Some(snapshot) = self.builder.build() {
+            if let Some(News { count, names }) = self.doubles.look(&snapshot.externals) {
+                self.metrics.external_conflicts.set(i64::try_from(count).unwrap_or(i64::MAX));
+                if !names.is_empty() {
+                    warn!(names, "several agents tell of one node without an agent: deregister it at all but one");
+                }
+            }
             self.publisher.publish(snapshot);
         }
         if std::mem::take(&mut self.are_members_unshown) {

@@ -53,6 +53,7 @@ use crate::model::ServiceName;
 use crate::proxy::head::{HEAD_BYTES_MAX, Inbox, Payload, ResponseHead};
 use crate::proxy::metrics::Reporter;
 use crate::proxy::{Caller, Lease, Route, Source};
+use crate::traffic::{Exposed, Gateway};
 use crate::upstream::Priority;
 
 /// Concurrent requests of one HTTP/2 caller.
@@ -72,6 +73,33 @@ const HOST_SUFFIXES: [&str; 3] = [".service.consul", ".service.weft", ".weft"];
 pub(super) struct Target {
     pub(super) caller: Caller,
     pub(super) edge: Rc<Edge>,
+    /// What a gateway changes of its head.
+    edits: Option<Arc<Exposed>>,
+}
+
+impl Target {
+    /// Where requests of `caller` go, unchanged.
+    pub(super) fn of<D: Dial>(worker: &D, caller: Caller) -> Rc<Self> {
+        Rc::new(Self { edge: edge_of(worker, &caller), caller, edits: None })
+    }
+}
+
+/// How the requests of a connection find where they go.
+enum Leads {
+    /// All to one service.
+    To(Rc<Target>),
+    /// To the service that each names.
+    ByHost,
+    /// As a gateway's entry says of the host that each names.
+    ByGateway { gateway: ServiceName, port: u16 },
+}
+
+/// What a host was found to mean.
+struct Last {
+    authority: Authority,
+    target: Rc<Target>,
+    /// The entry of the gateway that said so.
+    entry: Option<Arc<Gateway>>,
 }
 
 /// A request that gets no answer: its HTTP/2 stream is reset.
@@ -82,10 +110,9 @@ pub(super) struct Cut;
 /// What the requests of one connection share.
 pub(super) struct Connection<D> {
     pub(super) worker: Rc<D>,
-    /// None: by Host.
-    fixed: Option<Rc<Target>>,
+    leads: Leads,
     /// The last Host and its target: callers mostly stay with one.
-    last: RefCell<Option<(Authority, Rc<Target>)>>,
+    last: RefCell<Option<Last>>,
     pub(super) activity: Arc<Activity>,
     pub(super) from: Option<IpAddr>,
 }
@@ -98,9 +125,10 @@ pub(crate) async fn serve<D: Dial>(worker: Rc<D>, stream: TcpStream, route: Rout
     // A failure costs latency only.
     let _nodelay = stream.set_nodelay(true);
     let state = worker.http();
-    let fixed = match route {
-        Route::ByHost => None,
-        Route::Service(caller) => Some(Rc::new(Target { edge: edge_of(&*worker, &caller), caller })),
+    let leads = match route {
+        Route::ByHost => Leads::ByHost,
+        Route::Gateway { gateway, port } => Leads::ByGateway { gateway, port },
+        Route::Service(caller) => Leads::To(Target::of(&*worker, caller)),
     };
     let speaks_h2 = match tokio::time::timeout(state.limits.idle, begins_with_preface(&stream, state.limits.head)).await
     {
@@ -117,7 +145,7 @@ pub(crate) async fn serve<D: Dial>(worker: Rc<D>, stream: TcpStream, route: Rout
     let io = Watched::new(stream, &activity, speaks, &state.malformed);
     let connection = Rc::new(Connection {
         worker: Rc::clone(&worker),
-        fixed,
+        leads,
         last: RefCell::default(),
         activity: Arc::clone(&activity),
         from,
@@ -214,35 +242,84 @@ pub(super) fn edge_of<D: Dial>(worker: &D, caller: &Caller) -> Rc<Edge> {
 impl<D: Dial> Connection<D> {
     /// Finds where a request goes.
     fn target(&self, authority: Option<&Authority>) -> Result<Rc<Target>, Refusal> {
-        if let Some(fixed) = &self.fixed {
-            return Ok(Rc::clone(fixed));
+        match &self.leads {
+            Leads::To(target) => Ok(Rc::clone(target)),
+            Leads::ByHost => self.target_of_host(authority),
+            Leads::ByGateway { gateway, port } => self.target_of_gateway(authority, (gateway, *port)),
         }
-        let refusal = |status, reason, text| Refusal { status, flag: Flag::NoRoute, reason, text };
-        let unknown_host = |host: &str| {
-            let text = format!("Host `{host}` names no service of the mesh: use NAME.weft or NAME.service.consul");
-            refusal(StatusCode::NOT_FOUND, Reason::UnknownHost, text)
+    }
+
+    fn target_of_host(&self, authority: Option<&Authority>) -> Result<Rc<Target>, Refusal> {
+        let unknown = |host: &str| {
+            unknown_host(format!("Host `{host}` names no service of the mesh: use NAME.weft or NAME.service.consul"))
         };
-        let Some(authority) = authority else { return Err(unknown_host("")) };
-        if let Some((last, target)) = &*self.last.borrow()
-            && last == authority
+        let Some(authority) = authority else { return Err(unknown("")) };
+        if let Some(last) = &*self.last.borrow()
+            && last.authority == *authority
         {
-            return Ok(Rc::clone(target));
+            return Ok(Rc::clone(&last.target));
         }
-        let Some(name) = service_of_host(authority.host()) else { return Err(unknown_host(authority.host())) };
+        let Some(name) = service_of_host(authority.host()) else { return Err(unknown(authority.host())) };
         let snapshot = self.worker.snapshot().peek();
         // A name that only entries know may lead to another service.
         if !snapshot.services.contains_key(&name) && snapshot.traffic.chain(&name).is_none() {
-            return Err(refusal(
-                StatusCode::SERVICE_UNAVAILABLE,
-                Reason::UnknownService,
-                snapshot.why_unknown(name.as_str()),
-            ));
+            let (status, reason) = (StatusCode::SERVICE_UNAVAILABLE, Reason::UnknownService);
+            return Err(Refusal { status, flag: Flag::NoRoute, reason, text: snapshot.why_unknown(name.as_str()) });
         }
-        let caller = Caller { source: Source::Node, destination: name };
-        let target = Rc::new(Target { edge: edge_of(&*self.worker, &caller), caller });
-        *self.last.borrow_mut() = Some((authority.clone(), Rc::clone(&target)));
+        let target = Target::of(&*self.worker, Caller { source: Source::Node, destination: name });
+        *self.last.borrow_mut() = Some(Last { authority: authority.clone(), target: Rc::clone(&target), entry: None });
         Ok(target)
     }
+
+    /// Asks the gateway's entry as it is at this moment: a connection outlives changes.
+    fn target_of_gateway(
+        &self,
+        authority: Option<&Authority>,
+        (gateway, port): (&ServiceName, u16),
+    ) -> Result<Rc<Target>, Refusal> {
+        let snapshot = self.worker.snapshot().peek();
+        let host = authority.map_or("", Authority::host);
+        let unknown = || {
+            unknown_host(format!(
+                "Host `{host}` names no service that ingress gateway `{gateway}` leads to by port {port}"
+            ))
+        };
+        let entry = snapshot.traffic.gateway(gateway).ok_or_else(unknown)?;
+        if let Some(last) = &*self.last.borrow()
+            && authority == Some(&last.authority)
+            && last.entry.as_ref().is_some_and(|of| Arc::ptr_eq(of, entry))
+        {
+            return Ok(Rc::clone(&last.target));
+        }
+        let listener = entry.listeners.iter().find(|listener| listener.port == port && listener.protocol.is_http());
+        let (name, exposed) = listener.and_then(|listener| listener.find(host)).ok_or_else(unknown)?;
+        if exposed.service.is_none() && !snapshot.is_exposed_unnamed(&name) {
+            return Err(unknown());
+        }
+        let caller = Caller { source: Source::Service(gateway.clone()), destination: name };
+        let is_changed = !(exposed.request_headers.is_empty() && exposed.response_headers.is_empty());
+        let edits = is_changed.then(|| Arc::clone(exposed));
+        let target = Rc::new(Target { edge: edge_of(&*self.worker, &caller), caller, edits });
+        if let Some(authority) = authority {
+            let (authority, entry) = (authority.clone(), Some(Arc::clone(entry)));
+            *self.last.borrow_mut() = Some(Last { authority, target: Rc::clone(&target), entry });
+        }
+        Ok(target)
+    }
+
+    /// Returns what counts a request that goes nowhere.
+    fn edge_of_none(&self) -> Rc<Edge> {
+        let source = match &self.leads {
+            Leads::To(target) => return Rc::clone(&target.edge),
+            Leads::ByHost => None,
+            Leads::ByGateway { gateway, .. } => Some(gateway),
+        };
+        self.worker.http().edge(Reporter::Source, source, None)
+    }
+}
+
+fn unknown_host(text: String) -> Refusal {
+    Refusal { status: StatusCode::NOT_FOUND, flag: Flag::NoRoute, reason: Reason::UnknownHost, text }
 }
 
 impl<D: Dial> Connection<D> {
@@ -344,17 +421,19 @@ async fn answer_of<D: Dial>(
     let (target, authority) = match found {
         Ok(found) => found,
         Err(refusal) => {
-            let edge = match &connection.fixed {
-                Some(target) => Rc::clone(&target.edge),
-                None => connection.worker.http().edge(Reporter::Source, None, None),
-            };
-            return Ok(refuse_request(Exchange::new(edge, started), refusal, (version, grpc)));
+            let exchange = Exchange::new(connection.edge_of_none(), started);
+            return Ok(refuse_request(exchange, refusal, (version, grpc)));
         }
     };
+    let edits = target.edits.clone();
+    if let Some(edits) = &edits {
+        edits.request_headers.apply(request.headers_mut());
+    }
     let chain = connection.worker.snapshot().peek().traffic.chain(&target.caller.destination).cloned();
     if let Some(chain) = chain {
         // In a box: a request that no entry is about has no room for it.
-        return Box::pin(routed::answer(connection, chain, (request, authority, target), (busy, started))).await;
+        let routed = Box::pin(routed::answer(connection, chain, (request, authority, target), (busy, started)));
+        return Ok(edited(edits, routed.await?));
     }
     let mut exchange = Exchange::new(Rc::clone(&target.edge), started);
     let asked = Asked { method: request.method().as_str(), path: request.uri().path(), headers: request.headers() };
@@ -369,13 +448,22 @@ async fn answer_of<D: Dial>(
     let (uploads, activity) = (Cell::new(uploads), &*connection.activity);
     let priority = connection.priority(&target.caller, &parts.headers);
     let call = Call { parts: &parts, authority, target, payload, from, priority, cookie, uploads, activity, id };
-    Ok(match attempts(&connection.worker, &call, body).await {
+    let response = match attempts(&connection.worker, &call, body).await {
         Err(refusal) => refuse_call(&*connection.worker, exchange, refusal, (version, grpc)),
         Ok(mut answer) => {
             begin_answer(&mut answer, &call, &mut exchange, grpc);
             respond(&connection.worker, answer, exchange, upgraded, busy)
         }
-    })
+    };
+    Ok(edited(edits, response))
+}
+
+/// Changes an answer's head as the gateway wants it, by which its request came.
+fn edited(edits: Option<Arc<Exposed>>, mut response: Response<TunnelBody>) -> Response<TunnelBody> {
+    if let Some(edits) = edits {
+        edits.response_headers.apply(response.headers_mut());
+    }
+    response
 }
 
 /// How a request's body comes.

@@ -115,7 +115,7 @@ pub(super) async fn answer<D: Dial>(
         Rc::clone(&target)
     } else {
         let caller = Caller { source: source.clone(), destination: destination.clone() };
-        let target = Rc::new(Target { edge: outbound::edge_of(&**worker, &caller), caller });
+        let target = Target::of(&**worker, caller);
         let mut counted = Exchange::new(Rc::clone(&target.edge), started);
         counted.take_over(&mut exchange);
         exchange = counted;

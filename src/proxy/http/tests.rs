@@ -5,6 +5,7 @@ mod edge;
 mod floods;
 mod flow;
 mod framing;
+mod gateway;
 mod hedged;
 mod rest;
 mod routed;
@@ -222,16 +223,19 @@ impl Loopback {
 
     /// Opens a port that leads to the mesh.
     async fn listen(self: &Rc<Self>, by_host: bool) -> SocketAddr {
+        let caller = Caller { source: Source::Service("api".parse().unwrap()), destination: "web".parse().unwrap() };
+        self.listen_as(if by_host { Route::ByHost } else { Route::Service(caller) }).await
+    }
+
+    /// Opens a port whose connections go by `route`.
+    async fn listen_as(self: &Rc<Self>, route: Route) -> SocketAddr {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = listener.local_addr().unwrap();
         let worker = Rc::clone(self);
         tokio::task::spawn_local(async move {
             loop {
                 let (stream, _) = listener.accept().await.unwrap();
-                let caller =
-                    Caller { source: Source::Service("api".parse().unwrap()), destination: "web".parse().unwrap() };
-                let route = if by_host { Route::ByHost } else { Route::Service(caller) };
-                tokio::task::spawn_local(outbound::serve(Rc::clone(&worker), stream, route));
+                tokio::task::spawn_local(outbound::serve(Rc::clone(&worker), stream, route.clone()));
             }
         });
         addr

@@ -116,7 +116,7 @@ pub(super) fn upstreams(ports: &[SocketAddr]) -> LocalView {
         destination: name("web"),
         protocol: None,
     };
-    LocalView { upstreams: ports.iter().map(upstream).collect(), instances: BTreeMap::new() }
+    LocalView { upstreams: ports.iter().map(upstream).collect(), ..LocalView::default() }
 }
 
 pub(super) struct Node {

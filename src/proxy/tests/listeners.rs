@@ -3,10 +3,13 @@
 use std::io::ErrorKind;
 use std::net::{Ipv4Addr, SocketAddr};
 
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
 use super::harness::{Authority, Mesh, Node, free_port, upstreams};
 use super::{round_trip, within};
+use crate::catalogue::{LocalGateway, LocalView};
 use crate::proxy::ListenerState;
 
 #[tokio::test]
@@ -43,6 +46,69 @@ async fn upstream_ports_follow_the_catalogue() {
     refuses(old).await;
     round_trip(&mesh).await;
     mesh.stop().await;
+}
+
+/// What the gateway `edge` says: these ports, each leading bytes to `web`.
+fn edge(ports: &[SocketAddr]) -> (&'static str, &'static str, Value) {
+    let listener = |port: &SocketAddr| json!({"Port": port.port(), "Services": [{"Name": "web"}]});
+    ("ingress-gateway", "edge", json!({"Listeners": ports.iter().map(listener).collect::<Vec<Value>>()}))
+}
+
+#[tokio::test]
+async fn a_gateway_s_ports_follow_its_entry_and_what_is_open_goes_on() {
+    let mut mesh = Mesh::start().await;
+    let (upstream, first, second) = (mesh.upstream, free_port(), free_port());
+    let is_listening = |state: Option<&ListenerState>| state == Some(&ListenerState::Listening);
+    let gateways = vec![LocalGateway { service: "edge".parse().unwrap(), ip: first.ip() }];
+    mesh.a.publish_local(LocalView { gateways, ..upstreams(&[upstream]) }, &[("b", mesh.b.addr, "web-1")]);
+    let of = |source: &str| ["reporter=\"source\"".to_owned(), format!("source_service=\"{source}\"")];
+    let opened = |mesh: &Mesh, source: &str| {
+        let labels = of(source);
+        mesh.a.count("weft_tcp_connections_opened_total", &labels.each_ref().map(String::as_str))
+    };
+
+    mesh.a.say(&[edge(&[first])]);
+    mesh.a.sees(first, is_listening).await;
+    mesh.upstream = first;
+    round_trip(&mesh).await;
+    assert_eq!((opened(&mesh, "edge"), opened(&mesh, "app")), (1, 0), "the gateway calls in its own name");
+    let (mut client, mut app) = mesh.connect().await;
+
+    // Its first port goes, another comes; the upstream's port is not the gateway's to take.
+    mesh.a.say(&[edge(&[second, upstream])]);
+    mesh.a.sees(second, is_listening).await;
+    mesh.a.sees(first, |state| state.is_none()).await;
+    refuses(first).await;
+    client.write_all(b"on").await.unwrap();
+    let mut seen = [0; 2];
+    within(app.read_exact(&mut seen)).await.unwrap();
+    assert_eq!(&seen, b"on", "what was open goes on");
+    for (port, source) in [(second, "edge"), (upstream, "app")] {
+        let before = opened(&mesh, source);
+        mesh.upstream = port;
+        round_trip(&mesh).await;
+        assert_eq!(opened(&mesh, source), before + 1, "{source}");
+    }
+
+    // Without its entry it has no port.
+    mesh.a.say(&[]);
+    mesh.a.sees(second, |state| state.is_none()).await;
+    mesh.a.sees(upstream, is_listening).await;
+    drop((client, app));
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn a_gateway_s_port_that_another_program_has_is_told_and_opens_once_it_is_free() {
+    let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let port = taken.local_addr().unwrap();
+    let gateways = vec![LocalGateway { service: "edge".parse().unwrap(), ip: port.ip() }];
+    let node = Node::start(&Authority::new(), "a", "*", LocalView { gateways, ..LocalView::default() });
+    node.say(&[edge(&[port])]);
+    node.sees(port, |state| matches!(state, Some(ListenerState::Failed(why)) if why.contains("in use"))).await;
+    drop(taken);
+    node.sees(port, |state| state == Some(&ListenerState::Listening)).await;
+    node.handle.shutdown().await;
 }
 
 /// Waits until nobody listens on `port`: each worker closes its own socket.

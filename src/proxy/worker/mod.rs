@@ -95,6 +95,13 @@ pub(crate) enum Route {
     Service(Caller),
     /// To whatever each request's authority names.
     ByHost,
+    /// To whatever a gateway's entry says of each request's authority.
+    Gateway {
+        /// The gateway's name.
+        gateway: ServiceName,
+        /// Which of its listeners.
+        port: u16,
+    },
 }
 
 /// What a worker's thread is started with.

@@ -10,7 +10,7 @@ use super::fields::{Field, Fields};
 use super::{
     CheckDefinition, DefinitionDefaults, DefinitionError, META_PROXY_PROTOCOL, ServiceDefinition, UpstreamDefinition,
 };
-use crate::model::{CheckId, InstanceId, NameError, Protocol, ServiceName, ServiceRecord, Weights};
+use crate::model::{CheckId, INGRESS_GATEWAY, InstanceId, NameError, Protocol, ServiceName, ServiceRecord, Weights};
 
 /// Most pairs in `Meta` (Consul's bound).
 const META_PAIRS_MAX: usize = 64;
@@ -45,7 +45,8 @@ pub fn service_from_json(value: &Value, defaults: &DefinitionDefaults) -> Result
     let declared = protocol(&mut fields)?;
     let check_fields = check_fields(&mut fields)?;
     let proxy = fields.take(&["proxy"])?.map(|field| proxy(&field, defaults)).transpose()?;
-    let connect = fields.take(&["connect"])?.map(|field| connect(&field, defaults)).transpose()?.unwrap_or_default();
+    let mut connect =
+        fields.take(&["connect"])?.map(|field| connect(&field, defaults)).transpose()?.unwrap_or_default();
     fields.finish()?;
 
     if name_text.is_empty() {
@@ -54,11 +55,12 @@ pub fn service_from_json(value: &Value, defaults: &DefinitionDefaults) -> Result
     let name: ServiceName = name_text.parse().map_err(|error| invalid("service name", &error))?;
     let id = if id_text.is_empty() { &name_text } else { &id_text };
     let id: InstanceId = id.parse().map_err(|error| invalid("service ID", &error))?;
-    if !kind.is_empty() {
+    let is_gateway = kind == INGRESS_GATEWAY;
+    if !kind.is_empty() && !is_gateway {
         return Err(DefinitionError::Invalid {
             path: "Kind".into(),
             problem: format!(
-                "kind {kind:?} is not supported by this version of weft; the agent is the proxy: put Proxy.Upstreams into the service itself, or use Connect.SidecarService"
+                "kind {kind:?} is not supported by this version of weft, \"{INGRESS_GATEWAY}\" is; the agent is the proxy: put Proxy.Upstreams into the service itself, or use Connect.SidecarService"
             ),
         });
     }
@@ -67,7 +69,7 @@ pub fn service_from_json(value: &Value, defaults: &DefinitionDefaults) -> Result
     }
     meta_is_bounded(&meta)?;
     let asked = meta.iter().find(|(key, _)| key.as_str() == META_PROXY_PROTOCOL);
-    let proxies: Vec<Proxy> = connect.proxy.into_iter().chain(proxy).collect();
+    let proxies: Vec<Proxy> = connect.proxy.take().into_iter().chain(proxy).collect();
     for proxy in &proxies {
         proxy.is_for(&name, &id)?;
     }
@@ -78,10 +80,17 @@ pub fn service_from_json(value: &Value, defaults: &DefinitionDefaults) -> Result
     if let Some((_, version)) = asked {
         proxy_protocol_is_possible(version, protocol)?;
     }
+    let app_addr = if is_gateway {
+        gateway_is_possible(&name, &connect, &proxies)?;
+        // Nothing is relayed to it: an address without a port says where it listens, if it says so.
+        SocketAddr::new(app_ip.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)), 0)
+    } else {
+        SocketAddr::new(app_ip.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST)), app_port)
+    };
     let checks = checks(&check_fields, &id, &name)?;
     Ok(ServiceDefinition {
         socket_path: String::new(),
-        app_addr: SocketAddr::new(app_ip.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST)), app_port),
+        app_addr,
         upstreams: proxies.into_iter().flat_map(|proxy| proxy.upstreams).collect(),
         sidecar: connect.sidecar,
         native: connect.native,
@@ -103,6 +112,20 @@ pub fn service_from_json(value: &Value, defaults: &DefinitionDefaults) -> Result
             enable_tag_override,
         },
     })
+}
+
+/// Refuses what a gateway has no use for: its agent carries what its config entry says, and nothing else.
+fn gateway_is_possible(name: &ServiceName, connect: &Connect, proxies: &[Proxy]) -> Result<(), DefinitionError> {
+    let (path, problem) = if connect.sidecar || connect.native {
+        ("Connect", "a gateway is in the mesh by itself: leave it out".to_owned())
+    } else if let Some(proxy) = proxies.iter().find(|proxy| !proxy.upstreams.is_empty() || proxy.local_port.is_some()) {
+        let problem =
+            format!("a gateway has the ports that the config entry ingress-gateway {name} lists, and no others");
+        (proxy.path.as_str(), problem)
+    } else {
+        return Ok(());
+    };
+    Err(DefinitionError::Invalid { path: path.to_owned(), problem })
 }
 
 /// Checks what `Meta` asks for under [`META_PROXY_PROTOCOL`].

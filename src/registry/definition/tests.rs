@@ -19,6 +19,36 @@ fn the_proxy_protocol_is_for_tcp_and_of_one_version() {
 }
 
 #[test]
+fn a_gateway_says_where_it_listens_and_nothing_that_its_entry_says() {
+    let gateway = |more: Value| {
+        let mut value = json!({"Name": "edge", "Kind": "ingress-gateway", "Port": 8080});
+        value.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        value
+    };
+    for (more, listens) in [
+        (json!({}), "0.0.0.0:0"),
+        (json!({"Address": "10.0.0.7"}), "10.0.0.7:0"),
+        (json!({"Address": "edge.example"}), "0.0.0.0:0"),
+        (json!({"Address": "192.0.2.1", "Proxy": {"LocalServiceAddress": "10.0.0.7", "Config": {}}}), "10.0.0.7:0"),
+    ] {
+        let service = service_from_json(&gateway(more), &DEFAULTS).unwrap();
+        assert_eq!((service.app_addr, &*service.record.kind), (listens.parse().unwrap(), "ingress-gateway"));
+        assert_eq!(service.record.port, 8080);
+    }
+    let upstreams = json!({"Proxy": {"Upstreams": [{"DestinationName": "db", "LocalBindPort": 1}]}});
+    refused(
+        &gateway(upstreams),
+        "Invalid Proxy: a gateway has the ports that the config entry ingress-gateway edge lists",
+    );
+    refused(&gateway(json!({"Proxy": {"LocalServicePort": 9}})), "Invalid Proxy: a gateway has the ports");
+    refused(
+        &gateway(json!({"Connect": {"SidecarService": {}}})),
+        "Invalid Connect: a gateway is in the mesh by itself",
+    );
+    refused(&gateway(json!({"Connect": {"Native": true}})), "Invalid Connect");
+}
+
+#[test]
 fn a_full_registration_is_read_field_by_field() {
     let value = json!({
         "ID": "web-1", "Name": "web", "Kind": "", "Tags": ["v1"], "Address": "", "Port": 8080, "SocketPath": "",

@@ -11,6 +11,7 @@ mod publish;
 use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
 use std::fmt::Write as _;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -103,6 +104,7 @@ pub(super) type Readers =
 pub(super) struct Task {
     store: Store,
     node: NodeName,
+    gateway_ip: IpAddr,
     scope: ScopeSource,
     scripts: ScriptPolicy,
     services: BTreeMap<InstanceId, HeldService>,
@@ -154,6 +156,7 @@ impl Task {
         let mut task = Self {
             store: params.store,
             node: params.node,
+            gateway_ip: params.gateway_ip,
             scope: params.scope,
             scripts: params.config.scripts,
             services: BTreeMap::new(),

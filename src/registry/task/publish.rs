@@ -1,14 +1,15 @@
 //! What is shown of what is registered: to the API with outputs, to gossip without.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use tokio::sync::watch;
 
 use super::Task;
-use crate::catalogue::{LocalInstance, LocalView, UpstreamListener};
+use crate::catalogue::{LocalGateway, LocalInstance, LocalView, UpstreamListener};
 use crate::clock;
-use crate::model::{CheckId, Entry, EntryKey, HealthStatus};
+use crate::model::{CheckId, Entry, EntryKey, HealthStatus, INGRESS_GATEWAY};
 use crate::registry::checks::alias::{AliasTarget, Fact, Word, resolve};
 use crate::registry::checks::{Change, Outcome};
 use crate::registry::definition::META_PROXY_PROTOCOL;
@@ -101,7 +102,7 @@ impl Task {
             }
             Spread::Summed => rules::summed_records(self.statuses()),
         };
-        let mut publication = publication(&state);
+        let mut publication = publication(&state, self.gateway_ip);
         let entry = |record| (EntryKey::Check(record_id(&record)), Entry::Check(record.into()));
         publication.records.extend(records.into_iter().map(entry));
         let externals = self.externals.values().map(|node| Entry::External(Arc::clone(&node.record)));
@@ -188,11 +189,12 @@ fn replace_if_changed<T: PartialEq>(sender: &watch::Sender<Arc<T>>, value: T) {
     });
 }
 
-/// Derives what other nodes and the data plane get of the services.
-fn publication(state: &LocalState) -> Publication {
+/// Derives what other nodes and the data plane get of the services; gateways without an address of their own listen on
+/// `gateway_ip`.
+fn publication(state: &LocalState, gateway_ip: IpAddr) -> Publication {
     let mut records = BTreeMap::new();
     let mut view = LocalView::default();
-    let mut upstreams = BTreeSet::new();
+    let (mut upstreams, mut gateways) = (BTreeSet::new(), BTreeSet::new());
     for (id, service) in &state.services {
         let definition = &service.definition;
         let record = &definition.record;
@@ -203,6 +205,10 @@ fn publication(state: &LocalState) -> Publication {
             destination: upstream.destination.clone(),
             protocol: upstream.protocol,
         }));
+        if *record.kind == *INGRESS_GATEWAY {
+            let ip = Some(definition.app_addr.ip()).filter(|ip| !ip.is_unspecified());
+            gateways.insert(LocalGateway { service: record.name.clone(), ip: ip.unwrap_or(gateway_ip) });
+        }
         // A service without a port only calls; there is nothing to relay to.
         if definition.app_addr.port() > 0 {
             let (service, app_addr, protocol) = (record.name.clone(), definition.app_addr, record.protocol);
@@ -211,5 +217,6 @@ fn publication(state: &LocalState) -> Publication {
         }
     }
     view.upstreams = upstreams.into_iter().collect();
+    view.gateways = gateways.into_iter().collect();
     Publication { records, view }
 }

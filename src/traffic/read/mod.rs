@@ -3,7 +3,7 @@
 //! What a route or a fault is about is read by `matching`, what becomes of a route's requests by `route`.
 
 mod matching;
-mod route;
+pub(super) mod route;
 
 use std::time::Duration;
 
@@ -14,6 +14,7 @@ use self::matching::{bound_regexes, matching};
 use self::route::{edits, route};
 use super::entry::{Abort, Defaults, Entry, Fault, Place, Resolver, Route, Split, Splitter, Sticky, SubsetRule};
 use super::fields::{Node, Object, Problems};
+use super::gateway;
 use super::hops::Network;
 use super::subset::Filter;
 use crate::model::Protocol;
@@ -62,6 +63,7 @@ pub(super) fn read(kind: &str, value: &Value) -> Result<Entry, Problems> {
         "service-defaults" => defaults(&mut object, problems),
         "proxy-defaults" => proxy_defaults(&mut object, problems),
         "service-faults" => faults(&mut object, problems),
+        "ingress-gateway" => gateway::read(&mut object, problems),
         _ => return Ok(Entry::Other),
     };
     object.finish(problems);

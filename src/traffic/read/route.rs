@@ -218,7 +218,7 @@ fn prefix_rewrite(object: &mut Object<'_>, when: &Match, problems: &mut Problems
 }
 
 /// What is added to headers, set and taken out.
-pub(super) fn edits(object: &mut Object<'_>, name: &str, problems: &mut Problems) -> HeaderEdit {
+pub(in crate::traffic) fn edits(object: &mut Object<'_>, name: &str, problems: &mut Problems) -> HeaderEdit {
     let Some(mut object) = object.object(name, problems) else { return HeaderEdit::default() };
     let mut edit = HeaderEdit {
         add: pairs(&mut object, "Add", problems),

@@ -1,0 +1,180 @@
+//! Gateways into the mesh: the ports that those of this host have, and those of any host that lead to a service.
+//!
+//! Where gateways are is what nodes publish (services of the kind `ingress-gateway`), what they listen on and where that
+//! leads is what operators sign (`traffic::gateway`): here the two come together.
+//! Not here: listening and carrying (`proxy`).
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use super::{Instance, Snapshot};
+use crate::model::{INGRESS_GATEWAY, Protocol, ServiceName};
+use crate::traffic::GatewayListener;
+
+/// A gateway that is registered on this host.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct LocalGateway {
+    /// Its name: that of its entry, and the source of the calls that come by it.
+    pub service: ServiceName,
+    /// Where it listens.
+    pub ip: IpAddr,
+}
+
+/// A port that a gateway of this host is to have.
+#[derive(Debug, Clone, Copy)]
+pub struct GatewayPort<'s> {
+    /// Where.
+    pub bind: SocketAddr,
+    /// Whose.
+    pub gateway: &'s ServiceName,
+    /// What its entry says of it.
+    pub listener: &'s GatewayListener,
+}
+
+impl Snapshot {
+    /// Returns the ports of this host's gateways, in order of the gateways' names; two gateways may ask for one.
+    pub fn gateway_ports(&self) -> impl Iterator<Item = GatewayPort<'_>> {
+        let here = self.local.gateways.iter();
+        let known = here.filter_map(|local| Some((local, self.traffic.gateway(&local.service)?)));
+        known.flat_map(|(local, entry)| {
+            entry.listeners.iter().map(move |listener| GatewayPort {
+                bind: SocketAddr::new(local.ip, listener.port),
+                gateway: &local.service,
+                listener,
+            })
+        })
+    }
+
+    /// Tells how the traffic of a service is parsed, as an entry or else its registration says.
+    pub fn protocol(&self, service: &ServiceName) -> Option<Protocol> {
+        self.traffic.protocol(service).or_else(|| Some(self.services.get(service)?.protocol))
+    }
+
+    /// Tells whether a gateway whose entry names the service `*` leads to this one: it is there, takes requests, and is no
+    /// gateway itself.
+    pub fn is_exposed_unnamed(&self, service: &ServiceName) -> bool {
+        let entry = self.services.get(service);
+        let is_gateway = entry.and_then(|entry| entry.instances.first()).is_some_and(|one| is_gateway(one));
+        let is_there = entry.is_some() || self.traffic.chain(service).is_some();
+        is_there && !is_gateway && self.protocol(service).is_some_and(Protocol::is_http)
+    }
+
+    /// Tells whether a port leads to `service`, whose name may come in any case where the entry names it.
+    fn leads_to(&self, listener: &GatewayListener, service: &str) -> bool {
+        let is_unnamed = || service.parse::<ServiceName>().is_ok_and(|name| self.is_exposed_unnamed(&name));
+        listener.names(service) || (listener.leads_to_every() && is_unnamed())
+    }
+
+    /// Returns the gateways' instances by which calls of `service` come into the mesh, healthy or not, each with the port; in
+    /// order of gateway, node, instance.
+    pub fn ingress(&self, service: &str) -> Vec<(Arc<Instance>, u16)> {
+        let mut found = Vec::new();
+        for (name, gateway) in self.traffic.gateways() {
+            let Some(entry) = self.services.get(name) else { continue };
+            let leading = gateway.listeners.iter().filter(|listener| self.leads_to(listener, service));
+            let ports: Vec<u16> = leading.map(|listener| listener.port).collect();
+            for instance in entry.instances.iter().filter(|instance| is_gateway(instance)) {
+                found.extend(ports.iter().map(|port| (Arc::clone(instance), *port)));
+            }
+        }
+        found
+    }
+}
+
+fn is_gateway(instance: &Instance) -> bool {
+    *instance.record.kind == *INGRESS_GATEWAY
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::catalogue::{LocalView, ServiceEntry};
+    use crate::model::{Generation, HealthStatus, MemberStatus, NodeEntry, NodeInfo, ServiceRecord};
+    use crate::traffic::{Entries, Ready, Traffic};
+
+    fn name(text: &str) -> ServiceName {
+        text.parse().unwrap()
+    }
+
+    fn service(snapshot: &mut Snapshot, of: &str, kind: &str, protocol: Protocol) {
+        let info = NodeInfo {
+            id: String::new(),
+            name: "n1".parse().unwrap(),
+            mesh_addr: "10.0.0.1:8301".parse().unwrap(),
+            datacenter: "dc1".to_owned(),
+            meta: BTreeMap::new(),
+            build: String::new(),
+            issuer: false,
+        };
+        let node = Arc::new(NodeEntry {
+            info: Arc::new(info),
+            status: MemberStatus::Alive,
+            generation: Generation::default(),
+            checks: Vec::new(),
+            external: None,
+            create_index: 1,
+            modify_index: 1,
+        });
+        let record = Arc::new(ServiceRecord { kind: kind.into(), ..ServiceRecord::new(of.parse().unwrap(), name(of)) });
+        let (checks, status) = (Box::default(), HealthStatus::Passing);
+        let instance = Arc::new(Instance { node, record, checks, status, create_index: 1, modify_index: 1 });
+        let entry = ServiceEntry { name: name(of), protocol, instances: vec![instance], modify_index: 1 };
+        snapshot.services.insert(name(of), Arc::new(entry));
+    }
+
+    /// Gateway `edge`, here and on node n1, service `web` that takes requests and `db` that does not; entries of gateways by
+    /// name.
+    fn snapshot(gateways: &[(&str, Value)]) -> Snapshot {
+        let mut snapshot = Snapshot::empty("n1".parse().unwrap());
+        service(&mut snapshot, "edge", INGRESS_GATEWAY, Protocol::Tcp);
+        service(&mut snapshot, "web", "", Protocol::Http);
+        service(&mut snapshot, "db", "", Protocol::Tcp);
+        let mut entries = Entries::default();
+        for (name, listeners) in gateways {
+            let ready = Ready::new("ingress-gateway", &json!({"Listeners": listeners})).unwrap();
+            entries.add("ingress-gateway", name, ready);
+        }
+        snapshot.traffic = Arc::new(Traffic::new(entries, &Traffic::default(), Vec::new()));
+        let ip = [127, 0, 0, 1].into();
+        let gateways =
+            vec![LocalGateway { service: name("edge"), ip }, LocalGateway { service: name("unwritten"), ip }];
+        snapshot.local = Arc::new(LocalView { gateways, ..LocalView::default() });
+        snapshot
+    }
+
+    #[test]
+    fn a_gateway_has_the_ports_of_its_entry_where_it_is_registered() {
+        let listeners = json!([{"Port": 80, "Protocol": "http", "Services": [{"Name": "web"}]}, {"Port": 81, "Services": [{"Name": "db"}]}]);
+        let snapshot = snapshot(&[("edge", listeners.clone()), ("elsewhere", listeners)]);
+        let ports: Vec<String> =
+            snapshot.gateway_ports().map(|port| format!("{} {}", port.gateway, port.bind)).collect();
+        assert_eq!(ports, ["edge 127.0.0.1:80", "edge 127.0.0.1:81"]);
+    }
+
+    #[test]
+    fn the_gateways_of_a_service_are_those_that_run_and_lead_to_it() {
+        let every = json!([
+            {"Port": 80, "Protocol": "http", "Services": [{"Name": "*"}]},
+            {"Port": 81, "Protocol": "http", "Services": [{"Name": "web", "Hosts": ["x"]}]},
+            {"Port": 82, "Services": [{"Name": "absent"}]},
+        ]);
+        // Entries alone, and services that are no gateways, lead nowhere.
+        let others = json!([{"Port": 90, "Protocol": "http", "Services": [{"Name": "web"}]}]);
+        let snapshot = snapshot(&[("edge", every), ("unwritten", others.clone()), ("db", others)]);
+        let ports = |service: &str| -> Vec<(String, u16)> {
+            let found = snapshot.ingress(service);
+            found.into_iter().map(|(instance, port)| (instance.record.name.to_string(), port)).collect()
+        };
+        let edge = |port| ("edge".to_owned(), port);
+        assert_eq!(ports("web"), [edge(80), edge(81)]);
+        assert_eq!(ports("WEB"), [edge(81)], "named in any case");
+        assert_eq!(ports("absent"), [edge(82)], "named, it need not be there");
+        for none in ["db", "edge", "nobody", "-"] {
+            assert_eq!(ports(none), [], "{none}");
+        }
+    }
+}
