@@ -257,8 +257,7 @@ impl Node {
             drain,
             stop,
         };
-        node.tell_policy();
-        node.tell_gateways(&proxy, config.mesh_bind.ip());
+        node.tell(&proxy, config.mesh_bind.ip());
         node.dns = node.start_dns(&config, &metrics).inspect_err(|_| node.drain.cancel())?;
         let started = node.start_api(&config, &info, &metrics, &proxy, (store, operator)).await;
         node.api = started.inspect_err(|_| node.drain.cancel())?;
@@ -290,12 +289,10 @@ impl Node {
         Ok(Some(dns))
     }
 
-    fn tell_gateways(&self, proxy: &ProxyHandle, own_ip: IpAddr) {
+    /// Says which policy is in force, and lets discovery know how gateways fare from here on.
+    fn tell(&self, proxy: &ProxyHandle, own_ip: IpAddr) {
         let telling = gateways::tell(self.registry.clone(), self.snapshot.clone(), proxy.listeners(), own_ip);
         self.tasks.spawn("gateways", until(self.stop.clone(), telling));
-    }
-
-    fn tell_policy(&self) {
         let policy = Arc::clone(&self.snapshot.load().policy);
         info!(intentions = policy.guards().len(), default = %policy.default_action(), "policy is in force");
     }
