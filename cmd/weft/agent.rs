@@ -13,8 +13,6 @@ use weft::telemetry::{self, Chain};
 use crate::cli::AgentArgs;
 use crate::failure::Failure;
 
-/// Threads of the control runtime: gossip and API; the data plane has its own.
-const CONTROL_THREADS: usize = 2;
 /// What a shell reports for a process that an interrupt ended.
 const EXIT_SECOND_SIGNAL: i32 = 130;
 
@@ -23,9 +21,8 @@ pub(crate) fn run(args: &AgentArgs) -> Result<(), Failure> {
     let inputs = inputs(args);
     let config = load(&inputs, &Host::read())?;
     telemetry::init(&config.log_filter, config.log_format)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(CONTROL_THREADS)
-        .thread_name("weft-control")
+    // Gossip and joins, on this thread; the API, DNS and the data plane have threads of their own (`node`).
+    let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("cannot start the control runtime")?;

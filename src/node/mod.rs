@@ -12,6 +12,7 @@
 mod authority;
 mod gateways;
 mod glue;
+mod host;
 mod identity;
 mod reload;
 
@@ -48,6 +49,7 @@ use crate::workload::{WorkloadApi, WorkloadParams};
 pub use identity::IdentityError;
 pub use reload::{ConfigSource, ReloadError};
 
+use host::HostThread;
 use reload::Reloader;
 
 /// File descriptors that 16,384 connections on each of many workers need; the hard limit caps it.
@@ -114,6 +116,7 @@ pub struct Node {
     tunnels: OpenTunnels,
     on_terminate: OnTerminate,
     tasks: Tasks,
+    host: HostThread,
     reloader: Arc<Reloader>,
     /// Cancelled when the API was asked to leave, or a task panicked.
     leaving: CancellationToken,
@@ -134,8 +137,9 @@ impl std::fmt::Debug for Node {
 impl Node {
     /// Starts an agent and returns once its listeners are up; finding the other nodes goes on in the background.
     ///
-    /// Must be called inside a tokio runtime of several threads. A node without a stored certificate waits here, asking
-    /// its seeds with jitter, until an issuer certifies or refuses it.
+    /// Must be called inside a tokio runtime. One of a single thread is best, for gossip is all that runs there: API, DNS
+    /// and data plane have threads of their own. A node without a stored certificate waits here, asking its seeds with
+    /// jitter, until an issuer certifies or refuses it.
     ///
     /// # Errors
     /// [`NodeError`]; the tasks that had started are stopped.
@@ -167,9 +171,8 @@ impl Node {
         announce(&config);
         let (leaving, drain) = (CancellationToken::new(), CancellationToken::new());
         let (tasks, metrics) = (Tasks::new(leaving.clone()), Metrics::new());
-
-        let store = open_store(&config)?;
-        let sockets = bind_mesh(&config)?;
+        let host = HostThread::start().map_err(part("thread of the API"))?;
+        let (store, sockets) = (open_store(&config)?, bind_mesh(&config)?);
         let identity::Obtained { issuer, identity, operator } = identity::obtain(&config, &store).await?;
         let documents = glue::believe(&store, &identity)?;
         let reset_key = store.reset_key()?;
@@ -179,7 +182,7 @@ impl Node {
 
         let stopping = (tasks.clone(), stop.clone());
         let (registry, publication) =
-            start_registry(&config, &store, &identity, &metrics, (stopping, first_index)).await?;
+            start_registry(&config, &store, &identity, (&metrics, &host), (stopping, first_index)).await?;
         let reloader = Arc::new(Reloader::new(source, config.clone(), registry.clone()));
         let control = ControlTransport::new(sockets.control, Arc::clone(&identity), reset_key)?;
         control.register(&metrics).map_err(part("transport's metrics"))?;
@@ -251,6 +254,7 @@ impl Node {
             tunnels: proxy.tunnels(),
             on_terminate: config.on_terminate,
             tasks,
+            host,
             reloader,
             leaving,
             terminated: CancellationToken::new(),
@@ -259,8 +263,8 @@ impl Node {
         };
         node.tell(&proxy, config.mesh_bind.ip());
         node.dns = node.start_dns(&config, &metrics).inspect_err(|_| node.drain.cancel())?;
-        let started = node.start_api(&config, &info, &metrics, &proxy, (store, operator)).await;
-        node.api = started.inspect_err(|_| node.drain.cancel())?;
+        let api = node.start_api(&config, &info, &metrics, &proxy, (store, operator));
+        node.api = node.host.within(api).await.inspect_err(|_| node.drain.cancel())?;
         node.proxy = Mutex::new(Some(proxy));
         let (http, scope) = (&node.api, node.identity.authority().scope().to_string());
         info!(node = %node.name, mesh = %info.mesh_addr, ?http, %generation, scope, "agent is up");
@@ -464,7 +468,7 @@ async fn start_registry(
     config: &Config,
     store: &Store,
     identity: &Arc<Identity>,
-    metrics: &Metrics,
+    (metrics, host): (&Metrics, &HostThread),
     ((tasks, stop), first_index): ((Tasks, CancellationToken), u64),
 ) -> Result<(RegistryHandle, watch::Receiver<Arc<Publication>>), NodeError> {
     let scope_of = Arc::clone(identity);
@@ -480,7 +484,7 @@ async fn start_registry(
         stop,
         first_index,
     };
-    Registry::start(params).await.map_err(part("registry"))
+    host.within(Registry::start(params)).await.map_err(part("registry"))
 }
 
 /// Runs `task` until it or `stop` ends it.
