@@ -17,7 +17,7 @@ mod identity;
 mod reload;
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -262,7 +262,6 @@ impl Node {
             stop,
         };
         node.tell_policy();
-        node.tell_gateways(&proxy, config.mesh_bind.ip());
         node.dns = node.start_dns(&config, &metrics).inspect_err(|_| node.drain.cancel())?;
         let api = node.start_api(&config, &info, &metrics, &proxy, (store, operator));
         node.api = node.host.within(api).await.inspect_err(|_| node.drain.cancel())?;
@@ -294,11 +293,6 @@ impl Node {
         Ok(Some(dns))
     }
 
-    fn tell_gateways(&self, proxy: &ProxyHandle, own_ip: IpAddr) {
-        let telling = gateways::tell(self.registry.clone(), self.snapshot.clone(), proxy.listeners(), own_ip);
-        self.tasks.spawn("gateways", until(self.stop.clone(), telling));
-    }
-
     fn tell_policy(&self) {
         let policy = Arc::clone(&self.snapshot.load().policy);
         info!(intentions = policy.guards().len(), default = %policy.default_action(), "policy is in force");
@@ -313,6 +307,9 @@ impl Node {
         (store, operator): (Store, Option<Arc<DocumentKey>>),
     ) -> Result<Vec<SocketAddr>, NodeError> {
         self.start_workload_api(config, metrics)?;
+        let own_ip = config.mesh_bind.ip();
+        let telling = gateways::tell(self.registry.clone(), self.snapshot.clone(), proxy.listeners(), own_ip);
+        self.tasks.spawn("gateways", until(self.stop.clone(), telling));
         let policy_key = authority::load(config, operator, &self.identity)?;
         let gauge = authority::gauge(metrics).map_err(part("metrics"))?;
         if let Some(key) = &policy_key {

@@ -205,7 +205,7 @@ fn listener(node: &Node<'_>, problems: &mut Problems) -> Option<GatewayListener>
         (0, _) => problems.add(path, "are missing: a listener leads to a service"),
         (1, _) | (_, true) => {}
         (count, false) => {
-            problems.add(path, format!("are {count}: bytes name nobody, so a port of protocol tcp has one"))
+            problems.add(path, format!("are {count}: bytes name nobody, so a port of protocol tcp has one"));
         }
     }
     object.finish(problems);
@@ -261,7 +261,8 @@ fn exposed(node: &Node<'_>, protocol: Protocol, problems: &mut Problems) -> Opti
     let hosts: Vec<String> = given.into_iter().filter_map(|(path, text)| host(text, path, problems)).collect();
     let request_headers = edits(&mut object, "RequestHeaders", problems);
     let response_headers = edits(&mut object, "ResponseHeaders", problems);
-    if !protocol.is_http() && !(request_headers.is_empty() && response_headers.is_empty()) {
+    let has_edits = !request_headers.is_empty() || !response_headers.is_empty();
+    if has_edits && !protocol.is_http() {
         problems.add(&*node.path, "changes headers, and bytes have none: the listener's protocol is tcp");
     }
     object.finish(problems);
