@@ -71,13 +71,17 @@ pub(crate) fn proxied_request(c: &mut Criterion) {
     for entry in entries() {
         ask(apis[0], "PUT", "/v1/config", &entry.to_string());
     }
-    apis.iter().for_each(|api| wait_chain(*api, |chain| chain.contains(NEVER)));
+    for api in apis {
+        wait_chain(api, |chain| chain.contains(NEVER));
+    }
     measure("proxied_request/entries_unmatched");
     for entry in entries().iter().rev() {
         let [kind, name] = ["Kind", "Name"].map(|key| entry.get(key).and_then(Value::as_str).expect("each has it"));
         ask(apis[0], "DELETE", &format!("/v1/config/{kind}/{name}"), "");
     }
-    apis.iter().for_each(|api| wait_chain(*api, |chain| !chain.contains(NEVER)));
+    for api in apis {
+        wait_chain(api, |chain| !chain.contains(NEVER));
+    }
     measure("proxied_request/entries_deleted");
     drop(connection);
     for node in nodes {
