@@ -23,7 +23,7 @@ mod answer;
 mod goodbye;
 mod joining;
 mod message;
-pub(in crate::gossip) mod pace;
+pub(super) mod pace;
 mod records;
 mod rounds;
 #[cfg(test)]

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 /// How often something may be done.
 #[derive(Debug, Clone, Copy)]
-pub(in crate::gossip) struct Pace {
+pub(in super::super) struct Pace {
     every: Duration,
     /// How far ahead of the time it may be used.
     slack: Duration,
@@ -18,12 +18,12 @@ pub(in crate::gossip) struct Pace {
 
 impl Pace {
     /// Lets `burst` things be done at once (one at least), and one more after each `every`.
-    pub(in crate::gossip) fn new(burst: u32, every: Duration, now: Instant) -> Self {
+    pub(in super::super) fn new(burst: u32, every: Duration, now: Instant) -> Self {
         Self { every, slack: every * burst.saturating_sub(1), whole_at: now }
     }
 
     /// Takes the permission for one; false: not yet.
-    pub(in crate::gossip) fn take(&mut self, now: Instant) -> bool {
+    pub(in super::super) fn take(&mut self, now: Instant) -> bool {
         if now < self.next_at() {
             return false;
         }
@@ -32,7 +32,7 @@ impl Pace {
     }
 
     /// When the next one may be done.
-    pub(in crate::gossip) fn next_at(&self) -> Instant {
+    pub(in super::super) fn next_at(&self) -> Instant {
         self.whole_at.checked_sub(self.slack).unwrap_or(self.whole_at)
     }
 }
