@@ -263,7 +263,7 @@ fn by_flags(name: &str, args: &RegisterArgs) -> Value {
         ("Address", args.address.as_ref().map(|address| json!(address))),
         ("Port", args.port.map(|port| json!(port))),
         ("Tags", (!args.tag.is_empty()).then(|| json!(args.tag))),
-        ("Meta", (!meta.is_empty()).then(|| Value::Object(meta))),
+        ("Meta", (!meta.is_empty()).then_some(Value::Object(meta))),
     ];
     if let Some(fields) = service.as_object_mut() {
         fields.extend(given.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?))));

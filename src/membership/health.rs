@@ -172,7 +172,7 @@ mod tests {
         let (now, second) = (crate::clock::now(), Duration::from_secs(1));
         let mut unrest = Unrest::default();
         assert_eq!(unrest.end_of(now, second), now + second);
-        (0..UNREST_MIN).for_each(|_| unrest.note(20, now));
+        crowd(&mut unrest, 0..12, 20, (now, Duration::ZERO));
         assert_eq!(unrest.end_of(now, second), now + 4 * second);
         assert_eq!(unrest.end_of(now, 3 * second), now + UNREST_SPAN);
         assert_eq!(unrest.end_of(now + 9 * second, second / 2), now + UNREST_SPAN);

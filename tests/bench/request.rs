@@ -99,7 +99,7 @@ fn entries() -> [Value; 7] {
         let http = match at % 4 {
             0 => json!({"PathExact": format!("/never/{at}")}),
             1 => json!({"PathPrefix": "/", "Header": [{"Name": "x-never", "Exact": at.to_string()}]}),
-            2 => json!({"PathRegex": format!("/never/[0-9]+/{at}"), "Methods": ["PUT"]}),
+            2 => json!({"PathRegex": format!("/never/[0-9]+/{at}"), "Methods": ["GET", "PUT"]}),
             _ => json!({"PathPrefix": format!("/never/{at}"), "QueryParam": [{"Name": "never", "Present": true}]}),
         };
         let retried = json!({"NumRetries": 3, "RetryOn": ["5xx"], "RequestTimeout": "5s", "PerTryTimeout": "1s",
