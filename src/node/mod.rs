@@ -174,8 +174,7 @@ impl Node {
         let host = HostThread::start().map_err(part("thread of the API"))?;
         let (store, sockets) = (open_store(&config)?, bind_mesh(&config)?);
         let identity::Obtained { issuer, identity, operator } = identity::obtain(&config, &store).await?;
-        let documents = glue::believe(&store, &identity)?;
-        let reset_key = store.reset_key()?;
+        let (documents, reset_key) = (glue::believe(&store, &identity)?, store.reset_key()?);
         let generation = Generation { number: store.next_generation()?, nonce: rand::random() };
         let info = node_info(&config, &store, issuer.load().is_some())?;
         let first_index = clock::wall_ms();
