@@ -176,8 +176,7 @@ impl Node {
         let identity::Obtained { issuer, identity, operator } = identity::obtain(&config, &store).await?;
         let (documents, reset_key) = (glue::believe(&store, &identity)?, store.reset_key()?);
         let generation = Generation { number: store.next_generation()?, nonce: rand::random() };
-        let info = node_info(&config, &store, issuer.load().is_some())?;
-        let first_index = clock::wall_ms();
+        let (info, first_index) = (node_info(&config, &store, issuer.load().is_some())?, clock::wall_ms());
 
         let stopping = (tasks.clone(), stop.clone());
         let (registry, publication) =
