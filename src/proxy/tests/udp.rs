@@ -183,11 +183,11 @@ async fn the_destination_decides_before_a_datagram_meets_the_app_and_again_as_in
     let client = client(&mesh).await;
     mesh.b.decide(Action::Deny);
     let denied = ["\"denied\"", SOURCE];
-    insist(&client, b"?", async {
+    within(insist(&client, b"?", async {
         while mesh.a.count("weft_udp_dropped_datagrams_total", &denied) < 3 {
             tokio::task::yield_now().await;
         }
-    })
+    }))
     .await;
     assert_eq!(drain(&app), 0);
     let (asked, dropped) = (mesh.a.count("weft_udp_flows_opened_total", &[SOURCE]), 3);
@@ -201,11 +201,11 @@ async fn the_destination_decides_before_a_datagram_meets_the_app_and_again_as_in
     mesh.b.counts("weft_udp_flows_active", &[DESTINATION], 0).await;
     let before = mesh.a.count("weft_udp_dropped_datagrams_total", &denied);
     drain(&app);
-    insist(&client, b"?", async {
+    within(insist(&client, b"?", async {
         while mesh.a.count("weft_udp_dropped_datagrams_total", &denied) < before + 3 {
             tokio::task::yield_now().await;
         }
-    })
+    }))
     .await;
     assert_eq!(drain(&app), 0);
     mesh.stop().await;
