@@ -111,6 +111,48 @@ fn bytes(port: u16, service: &str) -> Value {
     json!({"Port": port, "Services": [{"Name": service}]})
 }
 
+/// Every agent knows by which gateway a service is reached.
+fn is_known_to_all(cluster: &Cluster) {
+    let Cluster { n2, lab, .. } = cluster;
+    let gateways = n2.get("/v1/health/ingress/web?passing");
+    assert_eq!(
+        (&gateways[0]["Node"]["Node"], &gateways[0]["Service"]["Kind"]),
+        (&json!("n1"), &json!("ingress-gateway"))
+    );
+    let led_to = n2.get("/v1/catalog/gateway-services/edge");
+    let rows: Vec<String> =
+        led_to.as_array().unwrap().iter().map(|row| format!("{} {}", row["Service"]["Name"], row["Port"])).collect();
+    assert_eq!(rows, ["\"web\" 8080", "\"legacy\" 9000"], "{led_to}");
+    if let Some([dig]) = found("dig", [program("dig")]) {
+        let ask = |words: &[&str]| {
+            let mut command = Command::new(&dig);
+            command.args(["@127.0.0.1", "-p", "8600", "+short", "+tries=1", "+time=5"]).args(words);
+            let out = lab.host(2).run(|| command.stdin(Stdio::null()).output().unwrap());
+            String::from_utf8_lossy(&out.stdout).trim().to_owned()
+        };
+        assert_eq!(ask(&["web.ingress.weft"]), "10.77.0.1");
+        assert_eq!(ask(&["web.ingress.consul", "SRV"]), "1 1 8080 n1.node.dc1.consul.");
+        assert_eq!(ask(&["edge.ingress.weft"]), "");
+    }
+}
+
+/// What is kept without an effect says so, and what cannot be is refused with every problem.
+fn entries_that_do_nothing_are_told(cluster: &Cluster) {
+    let said =
+        cluster.write(&json!({"Kind": "mesh", "Name": "mesh", "TransparentProxy": {"MeshDestinationsOnly": true}}));
+    assert!(said.contains("warning") && said.contains("has no effect"), "{said}");
+    let bad = json!({"Kind": "ingress-gateway", "Name": "edge", "TLS": {"Enabled": true}, "Listeners": [{"Port": 0, "Services": []}]});
+    let file = cluster.ca.dir().join("bad.json");
+    std::fs::write(&file, bad.to_string()).unwrap();
+    let refused =
+        weft_on(&cluster.lab.host(1), &["config", "write", path(&file), "-operator", path(&cluster.operator)]);
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success());
+    for part in ["TLS.Enabled is refused", "Listeners[0].Port must be", "Listeners[0].Services are missing"] {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+}
+
 #[test]
 fn calls_from_outside_come_in_by_a_gateway_in_its_name_and_its_ports_follow_its_entry() {
     let Some(cluster) = Cluster::start() else { return };
@@ -160,27 +202,7 @@ fn calls_from_outside_come_in_by_a_gateway_in_its_name_and_its_ports_follow_its_
     let why = n1.get("/v1/mesh/why?source=edge&destination=web");
     assert!(why["Allowed"] == true && why["SourceIsHere"] == true, "{why}");
 
-    // Every agent knows by which gateway a service is reached.
-    let gateways = n2.get("/v1/health/ingress/web?passing");
-    assert_eq!(
-        (&gateways[0]["Node"]["Node"], &gateways[0]["Service"]["Kind"]),
-        (&json!("n1"), &json!("ingress-gateway"))
-    );
-    let led_to = n2.get("/v1/catalog/gateway-services/edge");
-    let rows: Vec<String> =
-        led_to.as_array().unwrap().iter().map(|row| format!("{} {}", row["Service"]["Name"], row["Port"])).collect();
-    assert_eq!(rows, ["\"web\" 8080", "\"legacy\" 9000"], "{led_to}");
-    if let Some([dig]) = found("dig", [program("dig")]) {
-        let ask = |words: &[&str]| {
-            let mut command = Command::new(&dig);
-            command.args(["@127.0.0.1", "-p", "8600", "+short", "+tries=1", "+time=5"]).args(words);
-            let out = lab.host(2).run(|| command.stdin(Stdio::null()).output().unwrap());
-            String::from_utf8_lossy(&out.stdout).trim().to_owned()
-        };
-        assert_eq!(ask(&["web.ingress.weft"]), "10.77.0.1");
-        assert_eq!(ask(&["web.ingress.consul", "SRV"]), "1 1 8080 n1.node.dc1.consul.");
-        assert_eq!(ask(&["edge.ingress.weft"]), "");
-    }
+    is_known_to_all(&cluster);
 
     // The entry changes: a port comes, one goes, one is another program's; what is open goes on.
     let taken = lab.host(1).run(|| TcpListener::bind(at(8082)).unwrap());
@@ -226,19 +248,7 @@ fn calls_from_outside_come_in_by_a_gateway_in_its_name_and_its_ports_follow_its_
         Ok(()) => Err("it echoes".to_owned()),
     });
 
-    // What is kept without an effect says so, and what cannot be is refused with every problem.
-    let said =
-        cluster.write(&json!({"Kind": "mesh", "Name": "mesh", "TransparentProxy": {"MeshDestinationsOnly": true}}));
-    assert!(said.contains("warning") && said.contains("has no effect"), "{said}");
-    let bad = json!({"Kind": "ingress-gateway", "Name": "edge", "TLS": {"Enabled": true}, "Listeners": [{"Port": 0, "Services": []}]});
-    let file = cluster.ca.dir().join("bad.json");
-    std::fs::write(&file, bad.to_string()).unwrap();
-    let refused = weft_on(&lab.host(1), &["config", "write", path(&file), "-operator", path(&cluster.operator)]);
-    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
-    assert!(!refused.status.success());
-    for part in ["TLS.Enabled is refused", "Listeners[0].Port must be", "Listeners[0].Services are missing"] {
-        assert!(said.contains(part), "{part}: {said}");
-    }
+    entries_that_do_nothing_are_told(&cluster);
 
     // Without its registration it has no ports, and nobody says that it has.
     n1.put_ok("/v1/agent/service/deregister/edge", "");
