@@ -151,10 +151,11 @@ mod tests {
         assert_eq!(unrest.stretch(second, now + 198 * second), second);
         // Few of many.
         let mut unrest = Unrest::default();
-        crowd(&mut unrest, 0..99, 1000, at_once);
+        let share = u32::try_from(1000 / UNREST_SHARE).unwrap();
+        crowd(&mut unrest, 1..share, 1000, at_once);
         assert_eq!(unrest.stretch(second, now), second);
-        crowd(&mut unrest, 99..100, 1000, at_once);
-        assert_eq!(unrest.stretch(second, now), 4 * second, "a tenth of all");
+        crowd(&mut unrest, share..share + 1, 1000, at_once);
+        assert_eq!(unrest.stretch(second, now), 4 * second, "a sixteenth of all");
     }
 
     #[test]
