@@ -280,27 +280,6 @@ pub(super) fn queue() -> (Desk, mpsc::Receiver<Order>) {
     (Desk { orders, places: Places::new(RECEIVING_MAX, RECEIVING_PER_PEER_MAX) }, received)
 }
 
-/// A handle to maps that always have just changed, and their task, which ends after so many reads.
-#[cfg(test)]
-pub(crate) fn restless(reads: usize) -> (SharedHandle, impl Future<Output = ()> + Send + 'static) {
-    use super::talk::answer;
-    let (orders, mut received) = mpsc::channel(ORDERS_MAX);
-    let task = async move {
-        let mut left = reads;
-        while let (1.., Some(order)) = (left, received.recv().await) {
-            match order {
-                Order::Read(_, _, reply) => {
-                    left -= 1;
-                    answer(reply, Ok(Answer { rows: Vec::new(), index: 1, newest: 1 }));
-                }
-                Order::Wait(_, _, _, reply) => answer(reply, ()),
-                other => panic!("nobody asks that: {other:?}"),
-            }
-        }
-    };
-    (SharedHandle { orders }, task)
-}
-
 /// What the shared maps count.
 #[derive(Debug, Clone)]
 struct SharedMetrics {
@@ -346,4 +325,25 @@ impl SharedMetrics {
         self.bytes.with_label_values(&label).set(shown(bytes));
         self.tombstones.with_label_values(&label).set(shown(tombstones as u64));
     }
+}
+
+/// A handle to maps that always have just changed, and their task, which ends after so many reads.
+#[cfg(test)]
+pub(crate) fn restless(reads: usize) -> (SharedHandle, impl Future<Output = ()> + Send + 'static) {
+    use super::talk::answer;
+    let (orders, mut received) = mpsc::channel(ORDERS_MAX);
+    let task = async move {
+        let mut left = reads;
+        while let (1.., Some(order)) = (left, received.recv().await) {
+            match order {
+                Order::Read(_, _, reply) => {
+                    left -= 1;
+                    answer(reply, Ok(Answer { rows: Vec::new(), index: 1, newest: 1 }));
+                }
+                Order::Wait(_, _, _, reply) => answer(reply, ()),
+                other => panic!("nobody asks that: {other:?}"),
+            }
+        }
+    };
+    (SharedHandle { orders }, task)
 }
