@@ -177,7 +177,8 @@ fn a_node_with_less_room_takes_what_fits_says_so_and_takes_the_rest_once_there_i
     for key in held(&n2) {
         delete(&n1, key);
     }
-    // By a comparison: while nothing could be done about the difference they come every 30 s.
+    // By a comparison: while nothing can be done about a difference they come 30 s apart, give or take a quarter, as those
+    // that find none (gossip/carrier/rounds.rs).
     until_within(2 * PATIENCE, "n2 takes the others once there is room", || {
         let both = [held(&n1), held(&n2)];
         if both.iter().all(|held| held.len() == 2) { Ok(()) } else { Err(format!("{both:?}")) }
