@@ -1,5 +1,6 @@
 #![doc = include_str!("ARCHITECTURE.md")]
 
+pub mod alarm;
 pub mod api;
 pub mod authz;
 pub mod catalogue;

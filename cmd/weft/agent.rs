@@ -26,7 +26,10 @@ pub(crate) fn run(args: &AgentArgs) -> Result<(), Failure> {
         .enable_all()
         .build()
         .context("cannot start the control runtime")?;
-    runtime.block_on(Box::pin(serve(config, inputs)))
+    runtime.block_on(async {
+        let _alarms = weft::alarm::install().context("cannot make the timer of the control runtime")?;
+        Box::pin(serve(config, inputs)).await
+    })
 }
 
 async fn serve(config: Config, inputs: Inputs) -> Result<(), Failure> {

@@ -34,6 +34,7 @@ use super::policy::Compiled;
 use super::targets::{self, DialError, Outcome, Thorough};
 use super::trust::{Chains, Signer, Verifier};
 use super::{Command, GossipError, GossipParams, Members, PeerStore, Prune};
+use crate::alarm;
 use crate::catalogue::builder::Builder;
 use crate::catalogue::{Publisher, Snapshot, SnapshotReader};
 use crate::clock;
@@ -342,7 +343,7 @@ impl Actor {
                 self.has_policy_ended = changed.is_err();
                 Event::Policy
             }
-            () = tokio::time::sleep_until(wake) => Event::Wake,
+            () = alarm::sleep_until(wake) => Event::Wake,
         }
     }
 

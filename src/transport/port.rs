@@ -27,7 +27,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use super::socket::register;
-use crate::clock;
+use crate::{alarm, clock};
 
 /// Between the first refusal and the second.
 const RECHECK: Duration = Duration::from_millis(25);
@@ -68,14 +68,19 @@ impl PortProbe {
         if self.0.get_ref().send(&PAYLOAD).is_err_and(|error| is_refusal(&error)) {
             return Answer::Refused;
         }
-        match tokio::time::timeout_at(until, self.heard()).await {
-            Ok(Err(error)) if is_refusal(&error) => Answer::Refused,
+        let mut end = alarm::sleep_until(until);
+        let heard = tokio::select! {
+            biased;
+            heard = self.heard() => heard,
+            () = &mut end => return Answer::Silent,
+        };
+        match heard {
+            Err(error) if is_refusal(&error) => Answer::Refused,
             // Other errors speak of the path, data of a stranger: neither ends the pause.
-            Ok(_) => {
-                tokio::time::sleep_until(until).await;
+            _ => {
+                end.await;
                 Answer::Silent
             }
-            Err(_elapsed) => Answer::Silent,
         }
     }
 

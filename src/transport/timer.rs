@@ -1,9 +1,7 @@
-//! quinn's runtime for the control plane's connections: tokio's, with timers that do not ring for times that were put off.
+//! quinn's runtime for the control plane's connections: tokio's, with the timers of a quiet thread (`alarm`).
 //!
-//! tokio's `Sleep::reset` to a later time leaves the old entry in the wheel, which wakes the thread at the old time to be
-//! entered anew. That is right for busy connections, whose timers move with every packet; an idle agent's connections each
-//! exchange a packet now and then, and every one of these exchanges left such an alarm behind. Here a reset takes the old
-//! entry out. Not here: the data plane's workers, which keep tokio's.
+//! Those of an idle agent's connections move with every packet that they exchange now and then; in tokio's wheels each move
+//! and each wait of more than 64 ms would wake the thread once more. Not here: the data plane's workers, which keep tokio's.
 
 use std::future::Future;
 use std::io;
@@ -14,7 +12,8 @@ use std::task::{Context, Poll};
 use std::time::Instant;
 
 use quinn::{AsyncTimer, AsyncUdpSocket, Runtime, TokioRuntime};
-use tokio::time::{Sleep, sleep_until};
+
+use crate::alarm::{Alarm, sleep_until};
 
 /// tokio's runtime with [`ExactTimer`]s.
 #[derive(Debug)]
@@ -22,7 +21,7 @@ pub(super) struct ControlRuntime;
 
 impl Runtime for ControlRuntime {
     fn new_timer(&self, at: Instant) -> Pin<Box<dyn AsyncTimer>> {
-        Box::pin(ExactTimer(Box::pin(sleep_until(at.into()))))
+        Box::pin(ExactTimer(sleep_until(at.into())))
     }
 
     fn spawn(&self, future: Pin<Box<dyn Future<Output = ()> + Send>>) {
@@ -40,15 +39,15 @@ impl Runtime for ControlRuntime {
 
 /// A timer whose earlier times are forgotten when it is reset.
 #[derive(Debug)]
-struct ExactTimer(Pin<Box<Sleep>>);
+struct ExactTimer(Alarm);
 
 impl AsyncTimer for ExactTimer {
     fn reset(mut self: Pin<&mut Self>, at: Instant) {
-        self.0.set(sleep_until(at.into()));
+        self.0.reset(at.into());
     }
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        Future::poll(self.0.as_mut(), cx)
+        Pin::new(&mut self.0).poll(cx)
     }
 }
 
