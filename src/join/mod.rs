@@ -9,7 +9,7 @@
 //! Not here: the messages (`pki::join`), the accept loop and how many handshakes run at once (`transport`).
 
 use std::collections::VecDeque;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -449,9 +449,8 @@ async fn ask(seed: SocketAddr, asked: &Asked<'_>) -> Result<Outcome, JoinError> 
         By::Key(_, bundle) => JoinVerifier::trusting((*bundle).clone(), asked.now),
     };
     let unreachable = |source: Failure| JoinError::Unreachable { seed, source };
-    let local: SocketAddr =
-        if seed.is_ipv4() { (Ipv4Addr::UNSPECIFIED, 0).into() } else { (Ipv6Addr::UNSPECIFIED, 0).into() };
-    let endpoint = quinn::Endpoint::client(local).map_err(|err| unreachable(err.into()))?;
+    let local: IpAddr = if seed.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let (endpoint, _helpers) = transport::dialer(local).map_err(|err| unreachable(err.into()))?;
     let config = client_config(&verifier).map_err(JoinError::Local)?;
     // The name is not checked: the chain is, and it names the node.
     let connecting = endpoint.connect_with(config, seed, "weft").map_err(|err| unreachable(err.into()))?;

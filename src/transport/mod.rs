@@ -43,4 +43,4 @@ pub(crate) use refusals::Refusals;
 pub(crate) use steer::Lane;
 pub use tune::client as client_config;
 pub(crate) use tune::{HANDSHAKE_TIMEOUT, HANDSHAKES_MAX, RETRY_FROM, TUNNEL_STREAMS, TUNNEL_STREAMS_MAX};
-pub(crate) use worker::{Dialled, WorkerEndpoint};
+pub(crate) use worker::{Dialled, WorkerEndpoint, dialer};
