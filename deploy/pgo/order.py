@@ -1,5 +1,5 @@
-"""The order of functions in the program's file: `llvm-profdata show --all-functions FILE | order.py BINARY > ORDER`, for the
-linker's --symbol-ordering-file.  BINARY is the instrumented one, which ran.
+"""The order of functions in the program's file: `llvm-profdata show --all-functions --counts FILE | order.py BINARY > ORDER`, for
+the linker's --symbol-ordering-file.  BINARY is the instrumented one, which ran.
 
 A process holds its program in windows of 64 KiB around each page that it touches.  What an agent ever runs is a sixth of the
 program; spread evenly it would bring nearly all of the file into memory.  So: first what ran, the busiest first; then what
@@ -8,14 +8,14 @@ import re, subprocess, sys
 
 
 def ran(lines):
-    """Names and counts of the functions that a profile saw."""
+    """Names of the functions that a profile knows, and how often the busiest part of each ran."""
     name = None
     for line in lines:
         if found := re.fullmatch(r"  (\S.*):", line.rstrip()):
             # A function that its object keeps to itself is written FILE;NAME.
             name = found[1].rsplit(";", 1)[-1]
-        elif found := re.match(r"    Function count: (\d+)", line):
-            yield name, int(found[1])
+        elif found := re.match(r"    Block counts: \[(.*)\]", line):
+            yield name, max(map(int, found[1].split(",")), default=0) if found[1] else 0
 
 
 def main():
