@@ -194,7 +194,8 @@ impl Engine {
                 _ => None,
             };
         } else if self.wanted.len() < WANTED_MAX {
-            self.wanted.insert(node.clone(), Wanted { from: from.clone(), theirs, tries: 0, asked: None, in_vain: None });
+            self.wanted
+                .insert(node.clone(), Wanted { from: from.clone(), theirs, tries: 0, asked: None, in_vain: None });
         }
     }
 
