@@ -28,6 +28,9 @@ use super::packet::{ENVELOPE_BYTES_MAX, PACKET_BYTES_MAX};
 use super::roster::FAILED_REAPED_AFTER;
 use super::suspicion::Bounds;
 
+/// How often one of this node's two ring successors is checked, unless told otherwise.
+pub const WATCH_PERIOD: Duration = Duration::from_millis(550);
+
 /// How a failure is decided.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Detector {
@@ -70,7 +73,7 @@ impl Default for Profile {
             detector: Detector::Lifeguard,
             probe_period: Duration::from_secs(4),
             probe_rtt: Duration::from_millis(500),
-            watch_period: Duration::from_millis(550),
+            watch_period: WATCH_PERIOD,
             check_timeout: Duration::from_millis(300),
             suspicion: Duration::from_millis(500),
             suspicion_stretch: 3,

@@ -178,7 +178,7 @@ impl Actor {
         }
         if std::mem::take(&mut self.are_members_unshown) {
             self.show_members();
-            self.watch_successors();
+            self.watch_successors(now);
         }
     }
 
