@@ -14,6 +14,9 @@
 //! | suspicion with three confirmations: 500 ms x max(1, log10 N) | 0.65 s | 1.00 s | 1.50 s |
 //! | sum | 2.5 s | 3.0 s | 3.9 s |
 //!
+//! In the agent it is better than by chance: the two watchers of a member check half a period apart where their clocks agree
+//! (`gossip::actor::beat`), so that the first check comes within 0.83 s, of two members of an odd number within 0.96 s.
+//!
 //! What it costs at rest, per node and second: 1.8 checks of the two watched and 0.25 random probes, as many answers, an
 //! acknowledgement of QUIC's for each answer: 5 datagrams with 62 bytes of ours and 58 of UDP's and QUIC's.
 //!
