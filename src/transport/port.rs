@@ -136,7 +136,7 @@ pub(super) async fn refused(local: IpAddr, peer: SocketAddr, mut asks: watch::Re
 /// Waits until it is time to ask; for ever where nobody says so any more.
 async fn next(asks: &mut watch::Receiver<()>) {
     if asks.changed().await.is_err() {
-        std::future::pending().await
+        std::future::pending::<()>().await;
     }
 }
 

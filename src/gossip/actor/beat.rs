@@ -105,7 +105,7 @@ mod tests {
                 let phase = |rank: usize| {
                     let at = rank % living;
                     // Neighbours differ in their nonces as much as they can.
-                    Rhythm::of((at, living), if at % 3 == 0 { nonce } else { 0 }).phase
+                    Rhythm::of((at, living), if at.is_multiple_of(3) { nonce } else { 0 }).phase
                 };
                 for member in 0..living {
                     let (last, before) = (phase(member + living - 1), phase(member + living - 2));
