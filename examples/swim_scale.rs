@@ -4,6 +4,7 @@
 //! cargo run --release --example swim_scale -- --nodes 1000 --svg plot.svg
 //! cargo run --release --example swim_scale -- --nodes 50 --seeds 20 --loss 0.1
 //! cargo run --release --example swim_scale -- --scenario lives --nodes 12 --seeds 1000
+//! cargo run --release --example swim_scale -- --scenario crowd --nodes 100 --seeds 5
 //! cargo run --release --example swim_scale -- --figures
 //! ```
 //!
@@ -19,6 +20,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
+use sim::processor::Machine;
 use sim::stats::{self, Times, show};
 use sim::world::{Settings, World};
 use sim::{figures, scenarios, script, svg};
@@ -36,6 +38,8 @@ enum Scenario {
     Full,
     /// A minute of random faults and churn, then quiet, then everything must hold.
     Lives,
+    /// A start of all agents at once on one machine that is too small for them.
+    Crowd,
 }
 
 /// Simulates meshes.
@@ -71,6 +75,15 @@ struct Args {
     /// Most events that a life that fails prints, the last ones.
     #[arg(long, default_value_t = 80)]
     events: usize,
+    /// Processors of the machine of a crowd.
+    #[arg(long, default_value_t = 2)]
+    processors: usize,
+    /// What a packet, a message on a stream or a timer takes of one of them, in microseconds.
+    #[arg(long, default_value_t = 200)]
+    step_us: u64,
+    /// What a handshake takes, in microseconds.
+    #[arg(long, default_value_t = 2800)]
+    handshake_us: u64,
     /// Writes a plot of detection and dissemination to this file.
     #[arg(long)]
     svg: Option<std::path::PathBuf>,
@@ -86,6 +99,10 @@ fn main() -> ExitCode {
     }
     if args.scenario == Scenario::Lives {
         return lives(&args);
+    }
+    if args.scenario == Scenario::Crowd {
+        crowd(&args);
+        return ExitCode::SUCCESS;
     }
     let (detection, dissemination) = scale(&args);
     if let Some(path) = &args.svg {
@@ -112,7 +129,7 @@ fn scale(args: &Args) -> (Times, Times) {
     for seed in args.seed..args.seed + args.seeds {
         let mut world = match args.scenario {
             Scenario::Full => scenarios::mesh(args.nodes, 1, seed, Settings::default()),
-            Scenario::Scale | Scenario::Lives => {
+            Scenario::Scale | Scenario::Lives | Scenario::Crowd => {
                 let view = args.view.or((args.nodes >= 3000).then_some(300));
                 World::preloaded(args.nodes, view, seed, Settings::default())
             }
@@ -143,6 +160,18 @@ fn scale(args: &Args) -> (Times, Times) {
     }
     print!("{}", stats::table(&rows));
     (detection, dissemination)
+}
+
+fn crowd(args: &Args) {
+    let machine = Machine {
+        processors: args.processors,
+        step: Duration::from_micros(args.step_us),
+        handshake: Duration::from_micros(args.handshake_us),
+    };
+    for seed in args.seed..args.seed + args.seeds {
+        let crowd = figures::crowd(args.nodes, Duration::from_millis(15), machine, Duration::from_mins(5), seed);
+        println!("seed {seed}: {} agents, {}", args.nodes, crowd.show());
+    }
 }
 
 fn lives(args: &Args) -> ExitCode {

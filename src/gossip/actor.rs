@@ -1,5 +1,6 @@
 //! The gossip task: `select -> apply -> settle`, the engine's sockets, streams and log.
 
+mod beat;
 mod events;
 mod evidence;
 mod reaching;
@@ -18,6 +19,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
+use self::beat::{Beat, Rhythm};
 use self::evidence::{Challenge, Holder, Watches};
 pub(super) use self::reaching::ReachReply;
 use self::reaching::Reaching;
@@ -163,6 +165,7 @@ pub(super) struct Actor {
     leaving: Vec<oneshot::Sender<()>>,
     is_goodbye_over: bool,
     watches: Watches,
+    beat: Beat,
     /// Members whose ports are being asked because others say that they crashed.
     asked: BTreeSet<MeshId>,
     /// Members that are given time to show that they live.
@@ -256,6 +259,7 @@ impl Actor {
             leaving: Vec::new(),
             is_goodbye_over: false,
             watches: Watches::default(),
+            beat: Beat::new(Rhythm::of((0, 1), 0)),
             asked: BTreeSet::new(),
             doubted: BTreeSet::new(),
             challenges: 0,
@@ -286,12 +290,16 @@ impl Actor {
             let now = clock::now();
             self.apply(event, now);
             if self.engine.poll_timeout() <= now {
+                // Whoever reads sockets and connections has its turn: what lies there has come before the time was over.
+                tokio::task::yield_now().await;
+                let now = clock::now();
                 self.drain_inputs(now);
                 // What sockets say of peers comes before the verdict over them.
                 let peers = self.engine.membership().in_question();
                 self.tell_signs_of_life(peers, now);
                 self.turn(now, Engine::handle_timeout);
             }
+            self.keep_beat(now);
             self.settle(now);
         }
         self.links.close_every("agent stops");
@@ -306,8 +314,8 @@ impl Actor {
 
     /// Waits for the next event. Cancel safe: every branch is.
     async fn select(&mut self) -> Event {
-        let wake = self.engine.poll_timeout();
-        let wake = self.show_at().map_or(wake, |at| wake.min(at));
+        let others = [self.show_at(), self.beat.at()];
+        let wake = others.into_iter().flatten().fold(self.engine.poll_timeout(), Ord::min);
         tokio::select! {
             () = self.stop.cancelled() => Event::Stop,
             Some(command) = self.commands.recv() => Event::Command(command),
@@ -448,7 +456,7 @@ impl Actor {
         let cause = if reply.is_some() { JoinCause::Order } else { JoinCause::Engine };
         let count = join.joined.len();
         self.metrics.exchanged("join", count > 0);
-        let reasons = reasons(&join.failed);
+        let reasons: Vec<String> = join.failed.iter().map(|(target, why)| format!("{target}: {why}")).collect();
         for (peer, connection) in join.joined.iter().zip(connections) {
             self.watch(&peer.id.name, connection.clone());
             let waiting = self.links.accepted(&self.engine.membership().id().name, &peer.id.name, connection);
@@ -458,7 +466,7 @@ impl Actor {
         self.turn(now, |engine, turn| engine.handle_joined(cause, join, turn));
         match reply {
             Some(reply) if count > 0 => answer(reply, Ok(count)),
-            Some(reply) => answer(reply, Err(GossipError::Join(reasons))),
+            Some(reply) => answer(reply, Err(GossipError::Join(reasons.join("\n")))),
             None => {}
         }
     }
@@ -676,11 +684,6 @@ impl Actor {
             self.metrics.show_membership(&stats);
         }
     }
-}
-
-/// Returns one line per target that was not joined.
-fn reasons(failed: &[(String, String)]) -> String {
-    failed.iter().map(|(target, why)| format!("{target}: {why}")).collect::<Vec<_>>().join("\n")
 }
 
 /// Answers if the other side still waits.

@@ -81,17 +81,9 @@ fn start_by(issuer: &crate::pki::Issuer, name: &str, generation: u64, seeds: Vec
 }
 
 fn start_with(issuer: &crate::pki::Issuer, name: &str, generation: u64, seeds: Vec<String>, links_max: usize) -> Agent {
-    let node: NodeName = name.parse().unwrap();
-    let scope: ServeScope = "*".parse().unwrap();
-    let authority = issuer.self_certify(&node, &scope, clock::wall()).unwrap();
-    let identity = Identity::new(authority, clock::wall()).unwrap();
-    let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
-    socket.set_nonblocking(true).unwrap();
-    let addr = socket.local_addr().unwrap();
-    let transport = ControlTransport::new(socket, Arc::clone(&identity), [7; 64]).unwrap();
-    let stop = CancellationToken::new();
+    let (params, Ends { accepted, publication }) = params(issuer, name, generation, seeds, links_max);
+    let (addr, transport, stop) = (params.node.mesh_addr, params.transport.clone(), params.stop.clone());
     let tasks = Tasks::new(stop.clone());
-    let (accepted, incoming) = mpsc::channel(INCOMING_MAX);
     let accepting = transport.clone();
     let deaf = CancellationToken::new();
     let until = deaf.clone();
@@ -102,11 +94,46 @@ fn start_with(issuer: &crate::pki::Issuer, name: &str, generation: u64, seeds: V
             }
         }
     });
+    let documents = DocumentsParams {
+        set: DocumentSet::new(issuer.bundle()),
+        default_policy: crate::authz::Action::Allow,
+        store: Arc::new(Documents::default()),
+        on_trust: Arc::new(|_, _| {}),
+    };
+    let metrics = Metrics::new();
+    let shared = SharedParams { kv_bytes_max: Some(KV_BYTES_DEFAULT), store: Arc::new(Rows::default()) };
+    let (handle, reader) = Gossip::start(params, documents, shared, &metrics, &tasks).unwrap();
+    Agent { handle, reader, publication, addr, transport, metrics, stop, deaf, tasks }
+}
+
+/// The other ends of what gossip gets.
+pub(super) struct Ends {
+    accepted: mpsc::Sender<Accepted>,
+    publication: watch::Sender<Arc<Publication>>,
+}
+
+/// What the gossip of a node on loopback needs.
+pub(super) fn params(
+    issuer: &crate::pki::Issuer,
+    name: &str,
+    generation: u64,
+    seeds: Vec<String>,
+    links_max: usize,
+) -> (GossipParams, Ends) {
+    let node: NodeName = name.parse().unwrap();
+    let scope: ServeScope = "*".parse().unwrap();
+    let authority = issuer.self_certify(&node, &scope, clock::wall()).unwrap();
+    let identity = Identity::new(authority, clock::wall()).unwrap();
+    let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    socket.set_nonblocking(true).unwrap();
+    let mesh_addr = socket.local_addr().unwrap();
+    let transport = ControlTransport::new(socket, Arc::clone(&identity), [7; 64]).unwrap();
+    let (accepted, incoming) = mpsc::channel(INCOMING_MAX);
     let (publication, publications) = watch::channel(Arc::default());
     let info = NodeInfo {
         id: name.to_owned(),
         name: node,
-        mesh_addr: addr,
+        mesh_addr,
         datacenter: "dc1".to_owned(),
         meta: BTreeMap::new(),
         build: "test".to_owned(),
@@ -115,7 +142,7 @@ fn start_with(issuer: &crate::pki::Issuer, name: &str, generation: u64, seeds: V
     let params = GossipParams {
         node: info,
         generation: Generation { number: generation, nonce: rand::random() },
-        transport: transport.clone(),
+        transport,
         incoming,
         identity,
         publication: publications,
@@ -129,18 +156,20 @@ fn start_with(issuer: &crate::pki::Issuer, name: &str, generation: u64, seeds: V
         peer_store: Arc::new(Kept::default()),
         sync_interval: Duration::from_secs(1),
         reconnect_timeout: Duration::from_hours(72),
-        stop: stop.clone(),
+        stop: CancellationToken::new(),
     };
-    let documents = DocumentsParams {
-        set: DocumentSet::new(issuer.bundle()),
-        default_policy: crate::authz::Action::Allow,
-        store: Arc::new(Documents::default()),
-        on_trust: Arc::new(|_, _| {}),
+    (params, Ends { accepted, publication })
+}
+
+/// The records of a node that runs one service.
+pub(super) fn records(name: &str, tag: String) -> BTreeMap<EntryKey, Entry> {
+    let record = ServiceRecord {
+        tags: [tag.into()].into(),
+        port: 8080,
+        protocol: Protocol::Http,
+        ..ServiceRecord::new(name.parse().unwrap(), name.parse().unwrap())
     };
-    let metrics = Metrics::new();
-    let shared = SharedParams { kv_bytes_max: Some(KV_BYTES_DEFAULT), store: Arc::new(Rows::default()) };
-    let (handle, reader) = Gossip::start(params, documents, shared, &metrics, &tasks).unwrap();
-    Agent { handle, reader, publication, addr, transport, metrics, stop, deaf, tasks }
+    BTreeMap::from([(EntryKey::Service(record.id.clone()), Entry::Service(record.into()))])
 }
 
 impl Agent {
@@ -182,13 +211,7 @@ impl Agent {
     }
 
     fn publish(&self, name: &str, tag: String) {
-        let record = ServiceRecord {
-            tags: [tag.into()].into(),
-            port: 8080,
-            protocol: Protocol::Http,
-            ..ServiceRecord::new(name.parse().unwrap(), name.parse().unwrap())
-        };
-        let records = BTreeMap::from([(EntryKey::Service(record.id.clone()), Entry::Service(record.into()))]);
+        let records = records(name, tag);
         self.publication.send_replace(Arc::new(Publication { records, view: LocalView::default() }));
     }
 }

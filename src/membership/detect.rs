@@ -152,6 +152,11 @@ impl Core {
         watched.chain(self.checks.targets().cloned()).chain(self.suspicions.keys().cloned()).collect()
     }
 
+    /// This node's place on the ring of the living, from 0, and how many they are with it. Each watches the next two.
+    pub fn ring_rank(&self) -> (usize, usize) {
+        self.ring.rank(&self.id().name)
+    }
+
     /// Returns when `name` last answered this node; none before it did, and after it was declared failed.
     pub fn answered_at(&self, name: &NodeName) -> Option<Instant> {
         self.roster.find(name)?.heard
@@ -191,12 +196,32 @@ impl Core {
         }
     }
 
+    /// Checks one of the watched in a wake-up that the owner has anyway, about once in [`super::WATCH_PERIOD`], if it is time; its
+    /// own timer does where no more of them come. The wake-up came `late`.
+    pub fn beat(&mut self, late: Duration, now: Instant) {
+        self.lag.note(late);
+        self.when.beat_last = Some(now);
+        // They come by another clock than the timers do.
+        if now + self.profile.watch_period / 2 >= self.when.watch {
+            self.watch_next(now);
+        }
+    }
+
     /// Checks one of the two successors, in turn.
     fn watch(&mut self, now: Instant) {
-        if !self.is_watching() || now < self.when.watch {
+        if now >= self.when.watch {
+            self.watch_next(now);
+        }
+    }
+
+    fn watch_next(&mut self, now: Instant) {
+        if !self.is_watching() || self.has_left {
             return;
         }
-        self.when.watch = now + self.stretch(self.profile.watch_period, now);
+        let period = self.profile.watch_period;
+        let has_beats = self.when.beat_last.is_some_and(|at| now.saturating_duration_since(at) < period * 2);
+        let grace = if has_beats { period / 4 } else { Duration::ZERO };
+        self.when.watch = now + self.stretch(period, now) + grace;
         let own = self.id().name.clone();
         let watched: Vec<NodeName> = self.ring.successors(&own).cloned().collect();
         self.watch_turn = self.watch_turn.wrapping_add(1);

@@ -13,7 +13,9 @@ use super::health::Lag;
 use super::packet::{self, Call, CallPacket, Envelope, Kind};
 use super::ring::ALL_NEIGHBOURS_MAX;
 use super::statement::{Certainty, Leave, Statement};
-use super::{Broadcast, Cause, Core, Detector, LEAVE_FANOUT_MAX, MeshId, Output, PACKET_BYTES_MAX, swim};
+use super::{
+    Broadcast, Cause, Core, Detector, ForceLeaveError, LEAVE_FANOUT_MAX, MeshId, Output, PACKET_BYTES_MAX, swim,
+};
 use crate::model::{MemberStatus, NodeName};
 
 /// Shortest time between two rounds that spread news at once; what comes between waits for the next. In unrest it is the
@@ -312,6 +314,41 @@ impl Core {
 
     fn has_news(&self) -> bool {
         !self.news.is_empty() || !self.reports.is_empty()
+    }
+
+    /// Says goodbye to as many members as one round reaches, once it is signed. From this call on the core takes
+    /// nothing in.
+    pub fn leave(&mut self) {
+        if self.has_left {
+            return;
+        }
+        let id = self.id().clone();
+        self.has_left = true;
+        self.timers.clear();
+        let (by, life) = (id.name.clone(), id.life);
+        let leave = Leave { node: id.name, life, prune: false, by, signature: Vec::new() };
+        self.outputs.push_back(Output::Sign(Statement::Leave(leave)));
+    }
+
+    /// Says goodbye for a failed member; with `prune` everybody forgets it.
+    ///
+    /// # Errors
+    /// If there is no such member or it answers.
+    pub fn force_leave(&mut self, name: &NodeName, prune: bool, now: Instant) -> Result<(), ForceLeaveError> {
+        let member = self.roster.find(name).ok_or(ForceLeaveError::Unknown)?;
+        if matches!(member.status, MemberStatus::Alive | MemberStatus::Leaving) {
+            return Err(ForceLeaveError::Alive);
+        }
+        let by = self.id().name.clone();
+        let leave = Leave { node: name.clone(), life: member.id.life, prune, by, signature: Vec::new() };
+        self.change(name, |roster| {
+            roster.leave(&leave, now);
+        });
+        if prune {
+            self.forget(name);
+        }
+        self.outputs.push_back(Output::Sign(Statement::Leave(leave)));
+        Ok(())
     }
 
     /// Says `leave`, which is this node's own, to as many neighbours as one round reaches.

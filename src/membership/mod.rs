@@ -71,7 +71,7 @@ pub use id::{Life, MeshId};
 use news::News;
 use packet::WireCodec;
 pub use packet::{BROADCAST_BYTES_MAX, Broadcast, MemberEntry, PACKET_BYTES_MAX, Standing, class_of};
-pub use profile::{Detector, Profile};
+pub use profile::{Detector, Profile, WATCH_PERIOD};
 use ring::{ALL_NEIGHBOURS_MAX, Ring};
 pub use roster::Tracked;
 use roster::{LEFT_REAPED_AFTER, Roster};
@@ -302,6 +302,8 @@ pub struct Core {
 struct When {
     reap: Instant,
     watch: Instant,
+    /// When the owner last gave a wake-up for it.
+    beat_last: Option<Instant>,
     recall: Instant,
     recalled_last: Instant,
     /// When a member was found gone for the last time.
@@ -343,6 +345,7 @@ impl Core {
         let when = When {
             reap: now + REAP_EVERY,
             watch: now + phase,
+            beat_last: None,
             recall: now + profile.recall_period,
             recalled_last: now,
             failed_last: None,
@@ -603,41 +606,6 @@ impl Core {
     /// Tells the core the hash of all records that this node holds: it rides on every probe and answer.
     pub fn set_state_hash(&mut self, hash: u64, now: Instant) {
         self.records.set_own(hash, now);
-    }
-
-    /// Says goodbye to as many members as one round reaches, once it is signed. From this call on the core takes
-    /// nothing in.
-    pub fn leave(&mut self) {
-        if self.has_left {
-            return;
-        }
-        let id = self.id().clone();
-        self.has_left = true;
-        self.timers.clear();
-        let (by, life) = (id.name.clone(), id.life);
-        let leave = Leave { node: id.name, life, prune: false, by, signature: Vec::new() };
-        self.outputs.push_back(Output::Sign(Statement::Leave(leave)));
-    }
-
-    /// Says goodbye for a failed member; with `prune` everybody forgets it.
-    ///
-    /// # Errors
-    /// If there is no such member or it answers.
-    pub fn force_leave(&mut self, name: &NodeName, prune: bool, now: Instant) -> Result<(), ForceLeaveError> {
-        let member = self.roster.find(name).ok_or(ForceLeaveError::Unknown)?;
-        if matches!(member.status, MemberStatus::Alive | MemberStatus::Leaving) {
-            return Err(ForceLeaveError::Alive);
-        }
-        let by = self.id().name.clone();
-        let leave = Leave { node: name.clone(), life: member.id.life, prune, by, signature: Vec::new() };
-        self.change(name, |roster| {
-            roster.leave(&leave, now);
-        });
-        if prune {
-            self.forget(name);
-        }
-        self.outputs.push_back(Output::Sign(Statement::Leave(leave)));
-        Ok(())
     }
 
     /// Takes a generation above `theirs`: for a node that lost its disk and whose name is free. Refused, with false,

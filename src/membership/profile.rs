@@ -14,6 +14,9 @@
 //! | suspicion with three confirmations: 500 ms x max(1, log10 N) | 0.65 s | 1.00 s | 1.50 s |
 //! | sum | 2.5 s | 3.0 s | 3.9 s |
 //!
+//! In the agent it is better than by chance: the two watchers of a member check half a period apart where their clocks agree
+//! (`gossip::actor::beat`), so that the first check comes within 0.83 s, of two members of an odd number within 0.96 s.
+//!
 //! What it costs at rest, per node and second: 1.8 checks of the two watched and 0.25 random probes, as many answers, an
 //! acknowledgement of QUIC's for each answer: 5 datagrams with 62 bytes of ours and 58 of UDP's and QUIC's.
 //!
@@ -27,6 +30,9 @@ use foca::PeriodicParams;
 use super::packet::{ENVELOPE_BYTES_MAX, PACKET_BYTES_MAX};
 use super::roster::FAILED_REAPED_AFTER;
 use super::suspicion::Bounds;
+
+/// How often one of this node's two ring successors is checked, unless told otherwise.
+pub const WATCH_PERIOD: Duration = Duration::from_millis(550);
 
 /// How a failure is decided.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,7 +76,7 @@ impl Default for Profile {
             detector: Detector::Lifeguard,
             probe_period: Duration::from_secs(4),
             probe_rtt: Duration::from_millis(500),
-            watch_period: Duration::from_millis(550),
+            watch_period: WATCH_PERIOD,
             check_timeout: Duration::from_millis(300),
             suspicion: Duration::from_millis(500),
             suspicion_stretch: 3,

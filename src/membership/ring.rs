@@ -57,6 +57,11 @@ impl Ring {
         self.0.contains(&(place(name), name.clone()))
     }
 
+    /// Returns how many stand before `name`, and how many there are in all.
+    pub(super) fn rank(&self, name: &NodeName) -> (usize, usize) {
+        (self.0.range(..(place(name), name.clone())).count(), self.0.len())
+    }
+
     /// Returns with whom `name` gossips, without itself, in order of name.
     pub(super) fn neighbours(&self, name: &NodeName) -> Vec<NodeName> {
         let is_other = |member: &&NodeName| *member != name;
@@ -99,6 +104,13 @@ mod tests {
         for name in &names {
             let watchers = names.iter().filter(|at| ring.successors(at).any(|watched| watched == name)).count();
             assert_eq!(watchers, 2, "{name}");
+        }
+        // By rank: each watches the next two.
+        let ranks: BTreeMap<usize, &NodeName> = names.iter().map(|name| (ring.rank(name).0, name)).collect();
+        assert_eq!(ranks.len(), 50);
+        for (rank, name) in &ranks {
+            let next = [1, 2].map(|ahead| ranks[&((rank + ahead) % 50)]);
+            assert_eq!(ring.successors(name).collect::<Vec<_>>(), next);
         }
         ring.remove(&names[7]);
         assert!(names.iter().all(|at| ring.successors(at).all(|watched| *watched != names[7])));

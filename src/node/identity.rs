@@ -15,7 +15,7 @@ use super::glue::{Connections, stored_documents};
 use crate::catalogue::SnapshotReader;
 use crate::clock::{self, UnixSeconds};
 use crate::config::{Config, IdentitySource, MESH_PORT_DEFAULT};
-use crate::gossip::GossipHandle;
+use crate::gossip::{GossipHandle, MemberView};
 use crate::join::{self, JoinError};
 use crate::metrics::Metrics;
 use crate::model::{MemberStatus, NodeName, TrustDomain};
@@ -39,8 +39,6 @@ const RETRY_MAX: Duration = Duration::from_secs(30);
 const ALONE_FOR: Duration = Duration::from_secs(10);
 /// It does so no sooner again once an issuer has answered.
 const WALK_REST: Duration = Duration::from_mins(5);
-/// How often a node looks whether the mesh has a newer root than its certificate.
-const ROOT_LOOK: Duration = Duration::from_secs(1);
 /// Nodes renew within this time under a new root.
 const ROOT_RENEWAL_WITHIN: Duration = Duration::from_secs(15);
 /// Most members that a renewal asks: each that is gone takes seconds.
@@ -486,21 +484,37 @@ impl Renewal {
     /// A newer root: then for a random moment, so that a rotation does not bring every node to the issuers at once.
     /// Nobody answers: perhaps the others have another root, and an issuer can lead there.
     async fn urgency(&self, next_walk: Instant) -> Urgency {
-        let mut looks = tokio::time::interval(ROOT_LOOK);
+        let (mut members, mut certificates) = (self.gossip.subscribe(), self.identity.subscribe());
         let mut alone_since = None;
         loop {
-            looks.tick().await;
+            certificates.mark_unchanged();
             if self.is_behind(&self.identity.authority()) {
                 let rest = ROOT_RENEWAL_WITHIN.mul_f64(rand::rng().random_range(0.1..1.0));
                 tokio::time::sleep(rest).await;
                 return Urgency::NewRoot;
             }
             let now = clock::now();
-            let members = self.gossip.members();
-            let is_alone = members.members.iter().filter(|member| member.status == MemberStatus::Alive).count() <= 1;
+            let is_alive = |member: &&MemberView| member.status == MemberStatus::Alive;
+            let is_alone = members.borrow_and_update().members.iter().filter(is_alive).count() <= 1;
             alone_since = is_alone.then(|| alone_since.unwrap_or(now));
-            if now >= next_walk && alone_since.is_some_and(|since| now >= since + ALONE_FOR) {
+            let walk_at = alone_since.map(|since| next_walk.max(since + ALONE_FOR));
+            if walk_at.is_some_and(|at| now >= at) {
                 return Urgency::Alone;
+            }
+            let walk = async {
+                match walk_at {
+                    Some(at) => tokio::time::sleep_until(at).await,
+                    None => std::future::pending().await,
+                }
+            };
+            let is_ending = tokio::select! {
+                changed = members.changed() => changed.is_err(),
+                changed = certificates.changed() => changed.is_err(),
+                () = walk => false,
+            };
+            if is_ending {
+                // The agent stops.
+                return std::future::pending().await;
             }
         }
     }

@@ -17,6 +17,9 @@ const STEP: Duration = Duration::from_millis(10);
 /// Gossip's period, fan-out and copies, and what fits a packet: as in `membership`.
 const FANOUT: usize = 3;
 const COPIES: u8 = 6;
+/// Up to so many others all are neighbours; so many are far away in a larger mesh: as in `membership`.
+const NEIGHBOURS_ALL: usize = 32;
+const NEIGHBOURS_FAR: usize = 12;
 /// A report of one limit on the wire, and the room of a packet beside its head (`membership` tests the first).
 const REPORT_BYTES: usize = 140;
 const PACKET_ROOM: usize = 1000;
@@ -45,6 +48,9 @@ struct Host {
     waiting: Vec<Option<u8>>,
     /// The newest number heard of each author.
     seen: Vec<u32>,
+    /// With whom it gossips, and whose turn comes before any other's comes again, the next last.
+    near: Vec<usize>,
+    turns: Vec<usize>,
 }
 
 impl Host {
@@ -81,6 +87,26 @@ struct Figures {
     resting: f64,
 }
 
+fn below(draw: &Draw, most: usize) -> usize {
+    usize::try_from(draw.below(most as u64)).unwrap()
+}
+
+/// With whom each gossips: with all in a small mesh, else with two on each side, a few places far away, and whoever chose it.
+fn neighbours(count: usize, draw: &Draw) -> Vec<BTreeSet<usize>> {
+    if count <= NEIGHBOURS_ALL + 1 {
+        return (0..count).map(|at| (0..count).filter(|other| *other != at).collect()).collect();
+    }
+    let mut near = vec![BTreeSet::new(); count];
+    for at in 0..count {
+        let far: Vec<usize> = (0..NEIGHBOURS_FAR).map(|_| below(draw, count)).collect();
+        for other in far.into_iter().chain([1, 2].map(|ahead| (at + ahead) % count)).filter(|other| *other != at) {
+            near[at].insert(other);
+            near[other].insert(at);
+        }
+    }
+    near
+}
+
 struct Mesh {
     hosts: Vec<Host>,
     rules: Arc<RateRules>,
@@ -113,14 +139,21 @@ impl Mesh {
                 queue: BTreeSet::new(),
                 waiting: vec![None; count],
                 seen: vec![0; count],
+                near: Vec::new(),
+                turns: Vec::new(),
             }
         };
+        let draw = Draw::new(seed);
+        let mut hosts: Vec<Host> = (0..count).map(host).collect();
+        for (host, near) in hosts.iter_mut().zip(neighbours(count, &draw)) {
+            host.near = near.into_iter().collect();
+        }
         Self {
-            hosts: (0..count).map(host).collect(),
+            hosts,
             rules: Arc::new(RateRules { rules: vec![rule] }),
             limit,
             now: began,
-            draw: Draw::new(seed),
+            draw,
             reports: BTreeMap::new(),
             made: BTreeMap::new(),
             flights: Vec::new(),
@@ -164,14 +197,24 @@ impl Mesh {
         }
     }
 
+    /// Whom news goes to next: each neighbour once, in random order, before any twice.
+    fn next(&mut self, at: usize) -> usize {
+        if self.hosts[at].turns.is_empty() {
+            let mut turns = self.hosts[at].near.clone();
+            for last in (1..turns.len()).rev() {
+                turns.swap(last, below(&self.draw, last + 1));
+            }
+            self.hosts[at].turns = turns;
+        }
+        self.hosts[at].turns.pop().unwrap()
+    }
+
     fn gossip(&mut self, at: usize) {
-        let count = self.hosts.len();
-        for _ in 0..FANOUT.min(count - 1) {
+        for _ in 0..FANOUT.min(self.hosts.len() - 1) {
             if self.hosts[at].queue.is_empty() {
                 return;
             }
-            let mut to = usize::try_from(self.draw.below(count as u64 - 1)).unwrap();
-            to += usize::from(to >= at);
+            let to = self.next(at);
             let apart = self.are_apart(at, to);
             let latency = MS * u32::try_from(1 + self.draw.below(30)).unwrap();
             let packed = self.hosts[at].pack();

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, watch};
 use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
@@ -12,7 +12,7 @@ use super::credentials::{Credentials, NodeCredentials, peer_of};
 use super::error::ConnectError;
 use super::live::LiveConnections;
 use super::metrics::{ControlMetrics, Outcome};
-use super::port::{self, Rhythm};
+use super::port;
 use super::refusals::{MeshPort, Refusals};
 use super::steer::{self, Lane};
 use super::tune::{self, HANDSHAKE_TIMEOUT, HANDSHAKES_MAX, RETRY_FROM};
@@ -172,12 +172,13 @@ impl ControlTransport {
         port::is_refused(self.shared.local_ip, peer).await
     }
 
-    /// Waits until `peer`'s host says, twice in a row, that nobody has the port; asks in `rhythm` (30 bytes of IP).
+    /// Waits until `peer`'s host says, twice in a row, that nobody has the port; asks each time that `asks` changes (30 bytes of
+    /// IP).
     ///
     /// # Cancel safety
     /// Cancelling ends the watch.
-    pub async fn port_refused(&self, peer: SocketAddr, rhythm: Rhythm) {
-        port::refused(self.shared.local_ip, peer, rhythm).await;
+    pub async fn port_refused(&self, peer: SocketAddr, asks: watch::Receiver<()>) {
+        port::refused(self.shared.local_ip, peer, asks).await;
     }
 
     /// Returns the hosts that refused a packet of the mesh port. Hints alone: whoever can forge a source address can forge

@@ -37,7 +37,6 @@ pub(crate) use credentials::{Credentials, NodeCredentials};
 pub use error::ConnectError;
 pub(crate) use live::LiveEntry;
 pub use live::{Cause, Closed, LiveConnections};
-pub use port::Rhythm;
 pub use refusals::MeshPort;
 pub(crate) use refusals::Refusals;
 pub(crate) use steer::Lane;

@@ -21,13 +21,14 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::pin::pin;
 use std::time::Duration;
 
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::sync::watch;
 
 use super::socket::register;
-use crate::{alarm, clock};
 
 /// Between the first refusal and the second.
 const RECHECK: Duration = Duration::from_millis(25);
@@ -60,28 +61,29 @@ impl PortProbe {
         Ok(Self(register(socket, Interest::READABLE | Interest::ERROR)?))
     }
 
-    /// Sends one probe and waits for a refusal, `patience` at most; silence takes all of it.
-    async fn ask(&self, patience: Duration) -> Answer {
-        let until = clock::now() + patience;
+    /// Sends one probe and waits for a refusal until `over`; silence takes all of it.
+    async fn ask(&self, over: impl Future<Output = ()>) -> Answer {
         let is_refusal = |error: &io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
         // The answer to an earlier probe may come out here.
         if self.0.get_ref().send(&PAYLOAD).is_err_and(|error| is_refusal(&error)) {
             return Answer::Refused;
         }
-        let mut end = alarm::sleep_until(until);
+        let mut over = pin!(over);
         let heard = tokio::select! {
-            biased;
             heard = self.heard() => heard,
-            () = &mut end => return Answer::Silent,
+            () = &mut over => return Answer::Silent,
         };
-        match heard {
-            Err(error) if is_refusal(&error) => Answer::Refused,
-            // Other errors speak of the path, data of a stranger: neither ends the pause.
-            _ => {
-                end.await;
-                Answer::Silent
-            }
+        if heard.is_err_and(|error| is_refusal(&error)) {
+            return Answer::Refused;
         }
+        // Other errors speak of the path, data of a stranger: neither ends the pause.
+        over.await;
+        Answer::Silent
+    }
+
+    /// Sends one probe and waits for as long as an answer may take.
+    async fn ask_once(&self) -> Answer {
+        self.ask(tokio::time::sleep(ANSWER_TIME_MAX)).await
     }
 
     /// What the kernel or the peer says.
@@ -92,7 +94,7 @@ impl PortProbe {
     /// Asks again after a refusal.
     async fn is_refused_again(&self) -> bool {
         tokio::time::sleep(RECHECK).await;
-        self.ask(ANSWER_TIME_MAX).await == Answer::Refused
+        self.ask_once().await == Answer::Refused
     }
 }
 
@@ -102,7 +104,7 @@ impl PortProbe {
 /// Cancelling gives the question up.
 pub(super) async fn is_refused_once(local: IpAddr, peer: SocketAddr) -> bool {
     let Ok(probe) = PortProbe::open(local, peer) else { return false };
-    probe.ask(ANSWER_TIME_MAX).await == Answer::Refused
+    probe.ask_once().await == Answer::Refused
 }
 
 /// Tells whether `peer`'s host refuses the port, now.
@@ -111,44 +113,30 @@ pub(super) async fn is_refused_once(local: IpAddr, peer: SocketAddr) -> bool {
 /// Cancelling gives the question up.
 pub(super) async fn is_refused(local: IpAddr, peer: SocketAddr) -> bool {
     let Ok(probe) = PortProbe::open(local, peer) else { return false };
-    probe.ask(ANSWER_TIME_MAX).await == Answer::Refused && probe.is_refused_again().await
+    probe.ask_once().await == Answer::Refused && probe.is_refused_again().await
 }
 
-/// When a watch asks: at wall times that are `phase` after a multiple of `every`. Several watches of one port that know
-/// of each other take different phases; clocks that disagree make them fall anywhere, as phases by chance would.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Rhythm {
-    /// The period, some milliseconds at least.
-    pub every: Duration,
-    /// Less than a period.
-    pub phase: Duration,
-}
-
-impl Rhythm {
-    /// Returns how long it is to the next beat that is not upon us: a quarter of a period at least.
-    fn rest(self, wall_ms: u64) -> Duration {
-        let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-        let (every, phase) = (millis(self.every).max(1), millis(self.phase));
-        let since = wall_ms.wrapping_add(every).wrapping_sub(phase % every) % every;
-        let rest = every - since;
-        Duration::from_millis(if rest < every / 4 { rest + every } else { rest })
-    }
-}
-
-/// Waits until `peer`'s host refuses the port; asks in `rhythm`.
+/// Waits until `peer`'s host refuses the port; asks each time that `asks` changes.
 ///
 /// # Cancel safety
 /// Cancelling ends the watch.
-pub(super) async fn refused(local: IpAddr, peer: SocketAddr, rhythm: Rhythm) {
+pub(super) async fn refused(local: IpAddr, peer: SocketAddr, mut asks: watch::Receiver<()>) {
     loop {
         if let Ok(probe) = PortProbe::open(local, peer) {
-            while probe.ask(rhythm.rest(clock::wall_ms())).await == Answer::Silent {}
+            while probe.ask(next(&mut asks)).await == Answer::Silent {}
             if probe.is_refused_again().await {
                 return;
             }
         }
         // Neither an address that cannot be bound nor a flapping port makes a tight loop.
-        tokio::time::sleep(rhythm.every).await;
+        next(&mut asks).await;
+    }
+}
+
+/// Waits until it is time to ask; for ever where nobody says so any more.
+async fn next(asks: &mut watch::Receiver<()>) {
+    if asks.changed().await.is_err() {
+        std::future::pending::<()>().await;
     }
 }
 
@@ -157,7 +145,6 @@ mod tests {
     use super::*;
 
     const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
-    const RHYTHM: Rhythm = Rhythm { every: Duration::from_millis(20), phase: Duration::from_millis(7) };
 
     #[tokio::test]
     async fn a_port_that_somebody_has_is_silent_and_one_that_nobody_has_is_refused() {
@@ -170,41 +157,39 @@ mod tests {
         assert!(is_refused(Ipv6Addr::LOCALHOST.into(), addr).await);
     }
 
-    #[test]
-    fn two_watches_ask_in_turn() {
-        let every = Duration::from_millis(500);
-        let beats = |phase| {
-            let rhythm = Rhythm { every, phase: Duration::from_millis(phase) };
-            let mut now: u64 = 1_700_000_000_123;
-            std::iter::repeat_with(move || {
-                now += u64::try_from(rhythm.rest(now).as_millis()).unwrap();
-                now
-            })
-        };
-        for (first, second) in beats(130).zip(beats(380)).take(20) {
-            assert_eq!((first % 500, second % 500), (130, 380));
-        }
-        let gaps: Vec<u64> = beats(499).take(9).collect();
-        assert!(gaps.windows(2).all(|pair| pair[1] - pair[0] == 500), "{gaps:?}");
-        // A clock that is a little slow does not ask twice.
-        assert_eq!(Rhythm { every, phase: Duration::ZERO }.rest(999), Duration::from_millis(501));
-    }
-
     #[tokio::test]
-    async fn a_watch_ends_when_the_port_is_given_up_and_not_before() {
+    async fn a_watch_asks_when_it_is_told_to_and_ends_when_the_port_is_given_up_and_not_before() {
         let held = UdpSocket::bind((LOOPBACK, 0)).unwrap();
         held.set_nonblocking(true).unwrap();
         let addr = held.local_addr().unwrap();
         let held = tokio::net::UdpSocket::from_std(held).unwrap();
-        let mut watch = std::pin::pin!(refused(LOOPBACK, addr, RHYTHM));
+        let (beat, asks) = watch::channel(());
+        let mut refused = pin!(refused(LOOPBACK, addr, asks));
+        let mut buffer = [0; 64];
         for _probe in 0..5 {
-            let mut buffer = [0; 64];
             tokio::select! {
-                () = &mut watch => panic!("the port is held"),
+                () = &mut refused => panic!("the port is held"),
                 received = held.recv_from(&mut buffer) => assert_eq!(received.unwrap().0, PAYLOAD.len()),
             }
+            tokio::select! {
+                biased;
+                () = &mut refused => panic!("the port is held"),
+                _ = held.recv_from(&mut buffer) => panic!("nobody has said that it asks again"),
+                () = tokio::time::sleep(Duration::from_millis(20)) => {}
+            }
+            beat.send_replace(());
         }
         drop(held);
-        tokio::time::timeout(Duration::from_secs(10), watch).await.expect("the refusal is seen");
+        let beats = async {
+            loop {
+                beat.send_replace(());
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::select! {
+            () = &mut refused => {}
+            () = beats => unreachable!("it beats for ever"),
+            () = tokio::time::sleep(Duration::from_secs(10)) => panic!("the refusal is not seen"),
+        }
     }
 }

@@ -56,7 +56,7 @@ fn pass_both_ways(last: u8, bytes: u64) {
 }
 
 /// A line of /proc/PID/status, in bytes.
-fn resident(agent: &Agent, name: &str) -> u64 {
+pub(crate) fn resident(agent: &Agent, name: &str) -> u64 {
     let status = fs::read_to_string(format!("/proc/{}/status", agent.pid())).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
     line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10

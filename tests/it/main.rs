@@ -20,6 +20,7 @@ mod agent;
 mod app;
 mod bodies;
 mod checks;
+mod churn;
 mod cli;
 mod clients;
 mod crowd;

@@ -8,6 +8,7 @@ use weft::membership::Profile;
 use weft::model::{MemberStatus, NodeName};
 
 use super::host;
+use super::processor::Machine;
 use super::scenarios::{self, SECOND};
 use super::stats::{self, Times, show};
 use super::world::{Settings, World};
@@ -207,6 +208,37 @@ pub(crate) fn start(count: usize, seed: u64, settings: &Settings) -> Cost {
     }
     let took = world.run_until(120 * SECOND, World::has_converged).expect("all know all");
     Cost::of(&world, &[], None, count, took)
+}
+
+/// What a start of many agents on one machine came to.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Crowd {
+    /// Until all know all, from the last start on; none: not within the limit.
+    pub(crate) took: Option<Duration>,
+    /// How often an agent took another for failed.
+    pub(crate) verdicts: usize,
+    /// Packets of all agents together.
+    pub(crate) packets: u64,
+}
+
+impl Crowd {
+    pub(crate) fn show(&self) -> String {
+        let took = self.took.map_or("not settled".to_owned(), |took| format!("all after {}", show(took)));
+        format!("{took}; {} verdicts, {} packets", self.verdicts, self.packets)
+    }
+}
+
+/// Starts `count` agents on one machine, `apart` from each other, and runs until all know all, `limit` at most.
+pub(crate) fn crowd(count: usize, apart: Duration, machine: Machine, limit: Duration, seed: u64) -> Crowd {
+    let mut world = World::new(seed, Settings { machine: Some(machine), ..Settings::default() });
+    world.add_hosts(count);
+    for host in 0..count {
+        world.start(host);
+        world.run(apart);
+    }
+    let took = world.run_until(limit, World::has_converged);
+    let verdicts = world.seen.iter().filter(|seen| seen.after == Some(MemberStatus::Failed)).count();
+    Crowd { took, verdicts, packets: world.hosts.iter().map(|host| host.traffic.packets).sum() }
 }
 
 /// Adds `newcomers` to a mesh of `count`, 15 ms apart, and counts for 20 s what that costs beside the rest.
@@ -410,7 +442,7 @@ fn classes(world: &World, time: Duration, (acks, dials): (f64, f64)) -> String {
     let mut rows: Vec<Vec<String>> = counted.collect();
     rows.push(row("acknowledgements alone", acks, acks * host::ACK_BYTES as f64));
     rows.push(row("handshakes", dials, dials * 2.0 * host::HANDSHAKE_BYTES as f64));
-    rows.push(row("ports asked", 4.0, host::PORT_BYTES_PER_SECOND));
+    rows.push(row("ports asked", host::PORTS_PER_SECOND, host::PORT_BYTES_PER_SECOND));
     rows.push(row("documents compared", 1.0 / 30.0, host::DOCUMENTS_BYTES_PER_SECOND));
     stats::table(&rows)
 }

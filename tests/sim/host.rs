@@ -50,9 +50,10 @@ pub(crate) const ACK_BYTES: u64 = DATAGRAM_OVERHEAD + 5;
 const ACK_DELAY: Duration = Duration::from_millis(25);
 /// One side's half of a handshake, with a chain of three certificates: initial flights are padded to 1,200 bytes.
 pub(crate) const HANDSHAKE_BYTES: u64 = 4200;
-/// Two watched ports asked every 500 ms, 2 bytes each under UDP and IPv4 (`gossip::actor::evidence`). No host of the
+/// Two watched ports asked every 550 ms, 2 bytes each under UDP and IPv4 (`gossip::actor::evidence`). No host of the
 /// simulation has ports; the traffic is counted all the same.
-pub(crate) const PORT_BYTES_PER_SECOND: f64 = 4.0 * 30.0;
+pub(crate) const PORT_BYTES_PER_SECOND: f64 = PORTS_PER_SECOND * 30.0;
+pub(crate) const PORTS_PER_SECOND: f64 = 2.0 / 0.55;
 
 /// Comparing signed documents every 30 s while they are equal (`gossip::documents`): a question and an answer on a stream
 /// and their acknowledgements, 450 bytes.

@@ -39,6 +39,7 @@ pub(crate) mod host;
 pub(crate) mod links;
 pub(crate) mod net;
 pub(crate) mod oracle;
+pub(crate) mod processor;
 pub(crate) mod scale;
 pub(crate) mod scenarios;
 pub(crate) mod script;

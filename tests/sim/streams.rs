@@ -197,6 +197,11 @@ impl World {
         }
     }
 
+    /// The host that a message of an exchange goes to.
+    pub(crate) fn hearer(&self, number: u64, to: Side) -> Option<usize> {
+        Some(self.talks.get(&number)?.hosts[index(to)])
+    }
+
     /// The time limit of a stream.
     pub(crate) fn stream_timeout(&mut self, number: u64, stream: u32) {
         if self.talks.get(&number).is_some_and(|talk| talk.stream == stream) {
@@ -256,6 +261,11 @@ impl World {
                 self.turn(joining.host, |engine, turn| engine.handle_joined(cause, outcome, turn));
             }
         }
+    }
+
+    /// The host that attempts to join.
+    pub(crate) fn joiner(&self, attempt: u64) -> Option<usize> {
+        Some(self.joinings.get(&attempt)?.host)
     }
 
     /// The end of a dial for an attempt to join.

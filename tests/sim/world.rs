@@ -18,6 +18,7 @@ use weft::store::StoredPeer;
 use super::host::{self, Host, Process};
 use super::links::Connection;
 use super::net::Net;
+use super::processor::{Machine, Turns};
 use super::streams::{Joining, Side, Talk};
 use super::trust::{CHAIN_BYTES, Verifier};
 
@@ -41,6 +42,8 @@ pub(crate) struct Settings {
     pub(crate) chain_bytes: usize,
     /// Most events that a failure prints, the last ones.
     pub(crate) events_kept: usize,
+    /// The machine that all hosts are on; none: each has all the time that it needs.
+    pub(crate) machine: Option<Machine>,
 }
 
 impl Default for Settings {
@@ -52,6 +55,7 @@ impl Default for Settings {
             has_syncs: true,
             chain_bytes: CHAIN_BYTES,
             events_kept: 80,
+            machine: None,
         }
     }
 }
@@ -67,6 +71,7 @@ pub(crate) enum Event {
     StreamTimeout { talk: u64, stream: u32 },
     JoinDialled { attempt: u64, addr: SocketAddr, begun: Duration },
     Synced { host: usize, boot: u32, peers: Vec<StoredPeer> },
+    TurnOver { host: usize, events: Vec<Event> },
 }
 
 struct Scheduled {
@@ -119,6 +124,9 @@ pub(crate) struct World {
     has_twins: bool,
     queue: BinaryHeap<Reverse<Scheduled>>,
     number: u64,
+    pub(crate) turns: Turns,
+    /// A host takes in what has arrived: its timers wait.
+    pub(crate) is_draining: bool,
     pub(crate) connections: u64,
     pub(crate) talks: HashMap<u64, Talk>,
     pub(crate) joinings: HashMap<u64, Joining>,
@@ -169,6 +177,8 @@ impl World {
             has_twins: false,
             queue: BinaryHeap::new(),
             number: 0,
+            turns: Turns::default(),
+            is_draining: false,
             connections: 0,
             talks: HashMap::new(),
             joinings: HashMap::new(),
@@ -290,7 +300,9 @@ impl World {
                 if let Some(Reverse(Scheduled { at, event, .. })) = self.queue.pop() {
                     self.now = self.now.max(at);
                     self.steps += 1;
-                    self.happen(event);
+                    if let Some(event) = self.arrive(event) {
+                        self.happen(event);
+                    }
                 }
             }
             self.now = until;
@@ -300,7 +312,7 @@ impl World {
         }
     }
 
-    fn happen(&mut self, event: Event) {
+    pub(crate) fn happen(&mut self, event: Event) {
         match event {
             Event::Wake { host, boot } => {
                 let Some(process) = &mut self.hosts[host].process else { return };
@@ -323,6 +335,7 @@ impl World {
             Event::Frame { talk, stream, to, bytes } => self.frame(talk, stream, to, bytes),
             Event::StreamTimeout { talk, stream } => self.stream_timeout(talk, stream),
             Event::JoinDialled { attempt, addr, begun } => self.join_dialled(attempt, addr, begun),
+            Event::TurnOver { host, events } => self.turn_over(host, events),
             Event::Synced { host, boot, peers } => {
                 let machine = &mut self.hosts[host];
                 if machine.process.as_ref().is_some_and(|process| process.boot == boot) {
@@ -367,8 +380,8 @@ impl World {
         let turn = Turn { now: self.base + self.now, wall, signer: &signer, verifier: &verifier };
         let engine = &mut machine.process.as_mut()?.engine;
         let result = act(engine, &turn);
-        // As the agent: what is due runs after every event.
-        if engine.poll_timeout() <= turn.now {
+        // As the agent: what is due runs after every event, once what has arrived is handed over.
+        if !self.is_draining && engine.poll_timeout() <= turn.now {
             engine.handle_timeout(&turn);
         }
         self.carry_out(host);

@@ -178,7 +178,7 @@ impl Actor {
         }
         if std::mem::take(&mut self.are_members_unshown) {
             self.show_members();
-            self.watch_successors();
+            self.watch_successors(now);
         }
     }
 
@@ -262,7 +262,90 @@ fn log_joined(in_vain: u32, peers: &[MeshId], failed: &[(String, String)]) {
 
 #[cfg(test)]
 mod tests {
+    use tokio::sync::{mpsc, watch};
+
     use super::*;
+    use crate::authz::Action;
+    use crate::catalogue::SnapshotReader;
+    use crate::gossip::actor::Rules;
+    use crate::gossip::exchange::Desks;
+    use crate::gossip::metrics::GossipMetrics;
+    use crate::gossip::policy::{self, Compiler};
+    use crate::gossip::tests::{params, records};
+    use crate::gossip::{LINKS_MAX, documents, shared};
+    use crate::metrics::Metrics;
+    use crate::policy::DocumentSet;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    /// An actor that nobody runs, and what it shows.
+    fn actor() -> (Actor, watch::Receiver<Arc<Members>>, SnapshotReader) {
+        let ca = crate::pki::ephemeral(&"test.example".parse().unwrap(), clock::wall()).unwrap();
+        let (params, _ends) = params(ca.issuer(), "own", 1, Vec::new(), LINKS_MAX);
+        let (views, metrics) = (documents::views(&DocumentSet::new(ca.issuer().bundle())), Metrics::new());
+        let compiled = Compiler::new(Action::Allow, &metrics).unwrap().compile(&views);
+        let rules = Rules {
+            policy: watch::channel(compiled).1,
+            upstreams: watch::channel(Arc::new(policy::upstreams(&views))).1,
+        };
+        let desks = Desks { documents: documents::queue().0, shared: shared::queue().0 };
+        Actor::new(params, mpsc::channel(1).1, desks, rules, GossipMetrics::new(&metrics).unwrap())
+    }
+
+    /// Something of another node changes, at `now`; tells whether that is shown.
+    fn other_changes(actor: &mut Actor, members: &mut watch::Receiver<Arc<Members>>, now: Instant) -> bool {
+        actor.unshown.insert("other".parse().unwrap());
+        actor.are_members_unshown = true;
+        actor.show_what_changed(now);
+        let is_shown = members.has_changed().unwrap();
+        members.mark_unchanged();
+        is_shown
+    }
+
+    #[tokio::test]
+    async fn what_others_change_is_shown_eight_times_as_it_comes_and_then_ten_times_a_second() {
+        let (mut actor, mut members, _catalogue) = actor();
+        assert_eq!(members.borrow_and_update().members.len(), 1, "what is known at the start is shown at once");
+        let begun = clock::now() + Duration::from_mins(1);
+        // One in 10 ms.
+        let mut shown = Vec::new();
+        for millis in (0..1000).step_by(10) {
+            if other_changes(&mut actor, &mut members, begun + millis * MS) {
+                shown.push(millis);
+            }
+        }
+        let want: Vec<u32> = (0..80).step_by(10).chain((100..1000).step_by(100)).collect();
+        assert_eq!(shown, want);
+        // What came since is shown when it is time, though nothing more comes; then there is nothing to wake for.
+        assert_eq!(actor.show_at(), Some(begun + 1000 * MS));
+        actor.show_what_changed(begun + 999 * MS);
+        assert!(!members.has_changed().unwrap());
+        actor.show_what_changed(begun + 1000 * MS);
+        assert!(members.has_changed().unwrap());
+        assert_eq!(actor.show_at(), None);
+        // After a rest it is as quick as before.
+        members.mark_unchanged();
+        let rested = begun + 5000 * MS;
+        let at_once = (0..20).filter(|_| other_changes(&mut actor, &mut members, rested)).count();
+        assert_eq!(at_once, 8);
+    }
+
+    #[tokio::test]
+    async fn what_this_node_does_is_shown_at_once_and_takes_along_what_waits() {
+        let (mut actor, mut members, catalogue) = actor();
+        let now = clock::now() + Duration::from_mins(1);
+        assert_eq!((0..100).take_while(|_| other_changes(&mut actor, &mut members, now)).count(), 8);
+        assert!(actor.show_at().is_some_and(|at| at > now), "another's change waits");
+        for round in 0..20 {
+            let own = records(&format!("own-{round}"), "v1".to_owned());
+            actor.turn(now, |engine, turn| engine.handle_records(own, turn));
+            actor.show_what_changed(now);
+            let name: ServiceName = format!("own-{round}").parse().unwrap();
+            assert!(catalogue.load().services.contains_key(&name), "{name}");
+        }
+        assert!(members.has_changed().unwrap());
+        assert_eq!(actor.show_at(), None);
+    }
 
     #[test]
     fn what_a_node_brings_about_at_will_is_told_once_a_minute_and_shortly() {

@@ -1,7 +1,7 @@
 //! What sockets tell of peers beside SWIM: closed ports, and whether the holder of a name answers.
 //!
 //! ```text
-//!   next two members on the ring -> a watch each: two bytes every 500 ms -> refused -> the engine, at once
+//!   next two members on the ring -> a watch each: two bytes each beat (550 ms) -> refused -> the engine, at once
 //!   a dial that is refused --------------------------------------------^
 //!   others met a refusal -> the port is asked once, by who looks closer --^
 //!   a packet of QUIC's is refused -> hint: the member is asked -> silent for 150 ms -----^
@@ -9,7 +9,7 @@
 //! ```
 //!
 //! A process that dies closes its port, and its host says so: two watchers per member see that within a watch period,
-//! in a mesh of any size, for 120 B/s. Everything else (a host without power, a firewall that drops) is SWIM's to find.
+//! in a mesh of any size, for 110 B/s. Everything else (a host without power, a firewall that drops) is SWIM's to find.
 //!
 //! A hint may be forged by whoever can forge a source address, so it counts only with silence.
 //!
@@ -25,18 +25,12 @@ use tokio::task::AbortHandle;
 use tokio::time::Instant;
 use tracing::info;
 
+use super::beat::Rhythm;
 use super::{Actor, Done, Incumbent, Message, Step, answer};
 use crate::gossip::targets::{self, DialError};
 use crate::membership::MeshId;
 use crate::model::NodeName;
-use crate::transport::Rhythm;
 
-/// How often a watcher asks. The two watchers of a member take turns by wall time, so that where the hosts' clocks agree
-/// within 50 ms one asks within 300 ms. Where they do not, the phases are random: 450 ms in 99 of 100 cases, less what
-/// the packets of QUIC hear.
-const WATCH_EVERY: Duration = Duration::from_millis(500);
-/// The watchers of a member: as many predecessors on the ring as a node has successors that it watches.
-const WATCHERS: u32 = 2;
 /// How long a member whose host is said to refuse may take to show that it lives, beside twice the round trip.
 const LIFE_SHOWS_IN: Duration = Duration::from_millis(150);
 /// Most ports that are asked at once on others' word: as many members as may fail together in a rack. Past it the
@@ -77,38 +71,42 @@ impl Holder {
     }
 }
 
-/// The watches that run, each with its turn among the watchers of that member: as many as the membership watches, two.
+/// The watches that run: as many as the membership watches, two.
 #[derive(Debug, Default)]
-pub(super) struct Watches(BTreeMap<MeshId, (Turns, AbortHandle)>);
-
-/// Which of the watchers of a member this node is: the last before it on the ring, or the one before that.
-type Turns = u32;
+pub(super) struct Watches(BTreeMap<MeshId, AbortHandle>);
 
 impl Actor {
-    /// Watches the ports of the next members by name.
-    pub(super) fn watch_successors(&mut self) {
-        let watched = self.engine.membership().watched();
-        let wanted: Vec<(MeshId, Turns)> = watched.into_iter().zip(0..).collect();
-        self.watches.0.retain(|id, (turn, watch)| {
-            let is_wanted = wanted.iter().any(|(wanted, at)| wanted == id && at == turn);
-            let is_kept = is_wanted && !watch.is_finished();
+    /// Watches the ports of the next members by name, at each beat.
+    pub(super) fn watch_successors(&mut self, now: Instant) {
+        let membership = self.engine.membership();
+        let wanted = membership.watched();
+        let rhythm = Rhythm::of(membership.ring_rank(), self.engine.generation().nonce);
+        self.beat.set(rhythm, !wanted.is_empty(), now);
+        self.watches.0.retain(|id, watch| {
+            let is_kept = wanted.contains(id) && !watch.is_finished();
             if !is_kept {
                 watch.abort();
             }
             is_kept
         });
-        for (id, turn) in wanted {
+        for id in wanted {
             if self.watches.0.contains_key(&id) {
                 continue;
             }
-            let (transport, watched) = (self.transport.clone(), id.clone());
-            let rhythm = rhythm(&id, turn);
+            let (transport, watched, asks) = (self.transport.clone(), id.clone(), self.beat.asks());
             let watch = self.work.spawn(async move {
-                transport.port_refused(watched.addr, rhythm).await;
+                transport.port_refused(watched.addr, asks).await;
                 Done::PortRefused(watched)
             });
-            self.watches.0.insert(id, (turn, watch));
+            self.watches.0.insert(id, watch);
         }
+    }
+
+    /// Asks the ports that are watched, and lets the engine check a member in the same wake-up, if the beat is due.
+    pub(super) fn keep_beat(&mut self, now: Instant) {
+        let Some(at) = self.beat.at().filter(|at| *at <= now) else { return };
+        self.beat.strike(now);
+        self.turn(now, |engine, turn| engine.beat(now.saturating_duration_since(at), turn));
     }
 
     /// Tells the engine which of `peers` acknowledge what they are sent.
@@ -120,7 +118,7 @@ impl Actor {
 
     /// The host of `id` says that nobody has its port.
     pub(super) fn port_refused(&mut self, id: &MeshId, now: Instant) {
-        if let Some((_, watch)) = self.watches.0.remove(id) {
+        if let Some(watch) = self.watches.0.remove(id) {
             watch.abort();
         }
         // Those that are gone are called for days, and refuse every time.
@@ -223,28 +221,5 @@ impl Actor {
     pub(super) fn goodbye_over(&mut self) {
         self.is_goodbye_over = true;
         self.leaving.drain(..).for_each(|reply| answer(reply, ()));
-    }
-}
-
-/// When the watcher of `id` whose turn is `turn` asks. Every member has a phase of its own, which its watchers know alike.
-fn rhythm(id: &MeshId, turn: Turns) -> Rhythm {
-    let every_ms = u64::try_from(WATCH_EVERY.as_millis()).unwrap_or(u64::MAX);
-    let own = Duration::from_millis(id.life.generation.nonce % every_ms);
-    Rhythm { every: WATCH_EVERY, phase: own + WATCH_EVERY / WATCHERS * turn }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::model::Generation;
-
-    #[test]
-    fn the_watchers_of_a_member_ask_in_turn_and_members_are_not_asked_in_step() {
-        let id = |nonce| {
-            MeshId::new("a".parse().unwrap(), "10.0.0.1:8301".parse().unwrap(), Generation { number: 1, nonce })
-        };
-        let gap = rhythm(&id(77), 1).phase.saturating_sub(rhythm(&id(77), 0).phase);
-        assert_eq!(gap, WATCH_EVERY / 2);
-        assert_ne!(rhythm(&id(77), 0), rhythm(&id(78), 0));
     }
 }

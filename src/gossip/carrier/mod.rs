@@ -192,6 +192,11 @@ impl<C: Cargo> Carrier<C> {
         }
     }
 
+    /// Notes that a comparison may bring what the last ones could not: the next round comes within the interval.
+    pub(super) fn look_soon(&mut self) {
+        self.rounds.differs(clock::now());
+    }
+
     /// Gives up what is under way.
     pub(super) async fn stop(&mut self) {
         self.work.shutdown().await;
@@ -422,5 +427,16 @@ mod tests {
         assert!(carrier.rounds.wake_at() > clock::now() + Duration::from_secs(20));
         carrier.spread([1, 2, 3], 2, None);
         assert!(carrier.rounds.wake_at() <= clock::now() + Duration::from_secs(5));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_has_reason_to_look_is_not_kept_waiting_by_rare_rounds() {
+        let (mut carrier, mut commands) = settled(&["n1", "own"]);
+        let nobody = BTreeSet::new();
+        carrier.rounds.round(&[], &nobody, &nobody, clock::now());
+        assert!(tried(&mut carrier, &mut commands, Duration::from_secs(20)).await.is_empty(), "rounds are rare");
+        carrier.look_soon();
+        let tried = tried(&mut carrier, &mut commands, Duration::from_secs(6)).await;
+        assert!(tried["n1"][0] <= 5.1, "{tried:?}");
     }
 }

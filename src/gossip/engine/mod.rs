@@ -555,6 +555,12 @@ impl Engine {
         self.settle(turn);
     }
 
+    /// Checks a member in a wake-up that the owner has anyway, and that came `late`: see [`Core::beat`].
+    pub fn beat(&mut self, late: Duration, turn: &Turn<'_>) {
+        self.core.beat(late, turn.now);
+        self.settle(turn);
+    }
+
     /// Returns when [`Engine::handle_timeout`] wants to run.
     pub fn poll_timeout(&self) -> Instant {
         let next = self.core.poll_timeout().min(self.next_sync).min(self.join_at().unwrap_or(self.next_sync));

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::time::Instant;
 
@@ -15,16 +16,29 @@ use crate::wire;
 /// How often one state is asked for; then comparisons bring it.
 const PULL_TRIES_MAX: u8 = 3;
 
+/// A pull that takes longer leaves its states to others that told of them, and goes on beside: a round trip and what loss may add.
+pub(super) const PULL_PATIENCE: Duration = Duration::from_secs(1);
+
 /// A state that another node holds and this one lacks.
 #[derive(Debug)]
 pub(super) struct Wanted {
-    /// Who told of it last.
+    /// Who told of it last, of those that were not asked yet.
     from: NodeName,
     /// What it is said to be; none: a delta did not fit, and it is wanted whole.
     theirs: Option<Digest>,
     tries: u8,
     /// Who is asked for it at this moment.
-    asked: Option<NodeName>,
+    asked: Option<Asked>,
+    /// Who was asked last and did not bring it.
+    in_vain: Option<NodeName>,
+}
+
+/// A pull that runs.
+#[derive(Debug)]
+struct Asked {
+    peer: NodeName,
+    /// From then on another may be asked as well.
+    until: Instant,
 }
 
 impl Wanted {
@@ -33,6 +47,32 @@ impl Wanted {
         match &self.theirs {
             Some(theirs) => replica.wanted(std::slice::from_ref(theirs)).pop(),
             None => Some(Digest::none(node.clone())),
+        }
+    }
+
+    /// From when on who told of it may be asked, `begun` being long ago; none: not before the pull that runs has ended.
+    fn due(&self, begun: Instant) -> Option<Instant> {
+        match &self.asked {
+            None => Some(begun),
+            Some(asked) if asked.peer != self.from && self.tries + 1 < PULL_TRIES_MAX => Some(asked.until),
+            Some(_) => None,
+        }
+    }
+
+    /// Notes that `peer` holds it. Who is asked for it, or was in vain, does not take another's place: it could say so again
+    /// and again and never bring it.
+    fn told_by(&mut self, peer: &NodeName) {
+        let is_asked = self.asked.as_ref().is_some_and(|asked| asked.peer == *peer);
+        if !is_asked && self.in_vain.as_ref() != Some(peer) {
+            self.from = peer.clone();
+        }
+    }
+
+    /// Notes that who is asked did not bring it yet.
+    fn give_up(&mut self) {
+        if let Some(asked) = self.asked.take() {
+            self.tries = self.tries.saturating_add(1);
+            self.in_vain = Some(asked.peer);
         }
     }
 }
@@ -148,49 +188,56 @@ impl Engine {
     fn want(&mut self, from: &NodeName, node: &NodeName, theirs: Option<Digest>) {
         if let Some(known) = self.wanted.get_mut(node) {
             // Who told last is the most likely to be reached.
-            known.from = from.clone();
+            known.told_by(from);
             known.theirs = match (known.theirs.take(), theirs) {
                 (Some(known), Some(theirs)) => Some(if theirs.is_newer_than(&known) { theirs } else { known }),
                 _ => None,
             };
         } else if self.wanted.len() < WANTED_MAX {
-            self.wanted.insert(node.clone(), Wanted { from: from.clone(), theirs, tries: 0, asked: None });
+            self.wanted
+                .insert(node.clone(), Wanted { from: from.clone(), theirs, tries: 0, asked: None, in_vain: None });
         }
     }
 
     /// When the next pull may begin; none: there is nothing to begin.
     pub(super) fn pull_at(&self) -> Option<Instant> {
-        self.pull_from().map(|_| self.pull_pace.next_at())
+        let due = self.askable().map(|(_, due)| due).min()?;
+        Some(due.max(self.pull_pace.next_at()))
+    }
+
+    /// Who may be asked for what is wanted, and from when on, for each state.
+    fn askable(&self) -> impl Iterator<Item = (&NodeName, Instant)> {
+        let has_room = self.pulls.len() < PULLS_MAX && !self.core.has_left();
+        let wanted = self.wanted.values().filter(move |wanted| has_room && !self.pulls.contains(&wanted.from));
+        wanted.filter_map(|wanted| Some((&wanted.from, wanted.due(self.started_at)?)))
     }
 
     /// Whom to ask next: who told of most that is wanted, and is not being asked.
-    fn pull_from(&self) -> Option<NodeName> {
-        if self.pulls.len() >= PULLS_MAX || self.core.has_left() {
-            return None;
-        }
+    fn pull_from(&self, now: Instant) -> Option<NodeName> {
         let mut told: BTreeMap<&NodeName, usize> = BTreeMap::new();
-        for wanted in self.wanted.values().filter(|wanted| wanted.asked.is_none() && !self.pulls.contains(&wanted.from))
-        {
-            *told.entry(&wanted.from).or_default() += 1;
+        for (peer, _) in self.askable().filter(|(_, due)| *due <= now) {
+            *told.entry(peer).or_default() += 1;
         }
         told.into_iter().max_by_key(|(_, count)| *count).map(|(peer, _)| peer.clone())
     }
 
     /// Pulls what is wanted, as far as the pace allows.
     pub(super) fn pull_wanted(&mut self, now: Instant) {
-        while let Some(peer) = self.pull_from() {
+        while let Some(peer) = self.pull_from(now) {
             if !self.pull_pace.take(now) {
                 return;
             }
             // Where the next one has to wait, this one is asked for everything: it may have heard of the others, too.
             let is_last = self.pull_pace.next_at() > now;
-            let (replica, mut have) = (&self.replica, Vec::new());
+            let (replica, begun, mut have) = (&self.replica, self.started_at, Vec::new());
             self.wanted.retain(|node, wanted| {
-                if wanted.asked.is_some() || have.len() >= DIGESTS_MAX || !(is_last || wanted.from == peer) {
+                let is_due = wanted.due(begun).is_some_and(|due| due <= now);
+                if !is_due || have.len() >= DIGESTS_MAX || !(is_last || wanted.from == peer) {
                     return true;
                 }
+                wanted.give_up();
                 let lacks = wanted.lacks(node, replica);
-                wanted.asked = lacks.is_some().then(|| peer.clone());
+                wanted.asked = lacks.is_some().then(|| Asked { peer: peer.clone(), until: now + PULL_PATIENCE });
                 have.extend(lacks);
                 wanted.asked.is_some()
             });
@@ -207,11 +254,10 @@ impl Engine {
         self.pulls.remove(peer);
         let replica = &self.replica;
         self.wanted.retain(|node, wanted| {
-            if wanted.asked.as_ref() != Some(peer) {
+            if wanted.asked.as_ref().is_none_or(|asked| asked.peer != *peer) {
                 return true;
             }
-            wanted.asked = None;
-            wanted.tries += 1;
+            wanted.give_up();
             let is_there = wanted.theirs.is_none() || wanted.lacks(node, replica).is_none();
             let has_source = ending == Ending::Complete || wanted.from != *peer;
             !is_there && has_source && wanted.tries < PULL_TRIES_MAX

@@ -1,5 +1,6 @@
 //! The engine alone: its bounds, and what it says without a network.
 
+use super::records::PULL_PATIENCE;
 use super::*;
 use crate::membership::Broadcast;
 use crate::model::ServeScope;
@@ -291,6 +292,33 @@ fn a_state_that_does_not_come_is_asked_of_others_and_given_up_in_the_end() {
     engine.settle(&turn(&trust, now));
     end(&mut engine, 3, Ending::NoLink);
     assert_eq!((pulls(&mut engine).len(), engine.sizes().wanted), (1, 0), "who cannot be reached is not asked again");
+}
+
+#[test]
+fn a_liar_that_tells_of_everything_and_never_answers_holds_it_for_a_second_alone() {
+    let now = crate::clock::now() + Duration::from_mins(1);
+    let (mut engine, trust) = engine(0, now);
+    (100..130).for_each(|of| tell_of(&mut engine, &trust, 1, of, now));
+    engine.settle(&turn(&trust, now));
+    assert_eq!(pulls(&mut engine), [("n1".to_owned(), 30)]);
+    // Another has them as well; the liar says its part again, and always last.
+    for of in 100..130 {
+        tell_of(&mut engine, &trust, 2, of, now);
+        tell_of(&mut engine, &trust, 1, of, now);
+    }
+    engine.settle(&turn(&trust, now));
+    assert!(pulls(&mut engine).is_empty(), "it has its time");
+    assert!(engine.poll_timeout() <= now + PULL_PATIENCE);
+    let later = now + PULL_PATIENCE;
+    engine.handle_timeout(&turn(&trust, later));
+    assert_eq!(pulls(&mut engine), [("n2".to_owned(), 30)]);
+    // The end of the pull that stalled takes nothing from the one that runs, and nobody believes the liar before the other.
+    engine.handle_end(&Exchange::Pull(name(1)), Ending::Failed, &turn(&trust, later));
+    (100..130).for_each(|of| tell_of(&mut engine, &trust, 1, of, later));
+    engine.settle(&turn(&trust, later));
+    assert_eq!((pulls(&mut engine), engine.sizes().wanted, engine.sizes().pulls), (Vec::new(), 30, 1));
+    engine.handle_end(&Exchange::Pull(name(2)), Ending::Complete, &turn(&trust, later));
+    assert_eq!(pulls(&mut engine), [("n2".to_owned(), 30)], "it told of them, and has not brought them yet");
 }
 
 #[test]

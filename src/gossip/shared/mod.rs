@@ -8,7 +8,8 @@
 //! ```
 //!
 //! One last-writer-wins map (`lww`) for each [`Space`]. A write is pushed to [`ORIGIN_PUSHES`] members and passed on by each that
-//! did not have it to three others; comparisons with random members heal what was missed. The pushes and the rhythm of the
+//! did not have it to three others; comparisons with random members heal what was missed, also what found no room before some
+//! was freed (`crowded`). The pushes and the rhythm of the
 //! comparisons are the carrier's (`gossip::carrier`). A member vouches for what it passes on with the certificate of its connection: every node of the mesh may write every key, so a
 //! signature of each writer would prove nothing more.
 //!
@@ -17,6 +18,7 @@
 //! Not here: which row wins (`lww`), what rows mean (`api`).
 
 mod carry;
+mod crowded;
 mod disk;
 mod task;
 

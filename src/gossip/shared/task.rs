@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, warn};
 
 use super::carry::{self, Asked, Compare, Compared, Maps, News, Page, Taken, Verdict};
+use super::crowded::Crowded;
 use super::disk::{self, Stored, Times};
 use super::{
     Answer, Changes, KV_BYTES_DEFAULT, ORIGIN_PUSHES, Order, SharedError, SharedHandle, SharedMetrics, SharedParams,
@@ -58,6 +59,7 @@ pub(in crate::gossip) struct Task {
     orders: mpsc::Receiver<Order>,
     carrier: Carrier<Maps>,
     metrics: SharedMetrics,
+    crowded: Crowded,
     /// Writes to the disk.
     work: JoinSet<Written>,
     /// What goes to the disk next, and who waits for it; one write runs at a time.
@@ -95,6 +97,7 @@ impl Task {
             orders,
             carrier: Carrier::new(cargo, around, members, rand::random()),
             metrics: SharedMetrics::new(metrics)?,
+            crowded: Crowded::default(),
             work: JoinSet::new(),
             changes: unwanted.into_iter().map(|name| (name, None)).collect(),
             changed_bytes: 0,
@@ -293,8 +296,11 @@ impl Task {
         Taken::Judged(merged)
     }
 
-    /// Says that the writer's clock is ahead, if that is why its record is refused.
+    /// Notes that a peer's record is refused; says so if its writer's clock is ahead.
     fn refused(&mut self, writer: &NodeName, space: Space, refused: &Refused) {
+        if let Some(table) = self.tables.get(&space) {
+            self.crowded.note(space, refused, table);
+        }
         if matches!(refused, Refused::Ahead { .. }) && self.may_warn() {
             warn!(%writer, space = space.as_str(), error = %refused, "a shared record is refused: its writer's clock is ahead, or this node's is behind");
         }
@@ -323,7 +329,7 @@ impl Task {
 
     // What follows from a change.
 
-    /// Notes that `key` is another: for the disk, for those who wait, for the metrics.
+    /// Notes that `key` is another: for the disk, for those who wait, for the metrics, for what found no room.
     fn changed(&mut self, space: Space, key: &str) {
         let Some(table) = self.tables.get_mut(&space) else { return };
         let now_ms = clock::wall_ms();
@@ -340,6 +346,9 @@ impl Task {
             }
         }
         self.metrics.show(space, table);
+        if self.crowded.has_room_again(space, table) {
+            self.carrier.look_soon();
+        }
         let table = &*table;
         let keys: Vec<&str> = keys.collect();
         if let Some(waiters) = self.waiters.get_mut(&space) {
@@ -467,6 +476,9 @@ impl Task {
         for (space, table) in &mut self.tables {
             let purged = table.purge(clock::wall_ms());
             self.metrics.show(*space, table);
+            if self.crowded.has_room_again(*space, table) {
+                self.carrier.look_soon();
+            }
             if !space.is_durable() {
                 continue;
             }

@@ -194,6 +194,45 @@ fn false_positives(profile: &Profile, seed: u64, time: Duration) -> usize {
 }
 
 #[test]
+fn checks_go_out_at_the_owner_s_beats_and_by_their_own_timer_where_there_are_none() {
+    // No random probes: nobody answers them here.
+    let mut mesh = Mesh::joined_with(3, 1, Profile { probe_period: Duration::from_hours(1), ..Profile::default() });
+    let (begun, at) = (mesh.now, name(0));
+    let checks = |core: &mut Core| {
+        let outputs = std::iter::from_fn(|| core.poll_output());
+        outputs.filter(|output| matches!(output, Output::Send { packet, .. } if class_of(packet).0 == "check")).count()
+    };
+    let core = mesh.nodes.get_mut(&at).unwrap();
+    // One each beat and none between, though beats come by another clock; who is checked answers.
+    let (mut at_beats, mut between, mut now) = (0, 0, begun);
+    for beat in 0..26u32 {
+        now = begun + WATCH_PERIOD * beat + Duration::from_millis(u64::from(beat % 3) * 40);
+        while core.poll_timeout() <= now {
+            core.handle_timeout(core.poll_timeout());
+            between += checks(core);
+        }
+        core.beat(Duration::ZERO, now);
+        at_beats += checks(core);
+        (1..3).for_each(|number| core.evidence_alive(&name(number), now));
+        if beat == 5 {
+            // It has found the rhythm: the timer, whose checks are further apart, has fallen behind.
+            (at_beats, between) = (0, 0);
+        }
+    }
+    assert_eq!((at_beats, between), (20, 0));
+    // No more of them.
+    let end = now + 10 * SECOND;
+    let mut alone = 0;
+    while core.poll_timeout() <= end {
+        let due = core.poll_timeout();
+        core.handle_timeout(due);
+        alone += checks(core);
+        (1..3).for_each(|number| core.evidence_alive(&name(number), due));
+    }
+    assert!((16..=19).contains(&alone), "{alone}");
+}
+
+#[test]
 fn lifeguard_wrongs_nobody_where_plain_swim_does() {
     let time = Duration::from_secs(240);
     let ours = false_positives(&Profile::default(), 1, time);

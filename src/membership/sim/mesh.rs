@@ -506,7 +506,52 @@ fn a_crash_while_a_mesh_comes_up_is_seen_late_and_nobody_else_is_doubted() {
         mesh.kill(1);
         mesh.log.clear();
         let took = mesh.run(40 * SECOND, |mesh| mesh.all_see(1, Some(MemberStatus::Failed)));
-        assert!(took.is_some_and(|took| took < 12 * SECOND), "{took:?}");
+        // In calm it takes less than three.
+        assert!(took.is_some_and(|took| (3 * SECOND..12 * SECOND).contains(&took)), "{took:?}");
         assert!(mesh.failures().all(|(_, _, of, _)| *of == name(1)));
     });
+}
+
+#[test]
+fn hosts_too_busy_to_answer_in_time_while_a_mesh_comes_up_are_hardly_accused() {
+    seeds(5, |seed| {
+        let mut mesh = Mesh::new(20, seed);
+        mesh.run(40 * SECOND, Mesh::all_alive).expect("the join converges");
+        let accused = |mesh: &Mesh| mesh.nodes.values().map(|core| core.stats().accusations).sum::<u64>();
+        let before = accused(&mesh);
+        // Questions and answers take 300 to 900 ms together, a check in calm 600 with its helpers.
+        mesh.delay_ms = 150..450;
+        mesh.pass(8 * SECOND);
+        let more = accused(&mesh) - before;
+        println!("accusations of 20 busy nodes in 8 s, seed {seed}: {more}");
+        assert!(more <= 5, "{more}");
+        assert_eq!(mesh.failures().count(), 0);
+    });
+}
+
+#[test]
+fn who_is_served_late_sends_its_news_in_fewer_packets() {
+    let packets = |late: Duration| {
+        let (mut core, begun) = met(6);
+        core.set_linked((1..=6).map(name).collect());
+        let mut sent = 0;
+        // Every 100 ms one of six members says something, few enough for no unrest.
+        for step in 0..1000u16 {
+            let now = begun + Duration::from_millis(10) * u32::from(step);
+            if step % 10 == 0 {
+                says(&mut core, usize::from(step / 10 % 6) + 1, step / 60 + 1, now);
+            }
+            if core.poll_timeout() + late <= now {
+                core.handle_timeout(now);
+            }
+            let outputs = std::iter::from_fn(|| core.poll_output());
+            let is_news =
+                |output: &Output| matches!(output, Output::Send { packet, .. } if class_of(packet).0 == "news");
+            sent += outputs.filter(is_news).count() * usize::from(step > 200);
+        }
+        sent
+    };
+    let (in_time, late) = (packets(Duration::ZERO), packets(Duration::from_millis(120)));
+    println!("packets of news in 8 s: {in_time} in time, {late} served 120 ms late");
+    assert!(late * 4 < in_time && late > 0, "{late} of {in_time}");
 }

@@ -8,6 +8,7 @@ mod mesh;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+use std::ops::Range;
 
 use super::health::UNREST_SPAN;
 use super::*;
@@ -26,6 +27,8 @@ struct Mesh {
     wake_of: BTreeMap<NodeName, Instant>,
     flights: BTreeMap<(Instant, u64), (NodeName, MeshId, Bytes)>,
     flight_number: u64,
+    /// How long a packet takes, in milliseconds.
+    delay_ms: Range<u64>,
     loss: f64,
     /// Share of packets that do not reach a node.
     deaf: BTreeMap<NodeName, f64>,
@@ -90,6 +93,7 @@ impl Mesh {
             wake_of: BTreeMap::new(),
             flights: BTreeMap::new(),
             flight_number: 0,
+            delay_ms: 1..30,
             loss: 0.0,
             deaf: BTreeMap::new(),
             split: BTreeSet::new(),
@@ -142,15 +146,15 @@ impl Mesh {
     }
 
     /// Kills a node whose host refuses the port. Only who asks the port hears of it, as in the agent: its watchers do,
-    /// every 500 ms, in turn (`gossip::actor::evidence`). The others are answered if the host still answers (`is_generous`): hosts send few refusals.
+    /// each beat, in turn (`gossip::actor::beat`). The others are answered if the host still answers (`is_generous`): hosts send few refusals.
     fn kill_refused(&mut self, number: usize, is_generous: bool) {
         self.kill(number);
         let watches = |core: &Core| core.watched().iter().any(|id| id.name == name(number));
         let watchers: Vec<NodeName> =
             self.nodes.iter().filter(|(_, core)| watches(core)).map(|(at, _)| at.clone()).collect();
-        let first = self.rng.random_range(0..500);
+        let first = self.rng.random_range(0..550);
         for (watcher, turn) in watchers.into_iter().zip(0..) {
-            self.refuse(&watcher, &name(number), Duration::from_millis((first + turn * 250) % 500));
+            self.refuse(&watcher, &name(number), Duration::from_millis((first + turn * 275) % 550));
         }
         if is_generous {
             self.refuses.insert(name(number));
@@ -177,7 +181,7 @@ impl Mesh {
                 Output::Send { to, packet } => {
                     assert!(packet.len() <= PACKET_BYTES_MAX);
                     self.bytes += packet.len() as u64;
-                    let delay = Duration::from_millis(self.rng.random_range(1..30));
+                    let delay = Duration::from_millis(self.rng.random_range(self.delay_ms.clone()));
                     self.flight_number += 1;
                     let deaf = self.deaf.get(&to.name).copied().unwrap_or(0.0);
                     if !self.rng.random_bool(self.loss) && !self.rng.random_bool(deaf) {
