@@ -87,13 +87,11 @@ fn is_gateway(instance: &Instance) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use serde_json::{Value, json};
 
     use super::*;
     use crate::catalogue::{LocalView, ServiceEntry};
-    use crate::model::{Generation, HealthStatus, MemberStatus, NodeEntry, NodeInfo, ServiceRecord};
+    use crate::model::{ServiceRecord, fixture};
     use crate::traffic::{Entries, Ready, Traffic};
 
     fn name(text: &str) -> ServiceName {
@@ -101,27 +99,8 @@ mod tests {
     }
 
     fn service(snapshot: &mut Snapshot, of: &str, kind: &str, protocol: Protocol) {
-        let info = NodeInfo {
-            id: String::new(),
-            name: "n1".parse().unwrap(),
-            mesh_addr: "10.0.0.1:8301".parse().unwrap(),
-            datacenter: "dc1".to_owned(),
-            meta: BTreeMap::new(),
-            build: String::new(),
-            issuer: false,
-        };
-        let node = Arc::new(NodeEntry {
-            info: Arc::new(info),
-            status: MemberStatus::Alive,
-            generation: Generation::default(),
-            checks: Vec::new(),
-            external: None,
-            create_index: 1,
-            modify_index: 1,
-        });
-        let record = Arc::new(ServiceRecord { kind: kind.into(), ..ServiceRecord::new(of.parse().unwrap(), name(of)) });
-        let (checks, status) = (Box::default(), HealthStatus::Passing);
-        let instance = Arc::new(Instance { node, record, checks, status, create_index: 1, modify_index: 1 });
+        let record = ServiceRecord { kind: kind.into(), ..ServiceRecord::new(of.parse().unwrap(), name(of)) };
+        let instance = Arc::new(fixture::instance(fixture::node_entry(fixture::node_info("n1")), record));
         let entry = ServiceEntry { name: name(of), protocol, instances: vec![instance], modify_index: 1 };
         snapshot.services.insert(name(of), Arc::new(entry));
     }
