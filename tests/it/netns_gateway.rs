@@ -111,6 +111,20 @@ fn bytes(port: u16, service: &str) -> Value {
     json!({"Port": port, "Services": [{"Name": service}]})
 }
 
+/// The ports of gateways that DNS at `n2` names for a service, in order; none where dig is not installed.
+fn ingress_ports(lab: &Lab, service: &str) -> Option<Vec<String>> {
+    let [dig] = found("dig", [program("dig")])?;
+    let mut command = Command::new(&dig);
+    command.args(["@127.0.0.1", "-p", "8600", "+short", "+tries=1", "+time=5", "SRV"]);
+    command.arg(format!("{service}.ingress.weft"));
+    let out = lab.host(2).run(|| command.stdin(Stdio::null()).output().unwrap());
+    let said = String::from_utf8_lossy(&out.stdout).into_owned();
+    let mut ports: Vec<String> =
+        said.lines().filter_map(|line| line.split_whitespace().nth(2).map(str::to_owned)).collect();
+    ports.sort();
+    Some(ports)
+}
+
 /// Every agent knows by which gateway a service is reached.
 fn is_known_to_all(cluster: &Cluster) {
     let Cluster { n2, lab, .. } = cluster;
@@ -207,7 +221,7 @@ fn calls_from_outside_come_in_by_a_gateway_in_its_name_and_its_ports_follow_its_
     // The entry changes: a port comes, one goes, one is another program's; what is open goes on.
     let taken = lab.host(1).run(|| TcpListener::bind(at(8082)).unwrap());
     let named = http(8081, &json!([{"Name": "*"}]));
-    let other = http(8082, &json!([{"Name": "web", "Hosts": ["*"]}]));
+    let other = http(8082, &json!([{"Name": "web", "Hosts": ["*"]}, {"Name": "solo"}]));
     cluster.listen(&json!([named, other, bytes(9000, "legacy")]));
     assert!(cluster.wait_status((8081, "web.ingress.weft"), 200).body.starts_with("web GET /x "));
     assert_eq!(cluster.call(8081, "legacy.ingress.weft", "/").unwrap().status, 404, "it takes no requests");
@@ -232,11 +246,22 @@ fn calls_from_outside_come_in_by_a_gateway_in_its_name_and_its_ports_follow_its_
     health("warning");
     let said = n1.get("/v1/agent/checks")["gateway:edge"]["Output"].to_string();
     assert!(said.contains("ports open: 2; port 8082: 10.77.0.1:8082 is in use"), "{said}");
+    // Nobody is sent to the port that is not there, and the others are told of as before.
+    assert_eq!(n2.get("/v1/health/ingress/solo"), json!([]), "8082 alone leads to it");
+    assert_eq!(n2.get("/v1/health/ingress/web").as_array().map(Vec::len), Some(1));
+    if let Some(ports) = ingress_ports(lab, "web") {
+        assert_eq!(ports, ["8081"]);
+    }
     cluster.listen(&json!([http(8082, &json!([{"Name": "web", "Hosts": ["*"]}]))]));
     health("critical");
     assert_eq!(n2.get("/v1/health/ingress/web?passing"), json!([]), "nobody is sent to it");
+    assert_eq!(n2.get("/v1/health/ingress/web").as_array().map(Vec::len), Some(1), "and it is there to be mended");
     drop(taken);
     health("passing");
+    until("the port is told of again", || match n2.try_get("/v1/health/ingress/web?passing")?.json() {
+        one if one.as_array().is_some_and(|list| list.len() == 1) => Ok(()),
+        other => Err(other.to_string()),
+    });
     cluster.wait_status((8082, "anything.example"), 200);
     let named = http(8081, &json!([{"Name": "*"}]));
     cluster.listen(&json!([named, bytes(9000, "legacy")]));
@@ -249,6 +274,14 @@ fn calls_from_outside_come_in_by_a_gateway_in_its_name_and_its_ports_follow_its_
     });
 
     entries_that_do_nothing_are_told(&cluster);
+
+    // As another kind of service it has no ports to tell of.
+    n1.put_ok("/v1/agent/service/register", r#"{"Name": "edge", "Port": 1}"#);
+    until("the checks of its ports are gone", || {
+        let checks = n1.try_get("/v1/agent/checks")?.json();
+        let left = checks.as_object().is_some_and(|all| all.keys().any(|id| id.starts_with("gateway:")));
+        if left { Err(checks.to_string()) } else { Ok(()) }
+    });
 
     // Without its registration it has no ports, and nobody says that it has.
     n1.put_ok("/v1/agent/service/deregister/edge", "");
