@@ -11,6 +11,8 @@
 //! Not here: the environment (the command line reads it), definitions of services (`registry::definition`), starting
 //! anything (`node`).
 
+mod address;
+mod consul;
 mod dns;
 mod duration;
 mod file;
