@@ -33,7 +33,7 @@ pub(super) fn ip_rule(text: &str) -> &'static str {
     if text.contains("{{") {
         "is a template, and weft fills none in: write the address, or leave bind_addr out to take the host's only private one"
     } else {
-        "must be one IP address, without a port"
+        "must be an IP address, one alone and without a port"
     }
 }
 

@@ -12,6 +12,8 @@
 //! Not here: where queries are kept (`gossip::shared`), the order of instances, Consul's JSON (`api`), records (`dns`).
 
 mod definition;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
