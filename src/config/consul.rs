@@ -27,7 +27,7 @@ pub(super) fn is_port(name: &str) -> bool {
 }
 
 /// Says why a key of Consul's has no effect, and what stands in its place; none: it is none of these.
-pub(super) fn without_effect(key: &str) -> Option<&'static str> {
+pub fn without_effect(key: &str) -> Option<&'static str> {
     Some(match key {
         "acl" | "enable_acl_replication" | "session_ttl_min" => {
             "has no effect: weft has no ACLs; tokens of the API are admin_token_file and api_token, calls are decided by intentions"

@@ -30,6 +30,7 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
 
+pub use consul::without_effect;
 pub use duration::parse_duration;
 pub use file::{Document, FILE_BYTES_MAX, list_directory, read_document, read_document_or_input};
 pub use host::Host;

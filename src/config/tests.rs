@@ -403,10 +403,7 @@ fn what_would_open_an_agent_wider_than_its_file_says_is_refused() {
     check(json!({"http_config": {"allow_write_http_from": ["127.0.0.0/8"]}}), "api_token");
     check(json!({"addresses": {"http": "0.0.0.0"}}), "addresses.http = 0.0.0.0: is not loopback");
     check(json!({"addresses": {"http": "127.0.0.1 10.0.0.1"}}), "must be one IP address, or unix://");
-    check(
-        json!({"addresses": {"https": "x"}, "ports": {"https": 8501}}),
-        "addresses.https = x: must be an IP address",
-    );
+    check(json!({"addresses": {"https": "x"}, "ports": {"https": 8501}}), "addresses.https = x: must be an IP address");
     check(json!({"bind_addr": "{{ GetPrivateIP }}"}), "bind_addr = {{ GetPrivateIP }}: is a template");
     check(json!({"retry_join": ["provider=aws tag_key=x"]}), "asks a cloud for addresses");
 }

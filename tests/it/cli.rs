@@ -92,6 +92,10 @@ fn lists_are_aligned_narrowed_and_the_same_in_json() {
     assert!(!weft_ok(&["catalog", "nodes", "-node-meta=rack=b2", &at]).contains("n1"));
     assert_eq!(weft_ok(&["catalog", "services", "-node-meta=rack=a1", &at]), "Service  Tags\nweb      v1\n");
     assert_eq!(weft_ok(&["catalog", "datacenters", &at]), "dc1\n");
+    assert_eq!(weft_ok(&["catalog", "services", "-datacenter=dc1", &at]), "Service  Tags\nweb      v1\n");
+    for words in [&["catalog", "services", "-datacenter=dc9", &at][..], &["catalog", "nodes", "-datacenter=dc9", &at]] {
+        assert_says(&stderr(&weft(words)), &["No path to datacenter"]);
+    }
     let json: serde_json::Value =
         serde_json::from_str(&weft_ok(&["catalog", "services", "-format=json", &at])).unwrap();
     assert_eq!(json, serde_json::json!({"web": ["v1"]}));
@@ -279,6 +283,8 @@ fn failures_say_what_to_do_and_end_with_their_code() {
         assert_says(&stderr(&out), says);
     }
     check(&["nonsense"], 2, &["Usage"]);
+    check(&["keyring", "-list"], 2, &["Usage", "weft ca rotate"]);
+    check(&["agent", "-server", "-bootstrap-expect=3"], 2, &["-server is Consul's"]);
     check(&["watch", "-type=nonsense"], 2, &["keyprefix"]);
     check(&["watch", "-type=service", &at], 1, &["-service"]);
     check(&["members", "-http-addr=ftp://x"], 1, &["host:port", "unix:///"]);
