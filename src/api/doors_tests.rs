@@ -49,6 +49,24 @@ fn on_loopback(https: Option<HttpsConfig>) -> ApiConfig {
 }
 
 #[tokio::test]
+async fn no_answer_lets_another_page_read_it() {
+    let bench = Bench::new();
+    for route in ROUTES {
+        let path = route.path.replace(['{', '}', '*'], "");
+        // As a browser asks before it sends what needs leave.
+        let asked = Request::options(&path).header("host", "127.0.0.1:8500").header("origin", "http://127.0.0.1:8500");
+        let asked = asked.header("access-control-request-method", "PUT").body(Body::empty()).unwrap();
+        let answer = bench.send(asked).await;
+        assert_eq!((answer.status, answer.headers.contains_key("allow")), (StatusCode::OK, true), "{path}");
+        let is_cors = |name: &http::HeaderName| name.as_str().starts_with("access-control-");
+        assert!(!answer.headers.keys().any(is_cors), "{path}: {:?}", answer.headers);
+    }
+    let read = Request::get("/v1/catalog/nodes").header("host", "localhost").header("origin", "http://localhost");
+    let answer = bench.send(read.body(Body::empty()).unwrap()).await;
+    assert!(!answer.headers.keys().any(|name| name.as_str().starts_with("access-control-")));
+}
+
+#[tokio::test]
 async fn each_endpoint_takes_the_right_that_it_needs_and_no_less() {
     let rights = [Right::Read, Right::Services, Right::Operator];
     let tokens = rights.map(|right| ApiToken::new(right.as_str(), right)).to_vec();
