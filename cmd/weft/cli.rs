@@ -86,7 +86,7 @@ pub(crate) enum Verb {
     /// Makes the agent leave the mesh and stop.
     #[command(after_help = "Example:\n  weft leave -http-addr 127.0.0.2:8500")]
     Leave(ClientArgs),
-    /// Makes the agent read its files again: services, checks, log level, the CA file of checks.
+    /// Makes the agent read its files again: services, checks, DNS, log level, the CA file of checks, the certificate of HTTPS.
     #[command(
         after_help = "What takes a restart is named. A file with a problem changes nothing.\nExample:\n  weft validate /etc/weft.d && weft reload"
     )]

@@ -297,6 +297,39 @@ fn failures_say_what_to_do_and_end_with_their_code() {
 }
 
 #[test]
+fn a_renewed_certificate_of_https_is_shown_after_a_reload_and_a_broken_one_changes_nothing() {
+    let ca = Ca::init("cli.test");
+    let dir = TempDir::new().unwrap();
+    let [cert, key, before, config] =
+        ["cert.pem", "key.pem", "before.pem", "https.hcl"].map(|name| dir.path().join(name));
+    let renew = || {
+        let made = rcgen::generate_simple_self_signed(["mesh.example".to_owned()]).unwrap();
+        fs::write(&cert, made.cert.pem()).unwrap();
+        fs::write(&key, made.signing_key.serialize_pem()).unwrap();
+    };
+    renew();
+    fs::copy(&cert, &before).unwrap();
+    let files = format!("cert_file = \"{}\"\n    key_file = \"{}\"", path(&cert), path(&key));
+    fs::write(&config, format!("ports {{\n  https = 8501\n}}\ntls {{\n  https {{\n    {files}\n  }}\n}}\n")).unwrap();
+    let issuer = ca.issuer();
+    let agent = Agent::start(&Spec::loopback(231, "n1", &["-issuer", path(&issuer), "-config-file", path(&config)]));
+    let (plain, secure) = (format!("-http-addr={}", agent.api), format!("-http-addr=https://{}:8501", agent.api.ip()));
+    let is_believed = |roots: &std::path::Path| {
+        weft(&["members", &secure, "-tls-server-name=mesh.example", "-ca-file", path(roots)]).status.success()
+    };
+    assert!(is_believed(&before));
+    renew();
+    assert!(is_believed(&before) && !is_believed(&cert), "files alone change nothing");
+    weft_ok(&["reload", &plain]);
+    assert!(is_believed(&cert) && !is_believed(&before));
+    fs::write(&key, "nothing").unwrap();
+    let refused = weft(&["reload", &plain]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert_says(&stderr(&refused), &["nothing was reloaded", "tls.https.key_file"]);
+    assert!(is_believed(&cert));
+}
+
+#[test]
 fn completions_complete_and_manual_pages_are_there() {
     let bash = weft_ok(&["completion", "bash"]);
     let script = format!(
