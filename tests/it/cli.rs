@@ -94,7 +94,7 @@ fn lists_are_aligned_narrowed_and_the_same_in_json() {
     assert_eq!(weft_ok(&["catalog", "datacenters", &at]), "dc1\n");
     assert_eq!(weft_ok(&["catalog", "services", "-datacenter=dc1", &at]), "Service  Tags\nweb      v1\n");
     for words in [&["catalog", "services", "-datacenter=dc9", &at][..], &["catalog", "nodes", "-datacenter=dc9", &at]] {
-        assert_says(&stderr(&weft(words)), &["No path to datacenter"]);
+        assert_says(&stderr(&weft(words)), &["No path to datacenter", "weft catalog datacenters"]);
     }
     let json: serde_json::Value =
         serde_json::from_str(&weft_ok(&["catalog", "services", "-format=json", &at])).unwrap();
@@ -289,9 +289,10 @@ fn failures_say_what_to_do_and_end_with_their_code() {
     check(&["watch", "-type=service", &at], 1, &["-service"]);
     check(&["members", "-http-addr=ftp://x"], 1, &["host:port", "unix:///"]);
     check(&["members", "-http-addr=unix:///nowhere.sock"], 1, &["unix:///nowhere.sock", "weft agent"]);
-    check(&["services", "deregister", "nobody", &at], 1, &["404", "Unknown service ID"]);
+    check(&["services", "deregister", "nobody", &at], 1, &["404", "Unknown service ID", "weft catalog services -node"]);
     check(&["watch", "-type=key", "-key=a", &at], 1, &["501", "api/README.md"]);
-    check(&["force-leave", "nobody", &at], 1, &["nobody"]);
+    check(&["force-leave", "nobody", &at], 1, &["nobody", "weft members"]);
+    check(&["config", "read", "-kind=service-defaults", "-name=nobody", &at], 1, &["404", "weft config list"]);
     check(&["completion", "tcsh"], 2, &["bash", "zsh", "fish"]);
     check(&["top", "-interval=0s", &at], 1, &["-interval"]);
 }
