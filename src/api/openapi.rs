@@ -38,14 +38,14 @@ fn the_document_and_the_router_list_the_same_endpoints() {
 
 /// Reads the lines of every operation, by (path, method).
 fn bodies(document: &str) -> BTreeMap<(&str, &str), Vec<&str>> {
-    let (mut path, mut method, mut bodies) = ("", "", BTreeMap::new());
+    let (mut path, mut method, mut bodies) = ("", "", BTreeMap::<_, Vec<_>>::new());
     let inside = document.lines().skip_while(|line| *line != "paths:").skip(1);
     for line in inside.take_while(|line| line.is_empty() || line.starts_with(' ')) {
         let text = line.trim_start();
         match line.len() - text.len() {
             2 => path = text,
             4 => method = text,
-            _ => bodies.entry((path, method)).or_insert_with(Vec::new).push(text),
+            _ => bodies.entry((path, method)).or_default().push(text),
         }
     }
     bodies

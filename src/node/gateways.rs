@@ -151,7 +151,7 @@ fn verdict(snapshot: &Snapshot, listeners: &Listeners, gateway: &Here) -> Verdic
         let why = if snapshot.local.upstreams.iter().any(|upstream| upstream.bind == port.bind) {
             "an upstream of this agent has it"
         } else if let Some(ListenerState::Failed(why)) = listeners.get(&port.bind) {
-            why
+            why.as_str()
         } else {
             // Those that were not tried yet among them: that takes milliseconds.
             open += 1;
