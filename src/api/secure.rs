@@ -67,8 +67,9 @@ impl FileCertificate {
 
     /// Shows `fresh` to the connections that come; returns whether it is another certificate than before.
     pub fn show(&self, fresh: Arc<CertifiedKey>) -> bool {
-        let before = self.shown.swap(Arc::clone(&fresh));
-        before.cert != fresh.cert
+        let is_other = self.shown.load().cert != fresh.cert;
+        self.shown.store(fresh);
+        is_other
     }
 }
 

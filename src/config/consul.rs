@@ -28,11 +28,20 @@ pub(super) fn is_port(name: &str) -> bool {
 
 /// Says why a key of Consul's has no effect, and what stands in its place; none: it is none of these.
 pub fn without_effect(key: &str) -> Option<&'static str> {
+    let key = match key {
+        _ if key.starts_with("acl_") => "acl",
+        _ if key.starts_with("raft_") => "server",
+        _ => key,
+    };
+    of_the_mesh(key).or_else(|| of_the_host(key))
+}
+
+/// Keys about servers, other agents, and what is said between them.
+fn of_the_mesh(key: &str) -> Option<&'static str> {
     Some(match key {
         "acl" | "enable_acl_replication" | "session_ttl_min" => {
             "has no effect: weft has no ACLs; tokens of the API are admin_token_file and api_token, calls are decided by intentions"
         }
-        _ if key.starts_with("acl_") => without_effect("acl")?,
         "server"
         | "bootstrap"
         | "bootstrap_expect"
@@ -44,7 +53,6 @@ pub fn without_effect(key: &str) -> Option<&'static str> {
         | "server_rejoin_age_max"
         | "use_streaming_backend"
         | "discovery_max_stale" => "has no effect: weft has no servers, every agent answers from what it knows",
-        _ if key.starts_with("raft_") => without_effect("server")?,
         "primary_datacenter"
         | "primary_gateways"
         | "primary_gateways_interval"
@@ -91,6 +99,16 @@ pub fn without_effect(key: &str) -> Option<&'static str> {
         "retry_interval" | "retry_max" | "rejoin_after_leave" => {
             "has no effect: an agent asks its seeds, and the peers on its disk, until one answers"
         }
+        "segment" | "segments" | "partition" | "license_path" | "audit" | "reporting" | "cloud" => {
+            "has no effect: weft has neither partitions nor segments, nor a licence key"
+        }
+        _ => return None,
+    })
+}
+
+/// Keys about the agent on its own host.
+fn of_the_host(key: &str) -> Option<&'static str> {
+    Some(match key {
         "skip_leave_on_interrupt" => "has no effect: leave_on_terminate decides for both signals",
         "node_id" | "disable_host_node_id" => "has no effect: the agent makes an id of its own and keeps it on disk",
         "log_file"
@@ -125,9 +143,6 @@ pub fn without_effect(key: &str) -> Option<&'static str> {
         "locality" => "has no effect: node_meta { zone = \"…\" } says where a node is (api/balancing.md)",
         "disable_remote_exec" | "disable_update_check" | "disable_anonymous_signature" | "experiments" => {
             "has no effect: weft has none of this"
-        }
-        "segment" | "segments" | "partition" | "license_path" | "audit" | "reporting" | "cloud" => {
-            "has no effect: weft has neither partitions nor segments, nor a licence key"
         }
         _ => return None,
     })

@@ -150,6 +150,41 @@ fn is_known_to_all(cluster: &Cluster) {
     }
 }
 
+/// Every agent knows which ports of the gateway could not be opened: here 8082, until `taken` is dropped.
+fn closed_ports_are_told_to_all(cluster: &Cluster, taken: TcpListener) {
+    let Cluster { n1, n2, lab, .. } = cluster;
+    let health = |want: &str| {
+        until(&format!("the gateway is {want} everywhere"), || {
+            let list = n2.try_get("/v1/health/service/edge")?.json();
+            let checks = list[0]["Checks"].as_array().cloned().unwrap_or_default();
+            let own = checks.iter().find(|check| check["CheckID"] == "gateway:edge");
+            if own.is_some_and(|check| check["Status"] == want) { Ok(()) } else { Err(list.to_string()) }
+        });
+    };
+    health("warning");
+    let said = n1.get("/v1/agent/checks")["gateway:edge"]["Output"].to_string();
+    assert!(said.contains("ports open: 2; port 8082: 10.77.0.1:8082 is in use"), "{said}");
+    // Nobody is sent to the port that is not there, and the others are told of as before.
+    assert_eq!(n2.get("/v1/health/ingress/solo"), json!([]), "8082 alone leads to it");
+    assert_eq!(n2.get("/v1/health/ingress/web").as_array().map(Vec::len), Some(1));
+    if let Some(ports) = ingress_ports(lab, "web") {
+        assert_eq!(ports, ["8081"]);
+    }
+    cluster.listen(&json!([http(8082, &json!([{"Name": "web", "Hosts": ["*"]}]))]));
+    health("critical");
+    assert_eq!(n2.get("/v1/health/ingress/web?passing"), json!([]), "nobody is sent to it");
+    let told_once = |path: &str| {
+        until(&format!("{path} tells of the gateway"), || match n2.try_get(path)?.json() {
+            one if one.as_array().is_some_and(|list| list.len() == 1) => Ok(()),
+            other => Err(other.to_string()),
+        });
+    };
+    told_once("/v1/health/ingress/web");
+    drop(taken);
+    health("passing");
+    told_once("/v1/health/ingress/web?passing");
+}
+
 /// What is kept without an effect says so, and what cannot be is refused with every problem.
 fn entries_that_do_nothing_are_told(cluster: &Cluster) {
     let said =
@@ -235,36 +270,7 @@ fn calls_from_outside_come_in_by_a_gateway_in_its_name_and_its_ports_follow_its_
         state => Err(state),
     });
     assert!(n1.log().contains("cannot listen on a local port") && n1.log().contains("10.77.0.1:8082"));
-    let health = |want: &str| {
-        until(&format!("the gateway is {want} everywhere"), || {
-            let list = n2.try_get("/v1/health/service/edge")?.json();
-            let checks = list[0]["Checks"].as_array().cloned().unwrap_or_default();
-            let own = checks.iter().find(|check| check["CheckID"] == "gateway:edge");
-            if own.is_some_and(|check| check["Status"] == want) { Ok(()) } else { Err(list.to_string()) }
-        });
-    };
-    health("warning");
-    let said = n1.get("/v1/agent/checks")["gateway:edge"]["Output"].to_string();
-    assert!(said.contains("ports open: 2; port 8082: 10.77.0.1:8082 is in use"), "{said}");
-    // Nobody is sent to the port that is not there, and the others are told of as before.
-    assert_eq!(n2.get("/v1/health/ingress/solo"), json!([]), "8082 alone leads to it");
-    assert_eq!(n2.get("/v1/health/ingress/web").as_array().map(Vec::len), Some(1));
-    if let Some(ports) = ingress_ports(lab, "web") {
-        assert_eq!(ports, ["8081"]);
-    }
-    cluster.listen(&json!([http(8082, &json!([{"Name": "web", "Hosts": ["*"]}]))]));
-    health("critical");
-    assert_eq!(n2.get("/v1/health/ingress/web?passing"), json!([]), "nobody is sent to it");
-    let told_once = |path: &str| {
-        until(&format!("{path} tells of the gateway"), || match n2.try_get(path)?.json() {
-            one if one.as_array().is_some_and(|list| list.len() == 1) => Ok(()),
-            other => Err(other.to_string()),
-        });
-    };
-    told_once("/v1/health/ingress/web");
-    drop(taken);
-    health("passing");
-    told_once("/v1/health/ingress/web?passing");
+    closed_ports_are_told_to_all(&cluster, taken);
     cluster.wait_status((8082, "anything.example"), 200);
     let named = http(8081, &json!([{"Name": "*"}]));
     cluster.listen(&json!([named, bytes(9000, "legacy")]));
