@@ -298,8 +298,8 @@ fn next_step(path: &str, status: http::StatusCode, text: &str) -> Option<&'stati
         http::StatusCode::NOT_FOUND if path.starts_with("/v1/agent/service/") => {
             Some("`weft info` names the agent's node, `weft catalog services -node NODE` the IDs of its services")
         }
-        http::StatusCode::NOT_FOUND if path.starts_with("/v1/agent/force-leave/") => {
-            Some("`weft members` names the members")
+        http::StatusCode::NOT_FOUND if path.starts_with("/v1/connect/intentions/") => {
+            Some("`weft intention list` shows all")
         }
         http::StatusCode::NOT_FOUND if path.starts_with("/v1/config/") => Some("`weft config list` names all entries"),
         _ if text.contains("No path to datacenter") => Some("`weft catalog datacenters` names them"),

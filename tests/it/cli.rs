@@ -293,6 +293,8 @@ fn failures_say_what_to_do_and_end_with_their_code() {
     check(&["watch", "-type=key", "-key=a", &at], 1, &["501", "api/README.md"]);
     check(&["force-leave", "nobody", &at], 1, &["nobody", "weft members"]);
     check(&["config", "read", "-kind=service-defaults", "-name=nobody", &at], 1, &["404", "weft config list"]);
+    check(&["config", "delete", "-kind=service-defaults", "-name=nobody", &at], 1, &["404", "weft config list"]);
+    check(&["intention", "get", "a", "b", &at], 1, &["404", "weft intention list"]);
     check(&["completion", "tcsh"], 2, &["bash", "zsh", "fish"]);
     check(&["top", "-interval=0s", &at], 1, &["-interval"]);
 }
