@@ -120,7 +120,12 @@ fn inputs(args: &AgentArgs) -> Inputs {
     settings.extend(texts.into_iter().filter_map(|(flag, key, text)| Some(setting(flag, key, json!(text.as_ref()?)))));
     settings.extend(ports.into_iter().filter_map(|(flag, key, port)| Some(setting(flag, key, json!(port?)))));
     settings.extend(args.join.iter().map(|addr| setting("-join", "retry_join", json!(addr))));
-    settings.extend(args.dns_port.map(|port| setting("-dns-port", "ports.dns", json!(port))));
+    let may_be_off = [("-dns-port", "ports.dns", args.dns_port), ("-https-port", "ports.https", args.https_port)];
+    settings.extend(may_be_off.into_iter().filter_map(|(flag, key, port)| Some(setting(flag, key, json!(port?)))));
+    settings.extend(args.node_meta.iter().map(|pair| {
+        let (key, value) = pair.split_once(':').unwrap_or((pair, ""));
+        setting("-node-meta", "node_meta", json!({ key: value }))
+    }));
     settings.extend(args.recursor.iter().map(|addr| setting("-recursor", "recursors", json!(addr))));
     settings.extend(args.workers.map(|count| setting("-workers", "workers", json!(count))));
     let switches = [

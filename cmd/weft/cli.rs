@@ -86,7 +86,7 @@ pub(crate) enum Verb {
     /// Makes the agent leave the mesh and stop.
     #[command(after_help = "Example:\n  weft leave -http-addr 127.0.0.2:8500")]
     Leave(ClientArgs),
-    /// Makes the agent read its files again: services, checks, log level, the CA file of checks.
+    /// Makes the agent read its files again: services, checks, DNS, log level, the CA file of checks, the certificate of HTTPS.
     #[command(
         after_help = "What takes a restart is named. A file with a problem changes nothing.\nExample:\n  weft validate /etc/weft.d && weft reload"
     )]
@@ -231,6 +231,9 @@ pub(crate) struct AgentArgs {
     /// This node's name. Default: the host name.
     #[arg(long, value_name = "NAME")]
     pub(crate) node: Option<String>,
+    /// A pair of the node's meta, which other nodes see; repeatable.
+    #[arg(long, value_name = "KEY:VALUE")]
+    pub(crate) node_meta: Vec<String>,
     /// Datacenter. Default dc1.
     #[arg(long, value_name = "NAME")]
     pub(crate) datacenter: Option<String>,
@@ -252,6 +255,9 @@ pub(crate) struct AgentArgs {
     /// HTTP API port (TCP). Default 8500.
     #[arg(long, value_name = "PORT")]
     pub(crate) http_port: Option<u16>,
+    /// Port of the HTTP API over TLS (TCP); -1 is off. Default: off; Consul's is 8501.
+    #[arg(long, value_name = "PORT", allow_negative_numbers = true)]
+    pub(crate) https_port: Option<i64>,
     /// Shared HTTP port that routes by Host (TCP); 0 is off. Default 0, with -dev 8480.
     #[arg(long, value_name = "PORT")]
     pub(crate) shared_http_port: Option<u16>,
@@ -268,7 +274,7 @@ pub(crate) struct AgentArgs {
     #[arg(long, value_name = "ADDR")]
     pub(crate) recursor: Vec<String>,
     /// Seed to join through: a name, an address or host:port; repeatable, retried until one answers.
-    #[arg(long, value_name = "ADDR")]
+    #[arg(long, visible_alias = "retry-join", alias = "start-join", value_name = "ADDR")]
     pub(crate) join: Vec<String>,
     /// Join token of `weft token create`; needed at the first start only.
     #[arg(long, env = "WEFT_JOIN_TOKEN", hide_env_values = true)]
@@ -395,7 +401,7 @@ mod tests {
 
     #[test]
     fn consul_s_spelling_is_understood() {
-        let argv = ["weft", "agent", "-node", "a", "-join=s1", "-join", "s2", "-http-port", "8501"];
+        let argv = ["weft", "agent", "-node", "a", "-join=s1", "-retry-join", "s2", "-http-port", "8501"];
         let cli = Cli::parse_from(crate::argv::normalize(argv.map(Into::into)));
         let Verb::Agent(agent) = cli.verb else { panic!("not the agent's verb") };
         assert_eq!((agent.node.as_deref(), agent.http_port), (Some("a"), Some(8501)));

@@ -259,7 +259,7 @@ impl Client {
                 return read(response).await;
             }
             let body = Limited::new(response.into_body(), RESPONSE_BYTES_MAX).collect().await;
-            Err(refusal(status, &body.map_err(anyhow::Error::from_boxed).with_context(context)?.to_bytes()))
+            Err(refusal(ask.path, status, &body.map_err(anyhow::Error::from_boxed).with_context(context)?.to_bytes()))
         };
         // The connection must be driven while the answer is awaited; it ends with the answer.
         tokio::pin!(answer);
@@ -279,17 +279,31 @@ fn broke_off(addr: &Address) -> String {
 }
 
 /// Turns the agent's own words into a failure.
-fn refusal(status: http::StatusCode, body: &[u8]) -> Failure {
+fn refusal(path: &str, status: http::StatusCode, body: &[u8]) -> Failure {
     let text = String::from_utf8_lossy(body);
     let failure = Failure::text(format!("the agent refused ({}): {}", status.as_u16(), text.trim()));
+    match next_step(path, status, &text) {
+        Some(hint) => failure.hint(hint),
+        None => failure,
+    }
+}
+
+/// Says what to do about a refusal, where the agent's words do not.
+fn next_step(path: &str, status: http::StatusCode, text: &str) -> Option<&'static str> {
     match status {
         http::StatusCode::UNAUTHORIZED | http::StatusCode::FORBIDDEN => {
-            failure.hint("if a token is missing, pass -token or set WEFT_HTTP_TOKEN")
+            Some("if a token is missing, pass -token or set WEFT_HTTP_TOKEN")
         }
-        http::StatusCode::NOT_IMPLEMENTED => {
-            failure.hint("api/README.md lists what weft refuses, and what to use instead")
+        http::StatusCode::NOT_IMPLEMENTED => Some("api/README.md lists what weft refuses, and what to use instead"),
+        http::StatusCode::NOT_FOUND if path.starts_with("/v1/agent/service/") => {
+            Some("`weft info` names the agent's node, `weft catalog services -node NODE` the IDs of its services")
         }
-        _ => failure,
+        http::StatusCode::NOT_FOUND if path.starts_with("/v1/connect/intentions/") => {
+            Some("`weft intention list` shows all")
+        }
+        http::StatusCode::NOT_FOUND if path.starts_with("/v1/config/") => Some("`weft config list` names all entries"),
+        _ if text.contains("No path to datacenter") => Some("`weft catalog datacenters` names them"),
+        _ => None,
     }
 }
 

@@ -19,6 +19,7 @@ mod shell;
 mod table;
 mod tls;
 mod top;
+mod usage;
 mod verbs;
 mod watch;
 mod why;
@@ -39,7 +40,7 @@ use crate::failure::Failure;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse_from(argv::normalize(std::env::args_os()));
+    let cli = Cli::try_parse_from(argv::normalize(std::env::args_os())).unwrap_or_else(|error| usage::end(&error));
     // The one verb whose exit code is its answer.
     if let Verb::Intention(IntentionVerb::Check(args)) = &cli.verb {
         return policy::check_intention(args);

@@ -336,6 +336,10 @@ pub(crate) fn delete_config(args: &ConfigDeleteArgs) -> Result<(), Failure> {
     fits(&draft, None, &args.signer)?;
     let done = format!("Deleted {}", draft.id());
     let path = format!("/v1/config/{}/{}", segment(&args.kind), segment(&args.name));
+    if args.signer.out.is_none() {
+        // A name that was mistyped is told, not signed away.
+        Client::new(&args.signer.client)?.get(&path)?;
+    }
     write(draft, &args.signer, &done, |client| client.delete(&path))
 }
 

@@ -80,7 +80,7 @@ pub(crate) fn nodes(args: &NodesArgs) -> Result<(), Failure> {
         Some(service) => format!("/v1/catalog/service/{}", segment(service)),
         None => "/v1/catalog/nodes".to_owned(),
     };
-    let given = [("near", &args.near), ("filter", &args.filter)];
+    let given = [("dc", &args.datacenter), ("near", &args.near), ("filter", &args.filter)];
     let given = given.iter().filter_map(|(key, value)| Some(format!("{key}={}", segment(value.as_ref()?))));
     list(&args.list, &with_query(&path, meta_of(&args.node_meta).chain(given)), |value| {
         let row =
@@ -94,9 +94,11 @@ pub(crate) fn nodes(args: &NodesArgs) -> Result<(), Failure> {
 
 pub(crate) fn services(args: &ServicesArgs) -> Result<(), Failure> {
     let tags = |tags: &Value| rows(tags, |tag| tag.as_str().unwrap_or_default().to_owned()).join(",");
+    let datacenter = args.datacenter.iter().map(|name| format!("dc={}", segment(name)));
     if let Some(node) = &args.node {
         // `catalog/node` answers `null` for a node that is not there.
-        return list_or_fail(&args.list, &format!("/v1/catalog/node/{}", segment(node)), |value| {
+        let path = with_query(&format!("/v1/catalog/node/{}", segment(node)), datacenter);
+        return list_or_fail(&args.list, &path, |value| {
             let services = value.get("Services").and_then(Value::as_object).ok_or_else(|| {
                 Failure::text(format!("there is no node `{node}`")).hint("`weft catalog nodes` names all")
             })?;
@@ -108,7 +110,7 @@ pub(crate) fn services(args: &ServicesArgs) -> Result<(), Failure> {
             Ok(table::render(["Service", "ID", "Tags"], &rows))
         });
     }
-    list(&args.list, &with_query("/v1/catalog/services", meta_of(&args.node_meta)), |value| {
+    list(&args.list, &with_query("/v1/catalog/services", meta_of(&args.node_meta).chain(datacenter)), |value| {
         let row = |(name, its): (&String, &Value)| [name.clone(), tags(its)];
         let services: Vec<[String; 2]> = value.as_object().into_iter().flatten().map(row).collect();
         table::render(["Service", "Tags"], &services)

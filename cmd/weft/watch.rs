@@ -96,6 +96,8 @@ fn path(args: &WatchArgs) -> Result<String, Failure> {
             Some(name) => format!("/v1/event/list?name={}", segment(name)),
             None => "/v1/event/list".to_owned(),
         },
+        WatchedKind::ConnectRoots => "/v1/agent/connect/ca/roots".to_owned(),
+        WatchedKind::ConnectLeaf => format!("/v1/agent/connect/ca/leaf/{}", needs("-service", &args.service)?),
         WatchedKind::Key => format!("/v1/kv/{}", needs("-key", &args.key)?),
         WatchedKind::Keyprefix => format!("/v1/kv/{}?recurse", needs("-prefix", &args.prefix)?),
     })
@@ -134,6 +136,9 @@ mod tests {
         check("-type=checks -state=critical", Ok("/v1/health/state/critical"));
         check("-type=checks -service=web", Ok("/v1/health/checks/web"));
         check("-type=event -name=deploy", Ok("/v1/event/list?name=deploy"));
+        check("-type=connect_roots", Ok("/v1/agent/connect/ca/roots"));
+        check("-type=connect_leaf -service=web", Ok("/v1/agent/connect/ca/leaf/web"));
+        check("-type=connect_leaf", Err("-service"));
         check("-type=key", Err("-key"));
         check("-type=keyprefix -prefix=a/", Ok("/v1/kv/a%2F?recurse"));
     }

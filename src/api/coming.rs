@@ -1,5 +1,6 @@
 //! Compares the page "Coming from Consul" of `api/README.md` with the route table, both ways.
 
+use super::fake::Bench;
 use super::routes::{REFUSED, ROUTES};
 
 const PAGE: &str = include_str!("../../api/README.md");
@@ -66,6 +67,17 @@ fn the_page_names_nothing_that_the_agent_does_not_do() {
                 other => panic!("{pattern}: unknown mark {other:?}"),
             };
             assert!(is_right, "{pattern} is marked {mark:?}; served: {served}, refused: {refused}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_is_refused_says_why_whatever_stands_behind_its_prefix() {
+    let bench = Bench::new();
+    for (prefix, status, text) in REFUSED {
+        for path in [format!("{prefix}x"), format!("{prefix}/x?y")] {
+            let answer = bench.get(&path).await;
+            assert_eq!((answer.status, answer.text.as_str()), (*status, *text), "{path}");
         }
     }
 }

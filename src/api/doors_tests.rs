@@ -49,6 +49,24 @@ fn on_loopback(https: Option<HttpsConfig>) -> ApiConfig {
 }
 
 #[tokio::test]
+async fn no_answer_lets_another_page_read_it() {
+    let bench = Bench::new();
+    for route in ROUTES {
+        let path = route.path.replace(['{', '}', '*'], "");
+        // As a browser asks before it sends what needs leave.
+        let asked = Request::options(&path).header("host", "127.0.0.1:8500").header("origin", "http://127.0.0.1:8500");
+        let asked = asked.header("access-control-request-method", "PUT").body(Body::empty()).unwrap();
+        let answer = bench.send(asked).await;
+        assert_eq!((answer.status, answer.headers.contains_key("allow")), (StatusCode::OK, true), "{path}");
+        let is_cors = |name: &http::HeaderName| name.as_str().starts_with("access-control-");
+        assert!(!answer.headers.keys().any(is_cors), "{path}: {:?}", answer.headers);
+    }
+    let read = Request::get("/v1/catalog/nodes").header("host", "localhost").header("origin", "http://localhost");
+    let answer = bench.send(read.body(Body::empty()).unwrap()).await;
+    assert!(!answer.headers.keys().any(|name| name.as_str().starts_with("access-control-")));
+}
+
+#[tokio::test]
 async fn each_endpoint_takes_the_right_that_it_needs_and_no_less() {
     let rights = [Right::Read, Right::Services, Right::Operator];
     let tokens = rights.map(|right| ApiToken::new(right.as_str(), right)).to_vec();
@@ -316,7 +334,7 @@ async fn https_shows_the_node_s_own_identity_or_the_operator_s_certificate() {
     let mut by_spiffe = ClientConfig::clone(&own);
     by_spiffe.alpn_protocols = vec![b"http/1.1".to_vec()];
     for (certificate, client) in [(files.clone(), by_name), (Certificate::Own, Arc::new(by_spiffe))] {
-        let tls = secure::server(&certificate, &bench.identity).unwrap();
+        let (tls, _) = secure::server(&certificate, &bench.identity).unwrap();
         let config = on_loopback(Some(HttpsConfig { addr: "127.0.0.1:0".parse().unwrap(), certificate }));
         let listening = serve::bind(&config, Some(tls)).await.unwrap();
         let addr = listening.addrs[1];
@@ -337,6 +355,47 @@ async fn https_shows_the_node_s_own_identity_or_the_operator_s_certificate() {
     let refused = secure::server(&files, &bench.identity).unwrap_err();
     assert!(matches!(&refused, ApiError::Certificate { path, .. } if *path == key), "{refused}");
     assert!(refused.to_string().contains("tls.https.key_file"), "{refused}");
+}
+
+#[tokio::test]
+async fn a_certificate_that_was_renewed_is_shown_to_the_next_connection() {
+    let bench = Bench::new();
+    let temp = tempfile::tempdir().unwrap();
+    let (chain, key) = (temp.path().join("cert.pem"), temp.path().join("key.pem"));
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    // Writes a certificate and returns a client that believes that one alone.
+    let renew = || {
+        let made = rcgen::generate_simple_self_signed(["mesh.example".to_owned()]).unwrap();
+        std::fs::write(&chain, made.cert.pem()).unwrap();
+        std::fs::write(&key, made.signing_key.serialize_pem()).unwrap();
+        let mut roots = RootCertStore::empty();
+        roots.add(CertificateDer::from(made.cert.der().to_vec())).unwrap();
+        let client = ClientConfig::builder_with_provider(Arc::clone(&provider));
+        let client = client.with_safe_default_protocol_versions().unwrap().with_root_certificates(roots);
+        TlsConnector::from(Arc::new(client.with_no_client_auth()))
+    };
+    let first = renew();
+    let certificate = Certificate::Files { chain: chain.clone(), key: key.clone() };
+    let (tls, files) = secure::server(&certificate, &bench.identity).unwrap();
+    let files = files.unwrap();
+    let config = on_loopback(Some(HttpsConfig { addr: "127.0.0.1:0".parse().unwrap(), certificate }));
+    let listening = serve::bind(&config, Some(tls)).await.unwrap();
+    let addr = listening.addrs[1];
+    let mut server = JoinSet::new();
+    server.spawn(serve::run(listening, bench.router.clone(), serve::Limits::default(), bench.stop.clone()));
+    let is_believed = async |client: &TlsConnector| {
+        let name = ServerName::try_from("mesh.example").unwrap();
+        client.connect(name, TcpStream::connect(addr).await.unwrap()).await.is_ok()
+    };
+    assert!(is_believed(&first).await);
+    let second = renew();
+    assert!(is_believed(&first).await && !is_believed(&second).await, "files alone change nothing");
+    assert!(files.show(files.read().unwrap()), "it is another");
+    assert!(!is_believed(&first).await && is_believed(&second).await);
+    assert!(!files.show(files.read().unwrap()), "it is the same");
+    std::fs::write(&key, "nothing").unwrap();
+    assert!(matches!(files.read(), Err(ApiError::Certificate { path, .. }) if path == key));
+    assert!(is_believed(&second).await);
 }
 
 #[tokio::test]

@@ -87,7 +87,7 @@ use crate::supervise::Tasks;
 use crate::unix_socket::{SocketConfig, SocketError};
 
 pub use guard::{ApiToken, Right};
-pub use secure::{Certificate, HttpsConfig};
+pub use secure::{Certificate, FileCertificate, HttpsConfig};
 pub use why::{BalancerView, Inspect, SeatView, WorkerView};
 
 use index::ListIndexes;
@@ -247,20 +247,26 @@ pub enum ApiError {
     Metrics(#[source] prometheus::Error),
 }
 
-/// The HTTP API.
+/// The HTTP API, as it is served.
 #[derive(Debug)]
-pub struct Api;
+pub struct Api {
+    /// Where it listens, in order.
+    pub addrs: Vec<SocketAddr>,
+    /// The files of its certificate, if it has any, to be read again at a reload.
+    pub certificate: Option<Arc<FileCertificate>>,
+}
 
 impl Api {
-    /// Binds every address, starts to serve in `params.tasks` and returns the bound addresses, in order.
+    /// Binds every address and starts to serve in `params.tasks`.
     ///
     /// # Errors
     /// [`ApiError`]; nothing is served then.
-    pub async fn start(params: ApiParams<'_>) -> Result<Vec<SocketAddr>, ApiError> {
+    pub async fn start(params: ApiParams<'_>) -> Result<Self, ApiError> {
         let ApiParams { config, registry, gossip, snapshot, identity, metrics, node, listeners, token_uses, .. } =
             params;
         let (policy_key, inspect, reload) = (params.policy_key, params.inspect, params.reload);
-        let tls = config.https.as_ref().map(|https| secure::server(&https.certificate, &identity)).transpose()?;
+        let secured = config.https.as_ref().map(|https| secure::server(&https.certificate, &identity)).transpose()?;
+        let (tls, files) = secured.unzip();
         let listening = serve::bind(&config, tls).await?;
         let authority: Arc<dyn Authority> = Arc::<Identity>::clone(&identity);
         let certificates: Certificates = Arc::new(move || CertificateFacts::read(&identity));
@@ -293,9 +299,9 @@ impl Api {
         let shared = Arc::new(shared);
         let router = routes::router(&shared);
         params.tasks.spawn("api watchers", watchers::run(shared));
-        let bound = listening.addrs.clone();
+        let addrs = listening.addrs.clone();
         params.tasks.spawn("api", serve::run(listening, router, serve::Limits::default(), params.stop));
-        Ok(bound)
+        Ok(Self { addrs, certificate: files.flatten() })
     }
 }
 

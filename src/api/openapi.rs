@@ -1,6 +1,6 @@
-//! Compares `api/openapi.yaml` with the route table, both ways.
+//! Compares `api/openapi.yaml` with the route table, both ways, and with what stands around every handler.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::routes::ROUTES;
 
@@ -34,6 +34,45 @@ fn the_document_and_the_router_list_the_same_endpoints() {
     let missing: Vec<_> = served.difference(&documented).collect();
     let invented: Vec<_> = documented.difference(&served).collect();
     assert!(missing.is_empty() && invented.is_empty(), "not documented: {missing:?}; not served: {invented:?}");
+}
+
+/// Reads the lines of every operation, by (path, method).
+fn bodies(document: &str) -> BTreeMap<(&str, &str), Vec<&str>> {
+    let (mut path, mut method, mut bodies) = ("", "", BTreeMap::<_, Vec<_>>::new());
+    let inside = document.lines().skip_while(|line| *line != "paths:").skip(1);
+    for line in inside.take_while(|line| line.is_empty() || line.starts_with(' ')) {
+        let text = line.trim_start();
+        match line.len() - text.len() {
+            2 => path = text,
+            4 => method = text,
+            _ => bodies.entry((path, method)).or_default().push(text),
+        }
+    }
+    bodies
+}
+
+#[test]
+fn every_operation_documents_the_statuses_of_what_stands_around_its_handler() {
+    let bodies = bodies(DOCUMENT);
+    assert_eq!(bodies.len(), ROUTES.len());
+    for (operation, lines) in bodies {
+        let refers = |to: &str| lines.iter().any(|line| line.contains(&format!("#/components/parameters/{to}'")));
+        let has_body = lines.contains(&"requestBody:");
+        // The guard, the head's limits; the body's; places for those who wait; datacenters that are not there.
+        let expected = [
+            ("400", true),
+            ("403", true),
+            ("431", true),
+            ("408", has_body),
+            ("413", has_body),
+            ("429", refers("index") || refers("hash")),
+            ("500", refers("dc")),
+        ];
+        for (status, is_due) in expected {
+            let is_documented = lines.iter().any(|line| line.starts_with(&format!("'{status}':")));
+            assert!(is_documented || !is_due, "{operation:?} can answer {status}, and the document does not say so");
+        }
+    }
 }
 
 #[test]

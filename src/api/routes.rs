@@ -140,6 +140,13 @@ pub(super) const ROUTES: &[Route] = &[
 /// Groups of Consul's that weft refuses on purpose: prefix, status, text.
 pub(super) const REFUSED: &[(&str, StatusCode, &str)] = &[
     ("/v1/acl/", StatusCode::UNAUTHORIZED, "ACL support disabled"),
+    ("/v1/agent/token/", StatusCode::UNAUTHORIZED, "ACL support disabled"),
+    (
+        "/v1/connect/ca/configuration",
+        StatusCode::NOT_IMPLEMENTED,
+        "no agent configures the mesh CA: weft ca init makes it, weft ca rotate replaces its root",
+    ),
+    ("/v1/peering", StatusCode::NOT_IMPLEMENTED, "weft has one mesh of all datacenters, and no peers beside it"),
     (
         "/v1/coordinate/update",
         StatusCode::NOT_IMPLEMENTED,

@@ -1,15 +1,36 @@
 //! Gateways into the mesh: the ports that those of this host have, and those of any host that lead to a service.
 //!
 //! Where gateways are is what nodes publish (services of the kind `ingress-gateway`), what they listen on and where that
-//! leads is what operators sign (`traffic::gateway`): here the two come together.
-//! Not here: listening and carrying (`proxy`).
+//! leads is what operators sign (`traffic::gateway`): here the two come together. A port that an agent could not open has a
+//! check of its own there, by which the other agents know that it leads nowhere.
+//! Not here: listening and carrying (`proxy`), keeping those checks (`node::gateways`).
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use super::{Instance, Snapshot};
-use crate::model::{INGRESS_GATEWAY, Protocol, ServiceName};
+use crate::model::{CheckId, CheckRecord, HealthStatus, INGRESS_GATEWAY, InstanceId, Protocol, ServiceName};
 use crate::traffic::GatewayListener;
+
+/// What the ids of checks about a gateway's ports begin with.
+const CHECK_PREFIX: &str = "gateway:";
+
+/// Names the check of a gateway's ports taken together; none: its id is too long for that.
+pub fn gateway_check(gateway: &InstanceId) -> Option<CheckId> {
+    format!("{CHECK_PREFIX}{gateway}").parse().ok()
+}
+
+/// Names the check of one port of a gateway, which is there while the port is closed and another one is open; none: the
+/// gateway's id is too long for that.
+pub fn closed_port_check(gateway: &InstanceId, port: u16) -> Option<CheckId> {
+    format!("{CHECK_PREFIX}{gateway}:{port}").parse().ok()
+}
+
+/// Returns the port that a check of a gateway is about, if [`closed_port_check`] named it.
+pub fn closed_port(gateway: &InstanceId, check: &CheckId) -> Option<u16> {
+    let port = check.as_str().strip_prefix(CHECK_PREFIX)?.strip_prefix(gateway.as_str())?.strip_prefix(':')?;
+    port.parse().ok()
+}
 
 /// A gateway that is registered on this host.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -66,7 +87,7 @@ impl Snapshot {
     }
 
     /// Returns the gateways' instances by which calls of `service` come into the mesh, healthy or not, each with the port; in
-    /// order of gateway, node, instance.
+    /// order of gateway, node, instance. A port that its agent says is closed, while others are open, is left out.
     pub fn ingress(&self, service: &str) -> Vec<(Arc<Instance>, u16)> {
         let mut found = Vec::new();
         for (name, gateway) in self.traffic.gateways() {
@@ -74,7 +95,8 @@ impl Snapshot {
             let leading = gateway.listeners.iter().filter(|listener| self.leads_to(listener, service));
             let ports: Vec<u16> = leading.map(|listener| listener.port).collect();
             for instance in entry.instances.iter().filter(|instance| is_gateway(instance)) {
-                found.extend(ports.iter().map(|port| (Arc::clone(instance), *port)));
+                let open = ports.iter().filter(|port| !is_closed(instance, **port));
+                found.extend(open.map(|port| (Arc::clone(instance), *port)));
             }
         }
         found
@@ -85,15 +107,20 @@ fn is_gateway(instance: &Instance) -> bool {
     *instance.record.kind == *INGRESS_GATEWAY
 }
 
+fn is_closed(gateway: &Instance, port: u16) -> bool {
+    let says_so = |check: &CheckRecord| {
+        check.status != HealthStatus::Passing && closed_port(&gateway.record.id, &check.id) == Some(port)
+    };
+    gateway.checks.iter().any(|check| says_so(check))
+}
+
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use serde_json::{Value, json};
 
     use super::*;
     use crate::catalogue::{LocalView, ServiceEntry};
-    use crate::model::{Generation, HealthStatus, MemberStatus, NodeEntry, NodeInfo, ServiceRecord};
+    use crate::model::{ServiceRecord, fixture};
     use crate::traffic::{Entries, Ready, Traffic};
 
     fn name(text: &str) -> ServiceName {
@@ -101,27 +128,8 @@ mod tests {
     }
 
     fn service(snapshot: &mut Snapshot, of: &str, kind: &str, protocol: Protocol) {
-        let info = NodeInfo {
-            id: String::new(),
-            name: "n1".parse().unwrap(),
-            mesh_addr: "10.0.0.1:8301".parse().unwrap(),
-            datacenter: "dc1".to_owned(),
-            meta: BTreeMap::new(),
-            build: String::new(),
-            issuer: false,
-        };
-        let node = Arc::new(NodeEntry {
-            info: Arc::new(info),
-            status: MemberStatus::Alive,
-            generation: Generation::default(),
-            checks: Vec::new(),
-            external: None,
-            create_index: 1,
-            modify_index: 1,
-        });
-        let record = Arc::new(ServiceRecord { kind: kind.into(), ..ServiceRecord::new(of.parse().unwrap(), name(of)) });
-        let (checks, status) = (Box::default(), HealthStatus::Passing);
-        let instance = Arc::new(Instance { node, record, checks, status, create_index: 1, modify_index: 1 });
+        let record = ServiceRecord { kind: kind.into(), ..ServiceRecord::new(of.parse().unwrap(), name(of)) };
+        let instance = Arc::new(fixture::instance(fixture::node_entry(fixture::node_info("n1")), record));
         let entry = ServiceEntry { name: name(of), protocol, instances: vec![instance], modify_index: 1 };
         snapshot.services.insert(name(of), Arc::new(entry));
     }
@@ -176,5 +184,33 @@ mod tests {
         for none in ["db", "edge", "nobody", "-"] {
             assert_eq!(ports(none), [], "{none}");
         }
+    }
+
+    #[test]
+    fn a_port_that_could_not_be_opened_is_no_way_into_the_mesh() {
+        let listeners = json!([
+            {"Port": 80, "Protocol": "http", "Services": [{"Name": "web"}]},
+            {"Port": 81, "Protocol": "http", "Services": [{"Name": "web"}]},
+            {"Port": 8, "Services": [{"Name": "db"}]},
+        ]);
+        let mut snapshot = snapshot(&[("edge", listeners)]);
+        let gateway: InstanceId = "edge".parse().unwrap();
+        let id = |port| closed_port_check(&gateway, port).unwrap();
+        let mut says = |checks: &[(CheckId, HealthStatus)]| {
+            let check = |(id, status): &(CheckId, HealthStatus)| {
+                let (name, notes, kind) = Default::default();
+                Arc::new(CheckRecord { id: id.clone(), name, status: *status, notes, service: None, kind })
+            };
+            let entry = Arc::make_mut(snapshot.services.get_mut("edge").unwrap());
+            Arc::make_mut(&mut entry.instances[0]).checks = checks.iter().map(check).collect();
+            ["web", "db"].map(|of| snapshot.ingress(of).into_iter().map(|(_, port)| port).collect::<Vec<u16>>())
+        };
+        let warning = HealthStatus::Warning;
+        let one = says(&[(gateway_check(&gateway).unwrap(), warning), (id(80), warning)]);
+        assert_eq!(one, [vec![81], vec![8]], "neither the check of all nor a port that begins alike");
+        assert_eq!(says(&[(id(80), warning), (id(81), warning)]), [vec![], vec![8]]);
+        assert_eq!(says(&[(id(80), HealthStatus::Passing)]), [vec![80, 81], vec![8]]);
+        let other: InstanceId = "edg".parse().unwrap();
+        assert_eq!(says(&[(closed_port_check(&other, 80).unwrap(), warning)]), [vec![80, 81], vec![8]]);
     }
 }

@@ -24,7 +24,7 @@ use tokio::sync::watch;
 
 pub use self::builder::Builder;
 pub use self::external::Externals;
-pub use self::ingress::{GatewayPort, LocalGateway};
+pub use self::ingress::{GatewayPort, LocalGateway, closed_port, closed_port_check, gateway_check};
 pub use self::reports::Reports;
 pub use self::virtual_ip::VirtualIps;
 use crate::authz::{Action, Table};

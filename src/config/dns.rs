@@ -96,6 +96,8 @@ impl Raw {
             match name.as_str() {
                 "dns" => self.text(source, &key, value, |raw| &mut raw.dns.addresses),
                 "http" => self.text(source, &key, value, |raw| &mut raw.http_api.address),
+                "https" => self.text(source, &key, value, |raw| &mut raw.http_api.https_address),
+                "grpc" | "grpc_tls" => self.warn(source, &key, "has no effect: weft serves no gRPC"),
                 _ => self.unknown(source, &key),
             }
         }

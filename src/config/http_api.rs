@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use serde_json::{Map, Value};
 
+use super::address::ip_rule;
 use super::problem::{Problem, Source};
 use super::raw::{Given, Raw};
 use crate::api::{ApiToken, Certificate, HttpsConfig, Right};
@@ -22,8 +23,17 @@ pub(crate) struct RawHttpApi {
     cert_file: Option<Given<String>>,
     key_file: Option<Given<String>>,
     pub(super) address: Option<Given<String>>,
+    pub(super) https_address: Option<Given<String>>,
     group: Option<Given<String>>,
     pub(crate) tokens: Vec<Given<Value>>,
+}
+
+impl RawHttpApi {
+    /// Takes `addresses.http` out if it is an IP address: there the API listens in place of `client_addr`.
+    pub(super) fn take_ip(&mut self) -> Option<(IpAddr, Given<String>)> {
+        let given = self.address.take_if(|given| given.value.parse::<IpAddr>().is_ok())?;
+        Some((given.value.parse().ok()?, given))
+    }
 }
 
 impl Raw {
@@ -90,9 +100,16 @@ pub(super) fn https(raw: &RawHttpApi, client: IpAddr, problems: &mut Vec<Problem
             Certificate::Own
         }
     };
+    let ip = raw.https_address.as_ref().map_or(Some(client), |given| {
+        let ip = given.value.parse().ok();
+        if ip.is_none() {
+            problems.push(given.problem(ip_rule(&given.value)));
+        }
+        ip
+    });
     let port = raw.port.as_ref()?;
     match u16::try_from(port.value) {
-        Ok(number) if number > 0 => Some(HttpsConfig { addr: SocketAddr::new(client, number), certificate }),
+        Ok(number) if number > 0 => Some(HttpsConfig { addr: SocketAddr::new(ip?, number), certificate }),
         _ if port.value == -1 => None,
         _ => {
             problems.push(port.problem("must be a port, 1 to 65535, or -1 to turn it off; Consul's is 8501"));
@@ -112,7 +129,7 @@ pub(super) fn socket(raw: &RawHttpApi, problems: &mut Vec<Problem>) -> Option<So
     let path = PathBuf::from(given.value.strip_prefix("unix://").unwrap_or_default());
     if !path.is_absolute() || path.as_os_str().len() > SOCKET_PATH_BYTES_MAX || path.file_name().is_none() {
         problems.push(given.problem(format!(
-            "must be unix:// and an absolute path of at most {SOCKET_PATH_BYTES_MAX} bytes; client_addr is the IP address of the API"
+            "must be one IP address, or unix:// and an absolute path of at most {SOCKET_PATH_BYTES_MAX} bytes"
         )));
     }
     if let Some(group) = raw.group.as_ref().filter(|group| group.value.is_empty()) {
@@ -226,8 +243,8 @@ mod tests {
         };
         let (socket, problems) = read(Some("unix:///run/weft/http.sock"), Some("weft"));
         assert_eq!((socket.unwrap().path, problems.as_str()), (PathBuf::from("/run/weft/http.sock"), ""));
-        for bad in ["127.0.0.1", "unix://http.sock", "unix:///", &format!("unix:///{}", "x".repeat(107))] {
-            assert!(read(Some(bad), None).1.contains("must be unix:// and an absolute path"), "{bad}");
+        for bad in ["localhost", "unix://http.sock", "unix:///", &format!("unix:///{}", "x".repeat(107))] {
+            assert!(read(Some(bad), None).1.contains("or unix:// and an absolute path"), "{bad}");
         }
         assert!(read(None, Some("weft")).1.contains("has no effect without addresses.http"));
         assert_eq!(read(None, None), (None, String::new()));

@@ -11,6 +11,8 @@
 //! Not here: the environment (the command line reads it), definitions of services (`registry::definition`), starting
 //! anything (`node`).
 
+mod address;
+mod consul;
 mod dns;
 mod duration;
 mod file;
@@ -28,6 +30,7 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
 
+pub use consul::without_effect;
 pub use duration::parse_duration;
 pub use file::{Document, FILE_BYTES_MAX, list_directory, read_document, read_document_or_input};
 pub use host::Host;

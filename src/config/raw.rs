@@ -7,26 +7,12 @@ use std::time::Duration;
 
 use serde_json::{Map, Value};
 
+use super::consul;
 use super::dns::RawDns;
 use super::duration::parse_duration;
 use super::http_api::RawHttpApi;
 use super::problem::{Problem, Source, Warning};
 
-/// Keys that configure servers or features which weft does not need: accepted, so that Consul's files load.
-const CONSUL_ONLY: [&str; 10] = [
-    "server",
-    "bootstrap",
-    "bootstrap_expect",
-    "acl",
-    "autopilot",
-    "performance",
-    "primary_datacenter",
-    "encrypt",
-    "ui_config",
-    "connect",
-];
-/// Ports of Consul's that weft has not.
-const CONSUL_ONLY_PORTS: [&str; 5] = ["grpc", "grpc_tls", "serf_lan", "serf_wan", "server"];
 /// Keys whose values are never shown.
 const SECRET: [&str; 2] = ["token", "admin_token"];
 
@@ -161,10 +147,11 @@ impl Raw {
             "api_token" | "api_tokens" => self.definitions(source, key, value, |raw| &mut raw.http_api.tokens),
             "service" | "services" => self.definitions(source, key, value, |raw| &mut raw.services),
             "check" | "checks" => self.definitions(source, key, value, |raw| &mut raw.checks),
-            _ if CONSUL_ONLY.contains(&key) || key.starts_with("raft_") || key.starts_with("encrypt_") => {
-                self.warn(source, key, "has no effect: weft has no servers, and its mesh is always on and encrypted");
-            }
-            _ => self.unknown(source, key),
+            "http_config" => self.add_http_config(source, value),
+            _ => match consul::without_effect(key) {
+                Some(why) => self.warn(source, key, why),
+                None => self.unknown(source, key),
+            },
         }
     }
 
@@ -291,7 +278,7 @@ impl Raw {
             "shared_http" => self.count(source, &key, value, |raw| &mut raw.shared_http_port),
             "dns" => self.add_dns_port(source, &key, value),
             "https" => self.add_https_port(source, &key, value),
-            _ if CONSUL_ONLY_PORTS.contains(&name) => {
+            _ if consul::is_port(name) => {
                 self.warn(
                     source,
                     &key,

@@ -10,6 +10,7 @@ use std::str::FromStr;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
 
+use super::address::{ip_rule, is_join_target, join_rule};
 use super::dns;
 use super::http_api;
 use super::raw::{Given, Raw};
@@ -117,7 +118,10 @@ fn everything() -> ServeScope {
 struct Addresses {
     mesh_bind: SocketAddr,
     mesh_advertise: SocketAddr,
+    client: IpAddr,
     http: SocketAddr,
+    /// What says where `http` is, unless it is a default.
+    http_given: Option<Given<String>>,
     shared_http: Option<SocketAddr>,
     upstream_ip: IpAddr,
 }
@@ -140,10 +144,10 @@ impl Resolver<'_> {
         let trust_domain = self.trust_domain();
         let identity = self.identity(&join, trust_domain.as_ref());
         let raw = std::mem::take(&mut self.raw.http_api);
-        let https = http_api::https(&raw, addresses.http.ip(), &mut self.problems);
+        let https = http_api::https(&raw, addresses.client, &mut self.problems);
         let api_socket = http_api::socket(&raw, &mut self.problems);
         let api_tokens = http_api::tokens(raw.tokens, &mut self.problems);
-        let admin_token = self.admin_token(addresses.http, !api_tokens.is_empty());
+        let admin_token = self.admin_token(&addresses, !api_tokens.is_empty());
         let default_policy = self.default_policy();
         let policy_authority = self.policy_authority(admin_token.is_some() || !api_tokens.is_empty());
         let node_meta = self.node_meta();
@@ -152,7 +156,7 @@ impl Resolver<'_> {
         let reconnect_timeout = self.reconnect_timeout();
         let kv_bytes_max = self.kv_bytes_max();
         let workload_api = self.workload_api();
-        let dns = dns::resolve(std::mem::take(&mut self.raw.dns), addresses.http.ip(), &mut self.problems);
+        let dns = dns::resolve(std::mem::take(&mut self.raw.dns), addresses.client, &mut self.problems);
         let log_filter = self.parsed(self.raw.log_level.clone()).unwrap_or_default();
         let scripts = self.scripts();
         let check_settings = self.check_settings();
@@ -273,7 +277,7 @@ impl Resolver<'_> {
         let given = given?;
         let ip = given.value.parse().ok();
         if ip.is_none() {
-            self.refuse(&given, "must be an IP address, without a port");
+            self.refuse(&given, ip_rule(&given.value));
         }
         ip
     }
@@ -298,10 +302,13 @@ impl Resolver<'_> {
                 None => self.problems.push(Problem::unset("ports.shared_http", rule)),
             }
         }
+        let own = self.raw.http_api.take_ip();
         Addresses {
             mesh_bind: SocketAddr::new(bind, mesh_port),
             mesh_advertise: SocketAddr::new(advertise, mesh_port),
-            http: SocketAddr::new(client, http_port),
+            client,
+            http: SocketAddr::new(own.as_ref().map_or(client, |(ip, _)| *ip), http_port),
+            http_given: own.map_or_else(|| self.raw.client_addr.clone(), |(_, given)| Some(given)),
             shared_http: (shared_port != 0).then(|| SocketAddr::new(client, shared_port)),
             upstream_ip: if client.is_loopback() { client } else { LOOPBACK },
         }
@@ -367,7 +374,7 @@ impl Resolver<'_> {
         let mut targets = Vec::new();
         for target in given {
             if !is_join_target(&target.value) {
-                self.refuse(&target, "must be a host name, an IP address, or either with :PORT");
+                self.refuse(&target, join_rule(&target.value));
             } else if self.mode == Mode::Dev {
                 self.refuse(&target, "must not be set with -dev, whose CA in memory no other agent knows");
             } else if !targets.contains(&target.value) {
@@ -443,7 +450,7 @@ impl Resolver<'_> {
         Some(Secret::new(text.trim()))
     }
 
-    fn admin_token(&mut self, http: SocketAddr, has_others: bool) -> Option<Secret> {
+    fn admin_token(&mut self, addresses: &Addresses, has_others: bool) -> Option<Secret> {
         let given = self.raw.admin_token.clone().or_else(|| self.raw.admin_token_file.clone());
         let token = self.secret(self.raw.admin_token.clone(), self.raw.admin_token_file.clone());
         if let (Some(given), Some(token)) = (&given, &token) {
@@ -454,14 +461,13 @@ impl Resolver<'_> {
                 self.refuse(given, rule);
             }
         }
-        if !http.ip().is_loopback()
+        if !addresses.http.ip().is_loopback()
             && given.is_none()
             && !has_others
-            && let Some(client) = self.raw.client_addr.clone()
-            && client.value.parse::<IpAddr>().is_ok()
+            && let Some(open) = addresses.http_given.as_ref().filter(|open| open.value.parse::<IpAddr>().is_ok())
         {
             self.refuse(
-                &client,
+                open,
                 "is not loopback, so anybody who reaches it could use the API: set admin_token_file too, or take an address of 127.0.0.0/8",
             );
         }
@@ -667,21 +673,6 @@ fn definition_problem(given: Given<serde_json::Value>, error: &DefinitionError) 
         None => given.key.clone(),
     };
     Problem::new(given.source, key, None, Chain(error).to_string())
-}
-
-/// Tells whether `text` is a name, an address, or either with a port. Names are not looked up.
-fn is_join_target(text: &str) -> bool {
-    let is_host = |host: &str| {
-        let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-        (1..=253).contains(&host.len()) && host.chars().all(allowed)
-    };
-    if text.parse::<IpAddr>().is_ok() || text.parse::<SocketAddr>().is_ok_and(|addr| addr.port() != 0) {
-        return true;
-    }
-    match text.rsplit_once(':') {
-        Some((host, port)) => is_host(host) && port.parse::<u16>().is_ok_and(|port| port != 0),
-        None => is_host(text),
-    }
 }
 
 /// Reads a file that holds nothing but a secret.

@@ -294,6 +294,121 @@ fn keys_of_consul_s_servers_are_accepted_with_a_warning() {
 }
 
 #[test]
+fn the_file_of_a_consul_client_loads_and_each_key_without_effect_says_what_stands_in_its_place() {
+    let hcl = r#"
+        datacenter = "dc1"
+        data_dir = "/opt/consul"
+        log_level = "WARN"
+        server = false
+        client_addr = "0.0.0.0"
+        addresses {
+          http = "127.0.0.1"
+          https = "127.0.0.1"
+          grpc = "127.0.0.1"
+          dns = "127.0.0.1"
+        }
+        ports {
+          http = 8500
+          https = 8501
+          grpc_tls = -1
+          sidecar_min_port = 21000
+        }
+        retry_join = ["10.0.0.1", "seed.example"]
+        encrypt = "secret"
+        auto_encrypt {
+          tls = true
+        }
+        verify_incoming = true
+        tls {
+          defaults {
+            verify_outgoing = true
+          }
+          internal_rpc {
+            verify_server_hostname = true
+          }
+        }
+        acl {
+          enabled = true
+          tokens {
+            default = "secret"
+          }
+        }
+        telemetry {
+          prometheus_retention_time = "60s"
+        }
+        performance {
+          raft_multiplier = 1
+        }
+        rejoin_after_leave = true
+        skip_leave_on_interrupt = true
+        enable_syslog = true
+        disable_update_check = true
+        ui_config {
+          enabled = false
+        }
+        limits {
+          http_max_conns_per_client = 100
+        }
+        http_config {
+          block_endpoints = []
+          response_headers {
+            X-Frame-Options = "DENY"
+          }
+        }
+        watches = [{ type = "services", args = ["/bin/true"] }]
+        service {
+          name = "web"
+          port = 80
+        }
+    "#;
+    let config = load_text("consul.hcl", hcl).unwrap();
+    let loopback = |port| SocketAddr::from(([127, 0, 0, 1], port));
+    // What opens nothing beyond loopback needs no token.
+    assert_eq!(
+        (config.http_addr, config.https.as_ref().map(|https| https.addr)),
+        (loopback(8500), Some(loopback(8501)))
+    );
+    assert_eq!(config.dns.unwrap().listen, [loopback(8600)]);
+    let said: BTreeMap<String, String> =
+        config.warnings.iter().map(|warning| (warning.key.clone(), warning.text.clone())).collect();
+    for (key, instead) in [
+        ("acl", "api_token"),
+        ("telemetry", "/v1/agent/metrics"),
+        ("watches", "weft watch"),
+        ("ui_config", "weft top"),
+        ("skip_leave_on_interrupt", "leave_on_terminate"),
+        ("enable_syslog", "standard error"),
+        ("auto_encrypt", "weft ca init"),
+        ("addresses.grpc", "no gRPC"),
+        ("ports.sidecar_min_port", "ports.mesh"),
+        ("http_config.response_headers", "its own headers"),
+    ] {
+        let text = said.get(key).unwrap_or_else(|| panic!("nothing is said of {key}: {said:?}"));
+        assert!(text.starts_with("has no effect: ") && text.contains(instead), "{key}: {text}");
+    }
+    assert!(!format!("{said:?}").contains("secret"));
+}
+
+#[test]
+fn what_would_open_an_agent_wider_than_its_file_says_is_refused() {
+    #[track_caller]
+    fn check(value: Value, want: &str) {
+        let text = load_json(Mode::Durable, value).unwrap_err().to_string();
+        assert!(text.contains(want), "missing {want:?} in:\n{text}");
+    }
+    check(
+        json!({"http_config": {"block_endpoints": ["/v1/agent/"]}}),
+        "http_config.block_endpoints: is not known to weft",
+    );
+    check(json!({"http_config": {"allow_write_http_from": ["127.0.0.0/8"]}}), "api_token");
+    check(json!({"addresses": {"http": "0.0.0.0"}}), "addresses.http = 0.0.0.0: is not loopback");
+    check(json!({"addresses": {"http": "127.0.0.1 10.0.0.1"}}), "must be one IP address, or unix://");
+    check(json!({"addresses": {"https": "x"}, "ports": {"https": 8501}}), "addresses.https = x: must be an IP address");
+    check(json!({"bind_addr": "{{ GetPrivateIP }}"}), "bind_addr = {{ GetPrivateIP }}: is a template");
+    check(json!({"retry_join": ["provider=aws tag_key=x"]}), "asks a cloud for addresses");
+}
+
+#[test]
 fn a_secret_file_is_read_and_trimmed() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("token");

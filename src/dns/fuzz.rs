@@ -18,8 +18,8 @@ use super::zone::Zone;
 use crate::catalogue::{ServiceEntry, Snapshot};
 use crate::lww::{Body, Row, Stamp};
 use crate::model::{
-    Generation, HealthStatus, INGRESS_GATEWAY, Instance, MemberStatus, NodeEntry, NodeInfo, NodeName, Protocol,
-    ServiceName, ServiceRecord, Weights,
+    HealthStatus, INGRESS_GATEWAY, Instance, NodeEntry, NodeInfo, NodeName, Protocol, ServiceName, ServiceRecord,
+    Weights, fixture,
 };
 use crate::prepared::Book;
 use crate::traffic::{Entries, Ready, Traffic};
@@ -100,23 +100,12 @@ fn found(bytes: &[u8]) {
 /// Nodes n1 (this one, with meta), n2 and N3.x of dc1, m1 of dc2, and services that use every row of the table.
 pub(super) fn mesh() -> Snapshot {
     let node = |name: &str, ip: &str, datacenter: &str, meta: &[(&str, &str)]| {
-        Arc::new(NodeEntry {
-            info: Arc::new(NodeInfo {
-                id: String::new(),
-                name: name.parse().unwrap(),
-                mesh_addr: format!("{ip}:8301").parse().unwrap(),
-                datacenter: datacenter.to_owned(),
-                meta: meta.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect(),
-                build: String::new(),
-                issuer: false,
-            }),
-            status: MemberStatus::Alive,
-            generation: Generation::default(),
-            checks: Vec::new(),
-            external: None,
-            create_index: 1,
-            modify_index: 1,
-        })
+        Arc::new(fixture::node_entry(NodeInfo {
+            mesh_addr: format!("{ip}:8301").parse().unwrap(),
+            datacenter: datacenter.to_owned(),
+            meta: meta.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect(),
+            ..fixture::node_info(name)
+        }))
     };
     let n1 = node("n1", "10.0.0.1", "dc1", &[("rack", "a"), ("rfc1035-note", "plain")]);
     let n2 = node("n2", "10.0.0.2", "dc1", &[]);
@@ -170,20 +159,14 @@ fn add(
     status: HealthStatus,
 ) {
     let name: ServiceName = service.parse().unwrap();
-    let instance = Arc::new(Instance {
-        node: Arc::clone(node),
-        record: Arc::new(ServiceRecord {
-            tags: tags.iter().map(|tag| Box::from(*tag)).collect(),
-            address: address.into(),
-            port,
-            weights: Weights { passing: 10, warning: 2 },
-            ..ServiceRecord::new(format!("{service}-{port}").parse().unwrap(), name.clone())
-        }),
-        checks: Box::default(),
-        status,
-        create_index: 1,
-        modify_index: 1,
-    });
+    let record = ServiceRecord {
+        tags: tags.iter().map(|tag| Box::from(*tag)).collect(),
+        address: address.into(),
+        port,
+        weights: Weights { passing: 10, warning: 2 },
+        ..ServiceRecord::new(format!("{service}-{port}").parse().unwrap(), name.clone())
+    };
+    let instance = Arc::new(Instance { status, ..fixture::instance(Arc::clone(node), record) });
     let entry = snapshot.services.entry(name.clone()).or_insert_with(|| {
         Arc::new(ServiceEntry { name, protocol: Protocol::Tcp, instances: Vec::new(), modify_index: 1 })
     });

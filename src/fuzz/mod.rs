@@ -43,7 +43,7 @@ pub struct Target {
 }
 
 /// Every target.
-pub const TARGETS: [Target; 20] = [
+pub const TARGETS: [Target; 21] = [
     Target { name: "extension", run: crate::pki::fuzz::extension },
     Target { name: "chain", run: crate::pki::fuzz::chain },
     Target { name: "token", run: crate::pki::fuzz::token },
@@ -61,6 +61,7 @@ pub const TARGETS: [Target; 20] = [
     Target { name: "preamble", run: crate::proxy::fuzz::preamble },
     Target { name: "head", run: crate::proxy::fuzz::head },
     Target { name: "definition", run: crate::registry::fuzz::definition },
+    Target { name: "prepared", run: |bytes| said(crate::prepared::fuzz::definition(bytes)) },
     Target { name: "dns", run: crate::dns::fuzz::message },
     Target { name: "query", run: crate::api::fuzz::query },
     Target { name: "filter", run: |bytes| said(crate::filter::fuzz::expression(bytes)) },

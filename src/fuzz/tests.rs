@@ -65,13 +65,14 @@ fn every_target_bears_its_corpus() {
 /// A corpus whose seeds are all refused at the first byte tests little: those that should be taken are.
 #[test]
 fn the_seeds_that_are_good_are_taken() {
-    let readers: [(&str, Reader); 7] = [
+    let readers: [(&str, Reader); 8] = [
         ("operator", crate::pki::fuzz::operator),
         ("documents", crate::gossip::fuzz_documents),
         ("shared", crate::gossip::fuzz_shared),
         ("intention", documents::intention),
         ("entry", documents::entry),
         ("rules", rules::entries),
+        ("prepared", crate::prepared::fuzz::definition),
         ("filter", crate::filter::fuzz::expression),
     ];
     for (target, is_taken) in readers {

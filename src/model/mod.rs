@@ -11,6 +11,8 @@
 //! Not here: who may publish what (`pki`, `replica`), how records become a view (`catalogue`).
 
 pub mod duration;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fixture;
 pub mod grant;
 pub mod instance;
 pub mod name;

@@ -333,7 +333,7 @@ impl Node {
             };
             states.borrow().iter().map(shown).collect()
         };
-        Api::start(ApiParams {
+        let served = Api::start(ApiParams {
             config: ApiConfig {
                 listen: vec![config.http_addr],
                 https: config.https.clone(),
@@ -366,7 +366,11 @@ impl Node {
             stop: self.stop.clone(),
         })
         .await
-        .map_err(part("HTTP API"))
+        .map_err(part("HTTP API"))?;
+        if let Some(certificate) = served.certificate {
+            self.reloader.add_certificate(certificate);
+        }
+        Ok(served.addrs)
     }
 
     /// Its name.
@@ -409,8 +413,8 @@ impl Node {
         self.tunnels.list()
     }
 
-    /// Reads the configuration again: services, checks, log level, the CA file of checks. What takes a restart stays as it
-    /// is and is named in what is returned.
+    /// Reads the configuration again: services, checks, log level, the CA file of checks, the certificate of HTTPS. What takes
+    /// a restart stays as it is and is named in what is returned.
     ///
     /// # Errors
     /// [`ReloadError`]; nothing is changed then.

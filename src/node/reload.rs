@@ -1,7 +1,8 @@
 //! Reading the configuration again while the agent runs.
 //!
 //! ```text
-//!   SIGHUP, PUT /v1/agent/reload -> source() -> Config -> registry (services, checks, CA file) -> DNS -> log level -> warnings
+//!   SIGHUP, PUT /v1/agent/reload -> source() -> Config, files of HTTPS
+//!                                     -> registry (services, checks, CA file) -> HTTPS -> DNS -> log level -> warnings
 //! ```
 //!
 //! Invariants: reloads run one after the other; a configuration with a problem changes nothing; what takes a restart is
@@ -10,8 +11,10 @@
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 
+use rustls::sign::CertifiedKey;
 use tracing::{info, warn};
 
+use crate::api::{ApiError, FileCertificate, HttpsConfig};
 use crate::config::{Config, ConfigError};
 use crate::dns::{Dns, DnsConfig};
 use crate::registry::{ConfigDefinitions, RegistryError, RegistryHandle};
@@ -29,6 +32,9 @@ pub enum ReloadError {
     /// The files cannot be used.
     #[error("nothing was reloaded: {0}")]
     Config(ConfigError),
+    /// The certificate of HTTPS cannot be used.
+    #[error("nothing was reloaded: {0}")]
+    Certificate(ApiError),
     /// What they define does not fit.
     #[error("nothing was reloaded: {0}")]
     Registry(RegistryError),
@@ -42,16 +48,24 @@ pub(super) struct Reloader {
     registry: RegistryHandle,
     /// Once it serves, if it does.
     dns: OnceLock<Arc<Dns>>,
+    /// What HTTPS is served with, if that is in files.
+    certificate: OnceLock<Arc<FileCertificate>>,
 }
 
 impl Reloader {
     pub(super) fn new(source: Option<ConfigSource>, config: Config, registry: RegistryHandle) -> Self {
-        Self { source, current: tokio::sync::Mutex::new(config), registry, dns: OnceLock::new() }
+        let current = tokio::sync::Mutex::new(config);
+        Self { source, current, registry, dns: OnceLock::new(), certificate: OnceLock::new() }
     }
 
     /// Reloads DNS too from here on.
     pub(super) fn add_dns(&self, dns: Arc<Dns>) {
         let _first = self.dns.set(dns);
+    }
+
+    /// Reads the certificate of HTTPS again too from here on.
+    pub(super) fn add_certificate(&self, certificate: Arc<FileCertificate>) {
+        let _first = self.certificate.set(certificate);
     }
 
     /// Reads the configuration and takes what can be taken; returns what the operator should know.
@@ -63,9 +77,10 @@ impl Reloader {
     pub(super) async fn reload(&self) -> Result<Vec<String>, ReloadError> {
         let source = self.source.clone().ok_or(ReloadError::NoSource)?;
         let mut current = self.current.lock().await;
-        let read = tokio::task::spawn_blocking(move || source()).await;
-        let new = match read {
-            Ok(read) => read.map_err(ReloadError::Config)?,
+        let (files, https) = (self.certificate.get().cloned(), current.https.clone());
+        let read = tokio::task::spawn_blocking(move || read(&source, files.as_deref(), https.as_ref())).await;
+        let (new, fresh) = match read {
+            Ok(read) => read?,
             Err(error) => match error.try_into_panic() {
                 Ok(panic) => std::panic::resume_unwind(panic),
                 // The runtime is going down.
@@ -73,6 +88,11 @@ impl Reloader {
             },
         };
         self.registry.replace_config(definitions(&new)).await.map_err(ReloadError::Registry)?;
+        if let (Some(files), Some(fresh)) = (self.certificate.get(), fresh)
+            && files.show(fresh)
+        {
+            info!("HTTPS shows another certificate");
+        }
         let dns = dns_in_force(current.dns.as_ref(), new.dns.as_ref());
         if let (Some(running), Some(config)) = (self.dns.get(), &dns)
             && current.dns != dns
@@ -92,6 +112,19 @@ impl Reloader {
         *current = Config { dns, services, checks, scripts, check_settings, log_filter, warnings, ..current.clone() };
         Ok(notes)
     }
+}
+
+/// Reads the configuration, and the files of HTTPS where they are those that are shown. Blocks on the disk.
+fn read(
+    source: &ConfigSource,
+    files: Option<&FileCertificate>,
+    https: Option<&HttpsConfig>,
+) -> Result<(Config, Option<Arc<CertifiedKey>>), ReloadError> {
+    let new = source().map_err(ReloadError::Config)?;
+    // Other files take a restart, and those of before may be gone.
+    let files = files.filter(|_| new.https.as_ref() == https);
+    let fresh = files.map(FileCertificate::read).transpose().map_err(ReloadError::Certificate)?;
+    Ok((new, fresh))
 }
 
 /// What DNS answers by after a reload: the new settings at the old addresses. It is not turned on or off by one.

@@ -12,6 +12,8 @@
 //! Not here: where queries are kept (`gossip::shared`), the order of instances, Consul's JSON (`api`), records (`dns`).
 
 mod definition;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -249,7 +251,7 @@ mod tests {
     use super::*;
     use crate::catalogue::ServiceEntry;
     use crate::lww::{Body, Stamp};
-    use crate::model::{Generation, NodeEntry, NodeInfo, Protocol, ServiceRecord};
+    use crate::model::{NodeEntry, NodeInfo, Protocol, ServiceRecord, fixture};
 
     fn raw(ms: u64, value: Vec<u8>) -> (Arc<str>, Row) {
         let stamp = Stamp { ms, count: 0, node: "n1".parse().unwrap() };
@@ -299,36 +301,13 @@ mod tests {
     /// A mesh of these nodes, each with its datacenter; those in `serving` have an instance of `web`.
     fn mesh(nodes: &[(&str, &str)], serving: &[&str]) -> Snapshot {
         let node = |(name, datacenter): &(&str, &str)| {
-            let info = NodeInfo {
-                id: String::new(),
-                name: name.parse().unwrap(),
-                mesh_addr: "192.0.2.1:8301".parse().unwrap(),
-                datacenter: (*datacenter).to_owned(),
-                meta: BTreeMap::new(),
-                build: String::new(),
-                issuer: false,
-            };
-            let entry = NodeEntry {
-                info: Arc::new(info),
-                status: MemberStatus::Alive,
-                generation: Generation::default(),
-                checks: Vec::new(),
-                external: None,
-                create_index: 1,
-                modify_index: 1,
-            };
-            (entry.info.name.clone(), Arc::new(entry))
+            let info = NodeInfo { datacenter: (*datacenter).to_owned(), ..fixture::node_info(name) };
+            (info.name.clone(), Arc::new(fixture::node_entry(info)))
         };
         let nodes: BTreeMap<NodeName, Arc<NodeEntry>> = nodes.iter().map(node).collect();
         let instance = |name: &&str| {
-            Arc::new(Instance {
-                node: Arc::clone(&nodes[*name]),
-                record: Arc::new(ServiceRecord::new("web-1".parse().unwrap(), "web".parse().unwrap())),
-                checks: Box::default(),
-                status: HealthStatus::Passing,
-                create_index: 1,
-                modify_index: 1,
-            })
+            let record = ServiceRecord::new("web-1".parse().unwrap(), "web".parse().unwrap());
+            Arc::new(fixture::instance(Arc::clone(&nodes[*name]), record))
         };
         let instances = serving.iter().map(instance).collect();
         let web = ServiceEntry { name: "web".parse().unwrap(), protocol: Protocol::Tcp, instances, modify_index: 1 };

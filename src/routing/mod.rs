@@ -39,13 +39,10 @@ pub use self::usage::{Limited, PAIRS_MAX, Shared};
 
 #[cfg(test)]
 mod test_support {
-    use std::collections::BTreeMap;
     use std::sync::Arc;
 
     use crate::catalogue::ServiceEntry;
-    use crate::model::{
-        Generation, HealthStatus, Instance, MemberStatus, NodeEntry, NodeInfo, Protocol, ServiceRecord, Weights,
-    };
+    use crate::model::{HealthStatus, Instance, Protocol, ServiceRecord, Weights, fixture};
 
     pub(super) fn now() -> tokio::time::Instant {
         use std::sync::LazyLock;
@@ -56,33 +53,14 @@ mod test_support {
 
     /// An instance of `web` on `node`, with warning weight 1.
     pub(super) fn instance(node: &str, status: HealthStatus, weight: u32) -> Arc<Instance> {
-        let info = NodeInfo {
-            id: String::new(),
-            name: node.parse().unwrap(),
-            mesh_addr: "10.0.0.1:8301".parse().unwrap(),
-            datacenter: String::new(),
-            meta: BTreeMap::new(),
-            build: String::new(),
-            issuer: false,
-        };
-        let entry = NodeEntry {
-            info: info.into(),
-            status: MemberStatus::Alive,
-            generation: Generation::default(),
-            checks: Vec::new(),
-            external: None,
-            create_index: 1,
-            modify_index: 1,
-        };
         let record = ServiceRecord {
             port: 80,
             weights: Weights { passing: weight, warning: 1 },
             protocol: Protocol::Http,
             ..ServiceRecord::new("w".parse().unwrap(), "web".parse().unwrap())
         };
-        let node = Arc::new(entry);
-        let record = Arc::new(record);
-        Arc::new(Instance { node, record, checks: Box::default(), status, create_index: 1, modify_index: 1 })
+        let node = fixture::node_entry(fixture::node_info(node));
+        Arc::new(Instance { status, ..fixture::instance(node, record) })
     }
 
     /// The service `web` at `modify_index`.

@@ -7,9 +7,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::model::{
-    Generation, HealthStatus, Instance, MemberStatus, NodeEntry, NodeInfo, ServiceRecord, TextMap, Weights,
-};
+use crate::model::{HealthStatus, Instance, NodeInfo, ServiceRecord, TextMap, Weights, fixture};
 
 #[track_caller]
 fn ready(kind: &str, value: &Value) -> Ready {
@@ -287,24 +285,7 @@ fn resolves_to(list: &[(&str, &str, Value)], service: &str, target: &str, failov
 }
 
 fn instance(version: &str, datacenter: &str, status: HealthStatus) -> Instance {
-    let info = NodeInfo {
-        id: String::new(),
-        name: "n1".parse().unwrap(),
-        mesh_addr: "10.0.0.1:8301".parse().unwrap(),
-        datacenter: datacenter.to_owned(),
-        meta: BTreeMap::new(),
-        build: String::new(),
-        issuer: false,
-    };
-    let node = NodeEntry {
-        info: info.into(),
-        status: MemberStatus::Alive,
-        generation: Generation::default(),
-        checks: Vec::new(),
-        external: None,
-        create_index: 1,
-        modify_index: 1,
-    };
+    let info = NodeInfo { datacenter: datacenter.to_owned(), ..fixture::node_info("n1") };
     let record = ServiceRecord {
         meta: [("version", version.into())].into_iter().collect::<TextMap<Box<str>>>(),
         port: 80,
@@ -312,14 +293,7 @@ fn instance(version: &str, datacenter: &str, status: HealthStatus) -> Instance {
         protocol: Protocol::Http,
         ..ServiceRecord::new("w".parse().unwrap(), "web".parse().unwrap())
     };
-    Instance {
-        node: node.into(),
-        record: record.into(),
-        checks: Box::default(),
-        status,
-        create_index: 1,
-        modify_index: 1,
-    }
+    Instance { status, ..fixture::instance(fixture::node_entry(info), record) }
 }
 
 #[test]

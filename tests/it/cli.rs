@@ -92,6 +92,10 @@ fn lists_are_aligned_narrowed_and_the_same_in_json() {
     assert!(!weft_ok(&["catalog", "nodes", "-node-meta=rack=b2", &at]).contains("n1"));
     assert_eq!(weft_ok(&["catalog", "services", "-node-meta=rack=a1", &at]), "Service  Tags\nweb      v1\n");
     assert_eq!(weft_ok(&["catalog", "datacenters", &at]), "dc1\n");
+    assert_eq!(weft_ok(&["catalog", "services", "-datacenter=dc1", &at]), "Service  Tags\nweb      v1\n");
+    for words in [&["catalog", "services", "-datacenter=dc9", &at][..], &["catalog", "nodes", "-datacenter=dc9", &at]] {
+        assert_says(&stderr(&weft(words)), &["No path to datacenter", "weft catalog datacenters"]);
+    }
     let json: serde_json::Value =
         serde_json::from_str(&weft_ok(&["catalog", "services", "-format=json", &at])).unwrap();
     assert_eq!(json, serde_json::json!({"web": ["v1"]}));
@@ -279,15 +283,53 @@ fn failures_say_what_to_do_and_end_with_their_code() {
         assert_says(&stderr(&out), says);
     }
     check(&["nonsense"], 2, &["Usage"]);
+    check(&["keyring", "-list"], 2, &["Usage", "weft ca rotate"]);
+    check(&["agent", "-server", "-bootstrap-expect=3"], 2, &["-server is Consul's"]);
     check(&["watch", "-type=nonsense"], 2, &["keyprefix"]);
     check(&["watch", "-type=service", &at], 1, &["-service"]);
     check(&["members", "-http-addr=ftp://x"], 1, &["host:port", "unix:///"]);
     check(&["members", "-http-addr=unix:///nowhere.sock"], 1, &["unix:///nowhere.sock", "weft agent"]);
-    check(&["services", "deregister", "nobody", &at], 1, &["404", "Unknown service ID"]);
+    check(&["services", "deregister", "nobody", &at], 1, &["404", "Unknown service ID", "weft catalog services -node"]);
     check(&["watch", "-type=key", "-key=a", &at], 1, &["501", "api/README.md"]);
-    check(&["force-leave", "nobody", &at], 1, &["nobody"]);
+    check(&["force-leave", "nobody", &at], 1, &["nobody", "weft members"]);
+    check(&["config", "read", "-kind=service-defaults", "-name=nobody", &at], 1, &["404", "weft config list"]);
+    check(&["config", "delete", "-kind=service-defaults", "-name=nobody", &at], 1, &["404", "weft config list"]);
+    check(&["intention", "get", "a", "b", &at], 1, &["404", "weft intention list"]);
     check(&["completion", "tcsh"], 2, &["bash", "zsh", "fish"]);
     check(&["top", "-interval=0s", &at], 1, &["-interval"]);
+}
+
+#[test]
+fn a_renewed_certificate_of_https_is_shown_after_a_reload_and_a_broken_one_changes_nothing() {
+    let ca = Ca::init("cli.test");
+    let dir = TempDir::new().unwrap();
+    let [cert, key, before, config] =
+        ["cert.pem", "key.pem", "before.pem", "https.hcl"].map(|name| dir.path().join(name));
+    let renew = || {
+        let made = rcgen::generate_simple_self_signed(["mesh.example".to_owned()]).unwrap();
+        fs::write(&cert, made.cert.pem()).unwrap();
+        fs::write(&key, made.signing_key.serialize_pem()).unwrap();
+    };
+    renew();
+    fs::copy(&cert, &before).unwrap();
+    let files = format!("cert_file = \"{}\"\n    key_file = \"{}\"", path(&cert), path(&key));
+    fs::write(&config, format!("ports {{\n  https = 8501\n}}\ntls {{\n  https {{\n    {files}\n  }}\n}}\n")).unwrap();
+    let issuer = ca.issuer();
+    let agent = Agent::start(&Spec::loopback(231, "n1", &["-issuer", path(&issuer), "-config-file", path(&config)]));
+    let (plain, secure) = (format!("-http-addr={}", agent.api), format!("-http-addr=https://{}:8501", agent.api.ip()));
+    let is_believed = |roots: &std::path::Path| {
+        weft(&["members", &secure, "-tls-server-name=mesh.example", "-ca-file", path(roots)]).status.success()
+    };
+    assert!(is_believed(&before));
+    renew();
+    assert!(is_believed(&before) && !is_believed(&cert), "files alone change nothing");
+    weft_ok(&["reload", &plain]);
+    assert!(is_believed(&cert) && !is_believed(&before));
+    fs::write(&key, "nothing").unwrap();
+    let refused = weft(&["reload", &plain]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert_says(&stderr(&refused), &["nothing was reloaded", "tls.https.key_file"]);
+    assert!(is_believed(&cert));
 }
 
 #[test]

@@ -111,6 +111,20 @@ fn bytes(port: u16, service: &str) -> Value {
     json!({"Port": port, "Services": [{"Name": service}]})
 }
 
+/// The ports of gateways that DNS at `n2` names for a service, in order; none where dig is not installed.
+fn ingress_ports(lab: &Lab, service: &str) -> Option<Vec<String>> {
+    let [dig] = found("dig", [program("dig")])?;
+    let mut command = Command::new(&dig);
+    command.args(["@127.0.0.1", "-p", "8600", "+short", "+tries=1", "+time=5", "SRV"]);
+    command.arg(format!("{service}.ingress.weft"));
+    let out = lab.host(2).run(|| command.stdin(Stdio::null()).output().unwrap());
+    let said = String::from_utf8_lossy(&out.stdout).into_owned();
+    let mut ports: Vec<String> =
+        said.lines().filter_map(|line| line.split_whitespace().nth(2).map(str::to_owned)).collect();
+    ports.sort();
+    Some(ports)
+}
+
 /// Every agent knows by which gateway a service is reached.
 fn is_known_to_all(cluster: &Cluster) {
     let Cluster { n2, lab, .. } = cluster;
@@ -134,6 +148,41 @@ fn is_known_to_all(cluster: &Cluster) {
         assert_eq!(ask(&["web.ingress.consul", "SRV"]), "1 1 8080 n1.node.dc1.consul.");
         assert_eq!(ask(&["edge.ingress.weft"]), "");
     }
+}
+
+/// Every agent knows which ports of the gateway could not be opened: here 8082, until `taken` is dropped.
+fn closed_ports_are_told_to_all(cluster: &Cluster, taken: TcpListener) {
+    let Cluster { n1, n2, lab, .. } = cluster;
+    let health = |want: &str| {
+        until(&format!("the gateway is {want} everywhere"), || {
+            let list = n2.try_get("/v1/health/service/edge")?.json();
+            let checks = list[0]["Checks"].as_array().cloned().unwrap_or_default();
+            let own = checks.iter().find(|check| check["CheckID"] == "gateway:edge");
+            if own.is_some_and(|check| check["Status"] == want) { Ok(()) } else { Err(list.to_string()) }
+        });
+    };
+    health("warning");
+    let said = n1.get("/v1/agent/checks")["gateway:edge"]["Output"].to_string();
+    assert!(said.contains("ports open: 2; port 8082: 10.77.0.1:8082 is in use"), "{said}");
+    // Nobody is sent to the port that is not there, and the others are told of as before.
+    assert_eq!(n2.get("/v1/health/ingress/solo"), json!([]), "8082 alone leads to it");
+    assert_eq!(n2.get("/v1/health/ingress/web").as_array().map(Vec::len), Some(1));
+    if let Some(ports) = ingress_ports(lab, "web") {
+        assert_eq!(ports, ["8081"]);
+    }
+    cluster.listen(&json!([http(8082, &json!([{"Name": "web", "Hosts": ["*"]}]))]));
+    health("critical");
+    assert_eq!(n2.get("/v1/health/ingress/web?passing"), json!([]), "nobody is sent to it");
+    let told_once = |path: &str| {
+        until(&format!("{path} tells of the gateway"), || match n2.try_get(path)?.json() {
+            one if one.as_array().is_some_and(|list| list.len() == 1) => Ok(()),
+            other => Err(other.to_string()),
+        });
+    };
+    told_once("/v1/health/ingress/web");
+    drop(taken);
+    health("passing");
+    told_once("/v1/health/ingress/web?passing");
 }
 
 /// What is kept without an effect says so, and what cannot be is refused with every problem.
@@ -207,7 +256,7 @@ fn calls_from_outside_come_in_by_a_gateway_in_its_name_and_its_ports_follow_its_
     // The entry changes: a port comes, one goes, one is another program's; what is open goes on.
     let taken = lab.host(1).run(|| TcpListener::bind(at(8082)).unwrap());
     let named = http(8081, &json!([{"Name": "*"}]));
-    let other = http(8082, &json!([{"Name": "web", "Hosts": ["*"]}]));
+    let other = http(8082, &json!([{"Name": "web", "Hosts": ["*"]}, {"Name": "solo"}]));
     cluster.listen(&json!([named, other, bytes(9000, "legacy")]));
     assert!(cluster.wait_status((8081, "web.ingress.weft"), 200).body.starts_with("web GET /x "));
     assert_eq!(cluster.call(8081, "legacy.ingress.weft", "/").unwrap().status, 404, "it takes no requests");
@@ -221,22 +270,7 @@ fn calls_from_outside_come_in_by_a_gateway_in_its_name_and_its_ports_follow_its_
         state => Err(state),
     });
     assert!(n1.log().contains("cannot listen on a local port") && n1.log().contains("10.77.0.1:8082"));
-    let health = |want: &str| {
-        until(&format!("the gateway is {want} everywhere"), || {
-            let list = n2.try_get("/v1/health/service/edge")?.json();
-            let checks = list[0]["Checks"].as_array().cloned().unwrap_or_default();
-            let own = checks.iter().find(|check| check["CheckID"] == "gateway:edge");
-            if own.is_some_and(|check| check["Status"] == want) { Ok(()) } else { Err(list.to_string()) }
-        });
-    };
-    health("warning");
-    let said = n1.get("/v1/agent/checks")["gateway:edge"]["Output"].to_string();
-    assert!(said.contains("ports open: 2; port 8082: 10.77.0.1:8082 is in use"), "{said}");
-    cluster.listen(&json!([http(8082, &json!([{"Name": "web", "Hosts": ["*"]}]))]));
-    health("critical");
-    assert_eq!(n2.get("/v1/health/ingress/web?passing"), json!([]), "nobody is sent to it");
-    drop(taken);
-    health("passing");
+    closed_ports_are_told_to_all(&cluster, taken);
     cluster.wait_status((8082, "anything.example"), 200);
     let named = http(8081, &json!([{"Name": "*"}]));
     cluster.listen(&json!([named, bytes(9000, "legacy")]));
@@ -249,6 +283,14 @@ fn calls_from_outside_come_in_by_a_gateway_in_its_name_and_its_ports_follow_its_
     });
 
     entries_that_do_nothing_are_told(&cluster);
+
+    // As another kind of service it has no ports to tell of.
+    n1.put_ok("/v1/agent/service/register", r#"{"Name": "edge", "Port": 1}"#);
+    until("the checks of its ports are gone", || {
+        let checks = n1.try_get("/v1/agent/checks")?.json();
+        let left = checks.as_object().is_some_and(|all| all.keys().any(|id| id.starts_with("gateway:")));
+        if left { Err(checks.to_string()) } else { Ok(()) }
+    });
 
     // Without its registration it has no ports, and nobody says that it has.
     n1.put_ok("/v1/agent/service/deregister/edge", "");

@@ -84,6 +84,9 @@ pub(crate) struct NodesArgs {
     /// Only nodes whose meta has KEY=VALUE; repeatable.
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) node_meta: Vec<String>,
+    /// Of this datacenter. Default: the agent's own.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) datacenter: Option<String>,
     /// Nearest to this node first; _agent is the agent's own.
     #[arg(long, value_name = "NODE")]
     pub(crate) near: Option<String>,
@@ -102,6 +105,9 @@ pub(crate) struct ServicesArgs {
     /// Only services of nodes whose meta has KEY=VALUE; repeatable.
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) node_meta: Vec<String>,
+    /// Of this datacenter. Default: the agent's own.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) datacenter: Option<String>,
     #[command(flatten)]
     pub(crate) list: ListArgs,
 }

@@ -22,6 +22,10 @@ pub(crate) enum WatchedKind {
     Checks,
     /// The events of -name.
     Event,
+    /// The roots that certificates of the mesh lead to.
+    ConnectRoots,
+    /// The certificate of -service, with its key.
+    ConnectLeaf,
     /// One key (-key).
     Key,
     /// The keys that begin with -prefix.
@@ -33,7 +37,7 @@ pub(crate) struct WatchArgs {
     /// The view.
     #[arg(long = "type", value_enum, value_name = "TYPE")]
     pub(crate) kind: WatchedKind,
-    /// Of this service: for service, connect_service and checks.
+    /// Of this service: for service, connect_service, connect_leaf and checks.
     #[arg(long, value_name = "NAME")]
     pub(crate) service: Option<String>,
     /// Only instances with this tag; repeatable.

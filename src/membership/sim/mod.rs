@@ -10,9 +10,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::ops::Range;
 
+use bytes::Bytes;
+
 use super::health::UNREST_SPAN;
 use super::*;
-use crate::model::Generation;
+use crate::model::{Demand, Generation};
 
 /// What happened at a node, for the assertions.
 type Log = Vec<(Duration, NodeName, NodeName, Option<MemberStatus>)>;

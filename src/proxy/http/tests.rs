@@ -34,10 +34,7 @@ use super::*;
 use crate::catalogue::{LocalInstance, Publisher, ServiceEntry, Snapshot};
 use crate::clock::UnixSeconds;
 use crate::metrics::Metrics;
-use crate::model::{
-    Generation, HealthStatus, Instance, MemberStatus, NodeEntry, NodeInfo, Protocol, ServeScope, ServiceRecord,
-    SpiffeId,
-};
+use crate::model::{Instance, NodeInfo, Protocol, ServeScope, ServiceRecord, SpiffeId, fixture};
 use crate::proxy::head::HEADERS_MAX;
 use crate::proxy::{Lease, Route, Source};
 use crate::routing::{Ask, Balancer, ConnectBackoff, Flow, NoInstance};
@@ -243,31 +240,13 @@ impl Loopback {
 }
 
 fn instance() -> Arc<Instance> {
-    let info = NodeInfo {
-        id: String::new(),
-        name: "n2".parse().unwrap(),
-        mesh_addr: "127.0.0.1:1".parse().unwrap(),
-        datacenter: "dc1".to_owned(),
-        meta: BTreeMap::new(),
-        build: String::new(),
-        issuer: false,
-    };
-    let node = Arc::new(NodeEntry {
-        info: info.into(),
-        status: MemberStatus::Alive,
-        generation: Generation::default(),
-        checks: vec![],
-        external: None,
-        create_index: 1,
-        modify_index: 1,
-    });
+    let info = NodeInfo { mesh_addr: "127.0.0.1:1".parse().unwrap(), ..fixture::node_info("n2") };
     let record = ServiceRecord {
         port: 80,
         protocol: Protocol::Http,
         ..ServiceRecord::new("web-1".parse().unwrap(), "web".parse().unwrap())
     };
-    let (record, status) = (Arc::new(record), HealthStatus::Passing);
-    Arc::new(Instance { node, record, checks: Box::default(), status, create_index: 1, modify_index: 1 })
+    Arc::new(fixture::instance(fixture::node_entry(info), record))
 }
 
 /// `instance` under another id.

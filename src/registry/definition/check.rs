@@ -268,7 +268,8 @@ impl Kinds {
     }
 }
 
-/// Namespaces, partitions and ACL tokens do not exist here: only their defaults pass.
+/// Namespaces and partitions do not exist here: only their defaults pass. An ACL token says as whom Consul's agent writes; this
+/// one writes as itself, so it says nothing, and files with one load.
 pub(super) fn refuse_tenancy(fields: &mut Fields<'_>) -> Result<(), DefinitionError> {
     for (name, what) in [("namespace", "a namespace"), ("partition", "an admin partition")] {
         if let Some(field) = fields.take(&[name])?
@@ -277,7 +278,7 @@ pub(super) fn refuse_tenancy(fields: &mut Fields<'_>) -> Result<(), DefinitionEr
             return Err(DefinitionError::Unsupported { path: field.path, what: what.to_owned() });
         }
     }
-    fields.refuse(&["token"], "an ACL token")
+    fields.text(&["token"]).map(drop)
 }
 
 fn headers(fields: &mut Fields<'_>) -> Result<BTreeMap<String, Vec<String>>, DefinitionError> {

@@ -83,6 +83,13 @@ fn a_full_registration_is_read_field_by_field() {
 }
 
 #[test]
+fn an_acl_token_says_nothing_and_is_not_kept() {
+    let read = |value: Value| service_from_json(&value, &DEFAULTS).unwrap();
+    let with = read(json!({"Name": "web", "Token": "secret", "Check": {"TTL": "1m", "Token": "secret"}}));
+    assert_eq!(with, read(json!({"Name": "web", "Check": {"TTL": "1m"}})));
+}
+
+#[test]
 fn case_and_snake_case_do_not_matter() {
     let value = json!({"name": "web", "PORT": 80, "enable_tag_override": true, "check": {"ttl": "9s", "check_id": "c"},
         "connect": {"sidecar_service": {}}, "tagged_addresses": {"lan": {"address": "a"}}});

@@ -1,0 +1,101 @@
+//! Wrong usage: clap's own words, and for what Consul's command line has and weft's has not, what stands in its place.
+
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+
+/// Prints what is wrong, or the help that was asked for, and ends: with 2 or 0.
+pub(crate) fn end(error: &clap::Error) -> ! {
+    // Nobody may read it; the code says it too.
+    let _unread = error.print();
+    if let Some(hint) = hint(error) {
+        eprintln!("\n{hint}");
+    }
+    std::process::exit(error.exit_code())
+}
+
+/// Says what stands in the place of a verb or flag of Consul's.
+fn hint(error: &clap::Error) -> Option<String> {
+    let given = |kind| match error.get(kind) {
+        Some(ContextValue::String(text)) => Some(text.as_str()),
+        _ => None,
+    };
+    match error.kind() {
+        ErrorKind::InvalidSubcommand => verb(given(ContextKind::InvalidSubcommand)?).map(ToOwned::to_owned),
+        ErrorKind::UnknownArgument => flag(given(ContextKind::InvalidArg)?),
+        _ => None,
+    }
+}
+
+/// Verbs of Consul's that weft has not.
+fn verb(name: &str) -> Option<&'static str> {
+    Some(match name {
+        "acl" | "login" | "logout" => {
+            "weft has no ACLs: `weft intention` says who may call whom, api_token who may use an agent's API."
+        }
+        "kv" => {
+            "weft keeps keys only where kv { enabled = true } is set; then: curl 127.0.0.1:8500/v1/kv/KEY (api/README.md, \"Keys and values\")."
+        }
+        "lock" | "snapshot" => {
+            "This needs consensus, and weft has none. `weft export` saves what operators signed (api/README.md, \"Coming from Consul\")."
+        }
+        "keyring" => "weft has no gossip key: `weft ca rotate` replaces the root, `weft revoke` takes a node back.",
+        "tls" => {
+            "`weft ca init` makes the CA, `weft token create` lets a node join: it fetches its certificates itself."
+        }
+        "connect" => {
+            "The agent is the proxy, there is none to start: `weft services register` a service with upstreams, `weft info` shows its ports."
+        }
+        "exec" => {
+            "weft runs nothing on other hosts. `weft event` tells them something, `weft watch` runs a program on a change."
+        }
+        "operator" => "There are no servers to operate: `weft info` and `weft members` show the mesh.",
+        "peering" | "partition" | "namespace" => "There is one mesh, without partitions and peers.",
+        "troubleshoot" => "`weft why SOURCE DESTINATION` explains a call.",
+        _ => return None,
+    })
+}
+
+/// Flags of Consul's agent that weft has not.
+fn flag(given: &str) -> Option<String> {
+    let name = given.trim_start_matches('-').split('=').next().unwrap_or_default();
+    let key = match name {
+        "rejoin" => "rejoin_after_leave",
+        "syslog" => "enable_syslog",
+        "advertise-wan" => "advertise_addr_wan",
+        other => other,
+    };
+    let why = weft::config::without_effect(&key.replace('-', "_"))?;
+    let why = why.trim_start_matches("has no effect: ");
+    Some(format!("-{name} is Consul's, and would have no effect: {why}. Leave it out."))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::*;
+    use crate::cli::Cli;
+
+    #[test]
+    fn what_consul_has_and_weft_has_not_is_answered_with_what_stands_in_its_place() {
+        #[track_caller]
+        fn check(words: &str, want: Option<&str>) {
+            let argv = std::iter::once("weft").chain(words.split(' ')).map(Into::into);
+            let error = Cli::try_parse_from(crate::argv::normalize(argv)).expect_err(words);
+            let hint = hint(&error);
+            match want {
+                Some(want) => assert!(hint.as_ref().is_some_and(|text| text.contains(want)), "{words}: {hint:?}"),
+                None => assert_eq!(hint, None, "{words}"),
+            }
+        }
+        check("kv get a", Some("curl"));
+        check("acl token list", Some("weft intention"));
+        check("keyring -list", Some("weft ca rotate"));
+        check("operator raft list-peers", Some("weft members"));
+        check("agent -server -data-dir /d", Some("-server is Consul's"));
+        check("agent -bootstrap-expect=3", Some("weft has no servers"));
+        check("agent -rejoin", Some("peers on its disk"));
+        check("agent -nod x", None);
+        check("membrs", None);
+        check("catalog nodes -x", None);
+    }
+}
