@@ -43,6 +43,7 @@ use crate::pki::Identity;
 use crate::registry::Publication;
 use crate::replica;
 use crate::store::StoredPeer;
+use crate::supervise::{catch, catch_blocking};
 use crate::transport::{Accepted, ControlTransport, Refusals};
 use crate::upstream;
 
@@ -493,7 +494,8 @@ impl Actor {
         let desks = self.desks.clone();
         self.work.spawn(async move {
             let stable_id = connection.stable_id();
-            read_connection(peer.clone(), connection, inputs, desks, metrics).await;
+            // What is left of it goes with its end.
+            let _ended = catch("connection", read_connection(peer.clone(), connection, inputs, desks, metrics)).await;
             Done::ConnectionEnded(peer, stable_id)
         });
     }
@@ -517,7 +519,8 @@ impl Actor {
                 self.metrics.sent_bytes.inc_by(bytes);
                 self.work.spawn(async move {
                     // A packet may be lost, on a stream as well.
-                    let _lost = tokio::time::timeout(exchange::TIME_MAX, send_on_stream(&connection, &packet)).await;
+                    let sending = tokio::time::timeout(exchange::TIME_MAX, send_on_stream(&connection, &packet));
+                    let _lost = catch("packet", sending).await;
                     Done::PacketSent
                 });
             }
@@ -548,9 +551,10 @@ impl Actor {
         let transport = self.transport.clone();
         self.work.spawn(async move {
             let dial = targets::dial(&transport, to.addr, Some(to.name.clone()));
-            match is_superseded.run_until_cancelled(dial).await {
-                Some(dialled) => Done::Dialled(to, purpose, dialled.map(|(connection, _)| connection)),
-                None => Done::Superseded(to.name, purpose),
+            match catch("dial", is_superseded.run_until_cancelled(dial)).await {
+                Some(Some(dialled)) => Done::Dialled(to, purpose, dialled.map(|(connection, _)| connection)),
+                Some(None) => Done::Superseded(to.name, purpose),
+                None => Done::Dialled(to, purpose, Err(DialError::Failed("the dial failed in itself".to_owned()))),
             }
         });
     }
@@ -561,13 +565,16 @@ impl Actor {
             return;
         };
         let carried = exchange::begin(connection, peer.clone(), first, self.inputs_sender.clone());
-        self.work.spawn(async move { Done::Exchanged { peer, exchange, result: carried.await } });
+        self.work.spawn(async move {
+            let result = catch("exchange", carried).await.unwrap_or(Err(ExchangeError::Panicked));
+            Done::Exchanged { peer, exchange, result }
+        });
     }
 
     fn save_peers(&mut self, peers: Vec<StoredPeer>) {
         let store = Arc::clone(&self.peer_store);
         self.work.spawn_blocking(move || {
-            store.save(peers);
+            let _unsaved = catch_blocking("peers", || store.save(peers));
             Done::Saved
         });
     }

@@ -12,6 +12,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::BytesMut;
+use prometheus::IntGauge;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
@@ -99,24 +100,45 @@ async fn tunnel(worker: Rc<Worker>, incoming: quinn::Incoming, handshake: Slot, 
             return connection.close(CODE_UNVERIFIED.into(), b"peer is not verified");
         }
     };
-    let count = per_peer.borrow().get(&peer.node).copied().unwrap_or_default() + 1;
-    if count > TUNNELS_PER_PEER_MAX {
+    let Some(_place) = Place::take(&per_peer, &peer.node, worker.metrics.tunnels.with_label_values(&["acceptor"]))
+    else {
         refused("too_many");
         warn!(%from, node = %peer.node, max = TUNNELS_PER_PEER_MAX, "closing a tunnel: its node has too many");
         return connection.close(CODE_TOO_MANY.into(), b"too many tunnels of this node");
-    }
-    per_peer.borrow_mut().insert(peer.node.clone(), count);
+    };
     worker.metrics.handshakes.with_label_values(&["acceptor"]).inc();
-    let gauge = worker.metrics.tunnels.with_label_values(&["acceptor"]);
-    gauge.inc();
-    let watched = worker.paths.watch(&connection, "acceptor");
+    let _watched = worker.paths.watch(&connection, "acceptor");
     streams(&worker, &connection, &peer).await;
-    drop(watched);
-    gauge.dec();
-    let mut per_peer = per_peer.borrow_mut();
-    match per_peer.get_mut(&peer.node) {
-        Some(count) if *count > 1 => *count -= 1,
-        _ => drop(per_peer.remove(&peer.node)),
+}
+
+/// A tunnel's place among those of its node, and in the metrics; given back when it is dropped, by a panic as well.
+struct Place {
+    per_peer: PerPeer,
+    node: NodeName,
+    open: IntGauge,
+}
+
+impl Place {
+    /// Takes one for a tunnel of `node`, and counts it in `open`; none if it has as many as it may.
+    fn take(per_peer: &PerPeer, node: &NodeName, open: IntGauge) -> Option<Self> {
+        let count = per_peer.borrow().get(node).copied().unwrap_or_default();
+        if count >= TUNNELS_PER_PEER_MAX {
+            return None;
+        }
+        per_peer.borrow_mut().insert(node.clone(), count + 1);
+        open.inc();
+        Some(Self { per_peer: Rc::clone(per_peer), node: node.clone(), open })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.open.dec();
+        let mut per_peer = self.per_peer.borrow_mut();
+        match per_peer.get_mut(&self.node) {
+            Some(count) if *count > 1 => *count -= 1,
+            _ => drop(per_peer.remove(&self.node)),
+        }
     }
 }
 
@@ -308,4 +330,31 @@ pub(super) async fn refuse(mut send: quinn::SendStream, mut recv: quinn::RecvStr
     // Dropping the half finishes it; a caller that is gone needs no answer.
     let _gone = send.write_all(&[status.byte()]).await;
     let _gone = recv.stop(CODE_RESET);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_tunnel_s_place_comes_back_however_its_task_ends() {
+        let (per_peer, open) = (PerPeer::default(), IntGauge::new("open", "Tunnels.").unwrap());
+        let [a, b] = ["a", "b"].map(|name| name.parse::<NodeName>().unwrap());
+        let mut held: Vec<Place> = std::iter::from_fn(|| Place::take(&per_peer, &a, open.clone())).collect();
+        assert_eq!(held.len(), TUNNELS_PER_PEER_MAX);
+        assert!(Place::take(&per_peer, &b, open.clone()).is_some(), "another node has its own");
+        let doomed = held.pop();
+        let tasks = tokio::task::LocalSet::new();
+        let doomed = tasks.spawn_local(async move {
+            let _doomed = doomed;
+            panic!("inside a tunnel");
+        });
+        tasks.await;
+        assert!(doomed.await.unwrap_err().is_panic());
+        assert_eq!(open.get(), held.len() as i64);
+        let again = Place::take(&per_peer, &a, open.clone());
+        assert!(again.is_some() && Place::take(&per_peer, &a, open.clone()).is_none());
+        drop((held, again));
+        assert_eq!((open.get(), per_peer.borrow().len()), (0, 0), "nothing is kept of nodes that have none");
+    }
 }

@@ -27,6 +27,7 @@ use crate::metrics::Metrics;
 use crate::model::NodeName;
 use crate::pki::Identity;
 use crate::policy::{Document, DocumentDigest, DocumentId, DocumentKind, DocumentSet, Fork, Offered, Refused};
+use crate::supervise::catch_blocking;
 
 /// A skew from here on is worth a warning: certificates begin 60 s in the past, and a minute is soon used up.
 const SKEW_WARN_SECONDS: f64 = 10.0;
@@ -323,11 +324,12 @@ impl Task {
         let bytes = self.set.get(&digest.id).map(|held| held.document.to_bytes());
         self.work.spawn_blocking(move || {
             let key = digest.id.to_string();
-            let kept = match bytes {
+            let kept = catch_blocking("documents", || match bytes {
                 Some(bytes) => store.put(&key, &bytes),
                 None => store.remove(&key),
-            };
-            Kept(digest, kept)
+            });
+            // Who waits for it is answered in any case.
+            Kept(digest, kept.unwrap_or_else(|| Err("keeping it failed in itself; the log has the reason".to_owned())))
         });
     }
 
