@@ -172,8 +172,7 @@ pub(super) struct Actor {
     /// The newest refusal that was looked at.
     refused_until: Option<Instant>,
     desks: Desks,
-    /// Of services outside their nodes' scope.
-    outside_told: events::Seldom,
+    told: events::Told,
     reaching: Reaching,
     /// Nodes whose records or status are not in the catalogue yet.
     unshown: BTreeSet<NodeName>,
@@ -229,7 +228,7 @@ impl Actor {
             members,
             links: Links::new(params.links_max),
             refusals: params.transport.refusals(),
-            outside_told: events::Seldom::default(),
+            told: events::Told::default(),
             refused_until: None,
             transport: params.transport,
             identity: params.identity,
@@ -471,7 +470,7 @@ impl Actor {
             return;
         };
         if !matches!(peer.id, SpiffeId::Node { .. }) {
-            warn!(peer = %peer.id, "a service's certificate does not speak for its node in gossip; refused");
+            self.service_spoke(&peer.id);
             accepted.connection.close(0u32.into(), b"not a node's certificate");
             return;
         }

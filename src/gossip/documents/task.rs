@@ -23,6 +23,7 @@ use crate::gossip::carrier::{self, Around, Carrier, FORWARDS};
 use crate::gossip::exchange::ExchangeError;
 use crate::gossip::talk::answer;
 use crate::gossip::{Command, MemberView, Members};
+use crate::hearsay::{Excerpt, Seldom};
 use crate::metrics::Metrics;
 use crate::model::NodeName;
 use crate::pki::Identity;
@@ -89,6 +90,8 @@ pub(in crate::gossip) struct Task {
     compared_at: Option<UnixSeconds>,
     is_own_end_told: bool,
     is_gossip_untold: bool,
+    /// What peers say of this node's documents.
+    refusals_told: Seldom,
     stop: CancellationToken,
 }
 
@@ -124,6 +127,7 @@ impl Task {
             compared_at: None,
             is_own_end_told: false,
             is_gossip_untold: false,
+            refusals_told: Seldom::default(),
             stop,
         };
         task.show();
@@ -246,7 +250,8 @@ impl Task {
             && !is_blameless(error)
             && self.patience.refused(peer, now) == After::RanOut
         {
-            warn!(%peer, %error, "a member brings one bad document after the other: most are refused unread from here on");
+            let error = error.to_string();
+            warn!(%peer, error = %Excerpt(&error), "a member brings one bad document after the other: most are refused unread from here on");
         }
         Some(taken)
     }
@@ -359,7 +364,10 @@ impl Task {
         match result {
             Ok(Took::Held | Took::Older) => {}
             Ok(Took::Refused(reason)) => {
-                warn!(peer = %to.name, document = %news.digest.id, reason, "peer refuses a document");
+                if let Some(left_out) = self.refusals_told.due(clock::now()) {
+                    let (document, reason) = (&news.digest.id, Excerpt(&reason));
+                    warn!(peer = %to.name, %document, %reason, left_out, "peer refuses a document");
+                }
             }
             Err(error) => debug!(peer = %to.name, error = error.explain(None), "document was not pushed"),
         }

@@ -21,6 +21,7 @@ use crate::gossip::Members;
 use crate::gossip::carrier::{self, Around, Carrier, FORWARDS};
 use crate::gossip::exchange::ExchangeError;
 use crate::gossip::talk::answer;
+use crate::hearsay::Excerpt;
 use crate::lww::{AHEAD_MS_MAX, Merged, Record, Refused, Scope, Table};
 use crate::metrics::Metrics;
 use crate::model::NodeName;
@@ -428,10 +429,11 @@ impl Task {
         self.metrics.pushes.with_label_values(&[label]).inc();
         match result {
             Ok(Some(Verdict::Refused(reason))) => {
+                let reason = Excerpt(&reason);
                 if self.may_warn() {
-                    warn!(peer = %to, space = space.as_str(), reason, "peer refuses a shared record");
+                    warn!(peer = %to, space = space.as_str(), %reason, "peer refuses a shared record");
                 } else {
-                    debug!(peer = %to, space = space.as_str(), reason, "peer refuses a shared record");
+                    debug!(peer = %to, space = space.as_str(), %reason, "peer refuses a shared record");
                 }
             }
             Ok(_) => {}

@@ -40,6 +40,7 @@ use super::views::Views;
 use super::{Died, Listeners, ProxyError, authorize, dead, inbound, inspect, listener};
 use crate::catalogue::SnapshotReader;
 use crate::clock;
+use crate::hearsay::Seldom;
 use crate::model::{Instance, ServiceName};
 use crate::routing::{
     Ask, Balancer, ConnectBackoff, GroupView, Limited, NoInstance, Notice, Observer, Outcome, Rates, Shared,
@@ -162,6 +163,8 @@ pub(crate) struct Worker {
     balancer: RefCell<Balancer>,
     backoff: RefCell<ConnectBackoff>,
     notices: mpsc::Sender<Notice>,
+    /// Nodes that announce what is outside their scope, at each call.
+    outside_told: Seldom,
     /// Instances of the targets that chains lead to.
     views: RefCell<Views>,
     tasks: TaskTracker,
@@ -242,6 +245,7 @@ impl Worker {
             balancer: RefCell::new(Balancer::with_shared(rand::random(), setup.balancing)),
             backoff: RefCell::default(),
             notices: setup.notices,
+            outside_told: Seldom::default(),
             views: RefCell::default(),
             tasks: TaskTracker::new(),
             draining: setup.draining,
