@@ -363,7 +363,7 @@ mod tests {
         });
         tasks.await;
         assert!(doomed.await.unwrap_err().is_panic());
-        assert_eq!(open.get(), held.len() as i64);
+        assert_eq!(open.get(), i64::try_from(held.len()).unwrap());
         let again = Place::take(&doors, &a, open.clone());
         assert!(again.is_some() && Place::take(&doors, &a, open.clone()).is_none());
         drop((held, again));

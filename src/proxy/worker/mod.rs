@@ -35,7 +35,7 @@ use super::open::OpenTunnels;
 use super::paths::Paths;
 use super::runners::Runners;
 use super::tunnel::Tunnels;
-use super::udp::{UdpMetrics, UdpState};
+use super::udp::{Accepted, UdpMetrics, UdpState};
 use super::views::Views;
 use super::{Died, Listeners, ProxyError, authorize, dead, inbound, inspect, listener};
 use crate::catalogue::SnapshotReader;
@@ -120,6 +120,7 @@ pub(super) struct Setup {
     pub(super) open: OpenTunnels,
     pub(super) http_metrics: HttpMetrics,
     pub(super) udp_metrics: UdpMetrics,
+    pub(super) udp_accepted: Arc<Accepted>,
     pub(super) drain: CancellationToken,
     pub(super) drain_timeout: Duration,
     /// Holds one token per worker that still drains.
@@ -231,7 +232,7 @@ impl Worker {
             listeners: setup.listeners,
             edges: Edges::new(setup.metrics.clone()),
             http: HttpState::new(setup.http_metrics).sharing(setup.rates),
-            udp: UdpState::new(setup.udp_metrics),
+            udp: UdpState::new(setup.udp_metrics, setup.udp_accepted),
             connections: Rc::default(),
             streams: Rc::default(),
             responded_at: Cell::new(None),
