@@ -8,6 +8,7 @@ mod forwarded;
 mod framing;
 mod gateway;
 mod hedged;
+mod refused;
 mod rest;
 mod routed;
 
