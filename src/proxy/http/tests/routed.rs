@@ -220,6 +220,23 @@ fn only_what_the_conditions_name_is_tried_again() {
             let setup = web(&[later, OK], &[gateway()]).await;
             assert!(ask(setup.port, "GET / HTTP/1.1").await.starts_with("HTTP/1.1 503"), "{word:?}");
         }
+        // One that names a time is asked again, and not before: of HTTP and of gRPC.
+        const SOON: &str = "HTTP/1.1 503 Later\r\ncontent-length: 0\r\ngrpc-retry-pushback-ms: 300\r\n\r\n";
+        const SOON_GRPC: &str = "HTTP/1.1 200 OK\r\ncontent-type: application/grpc\r\ngrpc-status: 14\r\n\
+                                 grpc-retry-pushback-ms: 300\r\ncontent-length: 0\r\n\r\n";
+        const NEVER_GRPC: &str = "HTTP/1.1 200 OK\r\ncontent-type: application/grpc\r\ngrpc-status: 14\r\n\
+                                  grpc-retry-pushback-ms: -1\r\ncontent-length: 0\r\n\r\n";
+        let unavailable = json!({"NumRetries": 1, "RetryOn": ["unavailable", "gateway-error"],
+            "RetryBackoff": {"BaseInterval": "1ms"}});
+        for (answer, head) in [(SOON, "GET / HTTP/1.1"), (SOON_GRPC, GRPC)] {
+            let setup = web(&[answer, OK], &[route(&unavailable)]).await;
+            let begun = crate::clock::now();
+            assert!(ask(setup.port, head).await.ends_with("ok"), "{answer}");
+            assert!(begun.elapsed() >= Duration::from_millis(300), "{answer}: after {:?}", begun.elapsed());
+        }
+        let mut setup = web(&[NEVER_GRPC, OK], &[route(&unavailable)]).await;
+        assert!(ask(setup.port, GRPC).await.contains("grpc-status: 14\r\n"));
+        assert_eq!(std::iter::from_fn(|| setup.messages.try_recv().ok()).count(), 1);
         // An app that breaks off is answered for with 502: a gateway's error.
         let setup = web(&[BROKEN, OK], &[gateway()]).await;
         assert!(ask(setup.port, "POST / HTTP/1.1").await.starts_with("HTTP/1.1 200"));
