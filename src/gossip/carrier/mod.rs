@@ -490,7 +490,8 @@ mod tests {
     async fn an_exchange_that_panics_gives_its_place_back_and_is_one_that_failed() {
         let (connection, _kept) = connection().await;
         let (mut carrier, mut commands, _members) = carrier_of(Doomed, &["n1", "own"]);
-        let reaching = tokio::spawn(async move {
+        let mut reaching = JoinSet::new();
+        reaching.spawn(async move {
             while let Some(Command::Reach(_, reply)) = commands.recv().await {
                 let _unwanted = reply.send(Ok(connection.clone()));
             }
@@ -514,6 +515,5 @@ mod tests {
             }
         }
         assert_eq!(pushed, [0, 1]);
-        reaching.abort();
     }
 }

@@ -200,6 +200,20 @@ fn when_retries_run_out_the_app_s_last_answer_is_passed_on_and_says_so_in_the_me
 }
 
 #[test]
+fn without_conditions_no_answer_is_tried_again_and_503_is_in_no_default() {
+    run(async {
+        for entries in [vec![], vec![route(&json!({"NumRetries": 3}))]] {
+            for (answer, head, status) in [(UNAVAILABLE, "GET / HTTP/1.1", "503"), ("", "POST / HTTP/1.1", "502")] {
+                let mut setup = web(&[answer, OK], &entries).await;
+                let said = ask(setup.port, head).await;
+                assert!(said.starts_with(&format!("HTTP/1.1 {status}")), "{head}: {said}");
+                assert_eq!(std::iter::from_fn(|| setup.messages.try_recv().ok()).count(), 1, "{head}");
+            }
+        }
+    });
+}
+
+#[test]
 fn only_what_the_conditions_name_is_tried_again() {
     run(async {
         const ERROR: &str = "HTTP/1.1 500 Error\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
