@@ -27,7 +27,7 @@ proptest! {
             bench.now += Duration::from_millis(millis);
             let before = bench.view();
             let picked = bench.pick();
-            let at = before.seats.iter().position(|seat| seat.instance == picked.instance.record.id).unwrap();
+            let at = before.seats.iter().position(|seat| seat.node == picked.instance.node.info.name).unwrap();
             match before.seats[at].standing {
                 _ if before.panics => {}
                 Standing::Closed => {}
