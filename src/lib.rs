@@ -12,6 +12,7 @@ pub mod filter;
 #[doc(hidden)]
 pub mod fuzz;
 pub mod gossip;
+pub mod hearsay;
 pub mod join;
 pub mod lww;
 pub mod membership;

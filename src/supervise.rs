@@ -4,9 +4,13 @@
 //!   Tasks::spawn("gossip", …) -> JoinSet -> Tasks::run: first panic or early end of a critical task => stop
 //! ```
 //!
+//! [`catch`] is for work that an owner task begins and counts: the owner hears of its end, and gives its place back, also
+//! when it panicked.
+//!
 //! Not here: what the tasks do, the order of a shutdown (`node`).
 
 use std::future::Future;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
 
 use tokio::task::JoinSet;
@@ -45,7 +49,7 @@ impl Tasks {
         let failure = Arc::clone(&self.failure);
         let stop = self.stop.clone();
         let guarded = async move {
-            let caught = futures_util::FutureExt::catch_unwind(std::panic::AssertUnwindSafe(task)).await;
+            let caught = futures_util::FutureExt::catch_unwind(AssertUnwindSafe(task)).await;
             if let Err(payload) = caught {
                 let message = panic_message(payload.as_ref());
                 error!(task = name, message, "task panicked; the node stops");
@@ -80,6 +84,28 @@ impl Tasks {
     }
 }
 
+/// Runs `future`, a piece of work called `name`; none: it panicked, which is logged.
+///
+/// # Cancel safety
+/// That of `future`.
+pub async fn catch<F: Future>(name: &'static str, future: F) -> Option<F::Output> {
+    caught(name, futures_util::FutureExt::catch_unwind(AssertUnwindSafe(future)).await)
+}
+
+/// Does the same with what blocks.
+pub fn catch_blocking<T>(name: &'static str, run: impl FnOnce() -> T) -> Option<T> {
+    caught(name, catch_unwind(AssertUnwindSafe(run)))
+}
+
+fn caught<T>(name: &'static str, result: std::thread::Result<T>) -> Option<T> {
+    result
+        .inspect_err(|payload| {
+            let message = panic_message(payload.as_ref());
+            error!(work = name, message, "a piece of work panicked; the agent goes on without it");
+        })
+        .ok()
+}
+
 /// Returns the text of a panic's payload.
 fn panic_message(payload: &(dyn std::any::Any + Send)) -> String {
     let text = payload.downcast_ref::<&str>().map(|text| (*text).to_owned());
@@ -98,5 +124,13 @@ mod tests {
         stop.cancelled().await;
         tasks.join().await;
         assert_eq!(tasks.failure(), Some(TaskFailure::Panicked { name: "doomed", message: "boom".to_owned() }));
+    }
+
+    #[tokio::test]
+    async fn who_began_a_piece_of_work_hears_of_its_panic() {
+        assert_eq!(catch("work", async { 1 }).await, Some(1));
+        assert_eq!(catch("doomed", async { panic!("boom") }).await, None::<()>);
+        assert_eq!(catch_blocking("work", || 1), Some(1));
+        assert_eq!(catch_blocking("doomed", || panic!("boom")), None::<()>);
     }
 }

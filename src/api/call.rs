@@ -106,7 +106,11 @@ impl Reply {
         let mut response = Response::new(Body::empty());
         match self {
             Self::Empty => {}
-            Self::Held { reply, room } => return reply.respond(coding, Some(room)),
+            Self::Held { reply, room } => {
+                let mut response = reply.respond(coding, Some(room));
+                response.extensions_mut().insert(held::HoldsRoom);
+                return response;
+            }
             Self::Text { body, content_type } => {
                 response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
                 coding.write(&mut response, body.into_bytes(), room);

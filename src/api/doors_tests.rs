@@ -315,6 +315,81 @@ async fn an_answer_that_nobody_reads_gives_its_room_back_in_the_end() {
     drop(in_time(places.acquire()).await.unwrap());
 }
 
+/// Reads up to the end of the connection, a piece every 20 ms: some 6 MiB a second. Returns how many bytes came.
+async fn read_slowly(mut stream: TcpStream) -> usize {
+    stream.write_all(b"GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").await.unwrap();
+    let (mut piece, mut count) = (vec![0; 128 * 1024], 0);
+    while let Ok(bytes @ 1..) = in_time(stream.read(&mut piece)).await {
+        count += bytes;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    count
+}
+
+#[tokio::test]
+async fn an_answer_that_holds_room_is_taken_at_a_pace_or_given_up_and_others_may_take_long() {
+    let stop = CancellationToken::new();
+    // No pace that this reader could keep, where room is held.
+    let (stalled_max, held_taken_min) = (Duration::from_millis(1500), usize::MAX);
+    let limits = serve::Limits { stalled_after: stalled_max / 10, stalled_max, held_taken_min, ..seats(10) };
+    let places = Arc::new(Semaphore::new(1));
+    let of_answers = Arc::clone(&places);
+    let held = Router::new().fallback(move || {
+        let room = Arc::clone(&of_answers).try_acquire_owned().unwrap();
+        let mut response = Response::new(held::body(vec![b'x'; LONG_BYTES], room));
+        response.extensions_mut().insert(held::HoldsRoom);
+        std::future::ready(response)
+    });
+    let mut server = JoinSet::new();
+    let mut slow = Vec::new();
+    for router in [held, long_answers()] {
+        let listening = serve::bind(&on_loopback(None), None).await.unwrap();
+        slow.push(TcpStream::connect(listening.addrs[0]).await.unwrap());
+        server.spawn(serve::run(listening, router, limits, stop.clone()));
+    }
+    let [of_held, of_others] = slow.try_into().unwrap();
+    let (of_held, of_others) = tokio::join!(read_slowly(of_held), read_slowly(of_others));
+    assert!(of_held < LONG_BYTES, "all of it was read");
+    drop(in_time(places.acquire()).await.unwrap());
+    assert!(of_others > LONG_BYTES, "cut after {of_others} bytes");
+}
+
+#[tokio::test]
+async fn who_has_read_all_there_is_is_not_late_however_long_the_next_part_takes() {
+    let stop = CancellationToken::new();
+    let stalled_max = Duration::from_secs(1);
+    // So much that only what is read up ends a wait.
+    let limits = serve::Limits { stalled_after: stalled_max / 10, stalled_max, taken_min: usize::MAX, ..seats(10) };
+    let (parts, taken) = tokio::sync::mpsc::channel::<Vec<u8>>(1);
+    let taken = Arc::new(std::sync::Mutex::new(Some(taken)));
+    let router = Router::new().fallback(move || {
+        let taken = taken.lock().unwrap().take().unwrap();
+        let frames = futures_util::stream::unfold(taken, |mut taken| async move {
+            let part = taken.recv().await?;
+            Some((Ok::<_, std::convert::Infallible>(part), taken))
+        });
+        std::future::ready(Response::new(Body::from_stream(frames)))
+    });
+    let listening = serve::bind(&on_loopback(None), None).await.unwrap();
+    let mut stream = TcpStream::connect(listening.addrs[0]).await.unwrap();
+    let mut server = JoinSet::new();
+    server.spawn(serve::run(listening, router, limits, stop.clone()));
+    stream.write_all(b"GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").await.unwrap();
+    for _ in 0..2 {
+        parts.send(vec![b'x'; LONG_BYTES]).await.unwrap();
+        let (mut piece, mut count) = (vec![0; 1 << 20], 0);
+        // Once more than sockets hold is there to be read, it waits for the client.
+        while count < LONG_BYTES {
+            count += in_time(stream.read(&mut piece)).await.unwrap();
+        }
+        tokio::time::sleep(stalled_max + stalled_max / 4).await;
+    }
+    drop(parts);
+    let mut end = Vec::new();
+    in_time(stream.read_to_end(&mut end)).await.unwrap();
+    assert!(end.ends_with(b"0\r\n\r\n"), "it is whole");
+}
+
 #[tokio::test]
 async fn https_shows_the_node_s_own_identity_or_the_operator_s_certificate() {
     let bench = Bench::new();

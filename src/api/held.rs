@@ -1,4 +1,5 @@
 //! A body that holds its room until it has left: the permit goes with the bytes, piece by piece, to whoever writes them out.
+//! The answer says so ([`HoldsRoom`]): its client must take it at a pace of its own (`serve`).
 
 use std::convert::Infallible;
 use std::pin::Pin;
@@ -10,6 +11,10 @@ use tokio::sync::OwnedSemaphorePermit;
 
 /// Bytes that are handed over at once. A writer keeps or copies what it was handed: the rest holds the room meanwhile.
 const PIECE_BYTES: usize = 16 * 1024;
+
+/// Marks an answer, among its extensions, whose body holds room.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct HoldsRoom;
 
 /// Makes a body of `bytes` that gives `room` back when the last of it was written or dropped.
 pub(super) fn body(bytes: Vec<u8>, room: OwnedSemaphorePermit) -> Body {

@@ -6,8 +6,9 @@
 //!
 //! A connection is idle while no request of it is under way: before the first head is whole, and between requests, once the
 //! answer has left. So thousands that only sit there, or send a head byte by byte, keep nobody out; a blocking query, a
-//! monitor and an answer that is being read keep their seat. A client that takes nothing of its answer for a while, or whose
-//! request's body does not come, has a seat only as long as nobody else needs it.
+//! monitor and an answer that is being read keep their seat. A client that takes next to nothing of its answer for a while, or
+//! whose request's body does not come, has a seat only as long as nobody else needs it; an answer that is taken more slowly
+//! than [`Limits`] says is given up, for it holds memory, and one of `held` room as well.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -35,6 +36,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use super::guard::{Arrival, Peer};
+use super::held::HoldsRoom;
 use super::{ApiConfig, ApiError, BLOCKING_QUERIES_MAX};
 use crate::clock;
 use crate::unix_socket;
@@ -56,11 +58,17 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub(super) struct Limits {
     /// Most connections at once, over all listeners.
     pub(super) connections_max: usize,
-    /// An answer of which the client takes nothing for this long gives its seat up to whoever needs it: 10 s, for a client
-    /// that reads at all reads more often.
+    /// An answer that the client keeps waiting for this long, and of which it takes less than its share of `taken_min`, gives
+    /// its seat up to whoever needs it: 10 s.
     pub(super) stalled_after: Duration,
-    /// An answer of which the client takes nothing for this long is given up, for it holds memory: 60 s.
+    /// An answer that the client keeps waiting, and of which it takes less than `taken_min` within this time, is given up: 60 s.
     pub(super) stalled_max: Duration,
+    /// 64 KiB, of 60 s: a kilobyte a second is as good as nothing, and whoever takes a byte now and then holds as much as
+    /// whoever takes none.
+    pub(super) taken_min: usize,
+    /// The same of an answer that holds room (`held`): 4 MiB, of 60 s. All the room is 64 MiB, which one client may hold for
+    /// a quarter of an hour at this pace.
+    pub(super) held_taken_min: usize,
     /// A request whose body has not come whole this long after it was first missed gives its seat up likewise: 2 s, for a
     /// MiB comes sooner.
     pub(super) body_after: Duration,
@@ -72,6 +80,8 @@ impl Default for Limits {
             connections_max: CONNECTIONS_MAX,
             stalled_after: Duration::from_secs(10),
             stalled_max: Duration::from_mins(1),
+            taken_min: 64 * 1024,
+            held_taken_min: 4 * 1024 * 1024,
             body_after: Duration::from_secs(2),
         }
     }
@@ -235,7 +245,10 @@ where
         let answered = service.call(request.map(arriving));
         async move {
             let answer = answered.await.map_err(|never: Infallible| never);
-            answer.map(|answer| answer.map(|body| Answer { body, _busy: busy }))
+            answer.map(|answer| {
+                busy.0.holds_room.store(answer.extensions().get::<HoldsRoom>().is_some(), Ordering::Relaxed);
+                answer.map(|body| Answer { body, busy })
+            })
         }
     });
     let mut builder = http1::Builder::new();
@@ -305,7 +318,7 @@ impl Drop for Arriving {
 /// An answer's body; the request is under way until hyper has taken all of it.
 struct Answer {
     body: Body,
-    _busy: Busy,
+    busy: Busy,
 }
 
 impl http_body::Body for Answer {
@@ -316,7 +329,9 @@ impl http_body::Body for Answer {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<http_body::Frame<Self::Data>, Self::Error>>> {
-        Pin::new(&mut self.body).poll_frame(cx)
+        let polled = Pin::new(&mut self.body).poll_frame(cx);
+        self.busy.0.is_dry.store(polled.is_pending(), Ordering::Relaxed);
+        polled
     }
 
     fn is_end_stream(&self) -> bool {
@@ -328,43 +343,82 @@ impl http_body::Body for Answer {
     }
 }
 
-/// A connection; notes whether all that was written has left, and how long the client has taken nothing.
+/// A connection; notes whether all that was written has left, and how much the client takes while it keeps some waiting.
 struct Seated<S> {
     stream: S,
     seat: Arc<Seat>,
-    /// Runs while a write waits.
+    /// Runs from when a write waits until enough was taken.
     stall: Option<Stall>,
 }
 
-/// How long a client has taken nothing.
+/// How long a client has kept an answer waiting, and what it took meanwhile.
 struct Stall {
     timer: Pin<Box<tokio::time::Sleep>>,
     /// The first time is over: the timer runs for the second.
-    gave_up_seat: bool,
+    is_late: bool,
+    taken: usize,
 }
 
 impl<S> Seated<S> {
     /// Notes what became of a write.
-    fn wrote<T>(&mut self, polled: Poll<io::Result<T>>, cx: &mut Context<'_>) -> Poll<io::Result<T>> {
-        if polled.is_ready() {
-            if self.stall.take().is_some() {
-                self.seat.goes_on();
+    fn wrote(&mut self, polled: Poll<io::Result<usize>>, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        match &polled {
+            Poll::Ready(Ok(bytes)) => self.took(*bytes),
+            Poll::Ready(Err(_)) => {}
+            Poll::Pending => {
+                if let Err(error) = self.waits(cx) {
+                    return Poll::Ready(Err(error));
+                }
             }
-            return polled;
-        }
-        let Limits { stalled_after, stalled_max, .. } = self.seat.seats.limits;
-        let begun = || Stall { timer: Box::pin(tokio::time::sleep(stalled_after)), gave_up_seat: false };
-        let stall = self.stall.get_or_insert_with(begun);
-        while stall.timer.as_mut().poll(cx).is_ready() {
-            if stall.gave_up_seat {
-                return Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the client takes nothing")));
-            }
-            stall.gave_up_seat = true;
-            let left = stalled_max.saturating_sub(stalled_after);
-            stall.timer.as_mut().reset(clock::now() + left);
-            self.seat.rest();
         }
         polled
+    }
+
+    /// Notes that the client took so much.
+    fn took(&mut self, bytes: usize) {
+        let least = self.least();
+        if let Some(stall) = &mut self.stall {
+            stall.taken = stall.taken.saturating_add(bytes);
+            if stall.taken >= least {
+                self.goes_on();
+            }
+        }
+    }
+
+    /// Notes that the client keeps an answer waiting.
+    ///
+    /// # Errors
+    /// It does so for too long.
+    fn waits(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        let (Limits { stalled_after, stalled_max, .. }, least) = (self.seat.seats.limits, self.least());
+        let begun = || Stall { timer: Box::pin(tokio::time::sleep(stalled_after)), is_late: false, taken: 0 };
+        let stall = self.stall.get_or_insert_with(begun);
+        while stall.timer.as_mut().poll(cx).is_ready() {
+            if stall.is_late {
+                return Err(io::Error::new(io::ErrorKind::TimedOut, "the client takes next to nothing"));
+            }
+            stall.is_late = true;
+            let left = stalled_max.saturating_sub(stalled_after);
+            stall.timer.as_mut().reset(clock::now() + left);
+            // Who keeps the pace so far keeps the seat as well.
+            if stall.taken as u128 * stalled_max.as_nanos() < least as u128 * stalled_after.as_nanos() {
+                self.seat.rest();
+            }
+        }
+        Ok(())
+    }
+
+    /// What the client is to take within the time, in bytes.
+    fn least(&self) -> usize {
+        let Limits { taken_min, held_taken_min, .. } = self.seat.seats.limits;
+        if self.seat.holds_room.load(Ordering::Relaxed) { held_taken_min } else { taken_min }
+    }
+
+    /// The client took enough, or all there is.
+    fn goes_on(&mut self) {
+        if self.stall.take().is_some() {
+            self.seat.goes_on();
+        }
     }
 }
 
@@ -384,9 +438,15 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Seated<S> {
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         // hyper flushes once its own buffer is empty; TLS may hold some back.
         let polled = Pin::new(&mut self.stream).poll_flush(cx);
-        // A stall that ends takes the connection out of the idle ones; only then may it settle among them.
-        let polled = self.wrote(polled, cx);
-        if polled.is_ready() && self.seat.unflushed.swap(false, Ordering::Relaxed) {
+        if polled.is_pending() {
+            return self.waits(cx).map_or_else(|error| Poll::Ready(Err(error)), |()| Poll::Pending);
+        }
+        // A stall that ends takes the connection out of the idle ones; only then may it settle among them. There may be more
+        // of the answer than hyper buffers: then its next part waits as well.
+        if self.seat.is_read_up() {
+            self.goes_on();
+        }
+        if self.seat.unflushed.swap(false, Ordering::Relaxed) {
             self.seat.settle();
         }
         polled
@@ -456,6 +516,8 @@ impl Seats {
             given_up: CancellationToken::new(),
             requests: AtomicUsize::new(0),
             unflushed: AtomicBool::new(false),
+            is_dry: AtomicBool::new(false),
+            holds_room: AtomicBool::new(false),
             number: Mutex::new(None),
             _place: place,
         };
@@ -495,6 +557,10 @@ struct Seat {
     requests: AtomicUsize,
     /// Something was written and has not left.
     unflushed: AtomicBool,
+    /// There is no more of the answer for the time being: it is made as it goes.
+    is_dry: AtomicBool,
+    /// The answer keeps others from being made.
+    holds_room: AtomicBool,
     /// Its number among the idle ones; none while a request is under way.
     number: Mutex<Option<u64>>,
     _place: OwnedSemaphorePermit,
@@ -521,6 +587,11 @@ impl Seat {
         if self.requests.load(Ordering::Relaxed) == 0 && !self.unflushed.load(Ordering::Relaxed) {
             self.rest();
         }
+    }
+
+    /// Tells whether a client that took all that was written took all there is.
+    fn is_read_up(&self) -> bool {
+        self.requests.load(Ordering::Relaxed) == 0 || self.is_dry.load(Ordering::Relaxed)
     }
 
     /// Puts the connection among the idle ones, or gives its place to one that waits.

@@ -17,7 +17,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, error, info, warn};
+use tracing::{debug, error, info};
 
 use self::beat::{Beat, Rhythm};
 use self::evidence::{Challenge, Holder, Watches};
@@ -46,6 +46,7 @@ use crate::pki::Identity;
 use crate::registry::Publication;
 use crate::replica;
 use crate::store::StoredPeer;
+use crate::supervise::{catch, catch_blocking};
 use crate::transport::{Accepted, ControlTransport, Refusals};
 use crate::upstream;
 
@@ -175,8 +176,7 @@ pub(super) struct Actor {
     /// The newest refusal that was looked at.
     refused_until: Option<Instant>,
     desks: Desks,
-    /// Of services outside their nodes' scope.
-    outside_told: events::Seldom,
+    told: events::Told,
     reaching: Reaching,
     /// Nodes whose records or status are not in the catalogue yet.
     unshown: BTreeSet<NodeName>,
@@ -232,7 +232,7 @@ impl Actor {
             members,
             links: Links::new(params.links_max),
             refusals: params.transport.refusals(),
-            outside_told: events::Seldom::default(),
+            told: events::Told::default(),
             refused_until: None,
             transport: params.transport,
             identity: params.identity,
@@ -479,7 +479,7 @@ impl Actor {
             return;
         };
         if !matches!(peer.id, SpiffeId::Node { .. }) {
-            warn!(peer = %peer.id, "a service's certificate does not speak for its node in gossip; refused");
+            self.service_spoke(&peer.id);
             accepted.connection.close(0u32.into(), b"not a node's certificate");
             return;
         }
@@ -502,7 +502,8 @@ impl Actor {
         let desks = self.desks.clone();
         self.work.spawn(async move {
             let stable_id = connection.stable_id();
-            read_connection(peer.clone(), connection, inputs, desks, metrics).await;
+            // What is left of it goes with its end.
+            let _ended = catch("connection", read_connection(peer.clone(), connection, inputs, desks, metrics)).await;
             Done::ConnectionEnded(peer, stable_id)
         });
     }
@@ -526,7 +527,8 @@ impl Actor {
                 self.metrics.sent_bytes.inc_by(bytes);
                 self.work.spawn(async move {
                     // A packet may be lost, on a stream as well.
-                    let _lost = tokio::time::timeout(exchange::TIME_MAX, send_on_stream(&connection, &packet)).await;
+                    let sending = tokio::time::timeout(exchange::TIME_MAX, send_on_stream(&connection, &packet));
+                    let _lost = catch("packet", sending).await;
                     Done::PacketSent
                 });
             }
@@ -557,9 +559,10 @@ impl Actor {
         let transport = self.transport.clone();
         self.work.spawn(async move {
             let dial = targets::dial(&transport, to.addr, Some(to.name.clone()));
-            match is_superseded.run_until_cancelled(dial).await {
-                Some(dialled) => Done::Dialled(to, purpose, dialled.map(|(connection, _)| connection)),
-                None => Done::Superseded(to.name, purpose),
+            match catch("dial", is_superseded.run_until_cancelled(dial)).await {
+                Some(Some(dialled)) => Done::Dialled(to, purpose, dialled.map(|(connection, _)| connection)),
+                Some(None) => Done::Superseded(to.name, purpose),
+                None => Done::Dialled(to, purpose, Err(DialError::Failed("the dial failed in itself".to_owned()))),
             }
         });
     }
@@ -570,13 +573,16 @@ impl Actor {
             return;
         };
         let carried = exchange::begin(connection, peer.clone(), first, self.inputs_sender.clone());
-        self.work.spawn(async move { Done::Exchanged { peer, exchange, result: carried.await } });
+        self.work.spawn(async move {
+            let result = catch("exchange", carried).await.unwrap_or(Err(ExchangeError::Panicked));
+            Done::Exchanged { peer, exchange, result }
+        });
     }
 
     fn save_peers(&mut self, peers: Vec<StoredPeer>) {
         let store = Arc::clone(&self.peer_store);
         self.work.spawn_blocking(move || {
-            store.save(peers);
+            let _unsaved = catch_blocking("peers", || store.save(peers));
             Done::Saved
         });
     }

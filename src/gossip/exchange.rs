@@ -60,6 +60,9 @@ pub(super) enum ExchangeError {
     /// This agent stops.
     #[error("agent is shutting down")]
     Closed,
+    /// It panicked; the log has the reason.
+    #[error("exchange failed in itself")]
+    Panicked,
 }
 
 impl ExchangeError {

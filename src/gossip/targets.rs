@@ -13,6 +13,7 @@ use crate::clock;
 use crate::membership::MeshId;
 use crate::model::NodeName;
 use crate::pki::PeerIdentity;
+use crate::supervise::catch;
 use crate::transport::ControlTransport;
 
 /// The mesh port where none is given.
@@ -113,13 +114,20 @@ pub(super) async fn dial(
     }
 }
 
-/// Tries each of `targets` once, some side by side.
+/// Tries each of `targets` once, some side by side. There is an outcome also where the attempt panics.
 pub(super) async fn join_all(
     transport: ControlTransport,
     own: MeshId,
     targets: Vec<String>,
     thorough: Thorough,
 ) -> Outcome {
+    catch("join", try_all(transport, own, targets, thorough)).await.unwrap_or_else(|| {
+        let why = ("?".to_owned(), "the attempt failed in itself; the log has the reason".to_owned());
+        Outcome { join: JoinOutcome { failed: vec![why], ..JoinOutcome::default() }, ..Outcome::default() }
+    })
+}
+
+async fn try_all(transport: ControlTransport, own: MeshId, targets: Vec<String>, thorough: Thorough) -> Outcome {
     let mut outcome = Outcome::default();
     let mut until: Option<Instant> = None;
     let mut waiting = targets.into_iter();

@@ -18,6 +18,7 @@ use rustls::pki_types::CertificateDer;
 use tracing::{info, warn};
 
 use crate::clock::{self, UnixSeconds};
+use crate::hearsay::{Excerpt, Seldom};
 use crate::model::{NodeName, ServeScope};
 use crate::pki::join::{
     Answer, Denied, EXPORTER_LABEL, Hello, ISSUERS_MAX, JOIN_FRAME_BYTES_MAX, KNOWN_ROOTS_MAX, LINKS_BYTES_MAX,
@@ -41,6 +42,8 @@ pub const CLOCK_SKEW_MAX: Duration = Duration::from_secs(60);
 pub const RENEW_GRACE: Duration = Duration::from_secs(30 * 24 * 3600);
 /// Most addresses that one call dials: the seeds and the issuers that they name.
 const DIALS_MAX: usize = 32;
+/// Lines about refusals that are logged in a minute: a rack that starts with an old token is one of them.
+const REFUSALS_TOLD_MAX: u32 = 10;
 /// Longest reason of a refusal that is shown, in characters.
 const REASON_CHARS_MAX: usize = 512;
 
@@ -164,6 +167,9 @@ pub struct JoinServer {
     trust: Arc<dyn JoinTrust>,
     directory: Arc<dyn JoinDirectory>,
     ledger: Arc<dyn TokenLedger>,
+    /// Whoever reaches the port can have itself refused, or leave.
+    refusals_told: Seldom,
+    ends_told: Seldom,
 }
 
 impl std::fmt::Debug for JoinServer {
@@ -183,7 +189,8 @@ impl JoinServer {
         directory: Arc<dyn JoinDirectory>,
         ledger: Arc<dyn TokenLedger>,
     ) -> Arc<Self> {
-        Arc::new(Self { issuer, trust, directory, ledger })
+        let (refusals_told, ends_told) = (Seldom::new(REFUSALS_TOLD_MAX), Seldom::default());
+        Arc::new(Self { issuer, trust, directory, ledger, refusals_told, ends_told })
     }
 
     /// The links that a newcomer needs who believes the roots of `knows`, as much as fits a frame, the latest first to stay.
@@ -212,10 +219,17 @@ impl JoinServer {
         };
         match tokio::time::timeout(JOIN_TIMEOUT, exchange).await {
             Ok(Ok(())) => {}
-            Ok(Err(error)) => info!(peer = %connection.remote_address(), error, "join exchange broke off"),
-            Err(_) => info!(peer = %connection.remote_address(), "join exchange took too long"),
+            Ok(Err(error)) => self.broke_off(&connection, &error.to_string()),
+            Err(_) => self.broke_off(&connection, "it took too long"),
         }
         connection.close(0u32.into(), b"done");
+    }
+
+    fn broke_off(&self, connection: &quinn::Connection, why: &str) {
+        if let Some(left_out) = self.ends_told.due(clock::now()) {
+            let (peer, error) = (connection.remote_address(), Excerpt(why));
+            info!(%peer, %error, left_out, "join exchange broke off");
+        }
     }
 
     async fn exchange(&self, connection: &quinn::Connection) -> Result<(), Failure> {
@@ -250,7 +264,10 @@ impl JoinServer {
             Ok(chain) => Answer::Granted { chain: chain.iter().map(|der| der.to_vec()).collect() },
             Err(denied) => {
                 let Denied { why, reason } = &denied;
-                warn!(peer = %from, reason, own_fault = *why == Why::Issuer, "join refused");
+                if let Some(left_out) = self.refusals_told.due(clock::now()) {
+                    let (reason, own_fault) = (Excerpt(reason), *why == Why::Issuer);
+                    warn!(peer = %from, %reason, own_fault, left_out, "join refused");
+                }
                 Answer::Denied(denied)
             }
         };

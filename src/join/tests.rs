@@ -151,6 +151,38 @@ async fn each_refusal_says_what_is_wrong() {
     assert!(refused(join(&seed, &token, "web-2").await).contains("good for 1 uses"));
 }
 
+/// What is logged on this thread.
+#[derive(Clone, Default)]
+struct Lines(Arc<Mutex<Vec<u8>>>);
+
+impl std::io::Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn strangers_that_are_refused_again_and_again_do_not_fill_the_log() {
+    let lines = Lines::default();
+    let writer = lines.clone();
+    let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
+    let _logged = tracing::subscriber::set_default(subscriber);
+    let ca = ca("td");
+    let seed = issuing(&ca, Mesh::default());
+    let token = ca.token(&claims()).unwrap();
+    for number in 0..REFUSALS_TOLD_MAX * 2 {
+        join(&seed, &token, &format!("db-{number}")).await.unwrap_err();
+    }
+    let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
+    let told = text.lines().filter(|line| line.contains("join refused") && line.contains("nodes named `web-*`"));
+    assert_eq!(told.count(), REFUSALS_TOLD_MAX as usize, "{text}");
+}
+
 #[tokio::test]
 async fn a_token_of_another_ca_is_not_shown_to_the_seed() {
     let seed = issuing(&ca("td"), Mesh::default());

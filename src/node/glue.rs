@@ -21,6 +21,7 @@ use crate::gossip::{
     Changes, DocumentStore, DocumentsHandle, DocumentsParams, GossipHandle, PeerStore, SharedHandle, SharedParams,
     SharedStore, Space,
 };
+use crate::hearsay::Seldom;
 use crate::join::{JoinDirectory, JoinServer, JoinTrust, TokenLedger};
 use crate::lww::Scope;
 use crate::metrics::Metrics;
@@ -31,7 +32,7 @@ use crate::prepared::Book;
 use crate::proxy::{Inspector, OpenTunnel, Question, WorkerView};
 use crate::routing::{GroupView, Standing};
 use crate::store::{Store, StoreError, StoredPeer};
-use crate::supervise::Tasks;
+use crate::supervise::{Tasks, catch};
 use crate::telemetry::Chain;
 use crate::transport::{Accepted, Cause, Closed, ControlTransport, LiveConnections};
 
@@ -338,6 +339,7 @@ pub(super) async fn accept(
 ) {
     let places = Arc::new(Semaphore::new(JOINS_MAX));
     let by_address: Arc<Mutex<BTreeMap<IpAddr, usize>>> = Arc::default();
+    let crowds_told = Seldom::default();
     loop {
         let accepted = tokio::select! {
             () = stop.cancelled() => return,
@@ -351,11 +353,14 @@ pub(super) async fn accept(
                 if let (Ok(place), Some(address)) = (Arc::clone(&places).try_acquire_owned(), address) {
                     let (joins, connection) = (Arc::clone(&joins), accepted.connection);
                     tasks.spawn("join", async move {
-                        joins.serve(connection).await;
+                        // A stranger's words: what they may do at worst is end their own exchange.
+                        let _failed = catch("join", joins.serve(connection)).await;
                         drop((place, address));
                     });
                 } else {
-                    warn!(peer = %remote, joins_max = JOINS_MAX, "too many joins at once; the newcomer must try again");
+                    if let Some(left_out) = crowds_told.due(clock::now()) {
+                        warn!(peer = %remote, joins_max = JOINS_MAX, left_out, "too many joins at once; the newcomer must try again");
+                    }
                     accepted.connection.close(CODE_BUSY.into(), b"too many joins at once");
                 }
             }

@@ -12,6 +12,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::BytesMut;
+use prometheus::IntGauge;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
@@ -29,6 +30,7 @@ use super::udp::{self, Datagrams};
 use super::worker::{CONNECTIONS_MAX, Slot, Worker, within};
 use crate::catalogue::LocalInstance;
 use crate::clock;
+use crate::hearsay::{Excerpt, Seldom};
 use crate::model::{NodeName, Protocol, ServiceName};
 use crate::pki::PeerIdentity;
 use crate::transport::{HANDSHAKE_TIMEOUT, HANDSHAKES_MAX, RETRY_FROM, TUNNEL_STREAMS, TUNNEL_STREAMS_MAX};
@@ -48,14 +50,21 @@ const CODE_UNVERIFIED: u32 = 1;
 /// Application code of a connection beyond [`TUNNELS_PER_PEER_MAX`].
 pub(super) const CODE_TOO_MANY: u32 = 4;
 
-/// Tunnels by peer node.
-type PerPeer = Rc<RefCell<BTreeMap<NodeName, usize>>>;
+/// What the tunnels of a worker share.
+#[derive(Default)]
+struct Doors {
+    /// Tunnels by peer node.
+    per_peer: RefCell<BTreeMap<NodeName, usize>>,
+    /// What peers bring about with each handshake.
+    unverified_told: Seldom,
+    crowds_told: Seldom,
+}
 
 /// Accepts tunnels until the worker closes.
 pub(super) async fn run(worker: &Rc<Worker>) {
     let mut tunnels = JoinSet::new();
     let handshakes = Rc::new(Cell::new(0));
-    let per_peer = PerPeer::default();
+    let doors = Rc::<Doors>::default();
     loop {
         // Waiting attempts stay with the endpoint, which bounds them.
         let has_room = handshakes.get() < HANDSHAKES_MAX && tunnels.len() < TUNNELS_MAX;
@@ -71,7 +80,7 @@ pub(super) async fn run(worker: &Rc<Worker>) {
                     continue;
                 }
                 let Some(slot) = Slot::take(&handshakes, HANDSHAKES_MAX) else { continue };
-                tunnels.spawn_local(tunnel(Rc::clone(worker), incoming, slot, Rc::clone(&per_peer)));
+                tunnels.spawn_local(tunnel(Rc::clone(worker), incoming, slot, Rc::clone(&doors)));
             }
             () = tokio::time::sleep(Duration::from_millis(100)), if handshakes.get() >= HANDSHAKES_MAX => {}
         }
@@ -79,7 +88,7 @@ pub(super) async fn run(worker: &Rc<Worker>) {
 }
 
 /// Serves one peer's connection until it closes.
-async fn tunnel(worker: Rc<Worker>, incoming: quinn::Incoming, handshake: Slot, per_peer: PerPeer) {
+async fn tunnel(worker: Rc<Worker>, incoming: quinn::Incoming, handshake: Slot, doors: Rc<Doors>) {
     let from = incoming.remote_address();
     let refused = |reason: &str| worker.metrics.refused.with_label_values(&[reason]).inc();
     let connection = match tokio::time::timeout(HANDSHAKE_TIMEOUT, incoming).await {
@@ -95,28 +104,53 @@ async fn tunnel(worker: Rc<Worker>, incoming: quinn::Incoming, handshake: Slot, 
         Ok((peer, live)) => (Rc::new(peer), live),
         Err(error) => {
             refused("unverified");
-            warn!(%from, error, "closing a tunnel whose peer does not verify");
+            if let Some(left_out) = doors.unverified_told.due(clock::now()) {
+                warn!(%from, error = %Excerpt(&error), left_out, "closing a tunnel whose peer does not verify");
+            }
             return connection.close(CODE_UNVERIFIED.into(), b"peer is not verified");
         }
     };
-    let count = per_peer.borrow().get(&peer.node).copied().unwrap_or_default() + 1;
-    if count > TUNNELS_PER_PEER_MAX {
+    let Some(_place) = Place::take(&doors, &peer.node, worker.metrics.tunnels.with_label_values(&["acceptor"])) else {
         refused("too_many");
-        warn!(%from, node = %peer.node, max = TUNNELS_PER_PEER_MAX, "closing a tunnel: its node has too many");
+        if let Some(left_out) = doors.crowds_told.due(clock::now()) {
+            warn!(%from, node = %peer.node, max = TUNNELS_PER_PEER_MAX, left_out, "closing a tunnel: its node has too many");
+        }
         return connection.close(CODE_TOO_MANY.into(), b"too many tunnels of this node");
-    }
-    per_peer.borrow_mut().insert(peer.node.clone(), count);
+    };
     worker.metrics.handshakes.with_label_values(&["acceptor"]).inc();
-    let gauge = worker.metrics.tunnels.with_label_values(&["acceptor"]);
-    gauge.inc();
-    let watched = worker.paths.watch(&connection, "acceptor");
+    let _watched = worker.paths.watch(&connection, "acceptor");
     streams(&worker, &connection, &peer).await;
-    drop(watched);
-    gauge.dec();
-    let mut per_peer = per_peer.borrow_mut();
-    match per_peer.get_mut(&peer.node) {
-        Some(count) if *count > 1 => *count -= 1,
-        _ => drop(per_peer.remove(&peer.node)),
+}
+
+/// A tunnel's place among those of its node, and in the metrics; given back when it is dropped, by a panic as well.
+struct Place {
+    doors: Rc<Doors>,
+    node: NodeName,
+    open: IntGauge,
+}
+
+impl Place {
+    /// Takes one for a tunnel of `node`, and counts it in `open`; none if it has as many as it may.
+    fn take(doors: &Rc<Doors>, node: &NodeName, open: IntGauge) -> Option<Self> {
+        let mut per_peer = doors.per_peer.borrow_mut();
+        let count = per_peer.get(node).copied().unwrap_or_default();
+        if count >= TUNNELS_PER_PEER_MAX {
+            return None;
+        }
+        per_peer.insert(node.clone(), count + 1);
+        open.inc();
+        Some(Self { doors: Rc::clone(doors), node: node.clone(), open })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.open.dec();
+        let mut per_peer = self.doors.per_peer.borrow_mut();
+        match per_peer.get_mut(&self.node) {
+            Some(count) if *count > 1 => *count -= 1,
+            _ => drop(per_peer.remove(&self.node)),
+        }
     }
 }
 
@@ -308,4 +342,31 @@ pub(super) async fn refuse(mut send: quinn::SendStream, mut recv: quinn::RecvStr
     // Dropping the half finishes it; a caller that is gone needs no answer.
     let _gone = send.write_all(&[status.byte()]).await;
     let _gone = recv.stop(CODE_RESET);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_tunnel_s_place_comes_back_however_its_task_ends() {
+        let (doors, open) = (Rc::<Doors>::default(), IntGauge::new("open", "Tunnels.").unwrap());
+        let [a, b] = ["a", "b"].map(|name| name.parse::<NodeName>().unwrap());
+        let mut held: Vec<Place> = std::iter::from_fn(|| Place::take(&doors, &a, open.clone())).collect();
+        assert_eq!(held.len(), TUNNELS_PER_PEER_MAX);
+        assert!(Place::take(&doors, &b, open.clone()).is_some(), "another node has its own");
+        let doomed = held.pop();
+        let tasks = tokio::task::LocalSet::new();
+        let doomed = tasks.spawn_local(async move {
+            let _doomed = doomed;
+            panic!("inside a tunnel");
+        });
+        tasks.await;
+        assert!(doomed.await.unwrap_err().is_panic());
+        assert_eq!(open.get(), i64::try_from(held.len()).unwrap());
+        let again = Place::take(&doors, &a, open.clone());
+        assert!(again.is_some() && Place::take(&doors, &a, open.clone()).is_none());
+        drop((held, again));
+        assert_eq!((open.get(), doors.per_peer.borrow().len()), (0, 0), "nothing is kept of nodes that have none");
+    }
 }

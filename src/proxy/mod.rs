@@ -192,6 +192,7 @@ fn start(params: StartParams, metrics: &Metrics) -> Result<ProxyHandle, ProxyErr
     let proxy_metrics = ProxyMetrics::register(metrics).map_err(ProxyError::Metrics)?;
     let http_metrics = http::metrics::HttpMetrics::register(metrics).map_err(ProxyError::Metrics)?;
     let udp_metrics = udp::UdpMetrics::register(metrics).map_err(ProxyError::Metrics)?;
+    let udp_accepted = Arc::<udp::Accepted>::default();
     let listeners = Arc::new(watch::Sender::new(Listeners::new()));
     let died = Arc::new(watch::Sender::new(None));
     let drain = params.stop.child_token();
@@ -232,6 +233,7 @@ fn start(params: StartParams, metrics: &Metrics) -> Result<ProxyHandle, ProxyErr
             open: handle.open.clone(),
             http_metrics: http_metrics.clone(),
             udp_metrics: udp_metrics.clone(),
+            udp_accepted: Arc::clone(&udp_accepted),
             drain: handle.drain.clone(),
             drain_timeout: params.drain_timeout,
             draining: draining.clone(),

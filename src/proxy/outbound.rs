@@ -19,18 +19,31 @@ use super::worker::{Caller, OpenError, Opened, Worker};
 use crate::clock;
 use crate::model::{Instance, ServiceName};
 use crate::routing::{Limited, Outcome, Tried};
-use crate::traffic::Resolved;
+use crate::traffic::{Faults, Resolved};
 use crate::upstream::HashField;
 
 /// Attempts of one connection, over different instances.
 const ATTEMPTS_MAX: usize = 3;
 /// The destination connects its app within 3 s and answers.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
+/// Flags of connections that a fault reset, or delayed.
+const FAULT: &str = "FI";
+const DELAY: &str = "DI";
 
 /// Carries `stream` to an instance of `caller.destination`; resets it if none can be had.
 pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream, caller: Caller) {
     let edge = worker.edges.edge(Reporter::Source, caller.source.service(), &caller.destination);
     let mut counted = edge.open();
+    let faults = worker.snapshot().peek().traffic.chain(&caller.destination).and_then(|chain| chain.faults.clone());
+    let struck = match faults {
+        Some(faults) => Box::pin(strike(&faults)).await,
+        None => None,
+    };
+    if struck == Some(FAULT) {
+        // Dropped unclean: the app gets an RST.
+        drop(Tcp::new(stream));
+        return counted.ends(FAULT);
+    }
     let to = worker.snapshot().peek().traffic.chain(&caller.destination).map(|chain| Arc::clone(&chain.stream));
     let decided = {
         let (table, source) = (&worker.snapshot().peek().policy, caller.source.service());
@@ -49,8 +62,8 @@ pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream, caller: Caller)
     match Box::pin(connect(&worker, &caller, StreamKind::Tcp, (to.as_deref(), from))).await {
         Ok(Connected { send, recv, lease: _lease, instance }) => {
             drop(instance);
-            let ending = relay::relay(tcp, send, recv, &*edge, relay::IDLE_TIMEOUT).await;
-            counted.ends(ending.flag());
+            let flag = relay::relay(tcp, send, recv, &*edge, relay::IDLE_TIMEOUT).await.flag();
+            counted.ends(struck.filter(|_| flag == "-").unwrap_or(flag));
         }
         Err((flag, limited)) => {
             if let Some(what) = limited {
@@ -59,6 +72,15 @@ pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream, caller: Caller)
             counted.ends(flag);
         }
     }
+}
+
+/// Puts a connection off or breaks it, on purpose; returns the flag that says so.
+async fn strike(faults: &Faults) -> Option<&'static str> {
+    let (delay, is_reset) = faults.strike_stream((rand::random(), rand::random()));
+    if let Some(delay) = delay {
+        tokio::time::sleep(delay).await;
+    }
+    if is_reset { Some(FAULT) } else { delay.map(|_| DELAY) }
 }
 
 /// A stream whose far end is connected.

@@ -37,7 +37,7 @@ pub(crate) enum StreamKind {
 pub(crate) enum StreamStatus {
     /// The app is connected.
     Ok,
-    /// The app could not be connected.
+    /// The app could not be connected, or refused the request unread.
     ConnectFailed,
     /// No such instance here, or it is not of that service, or not for such streams.
     UnknownInstance,

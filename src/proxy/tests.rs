@@ -13,6 +13,7 @@ use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use proptest::prelude::*;
+use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 
@@ -23,6 +24,7 @@ use crate::metrics::Metrics;
 
 /// Enough to tell a share of the turns from a few tries.
 const CONNECTIONS: u64 = 40;
+const SOURCE: &str = "reporter=\"source\"";
 
 #[tokio::test]
 async fn each_side_may_end_first_and_the_other_direction_goes_on() {
@@ -150,6 +152,32 @@ async fn a_reset_of_one_side_is_a_reset_of_the_other() {
             assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset, "{client_resets} {half_closed}");
         }
     }
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn faults_that_are_about_no_request_alone_delay_and_reset_connections() {
+    let mesh = Mesh::start().await;
+    let say = |faults: serde_json::Value| mesh.a.say(&[("service-faults", "web", json!({ "Faults": faults }))]);
+    let closed = |flag: &'static str| [SOURCE, flag];
+    say(json!([{"Match": {"HTTP": {"PathPrefix": "/"}}, "Abort": {"Reset": true}}, {"Abort": {"Reset": true}}]));
+    let mut client = within(TcpStream::connect(mesh.upstream)).await.unwrap();
+    let error = read_all(&mut client).await.unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    mesh.a.counts("weft_tcp_connections_closed_total", &closed("\"FI\""), 1).await;
+
+    // A status means nothing to bytes; a delay does.
+    say(json!([{"Abort": {"HTTPStatus": 503}, "Delay": {"Duration": "200ms"}}]));
+    let begun = crate::clock::now();
+    let (client, app) = mesh.connect().await;
+    assert!(begun.elapsed() >= Duration::from_millis(200), "{:?}", begun.elapsed());
+    end_well(client, app).await;
+    mesh.a.counts("weft_tcp_connections_closed_total", &closed("\"DI\""), 1).await;
+
+    mesh.a.say(&[]);
+    let (client, app) = mesh.connect().await;
+    end_well(client, app).await;
+    mesh.a.counts("weft_tcp_connections_closed_total", &closed("\"-\""), 1).await;
     mesh.stop().await;
 }
 
@@ -301,6 +329,14 @@ async fn round_trip(mesh: &Mesh) {
     let (mut client, mut app) = mesh.connect().await;
     app.write_all(b"!").await.unwrap();
     within(client.read_exact(&mut [0])).await.unwrap();
+}
+
+/// Ends a connection by each side's FIN.
+async fn end_well(mut client: TcpStream, mut app: TcpStream) {
+    client.shutdown().await.unwrap();
+    assert_eq!(read_all(&mut app).await.unwrap(), b"");
+    app.shutdown().await.unwrap();
+    assert_eq!(read_all(&mut client).await.unwrap(), b"");
 }
 
 async fn within<T>(future: impl Future<Output = T>) -> T {

@@ -14,7 +14,7 @@ use http::header;
 use super::compile::Router;
 use super::entry::{Abort, Fault, HeaderEdit, Redirect, Sticky};
 use super::hedge::Hedge;
-use super::matcher::{Asked, Matcher};
+use super::matcher::{Asked, Match, Matcher};
 use super::retry::Retry;
 use super::subset::Filter;
 use crate::model::{HealthStatus, Instance, ServiceName};
@@ -220,6 +220,16 @@ impl Faults {
             delay.filter(|(share, _)| is_hit(*share, draws.0)).map(|(_, delay)| delay),
             abort.as_ref().filter(|(share, _)| is_hit(*share, draws.1)).map(|(_, abort)| abort),
         )
+    }
+
+    /// What the first fault that is about all requests does to a connection of bytes: a delay before it is carried, and whether
+    /// it is reset then; a status means nothing there.
+    pub fn strike_stream(&self, draws: (u32, u32)) -> (Option<Duration>, bool) {
+        let Some(Fault { delay, abort, .. }) = self.faults.iter().find(|fault| fault.when == Match::default()) else {
+            return (None, false);
+        };
+        let delay = delay.filter(|(share, _)| is_hit(*share, draws.0)).map(|(_, delay)| delay);
+        (delay, abort.as_ref().is_some_and(|(share, abort)| *abort == Abort::Reset && is_hit(*share, draws.1)))
     }
 }
 

@@ -22,7 +22,7 @@ use super::entry::{
 use super::fields::Problems;
 use super::gateway::Gateway;
 use super::hops::TrustedHops;
-use super::matcher::{Matcher, TextTest};
+use super::matcher::{Match, Matcher, TextTest};
 use super::read::read;
 use super::subset::Filter;
 use crate::model::{Protocol, ServiceName};
@@ -68,16 +68,24 @@ impl Ready {
     /// # Errors
     /// Every problem at once, each with its field's path.
     pub fn new(kind: &str, value: &Value) -> Result<Self, Problems> {
-        let compiled = |path: &str, made: Result<Matcher, crate::authz::CompileError>| {
-            made.map_err(|error| {
-                let mut problems = Problems::default();
+        let (ready, problems) = Self::read(kind, value);
+        problems.or(ready)
+    }
+
+    /// Does the same with an entry of which something is wrong as well, as far as that goes: enough to see where it leads.
+    pub(super) fn read(kind: &str, value: &Value) -> (Self, Problems) {
+        let (entry, mut problems) = read(kind, value);
+        let is_good = problems.0.is_empty();
+        let mut compiled = |path: &str, tests: &mut dyn Iterator<Item = &Match>| {
+            let made = if is_good { Matcher::new(tests) } else { Matcher::new(std::iter::empty()) };
+            made.unwrap_or_else(|error| {
                 problems.add(path, format!("cannot be compiled: {error}"));
-                problems
+                Matcher::default()
             })
         };
-        Ok(match read(kind, value)? {
+        let ready = match entry {
             Entry::Router(routes) => {
-                let matcher = compiled("Routes", Matcher::new(routes.iter().map(|route| &route.when)))?;
+                let matcher = compiled("Routes", &mut routes.iter().map(|route| &route.when));
                 let fields = value.as_object().into_iter().flatten();
                 let written =
                     fields.filter(|(key, _)| key.eq_ignore_ascii_case("routes")).find_map(|(_, list)| list.as_array());
@@ -87,12 +95,13 @@ impl Ready {
             Entry::Resolver(resolver) => Self::Resolver(Arc::new(*resolver)),
             Entry::Defaults(defaults) => Self::Defaults(defaults),
             Entry::Faults(faults) => {
-                let matcher = compiled("Faults", Matcher::new(faults.iter().map(|fault| &fault.when)))?;
+                let matcher = compiled("Faults", &mut faults.iter().map(|fault| &fault.when));
                 Self::Faults(Arc::new(Faults { matcher, faults }))
             }
             Entry::Gateway(gateway) => Self::Gateway(Arc::new(gateway)),
             Entry::Other => Self::Other,
-        })
+        };
+        (ready, problems)
     }
 }
 

@@ -171,12 +171,15 @@ pub type Written<'v> = (&'v str, &'v str, Option<&'v Value>);
 /// Holds an entry that is to be written, or deleted, against itself and against the `others` that are in force.
 ///
 /// # Errors
-/// Every problem of the entry; else every reference that leads nowhere because of it.
+/// Every problem of the entry, and every reference that leads nowhere because of it.
 pub fn check_write<'v>(
     others: impl IntoIterator<Item = (&'v str, &'v str, &'v Value)>,
     (kind, name, value): Written<'_>,
 ) -> Result<(), Problems> {
-    let ready = value.map(|value| Ready::new(kind, value)).transpose()?;
+    let (ready, own) = match value.map(|value| Ready::read(kind, value)) {
+        Some((ready, problems)) => (Some(ready), problems),
+        None => (None, Problems::default()),
+    };
     let mut entries = Entries::default();
     for (kind, name, value) in others {
         if let Ok(ready) = Ready::new(kind, value) {
@@ -201,5 +204,17 @@ pub fn check_write<'v>(
     let mut after = broken(&entries);
     // What was wrong already does not keep anybody from writing something else.
     after.0.retain(|problem| !before.0.contains(problem));
-    after.or(())
+    if own.0.is_empty() {
+        return after.or(());
+    }
+    // Where something is wrong by itself it says nothing of where it leads, and others' ways through it neither.
+    let own_ways = format!("{kind}:{name} ");
+    let mut found = own.clone();
+    for problem in after.0 {
+        let place = problem.path.strip_prefix(&own_ways);
+        if place.is_some_and(|place| !own.0.iter().any(|one| one.path.starts_with(place))) {
+            found.add(problem.path, problem.rule);
+        }
+    }
+    Err(found)
 }

@@ -11,6 +11,7 @@
 
 use std::time::Duration;
 
+use http::HeaderValue;
 use tokio::time::Instant;
 
 /// First step of the backoff: Envoy's default.
@@ -24,7 +25,7 @@ const BUDGET_FLOOR: u64 = 10;
 /// Seconds over which requests and retries are counted.
 const WINDOW_SECONDS: usize = 10;
 /// A server that asks for a longer wait is not asked again: the caller can wait as well.
-pub const RETRY_AFTER_MAX: Duration = Duration::from_secs(10);
+const RETRY_AFTER_MAX: Duration = Duration::from_secs(10);
 
 /// When an attempt is followed by another. Connect failures always are, as nothing was sent to an app.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -119,6 +120,33 @@ impl Retry {
         let step = doubled.min(self.most);
         step.mul_f64(f64::from(draw) / f64::from(u32::MAX))
     }
+}
+
+/// An answer asks that no other attempt follows, or for a wait that is longer than an attempt may be put off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NoRetry;
+
+/// The wait that an answer asks for before another attempt: by its `grpc-retry-pushback-ms` (gRFC A6: milliseconds; what is
+/// below 0, or no number, means that there is to be no retry), else by its `Retry-After` (RFC 9110 §10.2.3: seconds; a date is
+/// left to the caller, who knows the time as well). None: it says nothing of it.
+///
+/// # Errors
+/// [`NoRetry`].
+pub fn asked_wait(
+    pushback: Option<&HeaderValue>,
+    retry_after: Option<&HeaderValue>,
+) -> Result<Option<Duration>, NoRetry> {
+    let text = |value: &HeaderValue| value.to_str().unwrap_or_default().trim().to_owned();
+    let wait = match (pushback.map(text), retry_after.map(text)) {
+        (Some(millis), _) => Duration::from_millis(millis.parse().map_err(|_| NoRetry)?),
+        (None, Some(date)) if date.ends_with(" GMT") => return Err(NoRetry),
+        (None, Some(seconds)) => match seconds.parse() {
+            Ok(seconds) => Duration::from_secs(seconds),
+            Err(_no_number) => return Ok(None),
+        },
+        (None, None) => return Ok(None),
+    };
+    if wait > RETRY_AFTER_MAX { Err(NoRetry) } else { Ok(Some(wait)) }
 }
 
 /// One second's counts.
@@ -222,6 +250,28 @@ mod tests {
         assert!(!retry(&["unavailable"]).covers_answer(200, Some(13)));
         assert!(Retry::new(1, vec![Condition::Status(418)], None, None).covers_answer(418, None));
         assert!("6xx".parse::<Condition>().unwrap_err().contains("gateway-error"));
+    }
+
+    #[test]
+    fn a_server_s_word_on_retries_is_kept_and_grpc_s_goes_before_retry_after() {
+        #[track_caller]
+        fn check(pushback: Option<&str>, retry_after: Option<&str>, want: Result<Option<u64>, NoRetry>) {
+            let [pushback, retry_after] =
+                [pushback, retry_after].map(|text| text.map(|t| HeaderValue::try_from(t).unwrap()));
+            let wait = asked_wait(pushback.as_ref(), retry_after.as_ref());
+            assert_eq!(wait, want.map(|millis| millis.map(Duration::from_millis)), "{pushback:?} {retry_after:?}");
+        }
+        check(None, None, Ok(None));
+        check(Some("0"), None, Ok(Some(0)));
+        check(Some(" 250 "), Some("3600"), Ok(Some(250)));
+        check(Some("10000"), None, Ok(Some(10_000)));
+        for none in ["-1", "-250", "soon", "", "1.5", "10001", "99999999999999999999"] {
+            check(Some(none), Some("1"), Err(NoRetry));
+        }
+        check(None, Some("2"), Ok(Some(2000)));
+        check(None, Some("11"), Err(NoRetry));
+        check(None, Some("Fri, 31 Dec 1999 23:59:59 GMT"), Err(NoRetry));
+        check(None, Some("later"), Ok(None));
     }
 
     #[test]

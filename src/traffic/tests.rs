@@ -539,6 +539,53 @@ fn references_that_lead_nowhere_or_in_circles_are_refused_where_they_are_written
 }
 
 #[test]
+fn what_is_wrong_in_an_entry_and_where_it_leads_nowhere_is_named_in_one_go() {
+    let held = json!({"Subsets": {"v1": {}}});
+    let check = |kind: &str, value: &Value| {
+        let others = [("service-resolver", "web", &held)];
+        let problems = check_write(others, (kind, "web", Some(value))).expect_err("it is refused");
+        problems.0.iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
+    let route =
+        |path: &str, destination: Value| json!({"Match": {"HTTP": {"PathPrefix": path}}, "Destination": destination});
+    let bad = json!({"Colour": 1, "Routes": [
+        route("/a", json!({"ServiceSubset": "v9"})),
+        {"Destination": {"ServiceSubset": "v9"}, "Redirect": {"Host": "x"}},
+        route("/b", json!({"ServiceSubset": "v8", "NumRetries": 11})),
+        {"Match": {"HTTP": {"PathRegex": "("}}},
+        route("/c", json!({"RequestTimeout": "1s", "PerTryTimeout": "2s"})),
+        route("/d", json!({"ServiceSubset": "v7"})),
+        route("/e", json!({"Mirror": {"Service": "nobody", "ServiceSubset": "v1"}})),
+        route("/f", json!({"ServiceSubset": "v1"})),
+    ]});
+    let named = check("service-router", &bad);
+    let expected = [
+        "Routes[1] has Redirect and Destination",
+        "Routes[2].Destination.NumRetries must be",
+        "Routes[3].Match.HTTP.PathRegex is refused",
+        "Routes[4].Destination.PerTryTimeout = 2s must be shorter",
+        "Colour is no field",
+        "service-router:web Routes[0] names subset \"v9\", which the service-resolver of web does not have",
+        "service-router:web Routes[5] names subset \"v7\"",
+        "service-router:web Routes[6].Destination.Mirror names subset \"v1\" of service nobody",
+    ];
+    assert_eq!(named.len(), expected.len(), "{named:#?}");
+    for part in expected {
+        assert!(named.iter().any(|problem| problem.starts_with(part)), "{part:?} is not in {named:#?}");
+    }
+    let bad = json!({"Splits": [{"Weight": 50, "ServiceSubset": "v9"}, {"Weight": 40, "Service": "a b", "ServiceSubset": "v1"}]});
+    let named = check("service-splitter", &bad);
+    let expected = ["Splits[1].Service is no service's name", "Splits must have weights of 100 together"];
+    for part in expected {
+        assert!(named.iter().any(|problem| problem.starts_with(part)), "{part:?} is not in {named:#?}");
+    }
+    assert!(named.iter().any(|problem| problem.contains("Splits[0] names subset \"v9\"")), "{named:#?}");
+    // A resolver's own subsets are its own to name; nobody else's way through it is held against it.
+    let named = check("service-resolver", &json!({"DefaultSubset": "v9", "Subsets": {"v1": {"Filter": "Service."}}}));
+    assert_eq!(named.len(), 2, "{named:#?}");
+}
+
+#[test]
 fn what_cannot_be_compiled_keeps_its_last_good_chain_and_hurts_no_other() {
     let good = entries(&[
         ("service-resolver", "web", json!({"Subsets": {"v1": {}}})),

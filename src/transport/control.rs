@@ -17,6 +17,8 @@ use super::refusals::{MeshPort, Refusals};
 use super::steer::{self, Lane};
 use super::tune::{self, HANDSHAKE_TIMEOUT, HANDSHAKES_MAX, RETRY_FROM};
 use super::worker::{connect, start, verified};
+use crate::clock;
+use crate::hearsay::{Excerpt, Seldom};
 use crate::metrics::Metrics;
 use crate::model::NodeName;
 use crate::pki::{Identity, PeerIdentity, Plane};
@@ -63,6 +65,8 @@ struct Shared {
     handshakes: Mutex<JoinSet<Option<Accepted>>>,
     metrics: ControlMetrics,
     live: LiveConnections,
+    /// Anybody can bring these about.
+    unverified_told: Seldom,
     _helpers: JoinSet<()>,
 }
 
@@ -102,6 +106,7 @@ impl ControlTransport {
                 handshakes: Mutex::default(),
                 metrics: ControlMetrics::new(),
                 live: LiveConnections::default(),
+                unverified_told: Seldom::default(),
                 _helpers: helpers,
             }),
         })
@@ -258,7 +263,9 @@ impl Shared {
             Ok(peer) => Some(Accepted { plane, connection, peer: Some(peer) }),
             Err(error) => {
                 self.metrics.count(plane, Outcome::Unverified);
-                warn!(%from, error, "closing a gossip connection whose peer does not verify");
+                if let Some(left_out) = self.unverified_told.due(clock::now()) {
+                    warn!(%from, error = %Excerpt(&error), left_out, "closing a gossip connection whose peer does not verify");
+                }
                 connection.close(UNVERIFIED.into(), b"peer is not verified");
                 None
             }

@@ -82,8 +82,17 @@ def handler(_, details):
     def refuse(_, context):
         context.abort(grpc.StatusCode.FAILED_PRECONDITION, "not like this")
 
+    def pushback(request, context):
+        # The first call of each name is refused, with this word on retries.
+        name, millis = request.decode().split()
+        Servicer.calls[name] = Servicer.calls.get(name, 0) + 1
+        if Servicer.calls[name] == 1:
+            context.set_trailing_metadata((("grpc-retry-pushback-ms", millis),))
+            context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
+        return str(Servicer.calls[name]).encode()
+
     name = details.method.rsplit("/", 1)[-1]
-    unaries = dict(unary=unary, hang=hang, was_cancelled=was_cancelled, refuse=refuse)
+    unaries = dict(unary=unary, hang=hang, was_cancelled=was_cancelled, refuse=refuse, pushback=pushback)
     if name in unaries:
         return grpc.unary_unary_rpc_method_handler(unaries[name], **BYTES)
     if name == "chat":
@@ -95,6 +104,7 @@ def handler(_, details):
 
 class Servicer(grpc.GenericRpcHandler):
     cancelled = threading.Event()
+    calls = {}
 
     def service(self, handler_call_details):
         return handler(self, handler_call_details)
@@ -175,6 +185,16 @@ def call_grpc(addr):
     assert error.details() == "not like this"
     expect(grpc.StatusCode.UNIMPLEMENTED, lambda: method("unary_unary", "nothing")(b"", timeout=10))
     say("grpc trailers-only")
+
+    # The route of the test retries UNAVAILABLE. grpcio's own retries are off, so that what comes is the mesh's.
+    channel = grpc.insecure_channel(addr, options=[("grpc.enable_http_proxy", 0), ("grpc.enable_retries", 0)])
+    pushback = channel.unary_unary("/t.Test/pushback")
+    began = time.monotonic()
+    assert pushback(b"later 400", timeout=10) == b"2"
+    assert time.monotonic() - began >= 0.4
+    expect(grpc.StatusCode.UNAVAILABLE, lambda: pushback(b"never -1", timeout=10))
+    assert pushback(b"never 0", timeout=10) == b"2", "it was asked again though it had said no"
+    say("grpc pushback")
 
 
 async def call_ws(addr):

@@ -9,8 +9,9 @@ use std::process::{Command, Output};
 use serde_json::json;
 use tempfile::TempDir;
 
-use crate::agent::{Agent, Ca, Spec, loopback_ip, path};
+use crate::agent::{Agent, Ca, Spec, loopback_ip, path, weft_ok};
 use crate::clients::{Running, found, installed, program};
+use crate::netns_policy::operator;
 use crate::wait::until;
 
 /// What nginx serves: more than windows and buffers on the way hold.
@@ -23,7 +24,7 @@ const NGINX: u16 = 7804;
 
 /// Two agents; the second serves `services` (name, port, protocol), the first calls them at the same ports of its own.
 pub(crate) struct Pair {
-    _ca: Ca,
+    ca: Ca,
     pub(crate) first: Agent,
     pub(crate) second: Agent,
 }
@@ -55,7 +56,17 @@ impl Pair {
                 std::net::TcpStream::connect(addr).map(drop).map_err(|e| e.to_string())
             });
         }
-        Self { _ca: ca, first, second }
+        Self { ca, first, second }
+    }
+
+    /// Signs `entry` and brings it to the mesh, in force on the first agent when this returns.
+    #[track_caller]
+    fn write(&self, entry: &serde_json::Value) {
+        let file = self.ca.dir().join("entry.json");
+        fs::write(&file, entry.to_string()).unwrap();
+        let signer = operator(&self.ca, "alice", "config");
+        let api = format!("-http-addr={}", self.first.api);
+        weft_ok(&["config", "write", path(&file), "-operator", path(&signer), &api]);
     }
 
     pub(crate) fn at(&self, port: u16) -> SocketAddr {
@@ -133,11 +144,25 @@ fn grpcio_websockets_and_uploads_of_curl_work_through_the_mesh() {
     let mut apps = Running::start(Command::new(&python).args([path(&script), "serve", &host]).args(&ports));
     apps.wait_line("the apps are ready", |line| line == "ready");
 
+    // What the app says of retries counts where there is somebody who would try again.
+    let retries = json!({"Kind": "service-router", "Name": "rpc", "Routes": [
+        {"Match": {"HTTP": {"PathExact": "/t.Test/pushback"}},
+         "Destination": {"NumRetries": 3, "RetryOn": ["unavailable"], "RetryBackoff": {"BaseInterval": "1ms"}}}]});
+    pair.write(&retries);
+
     let addrs = [GRPC, WS].map(|port| pair.at(port).to_string());
     let mut clients = Running::start(Command::new(&python).args([path(&script), "call"]).args(&addrs));
     clients.wait_line("gRPC and WebSocket clients are done", |line| line == "done");
     clients.wait_end();
-    let shown = ["grpc unary", "grpc streams", "grpc deadline", "grpc cancellation", "grpc trailers-only", "websocket"];
+    let shown = [
+        "grpc unary",
+        "grpc streams",
+        "grpc deadline",
+        "grpc cancellation",
+        "grpc trailers-only",
+        "grpc pushback",
+        "websocket",
+    ];
     assert!(clients.printed().starts_with(&shown.map(str::to_owned)), "{:?}", clients.printed());
 
     let dir = TempDir::new().unwrap();

@@ -165,6 +165,79 @@ fn every_entry_of_examples_and_of_the_pages_about_entries_is_taken() {
     }
 }
 
+/// Starts what the pages about traffic stand on.
+#[track_caller]
+fn begin_traffic(terminal: &mut Terminal, readme: &[String]) {
+    for start in ["weft agent", "7001 v1", "7002 v2"] {
+        terminal.start(command(readme, start));
+    }
+    let first = command(readme, "curl");
+    until("the two versions answer", || {
+        let said = format!("{}{}", terminal.say(first), terminal.say(first));
+        if said.contains("v1 / 200") && said.contains("v2 / 200") { Ok(()) } else { Err(said) }
+    });
+}
+
+#[test]
+fn the_pages_about_other_services_deadlines_and_edges_do_what_they_say() {
+    let Some(lab) = Lab::new(1) else { return };
+    let temp = tempfile::tempdir().unwrap();
+    let dir = copy(temp.path());
+    let page = |name: &str| blocks(&fs::read_to_string(dir.join("examples/traffic").join(name)).unwrap()).concat();
+    let mut terminal = Terminal::open(&lab.host(1), &dir);
+    begin_traffic(&mut terminal, &page("README.md"));
+
+    let elsewhere = page("elsewhere.md");
+    terminal.start(command(&elsewhere, "7003 shadow"));
+    terminal.say(command(&elsewhere, "services register"));
+    until("the shadow is there", || match terminal.say("weft catalog services") {
+        said if said.contains("shadow") => Ok(()),
+        said => Err(said),
+    });
+    terminal.say(command(&elsewhere, "mirror.json"));
+    let copied = terminal.say(command(&elsewhere, "/copied"));
+    assert_eq!(copied.matches(" /copied 200 4 bytes").count(), 5, "{copied}");
+    assert!(!copied.contains("shadow"), "{copied}");
+    until("the mirror got its copies", || match terminal.say(command(&elsewhere, "/seen")) {
+        said if said == "shadow 5" => Ok(()),
+        said => Err(said),
+    });
+    assert!(terminal.say(command(&elsewhere, "grep mirrored")).contains("outcome=\"sent\""));
+    terminal.say(command(&elsewhere, "-kind service-router"));
+    terminal.say(command(&elsewhere, "redirect.json"));
+    assert_eq!(terminal.say(command(&elsewhere, "/moved")), "shadow /moved 200");
+    assert!(terminal.say(command(&elsewhere, "discovery-chain")).contains("shadow"));
+    terminal.say(command(&elsewhere, "-kind service-resolver"));
+
+    let deadlines = page("deadlines.md");
+    terminal.say(command(&deadlines, "deadlines.json"));
+    let mut timed = |part: &str, status: &str, seconds: std::ops::Range<f64>| {
+        let began = Instant::now();
+        let said = terminal.say(command(&deadlines, part));
+        let took = began.elapsed().as_secs_f64();
+        assert!(said.contains(status) && seconds.contains(&took), "{part}: after {took} s: {said}");
+    };
+    timed("two tries", "504 Gateway", 0.8..2.9);
+    timed("are enough", " /slow?patient=yes 200", 2.9..9.0);
+    timed("no byte", "504 Gateway", 1.0..2.9);
+    timed("hurry", "504 Gateway", 0.2..2.9);
+    terminal.say(command(&deadlines, "config delete"));
+
+    let edges = page("edges.md");
+    assert!(terminal.say(command(&edges, "/h2")).starts_with("HTTP/2 200"));
+    let head = terminal.say(command(&edges, "-I")).to_ascii_lowercase();
+    assert!(head.contains("200 ok") && head.contains("content-length: 13") && !head.contains("v1"), "{head}");
+    let hints = terminal.say(command(&edges, "/hints"));
+    assert!(hints.starts_with("HTTP/1.1 103") && hints.contains("HTTP/1.1 200"), "{hints}");
+    assert!(terminal.say(command(&edges, "/trailers")).contains("x-sum: 5"));
+    assert!(terminal.say(command(&edges, "/upload")).contains(" /upload 200 1000000 bytes"));
+    assert_eq!(terminal.say(command(&edges, "ws.py")), "HTTP/1.1 101 Switching Protocols\nhello\nand again");
+    assert!(terminal.say(command(&edges, "CONNECT")).contains(" 501 "));
+    assert!(terminal.say(command(&edges, "/twice")).contains(" 400 "));
+    assert_eq!(terminal.say(command(&edges, "/large")), "431");
+    assert!(terminal.say(command(&edges, "grep malformed")).contains("weft_http_malformed_total"));
+}
+
 #[test]
 fn the_pages_about_traffic_do_what_they_say() {
     let Some(lab) = Lab::new(1) else { return };
@@ -172,15 +245,7 @@ fn the_pages_about_traffic_do_what_they_say() {
     let dir = copy(temp.path());
     let page = |name: &str| blocks(&fs::read_to_string(dir.join("examples/traffic").join(name)).unwrap()).concat();
     let mut terminal = Terminal::open(&lab.host(1), &dir);
-    let readme = page("README.md");
-    for start in ["weft agent", "7001 v1", "7002 v2"] {
-        terminal.start(command(&readme, start));
-    }
-    let first = command(&readme, "curl");
-    until("the two versions answer", || {
-        let said = format!("{}{}", terminal.say(first), terminal.say(first));
-        if said.contains("v1 / 200") && said.contains("v2 / 200") { Ok(()) } else { Err(said) }
-    });
+    begin_traffic(&mut terminal, &page("README.md"));
 
     let routing = page("routing.md");
     terminal.say(command(&routing, "subsets.json"));

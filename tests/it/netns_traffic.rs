@@ -159,8 +159,25 @@ fn requests_are_routed_split_and_failed_over_as_config_entries_say() {
     };
     let said = refuse(&bad);
     assert!(said.contains("Colour is no field") && said.contains("weights of 100 together"), "{said}");
-    let bad = json!({"Kind": "service-splitter", "Name": "web", "Splits": [{"Weight": 100, "ServiceSubset": "v9"}]});
-    assert!(refuse(&bad).contains("names subset \"v9\""));
+    assert!(said.contains("names subset \"v9\""), "{said}");
+    // An unknown field, an expression that does not compile, a wrong type, a value out of bounds, two that contradict each
+    // other, a reference to what there is not: all of them in one go.
+    let said = refuse(&json!({"Kind": "service-router", "Name": "web", "Colour": 1, "Routes": [
+        {"Match": {"HTTP": {"PathRegex": "("}}},
+        {"Destination": {"NumRetries": "three"}},
+        {"Destination": {"IdleTimeout": "48h"}},
+        {"Destination": {"RequestTimeout": "1s", "PerTryTimeout": "2s"}},
+        {"Match": {"HTTP": {"PathPrefix": "/x"}}, "Destination": {"ServiceSubset": "v9"}}]}));
+    for part in [
+        "Colour is no field of this entry",
+        "Routes[0].Match.HTTP.PathRegex is refused",
+        "Routes[1].Destination.NumRetries must be a whole number",
+        "Routes[2].Destination.IdleTimeout must be from 1ms to 24h",
+        "Routes[3].Destination.PerTryTimeout = 2s must be shorter",
+        "Routes[4] names subset \"v9\"",
+    ] {
+        assert!(said.contains(part), "{part:?} is not in {said}");
+    }
 
     // Without its instances a subset fails over, and comes back.
     cluster.write(&resolver(&json!({"Failover": {"v2": {"ServiceSubset": "v1"}}})));

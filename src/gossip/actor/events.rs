@@ -2,7 +2,6 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
 
 use rustls::pki_types::CertificateDer;
 use tokio::time::Instant;
@@ -13,8 +12,9 @@ use crate::clock;
 use crate::gossip::doubles::News;
 use crate::gossip::engine::Event;
 use crate::gossip::{MemberView, Members, NodeCertificates};
+use crate::hearsay::{Excerpt, Seldom};
 use crate::membership::MeshId;
-use crate::model::{MemberStatus, NodeName, ServiceName};
+use crate::model::{MemberStatus, NodeName, ServiceName, SpiffeId};
 use crate::pki::{facts_of, root_key_of};
 use crate::replica::{ApplyError, NodeState, Report};
 
@@ -22,21 +22,31 @@ use crate::replica::{ApplyError, NodeState, Report};
 const REASONS_LOGGED: usize = 3;
 /// Services that one log line names: a node may announce a thousand.
 const NAMES_LOGGED: usize = 8;
-/// So often something is told at most that a node may bring about with each of its versions.
-const TOLD_EVERY: Duration = Duration::from_mins(1);
+/// Records that are refused, and forks, that are logged in a minute: faults of several nodes at once are told apart.
+const FAULTS_TOLD_MAX: u32 = 10;
 
-/// When something was told last.
-#[derive(Debug, Default)]
-pub(super) struct Seldom(Option<Instant>);
+/// What was told of that which other nodes bring about at will, each with a connection, a packet or a version of its records.
+#[derive(Debug)]
+pub(super) struct Told {
+    /// Services outside their nodes' scope.
+    outside: Seldom,
+    /// Lives of this node that cannot be.
+    implausible: Seldom,
+    /// Members that speak in another's name.
+    senders: Seldom,
+    /// Services' certificates.
+    services: Seldom,
+    /// Connections of nodes that are this one.
+    twins: Seldom,
+    refused: Seldom,
+    forks: Seldom,
+}
 
-impl Seldom {
-    /// Tells whether it is time to tell it again, and takes it for told.
-    fn is_due(&mut self, now: Instant) -> bool {
-        let is_due = self.0.is_none_or(|told_at| now >= told_at + TOLD_EVERY);
-        if is_due {
-            self.0 = Some(now);
-        }
-        is_due
+impl Default for Told {
+    fn default() -> Self {
+        let [outside, implausible, senders, services, twins] = std::array::from_fn(|_| Seldom::default());
+        let [refused, forks] = std::array::from_fn(|_| Seldom::new(FAULTS_TOLD_MAX));
+        Self { outside, implausible, senders, services, twins, refused, forks }
     }
 }
 
@@ -68,7 +78,9 @@ impl Actor {
                 warn!(%generation, "a later life of this node is remembered; continuing above it");
             }
             Event::Implausible(generation) => {
-                warn!(%generation, "a peer remembers a life of this node that lies too far ahead to be true; ignored");
+                if let Some(left_out) = self.told.implausible.due(clock::now()) {
+                    warn!(%generation, left_out, "a peer remembers a life of this node that lies too far ahead to be true; ignored");
+                }
             }
             Event::Unsigned(error) => {
                 error!(%error, "this node cannot sign what it says of members; others will not pass it on");
@@ -86,8 +98,10 @@ impl Actor {
             Event::Joined { in_vain, peers, failed } => log_joined(in_vain, &peers, &failed),
             Event::PacketRefused { from, reason } => {
                 self.metrics.refused.with_label_values(&[reason.to_string()]).inc();
-                if reason == crate::membership::Refused::Sender {
-                    warn!(peer = %from, "peer speaks in another member's name; its connection is closed");
+                if reason == crate::membership::Refused::Sender
+                    && let Some(left_out) = self.told.senders.due(clock::now())
+                {
+                    warn!(peer = %from, left_out, "peer speaks in another member's name; its connection is closed");
                 }
             }
             Event::Published(Ok(())) => self.metrics.publishes.with_label_values(&["ok"]).inc(),
@@ -100,21 +114,24 @@ impl Actor {
                 if matches!(error, ApplyError::OwnName { .. }) {
                     self.metrics.conflicts.inc();
                 }
-                if is_news {
-                    warn!(%node, %error, "records refused");
+                if is_news && let Some(left_out) = self.told.refused.due(clock::now()) {
+                    let error = error.to_string();
+                    warn!(%node, error = %Excerpt(&error), left_out, "records refused");
                 }
             }
             Event::Revoked(node) => warn!(member = %node, "member's certificate is revoked: its records are dropped"),
             Event::LeaseEnded(node) => info!(%node, "records ended: their node has not renewed them"),
             Event::Report(Report::OutOfScope { node, services, .. }) => {
                 self.metrics.outside_scope.inc();
-                if self.outside_told.is_due(clock::now()) {
+                if let Some(left_out) = self.told.outside.due(clock::now()) {
                     let services = first_names(&services);
-                    warn!(%node, services, "services outside the node's serve scope are not shown; others like it are counted alone for a minute");
+                    warn!(%node, services, left_out, "services outside the node's serve scope are not shown; others like it are counted alone for a minute");
                 }
             }
             Event::Report(Report::Fork { node, generation, version }) => {
-                warn!(%node, %generation, version, "a node signed two states of one version: is its disk a copy?");
+                if let Some(left_out) = self.told.forks.due(clock::now()) {
+                    warn!(%node, %generation, version, left_out, "a node signed two states of one version: is its disk a copy?");
+                }
             }
         }
     }
@@ -123,10 +140,19 @@ impl Actor {
     pub(super) fn twin_connected(&self, there: SocketAddr) {
         self.metrics.conflicts.inc();
         let node = self.engine.node();
-        error!(
-            name = %node.name, here = %node.mesh_addr, %there,
-            "a node with this node's name and certificate connected"
-        );
+        if let Some(left_out) = self.told.twins.due(clock::now()) {
+            error!(
+                name = %node.name, here = %node.mesh_addr, %there, left_out,
+                "a node with this node's name and certificate connected"
+            );
+        }
+    }
+
+    /// A service's certificate was shown where a node's is wanted.
+    pub(super) fn service_spoke(&self, id: &SpiffeId) {
+        if let Some(left_out) = self.told.services.due(clock::now()) {
+            warn!(peer = %id, left_out, "a service's certificate does not speak for its node in gossip; refused");
+        }
     }
 
     /// The certificates under which nodes publish.
@@ -239,7 +265,7 @@ fn first_names(names: &[ServiceName]) -> String {
 /// Returns the first reasons on one line, and how many more there are.
 fn first_reasons(failed: &[(String, String)]) -> String {
     let mut reasons: Vec<_> =
-        failed.iter().take(REASONS_LOGGED).map(|(target, why)| format!("{target}: {why}")).collect();
+        failed.iter().take(REASONS_LOGGED).map(|(target, why)| format!("{target}: {}", Excerpt(why))).collect();
     if failed.len() > REASONS_LOGGED {
         reasons.push(format!("and {} more", failed.len() - REASONS_LOGGED));
     }
@@ -348,13 +374,12 @@ mod tests {
     }
 
     #[test]
-    fn what_a_node_brings_about_at_will_is_told_once_a_minute_and_shortly() {
-        let (mut told, now) = (Seldom::default(), clock::now());
-        let at = |seconds: u64| now + Duration::from_secs(seconds);
-        let due: Vec<u64> = (0..130).filter(|seconds| told.is_due(at(*seconds))).collect();
-        assert_eq!(due, [0, 60, 120]);
+    fn what_a_node_brings_about_at_will_is_told_shortly() {
         let names: Vec<ServiceName> = (0..1000).map(|number| format!("s{number}").parse().unwrap()).collect();
         assert_eq!(first_names(&names[..2]), "s0, s1");
         assert_eq!(first_names(&names), "s0, s1, s2, s3, s4, s5, s6, s7 and 992 more");
+        let failed = ["x".repeat(10_000), "two\nlines".to_owned()].map(|why| ("seed".to_owned(), why));
+        let reasons = first_reasons(&failed);
+        assert!(reasons.len() < 600 && reasons.ends_with("; seed: two\\nlines"), "{reasons}");
     }
 }

@@ -30,6 +30,7 @@ use super::{Actor, Done, Incumbent, Message, Step, answer};
 use crate::gossip::targets::{self, DialError};
 use crate::membership::MeshId;
 use crate::model::NodeName;
+use crate::supervise::catch;
 
 /// How long a member whose host is said to refuse may take to show that it lives, beside twice the round trip.
 const LIFE_SHOWS_IN: Duration = Duration::from_millis(150);
@@ -166,7 +167,7 @@ impl Actor {
         }
         let transport = self.transport.clone();
         self.work.spawn(async move {
-            let is_refused = transport.is_port_refused(id.addr).await;
+            let is_refused = catch("question", transport.is_port_refused(id.addr)).await.unwrap_or(false);
             Done::PortAsked(id, is_refused)
         });
     }
@@ -191,13 +192,13 @@ impl Actor {
         let transport = self.transport.clone();
         self.work.spawn(async move {
             let dial = targets::dial(&transport, incumbent.addr, Some(incumbent.name));
-            let holder = match tokio::time::timeout(CHALLENGE_TIME_MAX, dial).await {
-                Ok(Ok((connection, _))) => {
+            let holder = match catch("challenge", tokio::time::timeout(CHALLENGE_TIME_MAX, dial)).await {
+                Some(Ok(Ok((connection, _)))) => {
                     connection.close(0u32.into(), b"asked whether you live");
                     Holder::Answers
                 }
-                Ok(Err(DialError::Refused(_))) => Holder::Refuses,
-                Ok(Err(DialError::Failed(_))) | Err(_) => Holder::Silent,
+                Some(Ok(Err(DialError::Refused(_)))) => Holder::Refuses,
+                Some(Ok(Err(DialError::Failed(_))) | Err(_)) | None => Holder::Silent,
             };
             Done::Challenged(challenge, holder)
         });

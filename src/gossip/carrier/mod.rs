@@ -12,7 +12,8 @@
 //! the items decides what counts, keeps it, and answers what the streams ask.
 //!
 //! Invariants: what is news goes at once, in bounded numbers, to each peer in its order; a push that fails and a comparison
-//! that fails lead to a comparison with the same peer a second later; nothing waits for a slow peer but what is for it.
+//! that fails lead to a comparison with the same peer a second later, and one that panics is one that failed: no place is
+//! lost with it; nothing waits for a slow peer but what is for it.
 //! Not here: what is said on a stream (`documents::carry`, `shared::carry`), which of two contents wins (`policy`, `lww`).
 
 mod places;
@@ -40,6 +41,7 @@ use super::reach::reach;
 use super::{Command, MemberView, Members};
 use crate::clock;
 use crate::model::{MemberStatus, NodeName};
+use crate::supervise::catch;
 use crate::transport::ControlTransport;
 
 /// How many members a node passes an item on to that it learned from another: with three, a mesh of 1,000 is through
@@ -247,8 +249,7 @@ impl<C: Cargo> Carrier<C> {
         let offered = item.clone();
         self.work.spawn(async move {
             let pushed = async { cargo.push(reach.await?, offered).await };
-            let result = tokio::time::timeout(C::BOUNDS.push_time_max, pushed).await;
-            Event::Pushed { to, item, result: result.unwrap_or(Err(ExchangeError::Late)) }
+            Event::Pushed { to, item, result: within(C::BOUNDS.name, C::BOUNDS.push_time_max, pushed).await }
         });
     }
 
@@ -257,8 +258,8 @@ impl<C: Cargo> Carrier<C> {
         let reach = reach(self.around.gossip.clone(), name.clone());
         self.work.spawn(async move {
             let compared = async { cargo.compare(reach.await?, name.clone()).await };
-            let result = tokio::time::timeout(C::BOUNDS.compare_time_max, compared).await;
-            Event::Compared(name, result.unwrap_or(Err(ExchangeError::Late)))
+            let result = within(C::BOUNDS.name, C::BOUNDS.compare_time_max, compared).await;
+            Event::Compared(name, result)
         });
     }
 
@@ -277,6 +278,19 @@ impl<C: Cargo> Carrier<C> {
             Event::Round => {}
         }
         ended
+    }
+}
+
+/// Carries `exchange` through, for `time_max` at most; it has an outcome also if it panics.
+async fn within<T>(
+    name: &'static str,
+    time_max: Duration,
+    exchange: impl Future<Output = Result<T, ExchangeError>>,
+) -> Result<T, ExchangeError> {
+    match catch(name, tokio::time::timeout(time_max, exchange)).await {
+        Some(Ok(result)) => result,
+        Some(Err(_elapsed)) => Err(ExchangeError::Late),
+        None => Err(ExchangeError::Panicked),
     }
 }
 
@@ -357,13 +371,21 @@ mod tests {
 
     /// A carrier between `names` with an own node, gossip's end, which never finds a connection, and the members.
     fn carrier(names: &[&str]) -> (Carrier<Nothing>, mpsc::Receiver<Command>, watch::Sender<Arc<Members>>) {
+        carrier_of(Nothing, names)
+    }
+
+    /// The same, of any cargo.
+    fn carrier_of<C: Cargo>(
+        cargo: C,
+        names: &[&str],
+    ) -> (Carrier<C>, mpsc::Receiver<Command>, watch::Sender<Arc<Members>>) {
         let (gossip, commands) = mpsc::channel(64);
         let members = names.iter().map(|name| test_member(name)).collect();
         let (sender, receiver) = watch::channel(Arc::default());
         sender.send_replace(Arc::new(Members { members, ..Members::default() }));
         let around =
             Around { own: "own".parse().unwrap(), transport: transport(), gossip, interval: Duration::from_secs(5) };
-        (Carrier::new(Nothing, around, receiver, 7), commands, sender)
+        (Carrier::new(cargo, around, receiver, 7), commands, sender)
     }
 
     /// Runs `carrier` for `time` while every attempt to reach a peer fails; returns when each was tried, in seconds.
@@ -438,5 +460,76 @@ mod tests {
         carrier.look_soon();
         let tried = tried(&mut carrier, &mut commands, Duration::from_secs(6)).await;
         assert!(tried["n1"][0] <= 5.1, "{tried:?}");
+    }
+
+    /// Panics whatever it is to carry.
+    #[derive(Clone)]
+    struct Doomed;
+
+    impl Cargo for Doomed {
+        const BOUNDS: Bounds = Bounds { name: "doomed", pushes_max: 1, compares_max: 1, ..Nothing::BOUNDS };
+        type Item = u32;
+        type Took = ();
+        type Compared = ();
+
+        async fn push(self, _connection: Connection, item: u32) -> Result<(), ExchangeError> {
+            panic!("cannot push {item}")
+        }
+
+        async fn compare(self, _connection: Connection, peer: NodeName) -> Result<(), ExchangeError> {
+            panic!("cannot compare with {peer}")
+        }
+
+        fn found(_compared: &()) -> Found {
+            Found::Equal
+        }
+    }
+
+    /// A connection over loopback, and what keeps it.
+    async fn connection() -> (Connection, (Connection, [quinn::Endpoint; 2])) {
+        let key = rcgen::generate_simple_self_signed(["n1".to_owned()]).unwrap();
+        let der = key.cert.der().clone();
+        let private = rustls::pki_types::PrivateKeyDer::try_from(key.signing_key.serialize_der()).unwrap();
+        let server = quinn::ServerConfig::with_single_cert(vec![der.clone()], private).unwrap();
+        let server = quinn::Endpoint::server(server, "127.0.0.1:0".parse().unwrap()).unwrap();
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(der).unwrap();
+        let mut client = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
+        client.set_default_client_config(quinn::ClientConfig::with_root_certificates(Arc::new(roots)).unwrap());
+        let connecting = client.connect(server.local_addr().unwrap(), "n1").unwrap();
+        let accepting = async { server.accept().await.unwrap().await.unwrap() };
+        let (connection, accepted) = tokio::join!(connecting, accepting);
+        (connection.unwrap(), (accepted, [server, client]))
+    }
+
+    #[tokio::test]
+    async fn an_exchange_that_panics_gives_its_place_back_and_is_one_that_failed() {
+        let (connection, _kept) = connection().await;
+        let (mut carrier, mut commands, _members) = carrier_of(Doomed, &["n1", "own"]);
+        let mut reaching = JoinSet::new();
+        reaching.spawn(async move {
+            while let Some(Command::Reach(_, reply)) = commands.recv().await {
+                let _unwanted = reply.send(Ok(connection.clone()));
+            }
+        });
+        for item in 0..2 {
+            carrier.push(test_member("n1"), item);
+        }
+        // There is one place for pushes and one for comparisons; the second comparison repeats the first.
+        let (mut pushed, mut compared) = (Vec::new(), 0);
+        while pushed.len() < 2 || compared < 2 {
+            match tokio::time::timeout(Duration::from_secs(20), carrier.next()).await.expect("a place is lost") {
+                Event::Pushed { item, result, .. } => {
+                    assert!(matches!(result, Err(ExchangeError::Panicked)), "{result:?}");
+                    pushed.push(item);
+                }
+                Event::Compared(_, result) => {
+                    assert!(matches!(result, Err(ExchangeError::Panicked)), "{result:?}");
+                    compared += 1;
+                }
+                Event::Round => {}
+            }
+        }
+        assert_eq!(pushed, [0, 1]);
     }
 }

@@ -23,10 +23,12 @@ use crate::gossip::carrier::{self, Around, Carrier, FORWARDS};
 use crate::gossip::exchange::ExchangeError;
 use crate::gossip::talk::answer;
 use crate::gossip::{Command, MemberView, Members};
+use crate::hearsay::{Excerpt, Seldom};
 use crate::metrics::Metrics;
 use crate::model::NodeName;
 use crate::pki::Identity;
 use crate::policy::{Document, DocumentDigest, DocumentId, DocumentKind, DocumentSet, Fork, Offered, Refused};
+use crate::supervise::catch_blocking;
 
 /// A skew from here on is worth a warning: certificates begin 60 s in the past, and a minute is soon used up.
 const SKEW_WARN_SECONDS: f64 = 10.0;
@@ -88,6 +90,8 @@ pub(in crate::gossip) struct Task {
     compared_at: Option<UnixSeconds>,
     is_own_end_told: bool,
     is_gossip_untold: bool,
+    /// What peers say of this node's documents.
+    refusals_told: Seldom,
     stop: CancellationToken,
 }
 
@@ -123,6 +127,7 @@ impl Task {
             compared_at: None,
             is_own_end_told: false,
             is_gossip_untold: false,
+            refusals_told: Seldom::default(),
             stop,
         };
         task.show();
@@ -245,7 +250,8 @@ impl Task {
             && !is_blameless(error)
             && self.patience.refused(peer, now) == After::RanOut
         {
-            warn!(%peer, %error, "a member brings one bad document after the other: most are refused unread from here on");
+            let error = error.to_string();
+            warn!(%peer, error = %Excerpt(&error), "a member brings one bad document after the other: most are refused unread from here on");
         }
         Some(taken)
     }
@@ -323,11 +329,12 @@ impl Task {
         let bytes = self.set.get(&digest.id).map(|held| held.document.to_bytes());
         self.work.spawn_blocking(move || {
             let key = digest.id.to_string();
-            let kept = match bytes {
+            let kept = catch_blocking("documents", || match bytes {
                 Some(bytes) => store.put(&key, &bytes),
                 None => store.remove(&key),
-            };
-            Kept(digest, kept)
+            });
+            // Who waits for it is answered in any case.
+            Kept(digest, kept.unwrap_or_else(|| Err("keeping it failed in itself; the log has the reason".to_owned())))
         });
     }
 
@@ -357,7 +364,10 @@ impl Task {
         match result {
             Ok(Took::Held | Took::Older) => {}
             Ok(Took::Refused(reason)) => {
-                warn!(peer = %to.name, document = %news.digest.id, reason, "peer refuses a document");
+                if let Some(left_out) = self.refusals_told.due(clock::now()) {
+                    let (document, reason) = (&news.digest.id, Excerpt(&reason));
+                    warn!(peer = %to.name, %document, %reason, left_out, "peer refuses a document");
+                }
             }
             Err(error) => debug!(peer = %to.name, error = error.explain(None), "document was not pushed"),
         }

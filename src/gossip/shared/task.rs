@@ -22,9 +22,11 @@ use crate::gossip::Members;
 use crate::gossip::carrier::{self, Around, Carrier, FORWARDS};
 use crate::gossip::exchange::ExchangeError;
 use crate::gossip::talk::answer;
+use crate::hearsay::Excerpt;
 use crate::lww::{AHEAD_MS_MAX, Merged, Record, Refused, Scope, Table};
 use crate::metrics::Metrics;
 use crate::model::NodeName;
+use crate::supervise::catch_blocking;
 
 /// What is known of other replicas goes to disk this often.
 const TIMES_KEPT_EVERY: Duration = Duration::from_mins(1);
@@ -391,7 +393,10 @@ impl Task {
         let (changes, writers) = (self.take_changes(), std::mem::take(&mut self.writers));
         let store = Arc::clone(&self.store);
         self.work.spawn_blocking(move || {
-            let written = if changes.is_empty() { Ok(()) } else { store.write(&changes) };
+            let written = catch_blocking("shared", || if changes.is_empty() { Ok(()) } else { store.write(&changes) });
+            // Another write begins only once this one has ended.
+            let written =
+                written.unwrap_or_else(|| Err("the write failed in itself; the log has the reason".to_owned()));
             Written(writers, written.map_err(|error| (error, changes)))
         });
     }
@@ -433,10 +438,11 @@ impl Task {
         self.metrics.pushes.with_label_values(&[label]).inc();
         match result {
             Ok(Some(Verdict::Refused(reason))) => {
+                let reason = Excerpt(&reason);
                 if self.may_warn() {
-                    warn!(peer = %to, space = space.as_str(), reason, "peer refuses a shared record");
+                    warn!(peer = %to, space = space.as_str(), %reason, "peer refuses a shared record");
                 } else {
-                    debug!(peer = %to, space = space.as_str(), reason, "peer refuses a shared record");
+                    debug!(peer = %to, space = space.as_str(), %reason, "peer refuses a shared record");
                 }
             }
             Ok(_) => {}

@@ -494,7 +494,10 @@ impl<D: Dial> Attempt<'_, D> {
         let destination = self.destination();
         match status {
             0 => Ok(()),
-            1 => Err(Failed::Unreached(unreachable(destination, "its application refuses connections"))),
+            1 => Err(Failed::Unreached(unreachable(
+                destination,
+                "its application refuses connections, or this request unread",
+            ))),
             2 => Err(Failed::Unreached(unreachable(destination, "its node does not have the instance"))),
             3 => Err(Failed::Final(Refusal::denied(format!("service `{destination}` does not admit this caller")))),
             4 => Err(Failed::Unreached(unreachable(destination, "its node is shutting down"))),

@@ -1,7 +1,7 @@
 //! The destination's side: one request from a tunnel stream to the app, and its response back.
 //!
 //! ```text
-//!   head -> connection from the pool (or: status 1, another instance is tried) -> request -> status 0 + head + body -> FIN
+//!   head -> connection from the pool (or: status 1, another instance is tried; so where the app refuses it unread) -> request -> status 0 + head + body -> FIN
 //!                                                                  status 0 + interim heads (1xx) go ahead of it __/
 //! ```
 
@@ -64,9 +64,34 @@ struct Answered {
 }
 
 /// Why there is no answer.
+#[derive(Debug, thiserror::Error)]
 enum CallError {
+    #[error(transparent)]
     Connect(ConnectError),
+    /// It processed nothing of the request, and says so.
+    #[error("the app refused the request unread")]
+    Refused(#[source] hyper::Error),
+    #[error(transparent)]
     App(hyper::Error),
+}
+
+impl CallError {
+    /// That of a request over HTTP/2: a refused stream, or one that a graceful GOAWAY left out, was not processed (RFC 9113
+    /// §8.7, §6.8). A GOAWAY for an error leaves streams out as well, but the next app may give the same answer.
+    fn of_h2(error: hyper::Error) -> Self {
+        let mut source = std::error::Error::source(&error);
+        while let Some(cause) = source {
+            if let Some(h2) = cause.downcast_ref::<h2::Error>() {
+                let is_refused = h2.is_reset() && h2.reason() == Some(h2::Reason::REFUSED_STREAM);
+                let is_left_out = h2.is_go_away() && h2.reason() == Some(h2::Reason::NO_ERROR);
+                if h2.is_remote() && (is_refused || is_left_out) {
+                    return Self::Refused(error);
+                }
+            }
+            source = cause.source();
+        }
+        Self::App(error)
+    }
 }
 
 /// A stream that carries one request.
@@ -154,8 +179,8 @@ async fn exchange<D: Dial>(worker: &Rc<D>, stream: Stream, on_admitted: impl FnO
     };
     let Answered { mut response, reusable } = match answered {
         Ok(answered) => answered,
-        Err(CallError::Connect(error)) => {
-            debug!(service = %local.service, error = %error, "app not connected");
+        Err(error @ (CallError::Connect(_) | CallError::Refused(_))) => {
+            debug!(service = %local.service, error = %error, "app not reached");
             // The status byte is said once.
             if send.has_status() {
                 return broke_off(state, &mut send, (local, &mut exchange), is_grpc).await;
@@ -485,9 +510,9 @@ async fn call<D: Dial>(
             Ok(response) => return Ok(Answered { response, reusable: None }),
             Err(error) => error,
         };
-        let Some(request) = error.take_message() else { return Err(CallError::App(error.into_error())) };
+        let Some(request) = error.take_message() else { return Err(CallError::of_h2(error.into_error())) };
         let mut sender = state.pool.shared(worker, addr).await.map_err(CallError::Connect)?;
-        let response = sender.send_request(request).await.map_err(CallError::App)?;
+        let response = sender.send_request(request).await.map_err(CallError::of_h2)?;
         return Ok(Answered { response, reusable: None });
     }
     let hear = |request: &mut Request<TunnelBody>| {

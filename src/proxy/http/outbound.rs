@@ -121,7 +121,13 @@ pub(super) struct Connection<D> {
 ///
 /// # Cancel safety
 /// Dropping the future closes the connection and resets the streams of its requests.
-pub(crate) async fn serve<D: Dial>(worker: Rc<D>, stream: TcpStream, route: Route) {
+pub(crate) fn serve<D: Dial>(worker: Rc<D>, stream: TcpStream, route: Route) -> impl Future<Output = ()> {
+    let from = stream.peer_addr().ok().map(|addr| addr.ip());
+    serve_from(worker, stream, route, from)
+}
+
+/// [`serve`], of a caller whose address is `from`.
+pub(super) async fn serve_from<D: Dial>(worker: Rc<D>, stream: TcpStream, route: Route, from: Option<IpAddr>) {
     // A failure costs latency only.
     let _nodelay = stream.set_nodelay(true);
     let state = worker.http();
@@ -141,7 +147,6 @@ pub(crate) async fn serve<D: Dial>(worker: Rc<D>, stream: TcpStream, route: Rout
     };
     let speaks = if speaks_h2 { Speaks::Http2 } else { Speaks::Http1 };
     let activity = state.watchman.add(&worker, speaks);
-    let from = stream.peer_addr().ok().map(|addr| addr.ip());
     let io = Watched::new(stream, &activity, speaks, &state.malformed);
     let connection = Rc::new(Connection {
         worker: Rc::clone(&worker),

@@ -40,7 +40,7 @@ use crate::proxy::head::{Inbox, Payload};
 use crate::proxy::{Caller, OpenError, Opened, Source, StreamKind, Tried};
 use crate::routing::{self, Observer};
 use crate::traffic::hedge::Answers;
-use crate::traffic::retry::RETRY_AFTER_MAX;
+use crate::traffic::retry::{NoRetry, asked_wait};
 use crate::traffic::{Abort, Action, Asked, Chain, Forward, Leg, Redirect, Resolved, Route, is_hit};
 use crate::upstream::Priority;
 
@@ -385,7 +385,8 @@ async fn attempts<D: Dial>(
             Some(retry) => answer.is_some() || retry.covers_reset(),
             None => call.parts.method.is_idempotent() && made < ATTEMPTS_MAX,
         };
-        let wait = answer.as_ref().map_or(Ok(None), |answer| asked_wait(&answer.head.headers));
+        let asks = |name: &HeaderName| answer.as_ref()?.head.headers.get(name);
+        let wait = asked_wait(asks(&PUSHBACK), asks(&header::RETRY_AFTER));
         kept = answer.or(kept);
         if !is_asked_for {
             break failure;
@@ -394,7 +395,7 @@ async fn attempts<D: Dial>(
         let refused = match wait {
             _ if !may_replay(pending.as_deref()) => Some("body"),
             _ if retry.is_some() && retries >= times => Some("times"),
-            Err(()) => Some("pushback"),
+            Err(NoRetry) => Some("pushback"),
             Ok(wait) if !fits(plan, wait.unwrap_or(backoff)) => Some("deadline"),
             Ok(_) if retry.is_some() && !state.budget(destination, |budget| budget.withdraw(clock::now())) => {
                 Some("budget")
@@ -457,23 +458,6 @@ pub(super) fn may_replay(pending: Option<&Upload>) -> bool {
 
 fn fits(plan: &Plan<'_>, wait: Duration) -> bool {
     plan.deadline.is_none_or(|(at, _)| clock::now() + wait < at)
-}
-
-/// The wait that an answer asks for before another attempt.
-///
-/// # Errors
-/// It wants none, or one that is too long.
-fn asked_wait(headers: &HeaderMap) -> Result<Option<Duration>, ()> {
-    let number = |value: &HeaderValue| value.to_str().ok()?.trim().parse::<i64>().ok();
-    let wait = match (headers.get(&PUSHBACK), headers.get(header::RETRY_AFTER).and_then(number)) {
-        // What is no number means that there is to be no retry (gRFC A6).
-        (Some(pushback), _) => {
-            Duration::from_millis(number(pushback).and_then(|millis| u64::try_from(millis).ok()).ok_or(())?)
-        }
-        (None, Some(seconds)) => Duration::from_secs(u64::try_from(seconds).map_err(|_| ())?),
-        (None, None) => return Ok(None),
-    };
-    if wait > RETRY_AFTER_MAX { Err(()) } else { Ok(Some(wait)) }
 }
 
 /// Tries one instance, within what is left of the time.

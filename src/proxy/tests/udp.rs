@@ -552,6 +552,45 @@ async fn a_node_that_has_as_many_flows_as_it_may_is_passed_over_and_nothing_coun
     mesh.stop().await;
 }
 
+/// Says to each flow of the first tunnel that it is open and is to move, and never ends it.
+async fn send_flows_away(endpoint: &quinn::Endpoint, sent: &Cell<usize>) {
+    let tunnel = endpoint.accept().await.unwrap().await.unwrap();
+    let mut held = Vec::new();
+    while let Ok((mut send, recv)) = tunnel.accept_bi().await {
+        send.write_all(&[StreamStatus::Ok.byte(), StreamStatus::Draining.byte()]).await.unwrap();
+        held.push((send, recv));
+        sent.set(held.len());
+    }
+}
+
+#[tokio::test]
+async fn flows_that_a_destination_sends_away_and_never_ends_give_way_to_others() {
+    let authority = Authority::new();
+    let mut mesh = Mesh::start_on(1, &authority, "*", |_| Vec::new()).await;
+    mesh.upstream = free_port();
+    let endpoint = host(&authority, "c", 100);
+    let limits = json!({"Limits": {"MaxConnections": 2}});
+    mesh.a.say(&[("service-defaults", "app", json!({"UpstreamConfig": {"Defaults": limits}}))]);
+    lead(&mesh, &[("c", endpoint.local_addr().unwrap(), "web-9")]).await;
+    let sent = Cell::new(0);
+    let calls = async {
+        let client = client(&mesh).await;
+        insist(&client, b"?", async {
+            while sent.get() < 8 {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await;
+        mesh.a.counts("weft_udp_flows_active", &[SOURCE], 2).await;
+        assert!(mesh.a.count("weft_udp_flows_closed_total", &[SOURCE, "\"UO\""]) >= 6, "they gave way");
+    };
+    tokio::select! {
+        () = send_flows_away(&endpoint, &sent) => unreachable!("the tunnel is open"),
+        () = within(calls) => {}
+    }
+    mesh.stop().await;
+}
+
 #[tokio::test]
 async fn a_port_takes_what_the_service_s_protocol_says_as_that_changes() {
     let mesh = Mesh::start_on(2, &Authority::new(), "*", |_| Vec::new()).await;

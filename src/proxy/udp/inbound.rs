@@ -59,7 +59,7 @@ async fn flow(worker: &Rc<Worker>, call: FlowCall) {
     let FlowCall { send, mut recv, rest, app, service, peer, datagrams } = call;
     let edge = worker.udp.edges.edge(Reporter::Destination, peer.id.service(), &service);
     let mut counted = edge.open();
-    let Some(_places) = worker.udp.accept(&peer.node) else {
+    let Some(_place) = worker.udp.accepted.take(&peer.node) else {
         counted.ends("UO");
         debug!(node = %peer.node, %service, "as many flows as there may be: one is refused");
         // The caller tries another instance, or has one of its own flows give way.

@@ -24,6 +24,7 @@ mod table;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 pub(super) use self::carrier::Datagrams;
@@ -42,10 +43,10 @@ const DRAIN_IDLE: Duration = Duration::from_secs(2);
 const FLOWS_MAX: usize = 8_192;
 /// Flows of one port and worker: the destination takes as many of one node.
 const FLOWS_PER_PORT_MAX: usize = 4_096;
-/// Flows to one worker's apps, each a descriptor: half of the connections that it may have.
-const FLOWS_ACCEPTED_MAX: usize = 8_192;
-/// Flows of one peer node to one worker's apps: half of them all, so that no peer takes them all.
-const FLOWS_PER_PEER_MAX: usize = FLOWS_ACCEPTED_MAX / 2;
+/// Flows to this host's apps, over all workers, each a descriptor: half of the connections that two workers may have.
+const FLOWS_ACCEPTED_MAX: usize = 16_384;
+/// Flows of one peer node among them: a quarter, so that it takes several peers to take them all.
+const FLOWS_PER_PEER_MAX: usize = FLOWS_ACCEPTED_MAX / 4;
 /// Datagrams that wait for one flow to open: a round trip or a handshake of an app that sends one per 20 ms.
 const WAITING_MAX: usize = 16;
 /// Bytes that wait for the flows of one port to open.
@@ -60,45 +61,72 @@ const PAYLOAD_BYTES_MAX: usize = 65_507;
 /// The flows of one port.
 type Flows = FlowTable<Rc<outbound::Flow>, Slot>;
 
+/// The flows to the apps of this host. Workers share it: its lock is taken as a flow begins and ends, never for a datagram.
+#[derive(Debug, Default)]
+pub(super) struct Accepted(Mutex<Counts>);
+
+#[derive(Debug, Default)]
+struct Counts {
+    all: usize,
+    /// Of those that have one.
+    per_peer: BTreeMap<NodeName, usize>,
+}
+
+impl Accepted {
+    /// Counts a flow of `peer` while what is returned lives; none if there are as many as there may be.
+    fn take(self: &Arc<Self>, peer: &NodeName) -> Option<Place> {
+        let mut counts = self.counts();
+        let of_peer = counts.per_peer.get(peer).copied().unwrap_or_default();
+        if counts.all >= FLOWS_ACCEPTED_MAX || of_peer >= FLOWS_PER_PEER_MAX {
+            return None;
+        }
+        counts.all += 1;
+        counts.per_peer.insert(peer.clone(), of_peer + 1);
+        Some(Place { accepted: Arc::clone(self), peer: peer.clone() })
+    }
+
+    fn counts(&self) -> MutexGuard<'_, Counts> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A counted flow; given back when it is dropped.
+struct Place {
+    accepted: Arc<Accepted>,
+    peer: NodeName,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut counts = self.accepted.counts();
+        counts.all = counts.all.saturating_sub(1);
+        match counts.per_peer.get_mut(&self.peer) {
+            Some(count) if *count > 1 => *count -= 1,
+            _ => drop(counts.per_peer.remove(&self.peer)),
+        }
+    }
+}
+
 /// What a worker holds for UDP.
 pub(super) struct UdpState {
     edges: UdpEdges,
     /// Flows of local ports.
     opened: Rc<Cell<usize>>,
-    /// Flows to local apps.
-    accepted: Rc<Cell<usize>>,
-    /// The same, by peer node.
-    per_peer: RefCell<BTreeMap<NodeName, Rc<Cell<usize>>>>,
+    /// Flows to the apps of this host.
+    accepted: Arc<Accepted>,
     /// Where a datagram lies between socket and tunnel; no task keeps it over an await.
     buffer: RefCell<Box<[u8]>>,
 }
 
 impl UdpState {
-    /// Holds nothing yet.
-    pub(super) fn new(metrics: UdpMetrics) -> Self {
-        Self {
-            edges: UdpEdges::new(metrics),
-            opened: Rc::default(),
-            accepted: Rc::default(),
-            per_peer: RefCell::default(),
-            buffer: RefCell::default(),
-        }
+    /// Holds nothing yet; all workers share `accepted`.
+    pub(super) fn new(metrics: UdpMetrics, accepted: Arc<Accepted>) -> Self {
+        Self { edges: UdpEdges::new(metrics), opened: Rc::default(), accepted, buffer: RefCell::default() }
     }
 
     /// Lets go of handles of metrics that are not used.
     pub(super) fn let_go(&self) {
         self.edges.let_go();
-    }
-
-    /// Counts a flow of `peer` while the slots live; none if there are as many as there may be.
-    fn accept(&self, peer: &NodeName) -> Option<(Slot, Slot)> {
-        let mut per_peer = self.per_peer.borrow_mut();
-        if !per_peer.contains_key(peer) {
-            per_peer.retain(|_, count| count.get() > 0);
-            per_peer.insert(peer.clone(), Rc::default());
-        }
-        let of_peer = Slot::take(per_peer.get(peer)?, FLOWS_PER_PEER_MAX)?;
-        Some((of_peer, Slot::take(&self.accepted, FLOWS_ACCEPTED_MAX)?))
     }
 
     /// Reads datagrams by `read`, which says how long each is, until it fails or a batch is read; none: one was.
@@ -129,7 +157,7 @@ mod tests {
 
     #[test]
     fn a_batch_ends_with_its_bytes_its_number_or_the_socket() {
-        let state = UdpState::new(UdpMetrics::register(&Metrics::new()).unwrap());
+        let state = UdpState::new(UdpMetrics::register(&Metrics::new()).unwrap(), Arc::default());
         let read = |sizes: &mut dyn Iterator<Item = usize>| {
             let mut count = 0;
             let ended = state.read_batch(|_| sizes.next().inspect(|_| count += 1).ok_or("empty"));
@@ -141,18 +169,26 @@ mod tests {
     }
 
     #[test]
-    fn no_peer_takes_all_flows_and_places_come_back() {
-        let state = UdpState::new(UdpMetrics::register(&Metrics::new()).unwrap());
-        let [a, b, c] = ["a", "b", "c"].map(|name| name.parse::<NodeName>().unwrap());
-        let mut held: Vec<_> = std::iter::from_fn(|| state.accept(&a)).collect();
-        assert_eq!(held.len(), FLOWS_PER_PEER_MAX);
-        let of_b: Vec<_> = std::iter::from_fn(|| state.accept(&b)).collect();
-        assert_eq!(of_b.len(), FLOWS_ACCEPTED_MAX - FLOWS_PER_PEER_MAX);
-        assert!(state.accept(&c).is_none(), "in all");
+    fn the_flows_of_all_workers_together_are_bounded_and_a_peer_takes_a_quarter_of_them() {
+        let accepted = Arc::<Accepted>::default();
+        let metrics = UdpMetrics::register(&Metrics::new()).unwrap();
+        let workers = [(); 3].map(|()| UdpState::new(metrics.clone(), Arc::clone(&accepted)));
+        // At one worker and another, as its tunnels meet them.
+        let mut turns = workers.iter().cycle();
+        let mut take = |peer: &str| turns.next().unwrap().accepted.take(&peer.parse().unwrap());
+        let mut held = Vec::new();
+        for peer in ["a", "b", "c", "d"] {
+            let before = held.len();
+            held.extend(std::iter::from_fn(|| take(peer)));
+            assert_eq!(held.len() - before, FLOWS_PER_PEER_MAX, "{peer}");
+        }
+        assert_eq!(held.len(), FLOWS_ACCEPTED_MAX);
+        assert!(take("e").is_none(), "in all");
         held.pop();
-        assert!(state.accept(&c).is_some());
-        drop((held, of_b));
-        assert!(state.accept(&"d".parse().unwrap()).is_some());
-        assert_eq!(state.per_peer.borrow().len(), 1, "who has no flow is forgotten");
+        assert!(take("e").is_some());
+        drop(held);
+        assert_eq!(accepted.counts().all, 0);
+        assert!(accepted.counts().per_peer.is_empty(), "who has no flow is forgotten");
+        assert!(take("a").is_some());
     }
 }

@@ -272,7 +272,7 @@ async fn establish(port: &Port, caller: &Caller, from: SocketAddr) -> Result<Con
     }
     let connect = || connect(worker, caller, StreamKind::Udp, (to.as_deref(), Some(from.ip())));
     let connected = match connect().await {
-        // UDP does not say when it has done: the flow that is silent for longest makes room.
+        // UDP does not say when it has done: a flow that leaves makes room, or the one that is silent for longest.
         Err(("UO", limited)) => {
             let oldest = port.flows.borrow_mut().evict();
             if let Some(oldest) = oldest {
@@ -328,9 +328,7 @@ async fn keep(
             for payload in &waiting {
                 flow.send(payload);
             }
-            let leave = || {
-                port.flows.borrow_mut().end(from, number);
-            };
+            let leave = || port.flows.borrow_mut().leave(from, number, clock::now());
             let flag = follow(worker, &flow, &mut recv, leave).await;
             if flag == "UF" {
                 worker.connect_failed(&flow.instance);
@@ -363,7 +361,8 @@ async fn follow(worker: &Worker, flow: &Flow, recv: &mut quinn::RecvStream, leav
                 };
                 match chunk.bytes.first().copied().and_then(StreamStatus::from_byte) {
                     Some(StreamStatus::ConnectFailed) => return "UF",
-                    // What is on its way still comes; the destination ends the flow when it is silent.
+                    // What is on its way still comes. The destination ends the flow when it is silent; where it does not, the
+                    // table does.
                     Some(StreamStatus::Draining) => {
                         debug!(node = %flow.instance.node.info.name, "instance's agent drains: the flow moves");
                         leave();

@@ -3,11 +3,12 @@
 //! ```text
 //!   datagram of an unknown source -> Opening {what waits} --opened--> Open --end | expire | evict--> gone
 //!                                         `------ rest ------> Resting until .. --datagram--> Opening
+//!                                         Open --leave--> Leaving: its answers alone --end | expire | evict--> gone
 //! ```
 //!
 //! A flow is a source address and what it sends, until it is silent for a while: UDP knows no end.
-//! Invariants: at most [`Bounds::flows`] flows, the one silent for longest gives way, unless it still opens: so no more are
-//! being opened at once either; what waits for a flow to open is bounded in number and bytes; a report about a flow that is
+//! Invariants: at most [`Bounds::flows`] flows, those that leave among them and the first to give way, then the one silent for
+//! longest, unless it still opens: so no more are being opened at once either; what waits for a flow to open is bounded in number and bytes; a report about a flow that is
 //! gone, or came anew, changes nothing (flows are numbered).
 //! Not here: sockets, tasks, whom a flow leads to (`outbound`).
 
@@ -118,6 +119,14 @@ struct Flow<H, P> {
     state: State<H>,
 }
 
+/// A flow whose new datagrams go elsewhere.
+#[derive(Debug)]
+struct Leaving<H, P> {
+    since: Instant,
+    handle: H,
+    place: P,
+}
+
 /// The flows of one port; `H` is what an open flow is sent by, `P` its place among all flows of the worker.
 #[derive(Debug)]
 pub(super) struct FlowTable<H, P> {
@@ -125,6 +134,8 @@ pub(super) struct FlowTable<H, P> {
     flows: HashMap<SocketAddr, Flow<H, P>>,
     /// Ascending by `used_at`.
     by_turn: BTreeMap<u64, SocketAddr>,
+    /// By number; a source address may have left several.
+    leaving: BTreeMap<u64, Leaving<H, P>>,
     /// Numbers and turns given out.
     given: u64,
     waiting_bytes: usize,
@@ -134,13 +145,13 @@ pub(super) struct FlowTable<H, P> {
 impl<H: Clone, P> FlowTable<H, P> {
     /// Holds nothing yet.
     pub(super) fn new(bounds: Bounds) -> Self {
-        let (flows, by_turn) = (HashMap::default(), BTreeMap::new());
-        Self { bounds, flows, by_turn, given: 0, waiting_bytes: 0, is_closed: false }
+        let (flows, by_turn, leaving) = (HashMap::default(), BTreeMap::new(), BTreeMap::new());
+        Self { bounds, flows, by_turn, leaving, given: 0, waiting_bytes: 0, is_closed: false }
     }
 
     /// Tells whether it holds no flow.
     pub(super) fn is_empty(&self) -> bool {
-        self.flows.is_empty()
+        self.flows.is_empty() && self.leaving.is_empty()
     }
 
     /// Takes no new flows from here on.
@@ -149,7 +160,7 @@ impl<H: Clone, P> FlowTable<H, P> {
     }
 
     /// Takes a datagram of `from` in. `place` counts a new flow among those of the worker; where it gives none, or the
-    /// table is full, the flow that is silent for longest gives way, unless all still open.
+    /// table is full, one that leaves gives way, or the one that is silent for longest, unless all still open.
     pub(super) fn datagram(
         &mut self,
         from: SocketAddr,
@@ -196,13 +207,15 @@ impl<H: Clone, P> FlowTable<H, P> {
         if self.waiting_bytes.saturating_add(payload.len()) > self.bounds.waiting_bytes {
             return Verdict::Drop(Dropped::Waiting);
         }
-        let own = if self.flows.len() < self.bounds.flows { place() } else { None };
+        let own = if self.flows.len() + self.leaving.len() < self.bounds.flows { place() } else { None };
         let (place, gone) = match own {
             Some(place) => (place, None),
-            None => match self.take_first(|state| !matches!(state, State::Opening(_))) {
-                Some((place, gone)) => (place, Some(gone)),
-                None => return Verdict::Drop(Dropped::Full),
-            },
+            None => {
+                match self.take_leaving().or_else(|| self.take_first(|state| !matches!(state, State::Opening(_)))) {
+                    Some((place, gone)) => (place, Some(gone)),
+                    None => return Verdict::Drop(Dropped::Full),
+                }
+            }
         };
         self.given += 1;
         let number = self.given;
@@ -240,20 +253,34 @@ impl<H: Clone, P> FlowTable<H, P> {
         }
     }
 
+    /// Has new datagrams begin another flow; this one, if it is open, keeps its place for answers until it ends, gives way or
+    /// expires.
+    pub(super) fn leave(&mut self, from: SocketAddr, number: u64, now: Instant) {
+        let is_open = |flow: &Flow<H, P>| flow.number == number && matches!(flow.state, State::Open(_));
+        if self.flows.get(&from).is_some_and(is_open)
+            && let Some((place, Gone { handle: Some(handle), .. })) = self.take(from)
+        {
+            self.leaving.insert(number, Leaving { since: now, handle, place });
+        }
+    }
+
     /// Takes a flow out, if it is still the one of this number.
     pub(super) fn end(&mut self, from: SocketAddr, number: u64) -> bool {
         let is_same = self.flows.get(&from).is_some_and(|flow| flow.number == number);
-        is_same && self.take(from).is_some()
+        if is_same { self.take(from).is_some() } else { self.leaving.remove(&number).is_some() }
     }
 
-    /// Takes out the open flow that is silent for longest.
+    /// Takes out a flow that leaves, or the open one that is silent for longest.
     pub(super) fn evict(&mut self) -> Option<H> {
-        self.take_first(|state| matches!(state, State::Open(_)))?.1.handle
+        let taken = self.take_leaving().or_else(|| self.take_first(|state| matches!(state, State::Open(_))));
+        taken?.1.handle
     }
 
-    /// Takes out what is silent for `idle`, to the second.
+    /// Takes out what is silent for `idle`, to the second, and what left that long ago.
     pub(super) fn expire(&mut self, now: Instant, idle: Duration) -> Vec<Gone<H>> {
-        let mut gone = Vec::new();
+        let is_over = |_: &u64, flow: &mut Leaving<H, P>| now.saturating_duration_since(flow.since) >= idle;
+        let left = self.leaving.extract_if(.., is_over);
+        let mut gone: Vec<Gone<H>> = left.map(|(_, flow)| Gone { handle: Some(flow.handle), lost: 0 }).collect();
         while let Some(from) = self.by_turn.first_key_value().map(|(_, from)| *from) {
             let is_silent =
                 self.flows.get(&from).is_none_or(|flow| now.saturating_duration_since(flow.used_at) >= idle);
@@ -266,6 +293,12 @@ impl<H: Clone, P> FlowTable<H, P> {
             }
         }
         gone
+    }
+
+    /// Takes the flow that left first, among those that still do.
+    fn take_leaving(&mut self) -> Option<(P, Gone<H>)> {
+        let (_, flow) = self.leaving.pop_first()?;
+        Some((flow.place, Gone { handle: Some(flow.handle), lost: 0 }))
     }
 
     /// Takes the first one in the order of use whose state is wanted, of those silent for longest.
@@ -444,10 +477,36 @@ mod tests {
         assert!(!table.end(source(1), number + 1) && table.end(source(1), number) && table.is_empty());
     }
 
+    #[test]
+    fn a_flow_that_leaves_keeps_its_place_for_a_while_and_is_the_first_to_give_it() {
+        let mut table = Table::new(BOUNDS);
+        let left = ["a", "b", "c"].map(|handle| {
+            let number = open(&mut table, 1, handle, 0);
+            table.leave(source(1), number, at(1));
+            number
+        });
+        // A destination that says so again and again opens no more than there may be.
+        let Verdict::Open { number, gone } = send(&mut table, 1, b"x", 1) else { panic!() };
+        assert_eq!(gone, Some(Gone { handle: Some("a"), lost: 0 }));
+        table.opened(source(1), number, "d").unwrap();
+        assert!(!table.end(source(1), left[0]) && table.end(source(1), left[1]), "one gave way, one came to its end");
+        assert_eq!(send(&mut table, 1, b"x", 2), Verdict::Send("d"), "its successor is another");
+        // Where a limit is reached elsewhere than here it goes first as well.
+        let last = open(&mut table, 2, "e", 2);
+        assert_eq!((table.evict(), table.evict()), (Some("c"), Some("d")));
+        table.leave(source(2), last + 1, at(2));
+        assert_eq!(send(&mut table, 2, b"x", 2), Verdict::Send("e"), "another one left");
+        table.leave(source(2), last, at(2));
+        assert_eq!(table.expire(at(61), IDLE), []);
+        assert!(!table.is_empty(), "the drain waits for it");
+        assert_eq!(table.expire(at(62), IDLE), [Gone { handle: Some("e"), lost: 0 }]);
+        assert!(table.is_empty());
+    }
+
     proptest! {
         #[test]
         fn any_history_stays_within_the_bounds_and_in_order(
-            steps in prop::collection::vec((0_u8..6, 0_u16..6, 0_u64..8, 0_usize..6), 0..200),
+            steps in prop::collection::vec((0_u8..7, 0_u16..6, 0_u64..8, 0_usize..6), 0..200),
         ) {
             let mut table: FlowTable<u64, ()> = FlowTable::new(BOUNDS);
             let (mut now, mut numbers) = (0, std::collections::HashMap::new());
@@ -465,13 +524,15 @@ mod tests {
                     4 => {
                         table.rest(source(port), number, Dropped::Denied, at(now + 3));
                     }
+                    5 => table.leave(source(port), number, at(now)),
                     _ => drop(table.expire(at(now), Duration::from_secs(10))),
                 }
                 let waiting = |flow: &Flow<u64, ()>| match &flow.state {
                     State::Opening(waiting) => waiting.iter().map(Bytes::len).sum(),
                     _ => 0,
                 };
-                prop_assert!(table.flows.len() <= BOUNDS.flows && table.waiting_bytes <= BOUNDS.waiting_bytes);
+                prop_assert!(table.flows.len() + table.leaving.len() <= BOUNDS.flows);
+                prop_assert!(table.waiting_bytes <= BOUNDS.waiting_bytes);
                 prop_assert_eq!(table.waiting_bytes, table.flows.values().map(waiting).sum::<usize>());
                 prop_assert_eq!(table.by_turn.len(), table.flows.len());
                 let used: Vec<Instant> = table.by_turn.values().map(|from| table.flows[from].used_at).collect();

@@ -35,11 +35,12 @@ use super::open::OpenTunnels;
 use super::paths::Paths;
 use super::runners::Runners;
 use super::tunnel::Tunnels;
-use super::udp::{UdpMetrics, UdpState};
+use super::udp::{Accepted, UdpMetrics, UdpState};
 use super::views::Views;
 use super::{Died, Listeners, ProxyError, authorize, dead, inbound, inspect, listener};
 use crate::catalogue::SnapshotReader;
 use crate::clock;
+use crate::hearsay::Seldom;
 use crate::model::{Instance, ServiceName};
 use crate::routing::{
     Ask, Balancer, ConnectBackoff, GroupView, Limited, NoInstance, Notice, Observer, Outcome, Rates, Shared,
@@ -119,6 +120,7 @@ pub(super) struct Setup {
     pub(super) open: OpenTunnels,
     pub(super) http_metrics: HttpMetrics,
     pub(super) udp_metrics: UdpMetrics,
+    pub(super) udp_accepted: Arc<Accepted>,
     pub(super) drain: CancellationToken,
     pub(super) drain_timeout: Duration,
     /// Holds one token per worker that still drains.
@@ -162,6 +164,8 @@ pub(crate) struct Worker {
     balancer: RefCell<Balancer>,
     backoff: RefCell<ConnectBackoff>,
     notices: mpsc::Sender<Notice>,
+    /// Nodes that announce what is outside their scope, at each call.
+    outside_told: Seldom,
     /// Instances of the targets that chains lead to.
     views: RefCell<Views>,
     tasks: TaskTracker,
@@ -228,7 +232,7 @@ impl Worker {
             listeners: setup.listeners,
             edges: Edges::new(setup.metrics.clone()),
             http: HttpState::new(setup.http_metrics).sharing(setup.rates),
-            udp: UdpState::new(setup.udp_metrics),
+            udp: UdpState::new(setup.udp_metrics, setup.udp_accepted),
             connections: Rc::default(),
             streams: Rc::default(),
             responded_at: Cell::new(None),
@@ -242,6 +246,7 @@ impl Worker {
             balancer: RefCell::new(Balancer::with_shared(rand::random(), setup.balancing)),
             backoff: RefCell::default(),
             notices: setup.notices,
+            outside_told: Seldom::default(),
             views: RefCell::default(),
             tasks: TaskTracker::new(),
             draining: setup.draining,

@@ -308,7 +308,9 @@ impl Worker {
         let scope = &tunnel.peer.scope;
         if !scope.covers(destination.as_str()) {
             self.metrics.outside_scope.inc();
-            warn!(node = %key.node, %scope, service = %destination, "node announces a service outside its scope");
+            if let Some(left_out) = self.outside_told.due(clock::now()) {
+                warn!(node = %key.node, %scope, service = %destination, left_out, "node announces a service outside its scope");
+            }
             return Err(format!("{} may not serve {destination}: its scope is `{scope}`", key.node));
         }
         Ok(tunnel)

@@ -6,6 +6,8 @@
 //!                                    -- else             --> tier, then: turn | draw | best of some drawn
 //! ```
 
+#[cfg(test)]
+mod breaker_tests;
 mod group;
 #[cfg(test)]
 mod sim_tests;

@@ -103,7 +103,7 @@ impl Bench {
         name
     }
 
-    fn view(&mut self) -> GroupView {
+    pub(super) fn view(&mut self) -> GroupView {
         let service = Arc::clone(&self.snapshot.services["web"]);
         let source: ServiceName = "api".parse().unwrap();
         let (destination, flow, now) = (&service.name, self.flow, self.now);

@@ -40,14 +40,16 @@ const TEXT_BYTES_MAX: usize = 1024;
 /// Longest timeout or delay: beyond a day it is a mistake in the unit.
 const TIME_MAX: Duration = Duration::from_hours(24);
 
-/// Reads an entry whose kind and name were checked already.
-///
-/// # Errors
-/// Every problem at once, each with its field's path.
-pub(super) fn read(kind: &str, value: &Value) -> Result<Entry, Problems> {
+/// Reads an entry whose kind and name were checked already, as far as it goes: with every problem at once, each with its
+/// field's path. What has one is left out, or as if it were not given; lists keep their places.
+pub(super) fn read(kind: &str, value: &Value) -> (Entry, Problems) {
     let mut problems = Problems::default();
-    let mut object = Object::open(String::new(), value, &mut problems);
-    let problems = &mut problems;
+    let entry = entry(kind, value, &mut problems);
+    (entry, problems)
+}
+
+fn entry(kind: &str, value: &Value, problems: &mut Problems) -> Entry {
+    let mut object = Object::open(String::new(), value, problems);
     // What an answer of the API holds may come back.
     for name in ["Kind", "Name", "CreateIndex", "ModifyIndex", "Hash"] {
         object.take(name);
@@ -64,15 +66,15 @@ pub(super) fn read(kind: &str, value: &Value) -> Result<Entry, Problems> {
         "proxy-defaults" => proxy_defaults(&mut object, problems),
         "service-faults" => faults(&mut object, problems),
         "ingress-gateway" => gateway::read(&mut object, problems),
-        _ => return Ok(Entry::Other),
+        _ => return Entry::Other,
     };
     object.finish(problems);
-    std::mem::take(problems).or(entry)
+    entry
 }
 
 fn router(object: &mut Object<'_>, problems: &mut Problems) -> Entry {
     let routes = object.list("Routes", ROUTES_MAX, problems);
-    let routes: Vec<Route> = routes.into_iter().filter_map(|node| route(&node, problems)).collect();
+    let routes: Vec<Route> = routes.into_iter().map(|node| route(&node, problems)).collect();
     bound_regexes(routes.iter().map(|route| &route.when), "Routes", problems);
     Entry::Router(routes)
 }

@@ -26,8 +26,8 @@ const HEADERS_OWN: [&str; 10] = [
     "expect",
 ];
 
-/// One route; none: it is refused.
-pub(super) fn route(node: &Node<'_>, problems: &mut Problems) -> Option<Route> {
+/// One route.
+pub(super) fn route(node: &Node<'_>, problems: &mut Problems) -> Route {
     let mut object = node.object(problems);
     let when = matching(&mut object, problems);
     let redirect = object.object("Redirect", problems).map(|object| self::redirect(object, &when, problems));
@@ -36,12 +36,12 @@ pub(super) fn route(node: &Node<'_>, problems: &mut Problems) -> Option<Route> {
     let then = match (redirect, destination) {
         (Some(redirect), None) => Then::Redirect(redirect),
         (None, destination) => Then::Forward(Box::new(destination.unwrap_or_default())),
-        (Some(_), Some(_)) => {
+        (Some(redirect), Some(_)) => {
             problems.add(&*node.path, "has Redirect and Destination: give one of them");
-            return None;
+            Then::Redirect(redirect)
         }
     };
-    Some(Route { when, then })
+    Route { when, then }
 }
 
 fn redirect(mut object: Object<'_>, when: &Match, problems: &mut Problems) -> Redirect {

@@ -1,4 +1,4 @@
-//! What a caller's connection holds while nothing is under way.
+//! Connections at rest: when they come to it, what they hold; and sides that keep the other waiting.
 
 use super::*;
 
@@ -36,6 +36,80 @@ fn a_connection_at_rest_holds_no_buffer() {
     let each = usize::try_from(held.bytes_current).unwrap() / CONNECTIONS;
     println!("{each} bytes per connection at rest");
     assert!(each <= BYTES_MAX, "{each} bytes per connection");
+}
+
+#[test]
+fn a_silent_app_is_answered_for_in_time() {
+    run(async {
+        let limits = Limits { response: Duration::from_millis(50), ..Limits::default() };
+        let setup = setup_with(Protocol::Http, limits).await;
+        let answer = raw(setup.port, b"GET /hang HTTP/1.1\r\nhost: web\r\nconnection: close\r\n\r\n").await;
+        assert!(answer.starts_with("HTTP/1.1 504") && answer.contains("x-weft-reason: timeout"), "{answer}");
+    });
+}
+
+#[test]
+fn a_head_that_trickles_in_is_cut_off() {
+    run(async {
+        let limits = Limits { head: Duration::from_millis(40), ..Limits::default() };
+        let setup = setup_with(Protocol::Http, limits).await;
+        assert_eq!(raw(setup.port, b"GET / HTTP/1.1\r\nhost:").await, "");
+    });
+}
+
+#[test]
+fn a_connection_rests_between_requests_and_goes_on_with_the_next() {
+    run(async {
+        // Rounds of 50 ms; a head has time.
+        let limits = Limits { head: Duration::from_millis(100), ..Limits::default() };
+        let setup = setup_with(Protocol::Http, limits).await;
+        let mut caller = client(setup.port).await;
+        for round in 0..3 {
+            let response = caller.send_request(get(&format!("/{round}"))).await.unwrap();
+            assert!(body_text(response).await.contains("x-weft-hops=1"));
+            let rests = async {
+                while setup.worker.http().watchman.resting() == 0 {
+                    tokio::task::yield_now().await;
+                }
+            };
+            tokio::time::timeout(Duration::from_secs(10), rests).await.expect("it rests");
+        }
+    });
+}
+
+#[test]
+fn a_connection_whose_request_is_under_way_does_not_rest() {
+    run(async {
+        let limits = Limits { head: Duration::from_millis(40), ..Limits::default() };
+        let mut setup = setup_with(Protocol::Http, limits).await;
+        // The app answers at once with what it was sent so far; the rest of the body is still owed.
+        let mut stream = TcpStream::connect(setup.port).await.unwrap();
+        stream.write_all(b"POST /echo HTTP/1.1\r\nhost: web\r\ncontent-length: 10\r\n\r\n01234").await.unwrap();
+        assert_eq!(setup.messages.recv().await.unwrap(), "POST /echo");
+        // Many rounds of the watchman, counted by another connection that comes to rest meanwhile.
+        for _ in 0..3 {
+            let mut other = client(setup.port).await;
+            let response = other.send_request(get("/")).await.unwrap();
+            assert!(response.status().is_success());
+            drop(response);
+            while setup.worker.http().watchman.resting() == 0 {
+                tokio::task::yield_now().await;
+            }
+            drop(other);
+            while setup.worker.http().watchman.resting() > 0 {
+                tokio::task::yield_now().await;
+            }
+        }
+        stream.write_all(b"56789").await.unwrap();
+        let mut answer = String::new();
+        while !answer.ends_with("0123456789") && !answer.ends_with("\r\n0\r\n\r\n") {
+            let mut bytes = [0; 1024];
+            let count = stream.read(&mut bytes).await.unwrap();
+            assert!(count > 0, "{answer}");
+            answer.push_str(&String::from_utf8_lossy(&bytes[..count]));
+        }
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    });
 }
 
 /// A connection whose one request is answered.

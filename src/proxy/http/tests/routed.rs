@@ -200,6 +200,20 @@ fn when_retries_run_out_the_app_s_last_answer_is_passed_on_and_says_so_in_the_me
 }
 
 #[test]
+fn without_conditions_no_answer_is_tried_again_and_503_is_in_no_default() {
+    run(async {
+        for entries in [vec![], vec![route(&json!({"NumRetries": 3}))]] {
+            for (answer, head, status) in [(UNAVAILABLE, "GET / HTTP/1.1", "503"), ("", "POST / HTTP/1.1", "502")] {
+                let mut setup = web(&[answer, OK], &entries).await;
+                let said = ask(setup.port, head).await;
+                assert!(said.starts_with(&format!("HTTP/1.1 {status}")), "{head}: {said}");
+                assert_eq!(std::iter::from_fn(|| setup.messages.try_recv().ok()).count(), 1, "{head}");
+            }
+        }
+    });
+}
+
+#[test]
 fn only_what_the_conditions_name_is_tried_again() {
     run(async {
         const ERROR: &str = "HTTP/1.1 500 Error\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
@@ -220,6 +234,23 @@ fn only_what_the_conditions_name_is_tried_again() {
             let setup = web(&[later, OK], &[gateway()]).await;
             assert!(ask(setup.port, "GET / HTTP/1.1").await.starts_with("HTTP/1.1 503"), "{word:?}");
         }
+        // One that names a time is asked again, and not before: of HTTP and of gRPC.
+        const SOON: &str = "HTTP/1.1 503 Later\r\ncontent-length: 0\r\ngrpc-retry-pushback-ms: 300\r\n\r\n";
+        const SOON_GRPC: &str = "HTTP/1.1 200 OK\r\ncontent-type: application/grpc\r\ngrpc-status: 14\r\n\
+                                 grpc-retry-pushback-ms: 300\r\ncontent-length: 0\r\n\r\n";
+        const NEVER_GRPC: &str = "HTTP/1.1 200 OK\r\ncontent-type: application/grpc\r\ngrpc-status: 14\r\n\
+                                  grpc-retry-pushback-ms: -1\r\ncontent-length: 0\r\n\r\n";
+        let unavailable = json!({"NumRetries": 1, "RetryOn": ["unavailable", "gateway-error"],
+            "RetryBackoff": {"BaseInterval": "1ms"}});
+        for (answer, head) in [(SOON, "GET / HTTP/1.1"), (SOON_GRPC, GRPC)] {
+            let setup = web(&[answer, OK], &[route(&unavailable)]).await;
+            let begun = crate::clock::now();
+            assert!(ask(setup.port, head).await.ends_with("ok"), "{answer}");
+            assert!(begun.elapsed() >= Duration::from_millis(300), "{answer}: after {:?}", begun.elapsed());
+        }
+        let mut setup = web(&[NEVER_GRPC, OK], &[route(&unavailable)]).await;
+        assert!(ask(setup.port, GRPC).await.contains("grpc-status: 14\r\n"));
+        assert_eq!(std::iter::from_fn(|| setup.messages.try_recv().ok()).count(), 1);
         // An app that breaks off is answered for with 502: a gateway's error.
         let setup = web(&[BROKEN, OK], &[gateway()]).await;
         assert!(ask(setup.port, "POST / HTTP/1.1").await.starts_with("HTTP/1.1 200"));
