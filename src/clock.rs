@@ -41,6 +41,12 @@ pub fn wall_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
 }
 
+/// Reads the wall clock, in nanoseconds since the Unix epoch.
+#[expect(clippy::disallowed_methods, reason = "the home of the clock")]
+pub fn wall_ns() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX))
+}
+
 /// Reads how long this thread has worked; what a busy host did meanwhile is not counted.
 pub fn thread_time() -> Duration {
     use nix::time::{ClockId, clock_gettime};

@@ -109,6 +109,7 @@ fn inputs(args: &AgentArgs) -> Inputs {
         ("-alt-domain", "alt_domain", &args.alt_domain),
         ("-workload-socket", "workload_api.socket", &args.workload_socket),
         ("-workload-group", "workload_api.group", &args.workload_group),
+        ("-otlp-endpoint", "telemetry.otlp.endpoint", &args.otlp_endpoint),
     ];
     let ports = [
         ("-mesh-port", "ports.mesh", args.mesh_port),

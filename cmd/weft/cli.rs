@@ -297,6 +297,9 @@ pub(crate) struct AgentArgs {
     /// Group whose members may connect to -workload-socket. Default: the agent's user and root alone.
     #[arg(long, value_name = "GROUP")]
     pub(crate) workload_group: Option<String>,
+    /// Collector that spans and metrics are sent to by OTLP over HTTP, such as http://127.0.0.1:4318. Default: none.
+    #[arg(long, value_name = "URL")]
+    pub(crate) otlp_endpoint: Option<String>,
     /// Data-plane workers, 1 to 128. Default: one per core.
     #[arg(long, value_name = "COUNT")]
     pub(crate) workers: Option<u64>,

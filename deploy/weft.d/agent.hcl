@@ -27,6 +27,14 @@ client_addr = "127.0.0.1"
 #     group  = "apps"
 #   }
 
+# Spans and metrics go to a collector by OTLP over HTTP (api/telemetry.md).
+#   telemetry {
+#     otlp {
+#       endpoint         = "http://127.0.0.1:4318"
+#       sampling_percent = 1
+#     }
+#   }
+
 leave_on_terminate = true
 drain_timeout      = "10s"
 # How long a failed node is remembered and called (8h at least).

@@ -22,6 +22,7 @@ mod locate;
 mod problem;
 mod raw;
 mod resolve;
+mod telemetry;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -41,6 +42,7 @@ use crate::api::{ApiToken, HttpsConfig};
 use crate::authz::Action;
 use crate::dns::DnsConfig;
 use crate::model::{NodeName, ServeScope, TrustDomain};
+use crate::otlp::OtlpConfig;
 use crate::registry::{CheckDefinition, CheckSettings, ScriptPolicy, ServiceDefinition};
 use crate::telemetry::{Filter, LogFormat};
 use crate::unix_socket::SocketConfig;
@@ -140,6 +142,8 @@ pub struct Config {
     pub kv_bytes_max: Option<u64>,
     /// Where the SPIFFE Workload API listens; none: it is off.
     pub workload_api: Option<WorkloadConfig>,
+    /// Where spans and metrics are exported; none: nowhere.
+    pub otlp: Option<OtlpConfig>,
     /// Services from files, ids unique.
     pub services: Vec<ServiceDefinition>,
     /// Node-level checks from files, ids unique.

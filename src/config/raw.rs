@@ -12,6 +12,7 @@ use super::dns::RawDns;
 use super::duration::parse_duration;
 use super::http_api::RawHttpApi;
 use super::problem::{Problem, Source, Warning};
+use super::telemetry::RawOtlp;
 
 /// Keys whose values are never shown.
 const SECRET: [&str; 2] = ["token", "admin_token"];
@@ -83,6 +84,7 @@ pub(crate) struct Raw {
     pub(crate) dbus_socket: Option<Given<String>>,
     pub(crate) dns: RawDns,
     pub(crate) http_api: RawHttpApi,
+    pub(crate) otlp: RawOtlp,
     pub(crate) services: Vec<Given<Value>>,
     pub(crate) checks: Vec<Given<Value>>,
     pub(crate) warnings: Vec<Warning>,
@@ -104,6 +106,9 @@ impl Raw {
         match setting.key.split_once('.') {
             Some(("ports", port)) => self.add_port(&source, port, &setting.value),
             Some(("workload_api", key)) => self.add_workload(&source, key, setting.value.clone()),
+            Some(("telemetry", key)) => {
+                self.add_otlp(&source, key.strip_prefix("otlp.").unwrap_or(key), setting.value.clone());
+            }
             _ => self.add(&source, setting.key, setting.value.clone()),
         }
     }
@@ -142,6 +147,7 @@ impl Raw {
             "ports" => self.ports(source, value),
             "workload_api" => self.workload(source, value),
             "kv" => self.kv(source, value),
+            "telemetry" => self.add_telemetry(source, value),
             "domain" | "alt_domain" | "recursors" | "addresses" | "dns_config" => self.add_dns(source, key, value),
             "unix_sockets" => self.add_unix_sockets(source, value),
             "api_token" | "api_tokens" => self.definitions(source, key, value, |raw| &mut raw.http_api.tokens),

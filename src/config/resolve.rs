@@ -14,6 +14,7 @@ use super::address::{ip_rule, is_join_target, join_rule};
 use super::dns;
 use super::http_api;
 use super::raw::{Given, Raw};
+use super::telemetry;
 use super::{
     ADMIN_TOKEN_BYTES_MIN, Config, ConfigError, DATACENTER_DEFAULT, DNS_PORT_DEFAULT, DRAIN_TIMEOUT_DEFAULT,
     DRAIN_TIMEOUT_MAX, HTTP_PORT_DEFAULT, Host, IdentitySource, JOIN_MAX, KV_BYTES_MAX, KV_BYTES_MIN,
@@ -92,6 +93,7 @@ pub(super) fn dev(node: NodeName, ip: IpAddr) -> Config {
         reconnect_timeout: RECONNECT_TIMEOUT_DEFAULT,
         kv_bytes_max: None,
         workload_api: None,
+        otlp: None,
         services: Vec::new(),
         checks: Vec::new(),
         scripts: ScriptPolicy::Off,
@@ -156,6 +158,7 @@ impl Resolver<'_> {
         let reconnect_timeout = self.reconnect_timeout();
         let kv_bytes_max = self.kv_bytes_max();
         let workload_api = self.workload_api();
+        let otlp = telemetry::otlp(std::mem::take(&mut self.raw.otlp), &mut self.problems);
         let dns = dns::resolve(std::mem::take(&mut self.raw.dns), addresses.client, &mut self.problems);
         let log_filter = self.parsed(self.raw.log_level.clone()).unwrap_or_default();
         let scripts = self.scripts();
@@ -190,6 +193,7 @@ impl Resolver<'_> {
             reconnect_timeout,
             kv_bytes_max,
             workload_api,
+            otlp,
             services,
             checks,
             scripts,

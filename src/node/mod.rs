@@ -34,6 +34,7 @@ use crate::dns::{Dns, DnsParams};
 use crate::gossip::{self, Gossip, GossipHandle, GossipParams};
 use crate::metrics::Metrics;
 use crate::model::{Demand, EjectionsRecord, Generation, NodeInfo, NodeName};
+use crate::otlp::{self, OriginFacts, OtlpParams};
 use crate::pki::{DocumentKey, Identity};
 use crate::prepared::Book;
 use crate::proxy::{
@@ -43,6 +44,7 @@ use crate::registry::{Publication, Registry, RegistryHandle, RegistryParams};
 use crate::store::{Store, StoreError};
 use crate::supervise::{TaskFailure, Tasks};
 use crate::telemetry::Chain;
+use crate::trace::Tracer;
 use crate::transport::{self, BindError, BoundSockets, ControlTransport};
 use crate::workload::{WorkloadApi, WorkloadParams};
 
@@ -226,6 +228,7 @@ impl Node {
         };
         tasks.spawn("renewal", renewal.run(stop.clone()));
         let plane = ProxyParams {
+            tracer: host.within(async { start_export(&config, &info, &metrics, (&tasks, &stop)) }).await?,
             sockets: sockets.workers,
             reset_key,
             identity: Arc::clone(&identity),
@@ -495,6 +498,24 @@ async fn until(stop: CancellationToken, task: impl Future<Output = ()>) {
         () = stop.cancelled() => {}
         () = task => {}
     }
+}
+
+/// Starts the export of telemetry, if there is one.
+fn start_export(
+    config: &Config,
+    info: &NodeInfo,
+    metrics: &Metrics,
+    (tasks, stop): (&Tasks, &CancellationToken),
+) -> Result<Option<Tracer>, NodeError> {
+    let Some(config) = config.otlp.clone() else { return Ok(None) };
+    let origin = OriginFacts {
+        id: info.id.clone(),
+        node: info.name.to_string(),
+        datacenter: info.datacenter.clone(),
+        host: nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()),
+    };
+    let params = OtlpParams { config, origin, metrics, tasks, stop: stop.clone() };
+    otlp::start(params).map(Some).map_err(part("export of telemetry"))
 }
 
 /// Starts the data plane, and what goes on beside it: shared ejections, shares of the mesh's limits, tables of hashes.

@@ -174,6 +174,7 @@ fn restart_keys(old: &Config, new: &Config) -> Vec<&'static str> {
         ("drain_timeout", old.drain_timeout != new.drain_timeout),
         ("reconnect_timeout", old.reconnect_timeout != new.reconnect_timeout),
         ("workload_api", old.workload_api != new.workload_api),
+        ("telemetry", old.otlp != new.otlp),
         ("kv", old.kv_bytes_max != new.kv_bytes_max),
         ("log_json", old.log_format != new.log_format),
         ("ports.dns or addresses.dns", listen(old) != listen(new)),

@@ -16,7 +16,9 @@ use crate::model::ServiceName;
 use crate::routing::Limited;
 
 /// Labels of what is counted per pair of services.
-pub(super) const EDGE_LABELS: [&str; 3] = ["reporter", "source_service", "destination_service"];
+pub(super) const EDGE_LABELS: [&str; 4] = ["reporter", "source_service", "destination_service", SECURITY_LABEL];
+/// Istio's name for how the two ends know of each other.
+pub(super) const SECURITY_LABEL: &str = "connection_security";
 /// Pairs whose handles one worker keeps; beyond it the cache starts again (the series stay).
 const EDGES_MAX: usize = 4_096;
 /// Label of a caller that shows its node's own SVID; no service can have the name.
@@ -70,8 +72,8 @@ impl ProxyMetrics {
             metrics.add_expiring(IntCounterVec::new(Opts::new(name, help), labels)?)
         };
         let active = IntGaugeVec::new(Opts::new("weft_tcp_connections_active", "TCP connections open."), &EDGE_LABELS)?;
-        let [reporter, source, destination] = EDGE_LABELS;
-        let closed_labels = [reporter, source, destination, "response_flags"];
+        let [reporter, source, destination, security] = EDGE_LABELS;
+        let closed_labels = [reporter, source, destination, security, "response_flags"];
         Ok(Self {
             all: metrics.clone(),
             opened: of_pairs("weft_tcp_connections_opened_total", "TCP connections that began.", &EDGE_LABELS)?,
@@ -169,11 +171,30 @@ impl Reporter {
     }
 }
 
+/// What is known of the connection between the two agents of a call (Istio's values; its `none`, plain text, cannot occur).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Security {
+    /// Both showed a certificate of the mesh.
+    MutualTls,
+    /// There was no word of another agent: weft answered itself, or the caller left first.
+    Unknown,
+}
+
+impl Security {
+    /// Returns the label.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::MutualTls => "mutual_tls",
+            Self::Unknown => "unknown",
+        }
+    }
+}
+
 /// The handles of one pair of services, at one end.
 #[derive(Debug)]
 pub(crate) struct Edge {
     reporter: Reporter,
-    labels: [String; 3],
+    labels: [String; 4],
     metrics: ProxyMetrics,
     opened: Held<IntCounter>,
     active: Held<IntGauge>,
@@ -193,7 +214,7 @@ impl Edge {
 impl PerPair for Edge {
     type Metrics = ProxyMetrics;
 
-    fn of(metrics: &ProxyMetrics, reporter: Reporter, labels: [&str; 3]) -> Self {
+    fn of(metrics: &ProxyMetrics, reporter: Reporter, labels: [&str; 4]) -> Self {
         Self {
             reporter,
             labels: labels.map(str::to_owned),
@@ -207,8 +228,8 @@ impl PerPair for Edge {
 
     fn closed(&self, flag: &'static str) {
         self.active.dec();
-        let [reporter, source, destination] = &self.labels;
-        self.metrics.closed.with(&[reporter, source, destination, flag]).inc();
+        let [reporter, source, destination, security] = &self.labels;
+        self.metrics.closed.with(&[reporter, source, destination, security, flag]).inc();
     }
 }
 
@@ -233,8 +254,8 @@ pub(crate) trait PerPair: fmt::Debug {
     /// What they are handles of.
     type Metrics: fmt::Debug;
 
-    /// Makes the handles of one pair; the labels are the end that reports, the source and the destination.
-    fn of(metrics: &Self::Metrics, reporter: Reporter, labels: [&str; 3]) -> Self;
+    /// Makes the handles of one pair; the labels are those of [`EDGE_LABELS`].
+    fn of(metrics: &Self::Metrics, reporter: Reporter, labels: [&str; 4]) -> Self;
 
     /// Counts the end of what was open, with why it ended.
     fn closed(&self, flag: &'static str);
@@ -304,7 +325,10 @@ impl<E: PerPair> Edges<E> {
         if held.len() >= EDGES_MAX {
             held.clear();
         }
-        let labels = [reporter.as_str(), source.map_or(NODE_LABEL, ServiceName::as_str), destination.as_str()];
+        // Streams and flows go by a tunnel or not at all.
+        let security = Security::MutualTls.as_str();
+        let labels =
+            [reporter.as_str(), source.map_or(NODE_LABEL, ServiceName::as_str), destination.as_str(), security];
         let kept = Kept { edge: Rc::new(E::of(&self.metrics, reporter, labels)), is_used: Cell::default() };
         let edge = kept.take();
         held.insert(key, kept);
@@ -351,7 +375,7 @@ mod tests {
         silent.up(100);
         let line = |name: &str, count: u64| {
             let labels = "destination_service=\"db\",reporter=\"source\",source_service=\"api\"";
-            format!("{name}{{{labels}}} {count}\n")
+            format!("{name}{{connection_security=\"mutual_tls\",{labels}}} {count}\n")
         };
         assert!(metrics.render().unwrap().contains(&line("weft_tcp_received_bytes_total", 100)));
         assert!(metrics.render().unwrap().contains(&line("weft_tcp_connections_active", 1)));

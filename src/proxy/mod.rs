@@ -57,6 +57,7 @@ use crate::clock;
 use crate::metrics::Metrics;
 use crate::model::{Demand, EjectionsRecord, NodeName};
 use crate::pki::Identity;
+use crate::trace::Tracer;
 use crate::transport::{BindError, Credentials, Lane, LiveConnections, MeshPort, NodeCredentials};
 
 pub use inspect::{Inspector, Question, WorkerView};
@@ -87,6 +88,8 @@ pub struct ProxyParams<'a> {
     pub shared_http: Option<SocketAddr>,
     /// Where open tunnels are entered, to be held against what is trusted.
     pub live: LiveConnections,
+    /// What records spans; none: nothing is recorded.
+    pub tracer: Option<Tracer>,
     /// Where the metrics go.
     pub metrics: &'a Metrics,
     /// Cancelled when the node stops: the drain begins.
@@ -169,6 +172,7 @@ impl Proxy {
                 listener_retry: LISTENER_RETRY,
                 credentials,
                 live: params.live,
+                tracer: params.tracer,
             },
             params.metrics,
         )
@@ -186,6 +190,7 @@ struct StartParams {
     listener_retry: Duration,
     credentials: Arc<dyn Credentials>,
     live: LiveConnections,
+    tracer: Option<Tracer>,
 }
 
 fn start(params: StartParams, metrics: &Metrics) -> Result<ProxyHandle, ProxyError> {
@@ -232,6 +237,7 @@ fn start(params: StartParams, metrics: &Metrics) -> Result<ProxyHandle, ProxyErr
             metrics: proxy_metrics.clone(),
             open: handle.open.clone(),
             http_metrics: http_metrics.clone(),
+            tracer: params.tracer.clone(),
             udp_metrics: udp_metrics.clone(),
             udp_accepted: Arc::clone(&udp_accepted),
             drain: handle.drain.clone(),

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs the clients that tests/it/clients.rs, edges.rs and schema.rs run, each from its registry: install.sh [DIR], by default beside the
+# Installs the clients that tests/it/clients.rs, edges.rs, otlp.rs and schema.rs run, each from its registry: install.sh [DIR], by default beside the
 # build, in target/clients. Programs of Debian (HAProxy, nginx, VictoriaMetrics, node) are looked for on the PATH: .ci/run installs them.
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
@@ -7,12 +7,12 @@ dir="${1:-${CARGO_TARGET_DIR:-$here/../../target}/clients}"
 mkdir -p "$dir"
 dir="$(cd "$dir" && pwd)"
 
-py_consul=1.8.0 schemathesis=4.32.5 consul=2.0.1 grpcio=1.85.1 websockets=17.4
+py_consul=1.8.0 schemathesis=4.32.5 consul=2.0.1 grpcio=1.85.1 websockets=17.4 otlp=1.45.2
 
-if ! "$dir/py/bin/python3" -c 'import consul, schemathesis, grpc, websockets' 2>/dev/null; then
+if ! "$dir/py/bin/python3" -c 'import consul, schemathesis, grpc, websockets, opentelemetry.proto' 2>/dev/null; then
   python3 -m venv --clear "$dir/py"
   "$dir/py/bin/pip" install --quiet --disable-pip-version-check "py-consul==$py_consul" "schemathesis==$schemathesis" \
-    "grpcio==$grpcio" "websockets==$websockets"
+    "grpcio==$grpcio" "websockets==$websockets" "opentelemetry-proto==$otlp"
 fi
 
 if [ ! -d "$dir/npm/node_modules/consul" ]; then

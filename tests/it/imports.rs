@@ -4,10 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
+/// A module, and what it may import.
+type Rule = (&'static str, &'static [&'static str]);
+
 /// What each module may import of the crate's modules; a module that stands not here fails the test.
 fn rules() -> BTreeMap<&'static str, &'static [&'static str]> {
     const FOUNDATION: &[&str] = &["clock", "model", "wire"];
-    BTreeMap::from([
+    let mut rules = BTreeMap::from([
         ("model", &[][..]),
         ("clock", &[]),
         ("wire", &["model"]),
@@ -24,6 +27,9 @@ fn rules() -> BTreeMap<&'static str, &'static [&'static str]> {
         ("replica", FOUNDATION),
         // Expressions over paths have the bounds of those in intentions.
         ("upstream", &["authz", "model"]),
+        ("trace", &["clock", "model"]),
+        // The host's roots are `pki`'s.
+        ("otlp", &["clock", "metrics", "pki", "supervise", "telemetry", "trace"]),
         ("routing", &["model", "catalogue", "clock", "upstream"]),
         ("traffic", &["authz", "filter", "model"]),
         ("catalogue", &["authz", "model", "replica", "traffic", "upstream"]),
@@ -71,11 +77,20 @@ fn rules() -> BTreeMap<&'static str, &'static [&'static str]> {
                 "pki",
                 "routing",
                 "telemetry",
+                "trace",
                 "traffic",
                 "transport",
                 "upstream",
             ],
         ),
+    ]);
+    rules.extend(outer_rules());
+    rules
+}
+
+/// Those of what stands around the mesh: interfaces, and what reads the configuration.
+fn outer_rules() -> Vec<Rule> {
+    vec![
         (
             "api",
             &[
@@ -100,9 +115,24 @@ fn rules() -> BTreeMap<&'static str, &'static [&'static str]> {
         ("filter", &["model"]),
         ("dns", &["catalogue", "clock", "metrics", "model", "prepared", "supervise"]),
         ("workload", &["clock", "metrics", "model", "pki", "registry", "supervise", "telemetry", "unix_socket"]),
-        // Of api, dns and workload: the form of their own blocks.
-        ("config", &["api", "authz", "dns", "gossip", "model", "registry", "telemetry", "unix_socket", "workload"]),
-    ])
+        // Of api, dns, otlp, trace and workload: the form of their own blocks.
+        (
+            "config",
+            &[
+                "api",
+                "authz",
+                "dns",
+                "gossip",
+                "model",
+                "otlp",
+                "registry",
+                "telemetry",
+                "trace",
+                "unix_socket",
+                "workload",
+            ],
+        ),
+    ]
 }
 
 /// Modules that may import everything: the composition root.

@@ -48,6 +48,7 @@ mod netns_shared;
 mod netns_threats;
 mod netns_traffic;
 mod netns_udp;
+mod otlp;
 mod schema;
 #[path = "../sim/mod.rs"]
 mod sim;

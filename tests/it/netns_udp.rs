@@ -136,7 +136,12 @@ impl Cluster {
 }
 
 fn dropped(agent: &Agent, reason: &str) -> f64 {
-    metric(agent, &format!("weft_udp_dropped_datagrams_total{{destination_service=\"echo\",reason=\"{reason}\""))
+    metric(
+        agent,
+        &format!(
+            "weft_udp_dropped_datagrams_total{{connection_security=\"mutual_tls\",destination_service=\"echo\",reason=\"{reason}\""
+        ),
+    )
 }
 
 #[test]
@@ -307,7 +312,12 @@ fn dig_asks_dnsmasq_through_the_mesh_once_an_entry_says_that_the_service_is_udp(
         other => Err(other.to_owned()),
     });
     // Each from a port of its own, so each a flow.
-    let opened = || metric(&cluster.agents[0], "weft_udp_flows_opened_total{destination_service=\"echo\"");
+    let opened = || {
+        metric(
+            &cluster.agents[0],
+            "weft_udp_flows_opened_total{connection_security=\"mutual_tls\",destination_service=\"echo\"",
+        )
+    };
     let before = opened();
     for _ in 0..20 {
         assert_eq!(dig("app.test"), "10.9.8.7");

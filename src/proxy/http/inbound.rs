@@ -17,7 +17,7 @@ use std::task::Poll;
 use bytes::{Bytes, BytesMut};
 use futures_util::task::AtomicWaker;
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
-use http::{Request, Response, StatusCode, Uri};
+use http::{Request, Response, StatusCode, Uri, Version};
 use hyper::body::Incoming;
 use quinn::{RecvStream, SendStream};
 use tracing::debug;
@@ -38,6 +38,7 @@ use crate::proxy::authorize::{in_time, request_of};
 use crate::proxy::head::{self, HeadError, HeadWriter, Inbox, Payload, RequestHead};
 use crate::proxy::metrics::Reporter;
 use crate::proxy::worker::within;
+use crate::trace::{self, OpenSpan, Side, SpanContext};
 
 /// Status bytes that begin every answer (the tunnel code writes the others).
 const STATUS_OK: u8 = 0;
@@ -127,10 +128,10 @@ async fn exchange<D: Dial>(worker: &Rc<D>, stream: Stream, on_admitted: impl FnO
     let read = read_head(&mut recv, &mut inbox);
     let block = within(state.limits.head, read).await.ok_or(ServeError::HeadTimeout)??;
     let head = head::decode_request(block.clone()).map_err(ServeError::Head)?;
-    let mut exchange =
-        Exchange::new(state.edge(Reporter::Destination, peer.id.service(), Some(&local.service)), crate::clock::now());
-
     let is_grpc = headers::is_grpc(&head.headers);
+    let edge = state.edge(Reporter::Destination, peer.id.service(), Some(&local.service));
+    let span = begin_span(state, local, &head, is_grpc);
+    let mut exchange = Exchange::new(edge, crate::clock::now()).traced(span);
     // No wait between the decision and its note: a change of intentions meets either.
     let decided = in_time(peer).and_then(|()| {
         let (table, ends) = (&worker.snapshot().peek().policy, (peer.id.service(), &local.service));
@@ -168,7 +169,8 @@ async fn exchange<D: Dial>(worker: &Rc<D>, stream: Stream, on_admitted: impl FnO
     // hyper's HTTP/2 client hears none.
     let is_asked_for = head.payload == Payload::Frames && headers::expects_continue(&head.headers);
     let interims = (!is_multiplexed(local) || is_asked_for).then(Arc::<Interims>::default);
-    let mut call = pin!(call(worker, local, (head, request_body), &block, (client_cert.as_ref(), interims.as_ref())));
+    let added = Added { client_cert: client_cert.as_ref(), context: exchange.context() };
+    let mut call = pin!(call(worker, local, (head, request_body), &block, (added, interims.as_ref())));
     let answered = loop {
         tokio::select! {
             biased;
@@ -494,12 +496,12 @@ async fn call<D: Dial>(
     local: &LocalInstance,
     (head, body): (RequestHead, TunnelBody),
     block: &Bytes,
-    (client_cert, interims): (Option<&HeaderValue>, Option<&Arc<Interims>>),
+    (added, interims): (Added<'_>, Option<&Arc<Interims>>),
 ) -> Result<Answered, CallError> {
     let state = worker.http();
     let addr = local.app_addr;
     let repeatable = head.payload == Payload::Empty && head.method.is_idempotent();
-    let mut request = build(head, body, local, client_cert);
+    let mut request = build(head, body, local, added);
     if is_multiplexed(local) {
         let mut sender = state.pool.shared(worker, addr).await.map_err(CallError::Connect)?;
         // The app is there, and what it asks is not heard: the body is asked for in its place.
@@ -533,7 +535,7 @@ async fn call<D: Dial>(
             None if repeatable && is_stale(error.error()) && interims.is_none_or(|interims| !interims.were_any()) => {
                 match head::decode_request(block.clone()) {
                     Ok(head) => {
-                        let mut again = build(head, TunnelBody::default(), local, client_cert);
+                        let mut again = build(head, TunnelBody::default(), local, added);
                         hear(&mut again);
                         again
                     }
@@ -561,17 +563,31 @@ fn is_stale(error: &hyper::Error) -> bool {
     error.is_incomplete_message() || error.is_canceled() || error.is_closed()
 }
 
+/// What weft adds to an app's request.
+#[derive(Clone, Copy)]
+struct Added<'a> {
+    /// Who calls.
+    client_cert: Option<&'a HeaderValue>,
+    /// The span that the app's own are below.
+    context: Option<SpanContext>,
+}
+
+/// Begins the span of a request whose caller's agent had it recorded.
+fn begin_span(state: &HttpState, local: &LocalInstance, head: &RequestHead, is_grpc: bool) -> Option<Box<OpenSpan>> {
+    let version = if is_multiplexed(local) { Version::HTTP_2 } else { Version::HTTP_11 };
+    let asked = || trace::Asked::of((&head.method, Some(&head.path)), head.authority.as_ref(), (version, is_grpc));
+    state.tracer.as_ref()?.begin(Side::Destination, &head.headers, asked)
+}
+
 /// Makes the app's request from a decoded head.
-fn build(
-    head: RequestHead,
-    body: TunnelBody,
-    local: &LocalInstance,
-    client_cert: Option<&HeaderValue>,
-) -> Request<TunnelBody> {
+fn build(head: RequestHead, body: TunnelBody, local: &LocalInstance, added: Added<'_>) -> Request<TunnelBody> {
     let RequestHead { payload, method, authority, path, mut headers, .. } = head;
     super::headers::forget_identity(&mut headers);
-    if let Some(value) = client_cert {
+    if let Some(value) = added.client_cert {
         headers.insert(super::headers::CLIENT_CERT, value.clone());
+    }
+    if let Some(context) = added.context {
+        context.inject(&mut headers);
     }
     let uri = if is_multiplexed(local) {
         let authority = authority.map_or_else(|| local.app_addr.to_string(), |authority| authority.to_string());

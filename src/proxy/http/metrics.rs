@@ -14,14 +14,22 @@ use tokio::time::Instant;
 use crate::metrics::{Expiring, Held, Metrics};
 use crate::model::ServiceName;
 use crate::proxy::authorize::PolicySeries;
-use crate::proxy::metrics::Reporter;
+use crate::proxy::metrics::{Reporter, SECURITY_LABEL, Security};
+use crate::trace::{Ended, OpenSpan, SpanContext};
 
 /// Bounds of the duration buckets, in seconds: 0.1 ms to 60 s, about three per decade.
 const BUCKETS: [f64; 18] = [
     0.0001, 0.000_25, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
 ];
-const LABELS: [&str; 6] =
-    ["reporter", "source_service", "destination_service", "response_code", "grpc_response_status", "response_flags"];
+const LABELS: [&str; 7] = [
+    "reporter",
+    "source_service",
+    "destination_service",
+    "response_code",
+    "grpc_response_status",
+    "response_flags",
+    SECURITY_LABEL,
+];
 /// Pairs kept per worker; beyond it the cache starts again (the series themselves stay).
 const EDGES_MAX: usize = 4096;
 /// The label of a caller that shows its node's own SVID. No service can have the name.
@@ -183,6 +191,7 @@ struct Outcome {
     /// 0 to 16.
     grpc: Option<u8>,
     flag: Flag,
+    security: Security,
 }
 
 /// The handles of one outcome.
@@ -233,7 +242,8 @@ impl Edge {
         let grpc = outcome.grpc.map(|code| code.to_string()).unwrap_or_default();
         let source = self.source.as_ref().map_or(NODE_LABEL, ServiceName::as_str);
         let destination = self.destination.as_ref().map_or(UNKNOWN_LABEL, ServiceName::as_str);
-        let labels = [reporter, source, destination, code.as_str(), grpc.as_str(), outcome.flag.as_str()];
+        let (flag, security) = (outcome.flag.as_str(), outcome.security.as_str());
+        let labels = [reporter, source, destination, code.as_str(), grpc.as_str(), flag, security];
         Series {
             outcome,
             requests: self.metrics.requests.with(&labels),
@@ -304,18 +314,42 @@ pub(crate) struct Exchange {
     good: Flag,
     /// Another counts in its place.
     is_moved: bool,
+    /// What is recorded of it, where it is.
+    span: Option<Box<OpenSpan>>,
 }
 
 impl Exchange {
     /// Starts the clock.
     pub(crate) fn new(edge: Rc<Edge>, started: Instant) -> Self {
+        // What reaches the app's agent came by a tunnel; whether the caller's agent hears of another is to be seen.
+        let security = match edge.reporter {
+            Reporter::Source => Security::Unknown,
+            Reporter::Destination => Security::MutualTls,
+        };
         Self {
             edge,
             started,
-            outcome: Outcome { status: 0, grpc: None, flag: Flag::CallerGone },
+            outcome: Outcome { status: 0, grpc: None, flag: Flag::CallerGone, security },
             good: Flag::None,
             is_moved: false,
+            span: None,
         }
+    }
+
+    /// Ends `span` when it ends itself.
+    pub(crate) fn traced(mut self, span: Option<Box<OpenSpan>>) -> Self {
+        self.span = span;
+        self
+    }
+
+    /// Returns the place of its span.
+    pub(crate) fn context(&self) -> Option<SpanContext> {
+        self.span.as_ref().map(|span| span.context())
+    }
+
+    /// Notes that another agent answered.
+    pub(crate) fn answered(&mut self) {
+        self.outcome.security = Security::MutualTls;
     }
 
     /// Notes the response's head.
@@ -335,6 +369,7 @@ impl Exchange {
     /// Counts in place of `other`, which counts nothing.
     pub(crate) fn take_over(&mut self, other: &mut Self) {
         (self.good, other.is_moved) = (other.good, true);
+        self.span = other.span.take();
     }
 
     /// Notes what is said of it if it ends well.
@@ -353,8 +388,13 @@ impl Drop for Exchange {
         if self.is_moved {
             return;
         }
-        let seconds = crate::clock::now().saturating_duration_since(self.started).as_secs_f64();
-        self.edge.record(self.outcome, seconds);
+        let took = crate::clock::now().saturating_duration_since(self.started);
+        self.edge.record(self.outcome, took.as_secs_f64());
+        if let Some(span) = self.span.take() {
+            let (source, destination) = (self.edge.source.clone(), self.edge.destination.clone());
+            let Outcome { status, grpc, flag, .. } = self.outcome;
+            span.end(Ended { source, destination, status, grpc, flag: flag.as_str(), took });
+        }
     }
 }
 
@@ -370,18 +410,22 @@ mod tests {
         let edge = cache.edge(Reporter::Source, None, Some(&web));
         for _ in 0..2 {
             let mut exchange = Exchange::new(Rc::clone(&edge), crate::clock::now());
+            exchange.answered();
             exchange.status(http::StatusCode::OK);
             exchange.finish(Flag::None);
         }
         drop(Exchange::new(edge, crate::clock::now()));
+        let served = cache.edge(Reporter::Destination, None, Some(&web));
+        Exchange::new(served, crate::clock::now()).finish(Flag::Denied);
         let text = metrics.render().unwrap();
-        let series = |code, flag| {
+        let series = |security, reporter, code, flag| {
             format!(
-                "weft_http_requests_total{{destination_service=\"web\",grpc_response_status=\"\",reporter=\"source\",response_code=\"{code}\",response_flags=\"{flag}\",source_service=\"_node\"}}"
+                "weft_http_requests_total{{connection_security=\"{security}\",destination_service=\"web\",grpc_response_status=\"\",reporter=\"{reporter}\",response_code=\"{code}\",response_flags=\"{flag}\",source_service=\"_node\"}}"
             )
         };
-        assert!(text.contains(&format!("{} 2", series(200, "-"))), "{text}");
-        assert!(text.contains(&format!("{} 1", series(0, "DC"))), "{text}");
+        assert!(text.contains(&format!("{} 2", series("mutual_tls", "source", 200, "-"))), "{text}");
+        assert!(text.contains(&format!("{} 1", series("unknown", "source", 0, "DC"))), "{text}");
+        assert!(text.contains(&format!("{} 1", series("mutual_tls", "destination", 0, "RBAC"))), "{text}");
     }
 
     #[test]

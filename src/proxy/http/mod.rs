@@ -48,6 +48,7 @@ use crate::metrics::Expiring;
 use crate::model::{Instance, ServiceName};
 use crate::pki::PeerIdentity;
 use crate::routing::{Limited, Observer, Outcome, OverRate, Rates, key_of};
+use crate::trace::Tracer;
 use crate::traffic::Resolved;
 use crate::traffic::hedge::Answers;
 use crate::traffic::retry::Budget;
@@ -195,6 +196,8 @@ pub(crate) struct HttpState {
     limits: Limits,
     edges: EdgeCache,
     policy: PolicyMetrics,
+    /// What records spans, where they are exported.
+    tracer: Option<Tracer>,
     limited: Expiring<IntCounterVec>,
     malformed: IntCounterVec,
     rates: Arc<Rates>,
@@ -224,6 +227,7 @@ impl HttpState {
         Self {
             limits,
             policy: metrics.policy.of_worker(),
+            tracer: None,
             limited: metrics.limited.clone(),
             malformed: metrics.malformed.clone(),
             rates: Arc::new(Rates::new(crate::clock::now())),
@@ -265,6 +269,11 @@ impl HttpState {
     /// Begins the drain: every caller's connection ends after its current requests (`Connection: close`, GOAWAY).
     pub(crate) fn drain(&self) {
         self.watchman.drain();
+    }
+
+    /// Records spans as `tracer` says; none: nothing is recorded, and headers of traces pass as they come.
+    pub(crate) fn tracing(self, tracer: Option<Tracer>) -> Self {
+        Self { tracer, ..self }
     }
 
     /// Lets go of handles of metrics that are not used.

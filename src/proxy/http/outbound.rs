@@ -53,6 +53,7 @@ use crate::model::ServiceName;
 use crate::proxy::head::{HEAD_BYTES_MAX, Inbox, Payload, ResponseHead};
 use crate::proxy::metrics::Reporter;
 use crate::proxy::{Caller, Lease, Route, Source};
+use crate::trace::{self, OpenSpan, Side};
 use crate::traffic::{Exposed, Gateway};
 use crate::upstream::Priority;
 
@@ -328,13 +329,36 @@ fn unknown_host(text: String) -> Refusal {
 }
 
 impl<D: Dial> Connection<D> {
+    /// A connection of a caller at `from`.
+    #[cfg(test)]
+    pub(super) fn of_caller(worker: Rc<D>, from: IpAddr) -> Self {
+        let (last, activity) = (RefCell::default(), Arc::default());
+        Self { worker, leads: Leads::ByHost, last, activity, from: Some(from) }
+    }
+
     /// Takes out of a request's head what its caller may not say.
-    fn believe(&self, headers: &mut HeaderMap) {
+    pub(super) fn believe(&self, headers: &mut HeaderMap) {
         // Before routes and intentions look at the head: they must not be asked about what somebody made up.
         let trusts = |from: IpAddr| from.is_loopback() || self.worker.snapshot().peek().traffic.trusts(from);
         if !self.from.is_some_and(trusts) {
             headers::forget_forwarded(headers, self.from);
+            // Who is outside could have everything recorded: a trace begins here.
+            if self.worker.http().tracer.is_some() {
+                trace::forget(headers);
+            }
         }
+    }
+
+    /// Begins the span of a request that is recorded, and makes it the parent of what comes next.
+    fn begin_span(&self, request: &mut Request<Incoming>, authority: Option<&Authority>) -> Option<Box<OpenSpan>> {
+        let tracer = self.worker.http().tracer.as_ref()?;
+        let asked = || {
+            let how = (request.version(), headers::is_grpc(request.headers()));
+            trace::Asked::of((request.method(), request.uri().path_and_query()), authority, how)
+        };
+        let span = tracer.begin(Side::Source, request.headers(), asked)?;
+        span.context().inject(request.headers_mut());
+        Some(span)
     }
 
     /// How much a request with `headers` matters.
@@ -422,11 +446,12 @@ async fn answer_of<D: Dial>(
     let version = request.version();
     let checked = headers::check(&request);
     connection.believe(request.headers_mut());
+    let span = connection.begin_span(&mut request, checked.as_ref().ok().and_then(Option::as_ref));
     let found = checked.and_then(|authority| Ok((connection.target(authority.as_ref())?, authority)));
     let (target, authority) = match found {
         Ok(found) => found,
         Err(refusal) => {
-            let exchange = Exchange::new(connection.edge_of_none(), started);
+            let exchange = Exchange::new(connection.edge_of_none(), started).traced(span);
             return Ok(refuse_request(exchange, refusal, (version, grpc)));
         }
     };
@@ -437,10 +462,11 @@ async fn answer_of<D: Dial>(
     let chain = connection.worker.snapshot().peek().traffic.chain(&target.caller.destination).cloned();
     if let Some(chain) = chain {
         // In a box: a request that no entry is about has no room for it.
-        let routed = Box::pin(routed::answer(connection, chain, (request, authority, target), (busy, started)));
+        let began = (busy, started, span);
+        let routed = Box::pin(routed::answer(connection, chain, (request, authority, target), began));
         return Ok(edited(edits, routed.await?));
     }
-    let mut exchange = Exchange::new(Rc::clone(&target.edge), started);
+    let mut exchange = Exchange::new(Rc::clone(&target.edge), started).traced(span);
     let asked = Asked { method: request.method().as_str(), path: request.uri().path(), headers: request.headers() };
     if let Err(refusal) = admit(&*connection.worker, &target.caller, &asked) {
         return Ok(refuse_request(exchange, refusal, (version, grpc)));
@@ -490,6 +516,7 @@ pub(super) fn begin_answer(answer: &mut Answer, call: &Call<'_>, exchange: &mut 
     if let Some(cookie) = call.cookie.take() {
         answer.head.headers.append(header::SET_COOKIE, cookie);
     }
+    exchange.answered();
     exchange.status(answer.head.status);
     if grpc {
         exchange.grpc(&answer.head.headers);

@@ -39,6 +39,7 @@ use crate::model::ServiceName;
 use crate::proxy::head::{Inbox, Payload};
 use crate::proxy::{Caller, OpenError, Opened, Source, StreamKind, Tried};
 use crate::routing::{self, Observer};
+use crate::trace::OpenSpan;
 use crate::traffic::hedge::Answers;
 use crate::traffic::retry::{NoRetry, asked_wait};
 use crate::traffic::{Abort, Action, Asked, Chain, Forward, Leg, Redirect, Resolved, Route, is_hit};
@@ -84,12 +85,12 @@ pub(super) async fn answer<D: Dial>(
     connection: &Connection<D>,
     chain: Arc<Chain>,
     (mut request, authority, target): (Request<Incoming>, Option<Authority>, Rc<Target>),
-    (busy, started): (Busy, Instant),
+    (busy, started, span): (Busy, Instant, Option<Box<OpenSpan>>),
 ) -> Result<Response<TunnelBody>, Cut> {
     let worker = &connection.worker;
     let grpc = headers::is_grpc(request.headers());
     let how = (request.version(), grpc);
-    let mut exchange = Exchange::new(Rc::clone(&target.edge), started);
+    let mut exchange = Exchange::new(Rc::clone(&target.edge), started).traced(span);
     if let Some(faults) = &chain.faults {
         let (delay, abort) = faults.strike(&asked(&request), (rand::random(), rand::random()));
         let count = |kind| worker.http().traffic.faults.with(&[chain.service.as_str(), kind]).inc();

@@ -11,6 +11,7 @@ mod hedged;
 mod refused;
 mod rest;
 mod routed;
+mod traced;
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -438,7 +439,7 @@ fn a_connection_carries_requests_one_after_another_and_the_app_learns_who_calls(
         let text = setup.worker.metrics.render().unwrap();
         for reporter in ["source", "destination"] {
             let series = format!(
-                "weft_http_requests_total{{destination_service=\"web\",grpc_response_status=\"\",reporter=\"{reporter}\",response_code=\"200\",response_flags=\"-\",source_service=\"api\"}} 3"
+                "weft_http_requests_total{{connection_security=\"mutual_tls\",destination_service=\"web\",grpc_response_status=\"\",reporter=\"{reporter}\",response_code=\"200\",response_flags=\"-\",source_service=\"api\"}} 3"
             );
             assert!(text.contains(&series), "{text}");
         }

@@ -144,6 +144,7 @@ impl Node {
         let metrics = Metrics::new();
         let params = StartParams {
             live: crate::transport::LiveConnections::default(),
+            tracer: None,
             sockets: bound.workers,
             reset_key: [7; 64],
             snapshot: publisher.reader(),

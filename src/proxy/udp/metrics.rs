@@ -33,9 +33,9 @@ impl UdpMetrics {
         let counters = |name: &str, help: &str, labels: &[&str]| {
             metrics.add_expiring(IntCounterVec::new(Opts::new(name, help), labels)?)
         };
-        let [reporter, source, destination] = EDGE_LABELS;
-        let closed_labels = [reporter, source, destination, "response_flags"];
-        let dropped_labels = [reporter, source, destination, "reason"];
+        let [reporter, source, destination, security] = EDGE_LABELS;
+        let closed_labels = [reporter, source, destination, security, "response_flags"];
+        let dropped_labels = [reporter, source, destination, security, "reason"];
         Ok(Self {
             opened: counters("weft_udp_flows_opened_total", "UDP flows that began.", &EDGE_LABELS)?,
             closed: counters("weft_udp_flows_closed_total", "UDP flows that ended, by reason.", &closed_labels)?,
@@ -71,7 +71,7 @@ impl UdpMetrics {
 #[derive(Debug)]
 pub(super) struct UdpEdge {
     reporter: Reporter,
-    labels: [String; 3],
+    labels: [String; 4],
     metrics: UdpMetrics,
     opened: Held<IntCounter>,
     active: Held<IntGauge>,
@@ -116,8 +116,8 @@ impl UdpEdge {
         if let Some((_, counter)) = dropped.iter().find(|(known, _)| *known == why) {
             return counter.inc_by(datagrams as u64);
         }
-        let [reporter, source, destination] = &self.labels;
-        let counter = self.metrics.dropped.with(&[reporter, source, destination, why.as_str()]);
+        let [reporter, source, destination, security] = &self.labels;
+        let counter = self.metrics.dropped.with(&[reporter, source, destination, security, why.as_str()]);
         counter.inc_by(datagrams as u64);
         dropped.push((why, counter));
     }
@@ -126,7 +126,7 @@ impl UdpEdge {
     pub(super) fn oversize(&self, bytes: usize, bytes_max: usize) {
         self.dropped(Dropped::Oversize, 1);
         if !self.metrics.is_limit_told.swap(true, Ordering::Relaxed) {
-            let [reporter, _, service] = &self.labels;
+            let [reporter, _, service, _] = &self.labels;
             info!(
                 %service, %reporter, bytes, bytes_max,
                 "dropped a UDP datagram that is too large for the path between the nodes; others are counted alone \
@@ -144,7 +144,7 @@ fn count(datagrams: &IntCounter, total: &IntCounter, bytes: usize) {
 impl PerPair for UdpEdge {
     type Metrics = UdpMetrics;
 
-    fn of(metrics: &UdpMetrics, reporter: Reporter, labels: [&str; 3]) -> Self {
+    fn of(metrics: &UdpMetrics, reporter: Reporter, labels: [&str; 4]) -> Self {
         Self {
             reporter,
             labels: labels.map(str::to_owned),
@@ -161,8 +161,8 @@ impl PerPair for UdpEdge {
 
     fn closed(&self, flag: &'static str) {
         self.active.dec();
-        let [reporter, source, destination] = &self.labels;
-        self.metrics.closed.with(&[reporter, source, destination, flag]).inc();
+        let [reporter, source, destination, security] = &self.labels;
+        self.metrics.closed.with(&[reporter, source, destination, security, flag]).inc();
     }
 }
 

@@ -45,6 +45,7 @@ use crate::model::{Instance, ServiceName};
 use crate::routing::{
     Ask, Balancer, ConnectBackoff, GroupView, Limited, NoInstance, Notice, Observer, Outcome, Rates, Shared,
 };
+use crate::trace::Tracer;
 use crate::transport::{Credentials, Lane, LiveConnections, MeshPort, WorkerEndpoint};
 
 /// Connections that one worker holds from local apps, and streams from peers: 5 KB each when idle.
@@ -119,6 +120,7 @@ pub(super) struct Setup {
     pub(super) metrics: ProxyMetrics,
     pub(super) open: OpenTunnels,
     pub(super) http_metrics: HttpMetrics,
+    pub(super) tracer: Option<Tracer>,
     pub(super) udp_metrics: UdpMetrics,
     pub(super) udp_accepted: Arc<Accepted>,
     pub(super) drain: CancellationToken,
@@ -231,7 +233,7 @@ impl Worker {
             listener_retry: setup.listener_retry,
             listeners: setup.listeners,
             edges: Edges::new(setup.metrics.clone()),
-            http: HttpState::new(setup.http_metrics).sharing(setup.rates),
+            http: HttpState::new(setup.http_metrics).sharing(setup.rates).tracing(setup.tracer),
             udp: UdpState::new(setup.udp_metrics, setup.udp_accepted),
             connections: Rc::default(),
             streams: Rc::default(),

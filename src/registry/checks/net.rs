@@ -8,27 +8,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, ServerName};
-use rustls::{ClientConfig, RootCertStore};
+use rustls::ClientConfig;
+use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UdpSocket};
 use tokio::sync::Semaphore;
-use tracing::warn;
 
 use super::state::Outcome;
 use crate::model::HealthStatus;
-use crate::pki::ServerCheck;
+use crate::pki::{ServerCheck, host_roots};
 use crate::registry::definition::TlsOptions;
 
-/// Where systems keep the certificates of the CAs that they believe.
-const HOST_ROOTS: [&str; 5] = [
-    "/etc/ssl/certs/ca-certificates.crt",
-    "/etc/pki/tls/certs/ca-bundle.crt",
-    "/etc/ssl/ca-bundle.pem",
-    "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem",
-    "/etc/ssl/cert.pem",
-];
 /// Most names that are looked up at once: the system's resolver blocks a thread for each and cannot be stopped.
 const LOOKUPS_MAX: usize = 32;
 /// How long silence is listened to: an ICMP refusal comes after a round trip.
@@ -199,28 +189,7 @@ pub(super) fn critical(output: String) -> Outcome {
 impl TlsConfigs {
     fn read(settings: &CheckSettings) -> Result<Self, String> {
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let mut roots = RootCertStore::empty();
-        for path in HOST_ROOTS {
-            let Ok(found) = CertificateDer::pem_file_iter(path) else { continue };
-            let (_believed, ignored) = roots.add_parsable_certificates(found.filter_map(Result::ok));
-            if ignored > 0 {
-                warn!(path, ignored, "certificates of the host cannot be read");
-            }
-            break;
-        }
-        if let Some(path) = &settings.ca_file {
-            let refuse = |why: String| format!("CA file {} cannot be used: {why}", path.display());
-            let found = CertificateDer::pem_file_iter(path).map_err(|error| refuse(error.to_string()))?;
-            let mut count = 0;
-            for certificate in found {
-                let certificate = certificate.map_err(|error| refuse(error.to_string()))?;
-                roots.add(certificate).map_err(|error| refuse(error.to_string()))?;
-                count += 1;
-            }
-            if count == 0 {
-                return Err(refuse("it holds no certificate in PEM".to_owned()));
-            }
-        }
+        let roots = host_roots(settings.ca_file.as_deref())?;
         let builder = || {
             let versions =
                 ClientConfig::builder_with_provider(Arc::clone(&provider)).with_safe_default_protocol_versions();

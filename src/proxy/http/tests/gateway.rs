@@ -45,8 +45,10 @@ fn a_host_leads_to_its_service_in_the_name_of_the_gateway() {
             "{body}"
         );
         let series = |destination: &str, code: u16, flag: &str| {
+            // Nobody was asked about a host that means nothing.
+            let security = if code == 404 { "unknown" } else { "mutual_tls" };
             format!(
-                "weft_http_requests_total{{destination_service=\"{destination}\",grpc_response_status=\"\",reporter=\"source\",response_code=\"{code}\",response_flags=\"{flag}\",source_service=\"edge\"}}"
+                "weft_http_requests_total{{connection_security=\"{security}\",destination_service=\"{destination}\",grpc_response_status=\"\",reporter=\"source\",response_code=\"{code}\",response_flags=\"{flag}\",source_service=\"edge\"}}"
             )
         };
         counts(&setup.worker, &series("web", 200, "-"), 3);
