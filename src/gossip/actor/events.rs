@@ -288,6 +288,8 @@ fn log_joined(in_vain: u32, peers: &[MeshId], failed: &[(String, String)]) {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use tokio::sync::{mpsc, watch};
 
     use super::*;
