@@ -213,6 +213,13 @@ fn without_conditions_no_answer_is_tried_again_and_503_is_in_no_default() {
     });
 }
 
+/// Answers that say when the request may be tried again, and one that says never.
+const SOON: &str = "HTTP/1.1 503 Later\r\ncontent-length: 0\r\ngrpc-retry-pushback-ms: 300\r\n\r\n";
+const SOON_GRPC: &str = "HTTP/1.1 200 OK\r\ncontent-type: application/grpc\r\ngrpc-status: 14\r\n\
+                         grpc-retry-pushback-ms: 300\r\ncontent-length: 0\r\n\r\n";
+const NEVER_GRPC: &str = "HTTP/1.1 200 OK\r\ncontent-type: application/grpc\r\ngrpc-status: 14\r\n\
+                          grpc-retry-pushback-ms: -1\r\ncontent-length: 0\r\n\r\n";
+
 #[test]
 fn only_what_the_conditions_name_is_tried_again() {
     run(async {
