@@ -226,11 +226,6 @@ fn only_what_the_conditions_name_is_tried_again() {
         const ERROR: &str = "HTTP/1.1 500 Error\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
         const LATER: &str = "HTTP/1.1 503 Later\r\ncontent-length: 0\r\nretry-after: 3600\r\nconnection: close\r\n\r\n";
         const BROKEN: &str = "";
-        const SOON: &str = "HTTP/1.1 503 Later\r\ncontent-length: 0\r\ngrpc-retry-pushback-ms: 300\r\n\r\n";
-        const SOON_GRPC: &str = "HTTP/1.1 200 OK\r\ncontent-type: application/grpc\r\ngrpc-status: 14\r\n\
-                                 grpc-retry-pushback-ms: 300\r\ncontent-length: 0\r\n\r\n";
-        const NEVER_GRPC: &str = "HTTP/1.1 200 OK\r\ncontent-type: application/grpc\r\ngrpc-status: 14\r\n\
-                                  grpc-retry-pushback-ms: -1\r\ncontent-length: 0\r\n\r\n";
         let gateway = || route(&json!({"NumRetries": 1, "RetryOn": ["gateway-error"]}));
         let setup = web(&[ERROR, OK], &[gateway()]).await;
         assert!(ask(setup.port, "GET / HTTP/1.1").await.starts_with("HTTP/1.1 500"));
