@@ -120,7 +120,6 @@ fn of_the_host(key: &str) -> Option<&'static str> {
             "has no effect: the log goes to standard error, for the service manager to keep (journalctl -u weft)"
         }
         "pid_file" => "has no effect: the service manager knows the process; nothing is forked",
-        "telemetry" => "has no effect: Prometheus reads /v1/agent/metrics?format=prometheus (api/metrics.md)",
         "enable_debug" => "has no effect: weft debug collects what is known of an agent",
         "watches" => "has no effect: run weft watch for each, as a service of its own",
         "config_entries" => "has no effect: entries are signed; write each once with weft config write",

@@ -373,7 +373,7 @@ fn the_file_of_a_consul_client_loads_and_each_key_without_effect_says_what_stand
         config.warnings.iter().map(|warning| (warning.key.clone(), warning.text.clone())).collect();
     for (key, instead) in [
         ("acl", "api_token"),
-        ("telemetry", "/v1/agent/metrics"),
+        ("telemetry.prometheus_retention_time", "/v1/agent/metrics"),
         ("watches", "weft watch"),
         ("ui_config", "weft top"),
         ("skip_leave_on_interrupt", "leave_on_terminate"),
