@@ -13,6 +13,7 @@ fn rules() -> BTreeMap<&'static str, &'static [&'static str]> {
     let mut rules = BTreeMap::from([
         ("model", &[][..]),
         ("clock", &[]),
+        ("alarm", &["clock"]),
         ("wire", &["model"]),
         ("supervise", &[]),
         ("unix_socket", &[]),
@@ -37,11 +38,12 @@ fn rules() -> BTreeMap<&'static str, &'static [&'static str]> {
         ("prepared", &["catalogue", "lww", "model"]),
         ("store", &["model", "wire", "clock", "registry"]),
         ("join", &["clock", "hearsay", "model", "pki", "policy", "wire", "transport"]),
-        ("transport", &["clock", "hearsay", "metrics", "model", "pki", "supervise"]),
+        ("transport", &["alarm", "clock", "hearsay", "metrics", "model", "pki", "supervise"]),
         ("registry", &["catalogue", "clock", "metrics", "model", "pki", "store", "supervise", "telemetry", "wire"]),
         (
             "gossip",
             &[
+                "alarm",
                 "authz",
                 "catalogue",
                 "clock",
