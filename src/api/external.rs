@@ -3,6 +3,8 @@
 //! They are records of this agent: signed by it, within its serve scope, gone with it. What an agent runs on is registered at
 //! that agent.
 
+use std::sync::Arc;
+
 use http::StatusCode;
 
 use super::Shared;
@@ -10,6 +12,7 @@ use super::agent::json_body;
 use super::call::{Call, Refusal, Reply};
 use super::query::refuse_tenancy;
 use super::seam::RegistryOrder;
+use super::write::externals_in_effect;
 use crate::model::{MemberStatus, NodeName};
 use crate::registry::definition::{InDatacenter, external_from_json, removal_from_json};
 
@@ -25,7 +28,8 @@ pub(super) async fn register(call: Call) -> Result<Reply, Refusal> {
         )));
     }
     is_written_here(&call.shared, &write.node, "register it there")?;
-    call.shared.registry.carry_out(RegistryOrder::RegisterExternal(Box::new(write))).await?;
+    let node = write.node.clone();
+    carry_out(&call.shared, &node, RegistryOrder::RegisterExternal(Box::new(write))).await?;
     Reply::json(&call, &true)
 }
 
@@ -45,8 +49,20 @@ pub(super) async fn deregister(call: Call) -> Result<Reply, Refusal> {
     if !is_here {
         is_written_here(&call.shared, &node, "deregister it there")?;
     }
-    call.shared.registry.carry_out(RegistryOrder::DeregisterExternal { node, part }).await?;
+    carry_out(&call.shared, &node.clone(), RegistryOrder::DeregisterExternal { node, part }).await?;
     Reply::json(&call, &true)
+}
+
+/// Carries an order about `node` out, and waits until what this agent answers is as new: whoever wrote may read at once, as
+/// from Consul's catalogue.
+async fn carry_out(shared: &Shared, node: &NodeName, order: RegistryOrder) -> Result<(), Refusal> {
+    let written = || shared.registry.state().externals.get(node).cloned();
+    let (before, was_shown) = (written(), Arc::clone(&shared.snapshot.load().externals));
+    shared.registry.carry_out(order).await?;
+    if written() != before {
+        externals_in_effect(shared, &was_shown).await;
+    }
+    Ok(())
 }
 
 /// Refuses another datacenter than the agent's own, in the body as in the query.

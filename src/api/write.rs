@@ -1,11 +1,13 @@
 //! Writing policy for clients of the API: signed by this agent, if it has the right of an operator.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use http::StatusCode;
 
 use super::Shared;
 use super::call::Refusal;
+use crate::catalogue::Externals;
 use crate::clock::{self, UnixSeconds};
 use crate::gossip::DocumentView;
 use crate::policy::{DocumentId, DocumentKind, Draft, DraftError};
@@ -96,6 +98,13 @@ pub(super) async fn in_effect(shared: &Shared, name: &str, version: u64, before:
 pub(super) async fn entries_in_effect(shared: &Shared, before: u64) {
     let mut updates = shared.snapshot.subscribe();
     let is_newer = updates.wait_for(|snapshot| snapshot.traffic_index > before);
+    let _late = tokio::time::timeout(EFFECT_TIME_MAX, is_newer).await;
+}
+
+/// Waits until nodes without an agent are shown as others than in `before`.
+pub(super) async fn externals_in_effect(shared: &Shared, before: &Arc<Externals>) {
+    let mut updates = shared.snapshot.subscribe();
+    let is_newer = updates.wait_for(|snapshot| !Arc::ptr_eq(&snapshot.externals, before));
     let _late = tokio::time::timeout(EFFECT_TIME_MAX, is_newer).await;
 }
 
