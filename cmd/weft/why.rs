@@ -184,7 +184,11 @@ fn instances(answer: &Value, lines: &mut Vec<String>) {
     lines.extend(shown);
     for one in list(answer, "Workers") {
         let worker = text(&one, "Worker");
-        lines.extend(balancing(&worker, part(&one, "Balancing")));
+        let view = part(&one, "Balancing");
+        // A worker that knows of no such service balances nothing; why it picks nobody stands below.
+        if !text(view, "Policy").is_empty() {
+            lines.extend(balancing(&worker, view));
+        }
         for tunnel in list(&one, "Tunnels") {
             let (peer, ends) = (text(&tunnel, "Peer"), text(&tunnel, "Ends"));
             lines.push(format!("  worker {worker} has a tunnel to {peer}, whose certificate ends {ends}"));
@@ -193,5 +197,28 @@ fn instances(answer: &Value, lines: &mut Vec<String>) {
         if !none.is_empty() {
             lines.push(format!("  worker {worker} picks nobody: {none}"));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_worker_that_knows_of_no_such_service_says_only_why_it_picks_nobody() {
+        let limits = json!({"Requests": {"UnderWay": 1, "Most": 5}, "Connections": {"UnderWay": 2, "Most": 6}});
+        let worker = |policy: &str, limits: Value| json!({"Worker": 0, "Balancing": {"Policy": policy, "Limits": limits}, "WhyNone": "nobody has the service"});
+        let told = |worker: Value| {
+            let mut lines = Vec::new();
+            instances(&json!({"Destination": "nobody", "Workers": [worker]}), &mut lines);
+            lines.join("\n")
+        };
+        let unknown = told(worker("", json!({})));
+        assert!(!unknown.contains("balances by"), "{unknown}");
+        assert!(unknown.contains("worker 0 picks nobody: nobody has the service"), "{unknown}");
+        let known = told(worker("round_robin", limits));
+        assert!(known.contains("worker 0 balances by round_robin; under way from here: 1 of 5 requests"), "{known}");
     }
 }

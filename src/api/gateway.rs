@@ -11,8 +11,10 @@ use super::catalog::{has_tags, is_shown};
 use super::index::Topic;
 use super::query::ReadOptions;
 use super::shape::put_if;
+use super::sift;
 use crate::catalogue::Snapshot;
-use crate::model::{INGRESS_GATEWAY, Instance, ServiceName};
+use crate::filter::{self, Fields, Kind};
+use crate::model::{INGRESS_GATEWAY, Instance, Protocol, ServiceName};
 use crate::registry::LocalState;
 
 /// Returns the gateways' instances by which the service that the path names is reached, in order of (node, id).
@@ -34,40 +36,86 @@ pub(super) fn instances(
 /// `GET /v1/catalog/gateway-services/:gateway`
 pub(super) async fn services(call: Call) -> Result<Reply, Refusal> {
     let options = ReadOptions::parse(&call)?;
+    drop(sift::filter::<Row<'_>>(&call)?);
     let (snapshot, index) = block::wait(&call, options.blocking, Topic::Ingress).await?;
-    let rows = call.argument.parse().map(|gateway: ServiceName| rows(&snapshot, &gateway)).unwrap_or_default();
-    Reply::at_index(&call, &rows, index)
+    let filter = sift::filter::<Row<'_>>(&call)?;
+    let gateway: Option<ServiceName> = call.argument.parse().ok();
+    let rows = gateway.iter().flat_map(|gateway| rows(&snapshot, gateway));
+    let shapes: Vec<Value> =
+        rows.filter(|row| filter.is_match(row)).map(|row| row.shape(snapshot.traffic_index)).collect();
+    Reply::at_index(&call, &shapes, index)
 }
 
-/// Shows each port and service of a gateway's entry; what the service `*` stands for at this moment is marked.
-fn rows(snapshot: &Snapshot, gateway: &ServiceName) -> Vec<Value> {
+/// A service that a gateway leads to, by one of its ports.
+struct Row<'a> {
+    gateway: &'a ServiceName,
+    service: &'a ServiceName,
+    port: u16,
+    protocol: Protocol,
+    /// Those that its entry names.
+    hosts: &'a [Box<str>],
+    /// The service `*` stands for it at this moment.
+    is_from_wildcard: bool,
+}
+
+impl Row<'_> {
+    fn shape(&self, index: u64) -> Value {
+        let mut shape = json!({
+            "Gateway": {"Name": self.gateway},
+            "Service": {"Name": self.service},
+            "GatewayKind": INGRESS_GATEWAY,
+            "Port": self.port,
+            "Protocol": self.protocol.as_str(),
+            "CreateIndex": index,
+            "ModifyIndex": index,
+        });
+        put_if(&mut shape, "Hosts", !self.hosts.is_empty(), || json!(self.hosts));
+        put_if(&mut shape, "FromWildcard", self.is_from_wildcard, || json!(true));
+        shape
+    }
+}
+
+impl Fields for Row<'_> {
+    const FIELDS: &'static [(&'static str, Kind)] = &[
+        ("FromWildcard", Kind::Flag),
+        ("Gateway.Name", Kind::Text),
+        ("GatewayKind", Kind::Text),
+        ("Hosts", Kind::Texts),
+        ("Port", Kind::Number),
+        ("Protocol", Kind::Text),
+        ("Service.Name", Kind::Text),
+    ];
+
+    fn value(&self, name: &str) -> filter::Value<'_> {
+        match name {
+            "FromWildcard" => filter::Value::Flag(self.is_from_wildcard),
+            "Gateway.Name" => filter::Value::text(self.gateway.as_str()),
+            "GatewayKind" => filter::Value::text(INGRESS_GATEWAY),
+            "Hosts" => filter::Value::Texts(self.hosts),
+            "Port" => filter::Value::Number(self.port.into()),
+            "Protocol" => filter::Value::text(self.protocol.as_str()),
+            "Service.Name" => filter::Value::text(self.service.as_str()),
+            _ => filter::Value::Absent,
+        }
+    }
+}
+
+/// Returns each port and service of a gateway's entry, in its order; for `*` what it stands for at this moment.
+fn rows<'a>(snapshot: &'a Snapshot, gateway: &'a ServiceName) -> Vec<Row<'a>> {
     let mut rows = Vec::new();
     for listener in snapshot.traffic.gateway(gateway).iter().flat_map(|entry| &entry.listeners) {
-        let row = |service: &ServiceName| {
-            json!({
-                "Gateway": {"Name": gateway},
-                "Service": {"Name": service},
-                "GatewayKind": INGRESS_GATEWAY,
-                "Port": listener.port,
-                "Protocol": listener.protocol.as_str(),
-                "CreateIndex": snapshot.traffic_index,
-                "ModifyIndex": snapshot.traffic_index,
-            })
+        let row = |service: &'a ServiceName, hosts: &'a [Box<str>], is_from_wildcard| {
+            let (port, protocol) = (listener.port, listener.protocol);
+            Row { gateway, service, port, protocol, hosts, is_from_wildcard }
         };
         for exposed in &listener.services {
             if let Some(service) = &exposed.service {
-                let mut named = row(service);
-                put_if(&mut named, "Hosts", !exposed.hosts.is_empty(), || json!(exposed.hosts));
-                rows.push(named);
+                rows.push(row(service, &exposed.hosts, false));
                 continue;
             }
             let is_meant =
                 |service: &&ServiceName| snapshot.is_exposed_unnamed(service) && !listener.names(service.as_str());
-            for service in snapshot.services.keys().filter(is_meant) {
-                let mut unnamed = row(service);
-                put_if(&mut unnamed, "FromWildcard", true, || json!(true));
-                rows.push(unnamed);
-            }
+            rows.extend(snapshot.services.keys().filter(is_meant).map(|service| row(service, &[], true)));
         }
     }
     rows

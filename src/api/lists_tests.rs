@@ -304,6 +304,20 @@ async fn gateways_are_listed_by_the_services_that_they_lead_to() {
     ]);
     assert_eq!(bench.get("/v1/catalog/gateway-services/edge").await.json(), want);
     assert_eq!(bench.get("/v1/catalog/gateway-services/nobody").await.json(), json!([]));
+    for (filter, rows) in [
+        ("Port == 9001", &[3][..]),
+        ("Protocol == http and FromWildcard == false", &[0]),
+        ("\"shop.example\" in Hosts", &[0]),
+        ("Service.Name == db", &[2, 3]),
+        ("Gateway.Name != edge", &[]),
+    ] {
+        let path =
+            format!("/v1/catalog/gateway-services/edge?filter={}", filter.replace(' ', "%20").replace('"', "%22"));
+        let want: Vec<&Value> = rows.iter().map(|row: &usize| &want[*row]).collect();
+        assert_eq!(bench.get(&path).await.json(), json!(want), "{filter}");
+    }
+    let refused = bench.get("/v1/catalog/gateway-services/edge?filter=Colour%20==%20red").await;
+    assert_eq!(refused.status, StatusCode::BAD_REQUEST, "{}", refused.text);
 }
 
 #[tokio::test]

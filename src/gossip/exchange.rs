@@ -214,8 +214,8 @@ mod tests {
 
     use super::*;
     use crate::gossip::engine::{Held, SyncReply, Trade};
-    use crate::gossip::talk::pair;
     use crate::model::Generation;
+    use crate::transport::fixture::pair;
 
     fn desks() -> Desks {
         Desks { documents: documents::queue().0, shared: shared::queue().0 }

@@ -20,7 +20,7 @@ pub(super) async fn reach(gossip: mpsc::Sender<Command>, peer: NodeName) -> Resu
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gossip::talk::pair;
+    use crate::transport::fixture::pair;
 
     type Reply = oneshot::Sender<Result<Connection, String>>;
 

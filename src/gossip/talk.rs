@@ -114,31 +114,3 @@ pub(super) async fn ask<O: From<Q>, Q, T>(
 pub(super) fn answer<T>(reply: oneshot::Sender<T>, value: T) {
     let _unwanted = reply.send(value);
 }
-
-/// Two ends of one connection over loopback; the endpoints live as long as the pair.
-#[cfg(test)]
-pub(super) struct Pair {
-    pub(super) dialer: Connection,
-    pub(super) listener: Connection,
-    _endpoints: [quinn::Endpoint; 2],
-}
-
-/// Makes one.
-#[cfg(test)]
-pub(super) async fn pair() -> Pair {
-    use quinn::{ClientConfig, Endpoint, ServerConfig};
-    let made = rcgen::generate_simple_self_signed(vec!["peer".to_owned()]).unwrap();
-    let certificate = made.cert.der().clone();
-    let key = rustls::pki_types::PrivateKeyDer::try_from(made.signing_key.serialize_der()).unwrap();
-    let server = ServerConfig::with_single_cert(vec![certificate.clone()], key).unwrap();
-    let listener = Endpoint::server(server, "127.0.0.1:0".parse().unwrap()).unwrap();
-    let mut roots = rustls::RootCertStore::empty();
-    roots.add(certificate).unwrap();
-    let client = ClientConfig::with_root_certificates(std::sync::Arc::new(roots)).unwrap();
-    let dialer = Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
-    let addr = listener.local_addr().unwrap();
-    let dial = async { dialer.connect_with(client, addr, "peer").unwrap().await.unwrap() };
-    let accept = async { listener.accept().await.unwrap().await.unwrap() };
-    let (dialled, accepted) = tokio::join!(dial, accept);
-    Pair { dialer: dialled, listener: accepted, _endpoints: [dialer, listener] }
-}

@@ -356,12 +356,12 @@ fn compact(buffer: BytesMut) -> Bytes {
 #[cfg(test)]
 mod tests {
     use std::net::Ipv4Addr;
-    use std::sync::Arc;
 
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpListener;
 
     use super::*;
+    use crate::transport::fixture::pair_with;
 
     struct Uncounted;
 
@@ -372,25 +372,10 @@ mod tests {
 
     /// Both ends of a connection on which silence is no sign of anything.
     async fn tunnel() -> ([quinn::Endpoint; 2], quinn::Connection, quinn::Connection) {
-        let key = rcgen::generate_simple_self_signed(["peer".to_owned()]).unwrap();
-        let der = key.cert.der().clone();
-        let private = rustls::pki_types::PrivateKeyDer::try_from(key.signing_key.serialize_der()).unwrap();
         let mut patient = quinn::TransportConfig::default();
         patient.max_idle_timeout(None);
-        let patient = Arc::new(patient);
-        let mut config = quinn::ServerConfig::with_single_cert(vec![der.clone()], private).unwrap();
-        config.transport_config(Arc::clone(&patient));
-        let server = quinn::Endpoint::server(config, (Ipv4Addr::LOCALHOST, 0).into()).unwrap();
-        let mut roots = rustls::RootCertStore::empty();
-        roots.add(der).unwrap();
-        let mut config = quinn::ClientConfig::with_root_certificates(Arc::new(roots)).unwrap();
-        config.transport_config(patient);
-        let mut client = quinn::Endpoint::client((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
-        client.set_default_client_config(config);
-        let dialling = client.connect(server.local_addr().unwrap(), "peer").unwrap();
-        let accepting = async { server.accept().await.unwrap().await.unwrap() };
-        let (near, far) = tokio::join!(dialling, accepting);
-        ([client, server], near.unwrap(), far)
+        let pair = pair_with(patient).await;
+        (pair.endpoints, pair.dialer, pair.listener)
     }
 
     #[tokio::test]

@@ -56,7 +56,7 @@ pub struct Exposed {
     /// None: every service that takes requests.
     pub service: Option<ServiceName>,
     /// In lower case; empty: `NAME.ingress.*`.
-    pub hosts: Vec<String>,
+    pub hosts: Vec<Box<str>>,
     /// Of the request, before routes and intentions look at it.
     pub request_headers: HeaderEdit,
     /// Of the response.
@@ -148,7 +148,7 @@ impl Hosts {
             let before = match host.strip_prefix('*') {
                 Some("") => self.any.replace(Arc::clone(exposed)),
                 Some(rest) => self.suffixes.insert(rest.trim_start_matches('.').to_owned(), Arc::clone(exposed)),
-                None => self.exact.insert(host.clone(), Arc::clone(exposed)),
+                None => self.exact.insert(host.to_string(), Arc::clone(exposed)),
             };
             if before.is_some() {
                 problems.add(format!("{path}.Hosts"), format!("have {host:?}, which this listener has already"));
@@ -258,7 +258,7 @@ fn exposed(node: &Node<'_>, protocol: Protocol, problems: &mut Problems) -> Opti
     if !given.is_empty() && service == Some(None) {
         problems.add(&*path, "are refused for the service *: each service is at NAME.ingress.*");
     }
-    let hosts: Vec<String> = given.into_iter().filter_map(|(path, text)| host(text, path, problems)).collect();
+    let hosts = given.into_iter().filter_map(|(path, text)| host(text, path, problems)).collect();
     let request_headers = edits(&mut object, "RequestHeaders", problems);
     let response_headers = edits(&mut object, "ResponseHeaders", problems);
     let has_edits = !request_headers.is_empty() || !response_headers.is_empty();
@@ -270,13 +270,13 @@ fn exposed(node: &Node<'_>, protocol: Protocol, problems: &mut Problems) -> Opti
 }
 
 /// Reads a host: a name, `*.` and a name, or `*`; in lower case.
-fn host(text: &str, path: String, problems: &mut Problems) -> Option<String> {
+fn host(text: &str, path: String, problems: &mut Problems) -> Option<Box<str>> {
     let host = text.strip_suffix('.').unwrap_or(text).to_ascii_lowercase();
     let name = host.strip_prefix("*.").unwrap_or(&host);
     let is_letter = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');
     let is_label = |label: &str| (1..=LABEL_BYTES_MAX).contains(&label.len()) && label.bytes().all(is_letter);
     if host == "*" || (host.len() <= HOST_BYTES_MAX && name.split('.').all(is_label)) {
-        return Some(host);
+        return Some(host.into());
     }
     let start: String = text.chars().take(LABEL_BYTES_MAX).collect();
     problems.add(path, format!("must be a host without a port, `*.` and the end of hosts, or `*`, and is {start:?}"));

@@ -18,6 +18,8 @@ mod congestion;
 mod control;
 mod credentials;
 mod error;
+#[cfg(test)]
+pub(crate) mod fixture;
 mod live;
 mod metrics;
 mod port;

@@ -279,6 +279,19 @@ impl Agent {
         });
     }
 
+    /// Waits until the catalogue lists exactly these nodes. A member is listed a little after it is known to live: once its
+    /// own records arrived.
+    #[track_caller]
+    pub(crate) fn wait_nodes(&self, want: &[&str]) {
+        until(&format!("{} lists the nodes {want:?}", self.name), || {
+            let list = self.try_get("/v1/catalog/nodes")?.json();
+            let names =
+                list.as_array().into_iter().flatten().map(|node| node["Node"].as_str().unwrap_or("?").to_owned());
+            let seen: Vec<String> = names.collect();
+            if seen == want { Ok(()) } else { Err(format!("{seen:?}")) }
+        });
+    }
+
     /// Waits until `service` has exactly these passing instances (by id).
     #[track_caller]
     pub(crate) fn wait_passing(&self, service: &str, want: &[&str]) {

@@ -129,8 +129,10 @@ impl Pair {
             "n2",
             &[&["-join", &seed, "-token", &token][..], &with_kv].concat(),
         ));
-        first.wait_members(&["n1=1", "n2=1"]);
-        second.wait_members(&["n1=1", "n2=1"]);
+        for agent in [&first, &second] {
+            agent.wait_members(&["n1=1", "n2=1"]);
+            agent.wait_nodes(&["n1", "n2"]);
+        }
         Self { _ca: ca, _files: files, first, second }
     }
 

@@ -327,6 +327,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
+    use crate::transport::fixture::pair;
 
     /// Says nothing: no connection comes about in these tests.
     #[derive(Clone)]
@@ -485,31 +486,14 @@ mod tests {
         }
     }
 
-    /// A connection over loopback, and what keeps it.
-    async fn connection() -> (Connection, (Connection, [quinn::Endpoint; 2])) {
-        let key = rcgen::generate_simple_self_signed(["n1".to_owned()]).unwrap();
-        let der = key.cert.der().clone();
-        let private = rustls::pki_types::PrivateKeyDer::try_from(key.signing_key.serialize_der()).unwrap();
-        let server = quinn::ServerConfig::with_single_cert(vec![der.clone()], private).unwrap();
-        let server = quinn::Endpoint::server(server, "127.0.0.1:0".parse().unwrap()).unwrap();
-        let mut roots = rustls::RootCertStore::empty();
-        roots.add(der).unwrap();
-        let mut client = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
-        client.set_default_client_config(quinn::ClientConfig::with_root_certificates(Arc::new(roots)).unwrap());
-        let connecting = client.connect(server.local_addr().unwrap(), "n1").unwrap();
-        let accepting = async { server.accept().await.unwrap().await.unwrap() };
-        let (connection, accepted) = tokio::join!(connecting, accepting);
-        (connection.unwrap(), (accepted, [server, client]))
-    }
-
     #[tokio::test]
     async fn an_exchange_that_panics_gives_its_place_back_and_is_one_that_failed() {
-        let (connection, _kept) = connection().await;
+        let pair = pair().await;
         let (mut carrier, mut commands, _members) = carrier_of(Doomed, &["n1", "own"]);
         let mut reaching = JoinSet::new();
         reaching.spawn(async move {
             while let Some(Command::Reach(_, reply)) = commands.recv().await {
-                let _unwanted = reply.send(Ok(connection.clone()));
+                let _unwanted = reply.send(Ok(pair.dialer.clone()));
             }
         });
         for item in 0..2 {

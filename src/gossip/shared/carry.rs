@@ -460,8 +460,9 @@ mod tests {
     use super::*;
     use crate::gossip::carrier::Places;
     use crate::gossip::engine::Stage;
-    use crate::gossip::talk::{answer, pair};
+    use crate::gossip::talk::answer;
     use crate::lww::Table;
+    use crate::transport::fixture::pair;
 
     const NOW_MS: u64 = 1_800_000_000_000;
 

@@ -41,6 +41,7 @@ use crate::model::{Instance, NodeInfo, Protocol, ServeScope, ServiceRecord, Spif
 use crate::proxy::head::HEADERS_MAX;
 use crate::proxy::{Lease, Route, Source};
 use crate::routing::{Ask, Balancer, ConnectBackoff, Flow, NoInstance};
+use crate::transport::fixture::pair;
 
 /// A worker whose instances are fixed connections, tried in turn.
 struct Loopback {
@@ -178,20 +179,9 @@ impl Loopback {
 
     /// Adds an instance that the test itself serves at the far end of the returned tunnel.
     async fn add_tunnel(&self) -> (quinn::Connection, [quinn::Endpoint; 2]) {
-        let key = rcgen::generate_simple_self_signed(["n2".to_owned()]).unwrap();
-        let der = key.cert.der().clone();
-        let private = rustls::pki_types::PrivateKeyDer::try_from(key.signing_key.serialize_der()).unwrap();
-        let server = quinn::ServerConfig::with_single_cert(vec![der.clone()], private).unwrap();
-        let server = quinn::Endpoint::server(server, "127.0.0.1:0".parse().unwrap()).unwrap();
-        let mut roots = rustls::RootCertStore::empty();
-        roots.add(der).unwrap();
-        let mut client = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
-        client.set_default_client_config(quinn::ClientConfig::with_root_certificates(Arc::new(roots)).unwrap());
-        let connecting = client.connect(server.local_addr().unwrap(), "n2").unwrap();
-        let accepting = async { server.accept().await.unwrap().await.unwrap() };
-        let (tunnel, accepted) = tokio::join!(connecting, accepting);
-        self.tunnels.borrow_mut().push(tunnel.unwrap());
-        (accepted, [server, client])
+        let pair = pair().await;
+        self.tunnels.borrow_mut().push(pair.dialer);
+        (pair.listener, pair.endpoints)
     }
 
     /// Adds an instance whose app listens at `app`.
