@@ -84,11 +84,13 @@ def nodes_without_an_agent(first, second):
     assert (found[0]["Node"], found[0]["Address"], found[0]["ServicePort"]) == ("db-host", "192.0.2.77", 5432), found
     check = {"name": "up", "checkid": "db-up", "status": "critical", "serviceid": "db-1"}
     assert first.catalog.register("db-host", "192.0.2.77", check=check) is True
+    deadline = time.monotonic() + PATIENCE
     while second.health.service("db", passing=True)[1]:
         assert time.monotonic() < deadline, second.health.service("db")
         time.sleep(0.05)
     assert first.catalog.deregister("db-host", check_id="db-up") is True
     assert first.catalog.deregister("db-host") is True
+    deadline = time.monotonic() + PATIENCE
     while "db-host" in [node["Node"] for node in second.catalog.nodes()[1]]:
         assert time.monotonic() < deadline, second.catalog.nodes()
         time.sleep(0.05)

@@ -117,7 +117,7 @@ fn a_ca_s_lists_are_tables_or_json() {
     let ca = Ca::init("cli.test");
     ca.token("web-*", "web", "1h");
     let dir = ca.dir();
-    let nobody = format!("-http-addr={}:8500", loopback_ip(229));
+    let nobody = format!("-http-addr={}:8500", loopback_ip(233));
     for words in [&["ca", "issuer", "list"][..], &["ca", "operator", "list"], &["token", "list"]] {
         let words = [words, &["-ca", path(&dir), &nobody]].concat();
         let table = weft_ok(&words);
@@ -315,7 +315,7 @@ fn a_renewed_certificate_of_https_is_shown_after_a_reload_and_a_broken_one_chang
     let files = format!("cert_file = \"{}\"\n    key_file = \"{}\"", path(&cert), path(&key));
     fs::write(&config, format!("ports {{\n  https = 8501\n}}\ntls {{\n  https {{\n    {files}\n  }}\n}}\n")).unwrap();
     let issuer = ca.issuer();
-    let agent = Agent::start(&Spec::loopback(231, "n1", &["-issuer", path(&issuer), "-config-file", path(&config)]));
+    let agent = Agent::start(&Spec::loopback(234, "n1", &["-issuer", path(&issuer), "-config-file", path(&config)]));
     let (plain, secure) = (format!("-http-addr={}", agent.api), format!("-http-addr=https://{}:8501", agent.api.ip()));
     let is_believed = |roots: &std::path::Path| {
         weft(&["members", &secure, "-tls-server-name=mesh.example", "-ca-file", path(roots)]).status.success()

@@ -9,6 +9,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use serde_json::Value;
 use tempfile::TempDir;
@@ -16,7 +17,7 @@ use tempfile::TempDir;
 use crate::agent::{Agent, Ca, Spec, loopback_ip, path, weft_ok};
 use crate::app::App;
 use crate::http::request;
-use crate::wait::until;
+use crate::wait::{PATIENCE, until, until_within};
 
 /// Where `tests/clients/install.sh` put the clients, if it was run: beside the build, or where `WEFT_CLIENTS` says.
 pub(crate) fn installed(name: &str) -> Option<PathBuf> {
@@ -75,7 +76,13 @@ impl Running {
     /// Waits for a line that `is_it` takes, beginning with the newest; the client must run on, or have ended well.
     #[track_caller]
     pub(crate) fn wait_line(&mut self, what: &str, is_it: impl Fn(&str) -> bool) -> String {
-        until(what, || {
+        self.wait_line_within(PATIENCE, what, is_it)
+    }
+
+    /// The same, for what takes longer than one step.
+    #[track_caller]
+    pub(crate) fn wait_line_within(&mut self, patience: Duration, what: &str, is_it: impl Fn(&str) -> bool) -> String {
+        until_within(patience, what, || {
             let printed = self.printed();
             if let Some(line) = printed.iter().rev().find(|line| is_it(line)) {
                 return Ok(line.clone());
@@ -145,7 +152,9 @@ impl Pair {
 #[track_caller]
 fn drill(pair: Pair, client: &mut Command) {
     let mut client = Running::start(client.args(pair.addresses()));
-    client.wait_line("the client asks to kill the second agent", |line| line == "kill the second");
+    // A dozen steps, each of which has its own patience: a client that misses one ends with an error.
+    client
+        .wait_line_within(10 * PATIENCE, "the client asks to kill the second agent", |line| line == "kill the second");
     pair.second.kill();
     client.wait_line("the client saw it", |line| line == "done");
     client.wait_end();
@@ -189,8 +198,8 @@ fn rs_consul_watches_what_the_command_line_registers_and_fails_over() {
     register(&pair.second, "web-2", &two);
     let both = format!(" web-1@{one}:80 web-2@{two}:80");
     client.wait_line("both instances", |line| line.ends_with(&both));
-    pair.second.put_ok("/v1/agent/check/fail/service:web-2", "");
     let seen = client.printed().len();
+    pair.second.put_ok("/v1/agent/check/fail/service:web-2", "");
     let newest = |printed: &[String]| printed.iter().skip(seen).cloned().collect::<Vec<String>>();
     until("the failed one is gone", || {
         let new = newest(&client.printed());

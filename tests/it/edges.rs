@@ -12,7 +12,7 @@ use tempfile::TempDir;
 use crate::agent::{Agent, Ca, Spec, loopback_ip, path, weft_ok};
 use crate::clients::{Running, found, installed, program};
 use crate::netns_policy::operator;
-use crate::wait::until;
+use crate::wait::{PATIENCE, until};
 
 /// What nginx serves: more than windows and buffers on the way hold.
 const FILE_BYTES: usize = 24 << 20;
@@ -152,7 +152,7 @@ fn grpcio_websockets_and_uploads_of_curl_work_through_the_mesh() {
 
     let addrs = [GRPC, WS].map(|port| pair.at(port).to_string());
     let mut clients = Running::start(Command::new(&python).args([path(&script), "call"]).args(&addrs));
-    clients.wait_line("gRPC and WebSocket clients are done", |line| line == "done");
+    clients.wait_line_within(10 * PATIENCE, "gRPC and WebSocket clients are done", |line| line == "done");
     clients.wait_end();
     let shown = [
         "grpc unary",

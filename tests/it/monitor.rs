@@ -62,7 +62,7 @@ fn a_monitor_hears_lines_as_they_come_at_its_level_and_its_place_is_free_once_it
     let (issuer, dir) = (ca.issuer(), path(files.path()).to_owned());
     // The agent's own log is off: a monitor has a level of its own.
     let args = ["-issuer", path(&issuer), "-config-dir", &dir, "-log-level", "off"];
-    let agent = Agent::start(&Spec::loopback(228, "n1", &args));
+    let agent = Agent::start(&Spec::loopback(232, "n1", &args));
     let open = |query: &str| {
         let (status, listener) = Listener::ask(&agent, query);
         assert_eq!(status, "HTTP/1.1 200 OK");

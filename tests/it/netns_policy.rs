@@ -65,6 +65,7 @@ impl Cluster {
         n3.put_ok("/v1/agent/service/register", CALLER);
         n3.wait_passing("raw", &["raw"]);
         n3.wait_passing("web", &["web"]);
+        n1.wait_passing("caller", &["caller"]);
         Some(Self { n1, n2, n3, ca, lab, _apps: apps })
     }
 
@@ -250,6 +251,9 @@ fn scenario_17_what_an_insider_brings_is_refused_everywhere_and_scenario_16_pois
     }
     let old = n1.get("/v1/mesh/export")["Documents"][0]["Document"].as_str().unwrap().to_owned();
     sign(&alice, &["intention", "create", "-deny", "caller", "raw", "-replace"]);
+    for agent in [n1, &n2, n3] {
+        wait_verdict(agent, false, "caller:raw");
+    }
 
     // An operator outside its scope: refused by its own command, and by each node if it goes round that.
     let local = weft_on(&lab.host(1), &["intention", "create", "caller", "raw", "-replace", "-operator", path(&ci)]);
@@ -380,7 +384,7 @@ fn an_agent_with_policy_authority_signs_for_clients_with_the_token_and_a_backup_
     std::fs::write(&token, "0123456789abcdef-admin").unwrap();
     let flags =
         ["-issuer", path(&issuer), DENY, "-policy-authority", path(&authority), "-admin-token-file", path(&token)];
-    let agent = Agent::start_with_token(&Spec::loopback(1, "n1", &flags), "0123456789abcdef-admin");
+    let agent = Agent::start_with_token(&Spec::loopback(30, "n1", &flags), "0123456789abcdef-admin");
     let api = agent.api;
     let call = |method: &str, target: &str, body: &str| {
         crate::http::request(api, method, target, &[("x-consul-token", "0123456789abcdef-admin")], body).unwrap()
@@ -428,7 +432,7 @@ fn an_agent_with_policy_authority_signs_for_clients_with_the_token_and_a_backup_
     weft_ok(&["export", "-out", path(&backup), "-http-addr", &address, "-token", secret]);
     let text = std::fs::read_to_string(&backup).unwrap();
     assert!(text.contains("\"SourceName\": \"web\"") && text.contains("\"Protocol\": \"http\""), "{text}");
-    let fresh = Agent::start(&Spec::loopback(2, "n1", &["-issuer", path(&issuer), DENY]));
+    let fresh = Agent::start(&Spec::loopback(31, "n1", &["-issuer", path(&issuer), DENY]));
     let imported = weft_ok(&["import", path(&backup), "-http-addr", &fresh.api.to_string()]);
     assert!(imported.contains("0 refused"), "{imported}");
     let restored = fresh.get("/v1/connect/intentions/check?source=web&destination=db");
@@ -534,7 +538,7 @@ fn what_ends_soon_is_told_in_log_metrics_and_lists() {
     let issuer = ca.issuer();
     let flags = ["-issuer", path(&issuer), DENY, "-policy-authority", path(&out), "-admin-token-file", path(&token)];
     // Fifty minutes on, ten of the operator's hour are left.
-    let mut spec = Spec::loopback(3, "n1", &flags);
+    let mut spec = Spec::loopback(32, "n1", &flags);
     spec.wrap = crate::agent::at_offset("+50m");
     let agent = Agent::start_with_token(&spec, "0123456789abcdef-admin");
     let (address, secret) = (agent.api.to_string(), "0123456789abcdef-admin");

@@ -198,7 +198,7 @@ fn retries_save_requests_timeouts_say_why_and_a_fault_goes_by_one_command() {
     let Some(cluster) = Cluster::start() else { return };
     let _good = cluster.serve(2, "web", "good", (7001, 200, Duration::ZERO));
     let _bad = cluster.serve(3, "web", "bad", (7002, 503, Duration::ZERO));
-    let _shadow = cluster.serve(3, "shadow", "shadow", (7003, 200, Duration::from_secs(2)));
+    let _shadow = cluster.serve(3, "shadow", "shadow", (7003, 200, Duration::from_secs(10)));
     cluster.n1.wait_passing("web", &["bad", "good"]);
     cluster.n1.wait_passing("shadow", &["shadow"]);
 
@@ -214,8 +214,10 @@ fn retries_save_requests_timeouts_say_why_and_a_fault_goes_by_one_command() {
     });
     let failed = |count: usize| (0..count).filter(|_| cluster.call("/", &[]).status != 200).count();
     assert!(failed(40) > 5, "half of the instances answer 503");
-    cluster.write(&router(&json!([{"Match": {"HTTP": {"PathPrefix": "/"}}, "Destination": {
-        "NumRetries": 2, "RetryOnStatusCodes": [503], "RetryBackoff": {"BaseInterval": "1ms"}, "RequestTimeout": "700ms"}}])));
+    cluster.write(&router(&json!([
+        {"Match": {"HTTP": {"PathPrefix": "/hang"}}, "Destination": {"RequestTimeout": "700ms"}},
+        {"Match": {"HTTP": {"PathPrefix": "/"}}, "Destination": {
+            "NumRetries": 2, "RetryOnStatusCodes": [503], "RetryBackoff": {"BaseInterval": "1ms"}}}])));
     assert_eq!(failed(100), 0, "a retry meets the other instance");
     assert!(metric(&cluster.n1, "weft_http_retries_saved_total{destination_service=\"web\"}") >= 20.0);
 
@@ -234,12 +236,12 @@ fn retries_save_requests_timeouts_say_why_and_a_fault_goes_by_one_command() {
     cluster.delete("service-faults", "web");
     assert_eq!(failed(10), 0);
 
-    // A mirror that takes two seconds slows nothing.
+    // A mirror that takes ten seconds slows nothing.
     cluster.write(&router(&json!([{"Match": {"HTTP": {"PathPrefix": "/"}}, "Destination": {
         "NumRetries": 2, "RetryOnStatusCodes": [503], "Mirror": {"Service": "shadow", "Percent": 100}}}])));
     let begun = Instant::now();
     assert_eq!(failed(10), 0);
-    assert!(begun.elapsed() < Duration::from_secs(2), "ten requests took {:?} with a mirror of 2 s", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(10), "ten requests took {:?} with a mirror of 10 s", begun.elapsed());
     until("the mirror got its copies", || {
         let sent = metric(&cluster.n1, "weft_http_mirrored_total{destination_service=\"shadow\",outcome=\"sent\"}");
         if sent >= 10.0 { Ok(()) } else { Err(format!("{sent} copies")) }
@@ -264,7 +266,11 @@ fn a_hedge_takes_the_tail_of_a_slow_instance_whose_app_sees_its_callers_leave() 
         };
         (0..count).map(call).max().unwrap()
     };
-    assert!(worst(4) >= SLOW, "half of the instances take 2 s");
+    // Each worker takes turns of its own.
+    until("one of the instances takes 2 s", || match worst(4) {
+        took if took >= SLOW => Ok(()),
+        took => Err(format!("{took:?}")),
+    });
 
     let hedge =
         |hedge: Value| router(&json!([{"Match": {"HTTP": {"PathPrefix": "/"}}, "Destination": {"Hedge": hedge}}]));

@@ -185,13 +185,19 @@ fn a_collector_gets_the_spans_of_both_agents_in_one_chain_and_metrics_by_opentel
         let (sum, seconds) = (point["sum"].as_f64().unwrap(), point["seconds"].as_f64().unwrap());
         assert!((0.0..30.0).contains(&sum) && sum > 0.0 && (0.0..60.0).contains(&seconds), "{point}");
     }
-    let points = lines(&collector, "point");
-    let sent = points.iter().find(|point| point["name"] == "weft.gossip.sent").expect("gossip's bytes");
-    check(sent, &json!({"unit": "By", "kind": "sum", "temporality": 2}));
-    let members = points.iter().find(|point| {
+    // The collector prints point by point: the rest of an export may be on its way.
+    let first = |what: &str, is_it: &dyn Fn(&Value) -> bool| {
+        until(&format!("{what} arrive"), || {
+            let points = lines(&collector, "point");
+            points.iter().find(|point| is_it(point)).cloned().ok_or_else(|| format!("{} points", points.len()))
+        })
+    };
+    let sent = first("gossip's bytes", &|point| point["name"] == "weft.gossip.sent");
+    check(&sent, &json!({"unit": "By", "kind": "sum", "temporality": 2}));
+    let members = first("members", &|point| {
         point["name"] == "weft.membership.members" && point["attributes"] == json!({"weft.status": "alive"})
     });
-    check(members.expect("members"), &json!({"kind": "gauge", "value": 2.0}));
+    check(&members, &json!({"kind": "gauge", "value": 2.0}));
     assert!(lines(&collector, "request").iter().all(|request| request["key"] == KEY));
     for agent in [&mesh.n1, &mesh.n2] {
         assert!(!agent.log().contains(KEY), "a header is a secret:\n{}", agent.log());
