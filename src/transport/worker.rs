@@ -117,7 +117,6 @@ pub(super) fn start(
 ) -> Result<(quinn::Endpoint, JoinSet<()>), BindError> {
     let unknown = SocketAddr::from(([0, 0, 0, 0], 0));
     let addr = port.socket.local_addr().map_err(|source| BindError::Refused { addr: unknown, source })?;
-    let server = server(addr)?;
     let reads = if lane == Lane::Control { Reads::Single } else { Reads::Coalesced };
     let config = tune::endpoint(reset_key, lane);
     let refused = |source| BindError::Refused { addr, source };
@@ -129,8 +128,11 @@ pub(super) fn start(
         Lane::Control => Arc::new(ControlRuntime),
         Lane::Worker { .. } => Arc::new(quinn::TokioRuntime),
     };
-    let endpoint = quinn::Endpoint::new_with_abstract_socket(config, Some(server), socket, runtime);
-    Ok((endpoint.map_err(refused)?, helpers))
+    // The receive buffer first: making the TLS configuration takes memory and gives it back, and a buffer that lies on such
+    // memory is cleared, so that all of it would be in memory from then on.
+    let endpoint = quinn::Endpoint::new_with_abstract_socket(config, None, socket, runtime).map_err(refused)?;
+    endpoint.set_server_config(Some(server(addr)?));
+    Ok((endpoint, helpers))
 }
 
 /// Starts an endpoint that only dials, from a free port and for little traffic: a newcomer's, before it has a mesh port.
