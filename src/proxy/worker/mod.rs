@@ -168,6 +168,8 @@ pub(crate) struct Worker {
     notices: mpsc::Sender<Notice>,
     /// Nodes that announce what is outside their scope, at each call.
     outside_told: Seldom,
+    /// Streams of peers that are not of their service's protocol.
+    pub(super) unfit_told: Seldom,
     /// Instances of the targets that chains lead to.
     views: RefCell<Views>,
     tasks: TaskTracker,
@@ -249,6 +251,7 @@ impl Worker {
             backoff: RefCell::default(),
             notices: setup.notices,
             outside_told: Seldom::default(),
+            unfit_told: Seldom::default(),
             views: RefCell::default(),
             tasks: TaskTracker::new(),
             draining: setup.draining,
