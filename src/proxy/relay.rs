@@ -183,7 +183,7 @@ pub(crate) async fn relay(tcp: Tcp, send: Sending, recv: RecvStream, count: &imp
             (Way::Finished, Way::Finished) => Ending::Clean,
             _ => Ending::Reset,
         },
-        () = silence(&shared, idle) => Ending::Idle,
+        () = silence(&shared.moved_at, idle) => Ending::Idle,
     };
     if ending == Ending::Clean {
         tcp.close();
@@ -191,10 +191,10 @@ pub(crate) async fn relay(tcp: Tcp, send: Sending, recv: RecvStream, count: &imp
     ending
 }
 
-/// Returns when nothing has moved for `idle`.
-async fn silence(shared: &Shared<'_>, idle: Duration) {
+/// Returns when nothing has moved for `idle`; `moved_at` says when something did.
+pub(crate) async fn silence(moved_at: &Cell<Instant>, idle: Duration) {
     loop {
-        let until = shared.moved_at.get() + idle;
+        let until = moved_at.get() + idle;
         if until <= clock::now() {
             return;
         }

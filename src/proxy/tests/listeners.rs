@@ -121,8 +121,7 @@ async fn a_gateway_s_port_for_bytes_is_closed_while_its_service_takes_requests()
     mesh.a.say(&[edge(&[port])]);
     mesh.a.sees(port, is_listening).await;
     mesh.a.say(&[edge(&[port]), ("service-defaults", "web", json!({"Protocol": "http"}))]);
-    let is_told =
-        |state: Option<&ListenerState>| matches!(state, Some(ListenerState::Failed(why)) if why.contains("protocol http"));
+    let is_told = |state: Option<&ListenerState>| matches!(state, Some(ListenerState::Failed(why)) if why.contains("protocol http"));
     mesh.a.sees(port, is_told).await;
     refuses(port).await;
     mesh.a.say(&[edge(&[port])]);

@@ -46,6 +46,7 @@ use crate::routing::{
     Ask, Balancer, ConnectBackoff, GroupView, Limited, NoInstance, Notice, Observer, Outcome, Rates, Shared,
 };
 use crate::trace::Tracer;
+use crate::traffic::retry::Budgets;
 use crate::transport::{Credentials, Lane, LiveConnections, MeshPort, WorkerEndpoint};
 
 /// Connections that one worker holds from local apps, and streams from peers: 5 KB each when idle.
@@ -131,6 +132,7 @@ pub(super) struct Setup {
     pub(super) questions: mpsc::Receiver<inspect::Asked>,
     pub(super) balancing: Arc<Shared>,
     pub(super) rates: Arc<Rates>,
+    pub(super) budgets: Arc<Budgets>,
     pub(super) notices: mpsc::Sender<Notice>,
     pub(super) died: Arc<watch::Sender<Died>>,
 }
@@ -235,7 +237,7 @@ impl Worker {
             listener_retry: setup.listener_retry,
             listeners: setup.listeners,
             edges: Edges::new(setup.metrics.clone()),
-            http: HttpState::new(setup.http_metrics).sharing(setup.rates).tracing(setup.tracer),
+            http: HttpState::new(setup.http_metrics).sharing(setup.rates, setup.budgets).tracing(setup.tracer),
             udp: UdpState::new(setup.udp_metrics, setup.udp_accepted),
             connections: Rc::default(),
             streams: Rc::default(),
