@@ -417,11 +417,7 @@ fn caller_of(upstream: &UpstreamListener) -> Caller {
 fn protocol(snapshot: &Snapshot, upstream: &UpstreamListener) -> Option<Protocol> {
     match (known_protocol(snapshot, &upstream.destination), upstream.protocol) {
         (None, own) => own,
-        (Some(Protocol::Tcp), Some(own))
-            if own.is_http() && snapshot.traffic.protocol(&upstream.destination).is_none() =>
-        {
-            Some(own)
-        }
+        (Some(Protocol::Tcp), Some(own)) if snapshot.traffic.protocol(&upstream.destination).is_none() => Some(own),
         (known, _) => known,
     }
 }
@@ -482,7 +478,8 @@ mod tests {
         }
         for own in [None, Some(Tcp), Some(Udp)] {
             check((None, None), own, own);
-            check((Some(Tcp), None), own, Some(Tcp));
+            check((Some(Tcp), None), own, own.or(Some(Tcp)));
+            check((Some(Tcp), Some("tcp")), own, Some(Tcp));
             check((Some(Http), None), own, Some(Http));
             check((Some(Tcp), Some("grpc")), own, Some(Grpc));
             check((None, Some("http")), own, Some(Http));
