@@ -61,9 +61,7 @@ pub(crate) async fn relay(raw: Raw, send: TunnelSend, recv: RecvStream, received
             }
             relayed
         }
-        Raw::Stream(stream) => {
-            both(tokio::io::split(stream), Bytes::new(), (send, recv), received, IDLE_TIMEOUT).await
-        }
+        Raw::Stream(stream) => both(tokio::io::split(stream), Bytes::new(), (send, recv), received, IDLE_TIMEOUT).await,
     };
     if let Err(error) = relayed {
         debug!(error = %error, "upgraded connection aborted");
@@ -120,35 +118,40 @@ async fn both(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::transport::fixture::pair;
+    use crate::transport::fixture::pair_with;
 
     #[tokio::test]
-    async fn silence_ends_an_upgraded_stream_and_whatever_moves_keeps_it() {
-        const IDLE: Duration = Duration::from_millis(300);
-        let pair = pair().await;
-        let (send, recv) = pair.dialer.open_bi().await.unwrap();
+    async fn an_hour_of_silence_ends_an_upgraded_stream_and_each_byte_begins_it_anew() {
+        let mut patient = quinn::TransportConfig::default();
+        patient.max_idle_timeout(None);
+        let pair = pair_with(patient).await;
+        let (mut send, recv) = pair.dialer.open_bi().await.unwrap();
+        send.write_all(b"!").await.unwrap();
+        let (mut far_send, mut far_recv) = pair.listener.accept_bi().await.unwrap();
+        far_recv.read_exact(&mut [0]).await.unwrap();
         let (mut app, own) = tokio::io::duplex(64);
-        let relayed = both(tokio::io::split(own), Bytes::new(), (TunnelSend::new(send), recv), Bytes::new(), IDLE);
-        let begun = clock::now();
+
+        // From here on an hour is over at once if nothing happens in it.
+        tokio::time::pause();
         let talk = async {
-            let mut piece = [0];
-            let mut peer = None;
-            // One way is enough, and for longer than the silence that ends it.
-            while begun.elapsed() < IDLE * 2 {
-                app.write_all(b"x").await.unwrap();
-                if peer.is_none() {
-                    peer = Some(pair.listener.accept_bi().await.unwrap());
+            for turn in 0..4 {
+                tokio::time::sleep(Duration::from_mins(59)).await;
+                if turn % 2 == 0 {
+                    app.write_all(b"x").await.unwrap();
+                    far_recv.read_exact(&mut [0]).await.unwrap();
+                } else {
+                    far_send.write_all(b"y").await.unwrap();
+                    app.read_exact(&mut [0]).await.unwrap();
                 }
-                let Some((_, recv)) = &mut peer else { continue };
-                recv.read_exact(&mut piece).await.unwrap();
             }
-            (clock::now(), app, peer)
+            clock::now()
         };
-        let (ended, (last, app, peer)) = tokio::join!(relayed, talk);
-        assert!(matches!(ended, Err(RelayError::Silence(IDLE))), "{ended:?}");
-        assert!(last.elapsed() >= IDLE - Duration::from_millis(50), "it ended {:?} after the last byte", last.elapsed());
-        let (_send, mut recv) = peer.unwrap();
-        assert!(matches!(recv.read_chunk(1, true).await, Err(quinn::ReadError::Reset(_))), "it looks finished");
-        drop((app, pair));
+        let ends = (TunnelSend::new(send), recv);
+        let relayed = both(tokio::io::split(own), Bytes::new(), ends, Bytes::new(), IDLE_TIMEOUT);
+        let (ended, last) = tokio::join!(relayed, talk);
+        assert!(matches!(ended, Err(RelayError::Silence(IDLE_TIMEOUT))), "{ended:?}");
+        let silence = clock::now() - last;
+        assert!((Duration::from_mins(59)..Duration::from_mins(61)).contains(&silence), "{silence:?}");
+        assert!(matches!(far_recv.read(&mut [0]).await, Err(quinn::ReadError::Reset(_))), "it looks finished");
     }
 }
