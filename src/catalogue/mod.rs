@@ -159,7 +159,7 @@ pub struct UpstreamListener {
     pub source: ServiceName,
     /// Where calls go.
     pub destination: ServiceName,
-    /// Overrides the destination's declared protocol (`Config.protocol` of the upstream).
+    /// How calls are parsed where nothing but `tcp` is said of the destination (`Config.protocol` of the upstream).
     pub protocol: Option<Protocol>,
 }
 

@@ -314,9 +314,12 @@ fn admit(worker: &Worker, preamble: &Preamble, peer: &PeerIdentity) -> Result<Lo
     let local = snapshot.local.instances.get(&preamble.instance);
     let local = local.filter(|local| local.service == preamble.service).ok_or(StreamStatus::UnknownInstance)?;
     let protocol = snapshot.traffic.protocol(&preamble.service).unwrap_or(local.protocol);
-    // Who may call a service by TCP has no word in what listens by UDP on the same port, nor the other way.
-    if (protocol == Protocol::Udp) != (preamble.kind == StreamKind::Udp) {
-        debug!(peer = %peer.id, service = %preamble.service, protocol = protocol.as_str(), "a stream is not of its service's protocol");
+    if !fits(preamble.kind, protocol) {
+        worker.metrics.refused.with_label_values(&["protocol"]).inc();
+        if let Some(left_out) = worker.unfit_told.due(clock::now()) {
+            let (kind, protocol) = (preamble.kind.as_str(), protocol.as_str());
+            warn!(peer = %peer.id, service = %preamble.service, kind, protocol, left_out, "refusing a stream that is not of its service's protocol");
+        }
         return Err(StreamStatus::UnknownInstance);
     }
     // A request is decided over when its head has come.
@@ -335,6 +338,20 @@ fn admit(worker: &Worker, preamble: &Preamble, peer: &PeerIdentity) -> Result<Lo
     let mut local = local.clone();
     local.protocol = protocol;
     Ok(local)
+}
+
+/// Tells whether a stream of `kind` may go to a service of `protocol`.
+///
+/// Bytes never go to an app that takes requests: nobody would have looked at their heads, so the app would believe what they
+/// say of the caller, and neither permissions nor rates would hold. A request to a service of bytes is held against more than
+/// a stream of bytes is, and passes: callers may learn of a change of the protocol before its instances do. Who may call a
+/// service by TCP has no word in what listens by UDP on the same port, nor the other way.
+fn fits(kind: StreamKind, protocol: Protocol) -> bool {
+    match kind {
+        StreamKind::Tcp => protocol == Protocol::Tcp,
+        StreamKind::Http => protocol != Protocol::Udp,
+        StreamKind::Udp => protocol == Protocol::Udp,
+    }
 }
 
 /// Answers with a status other than ok.

@@ -8,8 +8,8 @@
 //!
 //! Invariants: a port that somebody else has is an error that `listeners` shows, never a port shared in silence; of two that
 //! ask for one the first has it (shared HTTP port, upstreams, gateways by name), and the log names the other; where a port
-//! leads is looked up for each connection; a port of datagrams stays with one worker per source address, by the kernel's
-//! hash.
+//! leads is looked up for each connection, and how it is parsed follows what the service is said to take: bytes are never
+//! carried where requests are due; a port of datagrams stays with one worker per source address, by the kernel's hash.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -23,10 +23,11 @@ use tokio::task::{AbortHandle, JoinSet};
 use tracing::{debug, info, warn};
 
 use super::relay::Tcp;
-use super::worker::{CONNECTIONS_MAX, Caller, Route, Slot, Source, Worker};
+use super::worker::{CONNECTIONS_MAX, Caller, Route, Slot, Source, Worker, within};
 use super::{ListenerState, Listeners, http, outbound, udp};
-use crate::catalogue::{Snapshot, UpstreamListener};
+use crate::catalogue::{GatewayPort, Snapshot, UpstreamListener};
 use crate::model::{Protocol, ServiceName};
+use crate::traffic::GatewayListener;
 
 /// Connections that wait to be accepted, per worker and port; the kernel bounds it by `net.core.somaxconn`.
 const BACKLOG: i32 = 1_024;
@@ -34,6 +35,9 @@ const BACKLOG: i32 = 1_024;
 const ACCEPT_REST: Duration = Duration::from_millis(100);
 /// Local ports of one agent, those of its gateways included.
 const LISTENERS_MAX: usize = 1_024;
+/// A connection whose instance takes no bytes waits this long for news that the service takes requests: a change spreads
+/// within a second.
+const TURN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What a port takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,8 +56,8 @@ impl Takes {
     }
 }
 
-/// Ports that are to be open.
-type Wanted = BTreeMap<SocketAddr, Takes>;
+/// Ports that are to be open, and those that may not be, each with the reason.
+type Wanted = BTreeMap<SocketAddr, Result<Takes, String>>;
 
 /// Ports that this worker listens on. When it goes, connections are not accepted; ports of datagrams drain by themselves.
 #[derive(Default)]
@@ -86,8 +90,13 @@ async fn lead(worker: &Rc<Worker>, held: &mut Held) {
         let has_failed = held.has_ended() || states.values().any(|state| Takes::of(state).is_none());
         if seen.as_ref() != Some(&wanted) || has_failed {
             held.keep(&wanted);
-            let open = |(addr, takes): (&SocketAddr, &Takes)| {
-                (*addr, open_first(worker, held, (*addr, *takes), states.get(addr)))
+            let open = |(addr, takes): (&SocketAddr, &Result<Takes, String>)| {
+                let before = states.get(addr);
+                let state = match takes {
+                    Ok(takes) => open_first(worker, held, (*addr, *takes), before),
+                    Err(reason) => unfit_port(*addr, reason, before),
+                };
+                (*addr, state)
             };
             states = wanted.iter().map(open).collect();
             let failed = states.values().filter(|state| Takes::of(state).is_none()).count();
@@ -112,10 +121,10 @@ async fn follow(worker: &Rc<Worker>, held: &mut Held) {
     let mut changes = worker.listeners.subscribe();
     loop {
         let states = changes.borrow_and_update().clone();
-        let is_open = |(addr, state): (SocketAddr, ListenerState)| Some((addr, Takes::of(&state)?));
+        let is_open = |(addr, state): (SocketAddr, ListenerState)| Some((addr, Ok(Takes::of(&state)?)));
         let wanted: Wanted = states.into_iter().filter_map(is_open).collect();
         held.keep(&wanted);
-        for (addr, takes) in wanted {
+        for (addr, takes) in wanted.into_iter().filter_map(|(addr, takes)| Some((addr, takes.ok()?))) {
             if let Err(error) = held.open(worker, addr, takes) {
                 warn!(%addr, %error, worker = worker.index, "worker cannot share an upstream port; it is tried again");
             }
@@ -137,14 +146,38 @@ fn wanted(worker: &Worker, snapshot: &Snapshot, states: &Listeners) -> Wanted {
         None => states.get(&upstream.bind).and_then(Takes::of).unwrap_or(Takes::Connections),
     };
     let upstreams = snapshot.local.upstreams.iter().filter(|upstream| worker.shared_http != Some(upstream.bind));
-    let shared = worker.shared_http.into_iter().map(|addr| (addr, Takes::Connections));
-    let gateways = snapshot.gateway_ports().map(|port| (port.bind, Takes::Connections));
-    let all = shared.chain(upstreams.map(|upstream| (upstream.bind, takes(upstream)))).chain(gateways);
+    let shared = worker.shared_http.into_iter().map(|addr| (addr, Ok(Takes::Connections)));
+    let of_gateway = |port: &GatewayPort<'_>| match unfit(snapshot, port.listener) {
+        None => Ok(Takes::Connections),
+        Some(reason) => Err(reason),
+    };
+    let gateways = snapshot.gateway_ports().map(|port| (port.bind, of_gateway(&port)));
+    let all = shared.chain(upstreams.map(|upstream| (upstream.bind, Ok(takes(upstream))))).chain(gateways);
     let mut wanted = Wanted::new();
     for (addr, takes) in all.take(LISTENERS_MAX) {
         wanted.entry(addr).or_insert(takes);
     }
     wanted
+}
+
+/// Says why a gateway's port for bytes cannot be open: its service takes something else. An entry that says so is refused
+/// where it is written; a registration comes as it comes.
+fn unfit(snapshot: &Snapshot, listener: &GatewayListener) -> Option<String> {
+    let service = listener.stream()?;
+    let protocol = known_protocol(snapshot, service).filter(|protocol| *protocol != Protocol::Tcp)?.as_str();
+    Some(format!(
+        "service `{service}` is of protocol {protocol}, and the listener is for bytes: give it a service of protocol tcp, or a \
+         Protocol of http"
+    ))
+}
+
+/// Notes that a port stays closed, in the log as well when that is new.
+fn unfit_port(addr: SocketAddr, reason: &str, before: Option<&ListenerState>) -> ListenerState {
+    let state = ListenerState::Failed(reason.to_owned());
+    if before != Some(&state) {
+        warn!(%addr, reason, "a gateway's port stays closed");
+    }
+    state
 }
 
 /// Logs ports of gateways that something else of this agent has, once for as long as it is so.
@@ -201,7 +234,7 @@ impl Held {
     fn keep(&mut self, wanted: &Wanted) {
         while self.tasks.try_join_next().is_some() {}
         self.ports.retain(|addr, (takes, task)| {
-            let stays = wanted.get(addr) == Some(takes) && !task.is_finished();
+            let stays = matches!(wanted.get(addr), Some(Ok(wanted)) if wanted == takes) && !task.is_finished();
             if !stays {
                 task.abort();
             }
@@ -294,7 +327,10 @@ fn serve(worker: &Rc<Worker>, stream: TcpStream, addr: SocketAddr) {
     let serving = Rc::clone(worker);
     match route(worker, addr) {
         Some((Route::Service(caller), Parse::Bytes)) => worker.spawn(async move {
-            outbound::serve(serving, stream, caller).await;
+            if let Some(stream) = outbound::serve(Rc::clone(&serving), stream, caller).await {
+                // In a box: a connection of bytes has no room for it.
+                Box::pin(turn(serving, stream, addr)).await;
+            }
             drop(slot);
         }),
         Some((route, _)) => worker.spawn(async move {
@@ -303,6 +339,29 @@ fn serve(worker: &Rc<Worker>, stream: TcpStream, addr: SocketAddr) {
         }),
         // The upstream went while the connection waited.
         None => drop(Tcp::new(stream)),
+    }
+}
+
+/// Serves a connection whose bytes no instance takes by requests, once the port leads to a service that takes these: its
+/// instances may learn of a change before their callers do. Resets it otherwise.
+async fn turn(worker: Rc<Worker>, stream: TcpStream, addr: SocketAddr) {
+    let stream = Tcp::new(stream);
+    let mut changes = worker.snapshot().subscribe();
+    let turned = async {
+        loop {
+            changes.mark_unchanged();
+            if let Some((route, Parse::Http)) = route(&worker, addr) {
+                return Some(route);
+            }
+            changes.changed().await.ok()?;
+        }
+    };
+    let turned = within(TURN_TIMEOUT, turned).await.flatten();
+    if let Some(route) = turned
+        && let Some(stream) = stream.hand_on()
+    {
+        debug!(%addr, "a connection of bytes goes on by requests: its service has turned to them");
+        http::outbound::serve(worker, stream, route).await;
     }
 }
 
@@ -325,6 +384,10 @@ fn route(worker: &Worker, addr: SocketAddr) -> Option<(Route, Parse)> {
         return Some((Route::Service(caller_of(upstream)), parse));
     }
     let port = snapshot.gateway_ports().find(|port| port.bind == addr)?;
+    // The port is about to be closed.
+    if unfit(&snapshot, port.listener).is_some() {
+        return None;
+    }
     let gateway = port.gateway.clone();
     if port.listener.protocol.is_http() {
         return Some((Route::Gateway { gateway, port: addr.port() }, Parse::Http));
@@ -347,6 +410,93 @@ fn caller_of(upstream: &UpstreamListener) -> Caller {
 }
 
 /// How the traffic of an upstream is parsed; none: nobody says so.
+///
+/// What is said of the service counts: its instances refuse bytes where they take requests. The upstream's own word is for
+/// services of which nobody says anything, and those of `tcp`, which is what registrations say that say nothing; but an entry
+/// that says `tcp` means it.
 fn protocol(snapshot: &Snapshot, upstream: &UpstreamListener) -> Option<Protocol> {
-    upstream.protocol.or_else(|| snapshot.protocol(&upstream.destination))
+    match (known_protocol(snapshot, &upstream.destination), upstream.protocol) {
+        (None, own) => own,
+        (Some(Protocol::Tcp), Some(own)) if snapshot.traffic.protocol(&upstream.destination).is_none() => Some(own),
+        (known, _) => known,
+    }
+}
+
+/// What is said of how a service's traffic is parsed: of itself, or of where its resolver leads streams to.
+fn known_protocol(snapshot: &Snapshot, service: &ServiceName) -> Option<Protocol> {
+    let own = snapshot.protocol(service);
+    if own.is_some_and(|own| own != Protocol::Tcp) {
+        return own;
+    }
+    let chain = snapshot.traffic.chain(service);
+    let target = chain.map(|chain| &chain.stream.target.service).filter(|target| *target != service);
+    target.and_then(|target| snapshot.protocol(target)).or(own)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::catalogue::ServiceEntry;
+    use crate::traffic::{Entries, Ready, Traffic};
+
+    /// A catalogue in which `web` is registered with this protocol, if at all, and these entries are in force.
+    fn snapshot(registered: Option<Protocol>, list: &[(&str, &str, Value)]) -> Snapshot {
+        let mut snapshot = Snapshot::empty("n1".parse().unwrap());
+        if let Some(protocol) = registered {
+            let name: ServiceName = "web".parse().unwrap();
+            let entry = ServiceEntry { name: name.clone(), protocol, instances: Vec::new(), modify_index: 1 };
+            snapshot.services.insert(name, Arc::new(entry));
+        }
+        let mut entries = Entries::default();
+        for (kind, name, value) in list {
+            entries.add(kind, name, Ready::new(kind, value).unwrap());
+        }
+        snapshot.traffic = Arc::new(Traffic::new(entries, &Traffic::default(), Vec::new()));
+        snapshot
+    }
+
+    #[test]
+    fn what_is_said_of_a_service_goes_before_the_upstream_s_own_word() {
+        use Protocol::{Grpc, Http, Tcp, Udp};
+        #[track_caller]
+        fn check(said: (Option<Protocol>, Option<&str>), own: Option<Protocol>, want: Option<Protocol>) {
+            let (registered, entry) = said;
+            let defaults = |protocol: &str| ("service-defaults", "web", json!({"Protocol": protocol}));
+            let entries: Vec<_> = entry.map(defaults).into_iter().collect();
+            let upstream = UpstreamListener {
+                bind: ([127, 0, 0, 1], 1).into(),
+                source: "app".parse().unwrap(),
+                destination: "web".parse().unwrap(),
+                protocol: own,
+            };
+            let found = protocol(&snapshot(registered, &entries), &upstream);
+            assert_eq!(found, want, "{registered:?}, entry {entry:?}, own {own:?}");
+        }
+        for own in [None, Some(Tcp), Some(Udp)] {
+            check((None, None), own, own);
+            check((Some(Tcp), None), own, own.or(Some(Tcp)));
+            check((Some(Tcp), Some("tcp")), own, Some(Tcp));
+            check((Some(Http), None), own, Some(Http));
+            check((Some(Tcp), Some("grpc")), own, Some(Grpc));
+            check((None, Some("http")), own, Some(Http));
+        }
+        // A registration that says nothing is one of tcp; an entry that says tcp means it.
+        check((Some(Tcp), None), Some(Http), Some(Http));
+        check((Some(Tcp), Some("tcp")), Some(Http), Some(Tcp));
+        check((Some(Udp), None), Some(Http), Some(Udp));
+    }
+
+    #[test]
+    fn a_name_that_leads_elsewhere_is_parsed_as_what_takes_it_in_the_end() {
+        let redirect = ("service-resolver", "shop", json!({"Redirect": {"Service": "web"}}));
+        for registered in [Protocol::Http, Protocol::Tcp] {
+            let snapshot = snapshot(Some(registered), &[redirect.clone()]);
+            assert_eq!(known_protocol(&snapshot, &"shop".parse().unwrap()), Some(registered));
+        }
+        assert_eq!(known_protocol(&snapshot(None, &[redirect]), &"shop".parse().unwrap()), None);
+    }
 }

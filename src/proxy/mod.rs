@@ -204,6 +204,7 @@ fn start(params: StartParams, metrics: &Metrics) -> Result<ProxyHandle, ProxyErr
     let draining = TaskTracker::new();
     let balancing = Arc::<Shared>::default();
     let rates = Arc::new(Rates::new(clock::now()));
+    let budgets = Arc::default();
     let (notices, noticed) = mpsc::channel(NOTICES_MAX);
     let workers = u8::try_from(params.sockets.len()).unwrap_or(u8::MAX);
     let mut handle = ProxyHandle {
@@ -224,6 +225,7 @@ fn start(params: StartParams, metrics: &Metrics) -> Result<ProxyHandle, ProxyErr
             questions,
             balancing: Arc::clone(&balancing),
             rates: Arc::clone(&rates),
+            budgets: Arc::clone(&budgets),
             notices: notices.clone(),
             port,
             lane: Lane::Worker { index, workers },

@@ -30,8 +30,9 @@ const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
 const FAULT: &str = "FI";
 const DELAY: &str = "DI";
 
-/// Carries `stream` to an instance of `caller.destination`; resets it if none can be had.
-pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream, caller: Caller) {
+/// Carries `stream` to an instance of `caller.destination`; resets it if none can be had. Hands it back as it came where the
+/// last instance that was asked takes no such streams: it may take requests by now, and no byte was read yet.
+pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream, caller: Caller) -> Option<TcpStream> {
     let edge = worker.edges.edge(Reporter::Source, caller.source.service(), &caller.destination);
     let mut counted = edge.open();
     let faults = worker.snapshot().peek().traffic.chain(&caller.destination).and_then(|chain| chain.faults.clone());
@@ -42,7 +43,8 @@ pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream, caller: Caller)
     if struck == Some(FAULT) {
         // Dropped unclean: the app gets an RST.
         drop(Tcp::new(stream));
-        return counted.ends(FAULT);
+        counted.ends(FAULT);
+        return None;
     }
     let to = worker.snapshot().peek().traffic.chain(&caller.destination).map(|chain| Arc::clone(&chain.stream));
     let decided = {
@@ -56,7 +58,8 @@ pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream, caller: Caller)
         debug!(rule = %denied.rule, service = %caller.destination, "a caller is denied");
         // Dropped unclean: the app gets an RST.
         drop(tcp);
-        return counted.ends("RBAC");
+        counted.ends("RBAC");
+        return None;
     }
     // In a box: the connection lasts longer, and has no room for what led to it.
     match Box::pin(connect(&worker, &caller, StreamKind::Tcp, (to.as_deref(), from))).await {
@@ -64,12 +67,14 @@ pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream, caller: Caller)
             drop(instance);
             let flag = relay::relay(tcp, send, recv, &*edge, relay::IDLE_TIMEOUT).await.flag();
             counted.ends(struck.filter(|_| flag == "-").unwrap_or(flag));
+            None
         }
-        Err((flag, limited)) => {
+        Err(Refused { flag, limited, is_unknown }) => {
             if let Some(what) = limited {
                 worker.overflowed(what);
             }
             counted.ends(flag);
+            if is_unknown { tcp.hand_on() } else { None }
         }
     }
 }
@@ -93,8 +98,22 @@ pub(super) struct Connected {
     pub(super) instance: Arc<Instance>,
 }
 
-/// Why there is no stream: the metrics' flag, and the limit that refused it, if one did.
-pub(super) type Refused = (&'static str, Option<Limited>);
+/// Why there is no stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Refused {
+    /// That of the metrics.
+    pub(super) flag: &'static str,
+    /// The limit that refused it, if one did.
+    pub(super) limited: Option<Limited>,
+    /// The last instance that was asked is not there, or not for such streams.
+    is_unknown: bool,
+}
+
+impl Refused {
+    fn by(flag: &'static str, limited: Option<Limited>) -> Self {
+        Self { flag, limited, is_unknown: false }
+    }
+}
 
 /// Returns a stream whose far end is connected.
 ///
@@ -118,22 +137,23 @@ pub(super) async fn connect(
             Ok(opened) => opened,
             Err(OpenError::Unreachable { node, reason }) => {
                 debug!(service = %caller.destination, %node, reason, "instance is unreachable");
-                refused = Some(("UF", None));
+                refused = Some(Refused::by("UF", None));
                 continue;
             }
             Err(OpenError::Full { node }) => {
                 debug!(service = %caller.destination, %node, "the instance's node takes no more streams");
-                refused = Some(("UO", Some(Limited::Pending)));
+                refused = Some(Refused::by("UO", Some(Limited::Pending)));
                 continue;
             }
-            Err(OpenError::UnknownService) => return Err(("NR", None)),
-            Err(OpenError::NoInstance { .. }) => return Err(refused.unwrap_or(("UH", None))),
-            Err(OpenError::Overflow(what)) => return Err(("UO", Some(what))),
-            Err(OpenError::Draining) => return Err(("DR", None)),
+            Err(OpenError::UnknownService) => return Err(Refused::by("NR", None)),
+            Err(OpenError::NoInstance { .. }) => return Err(refused.unwrap_or(Refused::by("UH", None))),
+            Err(OpenError::Overflow(what)) => return Err(Refused::by("UO", Some(what))),
+            Err(OpenError::Draining) => return Err(Refused::by("DR", None)),
         };
         let Opened { send, recv, preamble, instance, lease } = opened;
         let begun = clock::now();
-        let established = establish(send, recv, preamble).await;
+        let limit = to.and_then(|to| to.connect_timeout).map_or(STATUS_TIMEOUT, |limit| limit.min(STATUS_TIMEOUT));
+        let established = establish(send, recv, preamble, limit).await;
         let observe = |outcome| {
             if let Some(observer) = lease.observer() {
                 worker.observe(observer, outcome, clock::now() - begun);
@@ -145,21 +165,22 @@ pub(super) async fn connect(
                 observe(Outcome::Success);
                 return Ok(Connected { send, recv, lease, instance });
             }
-            Err(Some(status)) if !status.may_retry() => return Err(("RBAC", None)),
+            Err(Some(status)) if !status.may_retry() => return Err(Refused::by("RBAC", None)),
             // No fault of the instance's.
             Err(Some(StreamStatus::Full)) if kind == StreamKind::Udp => {
                 debug!(service = %caller.destination, node = %instance.node.info.name, "the instance's node takes no more flows");
-                refused = Some(("UO", Some(Limited::Pending)));
+                refused = Some(Refused::by("UO", Some(Limited::Pending)));
             }
             Err(status) => {
                 worker.connect_failed(&instance);
                 observe(Outcome::GatewayFailure);
                 debug!(service = %caller.destination, ?status, "instance was not connected");
-                refused = Some(("UF", None));
+                let is_unknown = status == Some(StreamStatus::UnknownInstance);
+                refused = Some(Refused { is_unknown, ..Refused::by("UF", None) });
             }
         }
     }
-    Err(refused.unwrap_or(("UF", None)))
+    Err(refused.unwrap_or(Refused::by("UF", None)))
 }
 
 /// Returns the key of a connection, where its service is balanced by the caller's address: nothing else is known of it.
@@ -170,11 +191,13 @@ fn key_of_stream(worker: &Worker, destination: &ServiceName, from: Option<IpAddr
     by_address.then(|| from.map(http::key::key_of_ip)).flatten()
 }
 
-/// Sends the preamble and waits for the status: no byte of the app is at stake yet, so another attempt is safe.
+/// Sends the preamble and waits for the status, at most `limit`: no byte of the app is at stake yet, so another attempt is
+/// safe.
 async fn establish(
     send: quinn::SendStream,
     mut recv: quinn::RecvStream,
     preamble: Bytes,
+    limit: Duration,
 ) -> Result<(Sending, quinn::RecvStream), Option<StreamStatus>> {
     let mut send = Sending::new(send);
     let mut byte = [0];
@@ -183,7 +206,7 @@ async fn establish(
         recv.read_exact(&mut byte).await.ok()?;
         StreamStatus::from_byte(u8::from_be_bytes(byte))
     };
-    match tokio::time::timeout(STATUS_TIMEOUT, exchange).await.ok().flatten() {
+    match tokio::time::timeout(limit, exchange).await.ok().flatten() {
         Some(StreamStatus::Ok) => Ok((send, recv)),
         status => {
             let _gone = recv.stop(CODE_RESET);

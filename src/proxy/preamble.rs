@@ -32,6 +32,17 @@ pub(crate) enum StreamKind {
     Udp,
 }
 
+impl StreamKind {
+    /// Returns the word of the log.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Http => "http",
+            Self::Udp => "udp",
+        }
+    }
+}
+
 /// The server's answer to a preamble.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum StreamStatus {

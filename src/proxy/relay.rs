@@ -75,27 +75,32 @@ pub(crate) trait Count {
 
 /// A TCP connection that ends in RST unless [`Tcp::close`] says that all is well.
 pub(crate) struct Tcp {
-    stream: TcpStream,
-    is_clean: bool,
+    /// None: it was handed on, or closed with FIN.
+    stream: Option<TcpStream>,
 }
 
 impl Tcp {
     /// Takes the connection over.
     pub(crate) fn new(stream: TcpStream) -> Self {
-        Self { stream, is_clean: false }
+        Self { stream: Some(stream) }
+    }
+
+    /// Hands the connection on.
+    pub(crate) fn hand_on(mut self) -> Option<TcpStream> {
+        self.stream.take()
     }
 
     /// Closes with FIN.
     fn close(mut self) {
-        self.is_clean = true;
+        drop(self.stream.take());
     }
 }
 
 impl Drop for Tcp {
     fn drop(&mut self) {
-        if !self.is_clean {
+        if let Some(stream) = &self.stream {
             // With SO_LINGER 0, close sends an RST (tcp(7)); a socket that is gone needs none.
-            let _gone = socket2::SockRef::from(&self.stream).set_linger(Some(Duration::ZERO));
+            let _gone = socket2::SockRef::from(stream).set_linger(Some(Duration::ZERO));
         }
     }
 }
@@ -154,8 +159,9 @@ enum Way {
 /// # Cancel safety
 /// Cancelling resets both sides.
 pub(crate) async fn relay(tcp: Tcp, send: Sending, recv: RecvStream, count: &impl Count, idle: Duration) -> Ending {
+    let Some(stream) = &tcp.stream else { return Ending::Reset };
     let shared = Shared {
-        tcp: &tcp.stream,
+        tcp: stream,
         tcp_lost: CancellationToken::new(),
         down_ended: CancellationToken::new(),
         moved_at: Cell::new(clock::now()),
@@ -177,7 +183,7 @@ pub(crate) async fn relay(tcp: Tcp, send: Sending, recv: RecvStream, count: &imp
             (Way::Finished, Way::Finished) => Ending::Clean,
             _ => Ending::Reset,
         },
-        () = silence(&shared, idle) => Ending::Idle,
+        () = silence(&shared.moved_at, idle) => Ending::Idle,
     };
     if ending == Ending::Clean {
         tcp.close();
@@ -185,10 +191,10 @@ pub(crate) async fn relay(tcp: Tcp, send: Sending, recv: RecvStream, count: &imp
     ending
 }
 
-/// Returns when nothing has moved for `idle`.
-async fn silence(shared: &Shared<'_>, idle: Duration) {
+/// Returns when nothing has moved for `idle`; `moved_at` says when something did.
+pub(crate) async fn silence(moved_at: &Cell<Instant>, idle: Duration) {
     loop {
-        let until = shared.moved_at.get() + idle;
+        let until = moved_at.get() + idle;
         if until <= clock::now() {
             return;
         }

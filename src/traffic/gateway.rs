@@ -115,9 +115,10 @@ impl GatewayListener {
         named.map(ServiceName::as_str).any(|name| name.eq_ignore_ascii_case(service))
     }
 
-    /// Tells whether what comes by the port can be carried to services of `protocol`.
+    /// Tells whether what comes by the port can be carried to services of `protocol`: requests to those that take them, bytes
+    /// to those that take bytes. Instances refuse bytes where requests are due, for nobody would look at their heads.
     pub(super) fn takes(&self, protocol: Protocol) -> bool {
-        protocol.is_http() || (protocol == Protocol::Tcp && !self.protocol.is_http())
+        protocol != Protocol::Udp && protocol.is_http() == self.protocol.is_http()
     }
 
     /// Tells whether the port leads to every service that takes requests.
@@ -460,6 +461,15 @@ mod tests {
         }
         assert_eq!(with(&[of_http], edge), Ok(()));
         assert_eq!(with(&[], edge), Ok(()));
+        // Bytes go to no app that takes requests.
+        let bytes = json!({"Listeners": [{"Port": 90, "Services": [{"Name": "web"}]}]});
+        let bytes = ("ingress-gateway", "bytes", &bytes);
+        for (held, new) in [(of_http, bytes), (bytes, of_http)] {
+            let said = with(&[held], new).unwrap_err();
+            let want = "ingress-gateway:bytes Listeners[0].Services[0] is web, whose protocol is http";
+            assert!(said.contains(want) && said.contains("the listener's is tcp"), "{said}");
+        }
+        assert_eq!(with(&[of_tcp], bytes), Ok(()));
     }
 
     #[test]

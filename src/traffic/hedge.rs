@@ -232,7 +232,7 @@ mod tests {
     fn simulate(hedge: Option<&Hedge>, slow: f64) -> Run {
         let begun = crate::clock::now();
         let mut draws = Draws(20_261_121);
-        let (mut answers, mut budget) = (Answers::new(begun), Budget::default());
+        let (mut answers, budget) = (Answers::new(begun), Budget::default());
         let (mut hedges, mut took) = (0, Vec::new());
         for number in 0..REQUESTS {
             let now = begun + MS * 2 * number;

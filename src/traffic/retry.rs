@@ -9,10 +9,16 @@
 //! requests fail.
 //! A pure core. Not here: whether a body can be sent again, which instance is next (`proxy`).
 
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use http::HeaderValue;
 use tokio::time::Instant;
+
+use crate::model::ServiceName;
 
 /// First step of the backoff: Envoy's default.
 pub const BASE: Duration = Duration::from_millis(25);
@@ -22,6 +28,8 @@ const MOST_FACTOR: u32 = 10;
 const BUDGET_PERCENT: u64 = 20;
 /// Retries a second that are granted to a service with few requests.
 const BUDGET_FLOOR: u64 = 10;
+/// Destinations with a budget that is remembered.
+pub const BUDGETS_MAX: usize = 4096;
 /// Seconds over which requests and retries are counted.
 const WINDOW_SECONDS: usize = 10;
 /// A server that asks for a longer wait is not asked again: the caller can wait as well.
@@ -122,6 +130,12 @@ impl Retry {
     }
 }
 
+/// The wait before attempt `number` (1 is the first retry) of a request that no policy is about: as [`Retry::backoff`] with
+/// the steps that are default.
+pub fn plain_backoff(number: u32, draw: u32) -> Duration {
+    Retry::new(0, Vec::new(), None, None).backoff(number, draw)
+}
+
 /// An answer asks that no other attempt follows, or for a wait that is longer than an attempt may be put off.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct NoRetry;
@@ -149,70 +163,115 @@ pub fn asked_wait(
     if wait > RETRY_AFTER_MAX { Err(NoRetry) } else { Ok(Some(wait)) }
 }
 
-/// One second's counts.
-#[derive(Debug, Clone, Copy, Default)]
+/// One second's counts. Those who turn to a new second at once may lose a few of each other's counts.
+#[derive(Debug, Default)]
 struct Second {
-    requests: u64,
-    retries: u64,
+    /// Which, since `origin`.
+    number: AtomicU64,
+    requests: AtomicU64,
+    retries: AtomicU64,
 }
 
-/// How many retries one destination is still granted; one per worker and destination.
-#[derive(Debug, Clone, Default)]
+/// How many retries one destination is still granted; the workers of an agent share it, without a lock.
+#[derive(Debug, Default)]
 pub struct Budget {
     seconds: [Second; WINDOW_SECONDS],
-    /// The second that is counted, since `origin`.
-    current: u64,
-    origin: Option<Instant>,
+    origin: OnceLock<Instant>,
 }
 
 impl Budget {
     /// Counts a request.
-    pub fn deposit(&mut self, now: Instant) {
-        if let Some(second) = self.turn(now) {
-            second.requests += 1;
+    pub fn deposit(&self, now: Instant) {
+        if let Some(second) = self.turn(self.number(now)) {
+            second.requests.fetch_add(1, Ordering::Relaxed);
         }
     }
 
     /// Grants a retry, or not.
-    pub fn withdraw(&mut self, now: Instant) -> bool {
-        self.turn(now);
-        let sum = |of: fn(&Second) -> u64| self.seconds.iter().map(of).sum::<u64>();
-        let granted = sum(|second| second.requests) * BUDGET_PERCENT / 100 + BUDGET_FLOOR * WINDOW_SECONDS as u64;
-        if sum(|second| second.retries) >= granted {
-            return false;
+    pub fn withdraw(&self, now: Instant) -> bool {
+        let number = self.number(now);
+        let Some(second) = self.turn(number) else { return false };
+        // Counted first: of two workers at the limit none goes beyond it.
+        second.retries.fetch_add(1, Ordering::Relaxed);
+        let requests = self.sum(number, |second| &second.requests);
+        let granted = requests * BUDGET_PERCENT / 100 + BUDGET_FLOOR * WINDOW_SECONDS as u64;
+        let is_granted = self.sum(number, |second| &second.retries) <= granted;
+        if !is_granted {
+            decrement(&second.retries);
         }
-        if let Some(second) = self.turn(now) {
-            second.retries += 1;
+        is_granted
+    }
+
+    /// Counts a retry that nobody asked for: those to come wait for it.
+    pub fn spend(&self, now: Instant) {
+        if let Some(second) = self.turn(self.number(now)) {
+            second.retries.fetch_add(1, Ordering::Relaxed);
         }
-        true
     }
 
     /// Takes back a retry that was granted at `taken` and not made.
-    pub fn give_back(&mut self, taken: Instant) {
-        let Some(origin) = self.origin else { return };
-        let second = taken.saturating_duration_since(origin).as_secs();
-        let window = WINDOW_SECONDS as u64;
-        // A second that is out of the window has another one in its place.
-        if second <= self.current
-            && second + window > self.current
-            && let Some(place) = self.seconds.get_mut(usize::try_from(second % window).unwrap_or(0))
-        {
-            place.retries = place.retries.saturating_sub(1);
+    pub fn give_back(&self, taken: Instant) {
+        let number = self.number(taken);
+        // A second that is out of the window may have another one in its place.
+        if let Some(second) = self.place(number).filter(|second| second.number.load(Ordering::Relaxed) == number) {
+            decrement(&second.retries);
         }
     }
 
-    /// Forgets the seconds that have passed; returns the current one.
-    fn turn(&mut self, now: Instant) -> Option<&mut Second> {
-        let origin = *self.origin.get_or_insert(now);
-        let second = now.saturating_duration_since(origin).as_secs();
-        let window = WINDOW_SECONDS as u64;
-        for passed in self.current + 1..=second.min(self.current + window) {
-            if let Some(place) = self.seconds.get_mut(usize::try_from(passed % window).unwrap_or(0)) {
-                *place = Second::default();
-            }
+    fn number(&self, now: Instant) -> u64 {
+        now.saturating_duration_since(*self.origin.get_or_init(|| now)).as_secs()
+    }
+
+    fn place(&self, number: u64) -> Option<&Second> {
+        self.seconds.get(usize::try_from(number % WINDOW_SECONDS as u64).unwrap_or(0))
+    }
+
+    /// Sums up what is counted within the window that ends with second `number`.
+    fn sum(&self, number: u64, of: impl Fn(&Second) -> &AtomicU64) -> u64 {
+        let is_within = |second: &&Second| second.number.load(Ordering::Relaxed) + WINDOW_SECONDS as u64 > number;
+        self.seconds.iter().filter(is_within).map(|second| of(second).load(Ordering::Relaxed)).sum()
+    }
+
+    /// Returns the counts of second `number`; the first who asks for it clears what its place held.
+    fn turn(&self, number: u64) -> Option<&Second> {
+        let second = self.place(number)?;
+        let held = second.number.load(Ordering::Relaxed);
+        if held < number && second.number.compare_exchange(held, number, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
+            second.requests.store(0, Ordering::Relaxed);
+            second.retries.store(0, Ordering::Relaxed);
         }
-        self.current = self.current.max(second);
-        self.seconds.get_mut(usize::try_from(self.current % window).unwrap_or(0))
+        Some(second)
+    }
+}
+
+/// Counts one less, down to none.
+fn decrement(count: &AtomicU64) {
+    let _none = count.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |count| count.checked_sub(1));
+}
+
+/// The budgets of all destinations that an agent calls.
+#[derive(Debug, Default)]
+pub struct Budgets(ArcSwap<BTreeMap<ServiceName, Arc<Budget>>>);
+
+impl Budgets {
+    /// Returns that of a destination. Beyond [`BUDGETS_MAX`] those that nobody holds begin anew.
+    pub fn of(&self, destination: &ServiceName) -> Arc<Budget> {
+        if let Some(budget) = self.0.load().get(destination) {
+            return Arc::clone(budget);
+        }
+        let fresh = Arc::<Budget>::default();
+        self.0.rcu(|budgets| {
+            let mut budgets = BTreeMap::clone(budgets);
+            // The map itself, before and after, holds each twice.
+            if budgets.len() >= BUDGETS_MAX {
+                budgets.retain(|_, budget| Arc::strong_count(budget) > 2);
+            }
+            if budgets.len() < BUDGETS_MAX {
+                budgets.entry(destination.clone()).or_insert_with(|| Arc::clone(&fresh));
+            }
+            budgets
+        });
+        self.0.load().get(destination).map_or(fresh, Arc::clone)
     }
 }
 
@@ -276,7 +335,7 @@ mod tests {
 
     #[test]
     fn a_budget_ends_retries_where_everything_fails_and_grants_again_as_time_passes() {
-        let (mut budget, begun) = (Budget::default(), start());
+        let (budget, begun) = (Budget::default(), start());
         for _ in 0..1_000 {
             budget.deposit(begun);
         }
@@ -292,7 +351,7 @@ mod tests {
 
     #[test]
     fn a_retry_that_is_given_back_is_granted_again_once_and_only_within_its_window() {
-        let (mut budget, begun) = (Budget::default(), start());
+        let (budget, begun) = (Budget::default(), start());
         assert_eq!((0..1_000).filter(|_| budget.withdraw(begun)).count(), 100);
         let later = begun + Duration::from_secs(5);
         assert!(!budget.withdraw(later));
@@ -303,6 +362,40 @@ mod tests {
         assert_eq!((0..1_000).filter(|_| budget.withdraw(all_old)).count(), 100);
         budget.give_back(begun);
         assert!(!budget.withdraw(all_old));
+    }
+
+    #[test]
+    fn what_was_repeated_unasked_counts_as_well() {
+        let (budget, begun) = (Budget::default(), start());
+        (0..60).for_each(|_| budget.spend(begun));
+        assert_eq!((0..1_000).filter(|_| budget.withdraw(begun)).count(), 40);
+    }
+
+    #[test]
+    fn all_workers_of_an_agent_share_the_budget_of_a_destination() {
+        let (budgets, begun) = (Budgets::default(), start());
+        let web: ServiceName = "web".parse().unwrap();
+        // Each asks by itself, as a worker does, and all at once.
+        let granted: usize = std::thread::scope(|scope| {
+            let worker = || (0..1_000).filter(|_| budgets.of(&web).withdraw(begun)).count();
+            let workers: Vec<_> = (0..4).map(|_| scope.spawn(worker)).collect();
+            workers.into_iter().map(|worker| worker.join().unwrap()).sum()
+        });
+        // Two who meet at the limit may keep each other from it.
+        assert!((90..=100).contains(&granted), "{granted}");
+        assert_eq!((0..1_000).filter(|_| budgets.of(&"db".parse().unwrap()).withdraw(begun)).count(), 100);
+    }
+
+    #[test]
+    fn budgets_are_bounded_and_those_in_use_stay() {
+        let (budgets, begun) = (Budgets::default(), start());
+        let name = |number: usize| format!("s{number}").parse::<ServiceName>().unwrap();
+        budgets.0.store(Arc::new((0..BUDGETS_MAX).map(|number| (name(number), Arc::default())).collect()));
+        let held = budgets.of(&name(0));
+        (0..100).for_each(|_| assert!(held.withdraw(begun)));
+        drop(budgets.of(&name(BUDGETS_MAX)));
+        assert_eq!(budgets.0.load().len(), 2, "what nobody holds makes room");
+        assert!(!budgets.of(&name(0)).withdraw(begun), "it goes on with what it was granted");
     }
 
     proptest! {
@@ -318,7 +411,7 @@ mod tests {
 
         #[test]
         fn a_budget_never_grants_more_than_its_share(steps in prop::collection::vec((0u64..3_000, any::<bool>()), 1..600)) {
-            let (mut budget, begun) = (Budget::default(), start());
+            let (budget, begun) = (Budget::default(), start());
             let (mut now, mut requests, mut retries): (u64, Vec<u64>, Vec<u64>) = (0, vec![0], Vec::new());
             budget.deposit(begun);
             for (wait, is_retry) in steps {

@@ -5,8 +5,9 @@
 //!     \______ not reached, or nothing answered to an idempotent request: the next instance ______/
 //! ```
 //!
-//! Invariants: a request that may have reached an app is repeated only if it is idempotent; one whose body is no longer
-//! held whole is never repeated. Not here: which instance is next (`proxy::pick`), the answer's body (`outbound`).
+//! Invariants: a request that may have reached an app is repeated only if it is idempotent, within the budget of retries and
+//! the limit of those under way, and by this agent alone (`repeat`); one whose body is no longer held whole is never
+//! repeated. Not here: which instance is next (`proxy::pick`), the answer's body (`outbound`).
 
 use std::cell::{Cell, RefCell};
 use std::pin::{Pin, pin};
@@ -20,7 +21,7 @@ use http::request::Parts;
 use http_body::Body;
 use hyper::body::Incoming;
 use quinn::RecvStream;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 use tracing::debug;
 
@@ -31,6 +32,7 @@ use super::headers;
 use super::metrics::Flag;
 use super::outbound::{Answer, Call};
 use super::priority::PRIORITY;
+use super::repeat::{self, Sent};
 use super::{ATTEMPTS_MAX, Dial, HttpState, REPLAY_BYTES_MAX, key};
 use crate::clock;
 use crate::model::ServiceName;
@@ -38,7 +40,7 @@ use crate::proxy::head::{HeadError, HeadWriter, Inbox, Payload, ResponseHead};
 use crate::proxy::worker::within;
 use crate::proxy::{Lease, OpenError, Opened, StreamKind, Tried};
 use crate::routing::{self, Limited, Observer, Outcome};
-use crate::traffic::retry::Retry;
+use crate::traffic::retry::{Retry, plain_backoff};
 use crate::upstream::Priority;
 
 /// A request's body while attempts may still need it again.
@@ -51,6 +53,8 @@ pub(super) struct Upload {
     /// The body came to its end.
     pub(super) ended: Cell<bool>,
     held: Held,
+    /// Who is told of the whole body; in its place nothing, where it is too long to be kept.
+    wanted: RefCell<Option<oneshot::Sender<Option<Vec<Bytes>>>>>,
     _busy: Option<Busy>,
 }
 
@@ -76,24 +80,49 @@ impl Held {
 }
 
 impl Upload {
-    /// Keeps frames for another attempt, up to the bound.
+    /// Returns the frames of the body once it has come whole; none of one that is too long to be kept. Whoever waits is told
+    /// where it does not come to its end, and stands in nobody's way.
+    pub(super) fn whole(&self) -> oneshot::Receiver<Option<Vec<Bytes>>> {
+        let (sender, receiver) = oneshot::channel();
+        if self.ended.get() {
+            let _nobody_waits = sender.send(Some(self.replay.borrow().clone()));
+        } else {
+            self.wanted.replace(Some(sender));
+        }
+        receiver
+    }
+
+    /// Keeps frames for another attempt, or who wants the whole body, up to the bound.
     fn keep(&self, chunks: &[Bytes]) {
-        if !self.replayable.get() {
+        if !self.replayable.get() && self.wanted.borrow().is_none() {
             return;
         }
         let bytes = chunks.iter().fold(self.replay_bytes.get(), |sum, chunk| sum.saturating_add(chunk.len()));
         self.replay_bytes.set(bytes);
         if bytes > REPLAY_BYTES_MAX {
+            if let Some(wanted) = self.wanted.take() {
+                let _nobody_waits = wanted.send(None);
+            }
             self.settle();
         } else {
             self.replay.borrow_mut().extend_from_slice(chunks);
         }
     }
 
-    /// Keeps nothing any more: an attempt was answered, or the body is too long.
+    /// Keeps nothing any more for another attempt: one was answered, or the body is too long.
     fn settle(&self) {
         self.replayable.set(false);
-        self.replay.borrow_mut().clear();
+        if self.wanted.borrow().is_none() {
+            self.replay.borrow_mut().clear();
+        }
+    }
+
+    /// Notes that the body came to its end.
+    fn end(&self) {
+        self.ended.set(true);
+        let Some(wanted) = self.wanted.take() else { return };
+        let frames = if self.replayable.get() { self.replay.borrow().clone() } else { self.replay.take() };
+        let _nobody_waits = wanted.send(Some(frames));
     }
 }
 
@@ -129,7 +158,7 @@ async fn upload<D: Dial>(worker: Rc<D>, upload: Rc<Upload>, mut send: TunnelSend
         send.write(&mut chunks).await?;
         chunks.clear();
     }
-    upload.ended.set(true);
+    upload.end();
     send.finish();
     Ok(())
 }
@@ -149,17 +178,19 @@ pub(super) enum Failed {
 pub(super) async fn attempts<D: Dial>(worker: &Rc<D>, call: &Call<'_>, body: Incoming) -> Result<Answer, Refusal> {
     let state = worker.http();
     let destination = &call.target.caller.destination;
-    let head = encode_head(state, call, None)?;
+    let mut head = encode_head(state, call, None, Sent::First)?;
     let limit = TimeLimit::of(&call.parts.headers, state.limits.response);
     let pending = match call.payload {
         Payload::Frames => Some(begin_upload(body, call.parts, state, call.uploads.take()).await?),
         Payload::Empty | Payload::Upgrade => None,
     };
+    let budget = call.target.budget(state);
+    budget.deposit(clock::now());
     let tried = RefCell::new(Tried::with_key(key::of_request(&**worker, call)).of(call.priority));
-    let mut failure = None;
+    let (mut failure, mut repeats) = (None, 0);
     // Held to the end: repeating a request may not make an outage worse.
     let mut retries: Vec<routing::Retry> = Vec::new();
-    for _ in 0..ATTEMPTS_MAX {
+    for made in 1..=ATTEMPTS_MAX {
         let opened = match worker.open(&call.target.caller, StreamKind::Http, &tried).await {
             Ok(opened) => opened,
             Err(OpenError::Unreachable { node, reason }) => {
@@ -185,20 +216,35 @@ pub(super) async fn attempts<D: Dial>(worker: &Rc<D>, call: &Call<'_>, body: Inc
             Ok(_) => worker.connected(&instance),
             Err(Failed::Silent(_) | Failed::Answered(_) | Failed::Final(_)) => {}
         }
-        let (refusal, again) = match outcome {
+        let (refusal, is_silent) = match outcome {
             Ok(answer) => return Ok(answer),
             Err(Failed::Answered(answer)) => return Ok(*answer),
             Err(Failed::Final(refusal)) => return Err(refusal),
-            Err(Failed::Unreached(refusal)) => (refusal, true),
-            Err(Failed::Silent(refusal)) => {
-                let again = call.parts.method.is_idempotent();
-                let leave = observer.as_ref().filter(|_| again).and_then(Observer::retry);
-                let has_leave = observer.is_none() || leave.is_some();
-                retries.extend(leave);
-                (refusal, again && has_leave)
-            }
+            Err(Failed::Unreached(refusal)) => (refusal, false),
+            Err(Failed::Silent(refusal)) => (refusal, true),
         };
-        if !again || !pending.as_ref().is_none_or(|upload| upload.replayable.get()) {
+        let may_replay = pending.as_ref().is_none_or(|upload| upload.replayable.get());
+        if is_silent {
+            let may_repeat = call.parts.method.is_idempotent() && !repeat::is_repeat(&call.parts.headers);
+            if !may_repeat || made == ATTEMPTS_MAX {
+                return Err(refusal);
+            }
+            let leave = observer.as_ref().map(Observer::retry);
+            let refused = match leave {
+                _ if !may_replay => Some("body"),
+                Some(None) => Some("limit"),
+                Some(Some(_)) | None => (!budget.withdraw(clock::now())).then_some("budget"),
+            };
+            if let Some(why) = refused {
+                state.traffic.not_retried.with(&[destination.as_str(), why]).inc();
+                return Err(refusal);
+            }
+            retries.extend(leave.flatten());
+            repeats += 1;
+            state.traffic.retries.with(&[destination.as_str(), "reset"]).inc();
+            head = encode_head(state, call, None, Sent::Again)?;
+            tokio::time::sleep(plain_backoff(repeats, rand::random())).await;
+        } else if !may_replay {
             return Err(refusal);
         }
         debug!(service = %destination, error = refusal.text, "another instance is tried");
@@ -227,6 +273,7 @@ pub(super) async fn begin_upload(
         replayable: Cell::new(true),
         ended: Cell::new(first.ended),
         held: Held { is_held: Cell::new(headers::awaits_continue(parts)), ..Held::default() },
+        wanted: RefCell::default(),
         _busy: busy,
     }))
 }
@@ -236,6 +283,7 @@ pub(super) fn encode_head(
     state: &HttpState,
     call: &Call<'_>,
     left: Option<&(HeaderName, String)>,
+    sent: Sent,
 ) -> Result<Bytes, Refusal> {
     let Parts { method, uri, headers, .. } = call.parts;
     let hops = headers::next_hop(headers)?;
@@ -254,6 +302,10 @@ pub(super) fn encode_head(
         }
         if let Some((name, value)) = left {
             writer.header(name, value.as_bytes());
+        }
+        // Of a repetition further up as well: what follows from it is not repeated either.
+        if sent == Sent::Again || headers.contains_key(repeat::RETRY) {
+            writer.header(&repeat::RETRY, b"1");
         }
         if !headers.contains_key(headers::REQUEST_ID) {
             writer.header(&headers::REQUEST_ID, call.made_id());
@@ -383,12 +435,18 @@ impl<D: Dial> Attempt<'_, D> {
             let answer = pin!(self.read_answer(&mut recv, &mut inbox));
             self.in_time(answer, &mut uploading).await
         };
-        let head = result?;
+        let mut head = result?;
+        let is_second = head.headers.remove(repeat::RETRY).is_some();
+        if is_second {
+            let destination = self.destination();
+            self.call.target.budget(self.worker.http()).spend(clock::now());
+            self.worker.http().traffic.retries.with(&[destination.as_str(), "stale"]).inc();
+        }
         // While the body still goes up its end is not known: then what was answered stands.
         if uploading.is_none()
             && self.again.is_some_and(|retry| retry.covers_answer(head.status.as_u16(), grpc_of(&head)))
         {
-            let answer = Answer { head, recv, inbox, send: kept, limit: None, lease, unsent: None };
+            let answer = Answer { head, recv, inbox, send: kept, limit: None, lease, unsent: None, is_second };
             return Err(Failed::Answered(Box::new(answer)));
         }
         let mut unsent = None;
@@ -410,7 +468,7 @@ impl<D: Dial> Attempt<'_, D> {
                 }
             });
         }
-        Ok(Answer { head, recv, inbox, send: kept, limit: None, lease, unsent })
+        Ok(Answer { head, recv, inbox, send: kept, limit: None, lease, unsent, is_second })
     }
 
     /// Waits for the answer while the body goes up.

@@ -29,6 +29,7 @@ use super::headers;
 use super::io::AppIo;
 use super::metrics::{Exchange, Flag};
 use super::pool::{ConnectError, Http1, Pool};
+use super::repeat;
 use super::upgrade::{self, Raw};
 use super::{Dial, HttpState};
 use crate::catalogue::LocalInstance;
@@ -62,6 +63,19 @@ struct Answered {
     response: Response<Incoming>,
     /// The flag tells whether the app has taken the whole request: only then the connection is used again.
     reusable: Option<(Http1, Option<Rc<Cell<bool>>>)>,
+}
+
+/// Whether the app has the request for the second time, by this agent's doing.
+#[derive(Debug, Default)]
+struct Second(Cell<bool>);
+
+impl Second {
+    /// Tells the caller's agent, which counts it among its own retries.
+    fn write(&self, writer: &mut HeadWriter<'_>) {
+        if self.0.get() {
+            writer.header(&repeat::RETRY, b"1");
+        }
+    }
 }
 
 /// Why there is no answer.
@@ -170,7 +184,8 @@ async fn exchange<D: Dial>(worker: &Rc<D>, stream: Stream, on_admitted: impl FnO
     let is_asked_for = head.payload == Payload::Frames && headers::expects_continue(&head.headers);
     let interims = (!is_multiplexed(local) || is_asked_for).then(Arc::<Interims>::default);
     let added = Added { client_cert: client_cert.as_ref(), context: exchange.context() };
-    let mut call = pin!(call(worker, local, (head, request_body), &block, (added, interims.as_ref())));
+    let second = Second::default();
+    let mut call = pin!(call(worker, local, (head, request_body), &block, (added, interims.as_ref(), &second)));
     let answered = loop {
         tokio::select! {
             biased;
@@ -185,7 +200,7 @@ async fn exchange<D: Dial>(worker: &Rc<D>, stream: Stream, on_admitted: impl FnO
             debug!(service = %local.service, error = %error, "app not reached");
             // The status byte is said once.
             if send.has_status() {
-                return broke_off(state, &mut send, (local, &mut exchange), is_grpc).await;
+                return broke_off(state, &mut send, (local, &mut exchange, &second), is_grpc).await;
             }
             exchange.finish(Flag::ConnectFailure);
             send.write(&mut [Bytes::from_static(&[STATUS_CONNECT_FAILED])]).await.map_err(ServeError::Body)?;
@@ -194,7 +209,7 @@ async fn exchange<D: Dial>(worker: &Rc<D>, stream: Stream, on_admitted: impl FnO
         }
         Err(CallError::App(error)) => {
             debug!(service = %local.service, error = %error, "app broke off");
-            return broke_off(state, &mut send, (local, &mut exchange), is_grpc).await;
+            return broke_off(state, &mut send, (local, &mut exchange, &second), is_grpc).await;
         }
     };
 
@@ -212,7 +227,7 @@ async fn exchange<D: Dial>(worker: &Rc<D>, stream: Stream, on_admitted: impl FnO
             _ => Err(ServeError::Head(HeadError::Malformed("101 without an upgrade"))),
         };
     }
-    let result = relay(state, &mut send, &mut response, &mut exchange, is_grpc).await;
+    let result = relay(state, &mut send, (&mut response, &second), &mut exchange, is_grpc).await;
     if result.is_ok()
         && let Some((sender, whole)) = reusable
         && whole.is_none_or(|whole| whole.get())
@@ -333,7 +348,7 @@ async fn read_head(recv: &mut RecvStream, inbox: &mut Inbox) -> Result<Bytes, Se
 async fn relay(
     state: &HttpState,
     send: &mut TunnelSend,
-    response: &mut Response<Incoming>,
+    (response, second): (&mut Response<Incoming>, &Second),
     exchange: &mut Exchange,
     is_grpc: bool,
 ) -> Result<(), ServeError> {
@@ -355,7 +370,7 @@ async fn relay(
             let refusal = Refusal::reset("the application broke off inside its response".to_owned());
             exchange.finish(Flag::Reset);
             exchange.status(refusal.status);
-            return refuse(state, send, refusal, is_grpc).await;
+            return refuse_after(state, send, (refusal, second), is_grpc).await;
         }
         Err(error) => return Err(ServeError::Body(error)),
     };
@@ -366,6 +381,7 @@ async fn relay(
         put_status(out, has_status);
         let mut writer = HeadWriter::response(out, payload, response.status());
         headers::write(response.headers(), &mut writer);
+        second.write(&mut writer);
         writer.finish()
     });
     let Ok(encoded) = encoded else {
@@ -375,7 +391,7 @@ async fn relay(
             reason: Reason::HeadTooLarge,
             ..Refusal::reset("the application's response has too many or too long headers".to_owned())
         };
-        return refuse(state, send, refusal, is_grpc).await;
+        return refuse_after(state, send, (refusal, second), is_grpc).await;
     };
     let mut chunks = Vec::with_capacity(frames.len().saturating_add(1));
     chunks.push(encoded);
@@ -430,17 +446,27 @@ async fn break_off_begun(
 async fn broke_off(
     state: &HttpState,
     send: &mut TunnelSend,
-    (local, exchange): (&LocalInstance, &mut Exchange),
+    (local, exchange, second): (&LocalInstance, &mut Exchange, &Second),
     is_grpc: bool,
 ) -> Result<(), ServeError> {
     let refusal = Refusal::reset(format!("the application of `{}` broke off before it answered", local.service));
     exchange.finish(Flag::Reset);
     exchange.status(refusal.status);
-    refuse(state, send, refusal, is_grpc).await
+    refuse_after(state, send, (refusal, second), is_grpc).await
+}
+
+/// Sends an answer of weft's own to a request that no app has seen.
+async fn refuse(state: &HttpState, send: &mut TunnelSend, refusal: Refusal, grpc: bool) -> Result<(), ServeError> {
+    refuse_after(state, send, (refusal, &Second::default()), grpc).await
 }
 
 /// Sends an answer of weft's own.
-async fn refuse(state: &HttpState, send: &mut TunnelSend, refusal: Refusal, grpc: bool) -> Result<(), ServeError> {
+async fn refuse_after(
+    state: &HttpState,
+    send: &mut TunnelSend,
+    (refusal, second): (Refusal, &Second),
+    grpc: bool,
+) -> Result<(), ServeError> {
     let reason = refusal.reason;
     let text = Bytes::from(format!("weft: {}\n", refusal.text));
     let response = refusal.into_response(grpc);
@@ -451,6 +477,7 @@ async fn refuse(state: &HttpState, send: &mut TunnelSend, refusal: Refusal, grpc
         let mut writer = HeadWriter::response(out, payload, response.status());
         headers::write(response.headers(), &mut writer);
         writer.header(&REASON, reason.as_str().as_bytes());
+        second.write(&mut writer);
         writer.finish()?;
         if !grpc {
             head::put_data_header(out, text.len());
@@ -490,17 +517,18 @@ async fn switch(
 /// Sends the request to the app and waits for the head of its response.
 ///
 /// A pooled connection may have been closed by the app just then: if it took nothing of the request, or nothing that
-/// must not be repeated, a fresh one is tried once.
+/// must not be repeated, a fresh one is tried once. What somebody else repeats goes by a fresh one at once, and once.
 async fn call<D: Dial>(
     worker: &Rc<D>,
     local: &LocalInstance,
     (head, body): (RequestHead, TunnelBody),
     block: &Bytes,
-    (added, interims): (Added<'_>, Option<&Arc<Interims>>),
+    (added, interims, second): (Added<'_>, Option<&Arc<Interims>>, &Second),
 ) -> Result<Answered, CallError> {
     let state = worker.http();
     let addr = local.app_addr;
     let repeatable = head.payload == Payload::Empty && head.method.is_idempotent();
+    let is_repeat = head.headers.contains_key(repeat::RETRY);
     let mut request = build(head, body, local, added);
     if is_multiplexed(local) {
         let mut sender = state.pool.shared(worker, addr).await.map_err(CallError::Connect)?;
@@ -523,7 +551,8 @@ async fn call<D: Dial>(
         }
     };
     hear(&mut request);
-    if let Some(mut sender) = state.pool.checkout(addr).await {
+    let pooled = if is_repeat { None } else { state.pool.checkout(addr).await };
+    if let Some(mut sender) = pooled {
         let whole = request.body_mut().whole();
         let mut error = match sender.try_send_request(request).await {
             Ok(response) => return Ok(Answered { response, reusable: Some((sender, whole)) }),
@@ -537,6 +566,7 @@ async fn call<D: Dial>(
                     Ok(head) => {
                         let mut again = build(head, TunnelBody::default(), local, added);
                         hear(&mut again);
+                        second.0.set(true);
                         again
                     }
                     Err(_) => return Err(CallError::App(error.into_error())),

@@ -101,7 +101,7 @@ impl TrafficSeries {
         Ok(Self {
             retries: add(
                 "weft_http_retries_total",
-                "Attempts after the first one, by a route's conditions.",
+                "Attempts after the first one of requests that may have reached an app.",
                 &by("reason"),
             )?,
             saved: add(

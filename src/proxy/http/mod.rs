@@ -21,10 +21,12 @@ pub(crate) mod inbound;
 mod io;
 pub(super) mod key;
 pub(crate) mod metrics;
+mod mirror;
 pub(crate) mod outbound;
 mod pool;
 mod priority;
 mod race;
+mod repeat;
 mod routed;
 mod upgrade;
 
@@ -51,7 +53,7 @@ use crate::routing::{Limited, Observer, Outcome, OverRate, Rates, key_of};
 use crate::trace::Tracer;
 use crate::traffic::Resolved;
 use crate::traffic::hedge::Answers;
-use crate::traffic::retry::Budget;
+use crate::traffic::retry::{Budget, Budgets};
 use crate::upstream::{self, RateKey};
 use bytes::{Bytes, BytesMut};
 use foldhash::HashMap;
@@ -204,7 +206,7 @@ pub(crate) struct HttpState {
     /// What chains did to requests.
     traffic: TrafficSeries,
     /// Retries that are granted, by destination.
-    budgets: RefCell<HashMap<ServiceName, Budget>>,
+    budgets: Arc<Budgets>,
     /// How long answers took, by destination and route, where a percentile hedges.
     answers: RefCell<HashMap<(ServiceName, Option<usize>), Answers>>,
     /// Copies that are on their way to mirrors.
@@ -232,7 +234,7 @@ impl HttpState {
             malformed: metrics.malformed.clone(),
             rates: Arc::new(Rates::new(crate::clock::now())),
             traffic: metrics.traffic.clone(),
-            budgets: RefCell::default(),
+            budgets: Arc::default(),
             answers: RefCell::default(),
             mirrors: Rc::default(),
             edges: EdgeCache::new(metrics),
@@ -243,9 +245,14 @@ impl HttpState {
         }
     }
 
-    /// Shares the buckets of rate limits with other workers.
-    pub(crate) fn sharing(self, rates: Arc<Rates>) -> Self {
-        Self { rates, ..self }
+    /// Shares the buckets of rate limits and the budgets of retries with other workers.
+    pub(crate) fn sharing(self, rates: Arc<Rates>, budgets: Arc<Budgets>) -> Self {
+        Self { rates, budgets, ..self }
+    }
+
+    /// Returns the retry budget of a destination.
+    fn budget(&self, destination: &ServiceName) -> Arc<Budget> {
+        self.budgets.of(destination)
     }
 
     /// Holds a request against the limits of its service at this instance.

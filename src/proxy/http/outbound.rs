@@ -47,14 +47,15 @@ use super::headers;
 use super::metrics::{Edge, Exchange, Flag};
 use super::pool::WorkerExec;
 use super::upgrade::{self, Raw};
-use super::{priority, routed};
+use super::{HttpState, priority, repeat, routed};
 use crate::authz::Request as Asked;
 use crate::model::ServiceName;
 use crate::proxy::head::{HEAD_BYTES_MAX, Inbox, Payload, ResponseHead};
 use crate::proxy::metrics::Reporter;
 use crate::proxy::{Caller, Lease, Route, Source};
 use crate::trace::{self, OpenSpan, Side};
-use crate::traffic::{Exposed, Gateway};
+use crate::traffic::retry::Budget;
+use crate::traffic::{Chain, Exposed, Gateway, Traffic};
 use crate::upstream::Priority;
 
 /// Concurrent requests of one HTTP/2 caller.
@@ -76,12 +77,32 @@ pub(super) struct Target {
     pub(super) edge: Rc<Edge>,
     /// What a gateway changes of its head.
     edits: Option<Arc<Exposed>>,
+    /// Of the retries to it.
+    budget: OnceCell<Arc<Budget>>,
+    /// How a request goes that no entry is about, where it has to go by a chain.
+    plain: OnceCell<Option<Arc<Chain>>>,
 }
 
 impl Target {
     /// Where requests of `caller` go, unchanged.
     pub(super) fn of<D: Dial>(worker: &D, caller: Caller) -> Rc<Self> {
-        Rc::new(Self { edge: edge_of(worker, &caller), caller, edits: None })
+        Rc::new(Self::changed(worker, caller, None))
+    }
+
+    fn changed<D: Dial>(worker: &D, caller: Caller, edits: Option<Arc<Exposed>>) -> Self {
+        let edge = edge_of(worker, &caller);
+        Self { caller, edge, edits, budget: OnceCell::new(), plain: OnceCell::new() }
+    }
+
+    /// Returns the budget of the retries to it.
+    pub(super) fn budget(&self, state: &HttpState) -> &Budget {
+        self.budget.get_or_init(|| state.budget(&self.caller.destination))
+    }
+
+    /// Returns the chain of a service that no entry is about.
+    fn plain_chain(&self) -> Option<Arc<Chain>> {
+        let chain = || Traffic::default().plain_chain(&self.caller.destination).ok().map(Arc::new);
+        self.plain.get_or_init(chain).clone()
     }
 }
 
@@ -305,7 +326,7 @@ impl<D: Dial> Connection<D> {
         let caller = Caller { source: Source::Service(gateway.clone()), destination: name };
         let is_changed = !(exposed.request_headers.is_empty() && exposed.response_headers.is_empty());
         let edits = is_changed.then(|| Arc::clone(exposed));
-        let target = Rc::new(Target { edge: edge_of(&*self.worker, &caller), caller, edits });
+        let target = Rc::new(Target::changed(&*self.worker, caller, edits));
         if let Some(authority) = authority {
             let (authority, entry) = (authority.clone(), Some(Arc::clone(entry)));
             *self.last.borrow_mut() = Some(Last { authority, target: Rc::clone(&target), entry });
@@ -342,6 +363,7 @@ impl<D: Dial> Connection<D> {
         let trusts = |from: IpAddr| from.is_loopback() || self.worker.snapshot().peek().traffic.trusts(from);
         if !self.from.is_some_and(trusts) {
             headers::forget_forwarded(headers, self.from);
+            headers.remove(repeat::RETRY);
             // Who is outside could have everything recorded: a trace begins here.
             if self.worker.http().tracer.is_some() {
                 trace::forget(headers);
@@ -460,6 +482,8 @@ async fn answer_of<D: Dial>(
         edits.request_headers.apply(request.headers_mut());
     }
     let chain = connection.worker.snapshot().peek().traffic.chain(&target.caller.destination).cloned();
+    // A time limit counts from here, whatever the request waits for, and to the end of its response.
+    let chain = chain.or_else(|| routed::is_limited(request.headers(), grpc).then(|| target.plain_chain()).flatten());
     if let Some(chain) = chain {
         // In a box: a request that no entry is about has no room for it.
         let began = (busy, started, span);
@@ -577,6 +601,8 @@ pub(super) struct Answer {
     pub(super) lease: Lease,
     /// The request's body, if nobody wants it.
     pub(super) unsent: Option<Unsent>,
+    /// The destination has sent the request to its app a second time.
+    pub(super) is_second: bool,
 }
 
 /// Hands the answer to hyper.
@@ -587,7 +613,7 @@ pub(super) fn respond<D: Dial>(
     upgraded: Option<Upgrading>,
     busy: Busy,
 ) -> Response<TunnelBody> {
-    let Answer { head, mut recv, mut inbox, send, limit, lease, unsent } = answer;
+    let Answer { head, mut recv, mut inbox, send, limit, lease, unsent, is_second: _ } = answer;
     let ResponseHead { payload, status, headers } = head;
     let switches = status == StatusCode::SWITCHING_PROTOCOLS;
     // To an extended CONNECT any 2xx says that the handshake was accepted (RFC 8441 §5).

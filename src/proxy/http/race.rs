@@ -21,6 +21,7 @@ use http::StatusCode;
 use super::attempt::Upload;
 use super::metrics::Flag;
 use super::outbound::{Answer, Call};
+use super::repeat::Sent;
 use super::routed::{Leave, Outcome, Plan, Try, attempt_once, end_call, may_replay};
 use super::{Dial, HttpState};
 use crate::clock;
@@ -163,11 +164,11 @@ impl Race<'_> {
         }
         let destination = &self.plan.leg.to.target.service;
         let at = clock::now();
-        if !state.budget(destination, |budget| budget.withdraw(at)) {
+        if !state.budget(destination).withdraw(at) {
             self.count(state, "budget");
             return None;
         }
-        let copy = Try::after(self.tried().of(Priority::Spare));
+        let copy = Try::after(self.tried().of(Priority::Spare), Sent::Again);
         let leave = if let Leave::Held(leave) = leave { Some(leave) } else { None };
         self.granted.push(Granted { copy: Rc::clone(&copy), _leave: leave, at });
         self.copies.push(Rc::clone(&copy));
@@ -217,7 +218,7 @@ impl Race<'_> {
     fn give_back(&mut self, state: &HttpState, copy: &Rc<Try>) {
         let Some(at) = self.granted.iter().position(|granted| Rc::ptr_eq(&granted.copy, copy)) else { return };
         let granted = self.granted.swap_remove(at);
-        state.budget(&self.plan.leg.to.target.service, |budget| budget.give_back(granted.at));
+        state.budget(&self.plan.leg.to.target.service).give_back(granted.at);
     }
 
     /// Notes what the others took until they were given up.

@@ -8,8 +8,9 @@
 //!
 //! Invariants: a request that no entry is about never comes here; intentions are asked about the service that is called in
 //! the end, with the path and headers that it gets; an attempt follows another only within the deadline, and within the
-//! budget and the limit of retries under way unless nothing had reached an app; a mirror delays nothing and has bounds of its own.
-//! Not here: what the entries mean (`traffic`), one attempt (`attempt`).
+//! budget and the limit of retries under way unless nothing had reached an app; then alone where somebody before this agent
+//! repeats the request (`repeat`).
+//! Not here: what the entries mean (`traffic`), one attempt (`attempt`), copies for mirrors (`mirror`).
 
 use std::cell::{Cell, OnceCell, RefCell};
 use std::rc::Rc;
@@ -32,48 +33,49 @@ use super::body::{BodyLimit, TunnelBody, TunnelSend};
 use super::metrics::{Exchange, Flag};
 use super::outbound::{self, Answer, Call, Connection, Cut, Target};
 use super::race::{Ended, alone, race};
-use super::{ATTEMPTS_MAX, Dial, HttpState, headers, key};
+use super::repeat::{self, Sent};
+use super::{ATTEMPTS_MAX, Dial, HttpState, headers, key, mirror};
 use crate::authz::Request as Admitted;
 use crate::clock;
 use crate::model::ServiceName;
-use crate::proxy::head::{Inbox, Payload};
+use crate::proxy::head::Payload;
 use crate::proxy::{Caller, OpenError, Opened, Source, StreamKind, Tried};
 use crate::routing::{self, Observer};
 use crate::trace::OpenSpan;
 use crate::traffic::hedge::Answers;
-use crate::traffic::retry::{NoRetry, asked_wait};
-use crate::traffic::{Abort, Action, Asked, Chain, Forward, Leg, Redirect, Resolved, Route, is_hit};
-use crate::upstream::Priority;
+use crate::traffic::retry::{NoRetry, Retry, asked_wait, plain_backoff};
+use crate::traffic::{Abort, Action, Asked, Chain, Forward, Leg, Redirect, Resolved, Route};
 
 /// Milliseconds that a caller gives a request, and that are left of them at the destination.
 const TIMEOUT: HeaderName = HeaderName::from_static("x-request-timeout-ms");
 const GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
 /// A gRPC server's word on retries (gRPC A6): milliseconds to wait, or a negative number for none.
 const PUSHBACK: HeaderName = HeaderName::from_static("grpc-retry-pushback-ms");
-/// Copies on their way to mirrors at once, per worker; more requests are not copied.
-const MIRRORS_MAX: usize = 256;
-/// A copy is given up after this long.
-const MIRROR_TIME_MAX: Duration = Duration::from_secs(15);
-/// Bytes that are read of a mirror's answer, so that its app sees no broken connection.
-const MIRROR_ANSWER_BYTES_MAX: usize = 1024 * 1024;
-/// Destinations with a retry budget, and routes with times of answers; beyond it all start anew.
-const BUDGETS_MAX: usize = 4096;
+/// Routes with times of answers; beyond it all start anew.
+const SERIES_MAX: usize = 4096;
 
 /// How a request goes on.
 pub(super) struct Plan<'c> {
     route: &'c Route,
     pub(super) forward: &'c Forward,
     pub(super) leg: &'c Leg,
-    source: &'c Source,
+    pub(super) source: &'c Source,
     /// When all must be over, and of what length that time was.
     pub(super) deadline: Option<(Instant, Duration)>,
     grpc: bool,
+    /// Somebody before this agent repeats the request: then this one does not, but for what reached no app.
+    is_repeat: bool,
 }
 
 impl Plan<'_> {
     /// Under which name the times of its answers are kept.
     pub(super) fn series(&self) -> (ServiceName, Option<usize>) {
         (self.leg.to.target.service.clone(), self.route.at)
+    }
+
+    /// What is tried again.
+    fn retry(&self) -> Option<&Retry> {
+        self.forward.retry.as_ref().filter(|_| !self.is_repeat)
     }
 }
 
@@ -132,7 +134,7 @@ pub(super) async fn answer<D: Dial>(
         return Ok(outbound::refuse_request(exchange, refusal, how));
     }
     let uploads = (payload == Payload::Frames).then(|| Busy::new(&connection.activity));
-    let plan = Plan { route, forward, leg, source, deadline, grpc };
+    let plan = Plan { route, forward, leg, source, deadline, grpc, is_repeat: repeat::is_repeat(&parts.headers) };
     let (from, cookie, uploads) = (connection.from, Cell::default(), Cell::new(uploads));
     let (activity, id) = (&*connection.activity, OnceCell::new());
     let priority = connection.priority(&target.caller, &parts.headers);
@@ -233,6 +235,11 @@ fn rewrite(
     host.or(authority)
 }
 
+/// Tells whether a caller gives its request a time limit of its own.
+pub(super) fn is_limited(headers: &HeaderMap, grpc: bool) -> bool {
+    headers.contains_key(if grpc { GRPC_TIMEOUT } else { TIMEOUT })
+}
+
 /// Takes the caller's own time limit out of its headers; returns the shorter of that and the route's.
 fn deadline(headers: &mut HeaderMap, forward: &Forward, to: &Resolved, grpc: bool) -> Option<(Instant, Duration)> {
     let asked = if grpc {
@@ -261,12 +268,13 @@ pub(super) struct Try {
     /// Takes notes of it, and when it was sent.
     pub(super) last: RefCell<Option<(Observer, Instant)>>,
     is_over: Cell<bool>,
+    sent: Sent,
 }
 
 impl Try {
     /// Another attempt after those that `tried` holds.
-    pub(super) fn after(tried: Tried) -> Rc<Self> {
-        Rc::new(Self { tried: RefCell::new(tried), ..Self::default() })
+    pub(super) fn after(tried: Tried, sent: Sent) -> Rc<Self> {
+        Rc::new(Self { tried: RefCell::new(tried), sent, ..Self::default() })
     }
 
     /// Asks for leave to repeat the request elsewhere.
@@ -321,11 +329,10 @@ async fn attempts<D: Dial>(
         Payload::Frames => Some(attempt::begin_upload(body, call.parts, state, call.uploads.take()).await?),
         Payload::Empty | Payload::Upgrade => None,
     };
-    mirror(worker, call, plan, pending.as_deref());
-    let retry = plan.forward.retry.as_ref();
-    if retry.is_some() || plan.forward.hedge.is_some() {
-        state.budget(destination, |budget| budget.deposit(clock::now()));
-    }
+    mirror::mirror(worker, call, plan, pending.as_deref());
+    let retry = plan.retry();
+    let budget = call.target.budget(state);
+    budget.deposit(clock::now());
     let times = retry.map_or(0, |retry| retry.times);
     let key = key::of_request(&**worker, call);
     let begin = || Tried::with_key(key).of(call.priority);
@@ -337,9 +344,10 @@ async fn attempts<D: Dial>(
     // What another attempt followed: where nobody is left to ask, it says more than that.
     let mut last = None;
     let failure = loop {
-        let one = Try::after(std::mem::take(&mut tried));
+        let one = Try::after(std::mem::take(&mut tried), if retries > 0 { Sent::Again } else { Sent::First });
         // The first attempt alone is hedged.
-        let is_hedged = plan.forward.hedge.is_some() && retries == 0 && not_reached.is_none();
+        let is_first = retries == 0 && not_reached.is_none();
+        let is_hedged = plan.forward.hedge.is_some() && is_first && !plan.is_repeat;
         let ended = if is_hedged {
             Box::pin(race(worker, call, plan, (pending.as_ref(), one))).await
         } else {
@@ -377,12 +385,15 @@ async fn attempts<D: Dial>(
             Outcome::Silent(refusal, reason) => (refusal, reason, None),
             Outcome::Poor(answer) => {
                 let status = answer.head.status;
+                // One of these was the destination's.
+                retries += u32::from(answer.is_second);
                 let refusal = Refusal::reset(format!("service `{destination}` answered {status} to the last attempt"));
                 (refusal, "status", Some(answer))
             }
         };
         made += 1;
         let is_asked_for = match retry {
+            _ if plan.is_repeat => false,
             Some(retry) => answer.is_some() || retry.covers_reset(),
             None => call.parts.method.is_idempotent() && made < ATTEMPTS_MAX,
         };
@@ -392,15 +403,14 @@ async fn attempts<D: Dial>(
         if !is_asked_for {
             break failure;
         }
-        let backoff = retry.map_or(Duration::ZERO, |retry| retry.backoff(retries + 1, rand::random()));
+        let (number, draw) = (retries + 1, rand::random());
+        let backoff = retry.map_or_else(|| plain_backoff(number, draw), |retry| retry.backoff(number, draw));
         let refused = match wait {
             _ if !may_replay(pending.as_deref()) => Some("body"),
             _ if retry.is_some() && retries >= times => Some("times"),
             Err(NoRetry) => Some("pushback"),
             Ok(wait) if !fits(plan, wait.unwrap_or(backoff)) => Some("deadline"),
-            Ok(_) if retry.is_some() && !state.budget(destination, |budget| budget.withdraw(clock::now())) => {
-                Some("budget")
-            }
+            Ok(_) if !budget.withdraw(clock::now()) => Some("budget"),
             Ok(_) => held_back(&one, &mut leaves),
         };
         if let Some(why) = refused {
@@ -526,16 +536,17 @@ async fn try_instance<D: Dial>(
         Err(error) => return Outcome::Final(no_instance(resolved, error)),
     };
     let Opened { send, recv, preamble, instance, lease } = opened;
-    let head = match attempt::encode_head(state, call, time_left(plan, clock::now()).as_ref()) {
+    let head = match attempt::encode_head(state, call, time_left(plan, clock::now()).as_ref(), one.sent) {
         Ok(head) => head,
         Err(refusal) => return Outcome::Final(refusal),
     };
-    // With a deadline for all of it, nothing else limits one part.
-    let limit = match (plan.deadline, plan.forward.idle_timeout) {
-        (Some(_), None) => TimeLimit::None,
+    // With a deadline of its operators' for all of it, nothing else limits one part; a caller's own only shortens.
+    let has_limit = plan.forward.request_timeout.or(resolved.request_timeout).is_some();
+    let limit = match (has_limit, plan.forward.idle_timeout) {
+        (true, None) => TimeLimit::None,
         (_, idle) => TimeLimit::of(&call.parts.headers, idle.unwrap_or(state.limits.response)),
     };
-    let again = plan.forward.retry.as_ref().filter(|retry| retry.times > 0);
+    let again = plan.retry().filter(|retry| retry.times > 0);
     let attempt = Attempt { worker, call, head, pending, limit, again };
     let seen = lease.observer().map(|observer| (observer.clone(), clock::now()));
     one.last.borrow_mut().clone_from(&seen);
@@ -568,101 +579,12 @@ fn no_instance(resolved: &Resolved, error: OpenError) -> Refusal {
 }
 
 impl HttpState {
-    /// Asks the retry budget of a destination.
-    pub(super) fn budget<T>(
-        &self,
-        destination: &ServiceName,
-        ask: impl FnOnce(&mut crate::traffic::retry::Budget) -> T,
-    ) -> T {
-        let mut budgets = self.budgets.borrow_mut();
-        if budgets.len() >= BUDGETS_MAX && !budgets.contains_key(destination) {
-            budgets.clear();
-        }
-        ask(budgets.entry(destination.clone()).or_default())
-    }
-
     /// Asks the times of a route's latest answers.
     pub(super) fn answers<T>(&self, series: &(ServiceName, Option<usize>), ask: impl FnOnce(&mut Answers) -> T) -> T {
         let mut answers = self.answers.borrow_mut();
-        if answers.len() >= BUDGETS_MAX && !answers.contains_key(series) {
+        if answers.len() >= SERIES_MAX && !answers.contains_key(series) {
             answers.clear();
         }
         ask(answers.entry(series.clone()).or_insert_with(|| Answers::new(clock::now())))
     }
-}
-
-/// Counts a copy on its way.
-struct Copying(Rc<Cell<usize>>);
-
-impl Drop for Copying {
-    fn drop(&mut self) {
-        self.0.set(self.0.get().saturating_sub(1));
-    }
-}
-
-/// Sends a copy of a share of the requests elsewhere; nobody waits for it. A body is copied if it was there with the head,
-/// 16 KiB at most: waiting for more would hold what the original has sent already.
-fn mirror<D: Dial>(worker: &Rc<D>, call: &Call<'_>, plan: &Plan<'_>, pending: Option<&Upload>) {
-    let Some(mirror) = plan.forward.mirror.as_ref().filter(|mirror| is_hit(mirror.share, rand::random())) else {
-        return;
-    };
-    let state = worker.http();
-    let service = mirror.to.service.clone();
-    let count = {
-        let mirrored = state.traffic.mirrored.clone();
-        move |outcome: &str| mirrored.with(&[service.as_str(), outcome]).inc()
-    };
-    if pending.is_some_and(|upload| !upload.ended.get()) || call.payload == Payload::Upgrade {
-        return count("body_too_long");
-    }
-    if state.mirrors.get() >= MIRRORS_MAX {
-        return count("too_many");
-    }
-    let Ok(head) = attempt::encode_head(state, call, None) else { return count("failed") };
-    state.mirrors.set(state.mirrors.get() + 1);
-    let copying = Copying(Rc::clone(&state.mirrors));
-    let frames = pending.map(|upload| upload.replay.borrow().clone()).unwrap_or_default();
-    let to =
-        Resolved { target: Arc::clone(&mirror.to), failover: Vec::new(), connect_timeout: None, request_timeout: None };
-    let (source, sending) = (plan.source.clone(), Rc::clone(worker));
-    worker.spawn_untracked(async move {
-        let _copying = copying;
-        let copy = Box::pin(copy(&sending, &source, &to, (head, frames)));
-        let is_sent = tokio::time::timeout(MIRROR_TIME_MAX, copy).await.ok().flatten().is_some();
-        count(if is_sent { "sent" } else { "failed" });
-    });
-}
-
-/// Sends a copy and reads its answer to the end, or to the bound.
-async fn copy<D: Dial>(
-    worker: &Rc<D>,
-    source: &Source,
-    to: &Resolved,
-    (head, frames): (Bytes, Vec<Bytes>),
-) -> Option<()> {
-    // A copy for a mirror gives way to whatever matters.
-    let tried = Tried::new().of(Priority::Spare);
-    let opened = worker.open_to(source, to, StreamKind::Http, &RefCell::new(tried)).await.ok()?;
-    let Opened { send, mut recv, preamble, lease, .. } = opened;
-    let _lease = lease;
-    let mut send = TunnelSend::new(send);
-    let mut chunks = vec![preamble, head];
-    chunks.extend(frames);
-    send.write(&mut chunks).await.ok()?;
-    send.finish();
-    let mut read: usize = 0;
-    let mut inbox = Inbox::default();
-    while let Some(chunk) = recv.read_chunk(usize::MAX, true).await.ok()? {
-        if read == 0 {
-            inbox.push(chunk.bytes.clone());
-            if inbox.take_u8() != Some(0) {
-                return None;
-            }
-        }
-        read = read.saturating_add(chunk.bytes.len());
-        if read > MIRROR_ANSWER_BYTES_MAX {
-            break;
-        }
-    }
-    (read > 0).then_some(())
 }

@@ -9,6 +9,7 @@ mod framing;
 mod gateway;
 mod hedged;
 mod refused;
+mod repeated;
 mod rest;
 mod routed;
 mod traced;

@@ -1,4 +1,7 @@
-//! Raw bytes after a 101, or on an extended CONNECT, both ways, with half-close.
+//! Raw bytes after a 101, or on an extended CONNECT, both ways, with half-close; silence ends them as it ends TCP.
+
+use std::cell::Cell;
+use std::time::Duration;
 
 use bytes::Bytes;
 use hyper::upgrade::Upgraded;
@@ -9,6 +12,8 @@ use tokio::net::TcpStream;
 use tracing::debug;
 
 use super::body::{BodyError, TunnelSend};
+use crate::clock;
+use crate::proxy::relay::{IDLE_TIMEOUT, silence};
 
 /// Bytes read from the app at once: one write of a WebSocket frame of usual size.
 const READ_BYTES: usize = 8 * 1024;
@@ -41,20 +46,22 @@ enum RelayError {
     App(#[source] std::io::Error),
     #[error("the tunnel's stream broke")]
     Tunnel(#[source] BodyError),
+    #[error("nothing moved for {0:?}")]
+    Silence(Duration),
 }
 
-/// Relays until both directions ended; a failure of either aborts both.
+/// Relays until both directions ended; a failure of either aborts both, and so does [`IDLE_TIMEOUT`] of silence.
 pub(crate) async fn relay(raw: Raw, send: TunnelSend, recv: RecvStream, received: Bytes) {
     let relayed = match raw {
         Raw::Tcp { mut stream, read } => {
-            let relayed = both(stream.split(), read, (send, recv), received).await;
+            let relayed = both(stream.split(), read, (send, recv), received, IDLE_TIMEOUT).await;
             if relayed.is_err() {
                 // RST, not FIN: the app must not take a broken stream for a finished one.
                 let _closed = stream.set_zero_linger();
             }
             relayed
         }
-        Raw::Stream(stream) => both(tokio::io::split(stream), Bytes::new(), (send, recv), received).await,
+        Raw::Stream(stream) => both(tokio::io::split(stream), Bytes::new(), (send, recv), received, IDLE_TIMEOUT).await,
     };
     if let Err(error) = relayed {
         debug!(error = %error, "upgraded connection aborted");
@@ -66,7 +73,10 @@ async fn both(
     read: Bytes,
     (mut send, mut recv): (TunnelSend, RecvStream),
     received: Bytes,
+    idle: Duration,
 ) -> Result<(), RelayError> {
+    let moved_at = Cell::new(clock::now());
+    let moves = || moved_at.set(clock::now());
     let up = async {
         send.write(&mut [read]).await.map_err(RelayError::Tunnel)?;
         let mut buffer = bytes::BytesMut::new();
@@ -82,6 +92,7 @@ async fn both(
                 return Ok(());
             }
             send.write(&mut [buffer.split().freeze()]).await.map_err(RelayError::Tunnel)?;
+            moves();
         }
     };
     let down = async {
@@ -92,10 +103,55 @@ async fn both(
                 Some(chunk) => {
                     to_app.write_all(&chunk.bytes).await.map_err(RelayError::App)?;
                     to_app.flush().await.map_err(RelayError::App)?;
+                    moves();
                 }
                 None => return to_app.shutdown().await.map_err(RelayError::App),
             }
         }
     };
-    tokio::try_join!(up, down).map(|((), ())| ())
+    tokio::select! {
+        ended = async { tokio::try_join!(up, down) } => ended.map(|((), ())| ()),
+        () = silence(&moved_at, idle) => Err(RelayError::Silence(idle)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::transport::fixture::pair_with;
+
+    #[tokio::test]
+    async fn an_hour_of_silence_ends_an_upgraded_stream_and_each_byte_begins_it_anew() {
+        let mut patient = quinn::TransportConfig::default();
+        patient.max_idle_timeout(None);
+        let pair = pair_with(patient).await;
+        let (mut send, recv) = pair.dialer.open_bi().await.unwrap();
+        send.write_all(b"!").await.unwrap();
+        let (mut far_send, mut far_recv) = pair.listener.accept_bi().await.unwrap();
+        far_recv.read_exact(&mut [0]).await.unwrap();
+        let (mut app, own) = tokio::io::duplex(64);
+
+        // From here on an hour is over at once if nothing happens in it.
+        tokio::time::pause();
+        let talk = async {
+            for turn in 0..4 {
+                tokio::time::sleep(Duration::from_mins(59)).await;
+                if turn % 2 == 0 {
+                    app.write_all(b"x").await.unwrap();
+                    far_recv.read_exact(&mut [0]).await.unwrap();
+                } else {
+                    far_send.write_all(b"y").await.unwrap();
+                    app.read_exact(&mut [0]).await.unwrap();
+                }
+            }
+            clock::now()
+        };
+        let ends = (TunnelSend::new(send), recv);
+        let relayed = both(tokio::io::split(own), Bytes::new(), ends, Bytes::new(), IDLE_TIMEOUT);
+        let (ended, last) = tokio::join!(relayed, talk);
+        assert!(matches!(ended, Err(RelayError::Silence(IDLE_TIMEOUT))), "{ended:?}");
+        let silence = clock::now() - last;
+        assert!((Duration::from_mins(59)..Duration::from_mins(61)).contains(&silence), "{silence:?}");
+        assert!(matches!(far_recv.read(&mut [0]).await, Err(quinn::ReadError::Reset(_))), "it looks finished");
+    }
 }

@@ -202,6 +202,68 @@ async fn an_http_instance_whose_app_is_gone_is_passed_over_and_left_alone_for_a_
     mesh.stop().await;
 }
 
+#[tokio::test]
+async fn bytes_never_come_to_an_app_that_takes_requests() {
+    let authority = Authority::new();
+    let registered = |protocol| {
+        move |local: &mut crate::catalogue::LocalView| {
+            local.instances.values_mut().for_each(|instance| instance.protocol = protocol);
+            Vec::new()
+        }
+    };
+    // As it is registered, and as an entry says that the registration means nothing else.
+    for (protocol, entry) in [(Protocol::Http, None), (Protocol::Grpc, None), (Protocol::Tcp, Some("http"))] {
+        let mesh = Mesh::start_on(1, &authority, "*", registered(protocol)).await;
+        if let Some(said) = entry {
+            mesh.b.say(&[("service-defaults", "web", serde_json::json!({"Protocol": said}))]);
+        }
+        let peer = stranger(&authority, "x");
+        let tunnel = within(peer.connect(mesh.b.addr, "mesh.weft").unwrap()).await.unwrap();
+        let forged = b"GET /admin HTTP/1.1\r\nhost: web\r\n\
+                       x-forwarded-client-cert: URI=spiffe://test.example/svc/admin/node/b\r\n\r\n";
+        if let Some((mut send, _recv)) = within(call(&tunnel)).await {
+            within(send.write_all(forged)).await.unwrap();
+            let (mut app, _) = within(mesh.app.accept()).await.unwrap();
+            let mut seen = vec![0; forged.len()];
+            within(app.read_exact(&mut seen)).await.unwrap();
+            panic!("the app was told: {}", String::from_utf8_lossy(&seen));
+        }
+        // What does not wait for the status is refused as well.
+        let (mut send, mut recv) = within(tunnel.open_bi()).await.unwrap();
+        within(send.write_all(&[&preamble(StreamKind::Tcp)[..], forged].concat())).await.unwrap();
+        let mut status = [0];
+        within(recv.read_exact(&mut status)).await.unwrap();
+        assert_eq!(status, [StreamStatus::UnknownInstance.byte()]);
+        assert!(mesh.app.accept().now_or_never().is_none(), "the app was connected");
+        assert_eq!(mesh.b.count("weft_quic_refused_total", &["reason=\"protocol\""]), 2);
+        mesh.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn a_connection_of_bytes_goes_on_by_requests_where_its_service_has_just_turned_to_them() {
+    let mesh = Mesh::start_on(1, &Authority::new(), "*", |_| Vec::new()).await;
+    let http = [("service-defaults", "web", serde_json::json!({"Protocol": "http"}))];
+    // The destination hears of it first.
+    mesh.b.say(&http);
+    let request = async {
+        let mut client = TcpStream::connect(mesh.upstream).await.unwrap();
+        client.write_all(b"GET / HTTP/1.1\r\nhost: web\r\nconnection: close\r\n\r\n").await.unwrap();
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).await.unwrap();
+        answer
+    };
+    let turn = async {
+        mesh.b.counts("weft_quic_refused_total", &["reason=\"protocol\""], 1).await;
+        mesh.a.say(&http);
+    };
+    tokio::select! {
+        never = answer(&mesh.app) => never,
+        (said, ()) = within(async { tokio::join!(request, turn) }) => assert!(said.starts_with("HTTP/1.1 200"), "{said}"),
+    }
+    mesh.stop().await;
+}
+
 /// An app that answers every request of every connection.
 pub(super) async fn answer(app: &TcpListener) {
     let serve = async |mut stream: TcpStream| {

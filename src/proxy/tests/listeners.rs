@@ -111,6 +111,26 @@ async fn a_gateway_s_port_that_another_program_has_is_told_and_opens_once_it_is_
     node.handle.shutdown().await;
 }
 
+#[tokio::test]
+async fn a_gateway_s_port_for_bytes_is_closed_while_its_service_takes_requests() {
+    let mut mesh = Mesh::start().await;
+    let port = free_port();
+    let gateways = vec![LocalGateway { service: "edge".parse().unwrap(), ip: port.ip() }];
+    mesh.a.publish_local(LocalView { gateways, ..upstreams(&[mesh.upstream]) }, &[("b", mesh.b.addr, "web-1")]);
+    let is_listening = |state: Option<&ListenerState>| state == Some(&ListenerState::Listening);
+    mesh.a.say(&[edge(&[port])]);
+    mesh.a.sees(port, is_listening).await;
+    mesh.a.say(&[edge(&[port]), ("service-defaults", "web", json!({"Protocol": "http"}))]);
+    let is_told = |state: Option<&ListenerState>| matches!(state, Some(ListenerState::Failed(why)) if why.contains("protocol http"));
+    mesh.a.sees(port, is_told).await;
+    refuses(port).await;
+    mesh.a.say(&[edge(&[port])]);
+    mesh.a.sees(port, is_listening).await;
+    mesh.upstream = port;
+    round_trip(&mesh).await;
+    mesh.stop().await;
+}
+
 /// Waits until nobody listens on `port`: each worker closes its own socket.
 async fn refuses(port: SocketAddr) {
     within(async {

@@ -273,7 +273,7 @@ async fn establish(port: &Port, caller: &Caller, from: SocketAddr) -> Result<Con
     let connect = || connect(worker, caller, StreamKind::Udp, (to.as_deref(), Some(from.ip())));
     let connected = match connect().await {
         // UDP does not say when it has done: a flow that leaves makes room, or the one that is silent for longest.
-        Err(("UO", limited)) => {
+        Err(refused) if refused.flag == "UO" => {
             let oldest = port.flows.borrow_mut().evict();
             if let Some(oldest) = oldest {
                 oldest.end("UO");
@@ -281,16 +281,16 @@ async fn establish(port: &Port, caller: &Caller, from: SocketAddr) -> Result<Con
                 drop(oldest);
                 connect().await
             } else {
-                Err(("UO", limited))
+                Err(refused)
             }
         }
         connected => connected,
     };
-    connected.map_err(|(flag, limited)| {
-        if let Some(what) = limited {
+    connected.map_err(|refused| {
+        if let Some(what) = refused.limited {
             worker.overflowed(what);
         }
-        flag
+        refused.flag
     })
 }
 

@@ -46,6 +46,7 @@ use crate::routing::{
     Ask, Balancer, ConnectBackoff, GroupView, Limited, NoInstance, Notice, Observer, Outcome, Rates, Shared,
 };
 use crate::trace::Tracer;
+use crate::traffic::retry::Budgets;
 use crate::transport::{Credentials, Lane, LiveConnections, MeshPort, WorkerEndpoint};
 
 /// Connections that one worker holds from local apps, and streams from peers: 5 KB each when idle.
@@ -131,6 +132,7 @@ pub(super) struct Setup {
     pub(super) questions: mpsc::Receiver<inspect::Asked>,
     pub(super) balancing: Arc<Shared>,
     pub(super) rates: Arc<Rates>,
+    pub(super) budgets: Arc<Budgets>,
     pub(super) notices: mpsc::Sender<Notice>,
     pub(super) died: Arc<watch::Sender<Died>>,
 }
@@ -168,6 +170,8 @@ pub(crate) struct Worker {
     notices: mpsc::Sender<Notice>,
     /// Nodes that announce what is outside their scope, at each call.
     outside_told: Seldom,
+    /// Streams of peers that are not of their service's protocol.
+    pub(super) unfit_told: Seldom,
     /// Instances of the targets that chains lead to.
     views: RefCell<Views>,
     tasks: TaskTracker,
@@ -233,7 +237,7 @@ impl Worker {
             listener_retry: setup.listener_retry,
             listeners: setup.listeners,
             edges: Edges::new(setup.metrics.clone()),
-            http: HttpState::new(setup.http_metrics).sharing(setup.rates).tracing(setup.tracer),
+            http: HttpState::new(setup.http_metrics).sharing(setup.rates, setup.budgets).tracing(setup.tracer),
             udp: UdpState::new(setup.udp_metrics, setup.udp_accepted),
             connections: Rc::default(),
             streams: Rc::default(),
@@ -249,6 +253,7 @@ impl Worker {
             backoff: RefCell::default(),
             notices: setup.notices,
             outside_told: Seldom::default(),
+            unfit_told: Seldom::default(),
             views: RefCell::default(),
             tasks: TaskTracker::new(),
             draining: setup.draining,

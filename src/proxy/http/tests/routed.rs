@@ -172,7 +172,7 @@ fn grpc_is_tried_again_only_as_long_as_nothing_but_a_status_was_answered() {
 fn a_grpc_timeout_is_kept_and_what_is_left_of_it_goes_along() {
     run(async {
         // Without an entry, with a route that allows more, and with one that allows less.
-        for (limit, asked) in [(None, "200m"), (Some("20s"), "200m"), (Some("200ms"), "10S")] {
+        for (limit, asked) in [(None, "200m"), (None, "200000u"), (Some("20s"), "200m"), (Some("200ms"), "10S")] {
             let entries: Vec<_> = limit.map(|limit| route(&json!({"RequestTimeout": limit}))).into_iter().collect();
             let mut setup = web(&[HANG], &entries).await;
             let begun = crate::clock::now();
@@ -276,9 +276,12 @@ fn a_timeout_answers_504_and_says_why_and_what_is_left_goes_along() {
 
         // The caller's own limit counts if it is shorter; a resolver's where no route has one.
         let resolver = ("service-resolver", "web", json!({"RequestTimeout": "20s"}));
-        let setup = web(&[HANG], &[resolver]).await;
-        let answer = ask(setup.port, "GET / HTTP/1.1\r\nx-request-timeout-ms: 100").await;
-        assert!(answer.contains("did not answer within 100ms"), "{answer}");
+        for entries in [vec![resolver], vec![]] {
+            let setup = web(&[HANG], &entries).await;
+            let answer = ask(setup.port, "GET / HTTP/1.1\r\nx-request-timeout-ms: 100").await;
+            assert!(answer.starts_with("HTTP/1.1 504"), "{answer}");
+            assert!(answer.contains("did not answer within 100ms"), "{answer}");
+        }
     });
 }
 
@@ -305,6 +308,12 @@ fn a_response_that_stalls_or_takes_too_long_is_cut_off() {
             let text = setup.worker.metrics.render().unwrap();
             assert!(text.contains("reporter=\"source\",response_code=\"200\",response_flags=\"UT\""), "{text}");
         }
+        // The caller's own limit holds to the end of the body, without an entry as well.
+        let setup = web(&[STALLS], &[]).await;
+        let answer = ask(setup.port, "GET / HTTP/1.1\r\nx-request-timeout-ms: 300").await;
+        assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("begins"), "{answer}");
+        let text = setup.worker.metrics.render().unwrap();
+        assert!(text.contains("reporter=\"source\",response_code=\"200\",response_flags=\"UT\""), "{text}");
     });
 }
 
