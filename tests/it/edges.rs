@@ -219,8 +219,10 @@ fn entries_route_break_end_and_limit_the_calls_of_grpcio() {
         {"Match": {"HTTP": {"PathPrefix": "/t.Slow/"}}, "Destination": {"RequestTimeout": "500ms"}}]}));
     pair.write(&json!({"Kind": "service-faults", "Name": "rpc", "Faults": [
         {"Match": {"HTTP": {"PathPrefix": "/t.Broken/"}}, "Abort": {"GRPCStatus": 8}}]}));
-    pair.write(&json!({"Kind": "service-defaults", "Name": "rpc", "Protocol": "grpc", "RateLimits": {"InstanceLevel": {
-        "Routes": [{"PathPrefix": "/t.Rated/", "RequestsPerSecond": 0.1, "RequestsMaxBurst": 1}]}}}));
+    pair.write(
+        &json!({"Kind": "service-defaults", "Name": "rpc", "Protocol": "grpc", "RateLimits": {"InstanceLevel": {
+        "Routes": [{"PathPrefix": "/t.Rated/", "RequestsPerSecond": 0.1, "RequestsMaxBurst": 1}]}}}),
+    );
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients/edges.py");
     let call = |what: &str, shown: &[&str]| {
         let addr = pair.at(GRPC).to_string();

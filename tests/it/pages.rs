@@ -3,8 +3,10 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
-use std::process::Command;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use serde_json::Value;
 
 use crate::clients::{found, installed};
 use crate::examples::{Terminal, Traffic, blocks, command, copy};
@@ -25,6 +27,20 @@ fn counts(said: &str) -> BTreeMap<String, u32> {
 
 fn of(counts: &BTreeMap<String, u32>, name: &str) -> u32 {
     counts.get(name).copied().unwrap_or(0)
+}
+
+/// The Python of the clients, if it has `module`.
+fn python_with(module: &str) -> Option<PathBuf> {
+    let imports = format!("import {module}");
+    let has_it = |python: &PathBuf| {
+        Command::new(python).args(["-c", &imports]).stderr(Stdio::null()).status().is_ok_and(|status| status.success())
+    };
+    installed("py/bin/python3").filter(has_it)
+}
+
+/// What a shell is told so that `python3` is this one.
+fn first_on_path(python: &Path) -> String {
+    format!("export PATH={}:$PATH", python.parent().unwrap().display())
 }
 
 #[test]
@@ -124,7 +140,10 @@ fn the_page_about_rates_and_queues_does_what_it_says() {
         assert_eq!(traffic.terminal.say(command(&limits, part)), want, "{part}");
     }
     let limited = traffic.terminal.say(command(&limits, "/limited")).to_ascii_lowercase();
-    assert!(limited.contains(" 429 ") && limited.contains("retry-after:") && limited.contains("ratelimit:"), "{limited}");
+    assert!(
+        limited.contains(" 429 ") && limited.contains("retry-after:") && limited.contains("ratelimit:"),
+        "{limited}"
+    );
     traffic.terminal.say(command(&limits, "service-defaults -name web"));
     traffic.terminal.say(command(&limits, "deregister"));
 
@@ -167,7 +186,8 @@ fn the_pages_about_bytes_and_grpc_do_what_they_say() {
     until("both answer, and are told who calls", || {
         let who = traffic.terminal.say(command(&bytes, "/who"));
         let met = counts(&traffic.terminal.say(command(&bytes, "seq 20")));
-        let is_told = who.contains(" for spiffe://") && who.contains("/svc/raw-client/node/") && who.ends_with("at 127.0.0.1");
+        let is_told =
+            who.contains(" for spiffe://") && who.contains("/svc/raw-client/node/") && who.ends_with("at 127.0.0.1");
         if is_told && of(&met, "raw-1") > 0 && of(&met, "raw-2") > 0 { Ok(()) } else { Err(format!("{who} {met:?}")) }
     });
     traffic.terminal.say(command(&bytes, "raw-affinity.json"));
@@ -205,11 +225,8 @@ fn the_pages_about_bytes_and_grpc_do_what_they_say() {
     }
     traffic.put_back(&bytes);
 
-    let has_grpc = |python: &std::path::PathBuf| {
-        Command::new(python).args(["-c", "import grpc"]).status().is_ok_and(|status| status.success())
-    };
-    let Some([python]) = found("grpcio", [installed("py/bin/python3").filter(has_grpc)]) else { return };
-    traffic.terminal.say(&format!("export PATH={}:$PATH", python.parent().unwrap_or(Path::new("/")).display()));
+    let Some([python]) = found("grpcio", [python_with("grpc")]) else { return };
+    traffic.terminal.say(&first_on_path(&python));
     let grpc = traffic.page("grpc.md");
     for start in ["7008 v1", "7009 v2"] {
         traffic.terminal.start(command(&grpc, start));
@@ -267,7 +284,7 @@ fn the_page_about_zones_does_what_it_says() {
     });
     let maint: Vec<&String> = page.iter().filter(|line| line.starts_with("weft maint")).collect();
     assert_eq!(maint.len(), 8, "{maint:?}");
-    let mut until_met = |terminal: &mut Terminal, part: &str, is_it: &dyn Fn(u32, u32, u32) -> bool| {
+    let until_met = |terminal: &mut Terminal, part: &str, is_it: &dyn Fn(u32, u32, u32) -> bool| {
         until(part, || {
             let said = terminal.say(command(&page, part));
             let met = counts(&said);
@@ -280,21 +297,57 @@ fn the_page_about_zones_does_what_it_says() {
             assert!(!said.to_lowercase().contains("error"), "{line}: {said}");
         }
     };
-    until_met(&mut terminal, "zone alone", &|first, second, south| first + second == 60 && first > 0 && second > 0 && south == 0);
+    until_met(&mut terminal, "zone alone", &|first, second, south| {
+        first + second == 60 && first > 0 && second > 0 && south == 0
+    });
     back(&mut terminal, &maint[..1]);
     // 140 and 60 are expected; 6.5 is the standard deviation.
-    until_met(&mut terminal, "/half", &|first, second, south| second == 0 && (27..=93).contains(&south) && first + south == 200);
+    until_met(&mut terminal, "/half", &|first, second, south| {
+        second == 0 && (27..=93).contains(&south) && first + south == 200
+    });
     back(&mut terminal, &maint[1..2]);
     until_met(&mut terminal, "/none", &|_, _, south| south == 20);
     back(&mut terminal, &maint[2..4]);
 
     terminal.say(command(&page, "failover.json"));
     back(&mut terminal, &maint[4..5]);
-    until_met(&mut terminal, "/one", &|first, ..| first == 20);
+    until_met(&mut terminal, "/one", &|first, _, _| first == 20);
     back(&mut terminal, &maint[5..6]);
     until_met(&mut terminal, "/over", &|_, _, south| south == 20);
     back(&mut terminal, &maint[6..]);
 
     terminal.say(command(&page, "ignore.json"));
-    until_met(&mut terminal, "/all", &|first, second, south| [first, second, south].iter().all(|one| (18..=22).contains(one)));
+    until_met(&mut terminal, "/all", &|first, second, south| {
+        [first, second, south].iter().all(|one| (18..=22).contains(one))
+    });
+}
+
+#[test]
+fn the_page_about_telemetry_does_what_it_says() {
+    let Some([python]) = found("opentelemetry-proto", [python_with("opentelemetry.proto")]) else { return };
+    let Some(lab) = Lab::new(1) else { return };
+    let temp = tempfile::tempdir().unwrap();
+    let dir = copy(temp.path());
+    std::os::unix::fs::symlink(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests"), dir.join("tests")).unwrap();
+    let page = blocks(&fs::read_to_string(dir.join("examples/telemetry/README.md")).unwrap()).concat();
+    let mut terminal = Terminal::open(&lab.host(1), &dir);
+    terminal.say(&first_on_path(&python));
+    terminal.say(command(&page, "echo take"));
+    terminal.say(command(&page, "collector.py"));
+    for start in ["weft agent", "7001 v1", "7002 v2"] {
+        terminal.start(command(&page, start));
+    }
+    until("the request is answered", || match terminal.say(command(&page, "traceparent")) {
+        said if said.ends_with("/traced 200") => Ok(()),
+        said => Err(said),
+    });
+    terminal.say(command(&page, "sleep"));
+    let spans = terminal.say(command(&page, "grep 0af7"));
+    let spans: Vec<Value> = spans.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let last_two: Vec<&Value> = spans.iter().rev().take(2).collect();
+    let below = |parent: &Value| last_two.iter().any(|span| &span["parent"] == parent);
+    assert!(last_two.len() == 2 && below(&Value::from("b7ad6b7169203331")), "{spans:?}");
+    assert!(last_two.iter().any(|span| below(&span["span"])), "one span is below the other: {spans:?}");
+    let point = terminal.say(command(&page, "grep http.client"));
+    assert!(point.contains("\"signal\": \"point\"") && point.contains("http.client.request.duration"), "{point}");
 }

@@ -223,7 +223,7 @@ fn failures(nodes: u32, shares_reports: bool) -> usize {
         .collect();
     let starts: Vec<Instant> = benches.iter().map(|bench| bench.now).collect();
     let mut reports = Arc::new(crate::catalogue::Reports::default());
-    let mut on_their_way = VecDeque::new();
+    let mut on_their_way: VecDeque<(Duration, NodeName, (NodeName, InstanceId))> = VecDeque::new();
     let mut failed = 0;
     for round in 0..120 {
         for (at, bench) in (0..nodes).zip(&mut benches) {
