@@ -103,8 +103,8 @@ fn parse_question(body: &Value) -> Result<(ServiceName, String), Refusal> {
         let name = key.to_ascii_lowercase().replace('_', "");
         let mut slots = ["target", "clientcerturi", "clientcertserial"].into_iter().zip(&mut given);
         let slot = slots.find(|(known, _)| *known == name).map(|(_, slot)| slot);
-        *slot.ok_or_else(|| decode(&format!("unknown field {key:?}")))? =
-            value.as_str().ok_or_else(|| decode(&format!("{key} must be a string")))?;
+        let slot = slot.ok_or_else(|| decode(&format!("unknown field {key:?}")))?;
+        *slot = value.as_str().ok_or_else(|| decode(&format!("{key} must be a string")))?;
     }
     let [target, uri, _serial] = given;
     if target.is_empty() || uri.is_empty() {
