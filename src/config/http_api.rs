@@ -75,6 +75,7 @@ impl Raw {
     pub(super) fn add_verify_incoming(&mut self, source: &Source, key: &str, value: &Value) {
         match value.as_bool() {
             Some(value) => {
+                self.http_api.verify_all.retain(|given| given.key != key);
                 self.http_api.verify_all.push(Given { value, source: source.clone(), key: key.to_owned() });
             }
             None => self.mistyped(source, key, value, "must be true or false"),
@@ -290,7 +291,8 @@ pub(super) fn socket(raw: &RawHttpApi, problems: &mut Vec<Problem>) -> Option<So
         return None;
     };
     let path = PathBuf::from(given.value.strip_prefix("unix://").unwrap_or_default());
-    if !path.is_absolute() || path.as_os_str().len() > SOCKET_PATH_BYTES_MAX || path.file_name().is_none() {
+    let is_path = path.is_absolute() && path.as_os_str().len() <= SOCKET_PATH_BYTES_MAX && path.file_name().is_some();
+    if !is_path || given.value.contains(char::is_whitespace) {
         problems.push(given.problem(format!(
             "must be one IP address, or unix:// and an absolute path of at most {SOCKET_PATH_BYTES_MAX} bytes, or both with a space between them"
         )));

@@ -484,6 +484,13 @@ fn verify_incoming_asks_for_a_ca_where_https_is_served() {
         let warnings = load_json(Mode::Durable, json!({ key: true })).unwrap().warnings;
         assert!(warnings[0].text.contains("mutual TLS always"), "{warnings:?}");
     }
+    // A later file replaces what an earlier one said by the same key.
+    let mut raw = raw::Raw::default();
+    for (file, asks) in [("a.json", true), ("b.json", false)] {
+        let value = json!({"data_dir": "/d", "ports": {"https": 8501}, "ca_file": ca, "verify_incoming": asks});
+        raw.add_file(&std::sync::Arc::from(std::path::Path::new(file)), value.as_object().unwrap().clone());
+    }
+    assert_eq!(resolve::resolve(raw, Mode::Durable, &host()).unwrap().https.unwrap().client_ca, None);
     let text = load(json!({"tls": {"https": {"ca_file": "/nonexistent", "verify_incoming": true}}})).unwrap_err();
     assert!(text.to_string().contains("tls.https.ca_file = /nonexistent: cannot be read"), "{text}");
     let idle = load(json!({"tls": {"https": {"ca_file": ca}}})).unwrap().warnings;

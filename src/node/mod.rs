@@ -268,8 +268,7 @@ impl Node {
         node.api = node.host.within(api).await.inspect_err(|_| node.drain.cancel())?;
         node.proxy = Mutex::new(Some(proxy));
         let (http, scope) = (&node.api, node.identity.authority().scope().to_string());
-        let socket = config.api_socket.as_ref().map(|socket| socket.path.display().to_string());
-        info!(node = %node.name, mesh = %info.mesh_addr, ?http, socket, %generation, scope, "agent is up");
+        info!(node = %node.name, mesh = %info.mesh_addr, ?http, socket = ?config.api_socket, %generation, scope, "agent is up");
         Ok(node)
     }
 
