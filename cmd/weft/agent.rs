@@ -113,7 +113,6 @@ fn inputs(args: &AgentArgs) -> Inputs {
     ];
     let ports = [
         ("-mesh-port", "ports.mesh", args.mesh_port),
-        ("-http-port", "ports.http", args.http_port),
         ("-shared-http-port", "ports.shared_http", args.shared_http_port),
     ];
     let setting = |flag, key, value: Value| Setting { flag, key, value };
@@ -121,7 +120,11 @@ fn inputs(args: &AgentArgs) -> Inputs {
     settings.extend(texts.into_iter().filter_map(|(flag, key, text)| Some(setting(flag, key, json!(text.as_ref()?)))));
     settings.extend(ports.into_iter().filter_map(|(flag, key, port)| Some(setting(flag, key, json!(port?)))));
     settings.extend(args.join.iter().map(|addr| setting("-join", "retry_join", json!(addr))));
-    let may_be_off = [("-dns-port", "ports.dns", args.dns_port), ("-https-port", "ports.https", args.https_port)];
+    let may_be_off = [
+        ("-http-port", "ports.http", args.http_port),
+        ("-dns-port", "ports.dns", args.dns_port),
+        ("-https-port", "ports.https", args.https_port),
+    ];
     settings.extend(may_be_off.into_iter().filter_map(|(flag, key, port)| Some(setting(flag, key, json!(port?)))));
     settings.extend(args.node_meta.iter().map(|pair| {
         let (key, value) = pair.split_once(':').unwrap_or((pair, ""));

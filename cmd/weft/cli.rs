@@ -20,7 +20,7 @@ pub(crate) use ca::{
 pub(crate) use observe::{DebugArgs, EventArgs, ManArgs, MonitorArgs, RttArgs, TopArgs, WatchArgs, WatchedKind};
 pub(crate) use policy::{
     CheckArgs, ConfigDeleteArgs, ConfigListArgs, ConfigReadArgs, ConfigVerb, ConfigWriteArgs, CreateArgs, EndsArgs,
-    ExportArgs, ImportArgs, IntentionVerb, MatchArgs, SignerArgs, WhyArgs,
+    ExportArgs, GetArgs, ImportArgs, IntentionVerb, MatchArgs, SignerArgs, WhyArgs,
 };
 
 /// weft: a service mesh without a control plane.
@@ -86,7 +86,7 @@ pub(crate) enum Verb {
     /// Makes the agent leave the mesh and stop.
     #[command(after_help = "Example:\n  weft leave -http-addr 127.0.0.2:8500")]
     Leave(ClientArgs),
-    /// Makes the agent read its files again: services, checks, DNS, log level, the CA file of checks, the certificate of HTTPS.
+    /// Makes the agent read its files again: services, checks, DNS, log level, the CA file of checks, the files of HTTPS.
     #[command(
         after_help = "What takes a restart is named. A file with a problem changes nothing.\nExample:\n  weft validate /etc/weft.d && weft reload"
     )]
@@ -196,11 +196,30 @@ pub(crate) struct ClientArgs {
     /// Name that an https agent's certificate must have: a DNS name, or spiffe://DOMAIN/node/NAME for a node's own. Default: the host.
     #[arg(long, env = "WEFT_TLS_SERVER_NAME", value_name = "NAME")]
     pub(crate) tls_server_name: Option<String>,
+    /// PEM file of the certificate, and its chain, that an https agent is shown where it asks for one.
+    #[arg(long, env = "WEFT_CLIENT_CERT", value_name = "FILE")]
+    pub(crate) client_cert: Option<String>,
+    /// PEM file of its key.
+    #[arg(long, env = "WEFT_CLIENT_KEY", value_name = "FILE")]
+    pub(crate) client_key: Option<String>,
     // Consul's variables, read by clap as flags that nobody types.
     #[arg(long, env = "CONSUL_CACERT", hide = true)]
     pub(crate) consul_cacert: Option<String>,
     #[arg(long, env = "CONSUL_TLS_SERVER_NAME", hide = true)]
     pub(crate) consul_tls_server_name: Option<String>,
+    #[arg(long, env = "CONSUL_CLIENT_CERT", hide = true)]
+    pub(crate) consul_client_cert: Option<String>,
+    #[arg(long, env = "CONSUL_CLIENT_KEY", hide = true)]
+    pub(crate) consul_client_key: Option<String>,
+    #[arg(long, env = "CONSUL_HTTP_SSL", hide = true)]
+    pub(crate) consul_http_ssl: Option<String>,
+    // What weft does not do, so that it is refused and not passed over.
+    #[arg(long, env = "CONSUL_HTTP_SSL_VERIFY", hide = true)]
+    pub(crate) consul_http_ssl_verify: Option<String>,
+    #[arg(long, env = "CONSUL_CAPATH", hide = true)]
+    pub(crate) consul_capath: Option<String>,
+    #[arg(long, env = "CONSUL_HTTP_AUTH", hide = true, hide_env_values = true)]
+    pub(crate) consul_http_auth: Option<String>,
     #[arg(long, env = "CONSUL_HTTP_ADDR", hide = true)]
     pub(crate) consul_http_addr: Option<String>,
     #[arg(long, env = "CONSUL_HTTP_TOKEN", hide = true, hide_env_values = true)]
@@ -252,9 +271,9 @@ pub(crate) struct AgentArgs {
     /// Mesh port (UDP). Default 8301.
     #[arg(long, value_name = "PORT")]
     pub(crate) mesh_port: Option<u16>,
-    /// HTTP API port (TCP). Default 8500.
-    #[arg(long, value_name = "PORT")]
-    pub(crate) http_port: Option<u16>,
+    /// HTTP API port (TCP); -1 is off, where there is -https-port or a socket. Default 8500.
+    #[arg(long, value_name = "PORT", allow_negative_numbers = true)]
+    pub(crate) http_port: Option<i64>,
     /// Port of the HTTP API over TLS (TCP); -1 is off. Default: off; Consul's is 8501.
     #[arg(long, value_name = "PORT", allow_negative_numbers = true)]
     pub(crate) https_port: Option<i64>,
@@ -303,7 +322,7 @@ pub(crate) struct AgentArgs {
     /// Data-plane workers, 1 to 128. Default: one per core.
     #[arg(long, value_name = "COUNT")]
     pub(crate) workers: Option<u64>,
-    /// File that holds the HTTP API's admin token (16 characters or more).
+    /// File that holds `sha256:` and the digest of the HTTP API's admin token (printf %s TOKEN | sha256sum), or the token itself.
     #[arg(long, value_name = "FILE")]
     pub(crate) admin_token_file: Option<String>,
     /// What is decided of calls that no intention is about: allow or deny. Default deny, with -dev allow.

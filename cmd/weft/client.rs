@@ -15,10 +15,10 @@ use tokio::net::{TcpStream, UnixStream};
 
 use crate::cli::ClientArgs;
 use crate::failure::Failure;
-use crate::tls;
+use crate::tls::{self, Trust};
 
 /// Where an agent listens unless told otherwise.
-const ADDR_DEFAULT: &str = "127.0.0.1:8500";
+const ADDR_DEFAULT: &str = "127.0.0.1";
 /// Consul's port of HTTPS.
 const HTTPS_PORT: u16 = 8501;
 /// Largest answer: the catalogue of a very large mesh.
@@ -54,10 +54,8 @@ impl fmt::Display for Address {
 pub(crate) struct Client {
     addr: Address,
     token: Option<String>,
-    /// PEM file of the CA certificates that a TLS agent's must lead to.
-    roots: Option<PathBuf>,
-    /// The name that a TLS agent's certificate must have.
-    server_name: Option<String>,
+    /// Of TLS.
+    trust: Trust,
 }
 
 /// One request.
@@ -89,12 +87,25 @@ impl Client {
                     .map_or_else(|| from_file(&args.consul_http_token_file), |token| Ok(Some(token)))?,
             },
         };
-        Ok(Self {
-            addr: parse_addr(addr.as_deref().unwrap_or(ADDR_DEFAULT))?,
-            token,
-            roots: filled(&args.ca_file).or_else(|| filled(&args.consul_cacert)).map(PathBuf::from),
-            server_name: filled(&args.tls_server_name).or_else(|| filled(&args.consul_tls_server_name)),
-        })
+        let scheme = match switch("CONSUL_HTTP_SSL", filled(&args.consul_http_ssl).as_deref())? {
+            Some(true) => Scheme::Https,
+            _ => Scheme::Given,
+        };
+        let addr = parse_addr(addr.as_deref().unwrap_or(ADDR_DEFAULT), scheme)?;
+        refuse_unknown(args, &addr)?;
+        let cert = filled(&args.client_cert).or_else(|| filled(&args.consul_client_cert));
+        let key = filled(&args.client_key).or_else(|| filled(&args.consul_client_key));
+        let own = match (cert, key) {
+            (Some(cert), Some(key)) => Some((PathBuf::from(cert), PathBuf::from(key))),
+            (None, None) => None,
+            _ => {
+                return Err(Failure::text("a client certificate needs its key, and a key its certificate")
+                    .hint("give both -client-cert and -client-key (WEFT_CLIENT_CERT, WEFT_CLIENT_KEY)"));
+            }
+        };
+        let roots = filled(&args.ca_file).or_else(|| filled(&args.consul_cacert)).map(PathBuf::from);
+        let name = filled(&args.tls_server_name).or_else(|| filled(&args.consul_tls_server_name));
+        Ok(Self { addr, token, trust: Trust { roots, name, own } })
     }
 
     /// Fetches JSON.
@@ -210,7 +221,7 @@ impl Client {
     ) -> Result<T, Failure> {
         let no_agent = |err| {
             Failure::from(anyhow::Error::new(err).context(format!("no agent answers at {}", self.addr)))
-                .hint("start one with `weft agent …` (or `weft agent -dev`), or name its address with -http-addr")
+                .hint("start one with `weft agent …` (or `weft agent -dev`), or name its address with -http-addr (host:port, https://host:port, unix:///PATH)")
         };
         match &self.addr {
             Address::Tcp(addr) => {
@@ -220,7 +231,7 @@ impl Client {
             Address::Tls(addr) => {
                 let stream = TcpStream::connect(addr.as_str()).await.map_err(no_agent)?;
                 let host = host_of(addr);
-                let shaken = tls::shake(stream, host, self.roots.as_deref(), self.server_name.as_deref()).await;
+                let shaken = tls::shake(stream, host, &self.trust).await;
                 let stream = shaken.map_err(|err| {
                     Failure::from(err.context(format!("the agent at {} is not believed", self.addr))).hint(
                         "give its CA with -ca-file; a node's own certificate is checked by -tls-server-name=spiffe://DOMAIN/node/NAME",
@@ -275,7 +286,11 @@ fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
 }
 
 fn broke_off(addr: &Address) -> String {
-    format!("the exchange with {addr} broke off; is it a weft agent's HTTP API?")
+    let next = match addr {
+        Address::Tls(_) => "does it ask for a certificate (-client-cert and -client-key)?",
+        Address::Tcp(_) | Address::Unix(_) => "is it a weft agent's HTTP API?",
+    };
+    format!("the exchange with {addr} broke off; {next}")
 }
 
 /// Turns the agent's own words into a failure.
@@ -316,11 +331,54 @@ fn token_of(file: &str) -> Result<String, Failure> {
     }
 }
 
+/// What decides between HTTP and HTTPS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Scheme {
+    /// The address, HTTP where it says nothing.
+    Given,
+    /// Always HTTPS but for a unix socket, as `CONSUL_HTTP_SSL=true` says: nobody who asked for TLS gets less.
+    Https,
+}
+
+/// Reads a switch of Consul's environment, in Go's spellings; none if it is not set.
+fn switch(name: &str, text: Option<&str>) -> Result<Option<bool>, Failure> {
+    match text {
+        None => Ok(None),
+        Some("1" | "t" | "T" | "true" | "TRUE" | "True") => Ok(Some(true)),
+        Some("0" | "f" | "F" | "false" | "FALSE" | "False") => Ok(Some(false)),
+        Some(other) => Err(Failure::text(format!("{name} is `{other}`: it must be true or false"))),
+    }
+}
+
+/// Refuses what Consul's environment asks for and weft does not do: passed over, it would weaken what its author meant.
+fn refuse_unknown(args: &ClientArgs, addr: &Address) -> Result<(), Failure> {
+    let is_set = |text: &Option<String>| text.as_ref().is_some_and(|text| !text.is_empty());
+    if is_set(&args.consul_http_auth) {
+        return Err(Failure::text("CONSUL_HTTP_AUTH is set, and weft has no user names and passwords")
+            .hint("unset it, and show a token: -token, -token-file or WEFT_HTTP_TOKEN"));
+    }
+    if !matches!(addr, Address::Tls(_)) {
+        return Ok(());
+    }
+    if is_set(&args.consul_capath) {
+        return Err(Failure::text("CONSUL_CAPATH is set, and weft reads no directory of CA certificates")
+            .hint("unset it, and name one PEM file that holds them all: -ca-file, WEFT_CACERT or CONSUL_CACERT"));
+    }
+    let verify = args.consul_http_ssl_verify.as_deref().filter(|text| !text.is_empty());
+    if switch("CONSUL_HTTP_SSL_VERIFY", verify)? == Some(false) {
+        return Err(Failure::text(
+            "CONSUL_HTTP_SSL_VERIFY is false, and weft always checks an agent's certificate: the token would go to whoever answers",
+        )
+        .hint("unset it, and name the CA with -ca-file; -tls-server-name says which name the certificate has"));
+    }
+    Ok(())
+}
+
 /// Takes `host:port`, `host`, `http://host:port`, `https://host:port` or `unix:///path`.
-fn parse_addr(given: &str) -> Result<Address, Failure> {
+fn parse_addr(given: &str, scheme: Scheme) -> Result<Address, Failure> {
     let refuse = |why: &str| {
         Failure::text(format!("cannot use the agent address `{given}`: {why}"))
-            .hint("give -http-addr as host:port or unix:///path")
+            .hint("give -http-addr as host:port, https://host:port or unix:///path")
     };
     if let Some(path) = given.strip_prefix("unix://") {
         return if path.starts_with('/') {
@@ -331,7 +389,10 @@ fn parse_addr(given: &str) -> Result<Address, Failure> {
     }
     let (rest, port) = match given.strip_prefix("https://") {
         Some(rest) => (rest, HTTPS_PORT),
-        None => (given.strip_prefix("http://").unwrap_or(given), weft::config::HTTP_PORT_DEFAULT),
+        None => {
+            let rest = given.strip_prefix("http://").unwrap_or(given);
+            (rest, if scheme == Scheme::Https { HTTPS_PORT } else { weft::config::HTTP_PORT_DEFAULT })
+        }
     };
     let addr = rest.trim_end_matches('/');
     let addr = match addr.parse::<std::net::IpAddr>() {
@@ -375,8 +436,15 @@ mod tests {
     fn addresses_are_taken_as_people_write_them() {
         #[track_caller]
         fn check(text: &str, want: Option<&str>) {
-            assert_eq!(parse_addr(text).ok().map(|addr| addr.to_string()).as_deref(), want, "{text}");
+            let read = |scheme| parse_addr(text, scheme).ok().map(|addr| addr.to_string());
+            assert_eq!(read(Scheme::Given).as_deref(), want, "{text}");
+            // With TLS asked for nothing but a socket goes without.
+            let secure = read(Scheme::Https);
+            assert_eq!(secure.is_some(), want.is_some(), "{text}");
+            assert!(secure.is_none_or(|addr| addr.starts_with("https://") || addr.starts_with("unix://")), "{text}");
         }
+        let default = |scheme| parse_addr(ADDR_DEFAULT, scheme).unwrap().to_string();
+        assert_eq!([Scheme::Given, Scheme::Https].map(default), ["127.0.0.1:8500", "https://127.0.0.1:8501"]);
         check("127.0.0.2:8500", Some("127.0.0.2:8500"));
         check("http://h.example:80/", Some("h.example:80"));
         check("127.0.0.2", Some("127.0.0.2:8500"));
@@ -406,7 +474,7 @@ mod tests {
     fn an_agent_that_does_not_run_is_named_with_the_next_step() {
         // A listener that is dropped leaves a port that nobody answers on.
         let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        let client = Client { addr: Address::Tcp(free.to_string()), token: None, roots: None, server_name: None };
+        let client = Client { addr: Address::Tcp(free.to_string()), token: None, trust: Trust::default() };
         let text = client.get("/v1/agent/self").unwrap_err().to_string();
         assert!(text.contains(&format!("no agent answers at {free}")) && text.contains("weft agent -dev"), "{text}");
     }

@@ -20,7 +20,7 @@ use weft::policy::{Document, DocumentId, Draft, INERT_KINDS};
 
 use crate::cli::{
     CaListArgs, CheckArgs, ClientArgs, ConfigDeleteArgs, ConfigListArgs, ConfigReadArgs, ConfigWriteArgs, CreateArgs,
-    EndsArgs, ExportArgs, Format, ImportArgs, ListArgs, MatchArgs, OperatorAdoptArgs, OperatorCreateArgs,
+    EndsArgs, ExportArgs, Format, GetArgs, ImportArgs, ListArgs, MatchArgs, OperatorAdoptArgs, OperatorCreateArgs,
     OperatorRenewArgs, OperatorRevokeArgs, SignerArgs,
 };
 use crate::client::{Client, segment};
@@ -176,7 +176,8 @@ pub(crate) fn delete_intention(args: &EndsArgs) -> Result<(), Failure> {
 }
 
 /// `weft intention get`
-pub(crate) fn get_intention(args: &EndsArgs) -> Result<(), Failure> {
+pub(crate) fn get_intention(args: &GetArgs) -> Result<(), Failure> {
+    let args = &args.ends;
     let (source, destination) = ends(&args.source, &args.destination)?;
     println!("{:#}", Client::new(&args.signer.client)?.get(&exact(&source, &destination))?);
     Ok(())

@@ -3,7 +3,7 @@
 //! A node's certificate has its SPIFFE ID and no DNS name (api/openapi.yaml), so the ID must be named: any node of the mesh has a
 //! certificate that leads to the mesh's root, and the command line wants to talk to one of them and not to any.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context as _, anyhow, bail};
@@ -11,7 +11,7 @@ use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::ServerCertVerifier;
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::{CertificateError, ClientConfig, RootCertStore};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::TlsConnector;
@@ -27,22 +27,30 @@ const HOST_ROOTS: &str = "/etc/ssl/certs/ca-certificates.crt";
 /// What a SPIFFE ID begins with.
 const SPIFFE: &str = "spiffe://";
 
+/// Whom the command line believes, and who it is itself.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Trust {
+    /// PEM file of the CA certificates that an agent's must lead to. Default: the host's.
+    pub(crate) roots: Option<PathBuf>,
+    /// The name that an agent's certificate must have. Default: the host.
+    pub(crate) name: Option<String>,
+    /// PEM files of the certificate and the key that an agent is shown where it asks.
+    pub(crate) own: Option<(PathBuf, PathBuf)>,
+}
+
 /// Shakes hands over `stream` with the agent at `host`.
 ///
-/// `roots` is a PEM file, by default the host's; `name` is the name that is checked, by default `host`.
-///
 /// # Errors
-/// Unreadable roots, a name that is none, a certificate that is not believed.
+/// Unreadable files, a name that is none, a certificate that is not believed.
 pub(crate) async fn shake<S: AsyncRead + AsyncWrite + Unpin>(
     stream: S,
     host: &str,
-    roots: Option<&Path>,
-    name: Option<&str>,
+    trust: &Trust,
 ) -> anyhow::Result<TlsStream<S>> {
-    let roots = Arc::new(read(roots.unwrap_or(Path::new(HOST_ROOTS)))?);
+    let roots = Arc::new(read(trust.roots.as_deref().unwrap_or(Path::new(HOST_ROOTS)))?);
     let provider = Arc::new(aws_lc_rs::default_provider());
     let builder = ClientConfig::builder_with_provider(Arc::clone(&provider)).with_safe_default_protocol_versions()?;
-    let (verifier, asked): (Arc<dyn ServerCertVerifier>, &str) = match name {
+    let (verifier, asked): (Arc<dyn ServerCertVerifier>, &str) = match trust.name.as_deref() {
         Some(id) if id.starts_with(SPIFFE) => {
             let by_id = ById { roots, id: id.to_owned(), provider: Arc::clone(&provider) };
             let check = move |leaf: &CertificateDer<'_>, others: &[CertificateDer<'_>], now| {
@@ -52,7 +60,18 @@ pub(crate) async fn shake<S: AsyncRead + AsyncWrite + Unpin>(
         }
         name => (WebPkiServerVerifier::builder_with_provider(roots, provider).build()?, name.unwrap_or(host)),
     };
-    let config = builder.dangerous().with_custom_certificate_verifier(verifier).with_no_client_auth();
+    let builder = builder.dangerous().with_custom_certificate_verifier(verifier);
+    let config = match &trust.own {
+        None => builder.with_no_client_auth(),
+        Some((chain, key)) => {
+            let shown = chain.display();
+            let read = CertificateDer::pem_file_iter(chain).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+            let chain = read.with_context(|| format!("cannot read the certificate in {shown}"))?;
+            let private = PrivateKeyDer::from_pem_file(key);
+            let private = private.with_context(|| format!("cannot read the key in {}", key.display()))?;
+            builder.with_client_auth_cert(chain, private).with_context(|| format!("cannot show {shown}"))?
+        }
+    };
     let asked = ServerName::try_from(asked.to_owned()).with_context(|| format!("`{asked}` is no name of a server"))?;
     Ok(TlsConnector::from(Arc::new(config)).connect(asked, stream).await?)
 }
@@ -136,6 +155,10 @@ mod tests {
         (dir, TlsAcceptor::from(Arc::new(config)))
     }
 
+    fn believing(dir: &tempfile::TempDir, name: Option<&str>) -> Trust {
+        Trust { roots: Some(dir.path().join("ca.pem")), name: name.map(ToOwned::to_owned), own: None }
+    }
+
     #[tokio::test]
     async fn a_server_is_believed_by_its_address_or_by_the_id_that_was_named_and_by_nothing_else() {
         let address = SanType::IpAddress("127.0.0.1".parse().unwrap());
@@ -150,9 +173,8 @@ mod tests {
         ] {
             let (dir, acceptor) = rig(san);
             let (ours, theirs) = tokio::io::duplex(64 * 1024);
-            let roots = dir.path().join("ca.pem");
-            let (shaken, _accepted) =
-                tokio::join!(shake(ours, "127.0.0.1", Some(&roots), name), acceptor.accept(theirs));
+            let trust = believing(&dir, name);
+            let (shaken, _accepted) = tokio::join!(shake(ours, "127.0.0.1", &trust), acceptor.accept(theirs));
             match (shaken, want) {
                 (Ok(_), Ok(())) => {}
                 (Err(error), Err(part)) => {
@@ -167,9 +189,8 @@ mod tests {
         let (dir, _) = rig(SanType::URI(ID.try_into().unwrap()));
         let (_other, acceptor) = rig(SanType::URI(ID.try_into().unwrap()));
         let (ours, theirs) = tokio::io::duplex(64 * 1024);
-        let roots = dir.path().join("ca.pem");
-        let (shaken, _accepted) =
-            tokio::join!(shake(ours, "127.0.0.1", Some(&roots), Some(ID)), acceptor.accept(theirs));
+        let trust = believing(&dir, Some(ID));
+        let (shaken, _accepted) = tokio::join!(shake(ours, "127.0.0.1", &trust), acceptor.accept(theirs));
         // The two roots have one name: it is the signature that does not fit.
         let text = format!("{:?}", shaken.unwrap_err());
         assert!(text.contains("InvalidSignature") || text.contains("UnknownIssuer"), "{text}");

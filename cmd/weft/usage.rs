@@ -21,6 +21,9 @@ fn hint(error: &clap::Error) -> Option<String> {
     match error.kind() {
         ErrorKind::InvalidSubcommand => verb(given(ContextKind::InvalidSubcommand)?).map(ToOwned::to_owned),
         ErrorKind::UnknownArgument => flag(given(ContextKind::InvalidArg)?),
+        ErrorKind::InvalidValue if given(ContextKind::InvalidArg)?.starts_with("--type ") => {
+            view(given(ContextKind::InvalidValue)?).map(ToOwned::to_owned)
+        }
         _ => None,
     }
 }
@@ -50,6 +53,19 @@ fn verb(name: &str) -> Option<&'static str> {
         "operator" => "There are no servers to operate: `weft info` and `weft members` show the mesh.",
         "peering" | "partition" | "namespace" => "There is one mesh, without partitions and peers.",
         "troubleshoot" => "`weft why SOURCE DESTINATION` explains a call.",
+        _ => return None,
+    })
+}
+
+/// Views of Consul's `watch` that weft has not.
+fn view(name: &str) -> Option<&'static str> {
+    Some(match name {
+        "agent_service" => {
+            "There is no such view: -type=service -service=NAME follows all instances; for one, ask /v1/agent/service/ID?hash=HASH."
+        }
+        "connect_proxy_config" => {
+            "There is no proxy to configure, the agent is the proxy: `weft info` shows its listeners."
+        }
         _ => return None,
     })
 }
@@ -94,6 +110,10 @@ mod tests {
         check("agent -server -data-dir /d", Some("-server is Consul's"));
         check("agent -bootstrap-expect=3", Some("weft has no servers"));
         check("agent -rejoin", Some("peers on its disk"));
+        check("watch -type=agent_service", Some("/v1/agent/service/ID?hash=HASH"));
+        check("watch -type connect_proxy_config", Some("weft info"));
+        check("watch -type=nonsense", None);
+        check("members -format=agent_service", None);
         check("agent -nod x", None);
         check("membrs", None);
         check("catalog nodes -x", None);

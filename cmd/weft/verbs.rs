@@ -174,11 +174,14 @@ pub(crate) fn maint(args: &MaintArgs) -> Result<(), Failure> {
         let checks = client.get("/v1/agent/checks")?;
         let ids = ["_node_maintenance", "_service_maintenance:"];
         let is_on = |check: &&Value| ids.iter().any(|id| text(check, "CheckID").starts_with(id));
-        for check in checks.as_object().into_iter().flat_map(|map| map.values()).filter(is_on) {
+        let row = |check: &Value| {
             let (service, notes) = (text(check, "ServiceID"), text(check, "Notes"));
-            let what = if service.is_empty() { "node".to_owned() } else { format!("service {service}") };
-            println!("{what}: {notes}");
-        }
+            let (scope, id) = if service.is_empty() { ("node", text(check, "Node")) } else { ("service", service) };
+            [scope.to_owned(), id, notes]
+        };
+        let rows: Vec<[String; 3]> =
+            checks.as_object().into_iter().flat_map(|map| map.values()).filter(is_on).map(row).collect();
+        table::show(args.output.format, ["Scope", "ID", "Reason"], &rows);
         return Ok(());
     }
     let path = match &args.service {

@@ -108,7 +108,9 @@ impl Reply {
             Self::Empty => {}
             Self::Held { reply, room } => {
                 let mut response = reply.respond(coding, Some(room));
-                response.extensions_mut().insert(held::HoldsRoom);
+                let bytes = http_body::Body::size_hint(response.body()).lower();
+                let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
+                response.extensions_mut().insert(held::HoldsRoom { bytes });
                 return response;
             }
             Self::Text { body, content_type } => {

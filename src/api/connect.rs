@@ -1,12 +1,13 @@
 //! Consul's certificates for apps that speak TLS themselves: `connect/ca/roots`, `ca/leaf/:service`, `connect/authorize`.
 //!
-//! A leaf comes with its key, as Consul's does: whoever reaches this API can speak as a service of this node, as it can by
-//! an upstream port. So it is served where registrations are, to loopback or with the admin token.
+//! A leaf comes with its key, as Consul's does: a private key stays on its host, so it is served to loopback and to the unix
+//! socket alone, whatever token is shown, and to nobody for whom a proxy says that it asks.
 //! Roots and leaf block as other reads do (`?index=&wait=`): until the roots change, until the leaf is renewed.
 
 use http::StatusCode;
 use serde_json::{Value, json};
 
+use super::agent::json_body;
 use super::block;
 use super::call::{Call, Refusal, Reply};
 use super::mesh::rfc3339;
@@ -48,6 +49,7 @@ pub(super) async fn roots(call: Call) -> Result<Reply, Refusal> {
 
 /// `GET /v1/agent/connect/ca/leaf/:service`
 pub(super) async fn leaf(call: Call) -> Result<Reply, Refusal> {
+    refuse_the_network(&call)?;
     let service: ServiceName =
         call.argument.parse().map_err(|error| Refusal::bad(format!("Invalid service name: {error}")))?;
     let blocking = Blocking::parse(&call.query)?;
@@ -70,17 +72,46 @@ pub(super) async fn leaf(call: Call) -> Result<Reply, Refusal> {
     Reply::at_index(&call, &answer, index)
 }
 
+/// Headers of proxies that say for whom they ask; weft's own adds the first to what comes through the mesh.
+const ASKED_FOR: [&str; 3] = ["x-forwarded-client-cert", "x-forwarded-for", "forwarded"];
+
+/// Lets pass who asks on this host: a private key is no matter for the network.
+fn refuse_the_network(call: &Call) -> Result<(), Refusal> {
+    let is_far = call.peer.is_some_and(|ip| !ip.is_loopback());
+    if is_far || ASKED_FOR.iter().any(|name| call.headers.contains_key(*name)) {
+        return Err(Refusal::forbidden(
+            "Permission denied: a certificate comes with its private key: ask at this agent's loopback address or unix socket, and not through a proxy",
+        ));
+    }
+    Ok(())
+}
+
 /// `POST /v1/agent/connect/authorize`: the app has verified the chain and asks whether its caller may.
 pub(super) async fn authorize(call: Call) -> Result<Reply, Refusal> {
-    let body: Value = serde_json::from_slice(&call.body).map_err(|error| Refusal::bad(format!("no JSON: {error}")))?;
-    let field = |name: &str| body.get(name).and_then(Value::as_str).unwrap_or_default();
-    let (target, uri) = (field("Target"), field("ClientCertURI"));
+    let (target, uri) = parse_question(&json_body(&call)?)?;
+    let (authorized, reason) = decide(&call, &uri, &target);
+    Reply::json(&call, &json!({"Authorized": authorized, "Reason": reason}))
+}
+
+/// Reads who is called and who calls; keys in any case and in snake_case, unknown ones refused by name.
+fn parse_question(body: &Value) -> Result<(ServiceName, String), Refusal> {
+    let decode = |what: &str| Refusal::bad(format!("Request decode failed: {what}"));
+    let fields = body.as_object().ok_or_else(|| decode("the body must be an object"))?;
+    // The serial number decides nothing: revocation is by node and key.
+    let mut given = [""; 3];
+    for (key, value) in fields {
+        let name = key.to_ascii_lowercase().replace('_', "");
+        let mut slots = ["target", "clientcerturi", "clientcertserial"].into_iter().zip(&mut given);
+        let slot = slots.find(|(known, _)| *known == name).map(|(_, slot)| slot);
+        let slot = slot.ok_or_else(|| decode(&format!("unknown field {key:?}")))?;
+        *slot = value.as_str().ok_or_else(|| decode(&format!("{key} must be a string")))?;
+    }
+    let [target, uri, _serial] = given;
     if target.is_empty() || uri.is_empty() {
         return Err(Refusal::bad("Target and ClientCertURI must be given"));
     }
-    let target: ServiceName = target.parse().map_err(|error| Refusal::bad(format!("Invalid Target: {error}")))?;
-    let (authorized, reason) = decide(&call, uri, &target);
-    Reply::json(&call, &json!({"Authorized": authorized, "Reason": reason}))
+    let target = target.parse().map_err(|error| Refusal::bad(format!("Invalid Target: {error}")))?;
+    Ok((target, uri.to_owned()))
 }
 
 fn decide(call: &Call, uri: &str, target: &ServiceName) -> (bool, String) {
@@ -136,5 +167,67 @@ impl super::seam::Authority for pki::Identity {
 
     fn subscribe(&self) -> tokio::sync::watch::Receiver<()> {
         Self::subscribe(self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::body::Body;
+    use http::{Method, Request};
+
+    use super::super::fake::Bench;
+    use super::super::guard::Peer;
+    use super::*;
+
+    #[tokio::test]
+    async fn a_private_key_is_for_this_host_alone_whatever_token_is_shown() {
+        let bench = Bench::with(Some("s3cret"), 2);
+        let ask = |peer: Option<&str>, header: Option<&str>| {
+            let mut request = Request::get("/v1/agent/connect/ca/leaf/web?token=s3cret");
+            if let Some(peer) = peer {
+                request = request.extension(Peer(peer.parse().unwrap()));
+            }
+            if let Some(header) = header {
+                request = request.header(header, "10.0.0.1");
+            }
+            bench.send(request.body(Body::empty()).unwrap())
+        };
+        for near in [None, Some("127.0.0.1"), Some("127.0.0.9"), Some("::1")] {
+            assert_eq!(ask(near, None).await.status, StatusCode::OK, "{near:?}");
+        }
+        let proxied =
+            ["x-forwarded-for", "Forwarded", "x-forwarded-client-cert"].map(|header| (Some("127.0.0.1"), Some(header)));
+        for (peer, header) in [(Some("10.0.0.1"), None), (Some("fd00::1"), None)].into_iter().chain(proxied) {
+            let answer = ask(peer, header).await;
+            assert_eq!(answer.status, StatusCode::FORBIDDEN, "{peer:?} {header:?}");
+            assert!(answer.text.contains("loopback address or unix socket"), "{}", answer.text);
+            assert!(!answer.text.contains("PRIVATE KEY"));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_question_to_authorize_is_read_by_the_rules_of_all_bodies() {
+        let bench = Bench::new();
+        let uri = "spiffe://prod.example/svc/api/node/n2";
+        for method in [Method::POST, Method::PUT] {
+            for body in [
+                json!({"target": "web", "CLIENTCERTURI": uri}),
+                json!({"Target": "web", "client_cert_uri": uri, "client_cert_serial": "01"}),
+            ] {
+                let answer = bench.call(method.clone(), "/v1/agent/connect/authorize", &body.to_string()).await;
+                assert_eq!(answer.json()["Authorized"], true, "{body}: {}", answer.text);
+            }
+        }
+        for (body, want) in [
+            ("{", "Request decode failed: "),
+            ("[]", "Request decode failed: the body must be an object"),
+            (r#"{"Target": 1}"#, "Request decode failed: Target must be a string"),
+            (r#"{"Target": "web", "Source": "api"}"#, "Request decode failed: unknown field \"Source\""),
+            (r#"{"Target": "web"}"#, "Target and ClientCertURI must be given"),
+        ] {
+            let answer = bench.call(Method::POST, "/v1/agent/connect/authorize", body).await;
+            assert_eq!(answer.status.as_u16(), 400, "{body}");
+            assert!(answer.text.starts_with(want), "{body}: {}", answer.text);
+        }
     }
 }

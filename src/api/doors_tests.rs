@@ -104,6 +104,29 @@ async fn each_endpoint_takes_the_right_that_it_needs_and_no_less() {
 }
 
 #[tokio::test]
+async fn a_body_is_waited_for_where_one_is_due_and_nowhere_else() {
+    let bench = Bench::new();
+    let ask = |method: Method, path: &str| {
+        let request = Request::builder().method(method).uri(path).header("content-length", 1 << 30);
+        // It never comes.
+        bench.send(
+            request
+                .body(Body::from_stream(futures_util::stream::pending::<Result<Vec<u8>, std::io::Error>>()))
+                .unwrap(),
+        )
+    };
+    for (method, path, status) in [
+        (Method::GET, "/v1/status/leader", StatusCode::OK),
+        (Method::HEAD, "/v1/status/leader", StatusCode::OK),
+        (Method::DELETE, "/v1/config/service-defaults/x", StatusCode::OK),
+        (Method::PUT, "/v1/agent/service/deregister/web-1", StatusCode::PAYLOAD_TOO_LARGE),
+        (Method::POST, "/v1/agent/connect/authorize", StatusCode::PAYLOAD_TOO_LARGE),
+    ] {
+        assert_eq!(ask(method.clone(), path).await.status, status, "{method} {path}");
+    }
+}
+
+#[tokio::test]
 async fn long_answers_are_compressed_for_those_who_take_it() {
     let bench = Bench::new();
     bench.publish(|next| {
@@ -337,7 +360,7 @@ async fn an_answer_that_holds_room_is_taken_at_a_pace_or_given_up_and_others_may
     let held = Router::new().fallback(move || {
         let room = Arc::clone(&of_answers).try_acquire_owned().unwrap();
         let mut response = Response::new(held::body(vec![b'x'; LONG_BYTES], room));
-        response.extensions_mut().insert(held::HoldsRoom);
+        response.extensions_mut().insert(held::HoldsRoom { bytes: LONG_BYTES });
         std::future::ready(response)
     });
     let mut server = JoinSet::new();
@@ -390,6 +413,10 @@ async fn who_has_read_all_there_is_is_not_late_however_long_the_next_part_takes(
     assert!(end.ends_with(b"0\r\n\r\n"), "it is whole");
 }
 
+fn https_with(certificate: Certificate) -> HttpsConfig {
+    HttpsConfig { addr: "127.0.0.1:0".parse().unwrap(), certificate, client_ca: None }
+}
+
 #[tokio::test]
 async fn https_shows_the_node_s_own_identity_or_the_operator_s_certificate() {
     let bench = Bench::new();
@@ -409,8 +436,9 @@ async fn https_shows_the_node_s_own_identity_or_the_operator_s_certificate() {
     let mut by_spiffe = ClientConfig::clone(&own);
     by_spiffe.alpn_protocols = vec![b"http/1.1".to_vec()];
     for (certificate, client) in [(files.clone(), by_name), (Certificate::Own, Arc::new(by_spiffe))] {
-        let (tls, _) = secure::server(&certificate, &bench.identity).unwrap();
-        let config = on_loopback(Some(HttpsConfig { addr: "127.0.0.1:0".parse().unwrap(), certificate }));
+        let https = https_with(certificate);
+        let (tls, _) = secure::server(&https, &bench.identity).unwrap();
+        let config = on_loopback(Some(https));
         let listening = serve::bind(&config, Some(tls)).await.unwrap();
         let addr = listening.addrs[1];
         let mut server = JoinSet::new();
@@ -427,7 +455,7 @@ async fn https_shows_the_node_s_own_identity_or_the_operator_s_certificate() {
         assert!(!answer.starts_with(b"HTTP"), "{answer:?}");
     }
     std::fs::write(&key, "nothing").unwrap();
-    let refused = secure::server(&files, &bench.identity).unwrap_err();
+    let refused = secure::server(&https_with(files), &bench.identity).unwrap_err();
     assert!(matches!(&refused, ApiError::Certificate { path, .. } if *path == key), "{refused}");
     assert!(refused.to_string().contains("tls.https.key_file"), "{refused}");
 }
@@ -450,10 +478,10 @@ async fn a_certificate_that_was_renewed_is_shown_to_the_next_connection() {
         TlsConnector::from(Arc::new(client.with_no_client_auth()))
     };
     let first = renew();
-    let certificate = Certificate::Files { chain: chain.clone(), key: key.clone() };
-    let (tls, files) = secure::server(&certificate, &bench.identity).unwrap();
+    let https = https_with(Certificate::Files { chain: chain.clone(), key: key.clone() });
+    let (tls, files) = secure::server(&https, &bench.identity).unwrap();
     let files = files.unwrap();
-    let config = on_loopback(Some(HttpsConfig { addr: "127.0.0.1:0".parse().unwrap(), certificate }));
+    let config = on_loopback(Some(https));
     let listening = serve::bind(&config, Some(tls)).await.unwrap();
     let addr = listening.addrs[1];
     let mut server = JoinSet::new();
@@ -471,6 +499,105 @@ async fn a_certificate_that_was_renewed_is_shown_to_the_next_connection() {
     std::fs::write(&key, "nothing").unwrap();
     assert!(matches!(files.read(), Err(ApiError::Certificate { path, .. }) if path == key));
     assert!(is_believed(&second).await);
+}
+
+/// A CA of clients in PEM, and a client of it that believes `server`.
+fn client_of_a_ca(server: &CertificateDer<'static>) -> (String, TlsConnector) {
+    let key = rcgen::KeyPair::generate().unwrap();
+    let mut ca = rcgen::CertificateParams::default();
+    ca.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    // Two CAs of one name are told apart by their keys alone.
+    let root = ca.self_signed(&key).unwrap();
+    let own = rcgen::KeyPair::generate().unwrap();
+    let leaf = rcgen::CertificateParams::new(["client.example".to_owned()]).unwrap();
+    let leaf = leaf.signed_by(&own, &rcgen::Issuer::new(ca, key)).unwrap();
+    let private = rustls::pki_types::PrivatePkcs8KeyDer::from(own.serialize_der()).into();
+    let client = client_that_believes(server).with_client_auth_cert(vec![leaf.der().clone()], private).unwrap();
+    (root.pem(), TlsConnector::from(Arc::new(client)))
+}
+
+fn client_that_believes(
+    server: &CertificateDer<'static>,
+) -> rustls::ConfigBuilder<ClientConfig, rustls::client::WantsClientCert> {
+    let mut roots = RootCertStore::empty();
+    roots.add(server.clone()).unwrap();
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let client = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+    client.with_root_certificates(roots)
+}
+
+#[tokio::test]
+async fn https_lets_in_clients_of_the_ca_that_is_named_alone_and_a_reload_takes_another() {
+    let bench = Bench::new();
+    let temp = tempfile::tempdir().unwrap();
+    let [chain, key, ca] = ["cert.pem", "key.pem", "ca.pem"].map(|name| temp.path().join(name));
+    let made = rcgen::generate_simple_self_signed(["mesh.example".to_owned()]).unwrap();
+    std::fs::write(&chain, made.cert.pem()).unwrap();
+    std::fs::write(&key, made.signing_key.serialize_pem()).unwrap();
+    let server_root = made.cert.der().clone();
+    let (first_ca, first) = client_of_a_ca(&server_root);
+    let (second_ca, second) = client_of_a_ca(&server_root);
+    let nobody = TlsConnector::from(Arc::new(client_that_believes(&server_root).with_no_client_auth()));
+    std::fs::write(&ca, &first_ca).unwrap();
+    let certificate = Certificate::Files { chain, key };
+    let https = HttpsConfig { client_ca: Some(ca.clone()), ..https_with(certificate) };
+    let (tls, files) = secure::server(&https, &bench.identity).unwrap();
+    let files = files.unwrap();
+    let listening = serve::bind(&on_loopback(Some(https.clone())), Some(tls)).await.unwrap();
+    let addr = listening.addrs[1];
+    let mut server = JoinSet::new();
+    server.spawn(serve::run(listening, bench.router.clone(), serve::Limits::default(), bench.stop.clone()));
+    // In TLS 1.3 a client hears of the refusal when it reads.
+    let is_answered = async |client: &TlsConnector| {
+        let name = ServerName::try_from("mesh.example").unwrap();
+        let Ok(mut stream) = client.connect(name, TcpStream::connect(addr).await.unwrap()).await else { return false };
+        let request = b"GET /v1/status/leader HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n";
+        let mut answer = Vec::new();
+        stream.write_all(request).await.is_ok()
+            && stream.read_to_end(&mut answer).await.is_ok()
+            && answer.starts_with(b"HTTP/1.1 200")
+    };
+    assert!(is_answered(&first).await);
+    assert!(!is_answered(&second).await && !is_answered(&nobody).await);
+    std::fs::write(&ca, &second_ca).unwrap();
+    assert!(is_answered(&first).await, "files alone change nothing");
+    assert!(files.show(files.read().unwrap()), "it is another");
+    assert!(is_answered(&second).await && !is_answered(&first).await && !is_answered(&nobody).await);
+    assert!(!files.show(files.read().unwrap()), "it is the same");
+    std::fs::write(&ca, "nothing").unwrap();
+    let unusable = files.read().unwrap_err();
+    assert!(matches!(&unusable, ApiError::ClientCa { path, .. } if *path == ca), "{unusable}");
+    // The node's own identity asks as well.
+    std::fs::write(&ca, &first_ca).unwrap();
+    let own = HttpsConfig { certificate: Certificate::Own, ..https };
+    let (tls, files) = secure::server(&own, &bench.identity).unwrap();
+    assert!(files.is_some_and(|files| !files.show(files.read().unwrap())));
+    let listening = serve::bind(&on_loopback(Some(own)), Some(tls)).await.unwrap();
+    let addr = listening.addrs[1];
+    server.spawn(serve::run(listening, bench.router.clone(), serve::Limits::default(), bench.stop.clone()));
+    let believing = bench.identity.client_config(Plane::Tunnel, &bench.identity.node_svid(), None).unwrap();
+    let mut believing = ClientConfig::clone(&believing);
+    believing.alpn_protocols = vec![b"http/1.1".to_vec()];
+    let name = ServerName::try_from("mesh.example").unwrap();
+    let shaken = TlsConnector::from(Arc::new(believing)).connect(name, TcpStream::connect(addr).await.unwrap()).await;
+    let mut stream = shaken.unwrap();
+    // A certificate of the mesh is none of that CA.
+    assert!(stream.read(&mut [0]).await.is_err());
+}
+
+#[tokio::test]
+async fn what_has_neither_address_nor_socket_is_refused_and_a_socket_or_tls_alone_is_enough() {
+    let bench = Bench::new();
+    let nowhere = ApiConfig { listen: Vec::new(), ..on_loopback(None) };
+    assert!(matches!(serve::bind(&nowhere, None).await, Err(ApiError::NoAddress)));
+    let https = https_with(Certificate::Own);
+    let (tls, _) = secure::server(&https, &bench.identity).unwrap();
+    let secure_alone = ApiConfig { https: Some(https), ..nowhere.clone() };
+    assert_eq!(serve::bind(&secure_alone, Some(tls)).await.unwrap().addrs.len(), 1);
+    let temp = tempfile::tempdir().unwrap();
+    let socket = SocketConfig { path: temp.path().join("http.sock"), group: None, key: "addresses.http" };
+    let listening = serve::bind(&ApiConfig { socket: Some(socket), ..nowhere }, None).await.unwrap();
+    assert!(listening.addrs.is_empty());
 }
 
 #[tokio::test]

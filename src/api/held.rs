@@ -14,7 +14,10 @@ const PIECE_BYTES: usize = 16 * 1024;
 
 /// Marks an answer, among its extensions, whose body holds room.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct HoldsRoom;
+pub(super) struct HoldsRoom {
+    /// Of the body as it leaves.
+    pub(super) bytes: usize,
+}
 
 /// Makes a body of `bytes` that gives `room` back when the last of it was written or dropped.
 pub(super) fn body(bytes: Vec<u8>, room: OwnedSemaphorePermit) -> Body {

@@ -69,8 +69,10 @@ mod golden;
 mod lists_tests;
 #[cfg(test)]
 mod openapi;
+#[cfg(test)]
+mod pace_tests;
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use futures_util::future::BoxFuture;
@@ -87,7 +89,7 @@ use crate::supervise::Tasks;
 use crate::unix_socket::{SocketConfig, SocketError};
 
 pub use guard::{ApiToken, Right};
-pub use secure::{Certificate, FileCertificate, HttpsConfig};
+pub use secure::{Certificate, FreshFiles, HttpsConfig, HttpsFiles};
 pub use why::{BalancerView, Inspect, SeatView, WorkerView};
 
 use index::ListIndexes;
@@ -104,7 +106,8 @@ pub const BLOCKING_QUERIES_MAX: usize = 16_384;
 /// Where and for whom the API listens.
 #[derive(Debug, Clone)]
 pub struct ApiConfig {
-    /// Addresses to listen on; port 0 takes a free one. Any that is not loopback needs a token.
+    /// Addresses to listen on; port 0 takes a free one. Any that is not loopback needs a token. There may be none where there is
+    /// `https` or `socket`.
     pub listen: Vec<SocketAddr>,
     /// Where it listens for TLS.
     pub https: Option<HttpsConfig>,
@@ -194,6 +197,8 @@ pub struct ApiParams<'a> {
     pub inspect: Inspect,
     /// Reloads the configuration.
     pub reload: Reload,
+    /// Where upstream ports bind that name no address: loopback.
+    pub upstream_ip: IpAddr,
     /// Cancelled by `PUT /v1/agent/leave`: the node then leaves and stops.
     pub shutdown: CancellationToken,
     /// Where its tasks run.
@@ -214,7 +219,9 @@ pub enum ApiError {
         addr: SocketAddr,
     },
     /// Nothing to listen on.
-    #[error("the HTTP API has no address to listen on: set -client")]
+    #[error(
+        "the HTTP API has neither an address nor a socket to listen on: set -client, ports.https or addresses.http"
+    )]
     NoAddress,
     /// The address is taken or not this host's.
     #[error(
@@ -242,6 +249,14 @@ pub enum ApiError {
         /// What is wrong with it.
         reason: String,
     },
+    /// What clients of HTTPS are checked by cannot be used.
+    #[error("cannot check the clients of HTTPS by {path}: {reason}; correct tls.https.ca_file")]
+    ClientCa {
+        /// The file.
+        path: std::path::PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// A metric of that name exists.
     #[error("cannot register the metrics of the HTTP API")]
     Metrics(#[source] prometheus::Error),
@@ -252,8 +267,8 @@ pub enum ApiError {
 pub struct Api {
     /// Where it listens, in order.
     pub addrs: Vec<SocketAddr>,
-    /// The files of its certificate, if it has any, to be read again at a reload.
-    pub certificate: Option<Arc<FileCertificate>>,
+    /// The files of HTTPS, if it has any, to be read again at a reload.
+    pub files: Option<Arc<HttpsFiles>>,
 }
 
 impl Api {
@@ -265,14 +280,14 @@ impl Api {
         let ApiParams { config, registry, gossip, snapshot, identity, metrics, node, listeners, token_uses, .. } =
             params;
         let (policy_key, inspect, reload) = (params.policy_key, params.inspect, params.reload);
-        let secured = config.https.as_ref().map(|https| secure::server(&https.certificate, &identity)).transpose()?;
+        let secured = config.https.as_ref().map(|https| secure::server(https, &identity)).transpose()?;
         let (tls, files) = secured.unzip();
         let listening = serve::bind(&config, tls).await?;
         let authority: Arc<dyn Authority> = Arc::<Identity>::clone(&identity);
         let certificates: Certificates = Arc::new(move || CertificateFacts::read(&identity));
         let shared = Shared {
             guard: guard::Guard::new(&config, &node.name),
-            defaults_ip: upstream_ip(&config.listen),
+            defaults_ip: params.upstream_ip,
             registry: Arc::new(registry),
             records: Arc::new(gossip.shared().clone()),
             membership: Arc::new(gossip),
@@ -301,14 +316,8 @@ impl Api {
         params.tasks.spawn("api watchers", watchers::run(shared));
         let addrs = listening.addrs.clone();
         params.tasks.spawn("api", serve::run(listening, router, serve::Limits::default(), params.stop));
-        Ok(Self { addrs, certificate: files.flatten() })
+        Ok(Self { addrs, files: files.flatten() })
     }
-}
-
-/// Where upstream ports bind that name no address: the loopback address that the API itself has, else 127.0.0.1.
-fn upstream_ip(listen: &[SocketAddr]) -> IpAddr {
-    let own = listen.iter().map(SocketAddr::ip).find(IpAddr::is_loopback);
-    own.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST))
 }
 
 /// What every handler shares.

@@ -204,7 +204,11 @@ async fn answer(shared: Arc<Shared>, path: &'static str, request: Request) -> Re
     let query = admit(&shared, &parts, route.map_or(Right::Read, |route| route.right))?;
     let Some(route) = route else { return Ok(other_method(path, &parts.method)) };
     let argument = argument(&mut parts).await?;
-    let body = read_body(&parts, body).await?;
+    let body = match method {
+        Method::PUT | Method::POST => read_body(&parts, body).await?,
+        // What says nothing there has no body that would be waited for (RFC 9110 §9.3.1).
+        _ => Bytes::new(),
+    };
     let coding = Coding::of(&parts.headers);
     let peer = parts.extensions.get::<Peer>().map(|peer| peer.0);
     let call = Call { shared, query, headers: parts.headers, peer, argument, body };

@@ -66,8 +66,8 @@ pub(super) struct Limits {
     /// 64 KiB, of 60 s: a kilobyte a second is as good as nothing, and whoever takes a byte now and then holds as much as
     /// whoever takes none.
     pub(super) taken_min: usize,
-    /// The same of an answer that holds room (`held`): 4 MiB, of 60 s. All the room is 64 MiB, which one client may hold for
-    /// a quarter of an hour at this pace.
+    /// The same of an answer that holds room (`held`): 4 MiB, of 60 s, and half of the answer at least. So whatever its size,
+    /// room is held for two such times at most, if an answer waits for its client throughout.
     pub(super) held_taken_min: usize,
     /// A request whose body has not come whole this long after it was first missed gives its seat up likewise: 2 s, for a
     /// MiB comes sooner.
@@ -133,7 +133,7 @@ pub(super) struct Listening {
 /// [`ApiError::TokenNeeded`] before anything is bound, [`ApiError::Bind`] for the first address that fails,
 /// [`ApiError::Socket`].
 pub(super) async fn bind(config: &ApiConfig, tls: Option<Arc<ServerConfig>>) -> Result<Listening, ApiError> {
-    if config.listen.is_empty() {
+    if config.listen.is_empty() && config.https.is_none() && config.socket.is_none() {
         return Err(ApiError::NoAddress);
     }
     let plain = config.listen.iter().map(|addr| (addr, None));
@@ -206,6 +206,16 @@ async fn accept_all(door: Door, router: Router, seats: Arc<Seats>, stop: Cancell
     }
 }
 
+/// Serves one connection from loopback, for tests of its pace.
+#[cfg(test)]
+pub(super) async fn serve_alone<S>(stream: S, router: Router, limits: Limits)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let seat = Arc::new(Seats::new(limits)).take().await;
+    serve(stream, router, (Arrival::Loopback, None), &seat, CancellationToken::new()).await;
+}
+
 /// Shakes hands where the door is for TLS, then serves.
 async fn connection(visitor: Visitor, router: Router, from: Arrival, seat: Arc<Seat>, stop: CancellationToken) {
     let (stream, peer, tls) = match visitor {
@@ -246,7 +256,8 @@ where
         async move {
             let answer = answered.await.map_err(|never: Infallible| never);
             answer.map(|answer| {
-                busy.0.holds_room.store(answer.extensions().get::<HoldsRoom>().is_some(), Ordering::Relaxed);
+                let held_bytes = answer.extensions().get::<HoldsRoom>().map_or(0, |held| held.bytes);
+                busy.0.held_bytes.store(held_bytes, Ordering::Relaxed);
                 answer.map(|body| Answer { body, busy })
             })
         }
@@ -411,7 +422,10 @@ impl<S> Seated<S> {
     /// What the client is to take within the time, in bytes.
     fn least(&self) -> usize {
         let Limits { taken_min, held_taken_min, .. } = self.seat.seats.limits;
-        if self.seat.holds_room.load(Ordering::Relaxed) { held_taken_min } else { taken_min }
+        match self.seat.held_bytes.load(Ordering::Relaxed) {
+            0 => taken_min,
+            bytes => held_taken_min.max(bytes.div_ceil(2)),
+        }
     }
 
     /// The client took enough, or all there is.
@@ -517,7 +531,7 @@ impl Seats {
             requests: AtomicUsize::new(0),
             unflushed: AtomicBool::new(false),
             is_dry: AtomicBool::new(false),
-            holds_room: AtomicBool::new(false),
+            held_bytes: AtomicUsize::new(0),
             number: Mutex::new(None),
             _place: place,
         };
@@ -559,8 +573,8 @@ struct Seat {
     unflushed: AtomicBool,
     /// There is no more of the answer for the time being: it is made as it goes.
     is_dry: AtomicBool,
-    /// The answer keeps others from being made.
-    holds_room: AtomicBool,
+    /// The size of an answer that keeps others from being made; 0 of others.
+    held_bytes: AtomicUsize,
     /// Its number among the idle ones; none while a request is under way.
     number: Mutex<Option<u64>>,
     _place: OwnedSemaphorePermit,

@@ -1,13 +1,17 @@
-//! The keys of the HTTP API beside its address: `ports.https`, `tls.https`, `addresses.http`, `unix_sockets` and `api_token`.
+//! The keys of the HTTP API: `ports.http` and `https`, `addresses.http` and `https`, `tls.https` and what `verify_incoming`
+//! says of it, `unix_sockets`, `admin_token` and `api_token`.
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject as _;
 use serde_json::{Map, Value};
 
 use super::address::ip_rule;
-use super::problem::{Problem, Source};
+use super::problem::{Problem, Source, Warning};
 use super::raw::{Given, Raw};
+use super::{ADMIN_TOKEN_BYTES_MIN, HTTP_PORT_DEFAULT, Secret};
 use crate::api::{ApiToken, Certificate, HttpsConfig, Right};
 use crate::unix_socket::{SOCKET_PATH_BYTES_MAX, SocketConfig};
 
@@ -16,12 +20,21 @@ const API_TOKENS_MAX: usize = 64;
 /// Hexadecimal digits of a SHA-256 digest.
 const DIGEST_DIGITS: usize = 64;
 
-/// What files and flags say of HTTPS and tokens.
+/// Begins an admin token that is written as its digest.
+const DIGEST_PREFIX: &str = "sha256:";
+
+/// What files and flags say of HTTP, HTTPS and tokens.
 #[derive(Debug, Default)]
 pub(crate) struct RawHttpApi {
-    port: Option<Given<i64>>,
+    pub(super) http_port: Option<Given<i64>>,
+    pub(super) port: Option<Given<i64>>,
     cert_file: Option<Given<String>>,
     key_file: Option<Given<String>>,
+    client_ca: Option<Given<String>>,
+    /// `tls.https.verify_incoming`, which goes before the others.
+    verify_clients: Option<Given<bool>>,
+    /// The keys that say it of every listener of Consul's.
+    verify_all: Vec<Given<bool>>,
     pub(super) address: Option<Given<String>>,
     pub(super) https_address: Option<Given<String>>,
     group: Option<Given<String>>,
@@ -29,21 +42,43 @@ pub(crate) struct RawHttpApi {
 }
 
 impl RawHttpApi {
-    /// Takes `addresses.http` out if it is an IP address: there the API listens in place of `client_addr`.
-    pub(super) fn take_ip(&mut self) -> Option<(IpAddr, Given<String>)> {
-        let given = self.address.take_if(|given| given.value.parse::<IpAddr>().is_ok())?;
-        Some((given.value.parse().ok()?, given))
+    /// Takes the IP address out of `addresses.http`, if there is one: there the API listens in place of `client_addr`. What
+    /// is left is a socket, or a problem.
+    fn take_ip(&mut self) -> Option<(IpAddr, Given<String>)> {
+        let given = self.address.take()?;
+        let mut words: Vec<&str> = given.value.split_whitespace().collect();
+        let ip = words.iter().position(|word| word.parse::<IpAddr>().is_ok()).map(|at| words.remove(at).to_owned());
+        if !words.is_empty() || ip.is_none() {
+            self.address = Some(Given { value: words.join(" "), ..given.clone() });
+        }
+        let ip = ip?;
+        Some((ip.parse().ok()?, Given { value: ip, ..given }))
     }
 }
 
 impl Raw {
-    /// Takes `ports.https`; as with Consul, -1 turns it off.
-    pub(super) fn add_https_port(&mut self, source: &Source, key: &str, value: &Value) {
+    /// Takes `ports.http` or `ports.https`; as with Consul, -1 turns it off.
+    pub(super) fn add_api_port(
+        &mut self,
+        source: &Source,
+        key: &str,
+        value: &Value,
+        slot: fn(&mut Self) -> &mut Option<Given<i64>>,
+    ) {
         match value.as_i64() {
-            Some(port) => {
-                self.http_api.port = Some(Given { value: port, source: source.clone(), key: key.to_owned() });
-            }
+            Some(port) => *slot(self) = Some(Given { value: port, source: source.clone(), key: key.to_owned() }),
             None => self.mistyped(source, key, value, "must be a whole number"),
+        }
+    }
+
+    /// Takes a key that asks for the certificates of all clients; between agents they are always shown.
+    pub(super) fn add_verify_incoming(&mut self, source: &Source, key: &str, value: &Value) {
+        match value.as_bool() {
+            Some(value) => {
+                self.http_api.verify_all.retain(|given| given.key != key);
+                self.http_api.verify_all.push(Given { value, source: source.clone(), key: key.to_owned() });
+            }
+            None => self.mistyped(source, key, value, "must be true or false"),
         }
     }
 
@@ -68,8 +103,14 @@ impl Raw {
         }
     }
 
-    /// Takes what `tls.https` says of the certificate out of its block.
-    pub(super) fn add_https_files(&mut self, source: &Source, block: &mut Map<String, Value>) {
+    /// Takes what `tls.https` says of certificates, the agent's and its clients', out of its block.
+    pub(super) fn add_https_block(&mut self, source: &Source, block: &mut Map<String, Value>) {
+        if let Some(value) = block.remove("ca_file") {
+            self.text(source, "tls.https.ca_file", value, |raw| &mut raw.http_api.client_ca);
+        }
+        if let Some(value) = block.remove("verify_incoming") {
+            self.switch(source, "tls.https.verify_incoming", &value, |raw| &mut raw.http_api.verify_clients);
+        }
         if let Some(value) = block.remove("cert_file") {
             self.text(source, "tls.https.cert_file", value, |raw| &mut raw.http_api.cert_file);
         }
@@ -79,8 +120,49 @@ impl Raw {
     }
 }
 
-/// Resolves where HTTPS is served; none if it is off, as it is unless a port is named.
-pub(super) fn https(raw: &RawHttpApi, client: IpAddr, problems: &mut Vec<Problem>) -> Option<HttpsConfig> {
+/// An address of the API with the setting that says so, unless it is a default.
+pub(super) type Place = (SocketAddr, Option<Given<String>>);
+
+/// Resolves where plain HTTP is served; none where `ports.http` is -1, or a socket stands in its place.
+pub(super) fn http(
+    raw: &mut RawHttpApi,
+    client: IpAddr,
+    client_given: Option<&Given<String>>,
+    problems: &mut Vec<Problem>,
+) -> Option<Place> {
+    let own = raw.take_ip();
+    let port = match &raw.http_port {
+        None => HTTP_PORT_DEFAULT,
+        Some(given) if given.value == -1 => {
+            if raw.address.is_none() && raw.port.as_ref().is_none_or(|https| https.value == -1) {
+                let rule = "leaves the agent without an API: name ports.https too, or addresses.http = \"unix:///…\"";
+                problems.push(given.problem(rule));
+            }
+            return None;
+        }
+        Some(given) => match u16::try_from(given.value) {
+            Ok(port) if port > 0 => port,
+            _ => {
+                problems.push(given.problem("must be a port, 1 to 65535, or -1 to turn it off"));
+                return None;
+            }
+        },
+    };
+    match own {
+        Some((ip, given)) => Some((SocketAddr::new(ip, port), Some(given))),
+        None if raw.address.is_some() => None,
+        None => Some((SocketAddr::new(client, port), client_given.cloned())),
+    }
+}
+
+/// Resolves where HTTPS is served; none if it is off, as it is unless a port is named. `ca` is `tls.defaults.ca_file`, which
+/// holds for HTTPS too where `tls.https` has none of its own.
+pub(super) fn https(
+    raw: &RawHttpApi,
+    client: IpAddr,
+    ca: Option<&Given<String>>,
+    problems: &mut Vec<Problem>,
+) -> Option<HttpsConfig> {
     let certificate = match (&raw.cert_file, &raw.key_file) {
         (Some(chain), Some(key)) => {
             for given in [chain, key] {
@@ -107,15 +189,97 @@ pub(super) fn https(raw: &RawHttpApi, client: IpAddr, problems: &mut Vec<Problem
         }
         ip
     });
+    let client_ca = client_ca(raw, ca, problems);
     let port = raw.port.as_ref()?;
     match u16::try_from(port.value) {
-        Ok(number) if number > 0 => Some(HttpsConfig { addr: SocketAddr::new(ip?, number), certificate }),
+        Ok(number) if number > 0 => Some(HttpsConfig { addr: SocketAddr::new(ip?, number), certificate, client_ca }),
         _ if port.value == -1 => None,
         _ => {
             problems.push(port.problem("must be a port, 1 to 65535, or -1 to turn it off; Consul's is 8501"));
             None
         }
     }
+}
+
+/// Resolves which certificates clients of HTTPS must show one of; none where they need not.
+fn client_ca(raw: &RawHttpApi, ca: Option<&Given<String>>, problems: &mut Vec<Problem>) -> Option<PathBuf> {
+    let asked = match &raw.verify_clients {
+        Some(given) => given.value.then_some(given),
+        None => raw.verify_all.iter().find(|given| given.value),
+    };
+    let own = raw.client_ca.as_ref();
+    problems.extend(own.and_then(not_certificates));
+    match (asked?, own.or(ca)) {
+        (_, Some(ca)) => Some(PathBuf::from(&ca.value)),
+        // Between agents it holds always: where there is no HTTPS it asks for nothing.
+        (_, None) if raw.port.as_ref().is_none_or(|port| port.value == -1) => None,
+        (given, None) => {
+            problems
+                .push(given.problem("needs tls.https.ca_file too: the PEM file of the CA whose clients HTTPS lets in"));
+            None
+        }
+    }
+}
+
+/// What is said of HTTPS's clients without effect.
+pub(super) fn idle(raw: &RawHttpApi, https: Option<&HttpsConfig>) -> Vec<Warning> {
+    fn warning<T>(given: &Given<T>, text: &str) -> Warning {
+        Warning { source: given.source.clone(), key: given.key.clone(), text: text.to_owned() }
+    }
+    let asked = raw.verify_clients.iter().chain(&raw.verify_all).filter(|given| given.value);
+    let no_https = "has no effect: there is no HTTPS (ports.https), and between agents there is mutual TLS always";
+    match https {
+        None => asked.map(|given| warning(given, no_https)).collect(),
+        Some(https) if https.client_ca.is_none() => {
+            let idle = "has no effect: without tls.https.verify_incoming = true clients show no certificate";
+            raw.client_ca.iter().map(|given| warning(given, idle)).collect()
+        }
+        Some(_) => Vec::new(),
+    }
+}
+
+/// Says what is wrong with a file that is to hold certificates.
+pub(super) fn not_certificates(given: &Given<String>) -> Option<Problem> {
+    match CertificateDer::pem_file_iter(&given.value).map(|mut found| found.next()) {
+        Ok(Some(Ok(_))) => None,
+        Ok(Some(Err(error))) => Some(given.problem(format!("is no file of certificates in PEM: {error}"))),
+        Ok(None) => Some(given.problem("holds no certificate in PEM")),
+        Err(error) => Some(given.problem(format!("cannot be read: {error}"))),
+    }
+}
+
+/// Notes the first of `places` that others reach, where no token tells them apart.
+pub(super) fn refuse_open(places: &[Option<Place>], problems: &mut Vec<Problem>) {
+    let open = places.iter().flatten().filter(|(addr, _)| !addr.ip().is_loopback());
+    let given = open.filter_map(|(_, given)| given.as_ref()).find(|given| given.value.parse::<IpAddr>().is_ok());
+    problems.extend(given.map(|given| {
+        given.problem(
+            "is not loopback, so anybody who reaches it could use the API: set admin_token_file too, or take an address of 127.0.0.0/8",
+        )
+    }));
+}
+
+/// Takes the admin token: in clear, or as `sha256:` and its digest.
+pub(super) fn admin_token(given: &Given<String>, secret: &Secret, problems: &mut Vec<Problem>) -> ApiToken {
+    let text = secret.reveal();
+    if let Some(digits) = text.strip_prefix(DIGEST_PREFIX) {
+        let digest = digest(digits).unwrap_or_else(|| {
+            let rule = "must have 64 hexadecimal digits after sha256:, as `printf %s TOKEN | sha256sum` prints them";
+            problems.push(given.problem(rule));
+            [0; 32]
+        });
+        return ApiToken::from_digest(digest, Right::Operator);
+    }
+    if text.len() < ADMIN_TOKEN_BYTES_MIN || !text.bytes().all(|byte| byte.is_ascii_graphic()) {
+        let rule = format!("must be at least {ADMIN_TOKEN_BYTES_MIN} printable ASCII characters without spaces");
+        problems.push(given.problem(rule));
+    }
+    ApiToken::new(text, Right::Operator)
+}
+
+/// Tells whether a setting holds the admin token itself, for whoever reads the file.
+pub(super) fn is_in_clear(secret: &Secret) -> bool {
+    !secret.reveal().starts_with(DIGEST_PREFIX)
 }
 
 /// Resolves the unix socket: `addresses.http = "unix:///run/weft/http.sock"`.
@@ -127,9 +291,10 @@ pub(super) fn socket(raw: &RawHttpApi, problems: &mut Vec<Problem>) -> Option<So
         return None;
     };
     let path = PathBuf::from(given.value.strip_prefix("unix://").unwrap_or_default());
-    if !path.is_absolute() || path.as_os_str().len() > SOCKET_PATH_BYTES_MAX || path.file_name().is_none() {
+    let is_path = path.is_absolute() && path.as_os_str().len() <= SOCKET_PATH_BYTES_MAX && path.file_name().is_some();
+    if !is_path || given.value.contains(char::is_whitespace) {
         problems.push(given.problem(format!(
-            "must be one IP address, or unix:// and an absolute path of at most {SOCKET_PATH_BYTES_MAX} bytes"
+            "must be one IP address, or unix:// and an absolute path of at most {SOCKET_PATH_BYTES_MAX} bytes, or both with a space between them"
         )));
     }
     if let Some(group) = raw.group.as_ref().filter(|group| group.value.is_empty()) {
@@ -255,15 +420,17 @@ mod tests {
         let client = IpAddr::from([127, 0, 0, 1]);
         let port = |value| Some(Given { value, source: Source::Flag("-x"), key: "ports.https".to_owned() });
         let mut problems = Vec::new();
-        assert_eq!(https(&RawHttpApi::default(), client, &mut problems), None);
-        assert_eq!(https(&RawHttpApi { port: port(-1), ..RawHttpApi::default() }, client, &mut problems), None);
-        let own = https(&RawHttpApi { port: port(8501), ..RawHttpApi::default() }, client, &mut problems).unwrap();
-        assert_eq!(own, HttpsConfig { addr: SocketAddr::new(client, 8501), certificate: Certificate::Own });
+        let https = |raw: RawHttpApi, problems: &mut Vec<Problem>| https(&raw, client, None, problems);
+        assert_eq!(https(RawHttpApi::default(), &mut problems), None);
+        assert_eq!(https(RawHttpApi { port: port(-1), ..RawHttpApi::default() }, &mut problems), None);
+        let own = https(RawHttpApi { port: port(8501), ..RawHttpApi::default() }, &mut problems).unwrap();
+        let addr = SocketAddr::new(client, 8501);
+        assert_eq!(own, HttpsConfig { addr, certificate: Certificate::Own, client_ca: None });
         assert!(problems.is_empty());
-        https(&RawHttpApi { port: port(70_000), ..RawHttpApi::default() }, client, &mut problems);
+        https(RawHttpApi { port: port(70_000), ..RawHttpApi::default() }, &mut problems);
         let cert =
             Given { value: "/no/such".to_owned(), source: Source::Flag("-x"), key: "tls.https.cert_file".to_owned() };
-        https(&RawHttpApi { cert_file: Some(cert), ..RawHttpApi::default() }, client, &mut problems);
+        https(RawHttpApi { cert_file: Some(cert), ..RawHttpApi::default() }, &mut problems);
         let said: Vec<String> = problems.iter().map(ToString::to_string).collect();
         assert!(
             said[0].contains("(ports.https) = 70000: must be a port") && said[1].contains("tls.https.key_file"),

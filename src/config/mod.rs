@@ -102,8 +102,8 @@ pub struct Config {
     pub mesh_bind: SocketAddr,
     /// Where other nodes reach it: never an unspecified address.
     pub mesh_advertise: SocketAddr,
-    /// Where the HTTP API listens; loopback unless `admin_token` is set.
-    pub http_addr: SocketAddr,
+    /// Where the HTTP API listens, loopback unless a token is set; none: over TLS or at its socket alone.
+    pub http_addr: Option<SocketAddr>,
     /// Where the shared HTTP port listens; none: it is off.
     pub shared_http_addr: Option<SocketAddr>,
     /// How names are answered by DNS; none: it is off.
@@ -120,8 +120,8 @@ pub struct Config {
     pub node_meta: BTreeMap<String, String>,
     /// Data-plane workers, 1 to [`WORKERS_MAX`].
     pub workers: NonZeroUsize,
-    /// The API's token; none: loopback clients need none.
-    pub admin_token: Option<Secret>,
+    /// The API's token, as its digest; none: loopback clients need none.
+    pub admin_token: Option<ApiToken>,
     /// Further tokens of the API, each with its right.
     pub api_tokens: Vec<ApiToken>,
     /// Where the API is served over TLS; none: it is not.
@@ -156,7 +156,7 @@ pub struct Config {
     pub log_filter: Filter,
     /// How log lines look.
     pub log_format: LogFormat,
-    /// Settings without effect; the node logs them at its start.
+    /// Settings without effect, and secrets in clear; the node logs them at its start.
     pub warnings: Vec<Warning>,
 }
 
@@ -268,7 +268,7 @@ pub fn load(inputs: &Inputs, host: &Host) -> Result<Config, ConfigError> {
 /// What [`validate`] found in files without a fault.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Validated {
-    /// Settings without effect.
+    /// Settings without effect, and secrets in clear.
     pub warnings: Vec<Warning>,
     /// What an agent still needs, from flags or other files: empty if the inputs are a whole configuration.
     pub missing: Vec<Problem>,

@@ -54,7 +54,6 @@ pub(crate) struct Raw {
     pub(crate) advertise_addr: Option<Given<String>>,
     pub(crate) client_addr: Option<Given<String>>,
     pub(crate) mesh_port: Option<Given<u64>>,
-    pub(crate) http_port: Option<Given<u64>>,
     pub(crate) shared_http_port: Option<Given<u64>>,
     pub(crate) join: Vec<Given<String>>,
     pub(crate) node_meta: BTreeMap<String, Given<String>>,
@@ -137,6 +136,7 @@ impl Raw {
             "enable_script_checks" => self.switch(source, key, &value, |raw| &mut raw.enable_script_checks),
             "enable_local_script_checks" => self.switch(source, key, &value, |raw| &mut raw.enable_local_script_checks),
             "tls" => self.tls(source, value),
+            "verify_incoming" | "verify_incoming_https" => self.add_verify_incoming(source, key, &value),
             "log_json" => self.switch(source, key, &value, |raw| &mut raw.log_json),
             "leave_on_terminate" => self.switch(source, key, &value, |raw| &mut raw.leave_on_terminate),
             "workers" => self.count(source, key, &value, |raw| &mut raw.workers),
@@ -280,10 +280,10 @@ impl Raw {
         let key = format!("ports.{name}");
         match name {
             "mesh" => self.count(source, &key, value, |raw| &mut raw.mesh_port),
-            "http" => self.count(source, &key, value, |raw| &mut raw.http_port),
+            "http" => self.add_api_port(source, &key, value, |raw| &mut raw.http_api.http_port),
             "shared_http" => self.count(source, &key, value, |raw| &mut raw.shared_http_port),
             "dns" => self.add_dns_port(source, &key, value),
-            "https" => self.add_https_port(source, &key, value),
+            "https" => self.add_api_port(source, &key, value, |raw| &mut raw.http_api.port),
             _ if consul::is_port(name) => {
                 self.warn(
                     source,
@@ -295,7 +295,8 @@ impl Raw {
         }
     }
 
-    /// Consul's `tls` block: of it, `defaults.ca_file` says whom checks believe, `https` as whom the HTTP API is served.
+    /// Consul's `tls` block: of it, `defaults.ca_file` says whom checks believe, `https` as whom the HTTP API is served, and
+    /// `verify_incoming` of both that its clients show a certificate.
     fn tls(&mut self, source: &Source, value: Value) {
         let Value::Object(map) = value else {
             return self.mistyped(source, "tls", &value, "must be a block");
@@ -311,8 +312,13 @@ impl Raw {
             {
                 self.text(source, "tls.defaults.ca_file", value, |raw| &mut raw.ca_file);
             }
+            if name == "defaults"
+                && let Some(value) = inner.remove("verify_incoming")
+            {
+                self.add_verify_incoming(source, "tls.defaults.verify_incoming", &value);
+            }
             if name == "https" {
-                self.add_https_files(source, &mut inner);
+                self.add_https_block(source, &mut inner);
             }
             for key in inner.keys().map(|inner| format!("{key}.{inner}")) {
                 self.warn(source, &key, "has no effect: the mesh has certificates of its own (weft ca init)");

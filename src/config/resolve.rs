@@ -7,21 +7,19 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use rustls::pki_types::CertificateDer;
-use rustls::pki_types::pem::PemObject as _;
-
 use super::address::{ip_rule, is_join_target, join_rule};
 use super::dns;
 use super::http_api;
 use super::raw::{Given, Raw};
 use super::telemetry;
 use super::{
-    ADMIN_TOKEN_BYTES_MIN, Config, ConfigError, DATACENTER_DEFAULT, DNS_PORT_DEFAULT, DRAIN_TIMEOUT_DEFAULT,
-    DRAIN_TIMEOUT_MAX, HTTP_PORT_DEFAULT, Host, IdentitySource, JOIN_MAX, KV_BYTES_MAX, KV_BYTES_MIN,
-    MESH_PORT_DEFAULT, Mode, NODE_META_KEY_BYTES_MAX, NODE_META_MAX, NODE_META_VALUE_BYTES_MAX, OnTerminate,
-    PolicyAuthority, Problem, RECONNECT_TIMEOUT_DEFAULT, RECONNECT_TIMEOUT_MAX, RECONNECT_TIMEOUT_MIN,
-    SHARED_HTTP_PORT_DEFAULT, Secret, Source, Storage, TRUST_DOMAIN_DEV, Validated, WORKERS_MAX,
+    Config, ConfigError, DATACENTER_DEFAULT, DNS_PORT_DEFAULT, DRAIN_TIMEOUT_DEFAULT, DRAIN_TIMEOUT_MAX,
+    HTTP_PORT_DEFAULT, Host, IdentitySource, JOIN_MAX, KV_BYTES_MAX, KV_BYTES_MIN, MESH_PORT_DEFAULT, Mode,
+    NODE_META_KEY_BYTES_MAX, NODE_META_MAX, NODE_META_VALUE_BYTES_MAX, OnTerminate, PolicyAuthority, Problem,
+    RECONNECT_TIMEOUT_DEFAULT, RECONNECT_TIMEOUT_MAX, RECONNECT_TIMEOUT_MIN, SHARED_HTTP_PORT_DEFAULT, Secret, Source,
+    Storage, TRUST_DOMAIN_DEV, Validated, WORKERS_MAX,
 };
+use crate::api::ApiToken;
 use crate::authz::Action;
 use crate::dns::DnsConfig;
 use crate::gossip::KV_BYTES_DEFAULT;
@@ -73,7 +71,7 @@ pub(super) fn dev(node: NodeName, ip: IpAddr) -> Config {
         storage: Storage::Memory,
         mesh_bind: SocketAddr::new(ip, MESH_PORT_DEFAULT),
         mesh_advertise: SocketAddr::new(ip, MESH_PORT_DEFAULT),
-        http_addr: SocketAddr::new(ip, HTTP_PORT_DEFAULT),
+        http_addr: Some(SocketAddr::new(ip, HTTP_PORT_DEFAULT)),
         shared_http_addr: Some(SocketAddr::new(ip, SHARED_HTTP_PORT_DEFAULT)),
         dns: Some(DnsConfig::on(vec![SocketAddr::new(ip, DNS_PORT_DEFAULT)])),
         upstream_ip: ip,
@@ -121,9 +119,7 @@ struct Addresses {
     mesh_bind: SocketAddr,
     mesh_advertise: SocketAddr,
     client: IpAddr,
-    http: SocketAddr,
-    /// What says where `http` is, unless it is a default.
-    http_given: Option<Given<String>>,
+    http: Option<http_api::Place>,
     shared_http: Option<SocketAddr>,
     upstream_ip: IpAddr,
 }
@@ -146,10 +142,17 @@ impl Resolver<'_> {
         let trust_domain = self.trust_domain();
         let identity = self.identity(&join, trust_domain.as_ref());
         let raw = std::mem::take(&mut self.raw.http_api);
-        let https = http_api::https(&raw, addresses.client, &mut self.problems);
+        let https = http_api::https(&raw, addresses.client, self.raw.ca_file.as_ref(), &mut self.problems);
+        self.raw.warnings.extend(http_api::idle(&raw, https.as_ref()));
         let api_socket = http_api::socket(&raw, &mut self.problems);
+        let https_given = raw.https_address.clone().or_else(|| self.raw.client_addr.clone());
+        let has_others = !raw.tokens.is_empty();
         let api_tokens = http_api::tokens(raw.tokens, &mut self.problems);
-        let admin_token = self.admin_token(&addresses, !api_tokens.is_empty());
+        let admin_token = self.admin_token();
+        if self.raw.admin_token.is_none() && self.raw.admin_token_file.is_none() && !has_others {
+            let secure = https.as_ref().map(|https| (https.addr, https_given));
+            http_api::refuse_open(&[addresses.http.clone(), secure], &mut self.problems);
+        }
         let default_policy = self.default_policy();
         let policy_authority = self.policy_authority(admin_token.is_some() || !api_tokens.is_empty());
         let node_meta = self.node_meta();
@@ -173,7 +176,7 @@ impl Resolver<'_> {
             storage: storage?,
             mesh_bind: addresses.mesh_bind,
             mesh_advertise: addresses.mesh_advertise,
-            http_addr: addresses.http,
+            http_addr: addresses.http.map(|(addr, _)| addr),
             shared_http_addr: addresses.shared_http,
             dns,
             upstream_ip: addresses.upstream_ip,
@@ -288,7 +291,6 @@ impl Resolver<'_> {
 
     fn addresses(&mut self) -> Addresses {
         let mesh_port = self.port(self.raw.mesh_port.clone(), MESH_PORT_DEFAULT, 1);
-        let http_port = self.port(self.raw.http_port.clone(), HTTP_PORT_DEFAULT, 1);
         let shared_default = if self.mode == Mode::Dev { SHARED_HTTP_PORT_DEFAULT } else { 0 };
         let shared_port = self.port(self.raw.shared_http_port.clone(), shared_default, 0);
         let bind = self.bind_ip();
@@ -299,20 +301,20 @@ impl Resolver<'_> {
             None if self.mode == Mode::Dev && bind.is_loopback() => bind,
             None => LOOPBACK,
         };
-        if shared_port == http_port {
-            let rule = format!("must differ from ports.http = {http_port}");
+        let given = self.raw.client_addr.clone();
+        let http = http_api::http(&mut self.raw.http_api, client, given.as_ref(), &mut self.problems);
+        if http.as_ref().is_some_and(|(addr, _)| addr.port() == shared_port) {
+            let rule = format!("must differ from ports.http = {shared_port}");
             match self.raw.shared_http_port.clone() {
                 Some(given) => self.refuse(&given, rule),
                 None => self.problems.push(Problem::unset("ports.shared_http", rule)),
             }
         }
-        let own = self.raw.http_api.take_ip();
         Addresses {
             mesh_bind: SocketAddr::new(bind, mesh_port),
             mesh_advertise: SocketAddr::new(advertise, mesh_port),
             client,
-            http: SocketAddr::new(own.as_ref().map_or(client, |(ip, _)| *ip), http_port),
-            http_given: own.map_or_else(|| self.raw.client_addr.clone(), |(_, given)| Some(given)),
+            http,
             shared_http: (shared_port != 0).then(|| SocketAddr::new(client, shared_port)),
             upstream_ip: if client.is_loopback() { client } else { LOOPBACK },
         }
@@ -454,28 +456,17 @@ impl Resolver<'_> {
         Some(Secret::new(text.trim()))
     }
 
-    fn admin_token(&mut self, addresses: &Addresses, has_others: bool) -> Option<Secret> {
-        let given = self.raw.admin_token.clone().or_else(|| self.raw.admin_token_file.clone());
-        let token = self.secret(self.raw.admin_token.clone(), self.raw.admin_token_file.clone());
-        if let (Some(given), Some(token)) = (&given, &token) {
-            let header_safe = token.reveal().bytes().all(|byte| byte.is_ascii_graphic());
-            if token.reveal().len() < ADMIN_TOKEN_BYTES_MIN || !header_safe {
-                let rule =
-                    format!("must be at least {ADMIN_TOKEN_BYTES_MIN} printable ASCII characters without spaces");
-                self.refuse(given, rule);
-            }
-        }
-        if !addresses.http.ip().is_loopback()
-            && given.is_none()
-            && !has_others
-            && let Some(open) = addresses.http_given.as_ref().filter(|open| open.value.parse::<IpAddr>().is_ok())
-        {
-            self.refuse(
-                open,
-                "is not loopback, so anybody who reaches it could use the API: set admin_token_file too, or take an address of 127.0.0.0/8",
+    fn admin_token(&mut self) -> Option<ApiToken> {
+        let (inline, file) = (self.raw.admin_token.clone(), self.raw.admin_token_file.clone());
+        let token = self.secret(inline.clone(), file.clone())?;
+        if let Some(inline) = inline.as_ref().filter(|_| http_api::is_in_clear(&token)) {
+            self.raw.warn(
+                &inline.source,
+                &inline.key,
+                "stands in clear in this file: write its digest, admin_token = \"sha256:…\" (printf %s TOKEN | sha256sum)",
             );
         }
-        token
+        Some(http_api::admin_token(&inline.or(file)?, &token, &mut self.problems))
     }
 
     fn default_policy(&mut self) -> Action {
@@ -594,12 +585,7 @@ impl Resolver<'_> {
         let mut settings = CheckSettings::default();
         if let Some(given) = self.raw.ca_file.clone() {
             let path = PathBuf::from(&given.value);
-            match CertificateDer::pem_file_iter(&path).map(|mut found| found.next()) {
-                Ok(Some(Ok(_))) => {}
-                Ok(Some(Err(error))) => self.refuse(&given, format!("is no file of certificates in PEM: {error}")),
-                Ok(None) => self.refuse(&given, "holds no certificate in PEM"),
-                Err(error) => self.refuse(&given, format!("cannot be read: {error}")),
-            }
+            self.problems.extend(http_api::not_certificates(&given));
             settings.ca_file = Some(path);
         }
         for (given, slot) in [

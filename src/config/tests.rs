@@ -145,7 +145,7 @@ fn hcl_and_json_say_the_same() {
     assert_eq!(from_hcl, from_json);
     assert_eq!(from_hcl.mesh_advertise, "10.0.0.2:8301".parse().unwrap());
     assert_eq!(from_hcl.mesh_bind, "0.0.0.0:8301".parse().unwrap());
-    assert_eq!(from_hcl.http_addr, "127.0.0.2:8501".parse().unwrap());
+    assert_eq!(from_hcl.http_addr, "127.0.0.2:8501".parse().ok());
     assert_eq!(from_hcl.upstream_ip, "127.0.0.2".parse::<IpAddr>().unwrap());
     assert_eq!(from_hcl.drain_timeout, Duration::from_secs(90));
     assert_eq!(from_hcl.reconnect_timeout, Duration::from_hours(24));
@@ -191,7 +191,7 @@ fn without_settings_an_agent_takes_its_host_s_name_and_only_address() {
     assert_eq!(config.node_name.as_str(), "host-1");
     assert_eq!(config.mesh_bind, "10.0.0.9:8301".parse().unwrap());
     assert_eq!(config.mesh_advertise, config.mesh_bind);
-    assert_eq!(config.http_addr, "127.0.0.1:8500".parse().unwrap());
+    assert_eq!(config.http_addr, "127.0.0.1:8500".parse().ok());
     assert_eq!(config.shared_http_addr, None);
     assert_eq!(config.identity, IdentitySource::Stored);
     assert_eq!(config.workers.get(), 2);
@@ -318,7 +318,7 @@ fn the_file_of_a_consul_client_loads_and_each_key_without_effect_says_what_stand
         auto_encrypt {
           tls = true
         }
-        verify_incoming = true
+        verify_incoming_rpc = true
         tls {
           defaults {
             verify_outgoing = true
@@ -366,7 +366,7 @@ fn the_file_of_a_consul_client_loads_and_each_key_without_effect_says_what_stand
     // What opens nothing beyond loopback needs no token.
     assert_eq!(
         (config.http_addr, config.https.as_ref().map(|https| https.addr)),
-        (loopback(8500), Some(loopback(8501)))
+        (Some(loopback(8500)), Some(loopback(8501)))
     );
     assert_eq!(config.dns.unwrap().listen, [loopback(8600)]);
     let said: BTreeMap<String, String> =
@@ -381,6 +381,7 @@ fn the_file_of_a_consul_client_loads_and_each_key_without_effect_says_what_stand
         ("auto_encrypt", "weft ca init"),
         ("addresses.grpc", "no gRPC"),
         ("ports.sidecar_min_port", "ports.mesh"),
+        ("verify_incoming_rpc", "mutual TLS always"),
         ("http_config.response_headers", "its own headers"),
     ] {
         let text = said.get(key).unwrap_or_else(|| panic!("nothing is said of {key}: {said:?}"));
@@ -406,6 +407,122 @@ fn what_would_open_an_agent_wider_than_its_file_says_is_refused() {
     check(json!({"addresses": {"https": "x"}, "ports": {"https": 8501}}), "addresses.https = x: must be an IP address");
     check(json!({"bind_addr": "{{ GetPrivateIP }}"}), "bind_addr = {{ GetPrivateIP }}: is a template");
     check(json!({"retry_join": ["provider=aws tag_key=x"]}), "asks a cloud for addresses");
+}
+
+#[test]
+fn a_socket_stands_in_the_place_of_the_port_unless_an_address_stands_beside_it() {
+    #[track_caller]
+    fn check(value: Value, want: (Option<&str>, Option<&str>, Option<&str>)) {
+        let config = load_json(Mode::Durable, value.clone()).unwrap_or_else(|error| panic!("{value}: {error}"));
+        let socket = config.api_socket.map(|socket| socket.path.display().to_string());
+        let (http, https) = (config.http_addr, config.https.map(|https| https.addr));
+        let shown = [http, https].map(|addr| addr.map(|addr| addr.to_string()));
+        assert_eq!((shown[0].as_deref(), shown[1].as_deref(), socket.as_deref()), want, "{value}");
+    }
+    let socket = "unix:///run/weft/http.sock";
+    let path = Some("/run/weft/http.sock");
+    check(json!({"addresses": {"http": socket}}), (None, None, path));
+    // Nobody reaches the socket from beyond this host: no token is due.
+    check(json!({"addresses": {"http": socket}, "client_addr": "0.0.0.0"}), (None, None, path));
+    for both in [format!("{socket} 127.0.0.3"), format!("127.0.0.3  {socket}")] {
+        check(json!({"addresses": {"http": both}}), (Some("127.0.0.3:8500"), None, path));
+    }
+    check(json!({"ports": {"http": -1, "https": 8501}}), (None, Some("127.0.0.1:8501"), None));
+    check(json!({"ports": {"http": -1}, "addresses": {"http": socket}}), (None, None, path));
+    check(json!({"ports": {"http": -1, "https": 8501, "shared_http": 8500}}), (None, Some("127.0.0.1:8501"), None));
+
+    #[track_caller]
+    fn refused(value: Value, want: &str) {
+        let text = load_json(Mode::Durable, value).unwrap_err().to_string();
+        assert!(text.contains(want), "missing {want:?} in:\n{text}");
+    }
+    refused(json!({"ports": {"http": -1}}), "ports.http = -1: leaves the agent without an API: name ports.https");
+    refused(json!({"ports": {"http": -1, "https": -1}}), "ports.http = -1: leaves the agent without an API");
+    refused(json!({"ports": {"http": 0}}), "ports.http = 0: must be a port, 1 to 65535, or -1 to turn it off");
+    refused(json!({"addresses": {"http": ""}}), "must be one IP address, or unix://");
+    refused(json!({"addresses": {"http": format!("{socket} unix:///x")}}), "or both with a space between them");
+    refused(json!({"addresses": {"http": format!("{socket} 10.0.0.1")}}), "addresses.http = 10.0.0.1: is not loopback");
+    let beyond = json!({"ports": {"http": -1, "https": 8501}, "client_addr": "10.0.0.9"});
+    refused(beyond, "client_addr = 10.0.0.9: is not loopback");
+}
+
+#[test]
+fn verify_incoming_asks_for_a_ca_where_https_is_served() {
+    let dir = tempfile::tempdir().unwrap();
+    let ca = dir.path().join("ca.pem");
+    let made = rcgen::generate_simple_self_signed(["ca.example".to_owned()]).unwrap();
+    std::fs::write(&ca, made.cert.pem()).unwrap();
+    let ca = ca.to_str().unwrap();
+    let load = |extra: Value| {
+        let mut value = json!({"ports": {"https": 8501}});
+        value.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+        load_json(Mode::Durable, value)
+    };
+    let asks = |extra: Value| load(extra).unwrap().https.unwrap().client_ca.is_some();
+    for asking in [
+        json!({"tls": {"https": {"ca_file": ca, "verify_incoming": true}}}),
+        json!({"tls": {"https": {"ca_file": ca}, "defaults": {"verify_incoming": true}}}),
+        json!({"tls": {"defaults": {"ca_file": ca, "verify_incoming": true}}}),
+        json!({"ca_file": ca, "verify_incoming": true}),
+        json!({"ca_file": ca, "verify_incoming": false, "verify_incoming_https": true}),
+    ] {
+        assert!(asks(asking.clone()), "{asking}");
+    }
+    for not in [
+        json!({"tls": {"https": {"ca_file": ca}}}),
+        json!({"tls": {"https": {"ca_file": ca, "verify_incoming": false}, "defaults": {"verify_incoming": true}}}),
+        json!({"verify_incoming": false, "verify_incoming_rpc": true}),
+    ] {
+        assert!(!asks(not.clone()), "{not}");
+    }
+    for key in ["verify_incoming", "verify_incoming_https"] {
+        let text = load(json!({ key: true })).unwrap_err().to_string();
+        assert!(text.contains(&format!("{key} = true: needs tls.https.ca_file too")), "{text}");
+        let text = load(json!({ key: "yes" })).unwrap_err().to_string();
+        assert!(text.contains("must be true or false"), "{text}");
+        // Without HTTPS there is nothing to let in.
+        let warnings = load_json(Mode::Durable, json!({ key: true })).unwrap().warnings;
+        assert!(warnings[0].text.contains("mutual TLS always"), "{warnings:?}");
+    }
+    // A later file replaces what an earlier one said by the same key.
+    let mut raw = raw::Raw::default();
+    for (file, asks) in [("a.json", true), ("b.json", false)] {
+        let value = json!({"data_dir": "/d", "ports": {"https": 8501}, "ca_file": ca, "verify_incoming": asks});
+        raw.add_file(&std::sync::Arc::from(std::path::Path::new(file)), value.as_object().unwrap().clone());
+    }
+    assert_eq!(resolve::resolve(raw, Mode::Durable, &host()).unwrap().https.unwrap().client_ca, None);
+    let text = load(json!({"tls": {"https": {"ca_file": "/nonexistent", "verify_incoming": true}}})).unwrap_err();
+    assert!(text.to_string().contains("tls.https.ca_file = /nonexistent: cannot be read"), "{text}");
+    let idle = load(json!({"tls": {"https": {"ca_file": ca}}})).unwrap().warnings;
+    assert!(idle[0].text.contains("without tls.https.verify_incoming"), "{idle:?}");
+}
+
+#[test]
+fn an_admin_token_is_its_digest_or_in_clear_with_a_warning() {
+    const TOKEN: &str = "0123456789abcdef";
+    const DIGEST: &str = "9f9f5111f7b27a781f1f1ddde5ebc2dd2b796bfc7365c9c28b548e564176929f";
+    let token = crate::api::ApiToken::new(TOKEN, crate::api::Right::Operator);
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("token");
+    let load = |value: Value| load_json(Mode::Durable, value);
+    let of_file = |text: &str| {
+        std::fs::write(&file, text).unwrap();
+        load(json!({"admin_token_file": file.to_str().unwrap()}))
+    };
+    let in_clear = load(json!({"admin_token": TOKEN})).unwrap();
+    assert_eq!(in_clear.admin_token.as_ref(), Some(&token));
+    assert!(in_clear.warnings[0].to_string().contains("sha256sum"), "{:?}", in_clear.warnings);
+    for config in [
+        load(json!({"admin_token": format!("sha256:{DIGEST}")})).unwrap(),
+        of_file(&format!("sha256:{DIGEST}\n")).unwrap(),
+        of_file(TOKEN).unwrap(),
+    ] {
+        assert_eq!((config.admin_token.as_ref(), config.warnings.as_slice()), (Some(&token), [].as_slice()));
+    }
+    for bad in ["sha256:", "sha256:9f9f", &format!("sha256:{DIGEST}0"), &format!("sha256: {DIGEST}")] {
+        let text = of_file(bad).unwrap_err().to_string();
+        assert!(text.contains("64 hexadecimal digits after sha256:"), "{bad}: {text}");
+    }
 }
 
 #[test]

@@ -17,7 +17,7 @@ mod identity;
 mod reload;
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -26,10 +26,10 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use crate::api::{Api, ApiConfig, ApiParams, ApiToken, ListenerState as ApiListener, NodeFacts, Right};
+use crate::api::{Api, ApiConfig, ApiParams, ApiToken, ListenerState as ApiListener, NodeFacts};
 use crate::catalogue::SnapshotReader;
 use crate::clock;
-use crate::config::{Config, OnTerminate, Secret, Storage};
+use crate::config::{Config, OnTerminate, Storage};
 use crate::dns::{Dns, DnsParams};
 use crate::gossip::{self, Gossip, GossipHandle, GossipParams};
 use crate::metrics::Metrics;
@@ -268,7 +268,7 @@ impl Node {
         node.api = node.host.within(api).await.inspect_err(|_| node.drain.cancel())?;
         node.proxy = Mutex::new(Some(proxy));
         let (http, scope) = (&node.api, node.identity.authority().scope().to_string());
-        info!(node = %node.name, mesh = %info.mesh_addr, ?http, %generation, scope, "agent is up");
+        info!(node = %node.name, mesh = %info.mesh_addr, ?http, socket = ?config.api_socket, %generation, scope, "agent is up");
         Ok(node)
     }
 
@@ -338,7 +338,7 @@ impl Node {
         };
         let served = Api::start(ApiParams {
             config: ApiConfig {
-                listen: vec![config.http_addr],
+                listen: config.http_addr.into_iter().collect(),
                 https: config.https.clone(),
                 socket: config.api_socket.clone(),
                 tokens: api_tokens(config),
@@ -364,14 +364,19 @@ impl Node {
             policy_key,
             inspect: glue::inspect(proxy.inspector()),
             reload: glue::reload(&self.reloader),
+            upstream_ip: config
+                .http_addr
+                .map(|addr| addr.ip())
+                .filter(IpAddr::is_loopback)
+                .unwrap_or(config.upstream_ip),
             shutdown: self.leaving.clone(),
             tasks: &self.tasks,
             stop: self.stop.clone(),
         })
         .await
         .map_err(part("HTTP API"))?;
-        if let Some(certificate) = served.certificate {
-            self.reloader.add_certificate(certificate);
+        if let Some(files) = served.files {
+            self.reloader.add_https(files);
         }
         Ok(served.addrs)
     }
@@ -537,7 +542,7 @@ fn start_proxy(
 /// Logs what the node starts with.
 fn announce(config: &Config) {
     for warning in &config.warnings {
-        warn!(%warning, "setting without effect");
+        warn!(%warning, "look at this setting");
     }
     // Secrets do not print (`config::Secret`).
     info!(?config, "effective configuration");
@@ -593,8 +598,7 @@ fn claim_name(store: &Store, given: &NodeName) -> Result<(), NodeError> {
 
 /// The tokens of the API: the admin token, which may do everything, and those that the configuration has digests of.
 fn api_tokens(config: &Config) -> Vec<ApiToken> {
-    let admin = config.admin_token.as_ref().map(|token: &Secret| ApiToken::new(token.reveal(), Right::Operator));
-    admin.into_iter().chain(config.api_tokens.iter().cloned()).collect()
+    config.admin_token.iter().chain(&config.api_tokens).cloned().collect()
 }
 
 /// Raises the limit of open files as far as it goes and returns it.

@@ -11,10 +11,9 @@
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 
-use rustls::sign::CertifiedKey;
 use tracing::{info, warn};
 
-use crate::api::{ApiError, FileCertificate, HttpsConfig};
+use crate::api::{ApiError, FreshFiles, HttpsConfig, HttpsFiles};
 use crate::config::{Config, ConfigError};
 use crate::dns::{Dns, DnsConfig};
 use crate::registry::{ConfigDefinitions, RegistryError, RegistryHandle};
@@ -32,9 +31,9 @@ pub enum ReloadError {
     /// The files cannot be used.
     #[error("nothing was reloaded: {0}")]
     Config(ConfigError),
-    /// The certificate of HTTPS cannot be used.
+    /// A file of HTTPS cannot be used.
     #[error("nothing was reloaded: {0}")]
-    Certificate(ApiError),
+    Https(ApiError),
     /// What they define does not fit.
     #[error("nothing was reloaded: {0}")]
     Registry(RegistryError),
@@ -48,14 +47,14 @@ pub(super) struct Reloader {
     registry: RegistryHandle,
     /// Once it serves, if it does.
     dns: OnceLock<Arc<Dns>>,
-    /// What HTTPS is served with, if that is in files.
-    certificate: OnceLock<Arc<FileCertificate>>,
+    /// What of HTTPS is in files.
+    https: OnceLock<Arc<HttpsFiles>>,
 }
 
 impl Reloader {
     pub(super) fn new(source: Option<ConfigSource>, config: Config, registry: RegistryHandle) -> Self {
         let current = tokio::sync::Mutex::new(config);
-        Self { source, current, registry, dns: OnceLock::new(), certificate: OnceLock::new() }
+        Self { source, current, registry, dns: OnceLock::new(), https: OnceLock::new() }
     }
 
     /// Reloads DNS too from here on.
@@ -63,9 +62,9 @@ impl Reloader {
         let _first = self.dns.set(dns);
     }
 
-    /// Reads the certificate of HTTPS again too from here on.
-    pub(super) fn add_certificate(&self, certificate: Arc<FileCertificate>) {
-        let _first = self.certificate.set(certificate);
+    /// Reads the files of HTTPS again too from here on.
+    pub(super) fn add_https(&self, files: Arc<HttpsFiles>) {
+        let _first = self.https.set(files);
     }
 
     /// Reads the configuration and takes what can be taken; returns what the operator should know.
@@ -77,7 +76,7 @@ impl Reloader {
     pub(super) async fn reload(&self) -> Result<Vec<String>, ReloadError> {
         let source = self.source.clone().ok_or(ReloadError::NoSource)?;
         let mut current = self.current.lock().await;
-        let (files, https) = (self.certificate.get().cloned(), current.https.clone());
+        let (files, https) = (self.https.get().cloned(), current.https.clone());
         let read = tokio::task::spawn_blocking(move || read(&source, files.as_deref(), https.as_ref())).await;
         let (new, fresh) = match read {
             Ok(read) => read?,
@@ -88,10 +87,10 @@ impl Reloader {
             },
         };
         self.registry.replace_config(definitions(&new)).await.map_err(ReloadError::Registry)?;
-        if let (Some(files), Some(fresh)) = (self.certificate.get(), fresh)
+        if let (Some(files), Some(fresh)) = (self.https.get(), fresh)
             && files.show(fresh)
         {
-            info!("HTTPS shows another certificate");
+            info!("HTTPS shows another certificate, or lets in the clients of another CA");
         }
         let dns = dns_in_force(current.dns.as_ref(), new.dns.as_ref());
         if let (Some(running), Some(config)) = (self.dns.get(), &dns)
@@ -117,13 +116,13 @@ impl Reloader {
 /// Reads the configuration, and the files of HTTPS where they are those that are shown. Blocks on the disk.
 fn read(
     source: &ConfigSource,
-    files: Option<&FileCertificate>,
+    files: Option<&HttpsFiles>,
     https: Option<&HttpsConfig>,
-) -> Result<(Config, Option<Arc<CertifiedKey>>), ReloadError> {
+) -> Result<(Config, Option<FreshFiles>), ReloadError> {
     let new = source().map_err(ReloadError::Config)?;
     // Other files take a restart, and those of before may be gone.
     let files = files.filter(|_| new.https.as_ref() == https);
-    let fresh = files.map(FileCertificate::read).transpose().map_err(ReloadError::Certificate)?;
+    let fresh = files.map(HttpsFiles::read).transpose().map_err(ReloadError::Https)?;
     Ok((new, fresh))
 }
 
@@ -198,7 +197,7 @@ mod tests {
         new.dns = Some(dns.clone());
         assert!(restart_keys(&old, &new).is_empty(), "settings of DNS are taken");
         new.datacenter = "dc2".to_owned();
-        new.http_addr.set_port(1);
+        new.http_addr = None;
         dns.listen.clear();
         new.dns = Some(dns);
         assert_eq!(restart_keys(&old, &new), ["datacenter", "client_addr or ports.http", "ports.dns or addresses.dns"]);

@@ -388,7 +388,7 @@ impl Identity {
     pub fn server_config(self: &Arc<Self>, plane: Plane) -> Result<Arc<ServerConfig>, PkiError> {
         match plane {
             Plane::Join => self.server(&[ALPN_JOIN], None),
-            Plane::Tunnel | Plane::Gossip => self.server(&[plane.alpn()], Some(ClientAuth::Required)),
+            Plane::Tunnel | Plane::Gossip => self.server(&[plane.alpn()], Some(self.peers(ClientAuth::Required))),
         }
     }
 
@@ -397,23 +397,34 @@ impl Identity {
     /// A client certificate is asked for and checked where it is shown, but not required: the caller refuses a gossip
     /// connection for which [`Identity::peer_of`] finds no peer.
     pub fn server_config_control(self: &Arc<Self>) -> Result<Arc<ServerConfig>, PkiError> {
-        self.server(&[ALPN_GOSSIP, ALPN_JOIN], Some(ClientAuth::Optional))
+        self.server(&[ALPN_GOSSIP, ALPN_JOIN], Some(self.peers(ClientAuth::Optional)))
     }
 
-    /// rustls server side for clients that show no certificate: the node's SVID, always the current one.
-    pub fn server_config_public(self: &Arc<Self>, alpn: &[u8]) -> Result<Arc<ServerConfig>, PkiError> {
-        self.server(&[alpn], None)
+    /// rustls server side for clients that are not of the mesh: the node's SVID, always the current one. `clients` checks the
+    /// certificates that they show; none: they show none.
+    pub fn server_config_public(
+        self: &Arc<Self>,
+        alpn: &[u8],
+        clients: Option<Arc<dyn ClientCertVerifier>>,
+    ) -> Result<Arc<ServerConfig>, PkiError> {
+        self.server(&[alpn], clients)
     }
 
-    fn server(self: &Arc<Self>, alpns: &[&[u8]], auth: Option<ClientAuth>) -> Result<Arc<ServerConfig>, PkiError> {
+    fn peers(self: &Arc<Self>, auth: ClientAuth) -> Arc<dyn ClientCertVerifier> {
+        Arc::new(ClientVerifier { identity: Arc::clone(self), auth })
+    }
+
+    fn server(
+        self: &Arc<Self>,
+        alpns: &[&[u8]],
+        clients: Option<Arc<dyn ClientCertVerifier>>,
+    ) -> Result<Arc<ServerConfig>, PkiError> {
         let builder = ServerConfig::builder_with_details(provider(), Arc::new(Clock))
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(PkiError::Tls)?;
-        let builder = match auth {
+        let builder = match clients {
             None => builder.with_no_client_auth(),
-            Some(auth) => {
-                builder.with_client_cert_verifier(Arc::new(ClientVerifier { identity: Arc::clone(self), auth }))
-            }
+            Some(clients) => builder.with_client_cert_verifier(clients),
         };
         let mut config = builder.with_cert_resolver(Arc::new(Resolver(Arc::clone(self))));
         config.alpn_protocols = alpns.iter().map(|alpn| alpn.to_vec()).collect();

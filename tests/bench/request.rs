@@ -55,7 +55,8 @@ pub(crate) fn proxied_request(c: &mut Criterion) {
     )
     .expect("the root key is there");
     server.policy_authority = PolicyAuthority::File(operator);
-    let apis = [server.http_addr, SocketAddr::from((CALLER, server.http_addr.port()))];
+    let api = server.http_addr.expect("-dev has a port for its API");
+    let apis = [api, SocketAddr::from((CALLER, api.port()))];
     let mut client = config("client", CALLER, caller);
     client.join = vec![server.mesh_bind.to_string()];
     client.identity = IdentitySource::Token(Secret::new(token(&ca)));

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
-use super::{ClientArgs, ListArgs};
+use super::{ClientArgs, FormatArgs, ListArgs};
 
 #[derive(Debug, Args)]
 pub(crate) struct MembersArgs {
@@ -51,6 +51,8 @@ pub(crate) struct MaintArgs {
     pub(crate) reason: Option<String>,
     #[command(flatten)]
     pub(crate) client: ClientArgs,
+    #[command(flatten)]
+    pub(crate) output: FormatArgs,
 }
 
 #[derive(Debug, Args)]

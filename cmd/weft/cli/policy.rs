@@ -31,7 +31,7 @@ pub(crate) enum IntentionVerb {
     Create(CreateArgs),
     /// Shows one intention.
     #[command(after_help = "Example:\n  weft intention get web db")]
-    Get(EndsArgs),
+    Get(GetArgs),
     /// Lists all intentions, the most exact first.
     #[command(after_help = "Example:\n  weft intention list -format=json")]
     List(ListArgs),
@@ -89,6 +89,15 @@ pub(crate) struct EndsArgs {
     pub(crate) destination: String,
     #[command(flatten)]
     pub(crate) signer: SignerArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct GetArgs {
+    #[command(flatten)]
+    pub(crate) ends: EndsArgs,
+    // One intention is JSON in both forms.
+    #[command(flatten)]
+    pub(crate) _output: FormatArgs,
 }
 
 #[derive(Debug, Args)]
@@ -180,6 +189,9 @@ pub(crate) struct ConfigReadArgs {
     pub(crate) name: String,
     #[command(flatten)]
     pub(crate) client: ClientArgs,
+    // One entry is JSON in both forms.
+    #[command(flatten)]
+    pub(crate) _output: FormatArgs,
 }
 
 #[derive(Debug, Args)]
