@@ -1,6 +1,7 @@
 //! The gossip task: `select -> apply -> settle`, the engine's sockets, streams and log.
 
 mod beat;
+mod connections;
 mod events;
 mod evidence;
 mod reaching;
@@ -23,14 +24,13 @@ use self::beat::{Beat, Rhythm};
 use self::evidence::{Challenge, Holder, Watches};
 pub(super) use self::reaching::ReachReply;
 use self::reaching::Reaching;
-use self::reading::{read_connection, send_on_stream};
 use super::doubles::Doubles;
 use super::engine::pace::Pace;
 use super::engine::{
     self, Ending, Engine, Exchange, Incumbent, JoinCause, Message, Output, Request, Stage, Step, Turn,
 };
 use super::exchange::{self, Desks, ExchangeError};
-use super::links::{Dial, Links, Purpose, Sent};
+use super::links::{Links, Purpose};
 use super::metrics::GossipMetrics;
 use super::policy::Compiled;
 use super::targets::{self, DialError, Outcome, Thorough};
@@ -41,7 +41,7 @@ use crate::catalogue::builder::Builder;
 use crate::catalogue::{Publisher, Snapshot, SnapshotReader};
 use crate::clock;
 use crate::membership::{ForceLeaveError, MeshId, Profile, Stats};
-use crate::model::{Demand, EjectionsRecord, Entry, EntryKey, NodeName, SpiffeId};
+use crate::model::{Demand, EjectionsRecord, Entry, EntryKey, NodeName};
 use crate::pki::Identity;
 use crate::registry::Publication;
 use crate::replica;
@@ -52,8 +52,6 @@ use crate::upstream;
 
 /// Most messages from connections that wait; datagrams past it are dropped, streams wait.
 const INPUTS_MAX: usize = 1024;
-/// Most packets under way on streams at once.
-const STREAM_SENDS_MAX: usize = 256;
 /// So many changes of other nodes are shown as they come, and then all of them once in [`SHOW_EVERY`]: each time costs a list
 /// of all members and a wake-up of every worker and of whoever else follows the catalogue. While a mesh starts, two or three
 /// changes come with each newcomer. What this node does itself is shown at once.
@@ -471,101 +469,7 @@ impl Actor {
         }
     }
 
-    // Connections.
-
-    fn accepted(&mut self, accepted: Accepted, now: Instant) {
-        let Some(peer) = accepted.peer else {
-            accepted.connection.close(0u32.into(), b"not a gossip connection");
-            return;
-        };
-        if !matches!(peer.id, SpiffeId::Node { .. }) {
-            self.service_spoke(&peer.id);
-            accepted.connection.close(0u32.into(), b"not a node's certificate");
-            return;
-        }
-        if peer.node == self.engine.node().name {
-            self.twin_connected(accepted.connection.remote_address());
-            accepted.connection.close(0u32.into(), b"own name");
-            return;
-        }
-        self.watch(&peer.node, accepted.connection.clone());
-        let waiting = self.links.accepted(&self.engine.membership().id().name, &peer.node, accepted.connection);
-        if let Some(id) = self.engine.membership().member(&peer.node).map(|member| member.id.clone()) {
-            self.resend(&id, waiting, now);
-        }
-        self.reached(&peer.node);
-    }
-
-    /// Reads everything that comes on `connection`.
-    fn watch(&mut self, peer: &NodeName, connection: Connection) {
-        let (peer, inputs, metrics) = (peer.clone(), self.inputs_sender.clone(), self.metrics.clone());
-        let desks = self.desks.clone();
-        self.work.spawn(async move {
-            let stable_id = connection.stable_id();
-            // What is left of it goes with its end.
-            let _ended = catch("connection", read_connection(peer.clone(), connection, inputs, desks, metrics)).await;
-            Done::ConnectionEnded(peer, stable_id)
-        });
-    }
-
-    fn resend(&mut self, to: &MeshId, packets: Vec<Bytes>, now: Instant) {
-        for packet in packets {
-            self.send(to, packet, now);
-        }
-    }
-
-    fn send(&mut self, to: &MeshId, packet: Bytes, now: Instant) {
-        let bytes = packet.len() as u64;
-        match self.links.send(to, packet, now) {
-            Sent::Datagram => {
-                self.metrics.sent_datagram.inc();
-                self.metrics.sent_bytes.inc_by(bytes);
-            }
-            Sent::Stream(connection, packet) if self.stream_sends < STREAM_SENDS_MAX => {
-                self.stream_sends += 1;
-                self.metrics.sent_stream.inc();
-                self.metrics.sent_bytes.inc_by(bytes);
-                self.work.spawn(async move {
-                    // A packet may be lost, on a stream as well.
-                    let sending = tokio::time::timeout(exchange::TIME_MAX, send_on_stream(&connection, &packet));
-                    let _lost = catch("packet", sending).await;
-                    Done::PacketSent
-                });
-            }
-            Sent::Stream(..) => self.metrics.dropped.with_label_values(&["streams"]).inc(),
-            Sent::Queued => {}
-            Sent::Dial(dial) => self.dial(dial),
-            Sent::Dropped(reason) => self.metrics.dropped.with_label_values(&[reason]).inc(),
-        }
-    }
-
-    /// Returns the round trips that are known. Members that no connection leads to are dialled, as far as there is room, so
-    /// that whoever asks again knows more.
-    fn round_trips(&mut self, now: Instant) -> BTreeMap<NodeName, Duration> {
-        if !self.links.is_full() {
-            self.engine.membership().alive().for_each(|id| self.links.acquaint(id, now));
-            self.dial_next();
-        }
-        self.links.round_trips()
-    }
-
-    fn dial_next(&mut self) {
-        while let Some(dial) = self.links.next_dial() {
-            self.dial(dial);
-        }
-    }
-
-    fn dial(&mut self, Dial { to, purpose, is_superseded }: Dial) {
-        let transport = self.transport.clone();
-        self.work.spawn(async move {
-            let dial = targets::dial(&transport, to.addr, Some(to.name.clone()));
-            match catch("dial", is_superseded.run_until_cancelled(dial)).await {
-                Some(Some(dialled)) => Done::Dialled(to, purpose, dialled.map(|(connection, _)| connection)),
-                Some(None) => Done::Superseded(to.name, purpose),
-                None => Done::Dialled(to, purpose, Err(DialError::Failed("the dial failed in itself".to_owned()))),
-            }
-        });
-    }
+    // Exchanges, and what is kept.
 
     fn begin(&mut self, peer: NodeName, exchange: Exchange, first: (Message, Stage), now: Instant) {
         let Some(connection) = self.links.open(&peer).cloned() else {
@@ -589,30 +493,8 @@ impl Actor {
 
     fn done(&mut self, done: Done, now: Instant) {
         match done {
-            Done::Superseded(peer, purpose) => {
-                self.links.dial_ended(&peer, purpose);
-                self.dial_next();
-            }
-            Done::Dialled(to, purpose, Ok(connection)) => {
-                self.metrics.dials.with_label_values(&["ok"]).inc();
-                self.watch(&to.name, connection.clone());
-                let waiting = self.links.dialled(&to, purpose, connection);
-                self.resend(&to, waiting, now);
-                self.reached(&to.name);
-                self.dial_next();
-            }
-            Done::Dialled(to, purpose, Err(error)) => {
-                if matches!(error, DialError::Refused(_)) {
-                    self.port_refused(&to, now);
-                }
-                let reason = error.text();
-                debug!(peer = %to.name, reason, "dial failed");
-                self.metrics.dials.with_label_values(&["failed"]).inc();
-                let lost = self.links.dial_failed(&to.name, purpose, now);
-                self.not_reached(&to.name, &reason);
-                self.metrics.dropped.with_label_values(&["no_link"]).inc_by(lost as u64);
-                self.dial_next();
-            }
+            Done::Superseded(peer, purpose) => self.superseded(&peer, purpose),
+            Done::Dialled(to, purpose, dialled) => self.dial_ended(&to, purpose, dialled, now),
             Done::Joined(outcome, reply) => self.joined(outcome, reply, now),
             Done::Exchanged { peer, exchange, result } => {
                 let kind = exchange.kind();

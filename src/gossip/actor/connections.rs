@@ -1,0 +1,162 @@
+//! Connections to peers: what opens one, what leaves on it, what its end means.
+//!
+//! ```text
+//!   accepted, joined, dialled -> watch (a reader each) -> links -> who waits: packets, carriers
+//!   send -> links -> datagram | stream | dial -> dial_ended, superseded
+//! ```
+//!
+//! Not here: which connection is used, and what is dialled next (`links`); what is read (`reading`).
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use bytes::Bytes;
+use quinn::Connection;
+use tokio::time::Instant;
+use tracing::debug;
+
+use super::reading::{read_connection, send_on_stream};
+use super::{Actor, Done};
+use crate::gossip::exchange;
+use crate::gossip::links::{Dial, Purpose, Sent};
+use crate::gossip::targets::{self, DialError};
+use crate::membership::MeshId;
+use crate::model::{NodeName, SpiffeId};
+use crate::supervise::catch;
+use crate::transport::Accepted;
+
+/// Most packets under way on streams at once.
+const STREAM_SENDS_MAX: usize = 256;
+
+impl Actor {
+    pub(super) fn accepted(&mut self, accepted: Accepted, now: Instant) {
+        let Some(peer) = accepted.peer else {
+            accepted.connection.close(0u32.into(), b"not a gossip connection");
+            return;
+        };
+        if !matches!(peer.id, SpiffeId::Node { .. }) {
+            self.service_spoke(&peer.id);
+            accepted.connection.close(0u32.into(), b"not a node's certificate");
+            return;
+        }
+        if peer.node == self.engine.node().name {
+            self.twin_connected(accepted.connection.remote_address());
+            accepted.connection.close(0u32.into(), b"own name");
+            return;
+        }
+        self.watch(&peer.node, accepted.connection.clone());
+        let waiting = self.links.accepted(&self.engine.membership().id().name, &peer.node, accepted.connection);
+        if let Some(id) = self.engine.membership().member(&peer.node).map(|member| member.id.clone()) {
+            self.resend(&id, waiting, now);
+        }
+        self.reached(&peer.node);
+    }
+
+    /// Reads everything that comes on `connection`.
+    pub(super) fn watch(&mut self, peer: &NodeName, connection: Connection) {
+        let (peer, inputs, metrics) = (peer.clone(), self.inputs_sender.clone(), self.metrics.clone());
+        let desks = self.desks.clone();
+        self.work.spawn(async move {
+            let stable_id = connection.stable_id();
+            // What is left of it goes with its end.
+            let _ended = catch("connection", read_connection(peer.clone(), connection, inputs, desks, metrics)).await;
+            Done::ConnectionEnded(peer, stable_id)
+        });
+    }
+
+    pub(super) fn resend(&mut self, to: &MeshId, packets: Vec<Bytes>, now: Instant) {
+        for packet in packets {
+            self.send(to, packet, now);
+        }
+    }
+
+    pub(super) fn send(&mut self, to: &MeshId, packet: Bytes, now: Instant) {
+        let bytes = packet.len() as u64;
+        match self.links.send(to, packet, now) {
+            Sent::Datagram => {
+                self.metrics.sent_datagram.inc();
+                self.metrics.sent_bytes.inc_by(bytes);
+            }
+            Sent::Stream(connection, packet) if self.stream_sends < STREAM_SENDS_MAX => {
+                self.stream_sends += 1;
+                self.metrics.sent_stream.inc();
+                self.metrics.sent_bytes.inc_by(bytes);
+                self.work.spawn(async move {
+                    // A packet may be lost, on a stream as well.
+                    let sending = tokio::time::timeout(exchange::TIME_MAX, send_on_stream(&connection, &packet));
+                    let _lost = catch("packet", sending).await;
+                    Done::PacketSent
+                });
+            }
+            Sent::Stream(..) => self.metrics.dropped.with_label_values(&["streams"]).inc(),
+            Sent::Queued => {}
+            Sent::Dial(dial) => self.dial(dial),
+            Sent::Dropped(reason) => self.metrics.dropped.with_label_values(&[reason]).inc(),
+        }
+    }
+
+    /// Returns the round trips that are known. Members that no connection leads to are dialled, as far as there is room, so
+    /// that whoever asks again knows more.
+    pub(super) fn round_trips(&mut self, now: Instant) -> BTreeMap<NodeName, Duration> {
+        if !self.links.is_full() {
+            self.engine.membership().alive().for_each(|id| self.links.acquaint(id, now));
+            self.dial_next();
+        }
+        self.links.round_trips()
+    }
+
+    pub(super) fn dial_next(&mut self) {
+        while let Some(dial) = self.links.next_dial() {
+            self.dial(dial);
+        }
+    }
+
+    fn dial(&mut self, Dial { to, purpose, is_superseded }: Dial) {
+        let transport = self.transport.clone();
+        self.work.spawn(async move {
+            let dial = targets::dial(&transport, to.addr, Some(to.name.clone()));
+            match catch("dial", is_superseded.run_until_cancelled(dial)).await {
+                Some(Some(dialled)) => Done::Dialled(to, purpose, dialled.map(|(connection, _)| connection)),
+                Some(None) => Done::Superseded(to.name, purpose),
+                None => Done::Dialled(to, purpose, Err(DialError::Failed("the dial failed in itself".to_owned()))),
+            }
+        });
+    }
+
+    /// The peer's own connection came first.
+    pub(super) fn superseded(&mut self, peer: &NodeName, purpose: Purpose) {
+        self.links.dial_ended(peer, purpose);
+        self.dial_next();
+    }
+
+    /// A dial has brought a connection, or the reason why there is none.
+    pub(super) fn dial_ended(
+        &mut self,
+        to: &MeshId,
+        purpose: Purpose,
+        dialled: Result<Connection, DialError>,
+        now: Instant,
+    ) {
+        match dialled {
+            Ok(connection) => {
+                self.metrics.dials.with_label_values(&["ok"]).inc();
+                self.watch(&to.name, connection.clone());
+                let waiting = self.links.dialled(to, purpose, connection);
+                self.resend(to, waiting, now);
+                self.reached(&to.name);
+            }
+            Err(error) => {
+                if matches!(error, DialError::Refused(_)) {
+                    self.port_refused(to, now);
+                }
+                let reason = error.text();
+                debug!(peer = %to.name, reason, "dial failed");
+                self.metrics.dials.with_label_values(&["failed"]).inc();
+                let lost = self.links.dial_failed(&to.name, purpose, now);
+                self.not_reached(&to.name, &reason);
+                self.metrics.dropped.with_label_values(&["no_link"]).inc_by(lost as u64);
+            }
+        }
+        self.dial_next();
+    }
+}
