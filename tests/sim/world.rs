@@ -70,6 +70,7 @@ pub(crate) enum Event {
     Frame { talk: u64, stream: u32, to: Side, bytes: Vec<u8> },
     StreamTimeout { talk: u64, stream: u32 },
     JoinDialled { attempt: u64, addr: SocketAddr, begun: Duration },
+    JoinEnough { attempt: u64 },
     Synced { host: usize, boot: u32, peers: Vec<StoredPeer> },
     TurnOver { host: usize, events: Vec<Event> },
 }
@@ -335,6 +336,13 @@ impl World {
             Event::Frame { talk, stream, to, bytes } => self.frame(talk, stream, to, bytes),
             Event::StreamTimeout { talk, stream } => self.stream_timeout(talk, stream),
             Event::JoinDialled { attempt, addr, begun } => self.join_dialled(attempt, addr, begun),
+            Event::JoinEnough { attempt } => {
+                let host = self.joiner(attempt).and_then(|host| self.hosts[host].process.as_mut());
+                match host.filter(|process| process.is_paused) {
+                    Some(process) => process.inbox.push_back(Event::JoinEnough { attempt }),
+                    None => self.join_over(attempt),
+                }
+            }
             Event::TurnOver { host, events } => self.turn_over(host, events),
             Event::Synced { host, boot, peers } => {
                 let machine = &mut self.hosts[host];

@@ -59,7 +59,11 @@ impl Actor {
         self.work.spawn(async move {
             let stable_id = connection.stable_id();
             // What is left of it goes with its end.
-            let _ended = catch("connection", read_connection(peer.clone(), connection, inputs, desks, metrics)).await;
+            let reading = read_connection(peer.clone(), connection.clone(), inputs, desks, metrics);
+            if catch("connection", reading).await.is_none() {
+                // The peer must not go on with one that nobody reads.
+                connection.close(0u32.into(), b"its reader failed");
+            }
             Done::ConnectionEnded(peer, stable_id)
         });
     }
