@@ -171,8 +171,8 @@ pub(super) struct Actor {
     doubted: BTreeSet<MeshId>,
     challenges: usize,
     refusals: Refusals,
-    /// The newest refusal that was looked at.
-    refused_until: Option<Instant>,
+    /// The number of the newest refusal that was looked at.
+    refused_until: u64,
     desks: Desks,
     told: events::Told,
     reaching: Reaching,
@@ -231,7 +231,7 @@ impl Actor {
             links: Links::new(params.links_max),
             refusals: params.transport.refusals(),
             told: events::Told::default(),
-            refused_until: None,
+            refused_until: 0,
             transport: params.transport,
             identity: params.identity,
             chains,
