@@ -4,6 +4,8 @@ mod beat;
 mod connections;
 mod events;
 mod evidence;
+#[cfg(test)]
+mod fixture;
 mod reaching;
 mod reading;
 
@@ -493,7 +495,7 @@ impl Actor {
 
     fn done(&mut self, done: Done, now: Instant) {
         match done {
-            Done::Superseded(peer, purpose) => self.superseded(&peer, purpose),
+            Done::Superseded(peer, purpose) => self.superseded(&peer, purpose, now),
             Done::Dialled(to, purpose, dialled) => self.dial_ended(&to, purpose, dialled, now),
             Done::Joined(outcome, reply) => self.joined(outcome, reply, now),
             Done::Exchanged { peer, exchange, result } => {

@@ -127,9 +127,17 @@ impl Actor {
         });
     }
 
-    /// The peer's own connection came first.
-    pub(super) fn superseded(&mut self, peer: &NodeName, purpose: Purpose) {
+    /// A dial was given up because the peer's own connection came first. If that one has ended since, whoever has waited from
+    /// then on is told of no dial: there is another one, or none comes.
+    pub(super) fn superseded(&mut self, peer: &NodeName, purpose: Purpose, now: Instant) {
         self.links.dial_ended(peer, purpose);
+        let is_awaited = self.links.has_waiting(peer) || self.is_reached_for(peer);
+        if self.links.open(peer).is_none() && is_awaited {
+            let id = self.engine.membership().member(peer).map(|member| member.id.clone());
+            if id.is_none_or(|id| !self.links.want(&id, purpose, now)) {
+                self.not_reached(peer, "the peer's connection ended at once");
+            }
+        }
         self.dial_next();
     }
 
@@ -162,5 +170,55 @@ impl Actor {
             }
         }
         self.dial_next();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::oneshot;
+
+    use super::*;
+    use crate::clock;
+    use crate::gossip::actor::fixture::Lone;
+
+    #[tokio::test]
+    async fn who_waits_for_a_dial_that_gave_way_to_a_connection_that_has_ended_gets_another() {
+        let mut lone = Lone::new();
+        let far = lone.peer("far");
+        let name = far.id.name.clone();
+        assert!(name < lone.actor.engine.node().name, "this side's dial gives way");
+        // A dial runs, which nobody answers, and the peer's own connection comes.
+        let (first, given) = oneshot::channel();
+        lone.actor.reach(name.clone(), first, clock::now());
+        let theirs = lone.is_dialled_by(&far).await;
+        given.await.unwrap().unwrap();
+        // That one ends before the actor hears of the end of its dial.
+        theirs.close(0u32.into(), b"test");
+        let (mut has_ended, mut superseded) = (false, None);
+        while !has_ended || superseded.is_none() {
+            match lone.actor.work.join_next().await.unwrap().unwrap() {
+                done @ Done::ConnectionEnded(..) => {
+                    has_ended = true;
+                    lone.actor.done(done, clock::now());
+                }
+                Done::Superseded(peer, purpose) => superseded = Some((peer, purpose)),
+                done => panic!("{done:?}"),
+            }
+        }
+        let (second, given) = oneshot::channel();
+        lone.actor.reach(name.clone(), second, clock::now());
+        let (peer, purpose) = superseded.unwrap();
+        lone.actor.superseded(&peer, purpose, clock::now());
+        let accepted = async { tokio::join!(given, far.transport.accept()) };
+        let (given, _accepted) = lone.run(accepted).await;
+        assert!(given.unwrap().unwrap().close_reason().is_none());
+        // Where no dial may begin, they are told so.
+        let now = clock::now();
+        lone.actor.links.close(&name, "test");
+        let (third, given) = oneshot::channel();
+        lone.actor.reach(name.clone(), third, now);
+        lone.actor.links.dial_failed(&name, Purpose::Streams, now);
+        lone.actor.superseded(&name, Purpose::Streams, now);
+        assert!(given.await.unwrap().unwrap_err().contains("ended at once"));
     }
 }

@@ -290,35 +290,13 @@ fn log_joined(in_vain: u32, peers: &[MeshId], failed: &[(String, String)]) {
 mod tests {
     use std::time::Duration;
 
-    use tokio::sync::{mpsc, watch};
+    use tokio::sync::watch;
 
     use super::*;
-    use crate::authz::Action;
-    use crate::catalogue::SnapshotReader;
-    use crate::gossip::actor::Rules;
-    use crate::gossip::exchange::Desks;
-    use crate::gossip::metrics::GossipMetrics;
-    use crate::gossip::policy::{self, Compiler};
-    use crate::gossip::tests::{params, records};
-    use crate::gossip::{LINKS_MAX, documents, shared};
-    use crate::metrics::Metrics;
-    use crate::policy::DocumentSet;
+    use crate::gossip::actor::fixture::Lone;
+    use crate::gossip::tests::records;
 
     const MS: Duration = Duration::from_millis(1);
-
-    /// An actor that nobody runs, and what it shows.
-    fn actor() -> (Actor, watch::Receiver<Arc<Members>>, SnapshotReader) {
-        let ca = crate::pki::ephemeral(&"test.example".parse().unwrap(), clock::wall()).unwrap();
-        let (params, _ends) = params(ca.issuer(), "own", 1, Vec::new(), LINKS_MAX);
-        let (views, metrics) = (documents::views(&DocumentSet::new(ca.issuer().bundle())), Metrics::new());
-        let compiled = Compiler::new(Action::Allow, &metrics).unwrap().compile(&views);
-        let rules = Rules {
-            policy: watch::channel(compiled).1,
-            upstreams: watch::channel(Arc::new(policy::upstreams(&views))).1,
-        };
-        let desks = Desks { documents: documents::queue().0, shared: shared::queue().0 };
-        Actor::new(params, mpsc::channel(1).1, desks, rules, GossipMetrics::new(&metrics).unwrap())
-    }
 
     /// Something of another node changes, at `now`; tells whether that is shown.
     fn other_changes(actor: &mut Actor, members: &mut watch::Receiver<Arc<Members>>, now: Instant) -> bool {
@@ -332,7 +310,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_others_change_is_shown_eight_times_as_it_comes_and_then_ten_times_a_second() {
-        let (mut actor, mut members, _catalogue) = actor();
+        let Lone { mut actor, mut members, .. } = Lone::new();
         assert_eq!(members.borrow_and_update().members.len(), 1, "what is known at the start is shown at once");
         let begun = clock::now() + Duration::from_mins(1);
         // One in 10 ms.
@@ -360,7 +338,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_this_node_does_is_shown_at_once_and_takes_along_what_waits() {
-        let (mut actor, mut members, catalogue) = actor();
+        let Lone { mut actor, mut members, catalogue, .. } = Lone::new();
         let now = clock::now() + Duration::from_mins(1);
         assert_eq!((0..100).take_while(|_| other_changes(&mut actor, &mut members, now)).count(), 8);
         assert!(actor.show_at().is_some_and(|at| at > now), "another's change waits");
