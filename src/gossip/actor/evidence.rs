@@ -136,7 +136,7 @@ impl Actor {
         if self.doubted.len() >= QUESTIONS_MAX || !self.doubted.insert(id.clone()) {
             return;
         }
-        // What it acknowledged before is no answer.
+        // What it acknowledged before is no answer: it is dated before this look, and what comes from here on at this look.
         self.tell_signs_of_life([id.name.clone()], now);
         self.turn(now, |engine, turn| engine.question(&id.name, turn));
         let round_trip = self.links.open(&id.name).map(Connection::rtt).unwrap_or_default();
@@ -153,7 +153,7 @@ impl Actor {
         self.drain_inputs(now);
         self.tell_signs_of_life([id.name.clone()], now);
         let answered = self.engine.membership().answered_at(&id.name);
-        if answered.is_none_or(|at| at <= since) {
+        if answered.is_none_or(|at| at < since) {
             self.port_refused(id, now);
         } else {
             self.metrics.refusals_answered.inc();
@@ -222,5 +222,40 @@ impl Actor {
     pub(super) fn goodbye_over(&mut self) {
         self.is_goodbye_over = true;
         self.leaving.drain(..).for_each(|reply| answer(reply, ()));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::clock;
+    use crate::gossip::actor::fixture::{Lone, late, wait};
+    use crate::model::MemberStatus;
+
+    #[tokio::test]
+    async fn an_acknowledgement_of_the_question_answers_a_refusal_and_one_of_before_does_not() {
+        let mut lone = Lone::new();
+        let far = lone.peer("far");
+        let _theirs = lone.is_dialled_by(&far).await;
+        let ours = lone.actor.links.open(&far.id.name).unwrap().clone();
+        let heard = || ours.stats().udp_rx.datagrams;
+        // Its QUIC acknowledges, its gossip says nothing: it has not come so far, or its answer was lost.
+        let (before, asked) = (heard(), clock::now());
+        lone.actor.refusal_heard(far.id.addr, asked);
+        lone.actor.settle(asked);
+        wait(|| heard() > before).await;
+        lone.actor.port_doubted(&far.id, asked, late(asked));
+        assert_eq!(lone.status(&far), Some(MemberStatus::Alive));
+        assert_eq!((lone.actor.metrics.refusals_answered.get(), lone.actor.metrics.ports_refused.get()), (1, 0));
+        // Something is sent and acknowledged before the next refusal, and nothing after it.
+        let now = late(asked);
+        lone.actor.turn(now, |engine, turn| engine.question(&far.id.name, turn));
+        let before = heard();
+        lone.actor.settle(now);
+        wait(|| heard() > before).await;
+        let asked = late(now);
+        lone.actor.refusal_heard(far.id.addr, asked);
+        lone.actor.port_doubted(&far.id, asked, late(asked));
+        assert_eq!(lone.status(&far), Some(MemberStatus::Failed));
+        assert_eq!((lone.actor.metrics.refusals_answered.get(), lone.actor.metrics.ports_refused.get()), (1, 1));
     }
 }
