@@ -49,7 +49,7 @@ use crate::registry::Publication;
 use crate::replica;
 use crate::store::StoredPeer;
 use crate::supervise::{catch, catch_blocking};
-use crate::transport::{Accepted, ControlTransport, Refusals};
+use crate::transport::{Accepted, ControlTransport, LiveConnections, Refusals};
 use crate::upstream;
 
 /// Most messages from connections that wait; datagrams past it are dropped, streams wait.
@@ -141,6 +141,8 @@ pub(super) struct Actor {
     members: watch::Sender<Arc<Members>>,
     links: Links,
     transport: ControlTransport,
+    /// The data plane's connections: what comes there is a sign of life, too.
+    tunnels: LiveConnections,
     identity: Arc<Identity>,
     chains: Chains,
     publication: watch::Receiver<Arc<Publication>>,
@@ -235,6 +237,7 @@ impl Actor {
             told: events::Told::default(),
             refused_until: 0,
             transport: params.transport,
+            tunnels: params.tunnels,
             identity: params.identity,
             chains,
             publication: params.publication,

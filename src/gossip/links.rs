@@ -172,6 +172,7 @@ impl Links {
             link.waiting.pop_front();
         }
         link.waiting.push_back(packet);
+        link.pulse.sent(0, now);
         if link.dial.is_some() {
             return Sent::Queued;
         }
@@ -279,16 +280,18 @@ impl Links {
         }
     }
 
-    /// Returns those of `peers` that have acknowledged something since it was last looked, while an answer of theirs is
-    /// awaited, and since when at the earliest. A look costs a lock of QUIC's: only who is in question is looked at.
+    /// Returns those of `peers` from whose processes something has come since it was last looked, here or on the tunnels, of
+    /// which `tunnels` counts the datagrams, while an answer of theirs is awaited, and since when at the earliest. A look costs
+    /// locks of QUIC's: only who is in question is looked at.
     pub(super) fn signs_of_life(
         &mut self,
         peers: impl IntoIterator<Item = NodeName>,
+        tunnels: impl Fn(&NodeName) -> u64,
         now: Instant,
     ) -> Vec<(NodeName, Instant)> {
         let answered = peers.into_iter().filter_map(|name| {
             let link = self.peers.get_mut(&name).filter(|link| link.pulse.is_waiting())?;
-            let came_at = link.pulse.look(received(&link.open), now)?;
+            let came_at = link.pulse.look(received(&link.open), tunnels(&name), now)?;
             Some((name, came_at))
         });
         answered.collect()

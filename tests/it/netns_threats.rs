@@ -31,7 +31,7 @@ use weft::registry::Publication;
 use weft::registry::definition::{DefinitionDefaults, service_from_json};
 use weft::store::StoredPeer;
 use weft::supervise::Tasks;
-use weft::transport::{self, ControlTransport};
+use weft::transport::{self, ControlTransport, LiveConnections};
 
 use crate::agent::{Agent, Ca, Spec, WEFT, at_offset, path};
 use crate::lab::{Host, Lab};
@@ -116,6 +116,7 @@ impl Insider {
             node,
             generation: Generation { number: 1, nonce: 1 },
             transport: control.clone(),
+            tunnels: LiveConnections::default(),
             incoming,
             identity: Arc::clone(&identity),
             publication,

@@ -5,7 +5,7 @@
 //!   a dial that is refused --------------------------------------------^
 //!   others met a refusal -> the port is asked once, by who looks closer --^
 //!   a packet of QUIC's is refused -> hint: the member is asked -> silent for 150 ms -----^
-//!   packets that QUIC acknowledges -> signs of life, before each verdict
+//!   packets that QUIC acknowledges, and what comes on tunnels -> signs of life, before each verdict
 //! ```
 //!
 //! A process that dies closes its port, and its host says so: two watchers per member see that within a watch period,
@@ -110,9 +110,10 @@ impl Actor {
         self.turn(now, |engine, turn| engine.beat(now.saturating_duration_since(at), turn));
     }
 
-    /// Tells the engine which of `peers` acknowledge what they are sent.
+    /// Tells the engine from which of `peers` something has come, be it an acknowledgement or a tunnel's datagram.
     pub(super) fn tell_signs_of_life(&mut self, peers: impl IntoIterator<Item = NodeName>, now: Instant) {
-        for (peer, came_at) in self.links.signs_of_life(peers, now) {
+        let tunnels = |peer: &NodeName| self.tunnels.received_from(peer);
+        for (peer, came_at) in self.links.signs_of_life(peers, tunnels, now) {
             self.turn(now, |engine, turn| engine.evidence_alive(&peer, came_at, turn));
         }
     }
@@ -257,5 +258,29 @@ mod tests {
         lone.actor.port_doubted(&far.id, asked, late(asked));
         assert_eq!(lone.status(&far), Some(MemberStatus::Failed));
         assert_eq!((lone.actor.metrics.refusals_answered.get(), lone.actor.metrics.ports_refused.get()), (1, 1));
+    }
+    #[tokio::test]
+    async fn what_comes_on_a_tunnel_is_a_sign_of_life_of_a_member_that_is_in_question() {
+        let mut lone = Lone::new();
+        let (far, other) = (lone.peer("far"), lone.peer("other"));
+        // The tunnels are whatever the table holds: here what a third endpoint has to `far`.
+        let (dialled, accepted) = tokio::join!(other.transport.connect(far.id.addr, None), far.transport.accept());
+        let (near_end, far_end) = (dialled.unwrap().0, accepted.unwrap().connection);
+        lone.actor.tunnels = other.transport.live().clone();
+        let asked = clock::now();
+        for peer in [&far, &other] {
+            lone.actor.turn(asked, |engine, turn| engine.question(&peer.id.name, turn));
+        }
+        lone.actor.settle(asked);
+        let looked = late(asked);
+        let names = || [far.id.name.clone(), other.id.name.clone()];
+        lone.actor.tell_signs_of_life(names(), looked);
+        let answered = |lone: &Lone| names().map(|name| lone.actor.engine.membership().answered_at(&name));
+        assert_eq!(answered(&lone), [None, None], "what had come before says nothing");
+        let before = near_end.stats().udp_rx.datagrams;
+        far_end.send_datagram(vec![7].into()).unwrap();
+        wait(|| near_end.stats().udp_rx.datagrams > before).await;
+        lone.actor.tell_signs_of_life(names(), late(looked));
+        assert_eq!(answered(&lone), [Some(looked), None]);
     }
 }
