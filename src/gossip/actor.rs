@@ -8,6 +8,7 @@ mod evidence;
 mod fixture;
 mod reaching;
 mod reading;
+mod share;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -16,16 +17,18 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use quinn::Connection;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info};
 
 use self::beat::{Beat, Rhythm};
-use self::evidence::{Challenge, Holder, Watches};
+use self::connections::Ended;
+use self::evidence::{Challenge, Hint, Holder, Watches};
 pub(super) use self::reaching::ReachReply;
 use self::reaching::Reaching;
+use self::share::Shares;
 use super::doubles::Doubles;
 use super::engine::pace::Pace;
 use super::engine::{
@@ -52,7 +55,7 @@ use crate::supervise::{catch, catch_blocking};
 use crate::transport::{Accepted, ControlTransport, LiveConnections, Refusals};
 use crate::upstream;
 
-/// Most messages from connections that wait; datagrams past it are dropped, streams wait.
+/// Most messages from connections that wait; datagrams past it are dropped, streams wait. Each peer has a share of it.
 const INPUTS_MAX: usize = 1024;
 /// So many changes of other nodes are shown as they come, and then all of them once in [`SHOW_EVERY`]: each time costs a list
 /// of all members and a wake-up of every worker and of whoever else follows the catalogue. While a mesh starts, two or three
@@ -66,8 +69,16 @@ const LEAVE_TIME_MAX: Duration = Duration::from_millis(500);
 /// What connections and their streams tell or ask.
 #[derive(Debug)]
 pub(super) enum Input {
-    Packet(NodeName, Bytes),
-    Unreadable(&'static str),
+    Packet {
+        from: NodeName,
+        packet: Bytes,
+        /// One of the peer's.
+        place: OwnedSemaphorePermit,
+    },
+    Unreadable {
+        from: NodeName,
+        reason: &'static str,
+    },
     Heard {
         peer: NodeName,
         stage: Stage,
@@ -93,7 +104,7 @@ enum Done {
         exchange: Exchange,
         result: Result<(), ExchangeError>,
     },
-    ConnectionEnded(NodeName, usize),
+    ConnectionEnded(Ended),
     Saved,
     PacketSent,
     LeaveLate,
@@ -101,9 +112,10 @@ enum Done {
     PortRefused(MeshId),
     /// Whether the host that was asked once refuses.
     PortAsked(MeshId, bool),
-    /// A member whose host is said to refuse its port has had its time to show that it lives.
-    PortDoubted {
+    /// A member of which something says that it is gone has had its time to show that it lives.
+    Doubted {
         id: MeshId,
+        hint: Hint,
         since: Instant,
     },
     /// What the holder of a name that a newcomer claims from elsewhere said.
@@ -179,6 +191,7 @@ pub(super) struct Actor {
     refused_until: u64,
     desks: Desks,
     told: events::Told,
+    shares: Shares,
     reaching: Reaching,
     /// Nodes whose records or status are not in the catalogue yet.
     unshown: BTreeSet<NodeName>,
@@ -235,6 +248,7 @@ impl Actor {
             links: Links::new(params.links_max),
             refusals: params.transport.refusals(),
             told: events::Told::default(),
+            shares: Shares::default(),
             refused_until: 0,
             transport: params.transport,
             tunnels: params.tunnels,
@@ -290,20 +304,7 @@ impl Actor {
             if matches!(event, Event::Stop) {
                 break;
             }
-            let now = clock::now();
-            self.apply(event, now);
-            if self.engine.poll_timeout() <= now {
-                // Whoever reads sockets and connections has its turn: what lies there has come before the time was over.
-                tokio::task::yield_now().await;
-                let now = clock::now();
-                self.drain_inputs(now);
-                // What sockets say of peers comes before the verdict over them.
-                let peers = self.engine.membership().in_question();
-                self.tell_signs_of_life(peers, now);
-                self.turn(now, Engine::handle_timeout);
-            }
-            self.keep_beat(now);
-            self.settle(now);
+            self.step(event).await;
         }
         self.links.close_every("agent stops");
         self.work.shutdown().await;
@@ -313,6 +314,24 @@ impl Actor {
                 error!(%error, "known peers were not saved");
             }
         }
+    }
+
+    /// Acts on `event` and on what is due.
+    async fn step(&mut self, event: Event) {
+        let now = clock::now();
+        self.apply(event, now);
+        if self.engine.poll_timeout() <= now {
+            // Whoever reads sockets and connections has its turn: what lies there has come before the time was over.
+            tokio::task::yield_now().await;
+            let now = clock::now();
+            self.drain_inputs(now);
+            // What sockets say of peers comes before the verdict over them.
+            let peers = self.engine.membership().in_question();
+            self.tell_signs_of_life(peers, now);
+            self.turn(now, Engine::handle_timeout);
+        }
+        self.keep_beat(now);
+        self.settle(now);
     }
 
     /// Waits for the next event. Cancel safe: every branch is.
@@ -461,7 +480,7 @@ impl Actor {
         self.metrics.exchanged("join", count > 0);
         let reasons: Vec<String> = join.failed.iter().map(|(target, why)| format!("{target}: {why}")).collect();
         for (peer, connection) in join.joined.iter().zip(connections) {
-            self.watch(&peer.id.name, connection.clone());
+            self.watch(&peer.id.name, Some(peer.id.clone()), connection.clone());
             let waiting = self.links.accepted(&self.engine.membership().id().name, &peer.id.name, connection);
             self.resend(&peer.id, waiting, now);
             self.reached(&peer.id.name);
@@ -510,27 +529,31 @@ impl Actor {
                 }
                 self.turn(now, |engine, turn| engine.handle_end(&exchange, ending, turn));
             }
-            Done::ConnectionEnded(peer, stable_id) => self.links.ended(&peer, stable_id),
+            Done::ConnectionEnded(ended) => self.connection_ended(&ended, now),
             Done::Saved => self.engine.peers_saved(),
             Done::PacketSent => self.stream_sends = self.stream_sends.saturating_sub(1),
             Done::LeaveLate => self.goodbye_over(),
             Done::PortRefused(id) => self.port_refused(&id, now),
             Done::PortAsked(id, is_refused) => self.port_asked(&id, is_refused, now),
-            Done::PortDoubted { id, since } => self.port_doubted(&id, since, now),
+            Done::Doubted { id, hint, since } => self.doubted(&id, hint, since, now),
             Done::Challenged(challenge, holder) => self.challenged(challenge, holder, now),
         }
     }
 
     fn input(&mut self, input: Input, now: Instant) {
         match input {
-            Input::Packet(from, packet) => {
+            Input::Packet { from, packet, place } => {
                 self.links.heard(&from);
                 self.metrics.received.inc();
                 self.metrics.received_bytes.inc_by(packet.len() as u64);
                 self.turn(now, |engine, turn| engine.handle_packet(&from, &packet, turn));
+                drop(place);
             }
             Input::RoundTrips(reply) => answer(reply, self.round_trips(now)),
-            Input::Unreadable(reason) => self.metrics.refused.with_label_values(&[reason]).inc(),
+            Input::Unreadable { from, reason } => {
+                self.metrics.refused.with_label_values(&[reason]).inc();
+                self.unreadable(&from);
+            }
             Input::Heard { peer, message: Message::Request(Request::Hello(id)), reply, .. } => {
                 self.greeted(Challenge { peer, id, reply }, now);
             }

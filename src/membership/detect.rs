@@ -129,8 +129,8 @@ impl Core {
         self.hear_answer(name, at);
     }
 
-    /// Notes that the host of `name` said that nothing listens at its port (ICMP port unreachable, stateless reset of a
-    /// live connection): it is failed here at once, and the others are told.
+    /// Notes that the host of `name` said that nothing listens at its port (ICMP port unreachable), or that its process has
+    /// forgotten a connection and does not answer: it is failed here at once, and the others are told.
     pub fn evidence_crashed(&mut self, name: &NodeName, now: Instant) {
         self.wake(now);
         let Some(incarnation) = self.living(name) else { return };

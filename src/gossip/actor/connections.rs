@@ -11,12 +11,13 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bytes::Bytes;
-use quinn::Connection;
+use quinn::{Connection, ConnectionError};
 use tokio::time::Instant;
-use tracing::debug;
+use tracing::{debug, warn};
 
-use super::reading::{read_connection, send_on_stream};
+use super::reading::{Reader, read_connection, send_on_stream};
 use super::{Actor, Done};
+use crate::clock;
 use crate::gossip::exchange;
 use crate::gossip::links::{Dial, Purpose, Sent};
 use crate::gossip::targets::{self, DialError};
@@ -27,6 +28,18 @@ use crate::transport::Accepted;
 
 /// Most packets under way on streams at once.
 const STREAM_SENDS_MAX: usize = 256;
+
+/// A connection that is over.
+#[derive(Debug)]
+pub(super) struct Ended {
+    pub(super) peer: NodeName,
+    /// The peer's life that was known when it was opened, or an earlier one.
+    pub(super) life: Option<MeshId>,
+    pub(super) stable_id: usize,
+    pub(super) round_trip: Duration,
+    /// None: its reader panicked.
+    pub(super) reason: Option<ConnectionError>,
+}
 
 impl Actor {
     pub(super) fn accepted(&mut self, accepted: Accepted, now: Instant) {
@@ -44,28 +57,57 @@ impl Actor {
             accepted.connection.close(0u32.into(), b"own name");
             return;
         }
-        self.watch(&peer.node, accepted.connection.clone());
+        let id = self.engine.membership().member(&peer.node).map(|member| member.id.clone());
+        self.watch(&peer.node, id.clone(), accepted.connection.clone());
         let waiting = self.links.accepted(&self.engine.membership().id().name, &peer.node, accepted.connection);
-        if let Some(id) = self.engine.membership().member(&peer.node).map(|member| member.id.clone()) {
+        if let Some(id) = id {
             self.resend(&id, waiting, now);
         }
         self.reached(&peer.node);
     }
 
-    /// Reads everything that comes on `connection`.
-    pub(super) fn watch(&mut self, peer: &NodeName, connection: Connection) {
-        let (peer, inputs, metrics) = (peer.clone(), self.inputs_sender.clone(), self.metrics.clone());
-        let desks = self.desks.clone();
+    /// Reads everything that comes on `connection`, of `peer` in its `life`, as far as that is known.
+    pub(super) fn watch(&mut self, peer: &NodeName, life: Option<MeshId>, connection: Connection) {
+        let reader = Reader {
+            share: self.shares.of(peer, clock::now()),
+            inputs: self.inputs_sender.clone(),
+            desks: self.desks.clone(),
+            metrics: self.metrics.clone(),
+        };
+        let peer = peer.clone();
         self.work.spawn(async move {
-            let stable_id = connection.stable_id();
             // What is left of it goes with its end.
-            let reading = read_connection(peer.clone(), connection.clone(), inputs, desks, metrics);
-            if catch("connection", reading).await.is_none() {
+            let reading = read_connection(peer.clone(), connection.clone(), reader);
+            let reason = catch("connection", reading).await;
+            if reason.is_none() {
                 // The peer must not go on with one that nobody reads.
                 connection.close(0u32.into(), b"its reader failed");
             }
-            Done::ConnectionEnded(peer, stable_id)
+            let (stable_id, round_trip) = (connection.stable_id(), connection.rtt());
+            Done::ConnectionEnded(Ended { peer, life, stable_id, round_trip, reason })
         });
+    }
+
+    /// A connection has ended. One that its peer's process has forgotten says that this process is another.
+    pub(super) fn connection_ended(&mut self, ended: &Ended, now: Instant) {
+        self.links.ended(&ended.peer, ended.stable_id);
+        if let (Some(life), Some(ConnectionError::Reset)) = (&ended.life, &ended.reason) {
+            self.reset_heard(life, ended.round_trip, now);
+        }
+    }
+
+    /// A packet of `peer`'s cannot be read. One that goes on so is shown the door: each costs a look.
+    pub(super) fn unreadable(&mut self, peer: &NodeName) {
+        let now = clock::now();
+        if !self.shares.is_unreadable(peer, now) {
+            return;
+        }
+        let reason = "too many packets that cannot be read";
+        self.links.close(peer, reason);
+        self.not_reached(peer, reason);
+        if let Some(left_out) = self.told.unreadable.due(now) {
+            warn!(%peer, left_out, "peer sends packets that cannot be read, another version or a stolen key; its connections are closed");
+        }
     }
 
     pub(super) fn resend(&mut self, to: &MeshId, packets: Vec<Bytes>, now: Instant) {
@@ -152,7 +194,7 @@ impl Actor {
         match dialled {
             Ok(connection) => {
                 self.metrics.dials.with_label_values(&["ok"]).inc();
-                self.watch(&to.name, connection.clone());
+                self.watch(&to.name, Some(to.clone()), connection.clone());
                 let waiting = self.links.dialled(to, purpose, connection);
                 self.resend(to, waiting, now);
                 self.reached(&to.name);
@@ -178,8 +220,8 @@ mod tests {
     use tokio::sync::oneshot;
 
     use super::*;
-    use crate::clock;
     use crate::gossip::actor::fixture::Lone;
+    use crate::gossip::actor::{Input, share};
 
     #[tokio::test]
     async fn who_waits_for_a_dial_that_gave_way_to_a_connection_that_has_ended_gets_another() {
@@ -197,7 +239,7 @@ mod tests {
         let (mut has_ended, mut superseded) = (false, None);
         while !has_ended || superseded.is_none() {
             match lone.actor.work.join_next().await.unwrap().unwrap() {
-                done @ Done::ConnectionEnded(..) => {
+                done @ Done::ConnectionEnded(_) => {
                     has_ended = true;
                     lone.actor.done(done, clock::now());
                 }
@@ -220,5 +262,25 @@ mod tests {
         lone.actor.links.dial_failed(&name, Purpose::Streams, now);
         lone.actor.superseded(&name, Purpose::Streams, now);
         assert!(given.await.unwrap().unwrap_err().contains("ended at once"));
+    }
+    #[tokio::test]
+    async fn a_peer_that_goes_on_sending_what_nobody_can_read_loses_its_connections() {
+        let mut lone = Lone::new();
+        let far = lone.peer("far");
+        let theirs = lone.is_dialled_by(&far).await;
+        let ours = lone.actor.links.open(&far.id.name).unwrap().clone();
+        let junk = |lone: &mut Lone| {
+            let places = std::sync::Arc::new(tokio::sync::Semaphore::new(1));
+            let place = places.try_acquire_owned().unwrap();
+            let packet = Input::Packet { from: far.id.name.clone(), packet: Bytes::from_static(&[7, 7]), place };
+            lone.actor.input(packet, clock::now());
+            lone.actor.settle(clock::now());
+        };
+        (0..share::PATIENCE).for_each(|_| junk(&mut lone));
+        assert!(ours.close_reason().is_none(), "another version may be at work");
+        junk(&mut lone);
+        let reason = tokio::time::timeout(Duration::from_secs(20), theirs.closed()).await.unwrap().to_string();
+        assert!(reason.contains("cannot be read"), "{reason}");
+        assert!(lone.actor.links.open(&far.id.name).is_none());
     }
 }

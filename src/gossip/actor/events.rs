@@ -13,7 +13,7 @@ use crate::gossip::doubles::News;
 use crate::gossip::engine::Event;
 use crate::gossip::{MemberView, Members, NodeCertificates};
 use crate::hearsay::{Excerpt, Seldom};
-use crate::membership::MeshId;
+use crate::membership::{MeshId, Refused};
 use crate::model::{MemberStatus, NodeName, ServiceName, SpiffeId};
 use crate::pki::{facts_of, root_key_of};
 use crate::replica::{ApplyError, NodeState, Report};
@@ -38,15 +38,17 @@ pub(super) struct Told {
     services: Seldom,
     /// Connections of nodes that are this one.
     twins: Seldom,
+    /// Peers that go on sending packets that cannot be read.
+    pub(super) unreadable: Seldom,
     refused: Seldom,
     forks: Seldom,
 }
 
 impl Default for Told {
     fn default() -> Self {
-        let [outside, implausible, senders, services, twins] = std::array::from_fn(|_| Seldom::default());
+        let [outside, implausible, senders, services, twins, unreadable] = std::array::from_fn(|_| Seldom::default());
         let [refused, forks] = std::array::from_fn(|_| Seldom::new(FAULTS_TOLD_MAX));
-        Self { outside, implausible, senders, services, twins, refused, forks }
+        Self { outside, implausible, senders, services, twins, unreadable, refused, forks }
     }
 }
 
@@ -98,10 +100,14 @@ impl Actor {
             Event::Joined { in_vain, peers, failed } => log_joined(in_vain, &peers, &failed),
             Event::PacketRefused { from, reason } => {
                 self.metrics.refused.with_label_values(&[reason.to_string()]).inc();
-                if reason == crate::membership::Refused::Sender
-                    && let Some(left_out) = self.told.senders.due(clock::now())
-                {
-                    warn!(peer = %from, left_out, "peer speaks in another member's name; its connection is closed");
+                match reason {
+                    Refused::Sender => {
+                        if let Some(left_out) = self.told.senders.due(clock::now()) {
+                            warn!(peer = %from, left_out, "peer speaks in another member's name; its connection is closed");
+                        }
+                    }
+                    Refused::Malformed | Refused::TooLarge => self.unreadable(&from),
+                    Refused::OwnName | Refused::Full | Refused::Generation | Refused::Protocol => {}
                 }
             }
             Event::Published(Ok(())) => self.metrics.publishes.with_label_values(&["ok"]).inc(),

@@ -22,7 +22,7 @@ use crate::gossip::{LINKS_MAX, Members, documents, shared};
 use crate::membership::MeshId;
 use crate::metrics::Metrics;
 use crate::model::MemberStatus;
-use crate::pki::{EphemeralCa, ephemeral};
+use crate::pki::{EphemeralCa, Identity, ephemeral};
 use crate::policy::DocumentSet;
 use crate::transport::ControlTransport;
 
@@ -67,6 +67,14 @@ impl Lone {
         Peer { id, transport: params.transport, _ends: ends }
     }
 
+    /// Starts an endpoint of the node `name` on `socket`, with the reset key that it had.
+    pub(super) fn restarted(&self, name: &str, socket: std::net::UdpSocket) -> ControlTransport {
+        let authority = self.ca.issuer().self_certify(&name.parse().unwrap(), &"*".parse().unwrap(), clock::wall());
+        let identity = Identity::new(authority.unwrap(), clock::wall()).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        ControlTransport::new(socket, identity, [7; 64]).unwrap()
+    }
+
     /// Has the peer dial, and the actor take that; returns the peer's end.
     pub(super) async fn is_dialled_by(&mut self, peer: &Peer) -> Connection {
         let transport = self.actor.transport.clone();
@@ -86,11 +94,7 @@ impl Lone {
         loop {
             tokio::select! {
                 result = &mut until => return result,
-                event = self.actor.select() => {
-                    let now = clock::now();
-                    self.actor.apply(event, now);
-                    self.actor.settle(now);
-                }
+                event = self.actor.select() => self.actor.step(event).await,
                 () = tokio::time::sleep_until(deadline) => panic!("it does not come to an end"),
             }
         }
