@@ -1,10 +1,14 @@
 //! The gossip task: `select -> apply -> settle`, the engine's sockets, streams and log.
 
 mod beat;
+mod connections;
 mod events;
 mod evidence;
+#[cfg(test)]
+mod fixture;
 mod reaching;
 mod reading;
+mod share;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -13,24 +17,25 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use quinn::Connection;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info};
 
 use self::beat::{Beat, Rhythm};
-use self::evidence::{Challenge, Holder, Watches};
+use self::connections::Ended;
+use self::evidence::{Challenge, Hint, Holder, Watches};
 pub(super) use self::reaching::ReachReply;
 use self::reaching::Reaching;
-use self::reading::{read_connection, send_on_stream};
+use self::share::Shares;
 use super::doubles::Doubles;
 use super::engine::pace::Pace;
 use super::engine::{
     self, Ending, Engine, Exchange, Incumbent, JoinCause, Message, Output, Request, Stage, Step, Turn,
 };
 use super::exchange::{self, Desks, ExchangeError};
-use super::links::{Dial, Links, Purpose, Sent};
+use super::links::{Links, Purpose};
 use super::metrics::GossipMetrics;
 use super::policy::Compiled;
 use super::targets::{self, DialError, Outcome, Thorough};
@@ -41,19 +46,17 @@ use crate::catalogue::builder::Builder;
 use crate::catalogue::{Publisher, Snapshot, SnapshotReader};
 use crate::clock;
 use crate::membership::{ForceLeaveError, MeshId, Profile, Stats};
-use crate::model::{Demand, EjectionsRecord, Entry, EntryKey, NodeName, SpiffeId};
+use crate::model::{Demand, EjectionsRecord, Entry, EntryKey, NodeName};
 use crate::pki::Identity;
 use crate::registry::Publication;
 use crate::replica;
 use crate::store::StoredPeer;
 use crate::supervise::{catch, catch_blocking};
-use crate::transport::{Accepted, ControlTransport, Refusals};
+use crate::transport::{Accepted, ControlTransport, LiveConnections, Refusals};
 use crate::upstream;
 
-/// Most messages from connections that wait; datagrams past it are dropped, streams wait.
+/// Most messages from connections that wait; datagrams past it are dropped, streams wait. Each peer has a share of it.
 const INPUTS_MAX: usize = 1024;
-/// Most packets under way on streams at once.
-const STREAM_SENDS_MAX: usize = 256;
 /// So many changes of other nodes are shown as they come, and then all of them once in [`SHOW_EVERY`]: each time costs a list
 /// of all members and a wake-up of every worker and of whoever else follows the catalogue. While a mesh starts, two or three
 /// changes come with each newcomer. What this node does itself is shown at once.
@@ -66,8 +69,16 @@ const LEAVE_TIME_MAX: Duration = Duration::from_millis(500);
 /// What connections and their streams tell or ask.
 #[derive(Debug)]
 pub(super) enum Input {
-    Packet(NodeName, Bytes),
-    Unreadable(&'static str),
+    Packet {
+        from: NodeName,
+        packet: Bytes,
+        /// One of the peer's.
+        place: OwnedSemaphorePermit,
+    },
+    Unreadable {
+        from: NodeName,
+        reason: &'static str,
+    },
     Heard {
         peer: NodeName,
         stage: Stage,
@@ -93,7 +104,7 @@ enum Done {
         exchange: Exchange,
         result: Result<(), ExchangeError>,
     },
-    ConnectionEnded(NodeName, usize),
+    ConnectionEnded(Ended),
     Saved,
     PacketSent,
     LeaveLate,
@@ -101,9 +112,10 @@ enum Done {
     PortRefused(MeshId),
     /// Whether the host that was asked once refuses.
     PortAsked(MeshId, bool),
-    /// A member whose host is said to refuse its port has had its time to show that it lives.
-    PortDoubted {
+    /// A member of which something says that it is gone has had its time to show that it lives.
+    Doubted {
         id: MeshId,
+        hint: Hint,
         since: Instant,
     },
     /// What the holder of a name that a newcomer claims from elsewhere said.
@@ -141,6 +153,8 @@ pub(super) struct Actor {
     members: watch::Sender<Arc<Members>>,
     links: Links,
     transport: ControlTransport,
+    /// The data plane's connections: what comes there is a sign of life, too.
+    tunnels: LiveConnections,
     identity: Arc<Identity>,
     chains: Chains,
     publication: watch::Receiver<Arc<Publication>>,
@@ -173,10 +187,11 @@ pub(super) struct Actor {
     doubted: BTreeSet<MeshId>,
     challenges: usize,
     refusals: Refusals,
-    /// The newest refusal that was looked at.
-    refused_until: Option<Instant>,
+    /// The number of the newest refusal that was looked at.
+    refused_until: u64,
     desks: Desks,
     told: events::Told,
+    shares: Shares,
     reaching: Reaching,
     /// Nodes whose records or status are not in the catalogue yet.
     unshown: BTreeSet<NodeName>,
@@ -233,8 +248,10 @@ impl Actor {
             links: Links::new(params.links_max),
             refusals: params.transport.refusals(),
             told: events::Told::default(),
-            refused_until: None,
+            shares: Shares::default(),
+            refused_until: 0,
             transport: params.transport,
+            tunnels: params.tunnels,
             identity: params.identity,
             chains,
             publication: params.publication,
@@ -287,20 +304,7 @@ impl Actor {
             if matches!(event, Event::Stop) {
                 break;
             }
-            let now = clock::now();
-            self.apply(event, now);
-            if self.engine.poll_timeout() <= now {
-                // Whoever reads sockets and connections has its turn: what lies there has come before the time was over.
-                tokio::task::yield_now().await;
-                let now = clock::now();
-                self.drain_inputs(now);
-                // What sockets say of peers comes before the verdict over them.
-                let peers = self.engine.membership().in_question();
-                self.tell_signs_of_life(peers, now);
-                self.turn(now, Engine::handle_timeout);
-            }
-            self.keep_beat(now);
-            self.settle(now);
+            self.step(event).await;
         }
         self.links.close_every("agent stops");
         self.work.shutdown().await;
@@ -310,6 +314,24 @@ impl Actor {
                 error!(%error, "known peers were not saved");
             }
         }
+    }
+
+    /// Acts on `event` and on what is due.
+    async fn step(&mut self, event: Event) {
+        let now = clock::now();
+        self.apply(event, now);
+        if self.engine.poll_timeout() <= now {
+            // Whoever reads sockets and connections has its turn: what lies there has come before the time was over.
+            tokio::task::yield_now().await;
+            let now = clock::now();
+            self.drain_inputs(now);
+            // What sockets say of peers comes before the verdict over them.
+            let peers = self.engine.membership().in_question();
+            self.tell_signs_of_life(peers, now);
+            self.turn(now, Engine::handle_timeout);
+        }
+        self.keep_beat(now);
+        self.settle(now);
     }
 
     /// Waits for the next event. Cancel safe: every branch is.
@@ -458,7 +480,7 @@ impl Actor {
         self.metrics.exchanged("join", count > 0);
         let reasons: Vec<String> = join.failed.iter().map(|(target, why)| format!("{target}: {why}")).collect();
         for (peer, connection) in join.joined.iter().zip(connections) {
-            self.watch(&peer.id.name, connection.clone());
+            self.watch(&peer.id.name, Some(peer.id.clone()), connection.clone());
             let waiting = self.links.accepted(&self.engine.membership().id().name, &peer.id.name, connection);
             self.resend(&peer.id, waiting, now);
             self.reached(&peer.id.name);
@@ -471,101 +493,7 @@ impl Actor {
         }
     }
 
-    // Connections.
-
-    fn accepted(&mut self, accepted: Accepted, now: Instant) {
-        let Some(peer) = accepted.peer else {
-            accepted.connection.close(0u32.into(), b"not a gossip connection");
-            return;
-        };
-        if !matches!(peer.id, SpiffeId::Node { .. }) {
-            self.service_spoke(&peer.id);
-            accepted.connection.close(0u32.into(), b"not a node's certificate");
-            return;
-        }
-        if peer.node == self.engine.node().name {
-            self.twin_connected(accepted.connection.remote_address());
-            accepted.connection.close(0u32.into(), b"own name");
-            return;
-        }
-        self.watch(&peer.node, accepted.connection.clone());
-        let waiting = self.links.accepted(&self.engine.membership().id().name, &peer.node, accepted.connection);
-        if let Some(id) = self.engine.membership().member(&peer.node).map(|member| member.id.clone()) {
-            self.resend(&id, waiting, now);
-        }
-        self.reached(&peer.node);
-    }
-
-    /// Reads everything that comes on `connection`.
-    fn watch(&mut self, peer: &NodeName, connection: Connection) {
-        let (peer, inputs, metrics) = (peer.clone(), self.inputs_sender.clone(), self.metrics.clone());
-        let desks = self.desks.clone();
-        self.work.spawn(async move {
-            let stable_id = connection.stable_id();
-            // What is left of it goes with its end.
-            let _ended = catch("connection", read_connection(peer.clone(), connection, inputs, desks, metrics)).await;
-            Done::ConnectionEnded(peer, stable_id)
-        });
-    }
-
-    fn resend(&mut self, to: &MeshId, packets: Vec<Bytes>, now: Instant) {
-        for packet in packets {
-            self.send(to, packet, now);
-        }
-    }
-
-    fn send(&mut self, to: &MeshId, packet: Bytes, now: Instant) {
-        let bytes = packet.len() as u64;
-        match self.links.send(to, packet, now) {
-            Sent::Datagram => {
-                self.metrics.sent_datagram.inc();
-                self.metrics.sent_bytes.inc_by(bytes);
-            }
-            Sent::Stream(connection, packet) if self.stream_sends < STREAM_SENDS_MAX => {
-                self.stream_sends += 1;
-                self.metrics.sent_stream.inc();
-                self.metrics.sent_bytes.inc_by(bytes);
-                self.work.spawn(async move {
-                    // A packet may be lost, on a stream as well.
-                    let sending = tokio::time::timeout(exchange::TIME_MAX, send_on_stream(&connection, &packet));
-                    let _lost = catch("packet", sending).await;
-                    Done::PacketSent
-                });
-            }
-            Sent::Stream(..) => self.metrics.dropped.with_label_values(&["streams"]).inc(),
-            Sent::Queued => {}
-            Sent::Dial(dial) => self.dial(dial),
-            Sent::Dropped(reason) => self.metrics.dropped.with_label_values(&[reason]).inc(),
-        }
-    }
-
-    /// Returns the round trips that are known. Members that no connection leads to are dialled, as far as there is room, so
-    /// that whoever asks again knows more.
-    fn round_trips(&mut self, now: Instant) -> BTreeMap<NodeName, Duration> {
-        if !self.links.is_full() {
-            self.engine.membership().alive().for_each(|id| self.links.acquaint(id, now));
-            self.dial_next();
-        }
-        self.links.round_trips()
-    }
-
-    fn dial_next(&mut self) {
-        while let Some(dial) = self.links.next_dial() {
-            self.dial(dial);
-        }
-    }
-
-    fn dial(&mut self, Dial { to, purpose, is_superseded }: Dial) {
-        let transport = self.transport.clone();
-        self.work.spawn(async move {
-            let dial = targets::dial(&transport, to.addr, Some(to.name.clone()));
-            match catch("dial", is_superseded.run_until_cancelled(dial)).await {
-                Some(Some(dialled)) => Done::Dialled(to, purpose, dialled.map(|(connection, _)| connection)),
-                Some(None) => Done::Superseded(to.name, purpose),
-                None => Done::Dialled(to, purpose, Err(DialError::Failed("the dial failed in itself".to_owned()))),
-            }
-        });
-    }
+    // Exchanges, and what is kept.
 
     fn begin(&mut self, peer: NodeName, exchange: Exchange, first: (Message, Stage), now: Instant) {
         let Some(connection) = self.links.open(&peer).cloned() else {
@@ -589,30 +517,8 @@ impl Actor {
 
     fn done(&mut self, done: Done, now: Instant) {
         match done {
-            Done::Superseded(peer, purpose) => {
-                self.links.dial_ended(&peer, purpose);
-                self.dial_next();
-            }
-            Done::Dialled(to, purpose, Ok(connection)) => {
-                self.metrics.dials.with_label_values(&["ok"]).inc();
-                self.watch(&to.name, connection.clone());
-                let waiting = self.links.dialled(&to, purpose, connection);
-                self.resend(&to, waiting, now);
-                self.reached(&to.name);
-                self.dial_next();
-            }
-            Done::Dialled(to, purpose, Err(error)) => {
-                if matches!(error, DialError::Refused(_)) {
-                    self.port_refused(&to, now);
-                }
-                let reason = error.text();
-                debug!(peer = %to.name, reason, "dial failed");
-                self.metrics.dials.with_label_values(&["failed"]).inc();
-                let lost = self.links.dial_failed(&to.name, purpose, now);
-                self.not_reached(&to.name, &reason);
-                self.metrics.dropped.with_label_values(&["no_link"]).inc_by(lost as u64);
-                self.dial_next();
-            }
+            Done::Superseded(peer, purpose) => self.superseded(&peer, purpose, now),
+            Done::Dialled(to, purpose, dialled) => self.dial_ended(&to, purpose, dialled, now),
             Done::Joined(outcome, reply) => self.joined(outcome, reply, now),
             Done::Exchanged { peer, exchange, result } => {
                 let kind = exchange.kind();
@@ -623,27 +529,31 @@ impl Actor {
                 }
                 self.turn(now, |engine, turn| engine.handle_end(&exchange, ending, turn));
             }
-            Done::ConnectionEnded(peer, stable_id) => self.links.ended(&peer, stable_id),
+            Done::ConnectionEnded(ended) => self.connection_ended(&ended, now),
             Done::Saved => self.engine.peers_saved(),
             Done::PacketSent => self.stream_sends = self.stream_sends.saturating_sub(1),
             Done::LeaveLate => self.goodbye_over(),
             Done::PortRefused(id) => self.port_refused(&id, now),
             Done::PortAsked(id, is_refused) => self.port_asked(&id, is_refused, now),
-            Done::PortDoubted { id, since } => self.port_doubted(&id, since, now),
+            Done::Doubted { id, hint, since } => self.doubted(&id, hint, since, now),
             Done::Challenged(challenge, holder) => self.challenged(challenge, holder, now),
         }
     }
 
     fn input(&mut self, input: Input, now: Instant) {
         match input {
-            Input::Packet(from, packet) => {
+            Input::Packet { from, packet, place } => {
                 self.links.heard(&from);
                 self.metrics.received.inc();
                 self.metrics.received_bytes.inc_by(packet.len() as u64);
                 self.turn(now, |engine, turn| engine.handle_packet(&from, &packet, turn));
+                drop(place);
             }
             Input::RoundTrips(reply) => answer(reply, self.round_trips(now)),
-            Input::Unreadable(reason) => self.metrics.refused.with_label_values(&[reason]).inc(),
+            Input::Unreadable { from, reason } => {
+                self.metrics.refused.with_label_values(&[reason]).inc();
+                self.unreadable(&from);
+            }
             Input::Heard { peer, message: Message::Request(Request::Hello(id)), reply, .. } => {
                 self.greeted(Challenge { peer, id, reply }, now);
             }

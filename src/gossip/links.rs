@@ -172,6 +172,7 @@ impl Links {
             link.waiting.pop_front();
         }
         link.waiting.push_back(packet);
+        link.pulse.sent(0, now);
         if link.dial.is_some() {
             return Sent::Queued;
         }
@@ -194,17 +195,22 @@ impl Links {
         }
     }
 
-    /// Wants a connection to `to` for streams; false: a dial has just failed, and it rests.
-    pub(super) fn want(&mut self, to: &MeshId, now: Instant) -> bool {
+    /// Wants a connection to `to`; false: a dial has just failed, and it rests.
+    pub(super) fn want(&mut self, to: &MeshId, purpose: Purpose, now: Instant) -> bool {
         let link = self.touch(&to.name);
         if link.not_before.is_some_and(|then| now < then) {
             return false;
         }
         link.open.retain(|connection| connection.close_reason().is_none());
         if link.open.is_empty() && link.dial.is_none() && link.wanted.is_none() {
-            link.wanted = Some((to.clone(), Purpose::Streams));
+            link.wanted = Some((to.clone(), purpose));
         }
         true
+    }
+
+    /// Tells whether packets wait for a connection to `peer`.
+    pub(super) fn has_waiting(&self, peer: &NodeName) -> bool {
+        self.peers.get(peer).is_some_and(|link| !link.waiting.is_empty())
     }
 
     /// Whether another peer would have to make room for the next one.
@@ -274,16 +280,18 @@ impl Links {
         }
     }
 
-    /// Returns those of `peers` that have acknowledged something since it was last looked, while an answer of theirs is
-    /// awaited, and since when at the earliest. A look costs a lock of QUIC's: only who is in question is looked at.
+    /// Returns those of `peers` from whose processes something has come since it was last looked, here or on the tunnels, of
+    /// which `tunnels` counts the datagrams, while an answer of theirs is awaited, and since when at the earliest. A look costs
+    /// locks of QUIC's: only who is in question is looked at.
     pub(super) fn signs_of_life(
         &mut self,
         peers: impl IntoIterator<Item = NodeName>,
+        tunnels: impl Fn(&NodeName) -> u64,
         now: Instant,
     ) -> Vec<(NodeName, Instant)> {
         let answered = peers.into_iter().filter_map(|name| {
             let link = self.peers.get_mut(&name).filter(|link| link.pulse.is_waiting())?;
-            let came_at = link.pulse.look(received(&link.open), now)?;
+            let came_at = link.pulse.look(received(&link.open), tunnels(&name), now)?;
             Some((name, came_at))
         });
         answered.collect()
@@ -437,7 +445,7 @@ mod tests {
         let mut links = Links::new(LINKS_MAX);
         let dialled = |links: &mut Links| std::iter::from_fn(|| links.next_dial()).collect::<Vec<_>>();
         for number in 0..STREAM_DIALS_MAX + 4 {
-            assert!(links.want(&id(&format!("s{number}")), now));
+            assert!(links.want(&id(&format!("s{number}")), Purpose::Streams, now));
         }
         let begun = dialled(&mut links);
         assert_eq!(begun.len(), STREAM_DIALS_MAX);
@@ -453,8 +461,8 @@ mod tests {
         links.dial_failed(&begun[0].to.name, Purpose::Streams, now);
         let next = dialled(&mut links);
         assert_eq!(next.iter().map(|dial| dial.purpose).collect::<Vec<_>>(), [Purpose::Streams]);
-        assert!(!links.want(&begun[0].to, now), "it rests");
-        assert!(links.want(&begun[0].to, now + DIAL_PAUSE));
+        assert!(!links.want(&begun[0].to, Purpose::Streams, now), "it rests");
+        assert!(links.want(&begun[0].to, Purpose::Streams, now + DIAL_PAUSE));
     }
 
     #[test]

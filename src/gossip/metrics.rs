@@ -12,6 +12,7 @@
 //! | `weft_gossip_dials_total` | `result` | connections dialled: `ok`, `failed` |
 //! | `weft_gossip_ports_refused_total` | | members whose host said that their port is closed |
 //! | `weft_gossip_refusals_answered_total` | | members that answered although their host was said to refuse the port |
+//! | `weft_gossip_resets_total` | `result` | members that were asked because they had forgotten a connection: `answered`, `silent` |
 //! | `weft_gossip_exchanges_total` | `kind`, `result` | exchanges begun here: `join`, `sync`, `pull`, `goodbye`; `ok`, `failed` |
 //! | `weft_gossip_demand_reports_total` | `way` | reports of demand for limits of the whole mesh: `sent`, `heard` |
 //! | `weft_gossip_external_conflicts` | | nodes without an agent that several living agents tell of |
@@ -49,6 +50,7 @@ pub(super) struct GossipMetrics {
     pub(super) demand_reports: IntCounterVec,
     pub(super) ports_refused: IntCounter,
     pub(super) refusals_answered: IntCounter,
+    pub(super) resets: IntCounterVec,
     pub(super) external_conflicts: IntGauge,
     pub(super) isolated: IntGauge,
     pub(super) members: IntGaugeVec,
@@ -111,6 +113,11 @@ impl GossipMetrics {
                 "weft_gossip_refusals_answered_total",
                 "Members that answered although their host was said to refuse the port.",
             )?,
+            resets: counters(
+                "weft_gossip_resets_total",
+                "Members that were asked because they had forgotten a connection, by what came of it.",
+                &["result"],
+            )?,
             external_conflicts: gauge(
                 "weft_gossip_external_conflicts",
                 "Nodes without an agent that several living agents tell of.",
@@ -147,6 +154,9 @@ impl GossipMetrics {
         }
         for way in ["sent", "heard"] {
             self.demand_reports.with_label_values(&[way]);
+        }
+        for result in ["answered", "silent"] {
+            self.resets.with_label_values(&[result]);
         }
         for reason in ["queue_full", "no_link", "streams"] {
             self.dropped.with_label_values(&[reason]);

@@ -70,7 +70,7 @@ use crate::pki::{CertificateFacts, Identity, SpkiHash};
 use crate::registry;
 use crate::store::StoredPeer;
 use crate::supervise::Tasks;
-use crate::transport::{Accepted, ControlTransport};
+use crate::transport::{Accepted, ControlTransport, LiveConnections};
 
 /// How often a random member is compared with, unless told otherwise.
 pub const SYNC_INTERVAL: Duration = Duration::from_secs(5);
@@ -165,6 +165,8 @@ pub struct GossipParams {
     pub generation: Generation,
     /// The control endpoint.
     pub transport: ControlTransport,
+    /// The data plane's connections: what comes on them speaks for members whose gossip is late.
+    pub tunnels: LiveConnections,
     /// Gossip connections that peers opened, in a channel of at most [`INCOMING_MAX`].
     pub incoming: mpsc::Receiver<Accepted>,
     /// Signs and verifies.

@@ -55,6 +55,26 @@ impl DialError {
     }
 }
 
+/// A connection that is closed unless it is claimed. The transport keeps every open one (a revocation has to find it), so that
+/// one whose handle alone is dropped stays open: the peer takes it for the newest, prefers it, and nobody reads it.
+#[derive(Debug)]
+struct Unclaimed(Option<Connection>);
+
+impl Unclaimed {
+    /// Takes it over, to be read.
+    fn claim(mut self) -> Option<Connection> {
+        self.0.take()
+    }
+}
+
+impl Drop for Unclaimed {
+    fn drop(&mut self) {
+        if let Some(connection) = &self.0 {
+            connection.close(0u32.into(), b"not needed");
+        }
+    }
+}
+
 /// What became of a list of targets.
 #[derive(Debug, Default)]
 pub(super) struct Outcome {
@@ -152,7 +172,7 @@ async fn try_all(transport: ControlTransport, own: MeshId, targets: Vec<String>,
         match next {
             Some(Ok((_, Ok((Attempt::Joined(welcomed), connection))))) => {
                 outcome.join.joined.push(welcomed);
-                outcome.connections.push(connection);
+                outcome.connections.extend(connection.claim());
                 if thorough == Thorough::Enough {
                     if outcome.join.joined.len() >= JOIN_ENOUGH {
                         return outcome;
@@ -171,7 +191,7 @@ async fn try_all(transport: ControlTransport, own: MeshId, targets: Vec<String>,
     }
 }
 
-async fn join_one(transport: &ControlTransport, own: &MeshId, target: &str) -> Result<(Attempt, Connection), String> {
+async fn join_one(transport: &ControlTransport, own: &MeshId, target: &str) -> Result<(Attempt, Unclaimed), String> {
     let mut reasons = Vec::new();
     for addr in resolve(target).await? {
         if addr == own.addr {
@@ -190,7 +210,7 @@ async fn join_addr(
     transport: &ControlTransport,
     own: &MeshId,
     addr: SocketAddr,
-) -> Result<(Attempt, Connection), String> {
+) -> Result<(Attempt, Unclaimed), String> {
     let (connection, peer) = dial(transport, addr, None).await.map_err(DialError::text)?;
     if peer.node == own.name {
         connection.close(0u32.into(), b"same name");
@@ -199,9 +219,10 @@ async fn join_addr(
             own.name, own.addr
         ));
     }
+    let unclaimed = Unclaimed(Some(connection.clone()));
     let reply = exchange::hello(&connection, own.clone()).await;
     let reply = reply.map_err(|error| format!("{addr}: {}", error.explain(Some(&connection))))?;
-    Ok((Attempt::judge(reply, &peer.node, addr)?, connection))
+    Ok((Attempt::judge(reply, &peer.node, addr)?, unclaimed))
 }
 
 fn nobody_listens(addr: SocketAddr) -> String {
@@ -219,6 +240,64 @@ fn no_answer(addr: SocketAddr) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::gossip::LINKS_MAX;
+    use crate::gossip::engine::{HelloReply, Message};
+    use crate::gossip::talk::Talk;
+    use crate::gossip::tests::params;
+    use crate::membership::Life;
+    use crate::model::Generation;
+    use crate::wire::FRAME_BYTES_MAX;
+
+    /// What the far end of an attempt to join does once it has heard the hello.
+    enum Far {
+        Says(HelloReply),
+        IsSilent,
+    }
+
+    /// Tells why the connection of an attempt ended that found `far`, and how many it kept.
+    async fn ended(far: Far) -> (String, usize) {
+        let ca = crate::pki::ephemeral(&"test.example".parse().unwrap(), clock::wall()).unwrap();
+        let (near, _near_ends) = params(ca.issuer(), "near", 1, Vec::new(), LINKS_MAX);
+        let (there, _far_ends) = params(ca.issuer(), "far", 1, Vec::new(), LINKS_MAX);
+        let own = MeshId::new(near.node.name.clone(), near.node.mesh_addr, near.generation);
+        let targets = vec![there.node.mesh_addr.to_string()];
+        let mut join = Box::pin(join_all(near.transport.clone(), own, targets, Thorough::Enough));
+        let greeted = async {
+            let connection = there.transport.accept().await.unwrap().connection;
+            let (send, recv) = connection.accept_bi().await.unwrap();
+            let mut talk = Talk { send, recv };
+            talk.hear_frame(FRAME_BYTES_MAX).await.unwrap();
+            (connection, talk)
+        };
+        let (connection, mut talk) = tokio::select! {
+            greeted = greeted => greeted,
+            _ = &mut join => panic!("nobody has answered yet"),
+        };
+        let kept = match far {
+            Far::Says(reply) => {
+                talk.say_frame(&Message::Hello(reply).encode().unwrap()).await.unwrap();
+                talk.finish();
+                join.await.connections.len()
+            }
+            Far::IsSilent => {
+                drop(join);
+                0
+            }
+        };
+        let reason = tokio::time::timeout(Duration::from_secs(20), connection.closed()).await;
+        (reason.map_or_else(|_| "it stays open".to_owned(), |reason| reason.to_string()), kept)
+    }
+
+    #[tokio::test]
+    async fn an_attempt_leaves_no_connection_open_that_nobody_reads() {
+        let life = Life { generation: Generation { number: 9, nonce: 1 }, renewals: 0 };
+        let refused = HelloReply::Refused("not today".to_owned());
+        for far in [Far::IsSilent, Far::Says(refused), Far::Says(HelloReply::Outdated(life))] {
+            let (reason, kept) = ended(far).await;
+            assert!(reason.contains("not needed"), "{reason}");
+            assert_eq!(kept, 0);
+        }
+    }
 
     #[test]
     fn a_target_is_a_name_an_address_or_either_with_a_port() {

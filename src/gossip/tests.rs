@@ -143,6 +143,7 @@ pub(super) fn params(
         node: info,
         generation: Generation { number: generation, nonce: rand::random() },
         transport,
+        tunnels: LiveConnections::default(),
         incoming,
         identity,
         publication: publications,

@@ -46,7 +46,8 @@ const RECALLED_AT_ONCE: usize = 4;
 impl Core {
     /// Runs what is due at `now`. Call it once everything that has arrived was handed over.
     pub fn handle_timeout(&mut self, now: Instant) {
-        self.blame_lateness(now);
+        self.lag.note(now.saturating_duration_since(self.poll_timeout()));
+        self.wake(now);
         let mut due = Vec::new();
         while let Some(entry) = self.timers.first_entry().filter(|entry| entry.key().0 <= now) {
             due.push(entry.remove());
@@ -128,9 +129,10 @@ impl Core {
         self.hear_answer(name, at);
     }
 
-    /// Notes that the host of `name` said that nothing listens at its port (ICMP port unreachable, stateless reset of a
-    /// live connection): it is failed here at once, and the others are told.
+    /// Notes that the host of `name` said that nothing listens at its port (ICMP port unreachable), or that its process has
+    /// forgotten a connection and does not answer: it is failed here at once, and the others are told.
     pub fn evidence_crashed(&mut self, name: &NodeName, now: Instant) {
+        self.wake(now);
         let Some(incarnation) = self.living(name) else { return };
         if let Some(member) = self.roster.find_mut(name) {
             member.heard = None;
@@ -181,11 +183,16 @@ impl Core {
         self.profile.detector == Detector::Lifeguard && self.alive_count() > 0
     }
 
-    /// Doubts itself after a late wake-up, and leaves everybody the time that it slept.
-    fn blame_lateness(&mut self, now: Instant) {
-        let late = now.saturating_duration_since(self.poll_timeout());
-        self.lag.note(late);
-        if late <= LATE || self.profile.detector == Detector::Plain {
+    /// Doubts itself after a late wake-up, and leaves everybody the time that it slept. Whatever may end in a sentence calls it
+    /// first: a process that goes on after SIGCONT may read a packet before its timers run. What it slept is counted once.
+    pub(super) fn wake(&mut self, now: Instant) {
+        let away = now.saturating_duration_since(self.when.called_last);
+        self.when.called_last = self.when.called_last.max(now);
+        if away <= LATE || self.profile.detector == Detector::Plain {
+            return;
+        }
+        let late = away.min(now.saturating_duration_since(self.poll_timeout()));
+        if late <= LATE {
             return;
         }
         self.stats.late_wakeups += 1;

@@ -20,6 +20,7 @@ impl Core {
     /// # Errors
     /// Why the packet was refused; nothing has changed then but what a part of it may have said before the fault.
     pub fn handle_packet(&mut self, sender: &NodeName, packet: &[u8], now: Instant) -> Result<(), Refused> {
+        self.wake(now);
         if packet.len() > PACKET_BYTES_MAX {
             return Err(Refused::TooLarge);
         }
@@ -121,6 +122,7 @@ impl Core {
 
     /// Takes a statement back that the owner was asked to verify.
     pub fn handle_verified(&mut self, statement: Statement, verdict: Verdict, now: Instant) {
+        self.wake(now);
         match verdict {
             Verdict::Holds if !self.has_left => {}
             Verdict::Holds | Verdict::Unknown => return,

@@ -25,8 +25,8 @@
 //!   back (`broadcast`).
 //! - Members, timers, broadcasts, checks, votes and signature checks are bounded.
 //!
-//! The owner hands over what has arrived before it calls [`Core::handle_timeout`]; a call that comes late makes the core
-//! blame itself first.
+//! The owner hands over what has arrived before it calls [`Core::handle_timeout`]; the first call that comes late, whichever
+//! it is, makes the core blame itself before it judges anybody.
 //!
 //! Not here: connections (`gossip`), keys (`pki`), what the broadcasts of records mean (`replica`), repair of lost ones
 //! (`gossip::exchange`).
@@ -154,6 +154,8 @@ pub struct Core {
 /// When what is due next, and when it was done last.
 #[derive(Debug, Clone, Copy)]
 struct When {
+    /// When the owner last called with something that may end in a sentence.
+    called_last: Instant,
     reap: Instant,
     watch: Instant,
     /// When the owner last gave a wake-up for it.
@@ -197,6 +199,7 @@ impl Core {
         let swim = swim(id, &profile, &mut rng);
         let phase = profile.watch_period.mul_f64(rng.random_range(0.0..1.0));
         let when = When {
+            called_last: now,
             reap: now + REAP_EVERY,
             watch: now + phase,
             beat_last: None,

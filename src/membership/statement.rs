@@ -51,7 +51,8 @@ pub struct Leave {
 pub enum Certainty {
     /// No answer, neither to the accuser nor through helpers.
     Silent,
-    /// The host answered that nothing listens there (refused port, stateless reset).
+    /// The host answered that nothing listens there (refused port), or its process has forgotten a connection (stateless reset) and
+    /// does not answer.
     Crashed,
 }
 

@@ -194,6 +194,7 @@ impl Node {
             node: info.clone(),
             generation,
             transport: control.clone(),
+            tunnels: connections.tunnels.clone(),
             incoming,
             identity: Arc::clone(&identity),
             publication,

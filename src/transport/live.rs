@@ -110,6 +110,17 @@ impl LiveConnections {
         open.map(|live| live.shown.node.clone()).collect()
     }
 
+    /// How many datagrams have come on the connections that lead to `node`.
+    pub fn received_from(&self, node: &NodeName) -> u64 {
+        let held = {
+            let table = self.table();
+            let theirs = table.live.values().filter(|live| live.shown.node == *node);
+            theirs.map(|live| live.connection.clone()).collect::<Vec<_>>()
+        };
+        // A look takes QUIC's lock, for which a worker may have to wait: not while the table is locked.
+        held.iter().map(|connection| connection.stats().udp_rx.datagrams).sum()
+    }
+
     /// How many are held.
     pub fn len(&self) -> usize {
         self.table().live.len()
@@ -200,6 +211,8 @@ mod tests {
         assert!(reason.contains("is revoked"), "the peer is told: {reason}");
         assert!(from_c.close_reason().is_none());
         assert_eq!(b.transport.live().len(), 1);
+        let received = |node: &str| b.transport.live().received_from(&node.parse().unwrap());
+        assert!(received("c") > 0 && received("a") == 0, "each by its own connections");
 
         // A new handshake is refused, with the reason.
         let refused = tokio::select! {

@@ -19,7 +19,7 @@ use std::collections::VecDeque;
 use std::io::IoSliceMut;
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, setsockopt, sockopt};
@@ -68,9 +68,24 @@ pub(crate) struct Refusals(Arc<Shared>);
 
 #[derive(Debug, Default)]
 struct Shared {
-    /// The newest last.
-    heard: Mutex<VecDeque<(SocketAddr, Instant)>>,
+    heard: Mutex<Heard>,
     news: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Heard {
+    /// The newest last.
+    addrs: VecDeque<Refusal>,
+    /// How many have been taken down.
+    count: u64,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Refusal {
+    addr: SocketAddr,
+    at: Instant,
+    /// From 1, in the order in which they were taken down: threads read their clocks in another one.
+    number: u64,
 }
 
 impl Refusals {
@@ -101,12 +116,14 @@ impl Refusals {
 
     /// Takes a refusal down.
     pub(crate) fn note(&self, addr: SocketAddr, now: Instant) {
-        let mut heard = self.0.heard.lock().unwrap_or_else(PoisonError::into_inner);
-        heard.retain(|(other, _)| *other != addr);
-        if heard.len() >= REFUSALS_MAX {
-            heard.pop_front();
+        let mut heard = self.heard();
+        heard.count += 1;
+        let number = heard.count;
+        heard.addrs.retain(|other| other.addr != addr);
+        if heard.addrs.len() >= REFUSALS_MAX {
+            heard.addrs.pop_front();
         }
-        heard.push_back((addr, now));
+        heard.addrs.push_back(Refusal { addr, at: now, number });
         drop(heard);
         self.0.news.notify_one();
     }
@@ -114,27 +131,29 @@ impl Refusals {
     /// Tells whether `addr` was refused within the last `span`.
     pub(crate) fn is_heard(&self, addr: SocketAddr, span: Duration) -> bool {
         let now = clock::now();
-        let heard = self.0.heard.lock().unwrap_or_else(PoisonError::into_inner);
-        heard.iter().any(|(other, at)| *other == addr && now.saturating_duration_since(*at) <= span)
+        self.heard().addrs.iter().any(|other| other.addr == addr && now.saturating_duration_since(other.at) <= span)
     }
 
-    /// Waits for refusals later than `last`, and moves `last`: the newest of each address. For one waiter.
+    /// Waits for refusals after the one numbered `last`, 0 at first, and moves `last`: the newest of each address. For one
+    /// waiter.
     ///
     /// # Cancel safety
     /// Cancelling loses nothing.
-    pub(crate) async fn next(&self, last: &mut Option<Instant>) -> Vec<SocketAddr> {
+    pub(crate) async fn next(&self, last: &mut u64) -> Vec<SocketAddr> {
         loop {
             let news = self.0.news.notified();
-            let fresh: Vec<(SocketAddr, Instant)> = {
-                let heard = self.0.heard.lock().unwrap_or_else(PoisonError::into_inner);
-                heard.iter().filter(|(_, at)| last.is_none_or(|last| *at > last)).copied().collect()
-            };
-            if let Some((_, newest)) = fresh.last() {
-                *last = Some(*newest);
-                return fresh.into_iter().map(|(addr, _)| addr).collect();
+            let fresh: Vec<Refusal> =
+                self.heard().addrs.iter().filter(|refusal| refusal.number > *last).copied().collect();
+            if let Some(newest) = fresh.last() {
+                *last = newest.number;
+                return fresh.into_iter().map(|refusal| refusal.addr).collect();
             }
             news.await;
         }
+    }
+
+    fn heard(&self) -> MutexGuard<'_, Heard> {
+        self.0.heard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -180,13 +199,30 @@ mod tests {
             // On loopback the message is there when the call returns.
             socket.send_to(&[1], gone).unwrap();
             assert!(socket.send_to(&[1], gone).is_err(), "the kernel tells with the next call");
-            let mut last = None;
+            let mut last = 0;
             let mut waits = std::pin::pin!(refusals.next(&mut last));
             assert!(tokio::time::timeout(Duration::ZERO, waits.as_mut()).await.is_err());
             refusals.drain(&socket);
             assert_eq!(waits.await, [gone]);
             assert!(refusals.is_heard(gone, Duration::from_secs(60)));
         }
+    }
+
+    #[tokio::test]
+    async fn a_refusal_that_was_met_earlier_and_taken_down_later_is_told_as_well() {
+        let refusals = Refusals::default();
+        let addr = |port| SocketAddr::from(([127, 0, 0, 1], port));
+        let now = clock::now();
+        let mut last = 0;
+        // Two threads read their clocks, and the one that read first comes second.
+        refusals.note(addr(1), now + Duration::from_millis(1));
+        assert_eq!(refusals.next(&mut last).await, [addr(1)]);
+        refusals.note(addr(2), now);
+        let told = tokio::time::timeout(Duration::from_secs(10), refusals.next(&mut last)).await;
+        assert_eq!(told.unwrap(), [addr(2)]);
+        refusals.note(addr(1), now);
+        refusals.note(addr(2), now);
+        assert_eq!(refusals.next(&mut last).await, [addr(1), addr(2)]);
     }
 
     #[test]

@@ -373,7 +373,7 @@ mod tests {
         let transmit =
             |destination| Transmit { destination, ecn: None, contents: &[7], segment_size: None, src_ip: None };
         // Nobody looks after the socket while this call waits.
-        let mut last = None;
+        let mut last = 0;
         socket.try_send(&transmit(gone)).unwrap();
         tokio::select! {
             () = Arc::clone(&socket).hear_refusals() => unreachable!("it hears for ever"),

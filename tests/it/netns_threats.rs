@@ -31,7 +31,7 @@ use weft::registry::Publication;
 use weft::registry::definition::{DefinitionDefaults, service_from_json};
 use weft::store::StoredPeer;
 use weft::supervise::Tasks;
-use weft::transport::{self, ControlTransport};
+use weft::transport::{self, ControlTransport, LiveConnections};
 
 use crate::agent::{Agent, Ca, Spec, WEFT, at_offset, path};
 use crate::lab::{Host, Lab};
@@ -116,6 +116,7 @@ impl Insider {
             node,
             generation: Generation { number: 1, nonce: 1 },
             transport: control.clone(),
+            tunnels: LiveConnections::default(),
             incoming,
             identity: Arc::clone(&identity),
             publication,
@@ -367,6 +368,52 @@ fn scenario_19_a_stolen_certificate_is_nothing_without_its_key_and_resumes_nothi
         });
     });
     n1.wait_members(&["n1=1"]);
+}
+
+#[test]
+fn scenario_17_a_thief_that_floods_gossip_takes_its_share_and_is_shown_the_door() {
+    const FLOOD: Duration = Duration::from_secs(5);
+    let Some(lab) = Lab::new(3) else { return };
+    let ca = Ca::init("lab.test");
+    let n1 = Agent::start(&Spec::on(&lab.host(1), "n1", &["-issuer", path(&ca.issuer())]));
+    let token = ca.token("n3", "", "1h");
+    let n3 = Agent::start(&Spec::on(&lab.host(3), "n3", &["-join", "10.77.0.1", "-token", &token]));
+    for agent in [&n1, &n3] {
+        agent.wait_members(&["n1=1", "n3=1"]);
+    }
+    let stolen = identity(&ca.issuer(), "n2", "web").node_svid();
+    let (sent, reasons) = lab.host(2).run(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let (_, config) = client(&stolen, &stolen);
+            let (begun, mut sent, mut reasons) = (Instant::now(), 0_u64, Vec::new());
+            while begun.elapsed() < FLOOD {
+                let (_endpoint, connection) = connect(&config).await.unwrap();
+                // Two bytes each: thousands fit a buffer that is bounded in bytes.
+                while begun.elapsed() < FLOOD && connection.send_datagram_wait(vec![7, 7].into()).await.is_ok() {
+                    sent += 1;
+                }
+                reasons.extend(connection.close_reason().map(|reason| reason.to_string()));
+            }
+            (sent, reasons)
+        })
+    });
+    println!("figure: {sent} packets of a thief in {FLOOD:?}, shown the door {} times", reasons.len());
+    assert!(sent > 2_000, "{sent}: it says nothing");
+    assert!(!reasons.is_empty() && reasons.iter().all(|reason| reason.contains("cannot be read")), "{reasons:?}");
+    let shown = metrics(&n1);
+    let value = |series: &str| {
+        let line = shown.lines().find_map(|line| line.strip_prefix(series)?.trim().parse::<u64>().ok());
+        line.unwrap_or_else(|| panic!("{series} in {shown}"))
+    };
+    assert_eq!(value("weft_gossip_packets_dropped_total{reason=\"queue_full\"}"), 0, "nobody's packet was in the way");
+    for agent in [&n1, &n3] {
+        let failures = metrics(agent);
+        assert!(failures.contains("weft_membership_events_total{event=\"failure\"} 0"), "{failures}");
+        agent.wait_members(&["n1=1", "n3=1"]);
+    }
+    let told = n1.log().lines().filter(|line| line.contains("packets that cannot be read")).count();
+    assert_eq!(told, 1, "a line a minute");
 }
 
 #[test]

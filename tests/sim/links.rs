@@ -165,8 +165,8 @@ impl World {
         }
     }
 
-    /// Opens a connection between two running agents and sends what waited on either side.
-    pub(crate) fn connect(&mut self, from: usize, to: usize, dialled: Option<SocketAddr>) {
+    /// Opens a connection between two running agents and sends what waited on either side; returns its number.
+    pub(crate) fn connect(&mut self, from: usize, to: usize, dialled: Option<SocketAddr>) -> u64 {
         self.connections += 1;
         let (number, used) = (self.connections, self.now);
         let boots = [from, to].map(|host| self.hosts[host].process.as_ref().unwrap().boot);
@@ -191,6 +191,7 @@ impl World {
                 self.put_on_wire(own, peer, connection, packet);
             }
         }
+        number
     }
 
     /// Tells whether `host` still holds the connection on which something arrived, and notes its use.
@@ -235,6 +236,14 @@ impl World {
                 let lost = Event::ConnectionLost { host: peer, peer: host, number: connection.number };
                 self.after(delay, lost);
             }
+        }
+    }
+
+    /// Closes one connection from `host` to `peer`; the peer hears of it.
+    pub(crate) fn close_one(&mut self, host: usize, peer: usize, number: u64) {
+        self.connection_lost(host, peer, number);
+        for delay in self.net.carry(host, peer, &mut self.rng) {
+            self.after(delay, Event::ConnectionLost { host: peer, peer: host, number });
         }
     }
 

@@ -14,8 +14,11 @@ use super::world::{Event, World};
 
 /// As `gossip::exchange`.
 const TIME_MAX: Duration = Duration::from_secs(10);
-/// As `gossip::targets`: attempts side by side.
-const PARALLEL_MAX: usize = 8;
+/// As `gossip::targets`: attempts side by side, how many answers end one of the engine's own, and how long others may still
+/// come after the first.
+const PARALLEL_MAX: usize = 16;
+const JOIN_ENOUGH: usize = 3;
+const JOIN_GRACE: Duration = Duration::from_millis(300);
 /// How often a message that a cut holds up is tried again.
 const RETRY: Duration = Duration::from_millis(500);
 
@@ -30,7 +33,12 @@ pub(crate) enum Side {
 #[derive(Debug, Clone)]
 enum Purpose {
     Engine(Exchange),
-    Join { attempt: u64, addr: SocketAddr },
+    /// `connection` is closed unless the peer lets the host in.
+    Join {
+        attempt: u64,
+        addr: SocketAddr,
+        connection: u64,
+    },
 }
 
 /// An exchange under way. The beginner is first.
@@ -159,12 +167,15 @@ impl World {
             }
         }
         let message = if stage.awaits_end() { Message::End } else { stage.decode(&bytes).expect("it was encoded so") };
-        if let (Message::Hello(reply), Some(Talk { purpose: Purpose::Join { attempt, addr }, .. })) =
+        if let (Message::Hello(reply), Some(Talk { purpose: Purpose::Join { attempt, addr, connection }, .. })) =
             (&message, self.talks.get(&number))
         {
-            let (attempt, addr, reply) = (*attempt, *addr, reply.clone());
+            let (attempt, addr, connection, reply) = (*attempt, *addr, *connection, reply.clone());
             self.talks.remove(&number);
             let judged = Attempt::judge(reply, &self.hosts[peer].name, addr);
+            if !matches!(judged, Ok(Attempt::Joined(_))) {
+                self.close_one(host, peer, connection);
+            }
             return self.join_answered(attempt, addr, judged);
         }
         let name = self.hosts[peer].name.clone();
@@ -217,7 +228,8 @@ impl World {
                     self.turn(talk.hosts[0], |engine, turn| engine.handle_end(&exchange, ending, turn));
                 }
             }
-            Purpose::Join { attempt, addr } => {
+            Purpose::Join { attempt, addr, connection } => {
+                self.close_one(talk.hosts[0], talk.hosts[1], connection);
                 self.join_answered(attempt, addr, Err(format!("{addr}: the connection was lost")));
             }
         }
@@ -255,11 +267,22 @@ impl World {
             self.after(time, Event::JoinDialled { attempt, addr, begun });
         }
         if self.joinings.get(&attempt).is_some_and(|joining| joining.running == 0) {
-            let joining = self.joinings.remove(&attempt).unwrap();
-            if self.boot_of(joining.host) == Some(joining.boot) {
-                let (cause, outcome) = (joining.cause, joining.outcome);
-                self.turn(joining.host, |engine, turn| engine.handle_joined(cause, outcome, turn));
-            }
+            self.join_over(attempt);
+        }
+    }
+
+    /// Tells the engine what has come of an attempt so far, and gives up what still runs.
+    pub(crate) fn join_over(&mut self, attempt: u64) {
+        let Some(joining) = self.joinings.remove(&attempt) else { return };
+        let of = |talk: &Talk| matches!(talk.purpose, Purpose::Join { attempt: of, .. } if of == attempt);
+        let mut running: Vec<u64> = self.talks.iter().filter(|(_, talk)| of(talk)).map(|(number, _)| *number).collect();
+        running.sort_unstable();
+        for number in running {
+            self.end_talk(number, Ending::Failed);
+        }
+        if self.boot_of(joining.host) == Some(joining.boot) {
+            let (cause, outcome) = (joining.cause, joining.outcome);
+            self.turn(joining.host, |engine, turn| engine.handle_joined(cause, outcome, turn));
         }
     }
 
@@ -286,10 +309,10 @@ impl World {
             let refusal = format!("the agent at {addr} is named {} too", self.hosts[host].name);
             return self.join_answered(attempt, addr, Err(refusal));
         }
-        self.connect(host, to, None);
+        let connection = self.connect(host, to, None);
         let boots = [boot, self.boot_of(to).unwrap()];
         let hello = Message::Request(Request::Hello(self.hosts[host].id().unwrap().clone()));
-        let purpose = Purpose::Join { attempt, addr };
+        let purpose = Purpose::Join { attempt, addr, connection };
         let stages = [Stage::Greeting, Stage::Asked];
         self.open_talk(Talk { hosts: [host, to], boots, stages, purpose, connection: None, stream: 0 }, hello);
     }
@@ -298,7 +321,16 @@ impl World {
         let Some(joining) = self.joinings.get_mut(&attempt) else { return };
         joining.running -= 1;
         match answer {
-            Ok(Attempt::Joined(welcomed)) => joining.outcome.joined.push(welcomed),
+            Ok(Attempt::Joined(welcomed)) => {
+                joining.outcome.joined.push(welcomed);
+                if joining.cause == JoinCause::Engine {
+                    match joining.outcome.joined.len() {
+                        1 => self.after(JOIN_GRACE, Event::JoinEnough { attempt }),
+                        JOIN_ENOUGH.. => return self.join_over(attempt),
+                        _ => {}
+                    }
+                }
+            }
             Ok(Attempt::Outdated(life)) => {
                 joining.outcome.outdated = joining.outcome.outdated.max(Some(life));
                 joining.outcome.failed.push((addr.to_string(), "a later life is remembered there".to_owned()));

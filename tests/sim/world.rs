@@ -70,6 +70,7 @@ pub(crate) enum Event {
     Frame { talk: u64, stream: u32, to: Side, bytes: Vec<u8> },
     StreamTimeout { talk: u64, stream: u32 },
     JoinDialled { attempt: u64, addr: SocketAddr, begun: Duration },
+    JoinEnough { attempt: u64 },
     Synced { host: usize, boot: u32, peers: Vec<StoredPeer> },
     TurnOver { host: usize, events: Vec<Event> },
 }
@@ -335,6 +336,13 @@ impl World {
             Event::Frame { talk, stream, to, bytes } => self.frame(talk, stream, to, bytes),
             Event::StreamTimeout { talk, stream } => self.stream_timeout(talk, stream),
             Event::JoinDialled { attempt, addr, begun } => self.join_dialled(attempt, addr, begun),
+            Event::JoinEnough { attempt } => {
+                let host = self.joiner(attempt).and_then(|host| self.hosts[host].process.as_mut());
+                match host.filter(|process| process.is_paused) {
+                    Some(process) => process.inbox.push_back(Event::JoinEnough { attempt }),
+                    None => self.join_over(attempt),
+                }
+            }
             Event::TurnOver { host, events } => self.turn_over(host, events),
             Event::Synced { host, boot, peers } => {
                 let machine = &mut self.hosts[host];
@@ -568,7 +576,8 @@ impl World {
         }
     }
 
-    /// Lets it go on. Its timers ran out long ago and act first: the worst order that a runtime may choose.
+    /// Lets it go on. Its timers ran out long ago and act first, or, with an odd seed, what lies in its sockets is read before:
+    /// both orders are ones that a runtime may choose.
     pub(crate) fn resume(&mut self, host: usize) {
         self.tell(format!("{} goes on", self.hosts[host].name));
         let now = self.now;
@@ -576,6 +585,15 @@ impl World {
         process.is_paused = false;
         process.healthy_since = now;
         let inbox = std::mem::take(&mut process.inbox);
+        if self.seed % 2 == 1 {
+            self.is_draining = true;
+            for event in inbox {
+                self.happen(event);
+            }
+            self.is_draining = false;
+            self.turn(host, Engine::handle_timeout);
+            return;
+        }
         self.turn(host, Engine::handle_timeout);
         for event in inbox {
             self.after(Duration::from_micros(200), event);

@@ -13,7 +13,7 @@ use crate::gossip::doubles::News;
 use crate::gossip::engine::Event;
 use crate::gossip::{MemberView, Members, NodeCertificates};
 use crate::hearsay::{Excerpt, Seldom};
-use crate::membership::MeshId;
+use crate::membership::{MeshId, Refused};
 use crate::model::{MemberStatus, NodeName, ServiceName, SpiffeId};
 use crate::pki::{facts_of, root_key_of};
 use crate::replica::{ApplyError, NodeState, Report};
@@ -38,15 +38,17 @@ pub(super) struct Told {
     services: Seldom,
     /// Connections of nodes that are this one.
     twins: Seldom,
+    /// Peers that go on sending packets that cannot be read.
+    pub(super) unreadable: Seldom,
     refused: Seldom,
     forks: Seldom,
 }
 
 impl Default for Told {
     fn default() -> Self {
-        let [outside, implausible, senders, services, twins] = std::array::from_fn(|_| Seldom::default());
+        let [outside, implausible, senders, services, twins, unreadable] = std::array::from_fn(|_| Seldom::default());
         let [refused, forks] = std::array::from_fn(|_| Seldom::new(FAULTS_TOLD_MAX));
-        Self { outside, implausible, senders, services, twins, refused, forks }
+        Self { outside, implausible, senders, services, twins, unreadable, refused, forks }
     }
 }
 
@@ -98,10 +100,14 @@ impl Actor {
             Event::Joined { in_vain, peers, failed } => log_joined(in_vain, &peers, &failed),
             Event::PacketRefused { from, reason } => {
                 self.metrics.refused.with_label_values(&[reason.to_string()]).inc();
-                if reason == crate::membership::Refused::Sender
-                    && let Some(left_out) = self.told.senders.due(clock::now())
-                {
-                    warn!(peer = %from, left_out, "peer speaks in another member's name; its connection is closed");
+                match reason {
+                    Refused::Sender => {
+                        if let Some(left_out) = self.told.senders.due(clock::now()) {
+                            warn!(peer = %from, left_out, "peer speaks in another member's name; its connection is closed");
+                        }
+                    }
+                    Refused::Malformed | Refused::TooLarge => self.unreadable(&from),
+                    Refused::OwnName | Refused::Full | Refused::Generation | Refused::Protocol => {}
                 }
             }
             Event::Published(Ok(())) => self.metrics.publishes.with_label_values(&["ok"]).inc(),
@@ -290,35 +296,13 @@ fn log_joined(in_vain: u32, peers: &[MeshId], failed: &[(String, String)]) {
 mod tests {
     use std::time::Duration;
 
-    use tokio::sync::{mpsc, watch};
+    use tokio::sync::watch;
 
     use super::*;
-    use crate::authz::Action;
-    use crate::catalogue::SnapshotReader;
-    use crate::gossip::actor::Rules;
-    use crate::gossip::exchange::Desks;
-    use crate::gossip::metrics::GossipMetrics;
-    use crate::gossip::policy::{self, Compiler};
-    use crate::gossip::tests::{params, records};
-    use crate::gossip::{LINKS_MAX, documents, shared};
-    use crate::metrics::Metrics;
-    use crate::policy::DocumentSet;
+    use crate::gossip::actor::fixture::Lone;
+    use crate::gossip::tests::records;
 
     const MS: Duration = Duration::from_millis(1);
-
-    /// An actor that nobody runs, and what it shows.
-    fn actor() -> (Actor, watch::Receiver<Arc<Members>>, SnapshotReader) {
-        let ca = crate::pki::ephemeral(&"test.example".parse().unwrap(), clock::wall()).unwrap();
-        let (params, _ends) = params(ca.issuer(), "own", 1, Vec::new(), LINKS_MAX);
-        let (views, metrics) = (documents::views(&DocumentSet::new(ca.issuer().bundle())), Metrics::new());
-        let compiled = Compiler::new(Action::Allow, &metrics).unwrap().compile(&views);
-        let rules = Rules {
-            policy: watch::channel(compiled).1,
-            upstreams: watch::channel(Arc::new(policy::upstreams(&views))).1,
-        };
-        let desks = Desks { documents: documents::queue().0, shared: shared::queue().0 };
-        Actor::new(params, mpsc::channel(1).1, desks, rules, GossipMetrics::new(&metrics).unwrap())
-    }
 
     /// Something of another node changes, at `now`; tells whether that is shown.
     fn other_changes(actor: &mut Actor, members: &mut watch::Receiver<Arc<Members>>, now: Instant) -> bool {
@@ -332,7 +316,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_others_change_is_shown_eight_times_as_it_comes_and_then_ten_times_a_second() {
-        let (mut actor, mut members, _catalogue) = actor();
+        let Lone { mut actor, mut members, .. } = Lone::new();
         assert_eq!(members.borrow_and_update().members.len(), 1, "what is known at the start is shown at once");
         let begun = clock::now() + Duration::from_mins(1);
         // One in 10 ms.
@@ -360,7 +344,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_this_node_does_is_shown_at_once_and_takes_along_what_waits() {
-        let (mut actor, mut members, catalogue) = actor();
+        let Lone { mut actor, mut members, catalogue, .. } = Lone::new();
         let now = clock::now() + Duration::from_mins(1);
         assert_eq!((0..100).take_while(|_| other_changes(&mut actor, &mut members, now)).count(), 8);
         assert!(actor.show_at().is_some_and(|at| at > now), "another's change waits");

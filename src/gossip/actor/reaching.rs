@@ -9,6 +9,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::{Actor, answer};
+use crate::gossip::links::Purpose;
 use crate::model::NodeName;
 
 /// Gets the connection, or why there is none.
@@ -27,7 +28,7 @@ impl Actor {
         let Some(id) = self.engine.membership().member(&peer).map(|member| member.id.clone()) else {
             return answer(reply, Err("it is no member any more".to_owned()));
         };
-        if !self.links.want(&id, now) {
+        if !self.links.want(&id, Purpose::Streams, now) {
             return answer(reply, Err("it was dialled in vain a moment ago".to_owned()));
         }
         self.reaching.0.retain(|_, waiting| {
@@ -36,6 +37,11 @@ impl Actor {
         });
         self.reaching.0.entry(peer).or_default().push(reply);
         self.dial_next();
+    }
+
+    /// Tells whether anybody waits for a connection to `peer`.
+    pub(super) fn is_reached_for(&self, peer: &NodeName) -> bool {
+        self.reaching.0.contains_key(peer)
     }
 
     /// Gives the connection that there is to those who wait for one to `peer`.

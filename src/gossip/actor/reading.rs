@@ -1,11 +1,17 @@
 //! What comes on a connection, and a packet that goes on a stream of its own.
 
-use quinn::Connection;
-use tokio::sync::mpsc;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures_util::FutureExt as _;
+use quinn::{Connection, ConnectionError};
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::task::JoinSet;
 use tracing::{debug, error};
 
 use super::Input;
+use super::share::{PLACES, Share};
+use crate::clock;
 use crate::gossip::exchange::{self, Desks, ExchangeError};
 use crate::gossip::metrics::GossipMetrics;
 use crate::membership::PACKET_BYTES_MAX;
@@ -23,54 +29,139 @@ pub(super) async fn send_on_stream(connection: &Connection, packet: &[u8]) -> Re
     Ok(())
 }
 
-/// Reads datagrams and streams of one connection until it ends.
-pub(super) async fn read_connection(
-    peer: NodeName,
-    connection: Connection,
-    inputs: mpsc::Sender<Input>,
-    desks: Desks,
-    metrics: GossipMetrics,
-) {
-    let mut streams = JoinSet::new();
-    loop {
-        let has_room = streams.len() < STREAMS_PER_PEER_MAX;
-        tokio::select! {
-            datagram = connection.read_datagram() => {
-                let Ok(packet) = datagram else { return };
-                if inputs.try_send(Input::Packet(peer.clone(), packet)).is_err() {
-                    metrics.dropped.with_label_values(&["queue_full"]).inc();
-                }
-            }
-            stream = connection.accept_uni(), if has_room => {
-                let Ok(stream) = stream else { return };
-                streams.spawn(read_packet(peer.clone(), stream, inputs.clone()));
-            }
-            stream = connection.accept_bi(), if has_room => {
-                let Ok(stream) = stream else { return };
-                let (peer, inputs, desks) = (peer.clone(), inputs.clone(), desks.clone());
-                streams.spawn(async move {
-                    if let Err(error) = exchange::serve(peer.clone(), stream, inputs, desks).await {
-                        debug!(%peer, error = error.explain(None), "exchange failed");
+/// What a reader of connections has.
+#[derive(Debug, Clone)]
+pub(super) struct Reader {
+    pub(super) share: Arc<Share>,
+    pub(super) inputs: mpsc::Sender<Input>,
+    pub(super) desks: Desks,
+    pub(super) metrics: GossipMetrics,
+}
+
+/// Reads datagrams and streams of one connection until it ends, as far as the peer's share goes; returns why it ended.
+pub(super) async fn read_connection(peer: NodeName, connection: Connection, reader: Reader) -> ConnectionError {
+    let reason = reader.read_until_end(&peer, &connection).await;
+    // What lies in its buffer came before: a goodbye may be among it.
+    while let Some(place) = reader.share.try_place()
+        && let Some(Ok(packet)) = connection.read_datagram().now_or_never()
+    {
+        reader.hand_over(&peer, packet, place);
+    }
+    reason
+}
+
+impl Reader {
+    async fn read_until_end(&self, peer: &NodeName, connection: &Connection) -> ConnectionError {
+        let mut streams = JoinSet::new();
+        let mut read = 0_usize;
+        loop {
+            let has_room = streams.len() < STREAMS_PER_PEER_MAX;
+            let datagram = async {
+                let place = self.share.ready().await;
+                (connection.read_datagram().await, place)
+            };
+            tokio::select! {
+                (datagram, place) = datagram => {
+                    match datagram {
+                        Ok(packet) => self.hand_over(peer, packet, place),
+                        Err(reason) => return reason,
                     }
-                });
-            }
-            Some(ended) = streams.join_next() => {
-                if let Err(error) = ended {
-                    error!(%peer, %error, "stream task failed");
+                    read += 1;
+                    if read.is_multiple_of(PLACES) {
+                        // A buffer full of them is there without waiting: others have their turn.
+                        tokio::task::yield_now().await;
+                    }
+                }
+                // It ends where there is no place for a datagram as well.
+                reason = connection.closed() => return reason,
+                stream = connection.accept_uni(), if has_room => {
+                    match stream {
+                        Ok(stream) => drop(streams.spawn(read_packet(peer.clone(), stream, self.clone()))),
+                        Err(reason) => return reason,
+                    }
+                }
+                stream = connection.accept_bi(), if has_room => {
+                    let stream = match stream {
+                        Ok(stream) => stream,
+                        Err(reason) => return reason,
+                    };
+                    let (peer, inputs, desks) = (peer.clone(), self.inputs.clone(), self.desks.clone());
+                    streams.spawn(async move {
+                        if let Err(error) = exchange::serve(peer.clone(), stream, inputs, desks).await {
+                            debug!(%peer, error = error.explain(None), "exchange failed");
+                        }
+                    });
+                }
+                Some(ended) = streams.join_next() => {
+                    if let Err(error) = ended {
+                        error!(%peer, %error, "stream task failed");
+                    }
                 }
             }
+        }
+    }
+
+    fn hand_over(&self, peer: &NodeName, packet: Bytes, place: OwnedSemaphorePermit) {
+        self.share.took(clock::now());
+        if self.inputs.try_send(Input::Packet { from: peer.clone(), packet, place }).is_err() {
+            self.metrics.dropped.with_label_values(&["queue_full"]).inc();
         }
     }
 }
 
 /// Reads one packet that did not fit a datagram.
-async fn read_packet(peer: NodeName, mut stream: quinn::RecvStream, inputs: mpsc::Sender<Input>) {
+async fn read_packet(from: NodeName, mut stream: quinn::RecvStream, reader: Reader) {
     let read = tokio::time::timeout(exchange::TIME_MAX, wire::read_frame(&mut stream, PACKET_BYTES_MAX));
     let input = match read.await {
-        Ok(Ok(packet)) => Input::Packet(peer, packet.into()),
-        Ok(Err(WireError::TooLarge { .. })) => Input::Unreadable("too_large"),
-        Ok(Err(_)) | Err(_) => Input::Unreadable("malformed"),
+        Ok(Ok(packet)) => {
+            let place = reader.share.ready().await;
+            reader.share.took(clock::now());
+            Input::Packet { from, packet: packet.into(), place }
+        }
+        Ok(Err(WireError::TooLarge { .. })) => Input::Unreadable { from, reason: "too_large" },
+        Ok(Err(_)) | Err(_) => Input::Unreadable { from, reason: "malformed" },
     };
     // The actor is gone only when the agent stops.
-    let _stopping = inputs.send(input).await;
+    let _stopping = reader.inputs.send(input).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gossip::actor::fixture::wait;
+    use crate::gossip::actor::share::Shares;
+    use crate::gossip::{documents, shared};
+    use crate::metrics::Metrics;
+    use crate::transport::fixture::pair;
+
+    #[tokio::test]
+    async fn a_peer_that_floods_fills_its_share_of_the_queue_and_another_s_packet_finds_its_place() {
+        let (flooding, quiet) = (pair().await, pair().await);
+        let [insider, other] = ["insider", "other"].map(|name| name.parse::<NodeName>().unwrap());
+        let (inputs, mut queue) = mpsc::channel(4 * PLACES);
+        let metrics = GossipMetrics::new(&Metrics::new()).unwrap();
+        let (mut shares, mut readers) = (Shares::default(), JoinSet::new());
+        for (peer, pair) in [(&insider, &flooding), (&insider, &flooding), (&other, &quiet)] {
+            let desks = Desks { documents: documents::queue().0, shared: shared::queue().0 };
+            let (share, inputs, metrics) = (shares.of(peer, clock::now()), inputs.clone(), metrics.clone());
+            let reader = Reader { share, inputs, desks, metrics };
+            readers.spawn(read_connection(peer.clone(), pair.listener.clone(), reader));
+        }
+        for _ in 0..2_000 {
+            flooding.dialer.send_datagram_wait(vec![1, 2].into()).await.unwrap();
+        }
+        let received = || flooding.listener.stats().frame_rx.datagram;
+        wait(|| queue.len() == PLACES && received() > 512).await;
+        quiet.dialer.send_datagram(vec![3].into()).unwrap();
+        wait(|| queue.len() > PLACES).await;
+        let waiting: Vec<Input> = std::iter::from_fn(|| queue.try_recv().ok()).collect();
+        let of = |peer: &NodeName| {
+            waiting.iter().filter(|input| matches!(input, Input::Packet { from, .. } if from == peer)).count()
+        };
+        assert_eq!((of(&insider), of(&other), waiting.len()), (PLACES, 1, PLACES + 1));
+        assert_eq!(metrics.dropped.with_label_values(&["queue_full"]).get(), 0);
+        // They are acted upon, and the next ones come.
+        drop(waiting);
+        wait(|| queue.len() == PLACES).await;
+    }
 }

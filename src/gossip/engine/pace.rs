@@ -31,6 +31,11 @@ impl Pace {
         true
     }
 
+    /// Tells whether all of the burst is there.
+    pub(in super::super) fn is_whole(&self, now: Instant) -> bool {
+        self.whole_at <= now
+    }
+
     /// When the next one may be done.
     pub(in super::super) fn next_at(&self) -> Instant {
         self.whole_at.checked_sub(self.slack).unwrap_or(self.whole_at)

@@ -59,8 +59,8 @@ impl Engine {
         self.settle(turn);
     }
 
-    /// Notes that the host of `peer` refuses its port, or reset a connection that was alive: failed at once, and the
-    /// others are told.
+    /// Notes that the host of `peer` refuses its port, or that it has forgotten a connection and does not answer: failed at
+    /// once, and the others are told.
     pub fn evidence_crashed(&mut self, peer: &NodeName, turn: &Turn<'_>) {
         self.core.evidence_crashed(peer, turn.now);
         self.settle(turn);

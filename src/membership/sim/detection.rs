@@ -2,6 +2,9 @@
 
 use super::*;
 
+/// How much later than it may a sentence comes, at most, where timers are served at once.
+const LATEST: Duration = Duration::from_millis(10);
+
 /// Returns how long it takes until everybody sees a crash, for several seeds, in order.
 fn crash_times(count: usize, seeds: std::ops::Range<u64>) -> Vec<Duration> {
     let mut times: Vec<Duration> = seeds
@@ -135,6 +138,49 @@ fn a_late_wake_up_postpones_sentences_by_the_lateness() {
     mesh.pass(5 * SECOND);
     let own = mesh.failures().filter(|(_, at, _, _)| *at == name(0)).count();
     assert_eq!(own, 0);
+}
+
+/// Two members accuse node 2, which has the cases against all looked at.
+fn accuse_another(core: &mut Core, now: Instant) {
+    for by in [3, 4] {
+        let accused = core.member(&name(2)).unwrap();
+        let (life, incarnation, accuser) = (accused.id.life, accused.incarnation, name(by));
+        let certainty = Certainty::Silent;
+        let word = Accusation { accused: name(2), life, incarnation, certainty, accuser, signature: Vec::new() };
+        core.handle_verified(signed(&name(by), Statement::Accuse(word)), Verdict::Holds, now);
+    }
+}
+
+#[test]
+fn a_stopped_node_doubts_itself_before_it_sentences_whatever_it_is_given_first() {
+    let firsts: [fn(&mut Core, Instant); 3] =
+        [accuse_another, |core, now| core.evidence_crashed(&name(2), now), Core::handle_timeout];
+    for (number, first) in firsts.into_iter().enumerate() {
+        let mut mesh = Mesh::joined(6, 5);
+        mesh.pass(2 * SECOND);
+        // It finds node 1 silent, and is stopped for 9 s before node 1 can refute that.
+        let (begun, core) = (mesh.now, mesh.at(0));
+        let incarnation = core.living(&name(1)).unwrap();
+        core.accuse(&name(1), incarnation, Certainty::Silent, begun);
+        let before = core.stats();
+        let now = begun + 9 * SECOND;
+        first(core, now);
+        assert_eq!(core.stats().late_wakeups, before.late_wakeups + 1, "{number}");
+        let status = |core: &Core| core.member(&name(1)).map(|member| member.status);
+        assert_eq!(status(core), Some(MemberStatus::Alive), "{number}: its refutation is the next packet");
+        // What it slept counts once.
+        let health = core.stats().local_health;
+        core.handle_timeout(now);
+        assert_eq!(core.stats().late_wakeups, before.late_wakeups + 1, "{number}");
+        assert_eq!((status(core), core.stats().local_health), (Some(MemberStatus::Alive), health), "{number}");
+        // Who stays silent is sentenced after the time that it has in any case.
+        let due = now + Profile::default().bounds(6).max + LATEST;
+        while core.poll_timeout() <= due {
+            core.handle_timeout(core.poll_timeout());
+            while core.poll_output().is_some() {}
+        }
+        assert_eq!(status(core), Some(MemberStatus::Failed), "{number}");
+    }
 }
 
 #[test]
