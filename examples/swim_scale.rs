@@ -1,12 +1,16 @@
 //! Meshes of thousands of agents in one process, in virtual time: how fast news travels and what it costs.
 //!
 //! ```text
-//! cargo run --release --example swim_scale -- --nodes 1000 --svg plot.svg
+//! cargo run --release --example swim_scale -- --nodes 10000                 a table, and a plot: swim_scale.svg
 //! cargo run --release --example swim_scale -- --nodes 50 --seeds 20 --loss 0.1
 //! cargo run --release --example swim_scale -- --scenario lives --nodes 12 --seeds 1000
 //! cargo run --release --example swim_scale -- --scenario crowd --nodes 100 --seeds 5
 //! cargo run --release --example swim_scale -- --figures
+//! cargo run --release --example swim_scale -- --figures idle-1000 --packet-us 60
 //! ```
+//!
+//! From 3,000 agents on each has a partial view (`--view`): it knows 300 random others, its neighbours on the ring and a few
+//! that all know, whose ends and registrations are followed; replicas stay small. A real agent knows everybody and holds all.
 //!
 //! The engine is the one that ships (`weft::gossip::engine`); connections, streams, disks and clocks are simulated
 //! (tests/sim). A failure prints its seed, and `--seed` repeats it alone.
@@ -84,9 +88,14 @@ struct Args {
     /// What a handshake takes, in microseconds.
     #[arg(long, default_value_t = 2800)]
     handshake_us: u64,
-    /// Writes a plot of detection and dissemination to this file.
+    /// Where the plot of detection, dissemination and bytes per node goes (scenarios scale and full).
+    #[arg(long, default_value = "swim_scale.svg")]
+    svg: std::path::PathBuf,
+    /// What a UDP datagram costs a real agent beside its engine, sent and received, in microseconds: for the CPU of --figures
+    /// idle and idle-1000. Measure it with 20 agents: (CPU per agent less that of the engine) / datagrams sent per second
+    /// (tests/bench/gossip/run.sh --only idle 20; --figures idle).
     #[arg(long)]
-    svg: Option<std::path::PathBuf>,
+    packet_us: Option<u64>,
     /// Measures the figures that the mesh must reach: all, or one group (kill, register-1000, idle ...).
     #[arg(long, num_args = 0..=1, default_missing_value = "all")]
     figures: Option<String>,
@@ -95,7 +104,7 @@ struct Args {
 fn main() -> ExitCode {
     let args = Args::parse();
     if let Some(group) = &args.figures {
-        return measure_figures(group);
+        return measure_figures(group, args.packet_us.map(Duration::from_micros));
     }
     if args.scenario == Scenario::Lives {
         return lives(&args);
@@ -104,23 +113,52 @@ fn main() -> ExitCode {
         crowd(&args);
         return ExitCode::SUCCESS;
     }
-    let (detection, dissemination) = scale(&args);
-    if let Some(path) = &args.svg {
-        let title = format!("weft, {} simulated agents, {} % loss", args.nodes, args.loss * 100.0);
-        let plot = svg::plot(
-            &title,
-            &[("crash: unrouted".to_owned(), detection), ("registration: held".to_owned(), dissemination)],
-        );
-        if let Err(error) = std::fs::write(path, plot) {
-            eprintln!("cannot write {}: {error}", path.display());
-            return ExitCode::FAILURE;
-        }
+    let Scaled { detection, dissemination, wire_bytes } = scale(&args);
+    let title = format!("weft, {} simulated agents, {} % loss", args.nodes, args.loss * 100.0);
+    let series = [("crash: unrouted".to_owned(), detection), ("registration: held".to_owned(), dissemination)];
+    let idle = svg::Bar { name: "idle: B/s per node".to_owned(), value: wire_bytes, bound: 1000.0 };
+    let how = args.how();
+    if !how.is_empty() {
+        println!("{how}");
     }
+    let plot = svg::plot(&title, &series, &[idle], &[how.as_str()]);
+    if let Err(error) = std::fs::write(&args.svg, plot) {
+        eprintln!("cannot write {}: {error}; name another file with --svg", args.svg.display());
+        return ExitCode::FAILURE;
+    }
+    println!("plot: {}", args.svg.display());
     ExitCode::SUCCESS
 }
 
-fn scale(args: &Args) -> (Times, Times) {
-    let (mut detection, mut dissemination) = (Times::default(), Times::default());
+impl Args {
+    /// The members that each agent knows beside those that all know; none: everybody.
+    fn view(&self) -> Option<usize> {
+        self.view.or((self.nodes >= 3000).then_some(300)).filter(|view| *view < self.nodes)
+    }
+
+    /// How the mesh differs from a real one, for people; empty if it does not.
+    fn how(&self) -> String {
+        let view = self.view().map_or("everybody is known to all".to_owned(), |view| {
+            format!("partial view: each knows {view} random others, its neighbours and 32 with their watchers, whose ends are measured")
+        });
+        if self.scenario == Scenario::Full {
+            String::new()
+        } else {
+            format!("{view}; replicas small (one node's records)")
+        }
+    }
+}
+
+/// What was measured: all kills and registrations, and what a node sends at rest, the mean of all seeds.
+#[derive(Default)]
+struct Scaled {
+    detection: Times,
+    dissemination: Times,
+    wire_bytes: f64,
+}
+
+fn scale(args: &Args) -> Scaled {
+    let mut all = Scaled::default();
     let mut rows = vec![
         ["seed", "nodes", "crash: p50", "p99", "registration: p50", "p99", "B/s per node", "dials/s"]
             .map(str::to_owned)
@@ -130,8 +168,7 @@ fn scale(args: &Args) -> (Times, Times) {
         let mut world = match args.scenario {
             Scenario::Full => scenarios::mesh(args.nodes, 1, seed, Settings::default()),
             Scenario::Scale | Scenario::Lives | Scenario::Crowd => {
-                let view = args.view.or((args.nodes >= 3000).then_some(300));
-                World::preloaded(args.nodes, view, seed, Settings::default())
+                World::preloaded(args.nodes, args.view(), seed, Settings::default())
             }
         };
         world.net.loss = args.loss;
@@ -154,12 +191,13 @@ fn scale(args: &Args) -> (Times, Times) {
             format!("{wire_bytes:.0}"),
             format!("{dials:.3}"),
         ]);
-        detection.add(kills);
-        dissemination.add(news);
+        all.detection.add(kills);
+        all.dissemination.add(news);
+        all.wire_bytes += wire_bytes / args.seeds as f64;
         eprintln!("seed {seed}: {} events", world.steps);
     }
     print!("{}", stats::table(&rows));
-    (detection, dissemination)
+    all
 }
 
 fn crowd(args: &Args) {
@@ -195,7 +233,7 @@ fn lives(args: &Args) -> ExitCode {
     if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-fn measure_figures(group: &str) -> ExitCode {
+fn measure_figures(group: &str, packet_cost: Option<Duration>) -> ExitCode {
     let chosen: Vec<figures::Group> =
         figures::GROUPS.into_iter().filter(|(name, _)| group == "all" || *name == group).collect();
     if chosen.is_empty() {
@@ -205,7 +243,7 @@ fn measure_figures(group: &str) -> ExitCode {
     }
     let mut rows = vec![["figure", "must reach", "measured", ""].map(str::to_owned).to_vec()];
     for (_, measure) in chosen {
-        measure(&Settings::default(), &mut |figure| {
+        measure(&Settings { packet_cost, ..Settings::default() }, &mut |figure| {
             // One line as soon as it is known; the table at the end.
             eprintln!("{}", figure.cells().join(" | "));
             rows.push(figure.cells());

@@ -116,6 +116,10 @@ impl Membership for FakeMembers {
     fn certificates(&self) -> BoxFuture<'_, Result<Vec<NodeCertificates>, GossipError>> {
         Box::pin(async { Ok(Vec::new()) })
     }
+
+    fn records_hash(&self) -> BoxFuture<'_, Result<u64, GossipError>> {
+        Box::pin(async { Ok(0xab) })
+    }
 }
 
 /// What all agents share, on this one alone: a key-value store of 1 MiB and the events.

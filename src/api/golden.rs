@@ -136,7 +136,7 @@ async fn mesh_info_tells_what_weft_info_prints() {
         "Certificates": {"NodeEnds": "2023-11-14T22:13:20Z", "IntermediateEnds": "2023-11-21T22:13:20Z"},
         "MeshAddress": "10.0.0.1:8301", "Workers": 2,
         "UpstreamListeners": [{"Bind": "127.0.0.1:9191", "Destination": "db", "State": "listening"}],
-        "Members": {"Alive": 2, "Known": 3}, "Isolated": false, "Clock": null,
+        "Members": {"Alive": 2, "Known": 3}, "Isolated": false, "RecordsHash": "00000000000000ab", "Clock": null,
         "Policy": {"Intentions": 0, "Default": "allow", "Quarantined": [], "Forks": 0, "SignsForClients": false}});
     assert_eq!(Bench::new().get("/v1/mesh/info").await.json(), want);
 }

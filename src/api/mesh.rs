@@ -26,6 +26,8 @@ pub(super) async fn info(call: Call) -> Result<Reply, Refusal> {
         |skew| json!({"SkewSeconds": skew.median_seconds, "LargestSeconds": skew.max_seconds, "Peers": skew.peers}),
     );
     let policy = Arc::clone(&shared.snapshot.load().policy);
+    // None while the agent stops.
+    let records = shared.membership.records_hash().await.ok().map(|hash| format!("{hash:016x}"));
     let forks = shared.membership.documents().documents.iter().filter(|view| view.is_forked).count();
     let info = json!({
         "Node": shared.node.name,
@@ -44,6 +46,7 @@ pub(super) async fn info(call: Call) -> Result<Reply, Refusal> {
         "UpstreamListeners": listeners.collect::<Vec<Value>>(),
         "Members": {"Alive": alive, "Known": members.members.len()},
         "Isolated": members.isolated,
+        "RecordsHash": records,
         "Clock": clock,
         "Policy": {
             "Intentions": policy.guards().len(),

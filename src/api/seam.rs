@@ -126,6 +126,8 @@ pub(super) trait Membership: Send + Sync {
     ) -> BoxFuture<'_, Result<Option<BTreeMap<NodeName, Duration>>, GossipError>>;
     /// The certificates under which nodes publish.
     fn certificates(&self) -> BoxFuture<'_, Result<Vec<NodeCertificates>, GossipError>>;
+    /// The hash of all records that are held here.
+    fn records_hash(&self) -> BoxFuture<'_, Result<u64, GossipError>>;
 }
 
 impl Membership for GossipHandle {
@@ -163,5 +165,9 @@ impl Membership for GossipHandle {
 
     fn certificates(&self) -> BoxFuture<'_, Result<Vec<NodeCertificates>, GossipError>> {
         Box::pin(GossipHandle::certificates(self))
+    }
+
+    fn records_hash(&self) -> BoxFuture<'_, Result<u64, GossipError>> {
+        Box::pin(GossipHandle::records_hash(self))
     }
 }

@@ -462,6 +462,7 @@ impl Actor {
             Command::Link(peer, reply) => answer(reply, self.links.open(&peer).cloned()),
             Command::RoundTrips(reply) => answer(reply, self.round_trips(now)),
             Command::Certificates(reply) => answer(reply, self.certificates()),
+            Command::RecordsHash(reply) => answer(reply, self.engine.replica().set_hash()),
             Command::Reach(peer, reply) => self.reach(peer, reply, now),
         }
     }

@@ -275,6 +275,8 @@ enum Command {
     RoundTrips(oneshot::Sender<BTreeMap<NodeName, Duration>>),
     /// Asks for the certificates under which nodes publish.
     Certificates(oneshot::Sender<Vec<NodeCertificates>>),
+    /// Asks for the hash of all records.
+    RecordsHash(oneshot::Sender<u64>),
     /// Asks for a connection to a peer, which is dialled if there is none.
     Reach(NodeName, actor::ReachReply),
 }
@@ -370,6 +372,16 @@ impl GossipHandle {
     /// Cancelling forgets the answer.
     pub async fn certificates(&self) -> Result<Vec<NodeCertificates>, GossipError> {
         self.order(Command::Certificates).await
+    }
+
+    /// The hash of all records that are held here: two agents with equal hashes hold the same.
+    ///
+    /// # Errors
+    /// [`GossipError::Closed`].
+    /// # Cancel safety
+    /// Cancelling forgets the answer.
+    pub async fn records_hash(&self) -> Result<u64, GossipError> {
+        self.order(Command::RecordsHash).await
     }
 
     /// The members.

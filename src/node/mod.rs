@@ -1,7 +1,7 @@
 //! The composition root: builds one agent from a [`Config`], starts its parts in order, stops them in order.
 //!
 //! ```text
-//!   store -> mesh port -> identity (stored | issuer | token) -> generation -> registry -> gossip -> proxy -> dns -> api -> ready
+//!   store -> mesh port -> wall time of the last run -> identity (stored | issuer | token) -> generation -> registry -> gossip -> proxy -> dns -> api -> ready
 //!   stop:  leave -> drain the proxy -> api, dns, gossip, registry -> close QUIC -> join the tasks
 //! ```
 //!
@@ -14,6 +14,7 @@ mod gateways;
 mod glue;
 mod host;
 mod identity;
+mod kept_clock;
 mod reload;
 
 use std::collections::BTreeMap;
@@ -309,6 +310,8 @@ impl Node {
         (store, operator): (Store, Option<Arc<DocumentKey>>),
     ) -> Result<Vec<SocketAddr>, NodeError> {
         self.start_workload_api(config, metrics)?;
+        let clock = kept_clock::keep(store.clone(), self.gossip.clone(), self.stop.clone());
+        self.tasks.spawn("kept_clock", clock);
         let own_ip = config.mesh_bind.ip();
         let telling = gateways::tell(self.registry.clone(), self.snapshot.clone(), proxy.listeners(), own_ip);
         self.tasks.spawn("gateways", until(self.stop.clone(), telling));
@@ -549,13 +552,14 @@ fn announce(config: &Config) {
     info!(?config, "effective configuration");
 }
 
-/// Opens the store, which must be this node's.
+/// Opens the store, which must be this node's, and takes up the wall time that stands beside it.
 fn open_store(config: &Config) -> Result<Store, NodeError> {
     let store = match &config.storage {
         Storage::Memory => Store::in_memory()?,
         Storage::Directory(dir) => Store::open(dir)?,
     };
     claim_name(&store, &config.node_name)?;
+    kept_clock::take_up(&store);
     Ok(store)
 }
 

@@ -5,6 +5,8 @@
 //!   services, checks, check statuses, nodes without an agent, token uses, documents -> a table each
 //!                                                    all of it wire::encode'd
 //!   records that all agents share -> `shared`, bytes as `gossip::shared` writes them
+//!
+//!   wall time of the last run -> the file `clock` beside it (`wall`): the one thing that is not fsynced
 //! ```
 //!
 //! Invariants: a write is on disk (fsync) when its call returns, whole or not at all; the file is readable by its
@@ -16,6 +18,7 @@
 
 mod error;
 mod tokens;
+mod wall;
 
 use std::fmt;
 use std::fs::{DirBuilder, File, OpenOptions, Permissions};
@@ -35,6 +38,7 @@ use tracing::warn;
 
 pub use self::error::StoreError;
 pub use self::tokens::TokenCount;
+pub use self::wall::CLOCK_FILE;
 use crate::clock;
 use crate::model::{CheckId, HealthStatus, InstanceId, NodeName};
 use crate::registry::{CheckDefinition, ExternalNode, ServiceDefinition};

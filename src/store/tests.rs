@@ -51,6 +51,28 @@ fn what_is_kept_survives_a_restart() {
 }
 
 #[test]
+fn the_wall_time_is_kept_in_a_file_that_may_be_removed_or_spoilt() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    assert_eq!(store.kept_wall(), None);
+    for seconds in [1_800_000_000, 5] {
+        store.keep_wall(UnixSeconds(seconds)).unwrap();
+        assert_eq!(store.kept_wall(), Some(UnixSeconds(seconds)), "what was kept last, not what is greatest");
+    }
+    let file = dir.path().join(CLOCK_FILE);
+    assert_eq!(store.clock_file(), Some(file.clone()));
+    for spoilt in ["", "soon", "-1", "5 6", &"9".repeat(40)] {
+        std::fs::write(&file, spoilt).unwrap();
+        assert_eq!(store.kept_wall(), None, "{spoilt}");
+    }
+    std::fs::remove_file(&file).unwrap();
+    assert_eq!(store.kept_wall(), None);
+    let memory = Store::in_memory().unwrap();
+    memory.keep_wall(UnixSeconds(5)).unwrap();
+    assert_eq!((memory.clock_file(), memory.kept_wall()), (None, None));
+}
+
+#[test]
 fn the_file_and_its_directory_are_the_owners_alone() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("data");

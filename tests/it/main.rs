@@ -42,6 +42,7 @@ mod netns_external;
 mod netns_faults;
 mod netns_gateway;
 mod netns_identity;
+mod netns_names;
 mod netns_near;
 mod netns_policy;
 mod netns_shared;

@@ -171,8 +171,8 @@ fn scenario_05_a_disk_that_lost_its_generation_comes_back_above_it_without_a_sto
 fn scenario_06_a_stopped_node_is_unrouted_and_back_at_once_and_nobody_else_flaps() {
     seeds(5, |seed| {
         let (gone, back, flapped) = figures::sigstop(20, seed, &Settings::default());
-        assert!(gone <= Duration::from_millis(3500), "unrouted after {gone:?}");
-        assert!(back <= Duration::from_millis(1500), "back after {back:?}");
+        assert!(gone <= 3 * SECOND, "unrouted after {gone:?}");
+        assert!(back <= SECOND, "back after {back:?}");
         assert_eq!(flapped, 0);
     });
 }
@@ -181,7 +181,7 @@ fn scenario_06_a_stopped_node_is_unrouted_and_back_at_once_and_nobody_else_flaps
 fn scenario_07_two_halves_go_on_and_are_equal_soon_after_the_network_heals() {
     seeds(4, |seed| {
         let (healed, flaps) = figures::split(20, seed, &Settings::default());
-        assert!(healed <= 8 * SECOND, "{healed:?}");
+        assert!(healed <= 5 * SECOND, "{healed:?}");
         assert_eq!(flaps, 0);
     });
 }
@@ -480,4 +480,15 @@ fn a_registration_and_a_kill_are_known_everywhere_in_time() {
         let times = scenarios::kill(&mut world);
         assert!(times.max() <= 4 * SECOND, "{times:?}");
     });
+}
+
+#[test]
+fn in_a_partial_view_a_crash_of_one_that_all_know_is_seen_in_time() {
+    // Some 30 % of the hosts would know its watchers by chance.
+    let mut world = World::preloaded(300, Some(10), 1, Settings::default());
+    world.run(5 * SECOND);
+    let mut times = Times::default();
+    (0..3).for_each(|_| times.add(scenarios::kill(&mut world)));
+    println!("300 agents, partial view: p50 {:?}, max {:?}", times.percentile(50.0), times.max());
+    assert!(times.max() <= 5 * SECOND, "{times:?}");
 }

@@ -448,6 +448,7 @@ fn classes(world: &World, time: Duration, (acks, dials): (f64, f64)) -> String {
 }
 
 fn idle_figure(world: &mut World, instances: usize, time: Duration, report: &mut dyn FnMut(Figure)) {
+    world.worked = Some(Duration::ZERO);
     let Idle { wire_bytes, packets, packet_bytes, stream_packets, stream_bytes, acks, dials } = idle(world, time);
     let measured = format!(
         "{wire_bytes:.0} B/s ({packets:.2} packets of {:.0} B, {stream_packets:.2} of streams with {:.0} B, {acks:.2} acks, {dials:.4} dials, per s)",
@@ -457,6 +458,30 @@ fn idle_figure(world: &mut World, instances: usize, time: Duration, report: &mut
     eprintln!("{}", classes(world, time, (acks, dials)));
     let name = format!("idle, N={}, {instances} instances", world.hosts.len());
     report(Figure::new(name, "1,000 B/s", measured, wire_bytes <= 1000.0));
+    let worked = world.worked.take().unwrap_or_default();
+    idle_cpu_figures(world, worked.as_secs_f64() / time.as_secs_f64(), packets + stream_packets + acks, report);
+}
+
+/// What of a core an idle agent takes: the engine's part as all engines together took it (`all`, in cores), and, where what a
+/// datagram costs was given, the whole by the `datagrams` that each sends a second. Each of them is received by another.
+///
+/// The engine runs here among a thousand others, in caches that are never warm. The rest, QUIC and the kernel, is
+/// extrapolated: it is not simulated.
+fn idle_cpu_figures(world: &World, all: f64, datagrams: f64, report: &mut dyn FnMut(Figure)) {
+    let count = world.hosts.len();
+    let must = if count <= 20 { 0.1 } else { 1.0 };
+    let engine = 100.0 * all / count as f64;
+    let mut row = |name: &str, percent: f64, how: &str| {
+        let measured = format!("{percent:.3} % of a core{how}");
+        report(Figure::new(name, format!("{must} %"), measured, percent <= must));
+    };
+    let by_itself = format!(" (and {datagrams:.2} datagrams/s, whose QUIC is not in it)");
+    row("  CPU, the engine alone", engine, &by_itself);
+    if let Some(cost) = world.settings.packet_cost {
+        let percent = engine + 100.0 * datagrams * cost.as_secs_f64();
+        let how = format!(" (extrapolated: {datagrams:.2} datagrams/s at {} us each)", cost.as_micros());
+        row("  CPU, QUIC and the kernel included", percent, &how);
+    }
 }
 
 /// No bound is asked for: these are what changes of the gossip are held against.

@@ -1,5 +1,5 @@
-//! The QUIC connections between simulated agents: what `gossip::links` does, with the handshake as a delay, but for the
-//! bound on dials at once and what concerns dials of both sides.
+//! The QUIC connections between simulated agents: what `gossip::links` does, with the handshake as a delay, but for what
+//! stands in [`super`]: dials at once, dials of both sides, which connection of several is taken.
 //!
 //! A handshake takes a round trip, a lost flight a second more (QUIC's first probe time-out); to an unreachable peer the
 //! first flight is repeated until the time limit. Idle connections end after 10 min. A packet on a connection that the peer has lost is answered by a

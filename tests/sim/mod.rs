@@ -16,7 +16,10 @@
 //!   clocks.
 //! - A failure prints its seed and the last events.
 //!
-//! Not here: signatures (a cheap stand-in signs; the real ones are tested in `pki`), the data plane, the registry.
+//! Not here: signatures (a cheap stand-in signs; the real ones are tested in `pki`), the data plane, the registry. Of
+//! `gossip::links`: the bound on dials at once and their order (`DIALS_MAX`: here every dial that is wanted begins at once, so
+//! that a start of many is easier here than it is), that of two agents which dial each other one gives up, and that among several
+//! connections to a member the one to the address where it lives is taken (here the newest is).
 
 #![allow(
     dead_code,

@@ -11,6 +11,9 @@ use super::world::{Settings, World};
 
 /// Hosts that everybody knows: those whose ends are watched and whose registrations are followed.
 const COMMON: usize = 32;
+/// Those before each of them on the ring, whom everybody knows as well: they watch it and say when it is gone, and nobody
+/// takes the word of an accuser that it does not know (`membership::inbound`). As `membership::ring`.
+const WATCHERS: usize = 2;
 /// Neighbours on the ring of watchers that a partial view holds, on each side.
 const NEIGHBOURS: usize = 4;
 
@@ -26,8 +29,11 @@ impl World {
     /// Makes `count` hosts that know each other, without the hours of a real start. Replicas hold the own records and
     /// those of the first host, whose registrations can be followed.
     ///
-    /// With a `view`, each knows its neighbours on the ring, [`COMMON`] hosts that all know, and so many random others: at
-    /// 10,000 hosts the members alone would be 10^8 entries. Probes and gossip go to random members either way.
+    /// With a `view`, each knows its neighbours on the ring, [`COMMON`] hosts that all know with the [`WATCHERS`] of each, and so
+    /// many random others: at 10,000 hosts the members alone would be 10^8 entries. An agent has no such view: it knows
+    /// everybody. Probes and gossip go to random members either way. What of an accusation depends on knowing the accuser is
+    /// true to life for the common hosts alone, so only their ends are measured; the second looks of others than the watchers
+    /// (`membership::detect`) are lost on who does not know them, which makes the mesh here a little slower, never faster.
     pub(crate) fn preloaded(count: usize, view: Option<usize>, seed: u64, settings: Settings) -> Self {
         let mut world = Self::new(seed, Settings { has_syncs: false, ..settings });
         world.add_hosts(count);
@@ -40,6 +46,11 @@ impl World {
         ring.sort_by_key(|host| place(&world, *host));
         let mut at_ring = vec![0; count];
         ring.iter().enumerate().for_each(|(at, host)| at_ring[*host] = at);
+        let before = |host: usize, step: usize| ring[(at_ring[host] + count - step) % count];
+        let common: BTreeSet<usize> = (0..COMMON.min(count))
+            .flat_map(|host| (0..=WATCHERS.min(count - 1)).map(move |step| (host, step)))
+            .map(|(host, step)| before(host, step))
+            .collect();
         let name = world.hosts[0].name.clone();
         let ask = Message::Request(Request::Pull(vec![Digest::none(name.clone())]));
         let whole = world.turn(0, |engine, turn| engine.handle_message(&name, Stage::Asked, ask, turn));
@@ -50,7 +61,7 @@ impl World {
                 Some(view) => {
                     let near =
                         (0..=2 * NEIGHBOURS).map(|step| ring[(at_ring[host] + count + step - NEIGHBOURS) % count]);
-                    let mut known: BTreeSet<usize> = near.chain(0..COMMON.min(count)).collect();
+                    let mut known: BTreeSet<usize> = near.chain(common.iter().copied()).collect();
                     known.extend((0..view).map(|_| world.rng.random_range(0..count)));
                     known
                 }

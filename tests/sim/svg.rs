@@ -1,4 +1,4 @@
-//! One plot by hand: which part of the nodes had it by when.
+//! One plot by hand: which part of the nodes had it by when, and what each sends at rest.
 
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -8,17 +8,29 @@ use super::stats::Times;
 const WIDTH: f64 = 720.0;
 const HEIGHT: f64 = 360.0;
 const MARGIN: f64 = 48.0;
+/// Height of a bar or a note below the plot.
+const LINE: f64 = 22.0;
 const COLOURS: [&str; 6] = ["#1b6ca8", "#c8553d", "#3a7d44", "#8a4fff", "#b8860b", "#444444"];
 
-/// Draws one line per series: the part of the nodes (0 to 1) over time.
-pub(crate) fn plot(title: &str, series: &[(String, Times)]) -> String {
+/// A quantity per node beside its bound, drawn as a bar.
+#[derive(Debug, Clone)]
+pub(crate) struct Bar {
+    /// What it is, with its unit.
+    pub(crate) name: String,
+    pub(crate) value: f64,
+    pub(crate) bound: f64,
+}
+
+/// Draws one line per series, the part of the nodes (0 to 1) over time, the bars below, and `notes` under them.
+pub(crate) fn plot(title: &str, series: &[(String, Times)], bars: &[Bar], notes: &[&str]) -> String {
     let end = series.iter().map(|(_, times)| times.max()).max().unwrap_or_default().max(Duration::from_millis(1));
     let (inner_width, inner_height) = (WIDTH - 2.0 * MARGIN, HEIGHT - 2.0 * MARGIN);
     let x = |time: Duration| MARGIN + inner_width * time.as_secs_f64() / end.as_secs_f64();
     let y = |part: f64| HEIGHT - MARGIN - inner_height * part;
+    let whole_height = HEIGHT + LINE * (bars.len() + notes.len()) as f64;
     let mut svg = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" font-family=\"sans-serif\" font-size=\"12\">\n\
-         <rect width=\"{WIDTH}\" height=\"{HEIGHT}\" fill=\"white\"/>\n\
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {whole_height}\" font-family=\"sans-serif\" font-size=\"12\">\n\
+         <rect width=\"{WIDTH}\" height=\"{whole_height}\" fill=\"white\"/>\n\
          <text x=\"{MARGIN}\" y=\"24\" font-size=\"15\">{title}</text>\n"
     );
     for tick in 0..=4 {
@@ -58,6 +70,33 @@ pub(crate) fn plot(title: &str, series: &[(String, Times)]) -> String {
             WIDTH - MARGIN
         );
     }
+    for (at, bar) in bars.iter().enumerate() {
+        draw(&mut svg, bar, HEIGHT + LINE * at as f64);
+    }
+    for (at, note) in notes.iter().enumerate() {
+        let y = HEIGHT + LINE * (bars.len() + at) as f64 + 4.0;
+        let _infallible = writeln!(svg, "<text x=\"{MARGIN}\" y=\"{y:.1}\" fill=\"#555555\">{note}</text>");
+    }
     svg.push_str("</svg>\n");
     svg
+}
+
+/// Draws a bar in the line at `y`: the right half is as wide as 1.25 times the bound, which is marked.
+fn draw(svg: &mut String, bar: &Bar, y: f64) {
+    let (left, width) = (WIDTH / 2.0, WIDTH / 2.0 - MARGIN);
+    let x = |value: f64| width * (value / (1.25 * bar.bound)).clamp(0.0, 1.0);
+    let (top, mark) = (y - 8.0, left + x(bar.bound));
+    let _infallible = write!(
+        svg,
+        "<text x=\"{MARGIN}\" y=\"{text:.1}\">{name}: {value:.0} (at most {bound:.0})</text>\n\
+         <rect x=\"{left}\" y=\"{top:.1}\" width=\"{filled:.1}\" height=\"14\" fill=\"{colour}\"/>\n\
+         <line x1=\"{mark:.1}\" x2=\"{mark:.1}\" y1=\"{top:.1}\" y2=\"{bottom:.1}\" stroke=\"#222222\" stroke-width=\"2\"/>\n",
+        text = y + 4.0,
+        name = bar.name,
+        value = bar.value,
+        bound = bar.bound,
+        filled = x(bar.value),
+        colour = COLOURS[2],
+        bottom = top + 14.0,
+    );
 }

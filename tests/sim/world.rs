@@ -44,6 +44,9 @@ pub(crate) struct Settings {
     pub(crate) events_kept: usize,
     /// The machine that all hosts are on; none: each has all the time that it needs.
     pub(crate) machine: Option<Machine>,
+    /// What a UDP datagram costs a real agent beside its engine, sent and received: QUIC and the kernel. It goes into the
+    /// figures of an idle agent's CPU, nowhere else.
+    pub(crate) packet_cost: Option<Duration>,
 }
 
 impl Default for Settings {
@@ -56,6 +59,7 @@ impl Default for Settings {
             chain_bytes: CHAIN_BYTES,
             events_kept: 80,
             machine: None,
+            packet_cost: None,
         }
     }
 }
@@ -135,6 +139,8 @@ pub(crate) struct World {
     pub(crate) exchanges_begun: u64,
     /// Where somebody wants to know: UDP datagrams and bytes of ours by what they were for.
     pub(crate) classes: Option<BTreeMap<&'static str, [u64; 2]>>,
+    /// Where somebody wants to know: how long all engines together have worked, by the clock of this thread.
+    pub(crate) worked: Option<Duration>,
     pub(crate) dropped: u64,
     /// Events that were carried out.
     pub(crate) steps: u64,
@@ -186,6 +192,7 @@ impl World {
             talk_number: 0,
             exchanges_begun: 0,
             classes: None,
+            worked: None,
             dropped: 0,
             steps: 0,
             seen: Vec::new(),
@@ -387,10 +394,14 @@ impl World {
         let verifier = Verifier { wall };
         let turn = Turn { now: self.base + self.now, wall, signer: &signer, verifier: &verifier };
         let engine = &mut machine.process.as_mut()?.engine;
+        let begun = self.worked.map(|_| weft::clock::thread_time());
         let result = act(engine, &turn);
         // As the agent: what is due runs after every event, once what has arrived is handed over.
         if !self.is_draining && engine.poll_timeout() <= turn.now {
             engine.handle_timeout(&turn);
+        }
+        if let (Some(worked), Some(begun)) = (&mut self.worked, begun) {
+            *worked += weft::clock::thread_time().saturating_sub(begun);
         }
         self.carry_out(host);
         Some(result)

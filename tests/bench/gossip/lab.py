@@ -70,6 +70,24 @@ class Lab:
         """From here on nothing reaches the host and nobody is told so."""
         sh("ip", "route", "replace", "blackhole", f"{address(at)}/32")
 
+    def split(self, left, right):
+        """Nothing passes between the two, both ways; this process still reaches all, as what it sends is not forwarded."""
+        self.forward("split", *(
+            f"ip saddr {{ {', '.join(map(address, a))} }} ip daddr {{ {', '.join(map(address, b))} }} drop"
+            for a, b in ((left, right), (right, left))))
+
+    def lossy(self, percent):
+        """So much of the UDP between hosts is lost, each datagram by itself."""
+        self.forward("loss", f"ip protocol udp numgen random mod 1000 < {round(10 * percent)} drop")
+
+    def forward(self, table, *rules):
+        """Rules of the router, which is a namespace of its own."""
+        head = f"add table ip {table}; add chain ip {table} way {{ type filter hook forward priority 0; }}"
+        sh("nft", "; ".join([head, *(f"add rule ip {table} way {rule}" for rule in rules)]))
+
+    def pass_all(self, table):
+        sh("nft", f"delete table ip {table}")
+
     def mend(self, count):
         for at in range(min(count, self.hosts)):
             sh("ip", "route", "replace", f"{address(at)}/32", "dev", f"p{at}")

@@ -32,10 +32,12 @@ class Mesh:
     def __init__(self, lab, count, instances):
         self.lab, self.count, self.instances = lab, count, instances
         self.dir = tempfile.mkdtemp(prefix="weft-gossip-")
-        self.procs, self.live = {}, set()
+        self.procs, self.live, self.turns = {}, set(), []
 
-    def spawn(self, at):
-        base, ip = f"{self.dir}/{at}", address(at)
+    def spawn(self, at, host=None):
+        """Starts the agent `at` on its own host or another, with what it has on disk."""
+        host = at if host is None else host
+        base, ip = f"{self.dir}/{at}", address(host)
         os.makedirs(base, exist_ok=True)
         argv = [WEFT, "agent", "-node", f"n{at}", "-data-dir", f"{base}/data", "-bind", ip, "-client", ip]
         argv += ["-admin-token-file", f"{self.dir}/token"]
@@ -47,8 +49,9 @@ class Mesh:
                 json.dump(dict(services=services), file)
             argv += ["-config-file", f"{base}/services.json"]
         with open(f"{base}/log", "ab") as log:
-            self.procs[at] = subprocess.Popen(self.lab.of(at, *argv), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        self.live.add(at)
+            self.procs[at] = subprocess.Popen(self.lab.of(host, *argv), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        if host == at:
+            self.live.add(at)
 
     async def start(self):
         run = lambda *argv: subprocess.run([WEFT, *argv], check=True, capture_output=True, text=True).stdout
@@ -65,10 +68,7 @@ class Mesh:
             self.spawn(at)
             await asyncio.sleep(PACE)
         started = time.time()
-        async def sees_all(at):
-            info = await self.info(at)
-            return info and info["Members"]["Alive"] >= self.count
-        end = await self.all(self.live, sees_all, 180)
+        end = await self.all(self.live, self.sees_all, 180)
         whole = None
         if end and self.instances:
             last = self.instances // self.count - 1
@@ -81,6 +81,34 @@ class Mesh:
             converged_after_last_start_s=end and round(end - started, 2),
             catalogue_whole_s=whole and round(whole - started, 2),
         )
+
+    async def sees_all(self, at):
+        info = await self.info(at)
+        return info and info["Members"]["Alive"] >= self.count
+
+    async def back(self, at, service=None):
+        """Starts an agent again that has ended; waits until all see all, and takes away what it was measured by."""
+        self.procs[at].wait()
+        self.spawn(at)
+        if await self.all(self.live, self.sees_all, 60) is None:
+            raise RuntimeError(f"n{at} does not come back: " + open(f"{self.dir}/{at}/log").read()[-500:])
+        if service:
+            await http(address(at), "PUT", f"/v1/agent/service/deregister/{service}")
+
+    async def until_equal(self, limit):
+        """When all see all and hold the same records, by their own hash of them; None: not within `limit` seconds."""
+        end = time.time() + limit
+        while time.time() < end:
+            infos = await asyncio.gather(*(self.info(at) for at in self.live))
+            if all(info and info["Members"]["Alive"] >= self.count for info in infos):
+                if len({info["RecordsHash"] for info in infos}) == 1:
+                    return time.time()
+            await asyncio.sleep(0.05)
+        return None
+
+    async def shows_at(self, at, name, ip):
+        _, _, body = await http(address(at), "GET", "/v1/agent/members")
+        return any((m["Name"], m["Status"], m["Addr"]) == (name, 1, ip) for m in json.loads(body))
 
     async def is_up(self, at):
         return await self.info(at) is not None
@@ -144,19 +172,23 @@ class Mesh:
         return await self.until_all(service, 1, lambda: http(address(at), "PUT", "/v1/agent/service/register", body))
 
     def victim(self):
-        return random.choice(sorted(self.live - {0}))
+        """Each in turn, in random order: who comes back again and again within a minute is shown late (flap damping)."""
+        if not self.turns:
+            self.turns = random.sample(sorted(self.live - {0}), len(self.live) - 1)
+        return self.turns.pop()
 
     async def ends(self, service, at, order):
         self.live.discard(at)
         return await self.until_all(service, 0, order)
 
-    def failures_logged(self, but):
-        """How often any agent said that a member failed, leaving out `but`."""
-        count = 0
+    def failures_logged(self, counts):
+        """How often one agent said of another that it failed, where `counts(agent, other)`."""
+        found = 0
         for at in self.procs:
             with open(f"{self.dir}/{at}/log", errors="replace") as log:
-                count += sum(1 for line in log if "member failed" in line and f"member=n{but} " not in line + " ")
-        return count
+                named = [line.split("member=n", 1)[1].split()[0] for line in log if "member failed" in line and "member=n" in line]
+                found += sum(1 for name in named if counts(at, int(name)))
+        return found
 
     async def metric(self, who, start):
         total = 0.0

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Gossip of N real agents, each in a network namespace of its own (needs root, iproute2, python3; up to 200 agents).
+# Gossip of N real agents, each in a network namespace of its own (needs root, iproute2, nftables, python3; up to 200 agents).
 #
-#   tests/bench/gossip/run.sh [-o FILE.json] [--only idle,register,kill,silent,leave,stop] [N ...]   default: 20 50 100 200
+#   tests/bench/gossip/run.sh [-o FILE.json] [--only KIND,...] [--repeats 30] [N ...]          default: all kinds; 20 50 100 200
+#       KIND: idle register register-lossy kill silent leave moved stop split pauses
 #   tests/bench/gossip/run.sh --only memory [--instances 10000] 50          RSS and bytes per instance of the catalogue
 #
 # WEFT names the binary (default target/release/weft), SERF that of serf (Debian: serf). serf's figures stand beside
