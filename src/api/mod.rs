@@ -52,6 +52,7 @@ mod shape;
 mod sift;
 mod status;
 mod watchers;
+mod way;
 mod why;
 mod write;
 
@@ -69,6 +70,8 @@ mod golden;
 mod lists_tests;
 #[cfg(test)]
 mod openapi;
+#[cfg(test)]
+mod way_tests;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
