@@ -41,6 +41,7 @@ fn pretty(answer: &Value) -> String {
     if let Some(request) = answer.get("Request").filter(|request| request.is_object()) {
         lines.push(format!("  request: {} {}", text(request, "Method"), text(request, "Path")));
     }
+    way(answer, &mut lines);
     policy(part(answer, "Policy"), &mut lines);
     instances(answer, &mut lines);
     caller(answer, &mut lines);
@@ -67,6 +68,79 @@ fn pretty(answer: &Value) -> String {
         lines.extend(change.iter().filter_map(Value::as_str).map(|one| format!("  - {one}")));
     }
     lines.join("\n") + "\n"
+}
+
+/// The texts of a list.
+fn texts(value: &Value, key: &str) -> Vec<String> {
+    list(value, key).iter().filter_map(Value::as_str).map(str::to_owned).collect()
+}
+
+/// Says where config entries lead the call.
+fn way(answer: &Value, lines: &mut Vec<String>) {
+    let (way, named) = (part(answer, "Way"), text(answer, "Destination"));
+    lines.push("\nWay:".to_owned());
+    for fault in list(way, "Faults") {
+        lines.push(format!("  service-faults {named}: {fault}"));
+    }
+    let route = part(way, "Route");
+    let (at, of) = (text(route, "At"), route.get("Of").and_then(Value::as_u64).unwrap_or_default());
+    if !at.is_empty() {
+        lines.push(format!("  route {at} (of {of}, from 0) of service-router {named}: {}", text(route, "Definition")));
+    } else if of > 0 && part(answer, "Request").is_object() {
+        lines.push(format!("  none of the {of} routes of service-router {named} matches"));
+    } else if of > 0 {
+        lines.push(format!(
+            "  what none of the {of} routes of service-router {named} takes (ask with -method, -path, -header)"
+        ));
+    }
+    let mirror = part(route, "Mirror");
+    let sent = [("SentPath", "path"), ("SentHost", "host")].map(|(key, what)| match text(route, key) {
+        sent if sent.is_empty() => None,
+        sent => Some(format!("sent with {what} {sent}")),
+    });
+    let copies =
+        mirror.is_object().then(|| format!("{} % copied to {}", text(mirror, "Percent"), text(mirror, "Target")));
+    let hedged = is_set(route, "Hedged").then(|| "hedged".to_owned());
+    let more: Vec<String> = sent.into_iter().flatten().chain(hedged).chain(copies).collect();
+    if !more.is_empty() {
+        lines.push(format!("    {}", more.join("; ")));
+    }
+    let sticky = if is_set(way, "Sticky") { ", for the callers that stay there" } else { "" };
+    for leg in list(way, "Legs") {
+        lines.push(format!("  {} % to {}{sticky}", text(&leg, "Weight"), self::leg(&leg)));
+        for rate in list(&leg, "RateLimits") {
+            lines.push(format!("    limited there: {rate}"));
+        }
+    }
+}
+
+/// A part of the calls: where it goes, who decides, how long it may take.
+fn leg(leg: &Value) -> String {
+    let mut said = text(leg, "Target");
+    let filter = text(leg, "Filter");
+    if !filter.is_empty() {
+        said += &format!(" ({filter})");
+    }
+    if is_set(leg, "OnlyPassing") {
+        said += " (passing ones alone)";
+    }
+    let failover = texts(leg, "Failover");
+    if !failover.is_empty() {
+        said += &format!(", where it has none {}", failover.join(", then "));
+    }
+    let allowed = if is_set(leg, "Allowed") { "allowed" } else { "DENIED" };
+    said += &format!(": {allowed} by {}", text(leg, "Rule"));
+    for (key, what) in [("RequestTimeout", "answer within"), ("ConnectTimeout", "connected within")] {
+        let time = text(leg, key);
+        if !time.is_empty() {
+            said += &format!(", {what} {time}");
+        }
+    }
+    said
+}
+
+fn is_set(value: &Value, key: &str) -> bool {
+    value.get(key) == Some(&Value::Bool(true))
 }
 
 /// The chain of a node: its own certificate, its issuer's, the root.
@@ -101,16 +175,18 @@ fn caller(answer: &Value, lines: &mut Vec<String>) {
 
 /// Says how a worker balances, and which instances it treats in another way than the rest.
 fn balancing(worker: &str, view: &Value) -> Vec<String> {
-    let is_set = |value: &Value, key: &str| value.get(key) == Some(&Value::Bool(true));
     let limit = |of: &str| {
         let limit = part(part(view, "Limits"), of);
         format!("{} of {}", text(limit, "UnderWay"), text(limit, "Most"))
     };
     let mut lines = vec![format!(
-        "  worker {worker} balances by {}; under way from here: {} requests, {} connections",
+        "  worker {worker} balances by {}; under way from here: {} requests, {} connections, {} calls that wait for a stream, {} repeated requests; {} wait for an instance",
         text(view, "Policy"),
         limit("Requests"),
-        limit("Connections")
+        limit("Connections"),
+        limit("Pending"),
+        limit("Retries"),
+        text(view, "Waiting")
     )];
     if is_set(view, "Panics") {
         lines.push(format!("  worker {worker}: too few instances are left, ejections are not looked at"));
@@ -130,8 +206,21 @@ fn balancing(worker: &str, view: &Value) -> Vec<String> {
             }
             _ => {}
         }
+        lines.extend(load(&one).map(|load| format!("  worker {worker}: {id} on {node} {load}")));
     }
     lines
+}
+
+/// Says what a worker has under way at an instance and expects of it, if it knows anything.
+fn load(seat: &Value) -> Option<String> {
+    let (under_way, bears, expected) = (text(seat, "UnderWay"), text(seat, "AdaptiveLimit"), text(seat, "ExpectedMs"));
+    if matches!(&*under_way, "" | "0") && bears.is_empty() && expected.is_empty() {
+        return None;
+    }
+    let bears = if bears.is_empty() { String::new() } else { format!(" of {bears} that it bears") };
+    let expected =
+        if expected.is_empty() { "no answer yet".to_owned() } else { format!("an answer takes {expected} ms") };
+    Some(format!("has {under_way}{bears} under way; {expected}"))
 }
 
 fn policy(policy: &Value, lines: &mut Vec<String>) {
@@ -160,15 +249,34 @@ fn policy(policy: &Value, lines: &mut Vec<String>) {
 fn instances(answer: &Value, lines: &mut Vec<String>) {
     let protocol = text(answer, "Protocol");
     let protocol = if protocol.is_empty() { String::new() } else { format!(" (protocol {protocol})") };
-    lines.push(format!("\nInstances of {}{protocol}:", text(answer, "Destination")));
+    let mut services: Vec<String> = Vec::new();
+    for leg in list(part(answer, "Way"), "Legs") {
+        let service = text(&leg, "Service");
+        if !services.contains(&service) {
+            services.push(service);
+        }
+    }
+    if services.is_empty() {
+        services.push(text(answer, "Destination"));
+    }
+    lines.push(format!("\nInstances of {}{protocol}:", services.join(", ")));
     let row = |one: &Value| {
-        let why = match list(one, "NextOfWorkers").len() {
-            0 => text(one, "Why"),
-            next => format!("{}, next of {next} workers here", text(one, "Why")),
-        };
+        let mut why = text(one, "Why");
+        let next = list(one, "NextOfWorkers").len();
+        if next > 0 {
+            why += &format!(", next of {next} workers here");
+        }
+        let reporters = texts(one, "ReportedBy");
+        if !reporters.is_empty() {
+            why += &format!(", ejected by {}", reporters.join(", "));
+        }
         let age = one.get("RecordsAgeSeconds").and_then(Value::as_u64);
         let age = age.map_or_else(String::new, |age| format!("{age}s"));
         let [node, id, address, status] = ["Node", "ID", "Address", "Status"].map(|key| text(one, key));
+        let service = text(one, "Service");
+        // Of what stands in for others too.
+        let is_of_one = service.is_empty() || (services.len() == 1 && services.contains(&service));
+        let id = if is_of_one { id } else { format!("{service}/{id}") };
         [node, id, address, status, age, text(part(one, "Certificate"), "Ends"), why]
     };
     let rows: Vec<[String; 7]> = list(answer, "Instances").iter().map(row).collect();
@@ -182,8 +290,15 @@ fn instances(answer: &Value, lines: &mut Vec<String>) {
         }
     }
     lines.extend(shown);
-    for one in list(answer, "Workers") {
-        let worker = text(&one, "Worker");
+    let workers = list(answer, "Workers");
+    let has_targets = workers
+        .iter()
+        .any(|one| text(one, "Target") != workers.first().map(|one| text(one, "Target")).unwrap_or_default());
+    for one in workers {
+        let mut worker = text(&one, "Worker");
+        if has_targets {
+            worker += &format!(" (to {})", text(&one, "Target"));
+        }
         let view = part(&one, "Balancing");
         // A worker that knows of no such service balances nothing; why it picks nobody stands below.
         if !text(view, "Policy").is_empty() {
@@ -207,6 +322,59 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_way_and_all_that_is_known_of_instances_are_told() {
+        let answer = json!({
+            "Source": "shop", "Destination": "web", "Verdict": "denied by intention x (precedence 9), at dark",
+            "Request": {"Method": "GET", "Path": "/api/x"},
+            "Way": {
+                "Faults": [{"Delay": {"Duration": "2s"}}],
+                "Route": {"At": 1, "Of": 3, "Definition": {"Match": {"HTTP": {"PathPrefix": "/api/"}}},
+                    "SentPath": "/x", "Hedged": true, "Mirror": {"Target": "shadow", "Percent": 10.0}},
+                "Legs": [
+                    {"Weight": 90.0, "Target": "v1.web", "Service": "web", "Filter": "Service.Meta.version == v1",
+                        "Failover": ["v2.web"], "Allowed": true, "Rule": "default", "RequestTimeout": "2s",
+                        "RateLimits": [{"RequestsPerSecond": 5.0}]},
+                    {"Weight": 10.0, "Target": "dark", "Service": "dark", "Allowed": false, "Rule": "shop:dark"},
+                ],
+            },
+            "Instances": [{"Node": "n2", "ID": "web-1", "Service": "web", "Why": "takes calls", "ReportedBy": ["n1", "n3"]}],
+            "Workers": [{"Worker": 0, "Balancing": {
+                "Policy": "peak_ewma", "Waiting": 4,
+                "Limits": {"Requests": {"UnderWay": 1, "Most": 5}, "Connections": {"UnderWay": 2, "Most": 6},
+                    "Pending": {"UnderWay": 3, "Most": 7}, "Retries": {"UnderWay": 0, "Most": 8}},
+                "Instances": [{"Node": "n2", "ID": "web-1", "Breaker": "closed", "UnderWay": 3, "AdaptiveLimit": 12, "ExpectedMs": 4.2}],
+            }}],
+        });
+        let told = pretty(&answer);
+        for want in [
+            "service-faults web: {\"Delay\":{\"Duration\":\"2s\"}}",
+            "route 1 (of 3, from 0) of service-router web: {\"Match\":{\"HTTP\":{\"PathPrefix\":\"/api/\"}}}",
+            "sent with path /x; hedged; 10.0 % copied to shadow",
+            "90.0 % to v1.web (Service.Meta.version == v1), where it has none v2.web: allowed by default, answer within 2s",
+            "limited there: {\"RequestsPerSecond\":5.0}",
+            "10.0 % to dark: DENIED by shop:dark",
+            "Instances of web, dark:",
+            "web/web-1",
+            "takes calls, ejected by n1, n3",
+            "1 of 5 requests, 2 of 6 connections, 3 of 7 calls that wait for a stream, 0 of 8 repeated requests; 4 wait for an instance",
+            "web-1 on n2 has 3 of 12 that it bears under way; an answer takes 4.2 ms",
+        ] {
+            assert!(told.contains(want), "{want:?} is not in:\n{told}");
+        }
+    }
+
+    #[test]
+    fn what_no_route_matches_is_told_apart_from_what_was_not_asked() {
+        let told = |request: Value| {
+            let way =
+                json!({"Route": {"At": null, "Of": 2}, "Legs": [{"Weight": 100.0, "Target": "web", "Service": "web"}]});
+            pretty(&json!({"Destination": "web", "Request": request, "Way": way}))
+        };
+        assert!(told(json!({"Method": "GET"})).contains("none of the 2 routes of service-router web matches"));
+        assert!(told(Value::Null).contains("what none of the 2 routes of service-router web takes (ask with -method"));
+    }
+
+    #[test]
     fn a_worker_that_knows_of_no_such_service_says_only_why_it_picks_nobody() {
         let limits = json!({"Requests": {"UnderWay": 1, "Most": 5}, "Connections": {"UnderWay": 2, "Most": 6}});
         let worker = |policy: &str, limits: Value| json!({"Worker": 0, "Balancing": {"Policy": policy, "Limits": limits}, "WhyNone": "nobody has the service"});
@@ -218,6 +386,8 @@ mod tests {
         let unknown = told(worker("", json!({})));
         assert!(!unknown.contains("balances by"), "{unknown}");
         assert!(unknown.contains("worker 0 picks nobody: nobody has the service"), "{unknown}");
+        let nothing = told(json!({"Worker": 0, "Balancing": null, "WhyNone": "nobody has the service"}));
+        assert_eq!(nothing, unknown);
         let known = told(worker("round_robin", limits));
         assert!(known.contains("worker 0 balances by round_robin; under way from here: 1 of 5 requests"), "{known}");
     }

@@ -2,6 +2,8 @@
 //! of the requests to a service. What is written is held against all other entries.
 //! Entries of the kind `service-intentions` are intentions (`service_intentions`).
 
+use std::sync::Arc;
+
 use http::StatusCode;
 use serde_json::{Value, json};
 
@@ -14,7 +16,7 @@ use crate::catalogue::Snapshot;
 use crate::gossip::{DocumentBody, DocumentsView};
 use crate::model::ServiceName;
 use crate::policy::{Draft, ENTRY_KINDS, entry_ends};
-use crate::traffic;
+use crate::{traffic, upstream};
 
 /// The entries that are held, of one kind or of all, in order of kind and name.
 fn held(view: &DocumentsView, wanted: impl Fn(&str, &str) -> bool) -> Vec<Value> {
@@ -132,16 +134,9 @@ pub(super) fn chain(snapshot: &Snapshot, service: &ServiceName) -> Result<Value,
     let declared = || snapshot.services.get(service).map(|entry| entry.protocol);
     let protocol = snapshot.traffic.protocol(service).or_else(declared).unwrap_or_default();
     let here = snapshot.nodes.get(&snapshot.local_node).map_or("", |node| &node.info.datacenter);
-    let plain;
-    let chain = if let Some(chain) = snapshot.traffic.chain(service) {
-        &**chain
-    } else {
-        // What does not fit leaves a service as if no entry were about it.
-        plain =
-            traffic::Entries::default().chain(service).map_err(|problems| Refusal::internal(problems.to_string()))?;
-        &plain
-    };
-    let mut shown = traffic::show(chain, protocol.as_str(), here);
+    let chain = chain_of(snapshot, service)?;
+    let mut shown = traffic::show(&chain, protocol.as_str(), here);
+    balanced(snapshot, &mut shown);
     let name = format!("chain:{service}");
     let ends = format!(":{service}");
     let is_about = |one: &&traffic::Quarantined| one.name == name || one.name.ends_with(&ends);
@@ -152,6 +147,33 @@ pub(super) fn chain(snapshot: &Snapshot, service: &ServiceName) -> Result<Value,
         fields.insert("Quarantined".to_owned(), Value::from(quarantined));
     }
     Ok(shown)
+}
+
+/// Returns the chain of a service, or the one of a service that no entry is about.
+pub(super) fn chain_of(snapshot: &Snapshot, service: &ServiceName) -> Result<Arc<traffic::Chain>, Refusal> {
+    if let Some(chain) = snapshot.traffic.chain(service) {
+        return Ok(Arc::clone(chain));
+    }
+    // What does not fit leaves a service as if no entry were about it.
+    let plain = traffic::Entries::default().chain(service);
+    plain.map(Arc::new).map_err(|problems| Refusal::internal(problems.to_string()))
+}
+
+/// Adds to each resolver how the service that it leads to is balanced.
+fn balanced(snapshot: &Snapshot, shown: &mut Value) {
+    let service_of = |shown: &Value, id: &str| {
+        let target = shown.get("Chain")?.get("Targets")?.get(id)?;
+        target.get("Service")?.as_str()?.parse::<ServiceName>().ok()
+    };
+    let whole = shown.clone();
+    let nodes = shown.pointer_mut("/Chain/Nodes").and_then(Value::as_object_mut);
+    for fields in nodes.into_iter().flat_map(|nodes| nodes.values_mut()).filter_map(Value::as_object_mut) {
+        let target = fields.get("Resolver").and_then(|resolver| resolver.get("Target")).and_then(Value::as_str);
+        if let Some(service) = target.and_then(|id| service_of(&whole, id)) {
+            let shown = upstream::show_balance(snapshot.upstreams.balance(&service));
+            fields.insert("LoadBalancer".to_owned(), shown);
+        }
+    }
 }
 
 fn is_intentions(entry: &Value) -> bool {

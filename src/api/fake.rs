@@ -273,7 +273,7 @@ impl Bench {
             token_uses: Arc::new(|| Ok(Vec::new())),
             policy_key: None,
             policy_writes: tokio::sync::Mutex::new(()),
-            inspect: Arc::new(|_, _| Box::pin(async { Vec::new() })),
+            inspect: Arc::new(|_, _, _| Box::pin(async { Vec::new() })),
             reload: Arc::new(|| {
                 Box::pin(async { Ok(vec!["workers changed: it takes a restart of the agent".to_owned()]) })
             }),

@@ -52,6 +52,7 @@ mod shape;
 mod sift;
 mod status;
 mod watchers;
+mod way;
 mod why;
 mod write;
 
@@ -71,6 +72,8 @@ mod lists_tests;
 mod openapi;
 #[cfg(test)]
 mod pace_tests;
+#[cfg(test)]
+mod way_tests;
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;

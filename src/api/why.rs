@@ -15,13 +15,17 @@ use super::entry;
 use super::intention::{Asked, ends, service};
 use super::mesh::rfc3339;
 use super::query::refuse_tenancy;
-use crate::authz::{Guard, Mode, Rule, Table};
+use super::way::Way;
+use crate::authz::{Decision, Guard, Mode, Rule, Table};
 use crate::catalogue::Snapshot;
 use crate::clock::{self, UnixSeconds};
 use crate::gossip::NodeCertificates;
-use crate::model::{HealthStatus, Instance, InstanceId, MemberStatus, NodeName, ServiceName};
+use crate::model::{HealthStatus, Instance, InstanceId, MemberStatus, NodeName, Protocol, ServiceName};
 use crate::pki;
+use crate::traffic::{Resolved, Target};
 
+/// Most places of a split about which the workers are asked.
+const LEGS_ASKED_MAX: usize = 16;
 /// Most nodes that a remedy names.
 const NODES_NAMED_MAX: usize = 5;
 
@@ -30,6 +34,10 @@ const NODES_NAMED_MAX: usize = 5;
 pub struct WorkerView {
     /// Which worker.
     pub worker: usize,
+    /// About which of the call's legs.
+    pub leg: usize,
+    /// The target that it would call.
+    pub target: String,
     /// Whom its next call goes to.
     pub next: Option<(NodeName, InstanceId)>,
     /// Why it goes to nobody.
@@ -82,8 +90,9 @@ pub struct SeatView {
     pub is_lowered: bool,
 }
 
-/// Asks the data plane's workers what they would do with a call.
-pub type Inspect = Arc<dyn Fn(Option<ServiceName>, ServiceName) -> BoxFuture<'static, Vec<WorkerView>> + Send + Sync>;
+/// Asks the data plane's workers what they would do with a call of a service, to the one that it names, which leads there.
+pub type Inspect =
+    Arc<dyn Fn(Option<ServiceName>, ServiceName, Arc<Resolved>) -> BoxFuture<'static, Vec<WorkerView>> + Send + Sync>;
 
 /// `GET /v1/mesh/why?source=&destination=[&method=&path=&header=name:value]`
 pub(super) async fn why(call: Call) -> Result<Reply, Refusal> {
@@ -97,44 +106,98 @@ pub(super) async fn why(call: Call) -> Result<Reply, Refusal> {
     let shared = &call.shared;
     let snapshot = shared.snapshot.load();
     let certificates = shared.membership.certificates().await?;
-    let workers = (shared.inspect)(source.cloned(), destination.clone()).await;
-
-    let decision = asked.decide(&snapshot.policy, source, &destination);
-    let entry = snapshot.services.get(&destination);
-    let instances: Vec<&Arc<Instance>> = entry.iter().flat_map(|entry| &entry.instances).collect();
-    let mut change = Vec::new();
-    if !decision.is_allowed() {
-        change.push(policy_remedy(&snapshot.policy, decision.by.map(|guard| &**guard), source, &destination, &asked));
-    }
-    change.extend(catalogue_remedy(&snapshot, &destination));
+    let chain = entry::chain_of(&snapshot, &destination)?;
+    let way = Way::of(&snapshot, &chain, source, &asked);
+    let workers = ask_workers(&call, source, &destination, &way).await;
     let source_name = source.map_or("*", ServiceName::as_str);
     let local = source.is_some_and(|source| {
         shared.registry.state().services.values().any(|local| local.definition.record.name == *source)
     });
-    let verdict = match (decision.is_allowed(), workers.iter().any(|worker| worker.next.is_some())) {
-        (false, _) => format!("denied by {}", rule_text(decision.by.map(|guard| &**guard), &snapshot.policy)),
-        (true, false) => "allowed, but there is no instance to send it to".to_owned(),
-        (true, true) => format!("allowed by {}", rule_text(decision.by.map(|guard| &**guard), &snapshot.policy)),
-    };
+    let decision = way.deciding().map(|leg| &leg.decision);
+    let decided = way.deciding().map_or(&destination, |leg| &leg.to.target.service);
+    let rule = decision.map_or("", Decision::rule);
     let answer = json!({
         "Source": source_name,
         "Destination": destination,
         "Request": asked.is_request().then(|| json!({"Method": asked.method, "Path": asked.path})),
         "AskedNode": shared.node.name,
         "SourceIsHere": local,
-        "Allowed": decision.is_allowed(),
-        "Verdict": verdict,
-        "Policy": policy(&snapshot.policy, source, &destination, decision.rule()),
+        "Allowed": decision.is_none_or(Decision::is_allowed),
+        "Verdict": verdict(&snapshot, &way, &workers),
+        "Policy": policy(&snapshot.policy, source, decided, rule),
+        "Way": way.shown(),
         "Chain": entry::chain(&snapshot, &destination).ok().filter(|_| snapshot.traffic.chain(&destination).is_some()),
-        "Protocol": entry.map(|entry| entry.protocol.as_str()),
-        "Instances": instances.iter().map(|one| instance(&call, one, &workers, &certificates)).collect::<Vec<Value>>(),
+        "Protocol": snapshot.protocol(&destination).map(Protocol::as_str),
+        "Instances": instances(&call, &snapshot, &way, (&workers, &certificates)),
         "Workers": workers.iter().map(worker).collect::<Vec<Value>>(),
         "SourceCertificate": source.filter(|_| local).and_then(|source| source_certificate(&call, source)),
         "SourceInstances": source.map(|source| sources(&call, &snapshot, source, &certificates)),
         "Data": data(&call, &snapshot, &certificates),
-        "ToChange": change,
+        "ToChange": remedies(&snapshot, source, &way, &asked),
     });
     Reply::json(&call, &answer)
+}
+
+/// Asks the workers about each place that calls go to, [`LEGS_ASKED_MAX`] of them.
+async fn ask_workers(
+    call: &Call,
+    source: Option<&ServiceName>,
+    destination: &ServiceName,
+    way: &Way<'_>,
+) -> Vec<WorkerView> {
+    let mut views = Vec::new();
+    for (leg, to) in way.places().into_iter().take(LEGS_ASKED_MAX) {
+        let seen = (call.shared.inspect)(source.cloned(), destination.clone(), Arc::clone(to)).await;
+        views.extend(seen.into_iter().map(|view| WorkerView { leg, ..view }));
+    }
+    views
+}
+
+/// Says in one line what becomes of the call.
+fn verdict(snapshot: &Snapshot, way: &Way<'_>, workers: &[WorkerView]) -> String {
+    if let Some(redirect) = way.redirect() {
+        return format!("answered here with {}: a route sends its callers elsewhere", redirect.code);
+    }
+    let Some(leg) = way.deciding() else { return "goes nowhere".to_owned() };
+    let by = rule_text(leg.decision.by.map(|guard| &**guard), &snapshot.policy);
+    let leads_elsewhere = way.legs.iter().any(|leg| leg.to.target.id != way.named().as_str());
+    let of = if leads_elsewhere { format!(", at {}", leg.to.target.id) } else { String::new() };
+    if !leg.decision.is_allowed() {
+        return format!("denied by {by}{of}");
+    }
+    let places = way.places();
+    let has_next = |at: usize| workers.iter().any(|view| view.leg == at && view.next.is_some());
+    let without: Vec<&str> =
+        places.iter().take(LEGS_ASKED_MAX).filter(|(at, _)| !has_next(*at)).map(|(_, to)| &*to.target.id).collect();
+    match (without.len(), places.len().min(LEGS_ASKED_MAX)) {
+        (0, _) => format!("allowed by {by}{of}"),
+        (none, all) if none == all => "allowed, but there is no instance to send it to".to_owned(),
+        _ => format!("allowed by {by}{of}, but there is no instance of {}", without.join(", ")),
+    }
+}
+
+/// What would have to change for all of the call's ways to pass.
+fn remedies(snapshot: &Snapshot, source: Option<&ServiceName>, way: &Way<'_>, asked: &Asked) -> Vec<String> {
+    let mut change: Vec<String> = Vec::new();
+    for leg in &way.legs {
+        let service = &leg.to.target.service;
+        let mut found = Vec::new();
+        if !leg.decision.is_allowed() {
+            let by = leg.decision.by.map(|guard| &**guard);
+            found.push(policy_remedy(&snapshot.policy, by, source, service, asked));
+        }
+        // One place that has somebody is enough.
+        let places: Vec<Vec<String>> = std::iter::once(&leg.to.target)
+            .chain(&leg.to.failover)
+            .map(|target| catalogue_remedy(snapshot, way, target))
+            .collect();
+        if places.iter().all(|remedy| !remedy.is_empty()) {
+            found.extend(places.into_iter().flatten());
+        }
+        found.retain(|one| !change.contains(one));
+        change.extend(found);
+    }
+    change
 }
 
 fn rule_text(by: Option<&Guard>, table: &Table) -> String {
@@ -203,7 +266,8 @@ fn policy_remedy(
     }
 }
 
-fn catalogue_remedy(snapshot: &Snapshot, destination: &ServiceName) -> Vec<String> {
+fn catalogue_remedy(snapshot: &Snapshot, way: &Way<'_>, target: &Target) -> Vec<String> {
+    let destination = &target.service;
     let Some(entry) = snapshot.services.get(destination) else {
         if let Some(external) = snapshot.externals.services().get(destination) {
             let nodes: BTreeSet<&str> = external.instances.iter().map(|one| one.node.info.name.as_str()).collect();
@@ -216,17 +280,24 @@ fn catalogue_remedy(snapshot: &Snapshot, destination: &ServiceName) -> Vec<Strin
             "no service `{destination}` is registered: register it on a node whose certificate covers it"
         )];
     };
-    if entry.instances.iter().any(|one| one.status != HealthStatus::Critical) {
+    let taken: Vec<&Arc<Instance>> = entry.instances.iter().filter(|one| way.takes(target, one)).collect();
+    if taken.is_empty() && !entry.instances.is_empty() {
+        let (id, count) = (&target.id, entry.instances.len());
+        return vec![format!(
+            "none of the {count} instances of {destination} belongs to {id}: register one that its service-resolver takes, or lead the route elsewhere"
+        )];
+    }
+    if taken.iter().any(|one| one.status != HealthStatus::Critical) {
         return Vec::new();
     }
-    let why = |one: &Arc<Instance>| {
+    let why = |one: &&Arc<Instance>| {
         let (node, id) = (&one.node.info.name, &one.record.id);
         if one.node.status != MemberStatus::Alive {
             return format!("node {node} of {id} is {}: start its agent", one.node.status.as_str());
         }
         format!("{id} on {node} is critical: its check {} must pass", failing(one).join(", "))
     };
-    entry.instances.iter().map(why).collect()
+    taken.iter().map(why).collect()
 }
 
 /// The checks for which an instance is out.
@@ -266,13 +337,52 @@ fn sources(call: &Call, snapshot: &Snapshot, source: &ServiceName, certificates:
     instances.iter().map(shape).collect()
 }
 
+/// The instances of the services that calls may go to: whom a target takes, and whom none does.
+fn instances(
+    call: &Call,
+    snapshot: &Snapshot,
+    way: &Way<'_>,
+    (workers, certificates): (&[WorkerView], &[NodeCertificates]),
+) -> Vec<Value> {
+    let targets = way.targets();
+    let mut services: Vec<&ServiceName> = Vec::new();
+    for target in &targets {
+        if !services.contains(&&target.service) {
+            services.push(&target.service);
+        }
+    }
+    let entries = services.into_iter().filter_map(|service| snapshot.services.get(service));
+    let mut shown = Vec::new();
+    for (entry, one) in entries.flat_map(|entry| entry.instances.iter().map(move |one| (entry, one))) {
+        let of_service = targets.iter().filter(|target| target.service == entry.name);
+        let (taking, others): (Vec<&&Arc<Target>>, Vec<_>) = of_service.partition(|target| way.takes(target, one));
+        let ids = |targets: &[&&Arc<Target>]| targets.iter().map(|target| target.id.clone()).collect::<Vec<String>>();
+        let left_out = taking.is_empty().then(|| format!("left out: it is none of {}", ids(&others).join(", ")));
+        let stands_in = !way.legs.iter().any(|leg| taking.iter().any(|target| leg.to.target == ***target));
+        let mut shape = instance(call, one, workers, certificates);
+        if let Value::Object(fields) = &mut shape {
+            let why = fields.get("Why").and_then(Value::as_str).unwrap_or_default();
+            let why = match left_out {
+                Some(left_out) => left_out,
+                None if stands_in => format!("stands in for others; {why}"),
+                None => why.to_owned(),
+            };
+            let more = [("Service", json!(entry.name)), ("Targets", json!(ids(&taking))), ("Why", json!(why))];
+            fields.extend(more.map(|(name, value)| (name.to_owned(), value)));
+        }
+        shown.push(shape);
+    }
+    shown
+}
+
 fn instance(call: &Call, one: &Instance, workers: &[WorkerView], certificates: &[NodeCertificates]) -> Value {
     let key = (one.node.info.name.clone(), one.record.id.clone());
     let of = |wanted: fn(&WorkerView, &(NodeName, InstanceId)) -> bool| {
-        workers.iter().filter(|view| wanted(view, &key)).map(|view| view.worker).collect::<Vec<usize>>()
+        workers.iter().filter(|view| wanted(view, &key)).map(|view| view.worker).collect::<BTreeSet<usize>>()
     };
     let next = of(|view, key| view.next.as_ref() == Some(key));
     let backing_off = of(|view, key| view.backing_off.contains(key));
+    let asked = workers.iter().map(|view| view.worker).collect::<BTreeSet<usize>>().len();
     let checks = one
         .checks
         .iter()
@@ -283,7 +393,7 @@ fn instance(call: &Call, one: &Instance, workers: &[WorkerView], certificates: &
             format!("out: its node is {}", one.node.status.as_str())
         }
         HealthStatus::Critical => format!("out: critical by {}", failing(one).join(", ")),
-        _ if !workers.is_empty() && backing_off.len() == workers.len() => {
+        _ if !backing_off.is_empty() && backing_off.len() == asked => {
             "last: it could not be connected lately".to_owned()
         }
         _ if !workers.is_empty() && breaker(workers, &key) == "open" => {
@@ -330,9 +440,10 @@ fn worker(view: &WorkerView) -> Value {
         view.tunnels.iter().map(|(node, peer, ends)| json!({"Node": node, "Peer": peer, "Ends": rfc3339(*ends)}));
     json!({
         "Worker": view.worker,
+        "Target": view.target,
         "Next": view.next.as_ref().map(|(node, id)| json!({"Node": node, "ID": id})),
         "WhyNone": view.why_none,
-        "Balancing": balancing(&view.balancer),
+        "Balancing": (!view.balancer.policy.is_empty()).then(|| balancing(&view.balancer)),
         "Tunnels": tunnels.collect::<Vec<Value>>(),
     })
 }

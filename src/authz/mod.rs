@@ -29,5 +29,6 @@ pub use intention::{
     Action, HeaderRule, HeaderTest, INTENTION_BYTES_MAX, Intention, IntentionError, Mode, Party, PathRule, Permission,
     Rule,
 };
+pub use path::{READINGS_MAX, readings};
 pub use shape::{ShapeError, from_json, to_json};
 pub use table::{Decision, Quarantined, Request, Table};

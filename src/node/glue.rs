@@ -276,6 +276,8 @@ pub(super) fn inspect(inspector: Inspector) -> Inspect {
             view.tunnels.iter().filter_map(|tunnel| Some((node(tunnel)?, tunnel.peer.to_string(), tunnel.not_after)));
         crate::api::WorkerView {
             worker: view.worker,
+            leg: 0,
+            target: view.target.clone(),
             next: view.next.clone(),
             why_none: view.why_none.clone(),
             backing_off: view.backing_off.clone(),
@@ -283,8 +285,8 @@ pub(super) fn inspect(inspector: Inspector) -> Inspect {
             tunnels: tunnels.collect(),
         }
     };
-    Arc::new(move |source, destination| {
-        let (inspector, question) = (inspector.clone(), Question { source, destination });
+    Arc::new(move |source, destination, to| {
+        let (inspector, question) = (inspector.clone(), Question { source, destination, to });
         Box::pin(async move { inspector.ask(&question).await.into_iter().map(shape).collect() })
     })
 }

@@ -335,6 +335,15 @@ fn admit(worker: &Worker, preamble: &Preamble, peer: &PeerIdentity) -> Result<Lo
         worker.metrics.refused.with_label_values(&["forbidden"]).inc();
         StreamStatus::Forbidden
     })?;
+    let is_limited = preamble.kind != StreamKind::Http && {
+        let (table, source) = (&snapshot.upstreams, peer.id.service());
+        worker.http.admit_stream_rate(table, &preamble.service, source).is_err()
+    };
+    if is_limited {
+        debug!(peer = %peer.id, service = %preamble.service, "a caller is over its rate");
+        worker.metrics.refused.with_label_values(&["rate"]).inc();
+        return Err(StreamStatus::Limited);
+    }
     let mut local = local.clone();
     local.protocol = protocol;
     Ok(local)

@@ -1,6 +1,7 @@
 //! What a worker would do with a call, and what it holds for it: asked by `weft why`, never by a request.
 
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
@@ -8,8 +9,9 @@ use tokio::sync::{mpsc, oneshot};
 use super::open::OpenTunnel;
 use super::worker::Worker;
 use crate::clock;
-use crate::model::{InstanceId, NodeName, ServiceName};
-use crate::routing::{Ask, Flow, GroupView};
+use crate::model::{InstanceId, NodeName, Protocol, ServiceName};
+use crate::routing::{Ask, Flow, GroupView, NoInstance};
+use crate::traffic::{Resolved, Target};
 
 /// Questions that wait for one worker.
 const QUESTIONS_MAX: usize = 4;
@@ -21,8 +23,10 @@ const ANSWER_TIME_MAX: Duration = Duration::from_secs(1);
 pub struct Question {
     /// The calling service; none: the node itself.
     pub source: Option<ServiceName>,
-    /// The called service.
+    /// The service that is named.
     pub destination: ServiceName,
+    /// Where config entries lead a call to it.
+    pub to: Arc<Resolved>,
 }
 
 /// One worker's view of a call.
@@ -30,6 +34,8 @@ pub struct Question {
 pub struct WorkerView {
     /// Which worker.
     pub worker: usize,
+    /// The target that it would call: the first, or where that has nobody, one of those that stand in for it.
+    pub target: String,
     /// Whom its next call goes to.
     pub next: Option<(NodeName, InstanceId)>,
     /// Why it goes to nobody.
@@ -83,27 +89,43 @@ pub(super) async fn run(worker: &Rc<Worker>, mut questions: mpsc::Receiver<Asked
     worker.closes().await;
 }
 
+/// Looks where a call would: at the next target where one has nobody that could take it.
 fn answer(worker: &Worker, question: &Question) -> WorkerView {
-    let mut view = WorkerView { worker: worker.index, ..WorkerView::default() };
+    let to = &question.to;
+    let (first, is_over) = look(worker, question, &to.target);
+    if first.next.is_some() || is_over {
+        return first;
+    }
+    let mut others = to.failover.iter().map(|target| look(worker, question, target));
+    others.find(|(view, is_over)| view.next.is_some() || *is_over).map_or(first, |(view, _)| view)
+}
+
+/// Looks at one target; true: it has as much under way as it bears, which leads to no other.
+fn look(worker: &Worker, question: &Question, target: &Arc<Target>) -> (WorkerView, bool) {
+    let mut view = WorkerView { worker: worker.index, target: target.id.clone(), ..WorkerView::default() };
     let snapshot = worker.snapshot().load();
-    match snapshot.services.get(&question.destination) {
-        None => view.why_none = snapshot.why_unknown(question.destination.as_str()),
-        Some(service) => {
-            let now = clock::now();
-            let source = question.source.as_ref();
-            let flow = if service.protocol.is_http() { Flow::Request } else { Flow::Connection };
-            let ask = Ask { snapshot: &snapshot, source, destination: &service.name, service, flow, now };
-            view.group = worker.group(&ask);
-            match worker.next(&ask) {
-                Ok(instance) => view.next = Some((instance.node.info.name.clone(), instance.record.id.clone())),
-                Err(why) => view.why_none = why.to_string(),
-            }
-            let left_out = service.instances.iter().filter(|instance| worker.is_avoided(instance, now));
-            view.backing_off =
-                left_out.map(|instance| (instance.node.info.name.clone(), instance.record.id.clone())).collect();
-            let nodes: Vec<&NodeName> = service.instances.iter().map(|instance| &instance.node.info.name).collect();
-            view.tunnels = worker.tunnels().open(question.source.as_ref(), &nodes);
+    let Ok(service) = worker.instances(target) else {
+        view.why_none = snapshot.why_unknown(target.service.as_str());
+        return (view, false);
+    };
+    let now = clock::now();
+    let (source, destination) = (question.source.as_ref(), &target.service);
+    // How a call is carried is decided where it begins, by the service that it names.
+    let is_request = snapshot.protocol(&question.destination).is_some_and(Protocol::is_http);
+    let flow = if is_request { Flow::Request } else { Flow::Connection };
+    let ask = Ask { snapshot: &snapshot, source, destination, service: &service, flow, now };
+    view.group = worker.group(&ask);
+    let mut is_over = false;
+    match worker.next(&ask) {
+        Ok(instance) => view.next = Some((instance.node.info.name.clone(), instance.record.id.clone())),
+        Err(why) => {
+            is_over = matches!(why, NoInstance::Overflow { .. });
+            view.why_none = why.to_string();
         }
     }
-    view
+    let left_out = service.instances.iter().filter(|instance| worker.is_avoided(instance, now));
+    view.backing_off = left_out.map(|instance| (instance.node.info.name.clone(), instance.record.id.clone())).collect();
+    let nodes: Vec<&NodeName> = service.instances.iter().map(|instance| &instance.node.info.name).collect();
+    view.tunnels = worker.tunnels().open(source, &nodes);
+    (view, is_over)
 }

@@ -165,6 +165,8 @@ pub(super) async fn connect(
                 observe(Outcome::Success);
                 return Ok(Connected { send, recv, lease, instance });
             }
+            // No fault of the instance's, and not to be gone round by asking another.
+            Err(Some(StreamStatus::Limited)) => return Err(Refused::by("RL", None)),
             Err(Some(status)) if !status.may_retry() => return Err(Refused::by("RBAC", None)),
             // No fault of the instance's.
             Err(Some(StreamStatus::Full)) if kind == StreamKind::Udp => {

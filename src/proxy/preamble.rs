@@ -58,6 +58,8 @@ pub(crate) enum StreamStatus {
     Draining,
     /// There are as many flows of UDP as there may be.
     Full,
+    /// More connections or flows come than the service's rate limits let through.
+    Limited,
 }
 
 impl StreamStatus {
@@ -70,14 +72,15 @@ impl StreamStatus {
             Self::Forbidden => 3,
             Self::Draining => 4,
             Self::Full => 5,
+            Self::Limited => 6,
         }
     }
 
     /// Reads the byte of the wire; none if it stands for nothing.
     pub(crate) fn from_byte(byte: u8) -> Option<Self> {
-        [Self::Ok, Self::ConnectFailed, Self::UnknownInstance, Self::Forbidden, Self::Draining, Self::Full]
-            .into_iter()
-            .find(|status| status.byte() == byte)
+        let unserved = [Self::ConnectFailed, Self::UnknownInstance, Self::Forbidden, Self::Draining, Self::Full];
+        let known = [Self::Ok, Self::Limited].into_iter().chain(unserved);
+        known.into_iter().find(|status| status.byte() == byte)
     }
 
     /// Tells whether another instance may do better.
@@ -205,10 +208,10 @@ mod tests {
 
     #[test]
     fn every_status_survives_its_byte() {
-        for byte in 0..6 {
+        for byte in 0..7 {
             assert_eq!(StreamStatus::from_byte(byte).unwrap().byte(), byte);
         }
-        assert_eq!(StreamStatus::from_byte(6), None);
+        assert_eq!(StreamStatus::from_byte(7), None);
     }
 
     #[test]

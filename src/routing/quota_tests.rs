@@ -268,7 +268,7 @@ impl Mesh {
                 host.carry += offered(at, at_seconds) * STEP.as_secs_f64();
                 while host.carry >= 1.0 {
                     host.carry -= 1.0;
-                    passed += u32::from(host.rates.admit(&web(), &self.rules, "/", |_| 0, self.now).is_ok());
+                    passed += u32::from(host.rates.admit(&web(), &self.rules, Some("/"), |_| 0, self.now).is_ok());
                 }
                 // Each node has its own phase.
                 if (step + at as u64 * 7).is_multiple_of(25) {

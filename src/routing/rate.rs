@@ -216,24 +216,30 @@ impl Rates {
         Self { services: ArcSwap::default(), start }
     }
 
-    /// Takes one request at `path` out of the bucket that `rules` give it; `key` is asked for what tells requests apart.
+    /// Takes one request at `path` out of the bucket that `rules` give it, or a connection of bytes, which has no path; `key`
+    /// is asked for what tells calls apart. A path that may be read in several ways counts in the bucket of each; what one of
+    /// them refuses is not put back into those before it.
     ///
     /// # Errors
-    /// [`OverRate`] if the bucket is full.
+    /// [`OverRate`] if a bucket is full.
     pub fn admit(
         &self,
         service: &ServiceName,
         rules: &Arc<RateRules>,
-        path: &str,
-        key: impl FnOnce(&RateKey) -> u64,
+        path: Option<&str>,
+        key: impl Fn(&RateKey) -> u64,
         now: Instant,
     ) -> Result<(), OverRate> {
-        let Some(at) = rules.rules.iter().position(|rule| rule.path.matches(path)) else { return Ok(()) };
-        let Some(rule) = rules.rules.get(at) else { return Ok(()) };
-        let buckets = self.buckets(service, rules);
-        let Some(bucket) = buckets.buckets.get(at) else { return Ok(()) };
-        let admitted = bucket.admit(key(&rule.key), rule.rate, self.nanos(now));
-        admitted.map_err(|retry_after| OverRate { rate: rule.rate, retry_after })
+        let of_stream = if path.is_none() { rules.of_stream() } else { None };
+        let counted = path.into_iter().flat_map(|path| rules.of_path(path)).chain(of_stream);
+        let mut buckets = None;
+        for at in counted {
+            let buckets = buckets.get_or_insert_with(|| self.buckets(service, rules));
+            let (Some(rule), Some(bucket)) = (rules.rules.get(at), buckets.buckets.get(at)) else { continue };
+            let admitted = bucket.admit(key(&rule.key), rule.rate, self.nanos(now));
+            admitted.map_err(|retry_after| OverRate { rate: rule.rate, retry_after })?;
+        }
+        Ok(())
     }
 
     /// Counts what was asked since the last call of the limits of `service` that hold for the whole mesh.
@@ -311,7 +317,7 @@ mod tests {
     }
 
     fn admit(rates: &Rates, rules: &Arc<RateRules>, path: &str, key: u64, at: Duration) -> Result<(), OverRate> {
-        rates.admit(&"web".parse().unwrap(), rules, path, |_| key, now() + at)
+        rates.admit(&"web".parse().unwrap(), rules, Some(path), |_| key, now() + at)
     }
 
     #[test]
@@ -337,6 +343,37 @@ mod tests {
         assert!(admit(&rates, &rules, "/slow/b", 0, MS * 200).is_err());
         assert!(admit(&rates, &rules, "/fast", 0, MS * 200).is_ok());
         assert!(admit(&rates, &rules, "/slow/b", 0, MS * 1_001).is_ok());
+    }
+
+    #[test]
+    fn no_way_of_writing_a_path_leads_past_its_rule() {
+        let ways = ["/%73low", "//slow", "/x/../slow", "/slow;v=1", "/x/%2e%2e/slow", "/%2573low", "/x%2f..%2fslow"];
+        for way in ways {
+            let (rates, rules) = (Rates::new(now()), rules(&RateKey::All, 10.0, 2));
+            // The burst is two, for either rule: each way counts in that of `/slow`.
+            assert!(
+                admit(&rates, &rules, way, 0, MS).is_ok() && admit(&rates, &rules, "/slow", 0, MS).is_ok(),
+                "{way}"
+            );
+            let over = admit(&rates, &rules, "/slow", 0, MS).unwrap_err();
+            assert_eq!(over.rate.per_second, 1.0, "{way}");
+        }
+        // And a generous rule that it begins as takes it from none.
+        let (rates, rules) = (Rates::new(now()), rules(&RateKey::All, 10.0, 1));
+        assert!(admit(&rates, &rules, "/slow/../fast", 0, MS).is_ok());
+        assert!(admit(&rates, &rules, "/slow", 0, MS).is_err() && admit(&rates, &rules, "/fast", 0, MS).is_err());
+    }
+
+    #[test]
+    fn a_connection_counts_by_the_rule_that_needs_no_path() {
+        let (rates, rules) = (Rates::new(now()), rules(&RateKey::Source, 10.0, 2));
+        let admit = |source: u64, at| rates.admit(&"web".parse().unwrap(), &rules, None, |_| source, now() + at);
+        assert!(admit(1, MS).is_ok() && admit(1, MS).is_ok());
+        assert_eq!(admit(1, MS).unwrap_err().rate.per_second, 10.0);
+        assert!(admit(2, MS).is_ok(), "another caller has its own");
+        assert!(admit(1, MS * 101).is_ok() && admit(1, MS * 102).is_err());
+        let paths_alone = Arc::new(RateRules { rules: rules.rules[..1].to_vec() });
+        assert!((0..50).all(|_| rates.admit(&"db".parse().unwrap(), &paths_alone, None, |_| 0, now()).is_ok()));
     }
 
     #[test]

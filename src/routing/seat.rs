@@ -123,8 +123,10 @@ pub(super) struct Seat {
     pub(super) pending: Cell<u32>,
     pub(super) delay: PeakEwma,
     pub(super) gradient: Gradient,
-    /// When it came; none: it was there from the beginning.
-    pub(super) came: Option<Instant>,
+    /// Since when it may take calls; none: since the beginning.
+    pub(super) came: Cell<Option<Instant>>,
+    /// The catalogue lets it take calls.
+    is_fit: Cell<bool>,
     pub(super) standing: Cell<Standing>,
     in_a_row: Cell<u32>,
     ejections: Cell<u32>,
@@ -134,14 +136,15 @@ pub(super) struct Seat {
 }
 
 impl Seat {
-    pub(super) fn new(node: NodeName, id: InstanceId, came: Option<Instant>) -> Self {
+    pub(super) fn new(node: NodeName, id: InstanceId) -> Self {
         Self {
             node,
             id,
             pending: Cell::new(0),
             delay: PeakEwma::new(),
             gradient: Gradient::new(),
-            came,
+            came: Cell::new(None),
+            is_fit: Cell::new(false),
             standing: Cell::new(Standing::Closed),
             in_a_row: Cell::new(0),
             ejections: Cell::new(0),
@@ -154,15 +157,21 @@ impl Seat {
         self.standing.get() != Standing::Closed
     }
 
-    /// Returns the interval's success rate if there were enough requests, and begins the next interval.
-    pub(super) fn close_interval(&self, requests_min: u32) -> Option<f64> {
-        let (succeeded, failed) = (self.succeeded.replace(0), self.failed.replace(0));
-        let total = succeeded.saturating_add(failed);
+    /// Notes whether the catalogue lets it take calls, which it does from `now` on where it did not before; none: since the
+    /// beginning. An ejection changes nothing of it.
+    pub(super) fn set_fit(&self, is_fit: bool, now: Option<Instant>) {
+        if !self.is_fit.replace(is_fit) && is_fit {
+            self.came.set(now);
+        }
+    }
+
+    /// Ends `passed` intervals and begins the next one. Returns how many requests succeeded and failed in them.
+    pub(super) fn close_intervals(&self, passed: u32) -> (u32, u32) {
         // An interval without an ejection makes the next one shorter (Envoy's rule).
         if !self.is_out() {
-            self.ejections.set(self.ejections.get().saturating_sub(1));
+            self.ejections.set(self.ejections.get().saturating_sub(passed));
         }
-        (total >= requests_min.max(1)).then(|| f64::from(succeeded) / f64::from(total))
+        (self.succeeded.replace(0), self.failed.replace(0))
     }
 }
 

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use http::HeaderMap;
 use http::header;
+use serde_json::Value;
 
 use super::compile::Router;
 use super::entry::{Abort, Fault, HeaderEdit, Redirect, Sticky};
@@ -100,6 +101,12 @@ pub struct Split {
 }
 
 impl Split {
+    /// Returns the leg that a caller stays with by what its headers say, whatever is drawn; none: it is drawn.
+    pub fn kept(&self, headers: &HeaderMap) -> Option<&Leg> {
+        self.sticky.as_ref()?.value(headers)?;
+        self.leg(headers, 0)
+    }
+
     /// Takes the leg of a request; `draw` is uniform over its range.
     pub fn leg(&self, headers: &HeaderMap, draw: u64) -> Option<&Leg> {
         let [leg] = &*self.legs else {
@@ -209,9 +216,25 @@ impl Route {
 pub struct Faults {
     pub(super) matcher: Matcher,
     pub(super) faults: Vec<Fault>,
+    /// As they were written, for people.
+    pub(super) written: Vec<Value>,
 }
 
 impl Faults {
+    /// The fault that a request meets, or without one a connection of bytes, as it was written.
+    pub fn met(&self, asked: Option<&Asked<'_>>) -> Option<&Value> {
+        let at = match asked {
+            Some(asked) => self.matcher.first(asked),
+            None => self.faults.iter().position(|fault| fault.when == Match::default()),
+        };
+        self.written.get(at?)
+    }
+
+    /// All of them, as they were written.
+    pub fn all(&self) -> &[Value] {
+        &self.written
+    }
+
     /// What the first fault that matches does to this request; `draws` are uniform over their range.
     pub fn strike(&self, asked: &Asked<'_>, draws: (u32, u32)) -> (Option<Duration>, Option<&Abort>) {
         let found = self.matcher.first(asked).and_then(|at| self.faults.get(at));
@@ -254,6 +277,11 @@ pub struct Chain {
 }
 
 impl Chain {
+    /// A route of the router as it was written; none: it is the one for all the rest.
+    pub fn written(&self, route: &Route) -> Option<&Value> {
+        self.router.as_ref()?.written.get(route.at?)
+    }
+
     /// Finds the route of a request: the first that matches, or the one for all the rest.
     pub fn route(&self, asked: &Asked<'_>) -> Option<&Route> {
         let at = self.router.as_ref().and_then(|router| router.matcher.first(asked));

@@ -21,6 +21,7 @@ use super::entry::{
 };
 use super::fields::Problems;
 use super::gateway::Gateway;
+use super::hedge::{Delay, Hedge};
 use super::hops::TrustedHops;
 use super::matcher::{Match, Matcher, TextTest};
 use super::read::read;
@@ -86,23 +87,27 @@ impl Ready {
         let ready = match entry {
             Entry::Router(routes) => {
                 let matcher = compiled("Routes", &mut routes.iter().map(|route| &route.when));
-                let fields = value.as_object().into_iter().flatten();
-                let written =
-                    fields.filter(|(key, _)| key.eq_ignore_ascii_case("routes")).find_map(|(_, list)| list.as_array());
-                Self::Router(Arc::new(Router { matcher, routes, written: written.cloned().unwrap_or_default() }))
+                Self::Router(Arc::new(Router { matcher, routes, written: written(value, "Routes") }))
             }
             Entry::Splitter(splitter) => Self::Splitter(Arc::new(splitter)),
             Entry::Resolver(resolver) => Self::Resolver(Arc::new(*resolver)),
             Entry::Defaults(defaults) => Self::Defaults(defaults),
             Entry::Faults(faults) => {
                 let matcher = compiled("Faults", &mut faults.iter().map(|fault| &fault.when));
-                Self::Faults(Arc::new(Faults { matcher, faults }))
+                Self::Faults(Arc::new(Faults { matcher, faults, written: written(value, "Faults") }))
             }
             Entry::Gateway(gateway) => Self::Gateway(Arc::new(gateway)),
             Entry::Other => Self::Other,
         };
         (ready, problems)
     }
+}
+
+/// The elements of a list of an entry, as they stand in it.
+fn written(entry: &Value, list: &str) -> Vec<Value> {
+    let mut fields = entry.as_object().into_iter().flatten();
+    let found = fields.find(|(key, _)| key.eq_ignore_ascii_case(list)).and_then(|(_, value)| value.as_array());
+    found.cloned().unwrap_or_default()
 }
 
 /// All entries that are in force.
@@ -251,6 +256,7 @@ impl Entries {
                     let resolved = self.resolve(&mirror.service, mirror.subset.as_deref(), &mut way, problems);
                     Mirror { to: Arc::clone(&resolved.target), share: mirror.share }
                 });
+                fits_in_time(to, &split, path, problems);
                 let rewrite = to.prefix_rewrite.clone().map(|put| (taken, put));
                 Route { at: Some(at), rewrite, action: Action::Forward(Box::new(forward(to, split, mirror))) }
             }
@@ -450,6 +456,27 @@ impl Way {
         let what = if is_seen { "leads in a circle" } else { "leads through too many entries" };
         problems.add(&*self.path, format!("{what}: {}", names.join(" -> ")));
         false
+    }
+}
+
+/// Holds the times of one attempt against those that the resolvers of a route without a timeout of its own give it whole.
+fn fits_in_time(to: &Destination, split: &Split, path: &str, problems: &mut Problems) {
+    let limits = split.legs.iter().filter_map(|leg| Some((leg.to.request_timeout?, &leg.to.target.service)));
+    let Some((limit, service)) = limits.min().filter(|_| to.request_timeout.is_none()) else { return };
+    let hedge = match to.hedge {
+        Some(Hedge { delay: Delay::Fixed(delay), .. }) => Some(delay),
+        _ => None,
+    };
+    let parts =
+        [("PerTryTimeout", to.per_try_timeout, "no attempt follows"), ("Hedge.Delay", hedge, "nothing is hedged")];
+    for (name, time, so) in parts {
+        if let Some(time) = time.filter(|time| *time >= limit) {
+            let whole = format!("RequestTimeout = {limit:?} of service-resolver {service}");
+            problems.add(
+                format!("{path}.Destination.{name}"),
+                format!("= {time:?} must be shorter than {whole}, for the route has none: else {so}"),
+            );
+        }
     }
 }
 

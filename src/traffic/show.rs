@@ -3,9 +3,11 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use http::header::{HeaderName, HeaderValue};
 use serde_json::{Map, Value, json};
 
 use super::chain::{Action, Chain, Resolved, SHARES, Split, Target};
+use super::entry::{HeaderEdit, Sticky};
 
 /// How long connecting an instance may take where no resolver says so: shown, and in force in `proxy`.
 const CONNECT_TIMEOUT_SHOWN: Duration = Duration::from_secs(5);
@@ -42,7 +44,7 @@ pub fn show(chain: &Chain, protocol: &str, datacenter: &str) -> Value {
         start = format!("router:{name}");
         seen.nodes.insert(start.clone(), json!({"Type": "router", "Name": name, "Routes": routes}));
     }
-    let faults = chain.faults.as_ref().map_or(0, |faults| faults.faults.len());
+    let faults = chain.faults.as_ref().map(|faults| &*faults.written).unwrap_or_default();
     json!({"Chain": {
         "ServiceName": name,
         "Namespace": "default",
@@ -54,6 +56,32 @@ pub fn show(chain: &Chain, protocol: &str, datacenter: &str) -> Value {
         "Targets": seen.targets,
         "Faults": faults,
     }})
+}
+
+fn add(shape: &mut Value, name: &str, value: Value) {
+    if let Value::Object(fields) = shape {
+        fields.insert(name.to_owned(), value);
+    }
+}
+
+/// What a caller stays by, as its entry says it.
+fn sticky_of(sticky: &Sticky) -> Value {
+    match sticky {
+        Sticky::Header(name) => json!({"Header": name.as_str()}),
+        Sticky::Cookie(name) => json!({"Cookie": name}),
+    }
+}
+
+/// Changes of headers, as entries say them.
+fn edits_of(edit: &HeaderEdit) -> Value {
+    let pairs = |list: &[(HeaderName, HeaderValue)]| {
+        let pair = |(name, value): &(HeaderName, HeaderValue)| {
+            (name.as_str().to_owned(), String::from_utf8_lossy(value.as_bytes()).into_owned().into())
+        };
+        list.iter().map(pair).collect::<Map<String, Value>>()
+    };
+    let removed: Vec<&str> = edit.remove.iter().map(HeaderName::as_str).collect();
+    json!({"Add": pairs(&edit.add), "Set": pairs(&edit.set), "Remove": removed})
 }
 
 struct Seen {
@@ -73,10 +101,19 @@ impl Seen {
             #[expect(clippy::cast_precision_loss, reason = "shares are below 2^53")]
             let weight = (leg.until - begun) as f64 * 100.0 / SHARES as f64;
             begun = leg.until;
-            splits.push(json!({"Weight": weight, "NextNode": node}));
+            let mut shown = json!({"Weight": weight, "NextNode": node});
+            let edits = [("RequestHeaders", &leg.request_headers), ("ResponseHeaders", &leg.response_headers)];
+            for (name, edit) in edits.into_iter().filter(|(_, edit)| !edit.is_empty()) {
+                add(&mut shown, name, edits_of(edit));
+            }
+            splits.push(shown);
         }
         let node = format!("splitter:{name}");
-        self.nodes.insert(node.clone(), json!({"Type": "splitter", "Name": name, "Splits": splits}));
+        let mut shown = json!({"Type": "splitter", "Name": name, "Splits": splits});
+        if let Some(sticky) = &split.sticky {
+            add(&mut shown, "Sticky", sticky_of(sticky));
+        }
+        self.nodes.insert(node.clone(), shown);
         node
     }
 
@@ -95,8 +132,8 @@ impl Seen {
             "RequestTimeout": shown(resolved.request_timeout),
             "Target": resolved.target.id,
         });
-        if let (Value::Object(fields), false) = (&mut says, failover.is_empty()) {
-            fields.insert("Failover".to_owned(), json!({"Targets": failover}));
+        if !failover.is_empty() {
+            add(&mut says, "Failover", json!({"Targets": failover}));
         }
         self.nodes.insert(node.clone(), json!({"Type": "resolver", "Name": resolved.target.id, "Resolver": says}));
         node

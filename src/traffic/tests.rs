@@ -297,6 +297,54 @@ fn instance(version: &str, datacenter: &str, status: HealthStatus) -> Instance {
 }
 
 #[test]
+fn an_attempt_has_less_time_than_the_resolvers_that_its_route_leads_to_give_the_whole() {
+    #[track_caller]
+    fn problems(destination: &Value) -> String {
+        let entries = entries(&[
+            ("service-router", "web", json!({"Routes": [{"Destination": destination}]})),
+            ("service-splitter", "web", json!({"Splits": [{"Weight": 50}, {"Weight": 50, "Service": "shadow"}]})),
+            ("service-resolver", "web", json!({"RequestTimeout": "9s"})),
+            ("service-resolver", "shadow", json!({"Redirect": {"Service": "dark"}})),
+            ("service-resolver", "dark", json!({"RequestTimeout": "2s"})),
+        ]);
+        entries.chain(&"web".parse().unwrap()).map_or_else(|problems| problems.to_string(), |_| String::new())
+    }
+    let bad = [
+        ("PerTryTimeout = 2s", json!({"PerTryTimeout": "2s"})),
+        ("Hedge.Delay = 3s", json!({"Hedge": {"Delay": "3s"}})),
+    ];
+    for (name, destination) in bad {
+        let said = problems(&destination);
+        let want =
+            format!("service-router:web Routes[0].Destination.{name} must be shorter than RequestTimeout = 2s of");
+        assert!(said.contains(&want) && said.contains("service-resolver dark"), "{said}");
+    }
+    assert_eq!(problems(&json!({"PerTryTimeout": "1s", "Hedge": {"Delay": "500ms"}})), "");
+    assert_eq!(problems(&json!({"PerTryTimeout": "1s", "Hedge": {"Delay": "p95"}})), "");
+    // A route's own timeout is the one that counts.
+    assert_eq!(problems(&json!({"PerTryTimeout": "3s", "RequestTimeout": "4s"})), "");
+}
+
+#[test]
+fn a_zone_is_a_subset_and_fails_over_to_another() {
+    // As api/traffic.md has it.
+    let resolver = json!({"DefaultSubset": "z1", "Failover": {"z1": {"ServiceSubset": "z2"}}, "Subsets": {
+        "z1": {"Filter": "Node.Meta.zone == z1"}, "z2": {"Filter": "Node.Meta.zone == z2"}}});
+    let chain = chain(&[("service-resolver", "web", resolver)], "web");
+    let zone = |zone: &str| {
+        let mut info = fixture::node_info("n1");
+        info.meta.insert("zone".to_owned(), zone.to_owned());
+        let record = ServiceRecord { port: 80, ..ServiceRecord::new("w".parse().unwrap(), "web".parse().unwrap()) };
+        fixture::instance(fixture::node_entry(info), record)
+    };
+    let [near, far] = [&chain.stream.target, &chain.stream.failover[0]];
+    for (at, is_near, is_far) in [("z1", true, false), ("z2", false, true), ("", false, false)] {
+        let instance = zone(at);
+        assert_eq!((near.takes(&instance, "dc1"), far.takes(&instance, "dc1")), (is_near, is_far), "{at:?}");
+    }
+}
+
+#[test]
 fn what_stands_in_place_of_a_prefix_joins_the_rest_by_one_slash() {
     #[track_caller]
     fn check(matched: &Value, put: &str, path: &str, want: &str) {

@@ -13,16 +13,18 @@
 mod priority;
 mod read;
 mod shape;
+mod show;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::authz::{self, REGEX_INPUT_BYTES_MAX};
+use crate::authz::{self, READINGS_MAX, REGEX_INPUT_BYTES_MAX, readings};
 use crate::model::ServiceName;
 
 pub use self::priority::Priority;
 pub use self::shape::{Problem, balance, check, limits, passive_health_check, rate_limits, table};
+pub use self::show::{show_balance, show_rate};
 
 /// Which instance takes the next call.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -343,11 +345,38 @@ pub struct RateRule {
     pub scope: RateScope,
 }
 
-/// The limits of requests to a service at one instance: the first rule whose path matches counts.
+/// The limits of what comes to a service at one instance: of requests the first rule whose path matches counts, of connections
+/// the first that is about every path.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct RateRules {
     /// In order.
     pub rules: Vec<RateRule>,
+}
+
+impl RateRules {
+    /// Returns the numbers of the rules that requests at `path` count in: of each reading of it ([`readings`]) the first rule
+    /// that is about it. So no way of writing a path leads past the rule of what the app takes it for.
+    pub fn of_path(&self, path: &str) -> impl Iterator<Item = usize> + use<> {
+        let mut found = [None; READINGS_MAX];
+        if self.rules.iter().all(|rule| rule.path == RatePath::Any) {
+            found = [(!self.rules.is_empty()).then_some(0), None, None];
+        } else {
+            for (at, reading) in readings(path).into_iter().flatten().enumerate() {
+                let rule = self.rules.iter().position(|rule| rule.path.matches(&reading));
+                let is_known = found.contains(&rule);
+                if let Some(place) = found.get_mut(at).filter(|_| !is_known) {
+                    *place = rule;
+                }
+            }
+        }
+        found.into_iter().flatten()
+    }
+
+    /// Returns the number of the rule that connections of bytes and flows of UDP count in: they have no path, so it is the
+    /// level's own.
+    pub fn of_stream(&self) -> Option<usize> {
+        self.rules.iter().position(|rule| rule.path == RatePath::Any)
+    }
 }
 
 /// The guards of one calling service.

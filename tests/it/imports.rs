@@ -112,6 +112,7 @@ fn outer_rules() -> Vec<Rule> {
                 "telemetry",
                 "traffic",
                 "unix_socket",
+                "upstream",
             ],
         ),
         ("filter", &["model"]),

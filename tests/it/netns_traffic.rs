@@ -198,6 +198,67 @@ fn requests_are_routed_split_and_failed_over_as_config_entries_say() {
 }
 
 #[test]
+fn why_follows_a_call_to_the_service_that_it_ends_at() {
+    let Some(cluster) = Cluster::start() else { return };
+    let _web = cluster.serve(2, "web", "web", (7001, 200, Duration::ZERO));
+    let _shadow = cluster.serve(3, "shadow", "shadow", (7003, 200, Duration::ZERO));
+    cluster.n1.wait_passing("web", &["web"]);
+    cluster.n1.wait_passing("shadow", &["shadow"]);
+    cluster.write(&json!({"Kind": "service-resolver", "Name": "web", "Redirect": {"Service": "shadow"}}));
+    cluster.write(&router(&json!([{"Match": {"HTTP": {"PathPrefix": "/api/"}},
+        "Destination": {"PrefixRewrite": "/inner/", "RequestTimeout": "7s"}}])));
+    cluster.write(&json!({"Kind": "service-defaults", "Name": "shadow",
+        "RateLimits": {"InstanceLevel": {"RequestsPerSecond": 1000}}}));
+    assert_eq!(cluster.who("/api/x", &[]), "shadow");
+    let bob = operator(&cluster.ca, "bob", "intentions");
+    let create = |args: &[&str]| {
+        let words = [&["intention", "create"], args, &["-operator", path(&bob)]].concat();
+        weft_on_ok(&cluster.lab.host(1), &words);
+    };
+    create(&["caller", "web"]);
+    create(&["-deny", "caller", "shadow"]);
+
+    let why = cluster.n1.get("/v1/mesh/why?source=caller&destination=web&method=GET&path=/api/x");
+    assert_eq!((&why["Allowed"], &why["Policy"]["Rule"]), (&json!(false), &json!("caller:shadow")), "{why:#}");
+    let instances: Vec<(&str, &str)> = why["Instances"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|one| (one["Service"].as_str().unwrap(), one["ID"].as_str().unwrap()))
+        .collect();
+    assert_eq!(instances, [("shadow", "shadow")], "{why:#}");
+    assert_eq!(why["Way"]["Route"]["SentPath"], "/inner/x", "{why:#}");
+    let workers = why["Workers"].as_array().unwrap();
+    let goes_there = |worker: &Value| worker["Next"]["ID"] == "shadow" && worker["Balancing"]["Policy"] == "peak_ewma";
+    assert!(!workers.is_empty() && workers.iter().all(goes_there), "{why:#}");
+    let told = weft_on_ok(&cluster.lab.host(1), &["why", "caller", "web", "-method", "GET", "-path", "/api/x"]);
+    for part in [
+        "caller -> web: denied by intention caller:shadow",
+        "route 0 (of 1, from 0) of service-router web: {",
+        "sent with path /inner/x",
+        "100.0 % to shadow: DENIED by caller:shadow, answer within 7s",
+        "limited there: {",
+        "Instances of shadow (protocol http):",
+        "weft intention create -allow caller shadow",
+    ] {
+        assert!(told.contains(part), "{part:?} is not in:\n{told}");
+    }
+    // The data plane says the same.
+    assert_eq!(cluster.call("/api/x", &[]).status, 403);
+    cluster.write(
+        &json!({"Kind": "service-faults", "Name": "web", "Faults": [{"Abort": {"Percent": 50, "HTTPStatus": 418}}]}),
+    );
+    create(&["-replace", "caller", "shadow"]);
+    let told = weft_on_ok(&cluster.lab.host(1), &["why", "caller", "web", "-path", "/"]);
+    for part in ["allowed by intention caller:shadow", "none of the 1 routes", "service-faults web: {", "HTTPStatus"] {
+        assert!(told.contains(part), "{part:?} is not in:\n{told}");
+    }
+    // Nobody knows a service: its worker balances nothing.
+    let nobody = cluster.n1.get("/v1/mesh/why?source=caller&destination=nobody");
+    assert!(nobody["Workers"].as_array().unwrap().iter().all(|worker| worker["Balancing"].is_null()), "{nobody:#}");
+}
+
+#[test]
 fn retries_save_requests_timeouts_say_why_and_a_fault_goes_by_one_command() {
     let Some(cluster) = Cluster::start() else { return };
     let _good = cluster.serve(2, "web", "good", (7001, 200, Duration::ZERO));

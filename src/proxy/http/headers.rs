@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 
 use base64::Engine as _;
+use foldhash::HashSet;
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::request::Parts;
 use http::uri::Authority;
@@ -23,14 +24,14 @@ const FORWARDED_PREFIX: &str = "x-forwarded-";
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 const REAL_IP: HeaderName = HeaderName::from_static("x-real-ip");
+/// Prefix of headers between neighbours (RFC 9110 §11.7, and `Proxy-Connection`).
+const PROXY_PREFIX: &str = "proxy-";
 /// Prefix of weft's own headers.
 const WEFT_PREFIX: &str = "x-weft-";
 /// Longest chain of services: far above real call depths, and a loop reaches it within milliseconds.
 const HOPS_MAX: u8 = 32;
 /// Most headers of a request: hyper refuses more on HTTP/1.1 by itself.
 const HEADERS_MAX: usize = 100;
-/// Most names that `Connection` may list; more are refused with the other headers' bound.
-const NOMINATED_MAX: usize = 32;
 
 /// Writes the headers that cross the mesh.
 ///
@@ -74,16 +75,16 @@ pub(crate) fn forget_identity(headers: &mut HeaderMap) {
 
 fn is_dropped(name: &HeaderName) -> bool {
     let text = name.as_str();
-    if is_disguised(name) {
+    if text.starts_with(WEFT_PREFIX) || text.starts_with(PROXY_PREFIX) || is_disguised(name) {
         return true;
     }
     match text.len() {
         4 => text == "host",
         7 => text == "upgrade",
         10 => text == "connection" || text == "keep-alive",
-        17 => text == "transfer-encoding" || text.starts_with(WEFT_PREFIX),
-        23 => *name == CLIENT_CERT || text.starts_with(WEFT_PREFIX),
-        _ => text.starts_with(WEFT_PREFIX) || text.starts_with("proxy-"),
+        17 => text == "transfer-encoding",
+        23 => *name == CLIENT_CERT,
+        _ => false,
     }
 }
 
@@ -96,31 +97,31 @@ fn goes_to_the_end(token: &[u8]) -> bool {
     begins(FORWARDED_PREFIX) || [header::FORWARDED, REAL_IP, REQUEST_ID].iter().any(is_it)
 }
 
-/// The names that `Connection` lists, beyond its own options and what goes to the end.
-struct Nominated<'a> {
-    names: Vec<&'a [u8]>,
-}
+/// The headers of a message that its `Connection` lists, beyond its own options and what goes to the end. They are no more
+/// than the message has, however many names are listed.
+struct Nominated(HashSet<HeaderName>);
 
-impl<'a> Nominated<'a> {
-    fn of(headers: &'a HeaderMap) -> Option<Self> {
-        let mut names = Vec::new();
+impl Nominated {
+    fn of(headers: &HeaderMap) -> Option<Self> {
+        let mut names = HashSet::default();
         for value in headers.get_all(header::CONNECTION) {
             for token in value.as_bytes().split(|byte| *byte == b',').map(<[u8]>::trim_ascii) {
                 let known = [&b"keep-alive"[..], b"close", b"upgrade", b"te", b"content-length"];
                 if !token.is_empty()
                     && !known.iter().any(|known| known.eq_ignore_ascii_case(token))
                     && !goes_to_the_end(token)
-                    && names.len() < NOMINATED_MAX
+                    && let Ok(name) = HeaderName::from_bytes(token)
+                    && headers.contains_key(&name)
                 {
-                    names.push(token);
+                    names.insert(name);
                 }
             }
         }
-        if names.is_empty() { None } else { Some(Self { names }) }
+        if names.is_empty() { None } else { Some(Self(names)) }
     }
 
     fn holds(&self, name: &HeaderName) -> bool {
-        self.names.iter().any(|nominated| nominated.eq_ignore_ascii_case(name.as_str().as_bytes()))
+        self.0.contains(name)
     }
 }
 
@@ -350,6 +351,24 @@ mod tests {
         assert_eq!(headers["te"], "trailers");
         assert_eq!(headers["traceparent"], "00-1-2-01");
         assert_eq!(headers.get_all("accept").iter().count(), 2);
+    }
+
+    #[test]
+    fn names_with_weft_s_prefix_or_a_proxy_s_stay_behind_whatever_their_length() {
+        for prefix in [WEFT_PREFIX, PROXY_PREFIX] {
+            for length in prefix.len() + 1..40 {
+                let name = format!("{prefix}{}", "a".repeat(length - prefix.len()));
+                assert!(crossing(&[(name.as_str(), "1")]).is_empty(), "{name}");
+            }
+        }
+    }
+
+    #[test]
+    fn connection_takes_away_what_it_names_however_many_names_come_before() {
+        let listed = (0..3_000).map(|at| format!("x-{at},")).collect::<String>() + "x-secret";
+        let headers = crossing(&[("connection", listed.as_str()), ("x-secret", "1"), ("x-2999", "1"), ("x-3000", "1")]);
+        let names: Vec<&str> = headers.keys().map(HeaderName::as_str).collect();
+        assert_eq!(names, ["x-3000"]);
     }
 
     #[test]

@@ -269,7 +269,25 @@ impl HttpState {
             RateKey::Source => source.map_or(1, |source| key_of(source.as_str().as_bytes())),
             RateKey::Header(name) => head.headers.get(name).map_or(1, |value| key_of(value.as_bytes())),
         };
-        let admitted = self.rates.admit(service, rules, head.path.path(), key, crate::clock::now());
+        let admitted = self.rates.admit(service, rules, Some(head.path.path()), key, crate::clock::now());
+        admitted.inspect_err(|_| self.limited.with(&[service.as_str()]).inc())
+    }
+
+    /// Holds a connection of bytes, or a flow of UDP, against the limits of its service at this instance; without headers, all
+    /// count together where a header's values would be told apart.
+    pub(crate) fn admit_stream_rate(
+        &self,
+        table: &upstream::Table,
+        service: &ServiceName,
+        source: Option<&ServiceName>,
+    ) -> Result<(), OverRate> {
+        let Some(rules) = table.rates(service) else { return Ok(()) };
+        let key = |key: &RateKey| match key {
+            RateKey::All => 0,
+            RateKey::Source => source.map_or(1, |source| key_of(source.as_str().as_bytes())),
+            RateKey::Header(_) => 1,
+        };
+        let admitted = self.rates.admit(service, rules, None, key, crate::clock::now());
         admitted.inspect_err(|_| self.limited.with(&[service.as_str()]).inc())
     }
 

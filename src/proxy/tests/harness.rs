@@ -197,7 +197,8 @@ impl Node {
 
     /// Waits until what the workers know of calls from `app` to `web` is as wanted.
     pub(super) async fn knows(&self, is_wanted: impl Fn(&WorkerView) -> bool) {
-        let question = Question { source: Some(name("app")), destination: name("web") };
+        let to = Entries::default().chain(&name("web")).unwrap().stream;
+        let question = Question { source: Some(name("app")), destination: name("web"), to };
         within(async { while !self.handle.inspector().ask(&question).await.iter().any(&is_wanted) {} }).await;
     }
 

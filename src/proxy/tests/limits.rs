@@ -236,3 +236,30 @@ async fn a_connection_to_a_node_that_gives_no_stream_goes_to_another_as_well() {
     }
     mesh.stop().await;
 }
+
+#[tokio::test]
+async fn connections_over_the_rate_of_their_service_are_reset_and_counted_against_no_instance() {
+    let mesh = Mesh::start().await;
+    let limits = json!({"InstanceLevel": {"RequestsPerSecond": 0.001, "RequestsMaxBurst": 3, "Per": "source"}});
+    mesh.b.say(&[("service-defaults", "web", json!({ "RateLimits": limits }))]);
+    for _ in 0..3 {
+        round_trip(&mesh).await;
+    }
+    for over in 1..=20 {
+        let mut client = within(TcpStream::connect(mesh.upstream)).await.unwrap();
+        let error = read_all(&mut client).await.unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+        mesh.a.counts("weft_tcp_connections_closed_total", &["reporter=\"source\"", "\"RL\""], over).await;
+    }
+    assert_eq!(mesh.b.count("weft_quic_refused_total", &["\"rate\""]), 20);
+    assert_eq!(mesh.b.count("weft_http_rate_limited_total", &["\"web\""]), 20);
+    // No breaker opened, and nothing backs off: without the limit the next one passes.
+    mesh.b.say(&[]);
+    round_trip(&mesh).await;
+    mesh.a
+        .knows(|view| {
+            view.backing_off.is_empty() && view.group.seats.iter().all(|seat| seat.standing == Standing::Closed)
+        })
+        .await;
+    mesh.stop().await;
+}

@@ -244,7 +244,7 @@ async fn open(port: Rc<Port>, from: SocketAddr, number: u64) {
         Err(flag) => {
             let (why, rest) = match flag {
                 "RBAC" => (Dropped::Denied, DENIED_REST),
-                "UO" => (Dropped::Full, FAILED_REST),
+                "UO" | "RL" => (Dropped::Full, FAILED_REST),
                 "DR" => (Dropped::Draining, FAILED_REST),
                 _ => (Dropped::NoInstance, FAILED_REST),
             };

@@ -7,6 +7,42 @@ use super::super::seat::Outcome;
 use super::tests::{Bench, many};
 use super::*;
 
+#[test]
+fn every_interval_that_passed_shortens_the_next_ejection_with_and_without_success_rates() {
+    for enabled in [true, false] {
+        let guard =
+            json!({"PassiveHealthCheck": {"MaxFailures": 1, "Interval": "10s", "SuccessRate": {"Enabled": enabled}}});
+        let mut bench = Bench::with(1, &json!({"LoadBalancer": {"Policy": "round_robin"}}), &guard, many(3));
+        let ejected = |bench: &mut Bench| {
+            // It fails at each call, its trials among them.
+            loop {
+                let picked = bench.pick();
+                let is_sick = picked.instance.node.info.name.as_str() == "n0001";
+                let outcome = if is_sick { Outcome::GatewayFailure } else { Outcome::Success };
+                picked.load.observer().observe(outcome, Duration::from_millis(1), bench.now);
+                if is_sick {
+                    break;
+                }
+            }
+            let until = bench.balancer.take_notices().pop().and_then(|notice| notice.until).unwrap();
+            let took = until - bench.now;
+            bench.now = until;
+            took.as_secs()
+        };
+        assert_eq!([(); 4].map(|()| ejected(&mut bench)), [30, 60, 90, 120], "{enabled}");
+        // Its trial succeeds, and 25 s are quiet: two intervals and a half.
+        bench.pick().load.observer().observe(Outcome::Success, Duration::from_millis(1), bench.now);
+        assert_eq!(bench.balancer.take_notices().pop().map(|notice| notice.until), Some(None));
+        bench.now += Duration::from_secs(25);
+        assert_eq!(ejected(&mut bench), 90, "{enabled}");
+        bench.pick().load.observer().observe(Outcome::Success, Duration::from_millis(1), bench.now);
+        bench.balancer.take_notices();
+        // An hour forgives all.
+        bench.now += Duration::from_secs(3_600);
+        assert_eq!(ejected(&mut bench), 30, "{enabled}");
+    }
+}
+
 const OUTCOMES: [Outcome; 4] = [Outcome::Success, Outcome::ServerError, Outcome::GatewayFailure, Outcome::Rejected];
 
 proptest! {

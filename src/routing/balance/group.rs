@@ -10,9 +10,9 @@ use std::time::Duration;
 use foldhash::HashMap;
 use tokio::time::Instant;
 
-use super::super::draw::Draw;
+use super::super::draw::{Draw, mix};
 use super::super::seat::{Cause, Common, Seat, Standing};
-use super::super::tables::HashTable;
+use super::super::tables::{HashTable, member_key};
 use super::Ask;
 use crate::catalogue::{Reports, ServiceEntry, Snapshot};
 use crate::model::{HealthStatus, Instance, InstanceId, NodeEntry, NodeName};
@@ -38,6 +38,24 @@ pub const ZONE_META: &str = "zone";
 pub(super) struct Place {
     pub(super) seat: Rc<Seat>,
     pub(super) instance: Arc<Instance>,
+    /// What part of its weight it has, of [`PARTS`]: less while it is new or reported.
+    parts: u32,
+}
+
+impl Place {
+    /// Its weight in parts, as it is at this moment.
+    pub(super) fn share(&self) -> u64 {
+        u64::from(weight(&self.instance)) * u64::from(self.parts)
+    }
+
+    /// Tells whether the instance keeps a key that a table gives it. Tables are made by the weight of who passes and is
+    /// neither new nor reported; who has less keeps that part of its keys, the same ones at each call and on every node.
+    pub(super) fn keeps(&self, key: u64) -> bool {
+        let whole = u64::from(self.instance.record.weights.passing.clamp(1, WEIGHT_MAX)) * u64::from(PARTS);
+        let share = self.share();
+        // Turned, so that it says nothing of where the key's walk begins.
+        share >= whole || mix(key.rotate_left(23) ^ member_key(&self.seat.node, &self.seat.id)) % whole < share
+    }
 }
 
 /// An instance in a tier.
@@ -207,16 +225,15 @@ impl Group {
             self.seat(ask.service, Some(now));
         }
         if is_over {
-            self.compare_rates(now);
-            self.interval_end = now + self.common.guard.borrow().ejection.interval;
+            self.close_intervals(now);
         }
         self.origin = origin(ask, hash);
         self.common.is_stale.set(false);
         self.arrange(ask.snapshot, now);
     }
 
-    /// Gives every instance its seat; those that are new came at `came`.
-    fn seat(&mut self, service: &ServiceEntry, came: Option<Instant>) {
+    /// Gives every instance its seat; those that may take calls and could not before may from `now` on.
+    fn seat(&mut self, service: &ServiceEntry, now: Option<Instant>) {
         let mut before = std::mem::take(&mut self.seats);
         self.places = service
             .instances
@@ -224,9 +241,10 @@ impl Group {
             .map(|instance| {
                 let key = (instance.node.info.name.clone(), instance.record.id.clone());
                 let seat = before.remove(&key);
-                let seat = seat.unwrap_or_else(|| Rc::new(Seat::new(key.0.clone(), key.1.clone(), came)));
+                let seat = seat.unwrap_or_else(|| Rc::new(Seat::new(key.0.clone(), key.1.clone())));
+                seat.set_fit(weight(instance) > 0, now);
                 self.seats.insert(key, Rc::clone(&seat));
-                Place { seat, instance: Arc::clone(instance) }
+                Place { seat, instance: Arc::clone(instance), parts: PARTS }
             })
             .collect();
         // What went takes its ejection along.
@@ -234,15 +252,23 @@ impl Group {
         self.common.out.set(out);
     }
 
+    /// Closes the intervals that are over: all calls since the last look count in the first of them, and none came in the rest.
     /// Ejects those whose success rate lies far below the others' (Envoy's rule).
-    fn compare_rates(&self, now: Instant) {
-        let rule = self.common.guard.borrow().ejection.success_rate.clone();
-        let Some(rule) = rule else { return };
-        let rated: Vec<(&Rc<Seat>, f64)> = self
-            .places
-            .iter()
-            .filter_map(|place| Some((&place.seat, place.seat.close_interval(rule.requests_min)?)))
-            .collect();
+    fn close_intervals(&mut self, now: Instant) {
+        let (interval, rule) = {
+            let guard = self.common.guard.borrow();
+            (guard.ejection.interval.max(Duration::from_millis(1)), guard.ejection.success_rate.clone())
+        };
+        let quiet = now.saturating_duration_since(self.interval_end);
+        let passed = u32::try_from(quiet.as_nanos() / interval.as_nanos()).unwrap_or(u32::MAX).saturating_add(1);
+        self.interval_end = now + interval;
+        let rate = |place: &Place| {
+            let (succeeded, failed) = place.seat.close_intervals(passed);
+            let (total, least) = (succeeded.saturating_add(failed), rule.as_ref()?.requests_min.max(1));
+            (total >= least).then(|| (Rc::clone(&place.seat), f64::from(succeeded) / f64::from(total)))
+        };
+        let rated: Vec<(Rc<Seat>, f64)> = self.places.iter().filter_map(rate).collect();
+        let Some(rule) = &rule else { return };
         if rated.len() < rule.instances_min as usize {
             return;
         }
@@ -269,11 +295,11 @@ impl Group {
         let most = (fit * ejection.percent_max as usize / 100).max(1).saturating_sub(self.common.out.get());
         self.lowered = self.reported(snapshot, if ejection.percent_max == 0 { 0 } else { most });
         self.grows_at = None;
-        let parts = self.parts(now);
+        let is_lessened = self.set_parts(now);
         let zone = self.balance.prefers_zone.then(|| zone_of(snapshot.nodes.get(&snapshot.local_node)?)).flatten();
         let (mut near, mut far) = (Vec::new(), Vec::new());
         let (mut near_all, mut near_fit) = (0u64, 0u64);
-        for (at, (place, parts)) in self.places.iter().zip(&parts).enumerate() {
+        for (at, place) in self.places.iter().enumerate() {
             let is_near = zone.is_none_or(|zone| zone_of(&place.instance.node) == Some(zone));
             let own = u64::from(weight(&place.instance));
             let takes = own > 0 && !uses_none && (uses_all || !place.seat.is_out());
@@ -283,7 +309,7 @@ impl Group {
             }
             if takes {
                 let tier = if is_near { &mut near } else { &mut far };
-                tier.push((at, own * u64::from(*parts)));
+                tier.push((at, if is_lessened { place.share() } else { own }));
             }
         }
         #[expect(clippy::cast_precision_loss, reason = "sums of weights of at most 16 bits")]
@@ -325,26 +351,25 @@ impl Group {
         reported.into_iter().take(most).map(|(_, at)| at).collect()
     }
 
-    /// Returns what part of its weight each instance has: all [`PARTS`], or less while it is new or reported.
-    fn parts(&mut self, now: Instant) -> Vec<u32> {
+    /// Sets what part of its weight each instance has: all [`PARTS`], or less while it is new or reported. Tells whether one
+    /// has less.
+    fn set_parts(&mut self, now: Instant) -> bool {
         let window = self.balance.slow_start;
-        let age = |place: &Place| place.seat.came.map(|came| now.saturating_duration_since(came));
+        let age = |place: &Place| place.seat.came.get().map(|came| now.saturating_duration_since(came));
         let is_new = |place: &Place| !window.is_zero() && age(place).is_some_and(|age| age < window);
         let has_new = self.places.iter().any(is_new);
         if has_new {
             self.grows_at = Some(now + (window / SLOW_START_STEPS).max(Duration::from_millis(1)));
         }
-        if !has_new && self.lowered.is_empty() {
-            return vec![1; self.places.len()];
+        for place in &mut self.places {
+            place.parts = if is_new(place) { grown(age(place), window) } else { PARTS };
         }
-        let mut parts: Vec<u32> =
-            self.places.iter().map(|place| if is_new(place) { grown(age(place), window) } else { PARTS }).collect();
         for at in &self.lowered {
-            if let Some(parts) = parts.get_mut(*at) {
-                *parts = (*parts).min(REPORTED_PARTS);
+            if let Some(place) = self.places.get_mut(*at) {
+                place.parts = place.parts.min(REPORTED_PARTS);
             }
         }
-        parts
+        has_new || !self.lowered.is_empty()
     }
 }
 

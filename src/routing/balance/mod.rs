@@ -10,6 +10,8 @@
 mod breaker_tests;
 mod group;
 #[cfg(test)]
+mod share_tests;
+#[cfg(test)]
 mod sim_tests;
 #[cfg(test)]
 mod tests;
@@ -341,22 +343,36 @@ impl<'a> Choice<'a, '_> {
         if let Some(hashed) = &self.group.hashed {
             for member in hashed.table.walk(key).take(WALK_MAX) {
                 let Some(found) = hashed.places.get(member).copied().flatten().and_then(takes) else { continue };
+                // A key that its instance does not keep walks on, and those of all others keep their places.
+                if found.0 == Preference::Fresh && !found.1.keeps(key) {
+                    continue;
+                }
                 if found.0 == Preference::Fresh {
                     return Some(found.1);
                 }
                 best = Some(best.map_or(found, |best| better(best, found)));
             }
         }
-        // No table yet, or too many in a row may not be called: by the greatest hash of key and instance (Thaler and
-        // Ravishankar, 1996).
-        let all = (0..self.group.places.len()).filter_map(takes);
-        let score = |found: &Found<'_>| mix(key ^ member_key(&found.1.seat.node, &found.1.seat.id));
-        let found = all.min_by_key(|found| (found.0, std::cmp::Reverse(score(found))));
+        // No table yet, or too many in a row may not be called: by the least of -ln(hash of key and instance) / share (Thaler
+        // and Ravishankar, 1996, with weights).
+        let all = (0..self.group.places.len()).filter_map(takes).map(|found| (found, score(key, found.1)));
+        let found = all.min_by(|(one, its), (other, others)| one.0.cmp(&other.0).then_with(|| its.total_cmp(others)));
+        let found = found.map(|(found, _)| found);
         match (best, found) {
             (Some(best), Some(found)) => Some(better(best, found).1),
             (one, None) | (None, one) => one.map(|(_, place)| place),
         }
     }
+}
+
+/// How far an instance is from having `key`: the nearest has it, each with the odds of its share.
+fn score(key: u64, place: &Place) -> f64 {
+    #[expect(clippy::cast_precision_loss, reason = "53 bits fit, and a share has fewer")]
+    let (hash, share) =
+        ((mix(key ^ member_key(&place.seat.node, &place.seat.id)) >> 11) as f64, place.share().max(1) as f64);
+    // From 0 to 1, both excluded.
+    let unit = (hash + 0.5) / 9_007_199_254_740_992.0;
+    -unit.ln() / share
 }
 
 /// Whether an instance has all that calls of this priority may bring it.
