@@ -494,7 +494,7 @@ mod tests {
     fn a_name_that_leads_elsewhere_is_parsed_as_what_takes_it_in_the_end() {
         let redirect = ("service-resolver", "shop", json!({"Redirect": {"Service": "web"}}));
         for registered in [Protocol::Http, Protocol::Tcp] {
-            let snapshot = snapshot(Some(registered), &[redirect.clone()]);
+            let snapshot = snapshot(Some(registered), std::slice::from_ref(&redirect));
             assert_eq!(known_protocol(&snapshot, &"shop".parse().unwrap()), Some(registered));
         }
         assert_eq!(known_protocol(&snapshot(None, &[redirect]), &"shop".parse().unwrap()), None);

@@ -77,6 +77,21 @@ impl Plan<'_> {
     fn retry(&self) -> Option<&Retry> {
         self.forward.retry.as_ref().filter(|_| !self.is_repeat)
     }
+
+    /// Whether the last of `made` attempts, which failed or was answered with what is tried again, asks for another one.
+    fn asks_again(&self, call: &Call<'_>, answer: Option<&Answer>, made: usize) -> bool {
+        match self.retry() {
+            _ if self.is_repeat => false,
+            Some(retry) => answer.is_some() || retry.covers_reset(),
+            None => call.parts.method.is_idempotent() && made < ATTEMPTS_MAX,
+        }
+    }
+
+    /// The wait before retry `number`, from 1.
+    fn backoff(&self, number: u32) -> Duration {
+        let draw = rand::random();
+        self.retry().map_or_else(|| plain_backoff(number, draw), |retry| retry.backoff(number, draw))
+    }
 }
 
 /// Answers a request to a service that has a chain.
@@ -392,19 +407,14 @@ async fn attempts<D: Dial>(
             }
         };
         made += 1;
-        let is_asked_for = match retry {
-            _ if plan.is_repeat => false,
-            Some(retry) => answer.is_some() || retry.covers_reset(),
-            None => call.parts.method.is_idempotent() && made < ATTEMPTS_MAX,
-        };
+        let is_asked_for = plan.asks_again(call, answer.as_deref(), made);
         let asks = |name: &HeaderName| answer.as_ref()?.head.headers.get(name);
         let wait = asked_wait(asks(&PUSHBACK), asks(&header::RETRY_AFTER));
         kept = answer.or(kept);
         if !is_asked_for {
             break failure;
         }
-        let (number, draw) = (retries + 1, rand::random());
-        let backoff = retry.map_or_else(|| plain_backoff(number, draw), |retry| retry.backoff(number, draw));
+        let backoff = plan.backoff(retries + 1);
         let refused = match wait {
             _ if !may_replay(pending.as_deref()) => Some("body"),
             _ if retry.is_some() && retries >= times => Some("times"),
