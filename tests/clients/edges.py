@@ -215,7 +215,7 @@ def call_by_entries(addr):
 
     began = time.monotonic()
     error = expect(grpc.StatusCode.DEADLINE_EXCEEDED, lambda: method("/t.Slow/hang")(b""))
-    assert 0.4 <= time.monotonic() - began < 5 and "500ms" in error.details(), error.details()
+    assert 0.4 <= time.monotonic() - began < 5, error.details()
     # The app hears of it: what is left of the time goes along.
     assert method("/t.Test/was_cancelled")(b"") == b"yes"
     say("grpc timeout")
