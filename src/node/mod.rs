@@ -217,14 +217,13 @@ impl Node {
         let joins = glue::join_server(&issuer, &identity, &gossip, &info, &store);
         tasks.spawn("aliases", until(stop.clone(), registry.clone().follow_catalogue(snapshot.clone())));
         tasks.spawn("accept", glue::accept(control.clone(), incoming_tx, joins, tasks.clone(), stop.clone()));
-        let expiry = identity::expiry_gauge(&metrics, &identity).map_err(part("identity's metrics"))?;
         let renewal = identity::Renewal {
             identity: Arc::clone(&identity),
             issuer,
             store: store.clone(),
             gossip: gossip.clone(),
             seeds: config.join.clone(),
-            expiry,
+            expiry: identity::expiry_gauge(&metrics, &identity).map_err(part("identity's metrics"))?,
             connections: connections.clone(),
             snapshot: snapshot.clone(),
         };
