@@ -481,14 +481,3 @@ fn a_registration_and_a_kill_are_known_everywhere_in_time() {
         assert!(times.max() <= 4 * SECOND, "{times:?}");
     });
 }
-
-#[test]
-fn in_a_partial_view_a_crash_of_one_that_all_know_is_seen_in_time() {
-    // Some 30 % of the hosts would know its watchers by chance.
-    let mut world = World::preloaded(300, Some(10), 1, Settings::default());
-    world.run(5 * SECOND);
-    let mut times = Times::default();
-    (0..3).for_each(|_| times.add(scenarios::kill(&mut world)));
-    println!("300 agents, partial view: p50 {:?}, max {:?}", times.percentile(50.0), times.max());
-    assert!(times.max() <= 5 * SECOND, "{times:?}");
-}
