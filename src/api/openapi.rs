@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::query::is_of_one_agent;
 use super::routes::ROUTES;
 
 const DOCUMENT: &str = include_str!("../../api/openapi.yaml");
@@ -58,6 +59,8 @@ fn every_operation_documents_the_statuses_of_what_stands_around_its_handler() {
     for (operation, lines) in bodies {
         let refers = |to: &str| lines.iter().any(|line| line.contains(&format!("#/components/parameters/{to}'")));
         let has_body = lines.contains(&"requestBody:");
+        let has_datacenter = !is_of_one_agent(operation.0);
+        assert_eq!(refers("dc"), has_datacenter, "{operation:?}: whether it takes `dc`");
         // The guard, the head's limits; the body's; places for those who wait; datacenters that are not there.
         let expected = [
             ("400", true),
@@ -66,7 +69,7 @@ fn every_operation_documents_the_statuses_of_what_stands_around_its_handler() {
             ("408", has_body),
             ("413", has_body),
             ("429", refers("index") || refers("hash")),
-            ("500", refers("dc")),
+            ("500", has_datacenter),
         ];
         for (status, is_due) in expected {
             let is_documented = lines.iter().any(|line| line.starts_with(&format!("'{status}':")));
