@@ -53,4 +53,5 @@ mod schema;
 #[path = "../sim/mod.rs"]
 mod sim;
 mod simulated;
+mod systemd;
 mod wait;
