@@ -3,15 +3,17 @@
 use std::sync::Arc;
 
 use anyhow::Context as _;
+use sd_notify::NotifyState;
 use serde_json::{Value, json};
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tracing::{error, info, warn};
+use tracing::{error, info};
 use weft::config::{Config, Host, Inputs, Mode, Setting, load};
 use weft::node::Node;
 use weft::telemetry::{self, Chain};
 
 use crate::cli::AgentArgs;
 use crate::failure::Failure;
+use crate::status::{self, notify};
 
 /// What a shell reports for a process that an interrupt ended.
 const EXIT_SECOND_SIGNAL: i32 = 130;
@@ -36,6 +38,7 @@ async fn serve(config: Config, inputs: Inputs) -> Result<(), Failure> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
     let mut hangup = signal(SignalKind::hangup()).context("cannot listen for SIGHUP")?;
+    notify(&[NotifyState::Status(&status::of_start(&config))]);
     // A newcomer may wait here for its issuer, for as long as it takes: a signal ends the wait.
     let node = tokio::select! {
         started = Box::pin(Node::start_reloadable(config, Arc::new(move || load(&inputs, &Host::read())))) => started.context("cannot start the agent")?,
@@ -44,13 +47,16 @@ async fn serve(config: Config, inputs: Inputs) -> Result<(), Failure> {
             return Ok(());
         }
     };
-    notify(&[sd_notify::NotifyState::Ready, sd_notify::NotifyState::Status("running")]);
+    let status = status::of(&node.gossip().members());
+    notify(&[NotifyState::Ready, NotifyState::Status(&status)]);
+    let telling = status::follow(node.gossip().subscribe(), status);
     let stopped = node.run_until_stopped();
-    tokio::pin!(stopped);
+    tokio::pin!(stopped, telling);
     loop {
         tokio::select! {
             ended = &mut stopped => return Ok(ended?),
             () = first_of(&mut terminate, &mut interrupt) => break,
+            never = &mut telling => match never {},
             _signal = hangup.recv() => {
                 // A reload may wait for the disk: a stop does not wait for it.
                 tokio::select! {
@@ -64,7 +70,7 @@ async fn serve(config: Config, inputs: Inputs) -> Result<(), Failure> {
         }
     }
     info!("stopping; a second signal ends the agent at once");
-    notify(&[sd_notify::NotifyState::Stopping, sd_notify::NotifyState::Status("draining")]);
+    notify(&[NotifyState::Stopping, NotifyState::Status("draining")]);
     node.shutdown();
     tokio::select! {
         ended = &mut stopped => Ok(ended?),
@@ -76,13 +82,6 @@ async fn first_of(terminate: &mut Signal, interrupt: &mut Signal) {
     tokio::select! {
         _signal = terminate.recv() => {}
         _signal = interrupt.recv() => {}
-    }
-}
-
-/// Tells systemd; without it this does nothing.
-fn notify(states: &[sd_notify::NotifyState<'_>]) {
-    if let Err(err) = sd_notify::notify(states) {
-        warn!(error = %Chain(&err), "could not tell systemd");
     }
 }
 

@@ -17,6 +17,8 @@ use crate::cli::ClientArgs;
 use crate::failure::Failure;
 use crate::tls::{self, Trust};
 
+/// The header of an answer that can be waited on.
+const INDEX: &str = "x-consul-index";
 /// Where an agent listens unless told otherwise.
 const ADDR_DEFAULT: &str = "127.0.0.1";
 /// Consul's port of HTTPS.
@@ -108,7 +110,7 @@ impl Client {
         Ok(Self { addr, token, trust: Trust { roots, name, own } })
     }
 
-    /// Fetches JSON.
+    /// Fetches JSON; `null` for a key that is not there.
     pub(crate) fn get(&self, path: &str) -> Result<Value, Failure> {
         let answer = self.exchange(http::Method::GET, path, Bytes::new())?;
         self.json(path, &answer)
@@ -120,7 +122,7 @@ impl Client {
         Ok(String::from_utf8_lossy(&answer).into_owned())
     }
 
-    /// Fetches JSON and its index, waiting for up to `wait` while the index is `index`; with 0 it does not wait.
+    /// Fetches JSON, as [`Client::get`], and its index, waiting for up to `wait` while the index is `index`; with 0 it does not wait.
     pub(crate) fn get_after(&self, path: &str, index: u64, wait: Duration) -> Result<(Value, u64), Failure> {
         let joint = if path.contains('?') { '&' } else { '?' };
         let path = format!("{path}{joint}index={index}&wait={}s", wait.as_secs());
@@ -132,14 +134,13 @@ impl Client {
 
     /// Sends an order.
     pub(crate) fn put(&self, path: &str, body: Option<&Value>) -> Result<(), Failure> {
-        let body = body.map_or_else(Bytes::new, |body| Bytes::from(body.to_string()));
-        self.exchange(http::Method::PUT, path, body)?;
-        Ok(())
+        self.put_text(path, body).map(drop)
     }
 
     /// Sends an order that is answered with text.
-    pub(crate) fn put_text(&self, path: &str) -> Result<String, Failure> {
-        let answer = self.exchange(http::Method::PUT, path, Bytes::new())?;
+    pub(crate) fn put_text(&self, path: &str, body: Option<&Value>) -> Result<String, Failure> {
+        let body = body.map_or_else(Bytes::new, |body| Bytes::from(body.to_string()));
+        let answer = self.exchange(http::Method::PUT, path, body)?;
         Ok(String::from_utf8_lossy(&answer).into_owned())
     }
 
@@ -198,7 +199,10 @@ impl Client {
 
     fn run(&self, ask: &Ask<'_>) -> Result<Answer, Failure> {
         let asked = self.converse(ask, async |response: http::Response<hyper::body::Incoming>| {
-            let index = response.headers().get("x-consul-index").and_then(|value| value.to_str().ok()?.parse().ok());
+            let index = response.headers().get(INDEX).and_then(|value| value.to_str().ok()?.parse().ok());
+            if is_absence(&response) {
+                return Ok(Answer { index, body: Bytes::from_static(b"null") });
+            }
             let body = Limited::new(response.into_body(), RESPONSE_BYTES_MAX).collect().await;
             let body = body.map_err(anyhow::Error::from_boxed).with_context(|| broke_off(&self.addr))?;
             Ok(Answer { index, body: body.to_bytes() })
@@ -213,7 +217,7 @@ impl Client {
         })
     }
 
-    /// Sends `ask`; gives a response of success to `read`.
+    /// Sends `ask`; gives a response of success, or of absence, to `read`.
     async fn converse<T>(
         &self,
         ask: &Ask<'_>,
@@ -266,7 +270,7 @@ impl Client {
         let answer = async {
             let response = sender.send_request(request).await.with_context(context)?;
             let status = response.status();
-            if status.is_success() {
+            if status.is_success() || is_absence(&response) {
                 return read(response).await;
             }
             let body = Limited::new(response.into_body(), RESPONSE_BYTES_MAX).collect().await;
@@ -279,6 +283,12 @@ impl Client {
             _closed = connection => answer.await,
         }
     }
+}
+
+/// Tells whether `response` says that nothing is there at an index: an answer, `null`, that can be waited on as any other. So a
+/// key is answered that was never written, or is gone.
+fn is_absence<B>(response: &http::Response<B>) -> bool {
+    response.status() == http::StatusCode::NOT_FOUND && response.headers().contains_key(INDEX)
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime, Failure> {

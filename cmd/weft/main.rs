@@ -16,6 +16,7 @@ mod policy;
 mod revoke;
 mod rotate;
 mod shell;
+mod status;
 mod table;
 mod tls;
 mod top;

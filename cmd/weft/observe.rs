@@ -58,12 +58,7 @@ fn monitor_path(level: &str, json: bool) -> String {
 /// `weft rtt`
 pub(crate) fn rtt(args: &RttArgs) -> Result<(), Failure> {
     let client = Client::new(&args.client)?;
-    let other_name = if let Some(other) = &args.other {
-        other.clone()
-    } else {
-        let own = client.get("/v1/agent/self")?;
-        own.pointer("/Config/NodeName").and_then(Value::as_str).unwrap_or_default().to_owned()
-    };
+    let other_name = args.other.clone().map_or_else(|| own_name(&client), Ok)?;
     let nodes = client.get("/v1/coordinate/nodes")?;
     let find = |name: &str| {
         let mut nodes = nodes.as_array().into_iter().flatten();
@@ -73,9 +68,36 @@ pub(crate) fn rtt(args: &RttArgs) -> Result<(), Failure> {
                 .hint("`weft members` names the nodes; a coordinate takes some seconds after a node joined")
         })
     };
-    let millis = find(&args.node)?.seconds_to(&find(&other_name)?) * 1e3;
-    println!("Estimated {} <-> {other_name} rtt: {millis:.3} ms", args.node);
+    let (node, other) = (find(&args.node)?, find(&other_name)?);
+    let (mut seconds, mut way) = (node.seconds_to(&other), String::new());
+    // A weft agent's coordinates are a star with itself in the middle: they are true of what ends there.
+    if args.other.is_some() && node.is_of_a_star() && other.is_of_a_star() {
+        let own = own_name(&client)?;
+        if own != args.node && own != other_name {
+            let there = measured(&client, &args.node, &other_name)?;
+            let either =
+                there.map_or_else(|| measured(&client, &other_name, &args.node), |seconds| Ok(Some(seconds)))?;
+            match either {
+                Some(between) => seconds = between,
+                None => way = format!(" by way of {own}"),
+            }
+        }
+    }
+    println!("Estimated {} <-> {other_name} rtt{way}: {:.3} ms", args.node, seconds * 1e3);
     Ok(())
+}
+
+/// Returns the name of the asked agent's node.
+fn own_name(client: &Client) -> Result<String, Failure> {
+    let own = client.get("/v1/agent/self")?;
+    Ok(own.pointer("/Config/NodeName").and_then(Value::as_str).unwrap_or_default().to_owned())
+}
+
+/// Returns the round trip that the agent of one node measured to another, in seconds; none: it does not answer, or has no
+/// connection to that one.
+fn measured(client: &Client, from: &str, to: &str) -> Result<Option<f64>, Failure> {
+    let told = client.get(&format!("/v1/mesh/round-trips?from={}", segment(from)))?;
+    Ok(told.get("Seconds").and_then(|seconds| seconds.get(to)?.as_f64()))
 }
 
 /// A network coordinate (Vivaldi with heights, as serf has them); times in seconds.
@@ -92,6 +114,11 @@ impl Coordinate {
         let number = |key: &str| coord.get(key).and_then(Value::as_f64);
         let vec = coord.get("Vec")?.as_array()?.iter().map(Value::as_f64).collect::<Option<Vec<f64>>>()?;
         Some(Self { vec, height: number("Height")?, adjustment: number("Adjustment")? })
+    }
+
+    /// Tells whether all of it is its height, as of weft's coordinates.
+    fn is_of_a_star(&self) -> bool {
+        self.adjustment == 0.0 && self.vec.iter().all(|part| *part == 0.0)
     }
 
     /// The estimated round trip; the adjustments count unless they make it negative.

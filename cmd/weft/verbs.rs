@@ -196,7 +196,7 @@ pub(crate) fn maint(args: &MaintArgs) -> Result<(), Failure> {
 
 /// Reloads the agent's files; what it says takes a restart goes to standard error.
 pub(crate) fn reload(args: &ClientArgs) -> Result<(), Failure> {
-    for note in Client::new(args)?.put_text("/v1/agent/reload")?.lines() {
+    for note in Client::new(args)?.put_text("/v1/agent/reload", None)?.lines() {
         eprintln!("warning: {note}");
     }
     println!("Configuration reload triggered.");
@@ -250,7 +250,8 @@ pub(crate) fn register(args: &RegisterArgs) -> Result<(), Failure> {
         return Err(ConfigError { problems }.into());
     }
     for service in &services {
-        client.put("/v1/agent/service/register", Some(service))?;
+        let notes = client.put_text("/v1/agent/service/register", Some(service))?;
+        notes.lines().for_each(|note| eprintln!("warning: {note}"));
         let name = ["name", "Name"].iter().find_map(|key| service.get(key)?.as_str()).unwrap_or_default();
         println!("Registered service: {name}");
     }

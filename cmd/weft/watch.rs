@@ -13,6 +13,8 @@ use crate::failure::Failure;
 
 /// How long one query waits: Consul's default.
 const WAIT: Duration = Duration::from_mins(5);
+/// What reads the words of a handler.
+const SHELL: &str = "/bin/sh";
 /// The pause after a failure, doubled by each further one up to [`PAUSE_MAX`].
 const PAUSE: Duration = Duration::from_secs(1);
 const PAUSE_MAX: Duration = Duration::from_secs(30);
@@ -21,8 +23,8 @@ const PAUSE_MAX: Duration = Duration::from_secs(30);
 pub(crate) fn watch(args: &WatchArgs) -> Result<(), Failure> {
     let path = path(args)?;
     let client = Client::new(&args.client)?;
-    let Some((program, words)) = args.program.split_first() else {
-        println!("{:#}", client.get(&path)?);
+    let Some(handler) = Handler::of(args) else {
+        println!("{:#}", shown_as(args.kind, client.get(&path)?));
         return Ok(());
     };
     let (mut index, mut pause) = (0, PAUSE);
@@ -31,10 +33,11 @@ pub(crate) fn watch(args: &WatchArgs) -> Result<(), Failure> {
         match client.get_after(&path, index, WAIT) {
             Ok((value, newest)) => {
                 pause = PAUSE;
+                let value = shown_as(args.kind, value);
                 // Going back means another agent, or one that started anew: its state counts from the beginning.
                 index = if newest < index { 0 } else { newest };
                 if shown.as_ref() != Some(&value) {
-                    run(program, words, &value, newest)?;
+                    handler.run(&value, newest)?;
                     shown = Some(value);
                 }
             }
@@ -48,25 +51,53 @@ pub(crate) fn watch(args: &WatchArgs) -> Result<(), Failure> {
     }
 }
 
-/// Runs the program to its end, with the state on its standard input; how it ended is reported and changes nothing.
-fn run(program: &str, words: &[String], value: &Value, index: u64) -> Result<(), Failure> {
-    let index = index.to_string();
-    let mut child = Command::new(program)
-        .args(words)
-        .env("WEFT_INDEX", &index)
-        .env("CONSUL_INDEX", &index)
-        .stdin(Stdio::piped())
-        .spawn()
-        .with_context(|| format!("cannot run {program}"))?;
-    if let Some(mut input) = child.stdin.take() {
-        // A program that does not read its input closes it: no matter.
-        let _closed = writeln!(input, "{value}");
+/// What is run at each change.
+#[derive(Debug, PartialEq, Eq)]
+struct Handler {
+    program: String,
+    words: Vec<String>,
+}
+
+impl Handler {
+    /// Reads the words behind the flags: as Consul's watch does, a shell reads them joined, unless `-shell=false` takes them as
+    /// a program and its words.
+    fn of(args: &WatchArgs) -> Option<Self> {
+        let (program, words) = args.program.split_first()?;
+        Some(if args.shell {
+            Self { program: SHELL.to_owned(), words: vec!["-c".to_owned(), args.program.join(" ")] }
+        } else {
+            Self { program: program.clone(), words: words.to_vec() }
+        })
     }
-    let status = child.wait().with_context(|| format!("cannot wait for {program}"))?;
-    if !status.success() {
-        eprintln!("warning: {program} ended with {status}");
+
+    /// Runs it to its end, with the state on its standard input; how it ended is reported and changes nothing.
+    fn run(&self, value: &Value, index: u64) -> Result<(), Failure> {
+        let (program, index) = (&self.program, index.to_string());
+        let mut child = Command::new(program)
+            .args(&self.words)
+            .env("WEFT_INDEX", &index)
+            .env("CONSUL_INDEX", &index)
+            .stdin(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("cannot run {program}"))?;
+        if let Some(mut input) = child.stdin.take() {
+            // A program that does not read its input closes it: no matter.
+            let _closed = writeln!(input, "{value}");
+        }
+        let status = child.wait().with_context(|| format!("cannot wait for {program}"))?;
+        if !status.success() {
+            eprintln!("warning: {program} ended with {status}");
+        }
+        Ok(())
     }
-    Ok(())
+}
+
+/// Returns the view as Consul's watch shows it: one key is an object, not a list of one; what is not there is `null`.
+fn shown_as(kind: WatchedKind, value: Value) -> Value {
+    match (kind, value) {
+        (WatchedKind::Key, Value::Array(mut one)) if one.len() == 1 => one.remove(0),
+        (_, value) => value,
+    }
 }
 
 /// The endpoint of the view.
@@ -141,5 +172,32 @@ mod tests {
         check("-type=connect_leaf", Err("-service"));
         check("-type=key", Err("-key"));
         check("-type=keyprefix -prefix=a/", Ok("/v1/kv/a%2F?recurse"));
+    }
+
+    #[test]
+    fn a_shell_reads_the_handler_s_words_unless_it_is_turned_off() {
+        #[track_caller]
+        fn check(flags: &[&str], program: &str, words: &[&str]) {
+            let argv = ["weft", "watch", "-type=nodes"].iter().chain(flags).map(Into::into);
+            let Verb::Watch(args) = Cli::parse_from(crate::argv::normalize(argv)).verb else { panic!("no watch") };
+            let want = Handler { program: program.to_owned(), words: words.iter().map(ToString::to_string).collect() };
+            assert_eq!(Handler::of(&args), Some(want), "{flags:?}");
+        }
+        check(&["--", "tee -a seen | wc"], "/bin/sh", &["-c", "tee -a seen | wc"]);
+        check(&["--", "tee", "-a", "seen"], "/bin/sh", &["-c", "tee -a seen"]);
+        check(&["tee", "seen"], "/bin/sh", &["-c", "tee seen"]);
+        check(&["-shell=true", "--", "tee"], "/bin/sh", &["-c", "tee"]);
+        check(&["-shell", "tee", "seen"], "/bin/sh", &["-c", "tee seen"]);
+        check(&["-shell=false", "--", "sh", "-c", "cat; date"], "sh", &["-c", "cat; date"]);
+        check(&["-shell=false", "tee", "a b"], "tee", &["a b"]);
+    }
+
+    #[test]
+    fn one_key_is_an_object_and_everything_else_stays_as_it_came() {
+        let row = serde_json::json!({"Key": "a"});
+        let list = Value::Array(vec![row.clone()]);
+        assert_eq!(shown_as(WatchedKind::Key, list.clone()), row);
+        assert_eq!(shown_as(WatchedKind::Keyprefix, list.clone()), list);
+        assert_eq!(shown_as(WatchedKind::Key, Value::Null), Value::Null);
     }
 }

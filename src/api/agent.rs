@@ -7,7 +7,7 @@ use prometheus::proto::MetricType;
 use serde_json::{Value, json};
 
 use super::call::{Call, Meta, Refusal, Reply, TEXT};
-use super::query::{self, Blocking};
+use super::query::Blocking;
 use super::seam::{GossipOrder, RegistryOrder};
 use super::sift::{Member, Own};
 use super::{Shared, block, shape, sift, status};
@@ -16,12 +16,11 @@ use crate::filter::Filter;
 use crate::gossip::MemberView;
 use crate::metrics::Metrics;
 use crate::model::{InstanceId, MemberStatus};
-use crate::registry::definition::{DefinitionDefaults, service_from_json};
+use crate::registry::definition::{DefinitionDefaults, service_from_json, without_effect};
 use crate::registry::{LocalState, RegistryError};
 
 /// `GET /v1/agent/services`: by id, synthetic proxies among them.
 pub(super) async fn services(call: Call) -> Result<Reply, Refusal> {
-    query::refuse_tenancy(&call)?;
     let filter = sift::filter::<Own<'_>>(&call)?;
     let state = call.shared.registry.state();
     Reply::json(&call, &local_services(&call.shared, &state, &filter))
@@ -29,7 +28,6 @@ pub(super) async fn services(call: Call) -> Result<Reply, Refusal> {
 
 /// `GET /v1/agent/service/:id`; with `hash` it waits until the service's content hash is another.
 pub(super) async fn service(call: Call) -> Result<Reply, Refusal> {
-    query::refuse_tenancy(&call)?;
     let blocking = Blocking::parse(&call.query)?;
     let known = call.query.given("hash").unwrap_or_default();
     let mut updates = call.shared.registry.subscribe();
@@ -86,19 +84,19 @@ fn local_services(shared: &Shared, state: &LocalState, filter: &Filter) -> BTree
     shapes
 }
 
-/// `PUT /v1/agent/service/register`
+/// `PUT /v1/agent/service/register`: the body says which settings are taken without effect; it is empty where there are none.
 pub(super) async fn register(call: Call) -> Result<Reply, Refusal> {
-    query::refuse_tenancy(&call)?;
     let replace_existing_checks = call.query.switch("replace-existing-checks")?;
-    let definition = Box::new(service_from_json(&json_body(&call)?, &defaults(&call))?);
+    let body = json_body(&call)?;
+    let definition = Box::new(service_from_json(&body, &defaults(&call))?);
     let order = RegistryOrder::RegisterService { definition, replace_existing_checks };
     call.shared.registry.carry_out(order).await?;
-    Ok(Reply::Empty)
+    let notes: Vec<String> = without_effect(&body).into_iter().map(|(path, why)| format!("{path} {why}")).collect();
+    Ok(noted(&notes))
 }
 
 /// `PUT /v1/agent/service/deregister/:id`
 pub(super) async fn deregister(call: Call) -> Result<Reply, Refusal> {
-    query::refuse_tenancy(&call)?;
     let id = &call.argument;
     let id: InstanceId = id.parse().map_err(|_| RegistryError::UnknownService { id: id.clone() })?;
     call.shared.registry.carry_out(RegistryOrder::DeregisterService(id)).await?;
@@ -270,10 +268,15 @@ pub(super) async fn leave(call: Call) -> Result<Reply, Refusal> {
 /// `PUT /v1/agent/reload`: the body says what takes a restart; it is empty where all was taken.
 pub(super) async fn reload(call: Call) -> Result<Reply, Refusal> {
     let notes = (call.shared.reload)().await.map_err(Refusal::bad)?;
+    Ok(noted(&notes))
+}
+
+/// Answers that it is done, with a line for each of `notes`.
+fn noted(notes: &[String]) -> Reply {
     if notes.is_empty() {
-        return Ok(Reply::Empty);
+        return Reply::Empty;
     }
-    Ok(Reply::Text { body: notes.join("\n") + "\n", content_type: TEXT })
+    Reply::Text { body: notes.join("\n") + "\n", content_type: TEXT }
 }
 
 /// `PUT /v1/agent/force-leave/:node`
@@ -291,6 +294,6 @@ pub(super) fn json_body(call: &Call) -> Result<Value, Refusal> {
 }
 
 /// What a definition falls back to on this agent.
-pub(super) fn defaults(call: &Call) -> DefinitionDefaults {
-    DefinitionDefaults { bind_ip: call.shared.defaults_ip }
+pub(super) fn defaults(call: &Call) -> DefinitionDefaults<'_> {
+    DefinitionDefaults { bind_ip: call.shared.defaults_ip, datacenter: &call.shared.node.datacenter }
 }

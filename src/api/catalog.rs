@@ -8,16 +8,15 @@ use serde_json::{Value, json};
 use super::call::{Call, Refusal, Reply};
 use super::index::Topic;
 use super::near::RoundTrips;
-use super::query::{self, Query, ReadOptions};
+use super::query::{Query, ReadOptions};
 use super::sift::{Listed, OfNode};
 use super::{Shared, block, shape, sift};
 use crate::catalogue::Snapshot;
-use crate::model::{Instance, MemberStatus, NodeEntry, NodeName, ServiceRecord, TextMap};
+use crate::model::{CONNECT_PROXY, Instance, MemberStatus, NodeEntry, NodeName, ServiceRecord, TextMap};
 use crate::registry::LocalState;
 
 /// `GET /v1/catalog/datacenters`: the agent's own first, then by name.
 pub(super) async fn datacenters(call: Call) -> Result<Reply, Refusal> {
-    query::refuse_tenancy(&call)?;
     let snapshot = call.shared.snapshot.load();
     let own = call.shared.node.datacenter.as_str();
     let known = snapshot.nodes.values().filter(|node| node.status != MemberStatus::Left);
@@ -107,7 +106,7 @@ pub(super) async fn node_services(call: Call) -> Result<Reply, Refusal> {
 async fn of_node(call: Call, collect: fn(Vec<(String, Value)>) -> Value) -> Result<Reply, Refusal> {
     let options = ReadOptions::parse(&call)?;
     drop(sift::filter::<OfNode<'_>>(&call)?);
-    let (snapshot, index) = block::wait(&call, options.blocking, Topic::Everything).await?;
+    let (snapshot, index) = block::wait(&call, options.blocking, Topic::Node(call.argument.clone())).await?;
     let filter = sift::filter::<OfNode<'_>>(&call)?;
     // Consul takes the node's UUID as well.
     let by_name = call.argument.parse().ok().and_then(|name: NodeName| snapshot.listed_node(&name));
@@ -195,7 +194,7 @@ pub(super) fn proxy(owner: &Instance) -> Option<Arc<Instance>> {
     let proxy = ServiceRecord {
         id: shape::sidecar_id(owner.record.id.as_str()).parse().ok()?,
         name: shape::sidecar_id(owner.record.name.as_str()).parse().ok()?,
-        kind: shape::CONNECT_PROXY.into(),
+        kind: CONNECT_PROXY.into(),
         // The mesh port is where the node is, not where the app is.
         address: Box::default(),
         port: owner.node.info.mesh_addr.port(),

@@ -9,14 +9,13 @@ use super::call::{Call, Refusal, Reply};
 use super::maintain::{NODE_MAINTENANCE, SERVICE_MAINTENANCE};
 use super::seam::RegistryOrder;
 use super::shape::Check;
-use super::{query, sift};
+use super::sift;
 use crate::model::{CheckId, HealthStatus};
 use crate::registry::RegistryError;
 use crate::registry::definition::check_from_json;
 
 /// `GET /v1/agent/checks`: by id.
 pub(super) async fn list(call: Call) -> Result<Reply, Refusal> {
-    query::refuse_tenancy(&call)?;
     let filter = sift::filter::<Check<'_>>(&call)?;
     let state = call.shared.registry.state();
     let node = call.shared.node.name.as_str();
@@ -27,7 +26,6 @@ pub(super) async fn list(call: Call) -> Result<Reply, Refusal> {
 
 /// `PUT /v1/agent/check/register`
 pub(super) async fn register(call: Call) -> Result<Reply, Refusal> {
-    query::refuse_tenancy(&call)?;
     let definition = check_from_json(&json_body(&call)?, &defaults(&call))?;
     refuse_maintenance(definition.id.as_str())?;
     call.shared.registry.carry_out(RegistryOrder::RegisterCheck(Box::new(definition))).await?;
@@ -36,7 +34,6 @@ pub(super) async fn register(call: Call) -> Result<Reply, Refusal> {
 
 /// `PUT /v1/agent/check/deregister/:id`
 pub(super) async fn deregister(call: Call) -> Result<Reply, Refusal> {
-    query::refuse_tenancy(&call)?;
     call.shared.registry.carry_out(RegistryOrder::DeregisterCheck(check_id(&call)?)).await?;
     Ok(Reply::Empty)
 }
@@ -58,7 +55,6 @@ pub(super) async fn fail(call: Call) -> Result<Reply, Refusal> {
 
 /// Sets a TTL check, with the query's `note` as its output.
 async fn set(call: Call, status: HealthStatus) -> Result<Reply, Refusal> {
-    query::refuse_tenancy(&call)?;
     let output = call.query.first("note").unwrap_or_default().to_owned();
     let order = RegistryOrder::UpdateTtl { id: check_id(&call)?, status, output };
     call.shared.registry.carry_out(order).await?;
@@ -67,7 +63,6 @@ async fn set(call: Call, status: HealthStatus) -> Result<Reply, Refusal> {
 
 /// `PUT /v1/agent/check/update/:id`: `{"Status", "Output"}`.
 pub(super) async fn update(call: Call) -> Result<Reply, Refusal> {
-    query::refuse_tenancy(&call)?;
     let (status, output) = parse_update(&json_body(&call)?)?;
     let order = RegistryOrder::UpdateTtl { id: check_id(&call)?, status, output };
     call.shared.registry.carry_out(order).await?;

@@ -108,7 +108,7 @@ mod tests {
         fn check(given: &Value, want: &Value) {
             let mut given = given.clone();
             given["Name"] = json!("c");
-            let defaults = DefinitionDefaults { bind_ip: "127.0.0.1".parse().unwrap() };
+            let defaults = DefinitionDefaults { bind_ip: "127.0.0.1".parse().unwrap(), datacenter: "dc1" };
             let definition = check_from_json(&given, &defaults).unwrap();
             assert_eq!(json!(of(&definition)), *want, "{given}");
         }

@@ -8,7 +8,6 @@ use http::StatusCode;
 use serde_json::{Value, json};
 
 use super::call::{Call, Refusal, Reply};
-use super::query::refuse_tenancy;
 use super::sift::{self, Listing};
 use super::write::{Expect, write};
 use super::{intention, service_intentions};
@@ -48,7 +47,6 @@ fn held(view: &DocumentsView, wanted: impl Fn(&str, &str) -> bool) -> Vec<Value>
 
 /// `PUT /v1/config`: the body is the entry.
 pub(super) async fn put(call: Call) -> Result<Reply, Refusal> {
-    refuse_tenancy(&call)?;
     let value: Value =
         serde_json::from_slice(&call.body).map_err(|error| Refusal::bad(format!("Request decode failed: {error}")))?;
     let expect = expect(&call)?;
@@ -85,7 +83,6 @@ pub(super) async fn read(call: Call) -> Result<Reply, Refusal> {
 
 /// `DELETE /v1/config/:kind/:name`
 pub(super) async fn delete(call: Call) -> Result<Reply, Refusal> {
-    refuse_tenancy(&call)?;
     let (kind, name) = path(&call)?;
     let name = name.ok_or_else(|| Refusal::bad("Missing config entry name"))?;
     let expect = expect(&call)?;

@@ -10,7 +10,6 @@ use http::StatusCode;
 use super::Shared;
 use super::agent::json_body;
 use super::call::{Call, Refusal, Reply};
-use super::query::refuse_tenancy;
 use super::seam::RegistryOrder;
 use super::write::externals_in_effect;
 use crate::model::{MemberStatus, NodeName};
@@ -18,7 +17,6 @@ use crate::registry::definition::{InDatacenter, external_from_json, removal_from
 
 /// `PUT /v1/catalog/register`
 pub(super) async fn register(call: Call) -> Result<Reply, Refusal> {
-    refuse_tenancy(&call)?;
     let InDatacenter { body: write, datacenter } = external_from_json(&json_body(&call)?)?;
     is_own(&call, &datacenter)?;
     if is_of_an_agent(&call.shared, &write.node) {
@@ -35,7 +33,6 @@ pub(super) async fn register(call: Call) -> Result<Reply, Refusal> {
 
 /// `PUT /v1/catalog/deregister`: what is not there is gone already.
 pub(super) async fn deregister(call: Call) -> Result<Reply, Refusal> {
-    refuse_tenancy(&call)?;
     let InDatacenter { body: (node, part), datacenter } = removal_from_json(&json_body(&call)?)?;
     is_own(&call, &datacenter)?;
     let is_here = call.shared.registry.state().externals.contains_key(&node);

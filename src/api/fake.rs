@@ -359,6 +359,17 @@ impl Bench {
     }
 }
 
+/// Runs `call` beside the test; aborted with it.
+pub(super) fn tokio_test_task(call: impl Future<Output = Answer> + Send + 'static) -> tokio::task::JoinHandle<Answer> {
+    #[expect(clippy::disallowed_methods, reason = "the test awaits it")]
+    tokio::spawn(call)
+}
+
+/// Tells whether `task` still waits after all others had their turn.
+pub(super) async fn is_pending(task: &mut tokio::task::JoinHandle<Answer>) -> bool {
+    tokio::time::timeout(std::time::Duration::from_millis(1), task).await.is_err()
+}
+
 /// A node that may serve `web`.
 fn identity() -> Arc<Identity> {
     let now = clock::wall();

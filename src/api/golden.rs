@@ -7,7 +7,7 @@ use axum::body::Body;
 use http::{Method, Request, StatusCode};
 use serde_json::json;
 
-use super::fake::{Answer, Bench, node_entry, service, snapshot};
+use super::fake::{Answer, Bench, is_pending, node_entry, service, snapshot, tokio_test_task};
 use super::guard::Arrival;
 use super::seam::{GossipOrder, RegistryOrder};
 use super::{ApiConfig, ApiError, ApiToken, BODY_BYTES_MAX, Right, serve};
@@ -279,6 +279,9 @@ async fn registration_goes_to_the_registry_and_its_refusals_keep_their_text() {
         panic!("{orders:?}");
     };
     assert_eq!(definition.record.name.as_str(), "db");
+    let noted = bench.put(uri, r#"{"Name":"db","Proxy":{"Config":{"envoy_stats_bind_addr":"0.0.0.0:1"}}}"#).await;
+    assert_eq!(noted.status, StatusCode::OK);
+    assert!(noted.text.starts_with("Proxy.Config.envoy_stats_bind_addr has no effect: "), "{}", noted.text);
     for (error, status) in [
         (RegistryError::UnknownService { id: "x".to_owned() }, 404),
         (RegistryError::Invalid("127.0.0.1:1 is taken".to_owned()), 400),
@@ -417,10 +420,6 @@ async fn methods_are_named_where_another_is_used() {
 async fn options_that_cannot_be_honoured_are_refused() {
     let bench = Bench::new();
     for (query, status, part) in [
-        ("stale&consistent", 400, "opposite"),
-        ("dc=dc9", 500, "No path to datacenter"),
-        ("ns=team", 400, "namespaces"),
-        ("partition=p", 400, "partitions"),
         ("filter=x", 400, "Invalid filter: selector x is not valid; there are Checks, Node.Address"),
         ("index=x", 400, "Invalid index"),
         ("index=1&wait=x", 400, "Invalid wait time"),
@@ -629,17 +628,6 @@ async fn a_socket_serves_requests_until_the_stop() {
     client.read_to_string(&mut answer).await.unwrap();
     assert!(answer.starts_with("HTTP/1.1 200 OK") && answer.contains("x-consul-index: 1003"), "{answer}");
     server.join_next().await.unwrap().unwrap();
-}
-
-/// Runs `call` beside the test; aborted with it.
-fn tokio_test_task(call: impl Future<Output = Answer> + Send + 'static) -> tokio::task::JoinHandle<Answer> {
-    #[expect(clippy::disallowed_methods, reason = "the test awaits it")]
-    tokio::spawn(call)
-}
-
-/// Tells whether `task` still waits after all others had their turn.
-async fn is_pending(task: &mut tokio::task::JoinHandle<Answer>) -> bool {
-    tokio::time::timeout(Duration::from_millis(1), task).await.is_err()
 }
 
 #[tokio::test]

@@ -80,7 +80,7 @@ pub(super) async fn checks(call: Call) -> Result<Reply, Refusal> {
 pub(super) async fn node(call: Call) -> Result<Reply, Refusal> {
     let options = ReadOptions::parse(&call)?;
     drop(sift::filter::<Check<'_>>(&call)?);
-    let (snapshot, index) = block::wait(&call, options.blocking, Topic::Everything).await?;
+    let (snapshot, index) = block::wait(&call, options.blocking, Topic::Node(call.argument.clone())).await?;
     let local = call.shared.registry.state();
     let name = call.argument.as_str();
     let checks = all_checks(&call.shared, &snapshot, &local, &options, |node| node.info.name.as_str() == name);

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::call::{Call, Refusal, Reply};
 use super::index::Topic;
-use super::query::{Blocking, refuse_tenancy};
+use super::query::Blocking;
 use super::write::{Expect, write};
 use super::{block, sift};
 use crate::authz::{self, Decision, Intention, Party, Request, ShapeError, Table};
@@ -40,7 +40,6 @@ fn shapes(found: &[(&Intention, u64)]) -> Vec<Value> {
 
 /// Waits for a change of what operators signed, if the request asks for one; returns its index.
 pub(super) async fn changed(call: &Call) -> Result<u64, Refusal> {
-    refuse_tenancy(call)?;
     let blocking = Blocking::parse(&call.query)?;
     Ok(block::wait(call, blocking, Topic::Policy).await?.1)
 }
@@ -68,7 +67,6 @@ pub(super) async fn read(call: Call) -> Result<Reply, Refusal> {
 
 /// `PUT /v1/connect/intentions/exact?source=&destination=`
 pub(super) async fn put(call: Call) -> Result<Reply, Refusal> {
-    refuse_tenancy(&call)?;
     let intention = body(&call, Some(ends(&call)?))?;
     write(&call.shared, Draft::intention(intention)?, Expect::Any).await?;
     Reply::json(&call, &true)
@@ -76,7 +74,6 @@ pub(super) async fn put(call: Call) -> Result<Reply, Refusal> {
 
 /// `POST /v1/connect/intentions`: writes an intention that must be new; answers with its id.
 pub(super) async fn create(call: Call) -> Result<Reply, Refusal> {
-    refuse_tenancy(&call)?;
     let intention = body(&call, None)?;
     let (id, name) = (intention.id(), intention.name());
     if !write(&call.shared, Draft::intention(intention)?, Expect::Version(0)).await? {
@@ -99,7 +96,6 @@ pub(super) async fn read_by_id(call: Call) -> Result<Reply, Refusal> {
 
 /// `PUT /v1/connect/intentions/:id`: writes what is there anew; source and destination stay, for the id is theirs.
 pub(super) async fn put_by_id(call: Call) -> Result<Reply, Refusal> {
-    refuse_tenancy(&call)?;
     let id = id(&call)?;
     let ends = {
         let view = call.shared.membership.documents();
@@ -113,7 +109,6 @@ pub(super) async fn put_by_id(call: Call) -> Result<Reply, Refusal> {
 
 /// `DELETE /v1/connect/intentions/:id`; true as well where there is none.
 pub(super) async fn delete_by_id(call: Call) -> Result<Reply, Refusal> {
-    refuse_tenancy(&call)?;
     let id = id(&call)?;
     let view = call.shared.membership.documents();
     if let Ok((held, _)) = by_id(&view, id) {
@@ -147,7 +142,6 @@ fn body(call: &Call, asked: Option<(Party, Party)>) -> Result<Intention, Refusal
 
 /// `DELETE /v1/connect/intentions/exact?source=&destination=`
 pub(super) async fn delete(call: Call) -> Result<Reply, Refusal> {
-    refuse_tenancy(&call)?;
     let (source, destination) = ends(&call)?;
     let view = call.shared.membership.documents();
     let is_there = !held(&view, |one| one.source == source && one.destination == destination).is_empty();
@@ -184,7 +178,6 @@ pub(super) async fn matching(call: Call) -> Result<Reply, Refusal> {
 
 /// `GET /v1/connect/intentions/check?source=&destination=`; with `method`, `path` and `header=name:value` also over a request.
 pub(super) async fn check(call: Call) -> Result<Reply, Refusal> {
-    refuse_tenancy(&call)?;
     let (source, destination) = ends(&call)?;
     let Some(destination) = service(&destination) else {
         return Err(Refusal::bad("Invalid destination: a call goes to one service, not to `*`"));

@@ -34,6 +34,19 @@ async fn every_list_takes_a_filter_on_its_own_fields() {
         ("/v1/catalog/nodes", "Meta.rack == r2", "/Node", &["n2"][..]),
         ("/v1/catalog/service/web", "NodeMeta.rack == r1 and v1 in ServiceTags", "/Node", &["n1"]),
         ("/v1/catalog/service/web", "ServicePort == 8081", "/Node", &[]),
+        ("/v1/catalog/nodes", "TaggedAddresses.lan == `10.0.0.2`", "/Node", &["n2"]),
+        ("/v1/catalog/service/web", "TaggedAddresses[\"wan\"] == `10.0.0.1`", "/Node", &["n1"]),
+        ("/v1/health/service/web", "Node.TaggedAddresses.lan == `10.0.0.2`", "/Node/Node", &["n2"]),
+        ("/v1/health/service/web", "virtual in Node.TaggedAddresses", "/Node/Node", &[]),
+        ("/v1/health/service/web", "Service.Connect.Native == true", "/Node/Node", &[]),
+        (
+            "/v1/health/connect/web",
+            "Service.Proxy.DestinationServiceName == web and Node.Node == n2",
+            "/Service/ID",
+            &["web-1-sidecar-proxy"],
+        ),
+        ("/v1/catalog/connect/web", "ServiceProxy.DestinationServiceID != `web-1`", "/Node", &[]),
+        ("/v1/catalog/service/web", "ServiceProxy.DestinationServiceName is empty", "/Node", &["n1", "n2"]),
         (
             "/v1/catalog/connect/web",
             "ServiceKind == connect-proxy and Node != n1",
@@ -57,6 +70,8 @@ async fn every_list_takes_a_filter_on_its_own_fields() {
     }
     for (path, filter, want) in [
         ("/v1/agent/services", "Kind is empty", &["web-1"][..]),
+        ("/v1/agent/services", "Proxy.DestinationServiceID == `web-1`", &["web-1-sidecar-proxy"]),
+        ("/v1/agent/services", "Connect.Native == true", &[]),
         ("/v1/agent/services", "Kind == connect-proxy and Port == 8301", &["web-1-sidecar-proxy"]),
         ("/v1/agent/checks", "ServiceName == web and Output contains good", &["service:web-1"]),
         ("/v1/agent/checks", "Type == http", &[]),
@@ -210,6 +225,12 @@ async fn the_distance_of_coordinates_is_the_measured_round_trip() {
     assert_eq!(one, json!([all[1]]));
     assert_eq!(one[0]["Coord"]["Vec"].as_array().unwrap().len(), 8);
     assert_eq!(bench.get("/v1/coordinate/node/n9").await.status, StatusCode::NOT_FOUND);
+    let from = |node: &str| bench.get(&format!("/v1/mesh/round-trips?from={node}"));
+    assert_eq!(from("").await.json(), json!({"From": "n1", "Seconds": {"n1": 0.0, "n2": 0.003}}));
+    let told = json!({"From": "n2", "Seconds": {"n0": 0.005, "n1": 0.009, "n2": 0.0, "n3": 0.001}});
+    assert_eq!(from("n2").await.json(), told);
+    assert_eq!(from("n9").await.status, StatusCode::NOT_FOUND);
+    assert_eq!(from("a/b").await.status, StatusCode::BAD_REQUEST);
     let datacenters = bench.get("/v1/coordinate/datacenters").await.json();
     assert_eq!(
         (&datacenters[0]["Datacenter"], &datacenters[0]["Coordinates"][0]["Node"]),

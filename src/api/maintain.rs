@@ -4,7 +4,6 @@ use http::StatusCode;
 use serde_json::{Value, json};
 
 use super::call::{Call, Refusal, Reply, TEXT};
-use super::query;
 use super::seam::RegistryOrder;
 use super::shape::{self, Check};
 use crate::model::{CheckId, HealthStatus, InstanceId};
@@ -33,7 +32,6 @@ pub(super) async fn service(call: Call) -> Result<Reply, Refusal> {
 }
 
 async fn set(call: &Call, check: String, service: Option<InstanceId>) -> Result<Reply, Refusal> {
-    query::refuse_tenancy(call)?;
     if call.query.given("enable").is_none() {
         return Err(Refusal::bad("Missing value for enable"));
     }
@@ -69,7 +67,6 @@ fn definition(id: CheckId, service: Option<InstanceId>, reason: Option<&str>) ->
 
 /// `GET /v1/agent/health/service/id/:id`: 200 passing, 429 warning, 503 critical or in maintenance, 404 unknown.
 pub(super) async fn health_by_id(call: Call) -> Result<Reply, Refusal> {
-    query::refuse_tenancy(&call)?;
     let state = call.shared.registry.state();
     let absent = || Refusal::new(StatusCode::NOT_FOUND, format!("ServiceId {} not found", call.argument));
     let found = state.services.get(call.argument.as_str()).ok_or_else(absent)?;
@@ -80,7 +77,6 @@ pub(super) async fn health_by_id(call: Call) -> Result<Reply, Refusal> {
 
 /// `GET /v1/agent/health/service/name/:name`: the worst of all instances here, each listed.
 pub(super) async fn health_by_name(call: Call) -> Result<Reply, Refusal> {
-    query::refuse_tenancy(&call)?;
     let state = call.shared.registry.state();
     let named = |service: &&std::sync::Arc<LocalService>| service.definition.record.name.as_str() == call.argument;
     let judged: Vec<Judged<'_>> =

@@ -8,12 +8,10 @@ use futures_util::stream;
 use http::StatusCode;
 
 use super::call::{Call, Refusal, Reply, TEXT};
-use super::query;
 use crate::telemetry::{self, LogFormat};
 
 /// `GET /v1/agent/monitor?loglevel=`: `info` unless a level is named; `logjson` gives one object a line.
 pub(super) async fn monitor(call: Call) -> Result<Reply, Refusal> {
-    query::refuse_tenancy(&call)?;
     let level = call.query.given("loglevel").unwrap_or(telemetry::FILTER_DEFAULT);
     let level = telemetry::level(level).ok_or_else(|| Refusal::bad(format!("Unknown log level: {level}")))?;
     let format = if call.query.switch("logjson")? { LogFormat::Json } else { LogFormat::Text };

@@ -164,6 +164,27 @@ pub(super) async fn node(call: Call) -> Result<Reply, Refusal> {
     Reply::at_index(&call, &[trips.coordinate(&node.info.name)], index)
 }
 
+/// `GET /v1/mesh/round-trips?from=NODE`: what that node's agent measured, in seconds by node; without `from` this agent's.
+/// A node that cannot be asked within a second has but itself.
+pub(super) async fn round_trips(call: Call) -> Result<Reply, Refusal> {
+    let own = &call.shared.node.name;
+    let from: NodeName = match call.query.given("from") {
+        Some(text) => text.parse().map_err(|error| Refusal::bad(format!("Invalid from: {text:?}: {error}")))?,
+        None => own.clone(),
+    };
+    let trips = if from == *own {
+        RoundTrips::now(&call).await?
+    } else if call.shared.snapshot.load().nodes.contains_key(&from) {
+        let crowded = || Refusal::new(StatusCode::TOO_MANY_REQUESTS, "too many nodes are asked already; ask again");
+        RoundTrips::of(&call, from.clone()).await?.ok_or_else(crowded)?
+    } else {
+        let text = format!("no node is named {:?}; GET /v1/catalog/nodes lists them", from.as_str());
+        return Err(Refusal::new(StatusCode::NOT_FOUND, text));
+    };
+    let seconds: BTreeMap<NodeName, f64> = trips.0.into_iter().map(|(node, trip)| (node, trip.as_secs_f64())).collect();
+    Reply::json(&call, &json!({"From": from, "Seconds": seconds}))
+}
+
 /// `GET /v1/coordinate/datacenters`: this agent for its datacenter; weft measures nodes, not datacenters.
 pub(super) async fn datacenters(call: Call) -> Result<Reply, Refusal> {
     let own = &call.shared.node;

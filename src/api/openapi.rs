@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::query::is_of_one_agent;
 use super::routes::ROUTES;
 
 const DOCUMENT: &str = include_str!("../../api/openapi.yaml");
@@ -65,6 +66,8 @@ fn every_operation_documents_the_statuses_of_what_stands_around_its_handler() {
         let writes_records = is_write && ["/v1/kv/", "/v1/query"].iter().any(|of| path.starts_with(of));
         let asks_gossip = ["/v1/coordinate/node", "/v1/mesh/why"].iter().any(|of| path.starts_with(of));
         let shows_certificates = path.contains("/connect/ca/");
+        let has_datacenter = !is_of_one_agent(operation.0);
+        assert_eq!(refers("dc"), has_datacenter, "{operation:?}: whether it takes `dc`");
         // The guard, the head's limits; the body's; places for those who wait; datacenters that are not there; an agent that
         // stops, where other tasks of it are asked; limits of what all share.
         let expected = [
@@ -74,7 +77,7 @@ fn every_operation_documents_the_statuses_of_what_stands_around_its_handler() {
             ("408", has_body),
             ("413", has_body),
             ("429", refers("index") || refers("hash")),
-            ("500", refers("dc") || writes_policy || writes_records || shows_certificates),
+            ("500", has_datacenter || writes_policy || writes_records || shows_certificates),
             ("503", refers("near") || asks_gossip || writes_policy || writes_records),
             ("507", writes_records),
         ];

@@ -109,10 +109,6 @@ impl ReadOptions {
                 )));
             }
         }
-        refuse_tenancy(call)?;
-        if query.has("stale") && query.has("consistent") {
-            return Err(Refusal::bad("Cannot combine ?stale with ?consistent: they ask for opposite things"));
-        }
         if let Some(text) = query.given("max_stale") {
             parse_duration(text).ok_or_else(|| Refusal::bad(format!("Invalid max_stale duration: {text:?}")))?;
         }
@@ -147,6 +143,27 @@ impl Blocking {
         let wait = if wait.is_zero() { WAIT_DEFAULT } else { wait.min(WAIT_MAX) };
         Ok(Self { index, wait })
     }
+}
+
+/// Refuses what no endpoint can honour: namespaces and partitions; and of endpoints that tell of the mesh, an unknown
+/// datacenter and an answer that is to be stale and consistent. As Consul's, those of one agent do not look at the latter.
+///
+/// # Errors
+/// 400; 500 for the datacenter.
+pub(super) fn refuse_unknown_places(call: &Call, path: &str) -> Result<(), Refusal> {
+    refuse_tenancy(call)?;
+    if is_of_one_agent(path) {
+        return Ok(());
+    }
+    if call.query.has("stale") && call.query.has("consistent") {
+        return Err(Refusal::bad("Cannot combine ?stale with ?consistent: they ask for opposite things"));
+    }
+    datacenter(call).map(drop)
+}
+
+/// Tells whether the endpoint at `path` is about the asked agent, or weft's own: there is no `dc` in it.
+pub(super) fn is_of_one_agent(path: &str) -> bool {
+    !path.starts_with("/v1/") || path.starts_with("/v1/agent/") || path.starts_with("/v1/mesh/")
 }
 
 /// Refuses namespaces and partitions, in the query and in Consul's headers.
@@ -202,8 +219,12 @@ pub(super) fn parse_duration(text: &str) -> Option<Duration> {
 
 #[cfg(test)]
 mod tests {
+    use axum::body::Body;
+    use http::Request;
     use proptest::prelude::*;
 
+    use super::super::fake::Bench;
+    use super::super::routes::{ROUTES, Route};
     use super::*;
 
     #[track_caller]
@@ -256,6 +277,32 @@ mod tests {
         assert_eq!(parse("/x?passing=false").switch("passing"), Ok(false));
         assert_eq!(parse("/x").switch("passing"), Ok(false));
         assert!(parse("/x?passing=maybe").switch("passing").is_err());
+    }
+
+    #[tokio::test]
+    async fn no_endpoint_takes_a_namespace_and_none_of_the_mesh_an_unknown_datacenter() {
+        let bench = Bench::new();
+        for Route { method, path, .. } in ROUTES {
+            let filled =
+                path.replace("{*entry}", "service-defaults/web").replace("{*key}", "a").replace(['{', '}'], "");
+            let mut cases = vec![("ns=team", 400, "namespaces"), ("partition=p", 400, "partitions")];
+            if !is_of_one_agent(path) {
+                cases.extend([("dc=dc9", 500, "No path to datacenter"), ("stale&consistent", 400, "opposite")]);
+            }
+            for (query, status, part) in cases {
+                let answer = bench.call(method.clone(), &format!("{filled}?{query}"), "").await;
+                assert_eq!(answer.status.as_u16(), status, "{method} {path}?{query}: {}", answer.text);
+                assert!(answer.text.contains(part), "{method} {path}?{query}: {}", answer.text);
+            }
+            let with_header = Request::builder().method(method).uri(&filled).header("x-consul-namespace", "team");
+            let answer = bench.send(with_header.body(Body::empty()).unwrap()).await;
+            assert_eq!(answer.status.as_u16(), 400, "{method} {path}: {}", answer.text);
+            assert!(answer.text.contains("namespaces"), "{method} {path}: {}", answer.text);
+        }
+        assert!(bench.orders().is_empty() && !bench.leave.is_cancelled(), "nothing was done");
+        for of_this_agent in ["/v1/agent/self?dc=dc9", "/v1/agent/services?stale&consistent", "/v1/mesh/info?dc=dc9"] {
+            assert_eq!(bench.get(of_this_agent).await.status, StatusCode::OK, "{of_this_agent}");
+        }
     }
 
     proptest! {

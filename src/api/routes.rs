@@ -14,7 +14,7 @@ use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 
 use super::call::{Call, Coding, Handler, Refusal, Reply, TEXT};
 use super::guard::{Arrival, Peer, Right};
-use super::query::Query;
+use super::query::{self, Query};
 use super::{
     BODY_BYTES_MAX, Shared, agent, catalog, check, connect, documents, entry, event, external, gateway, health, host,
     intention, kv, maintain, mesh, monitor, near, prepared, status, why,
@@ -129,6 +129,7 @@ pub(super) const ROUTES: &[Route] = &[
     route!(GET "/v1/status/peers" status::peers),
     route!(GET "/v1/mesh/info" mesh::info),
     route!(GET "/v1/mesh/members" mesh::members),
+    route!(GET "/v1/mesh/round-trips" near::round_trips),
     route!(GET "/v1/mesh/documents" documents::list),
     route!(PUT "/v1/mesh/document" documents::offer),
     route!(GET "/v1/mesh/export" documents::export),
@@ -212,6 +213,7 @@ async fn answer(shared: Arc<Shared>, path: &'static str, request: Request) -> Re
     let coding = Coding::of(&parts.headers);
     let peer = parts.extensions.get::<Peer>().map(|peer| peer.0);
     let call = Call { shared, query, headers: parts.headers, peer, argument, body };
+    query::refuse_unknown_places(&call, path)?;
     Ok((route.handler)(call).await?.into_response(coding))
 }
 

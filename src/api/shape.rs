@@ -7,16 +7,14 @@ use serde_json::{Value, json};
 
 use super::Shared;
 use super::definition::of as definition_of;
-use crate::model::{CheckId, CheckRecord, HealthStatus, Instance, MemberStatus, NodeEntry, ServiceRecord, Weights};
+use crate::model::{
+    CONNECT_PROXY, CheckId, CheckRecord, HealthStatus, Instance, MemberStatus, NodeEntry, SIDECAR_SUFFIX,
+    ServiceRecord, Weights,
+};
 use crate::registry::{ExternalNode, LocalCheck, LocalState, Probe, ServiceDefinition};
 
 /// The check that every node has: what the membership says of it.
 const SERF_HEALTH: &str = "serfHealth";
-
-/// What the name of a synthetic proxy ends in.
-pub(super) const SIDECAR_SUFFIX: &str = "-sidecar-proxy";
-/// The kind of a synthetic proxy.
-pub(super) const CONNECT_PROXY: &str = "connect-proxy";
 
 /// The id, and the service name, of the synthetic proxy of the service `id`.
 pub(super) fn sidecar_id(id: &str) -> String {

@@ -12,7 +12,7 @@ use super::call::{Call, Refusal};
 use super::shape::{self, Check};
 use crate::authz::{Intention, Rule};
 use crate::filter::{Fields, Filter, Kind, Value};
-use crate::model::{Instance, NodeEntry};
+use crate::model::{CONNECT_PROXY, Instance, NodeEntry};
 use crate::registry::ServiceDefinition;
 
 /// Parses the query's filter for records of the type `T`; without one everything passes.
@@ -31,6 +31,7 @@ impl Fields for NodeEntry {
         ("ID", Kind::Text),
         ("Meta", Kind::Pairs),
         ("Node", Kind::Text),
+        ("TaggedAddresses", Kind::Pairs),
     ];
 
     fn value(&self, name: &str) -> Value<'_> {
@@ -40,6 +41,7 @@ impl Fields for NodeEntry {
             "ID" => Value::text(&self.info.id),
             "Meta" => Value::Pairs(&self.info.meta),
             "Node" => Value::text(self.info.name.as_str()),
+            "TaggedAddresses" => Value::Pairs(self),
             _ => Value::Absent,
         }
     }
@@ -62,15 +64,18 @@ impl Fields for Listed<'_> {
         ("ServiceMeta", Kind::Pairs),
         ("ServiceName", Kind::Text),
         ("ServicePort", Kind::Number),
+        ("ServiceProxy.DestinationServiceID", Kind::Text),
+        ("ServiceProxy.DestinationServiceName", Kind::Text),
         ("ServiceTaggedAddresses", Kind::Addresses),
         ("ServiceTags", Kind::Texts),
         ("ServiceWeights.Passing", Kind::Number),
         ("ServiceWeights.Warning", Kind::Number),
+        ("TaggedAddresses", Kind::Pairs),
     ];
 
     fn value(&self, name: &str) -> Value<'_> {
         match name {
-            "Address" | "Datacenter" | "ID" | "Node" => self.0.node.value(name),
+            "Address" | "Datacenter" | "ID" | "Node" | "TaggedAddresses" => self.0.node.value(name),
             "NodeMeta" => Value::Pairs(&self.0.node.info.meta),
             "ServiceName" => self.0.value("Service.Service"),
             _ => match name.split_at_checked("Service".len()) {
@@ -87,11 +92,14 @@ pub(super) struct OfNode<'a>(pub(super) &'a Instance);
 /// The fields of a service where nothing but services stands.
 const SERVICE_FIELDS: &[(&str, Kind)] = &[
     ("Address", Kind::Text),
+    ("Connect.Native", Kind::Flag),
     ("EnableTagOverride", Kind::Flag),
     ("ID", Kind::Text),
     ("Kind", Kind::Text),
     ("Meta", Kind::Pairs),
     ("Port", Kind::Number),
+    ("Proxy.DestinationServiceID", Kind::Text),
+    ("Proxy.DestinationServiceName", Kind::Text),
     ("Service", Kind::Text),
     ("TaggedAddresses", Kind::Addresses),
     ("Tags", Kind::Texts),
@@ -122,12 +130,14 @@ impl Fields for Own<'_> {
         match (name, self.mesh_port) {
             ("ID", Some(_)) => Value::Text(Cow::Owned(shape::sidecar_id(record.id.as_str()))),
             ("Service", Some(_)) => Value::Text(Cow::Owned(shape::sidecar_id(record.name.as_str()))),
-            ("Kind", Some(_)) => Value::text(shape::CONNECT_PROXY),
+            ("Kind", Some(_)) => Value::text(CONNECT_PROXY),
             ("Port", Some(port)) => Value::Number(u64::from(port)),
-            ("ID", None) => Value::text(record.id.as_str()),
-            ("Service", None) => Value::text(record.name.as_str()),
+            ("ID", None) | ("Proxy.DestinationServiceID", Some(_)) => Value::text(record.id.as_str()),
+            ("Service", None) | ("Proxy.DestinationServiceName", Some(_)) => Value::text(record.name.as_str()),
             ("Kind", None) => Value::text(&record.kind),
             ("Port", None) => Value::Number(u64::from(record.port)),
+            ("Connect.Native", proxy) => Value::Flag(self.definition.native && proxy.is_none()),
+            ("Proxy.DestinationServiceID" | "Proxy.DestinationServiceName", None) => Value::text(""),
             ("TaggedAddresses", None) => Value::Addresses(&record.tagged_addresses),
             ("Address", _) => Value::text(&record.address),
             ("EnableTagOverride", _) => Value::Flag(record.enable_tag_override),

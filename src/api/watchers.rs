@@ -8,7 +8,7 @@
 //! task's pass after it, and the topic stands there by then. A sleeping watcher holds no snapshot.
 //!
 //! Invariants: a topic is kept while somebody watches it; an unrelated change costs one look-up per watched topic, however
-//! many watch it.
+//! many watch it, and where nodes are watched one pass over the catalogue for all of them.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};

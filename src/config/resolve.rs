@@ -24,7 +24,9 @@ use crate::authz::Action;
 use crate::dns::DnsConfig;
 use crate::gossip::KV_BYTES_DEFAULT;
 use crate::model::{NodeName, ServeScope, TrustDomain};
-use crate::registry::definition::{DefinitionDefaults, DefinitionError, check_from_json, service_from_json};
+use crate::registry::definition::{
+    DefinitionDefaults, DefinitionError, check_from_json, service_from_json, without_effect,
+};
 use crate::registry::{CheckDefinition, CheckSettings, ScriptPolicy, ServiceDefinition};
 use crate::telemetry::{Chain, Filter, LogFormat};
 use crate::unix_socket::SOCKET_PATH_BYTES_MAX;
@@ -166,8 +168,9 @@ impl Resolver<'_> {
         let log_filter = self.parsed(self.raw.log_level.clone()).unwrap_or_default();
         let scripts = self.scripts();
         let check_settings = self.check_settings();
-        let services = self.services(addresses.upstream_ip, scripts);
-        let checks = self.checks(addresses.upstream_ip, scripts);
+        let defaults = DefinitionDefaults { bind_ip: addresses.upstream_ip, datacenter: &datacenter };
+        let services = self.services(&defaults, scripts);
+        let checks = self.checks(&defaults, scripts);
         let leaves = self.raw.leave_on_terminate.as_ref().is_none_or(|given| given.value);
         let json = self.raw.log_json.as_ref().is_some_and(|given| given.value);
         Some(Config {
@@ -601,11 +604,10 @@ impl Resolver<'_> {
         settings
     }
 
-    fn services(&mut self, bind_ip: IpAddr, scripts: ScriptPolicy) -> Vec<ServiceDefinition> {
-        let defaults = DefinitionDefaults { bind_ip };
+    fn services(&mut self, defaults: &DefinitionDefaults<'_>, scripts: ScriptPolicy) -> Vec<ServiceDefinition> {
         let mut services: Vec<ServiceDefinition> = Vec::new();
         for given in std::mem::take(&mut self.raw.services) {
-            match service_from_json(&given.value, &defaults) {
+            match service_from_json(&given.value, defaults) {
                 Ok(service) if services.iter().any(|other| other.record.id == service.record.id) => {
                     let id = service.record.id.to_string();
                     let rule = "is the ID of another service of this configuration: give one of them an `id`";
@@ -613,6 +615,9 @@ impl Resolver<'_> {
                 }
                 Ok(service) => {
                     self.may_run(&given, &service.checks, scripts);
+                    for (path, why) in without_effect(&given.value) {
+                        self.raw.warn(&given.source, &format!("{}.{path}", given.key), why);
+                    }
                     services.push(service);
                 }
                 Err(err) => self.problems.push(definition_problem(given, &err)),
@@ -621,11 +626,10 @@ impl Resolver<'_> {
         services
     }
 
-    fn checks(&mut self, bind_ip: IpAddr, scripts: ScriptPolicy) -> Vec<CheckDefinition> {
-        let defaults = DefinitionDefaults { bind_ip };
+    fn checks(&mut self, defaults: &DefinitionDefaults<'_>, scripts: ScriptPolicy) -> Vec<CheckDefinition> {
         let mut checks: Vec<CheckDefinition> = Vec::new();
         for given in std::mem::take(&mut self.raw.checks) {
-            match check_from_json(&given.value, &defaults) {
+            match check_from_json(&given.value, defaults) {
                 Ok(check) if checks.iter().any(|other| other.id == check.id) => {
                     let id = check.id.to_string();
                     let rule = "is the ID of another check of this configuration: give one of them an `id`";

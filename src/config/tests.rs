@@ -286,10 +286,13 @@ fn dev_mode_is_loopback_memory_and_everything_on() {
 #[test]
 fn keys_of_consul_s_servers_are_accepted_with_a_warning() {
     let value = json!({"server": true, "bootstrap_expect": 3, "raft_protocol": 3, "acl": {}, "connect": {"enabled": true},
-        "ports": {"grpc": 8502}});
+        "ports": {"grpc": 8502},
+        "service": {"name": "web", "port": 80, "proxy": {"config": {"envoy_stats_bind_addr": "0.0.0.0:1"}}}});
     let warnings = load_json(Mode::Durable, value).unwrap().warnings;
-    let keys: Vec<&str> = warnings.iter().map(|warning| warning.key.as_str()).collect();
+    let (of_service, keys): (Vec<&str>, Vec<&str>) =
+        warnings.iter().map(|warning| warning.key.as_str()).partition(|key| key.starts_with("service"));
     assert_eq!(keys, ["acl", "bootstrap_expect", "connect", "ports.grpc", "raft_protocol", "server"]);
+    assert!(of_service.len() == 1 && of_service[0].ends_with(".proxy.config.envoy_stats_bind_addr"), "{of_service:?}");
     assert!(warnings.iter().all(|warning| warning.to_string().contains("has no effect")));
 }
 
@@ -575,7 +578,8 @@ fn the_shipped_configurations_are_valid() {
     assert_eq!(problems.iter().map(|problem| problem.key.as_str()).collect::<Vec<_>>(), ["issuer"]);
     for path in ["service-web-1.hcl", "service-web-2.hcl", "service-shop.hcl"] {
         let document = read_document(&top.join("examples/three-hosts").join(path)).unwrap();
-        let defaults = crate::registry::definition::DefinitionDefaults { bind_ip: [127, 0, 0, 1].into() };
+        let defaults =
+            crate::registry::definition::DefinitionDefaults { bind_ip: [127, 0, 0, 1].into(), datacenter: "dc1" };
         crate::registry::definition::service_from_json(&document.root["service"], &defaults).unwrap();
     }
 }

@@ -136,14 +136,14 @@ impl<'a> Value<'a> {
 /// Texts by key, in whichever map they are.
 pub trait Pairs {
     /// Returns the text under `key`.
-    fn text(&self, key: &str) -> Option<&str>;
+    fn text(&self, key: &str) -> Option<Cow<'_, str>>;
     /// Tells whether there is none.
     fn has_none(&self) -> bool;
 }
 
 impl Pairs for BTreeMap<String, String> {
-    fn text(&self, key: &str) -> Option<&str> {
-        self.get(key).map(String::as_str)
+    fn text(&self, key: &str) -> Option<Cow<'_, str>> {
+        self.get(key).map(|text| Cow::Borrowed(text.as_str()))
     }
 
     fn has_none(&self) -> bool {
@@ -152,8 +152,8 @@ impl Pairs for BTreeMap<String, String> {
 }
 
 impl Pairs for TextMap<Box<str>> {
-    fn text(&self, key: &str) -> Option<&str> {
-        self.get(key).map(AsRef::as_ref)
+    fn text(&self, key: &str) -> Option<Cow<'_, str>> {
+        self.get(key).map(|text| Cow::Borrowed(&**text))
     }
 
     fn has_none(&self) -> bool {
@@ -307,7 +307,7 @@ impl Test {
         let value = record.value(self.field);
         let Some(key) = self.key.as_deref() else { return value };
         match (value, self.part) {
-            (Value::Pairs(pairs), None) => pairs.text(key).map_or(Value::Absent, Value::text),
+            (Value::Pairs(pairs), None) => pairs.text(key).map_or(Value::Absent, Value::Text),
             (Value::Addresses(tagged), Some(part)) => match (tagged.get(key), part) {
                 (Some((address, _)), Part::Address) => Value::text(address),
                 (Some((_, port)), Part::Port) => Value::Number(u64::from(*port)),

@@ -25,8 +25,9 @@ pub use grant::{GrantError, OperatorScope, Right};
 pub use instance::{Instance, NodeEntry, Outside};
 pub use name::{CheckId, InstanceId, NameError, NodeName, ServiceName, TrustDomain};
 pub use record::{
-    CheckRecord, DEMANDS_MAX, Demand, EJECTIONS_MAX, EjectionsRecord, Entry, EntryKey, ExternalRecord, Generation,
-    HealthStatus, INGRESS_GATEWAY, MemberStatus, NodeInfo, Protocol, ServiceRecord, Weights,
+    CONNECT_PROXY, CheckRecord, DEMANDS_MAX, Demand, EJECTIONS_MAX, EjectionsRecord, Entry, EntryKey, ExternalRecord,
+    Generation, HealthStatus, INGRESS_GATEWAY, MemberStatus, NodeInfo, Protocol, SIDECAR_SUFFIX, ServiceRecord,
+    Weights,
 };
 pub use scope::{NamePattern, ServeScope};
 pub use spiffe::{SpiffeError, SpiffeId};

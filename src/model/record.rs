@@ -110,6 +110,10 @@ impl Default for Weights {
     }
 }
 
+/// Consul's kind of a synthetic sidecar.
+pub const CONNECT_PROXY: &str = "connect-proxy";
+/// What the names and ids of synthetic sidecars end in.
+pub const SIDECAR_SUFFIX: &str = "-sidecar-proxy";
 /// Consul's kind of a service by which calls come into the mesh from outside.
 pub const INGRESS_GATEWAY: &str = "ingress-gateway";
 
@@ -120,7 +124,7 @@ pub struct ServiceRecord {
     pub id: InstanceId,
     /// The service's name.
     pub name: ServiceName,
-    /// Consul's kind: empty for a plain service, `connect-proxy` for a synthetic sidecar, or [`INGRESS_GATEWAY`].
+    /// Consul's kind: empty for a plain service, [`CONNECT_PROXY`], or [`INGRESS_GATEWAY`].
     pub kind: Box<str>,
     /// In the order given.
     pub tags: Box<[Box<str>]>,

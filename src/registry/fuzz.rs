@@ -10,7 +10,8 @@ use super::definition::{
 use super::{CheckDefinition, ExternalNode, Probe};
 use crate::wire;
 
-const DEFAULTS: DefinitionDefaults = DefinitionDefaults { bind_ip: IpAddr::V4(Ipv4Addr::LOCALHOST) };
+const DEFAULTS: DefinitionDefaults<'_> =
+    DefinitionDefaults { bind_ip: IpAddr::V4(Ipv4Addr::LOCALHOST), datacenter: "dc1" };
 
 /// The first byte says what follows: a service's body, a check's, a node's without an agent, a duration, a message of the bus.
 pub(crate) fn definition(bytes: &[u8]) {

@@ -8,8 +8,8 @@ use super::definition::{DefinitionDefaults, OUTPUT_BYTES_MAX, service_from_json}
 use super::{CheckDefinition, Probe, ServiceDefinition};
 use crate::model::HealthStatus;
 
-pub(crate) const DEFAULTS: DefinitionDefaults =
-    DefinitionDefaults { bind_ip: std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST) };
+pub(crate) const DEFAULTS: DefinitionDefaults<'_> =
+    DefinitionDefaults { bind_ip: std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), datacenter: "dc1" };
 
 pub(crate) fn ttl_check(id: &str, service: Option<&str>, ttl_secs: u64) -> CheckDefinition {
     CheckDefinition {

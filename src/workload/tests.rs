@@ -47,8 +47,8 @@ fn registered(services: &[(&str, Option<&str>)]) -> Arc<LocalState> {
     for (name, user) in services {
         let meta = user.map_or(serde_json::json!({}), |user| serde_json::json!({ META_USER: user }));
         let body = serde_json::json!({"Name": name, "Port": 80, "Meta": meta});
-        let definition =
-            service_from_json(&body, &DefinitionDefaults { bind_ip: "127.0.0.1".parse().unwrap() }).unwrap();
+        let defaults = DefinitionDefaults { bind_ip: "127.0.0.1".parse().unwrap(), datacenter: "dc1" };
+        let definition = service_from_json(&body, &defaults).unwrap();
         let id = definition.record.id.clone();
         state.services.insert(id, Arc::new(LocalService { definition, create_index: 1, modify_index: 1 }));
     }

@@ -143,7 +143,7 @@ fn a_watch_prints_once_or_runs_its_program_at_each_change() {
     let file = dir.path().join("seen");
     // Each state is a line: the index, then the JSON.
     let program = format!("{{ printf '%s ' \"$WEFT_INDEX\"; cat; }} >> {}", path(&file));
-    let words = ["watch", "-type=service", "-service=web", "-passingonly", &at, "--", "sh", "-c", &program];
+    let words = ["watch", "-type=service", "-service=web", "-passingonly", &at, "--", &program];
     let _watch = Running::start(Command::new(WEFT).args(words));
     let states = || {
         let text = fs::read_to_string(&file).unwrap_or_default();
@@ -168,6 +168,54 @@ fn a_watch_prints_once_or_runs_its_program_at_each_change() {
     wait(&[&["web-1"], &[], &["web-1"]]);
     let indexes: Vec<u64> = states().iter().map(|(index, _)| *index).collect();
     assert!(indexes.is_sorted() && indexes[0] > 0, "{indexes:?}");
+}
+
+#[test]
+fn a_watch_of_a_key_tells_that_it_is_not_there_that_it_came_and_that_it_went() {
+    let (ca, dir) = (Ca::init("cli.test"), TempDir::new().unwrap());
+    let kv = dir.path().join("kv.hcl");
+    fs::write(&kv, "kv { enabled = true }\n").unwrap();
+    let issuer = ca.issuer();
+    let args = ["-issuer", path(&issuer), "-config-file", path(&kv)];
+    let agent = Agent::start(&Spec::loopback(218, "n1", &args));
+    let at = format!("-http-addr={}", agent.api);
+    for view in [["watch", "-type=key", "-key=app/a", &at], ["watch", "-type=keyprefix", "-prefix=app/", &at]] {
+        assert_eq!(weft_ok(&view), "null\n");
+    }
+    let file = |name: &str| dir.path().join(name);
+    let start = |name: &str, view: [&str; 2]| {
+        let seen = file(name);
+        Running::start(
+            Command::new(WEFT).args([&["watch"], &view[..], &[&at, "-shell=false", "tee", "-a", path(&seen)]].concat()),
+        )
+    };
+    let _watches = [start("key", ["-type=key", "-key=app/a"]), start("prefix", ["-type=keyprefix", "-prefix=app/"])];
+    // What the program saw: each state is a line; of each key its value.
+    let value = |row: &serde_json::Value| row["Value"].as_str().map(str::to_owned);
+    let states = |name: &str| -> Vec<Option<String>> {
+        let text = fs::read_to_string(file(name)).unwrap_or_default();
+        let lines = text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n'));
+        let of = |line: &str| {
+            let json: serde_json::Value = serde_json::from_str(line).unwrap();
+            if name == "key" { value(&json) } else { json.as_array().map(|rows| value(&rows[0]).unwrap()) }
+        };
+        lines.map(of).collect()
+    };
+    let wait = |want: &[Option<&str>]| {
+        for name in ["key", "prefix"] {
+            until(&format!("the program at the {name} ran for {want:?}"), || {
+                let seen = states(name);
+                let seen: Vec<Option<&str>> = seen.iter().map(Option::as_deref).collect();
+                if seen == want { Ok(()) } else { Err(format!("{seen:?}")) }
+            });
+        }
+    };
+    wait(&[None]);
+    agent.put_ok("/v1/kv/app/a", "1");
+    wait(&[None, Some("MQ==")]);
+    let deleted = agent.call(agent.api, "DELETE", "/v1/kv/app/a", &[], "").unwrap();
+    assert_eq!(deleted.status, 200);
+    wait(&[None, Some("MQ=="), None]);
 }
 
 #[test]
@@ -201,6 +249,15 @@ fn event_rtt_and_monitor_speak_consul_s_endpoints() {
     let (out, seen) = against(&[&nodes], &["rtt", "a", "b"]);
     assert_eq!(out, "Estimated a <-> b rtt: 4.000 ms\n");
     assert!(seen[0].starts_with("GET /v1/coordinate/nodes "), "{}", seen[0]);
+    // A star, as weft's agents tell: of two others one is asked, and where neither can tell it is said.
+    let star = format!("[{},{}]", coordinate("a", 0.0), coordinate("b", 0.0));
+    let own = r#"{"Config":{"NodeName":"c"}}"#;
+    let (alone, of_b) = (r#"{"From":"a","Seconds":{"a":0.0}}"#, r#"{"From":"b","Seconds":{"a":0.0025,"b":0.0}}"#);
+    let (out, seen) = against(&[&star, own, alone, of_b], &["rtt", "a", "b"]);
+    assert_eq!(out, "Estimated a <-> b rtt: 2.500 ms\n");
+    assert!(seen[3].starts_with("GET /v1/mesh/round-trips?from=b "), "{}", seen[3]);
+    let (out, _) = against(&[&star, own, alone, alone], &["rtt", "a", "b"]);
+    assert_eq!(out, "Estimated a <-> b rtt by way of c: 1.000 ms\n");
     let (out, _) = against(&[r#"{"Config":{"NodeName":"b"}}"#, &nodes], &["rtt", "a"]);
     assert_eq!(out, "Estimated a <-> b rtt: 4.000 ms\n");
 

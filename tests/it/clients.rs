@@ -4,12 +4,13 @@
 //! `WEFT_REQUIRE_CLIENTS=1` (as .ci/run sets it). unbound and dnsmasq are in `dns`.
 
 use std::fs;
-use std::io::{BufRead as _, BufReader};
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tempfile::TempDir;
@@ -60,7 +61,7 @@ impl Running {
             [Box::new(child.stdout.take().unwrap()), Box::new(child.stderr.take().unwrap())];
         for stream in streams {
             let kept = Arc::clone(&lines);
-            std::thread::spawn(move || {
+            thread::spawn(move || {
                 for line in BufReader::new(stream).lines().map_while(Result::ok) {
                     kept.lock().unwrap().push(line);
                 }
@@ -112,8 +113,25 @@ impl Drop for Running {
     }
 }
 
+/// A client's part of the run: tells how long it took, and fails a test that took longer than [`PART_MAX`].
+struct Part(Instant);
+
+/// Installing and running all clients has 15 minutes: two tests run at a time, and each takes some seconds.
+const PART_MAX: Duration = Duration::from_mins(2);
+
+impl Drop for Part {
+    fn drop(&mut self) {
+        let took = self.0.elapsed();
+        // Past the harness, which keeps what a good test prints to itself.
+        let _lost =
+            writeln!(std::io::stderr(), "{} took {:.1} s", thread::current().name().unwrap_or("?"), took.as_secs_f64());
+        assert!(took < PART_MAX || thread::panicking(), "it took {took:?}, and {PART_MAX:?} is the limit");
+    }
+}
+
 /// Two agents of one mesh, on this run's addresses `last` and the next.
 struct Pair {
+    _part: Part,
     _ca: Ca,
     _files: TempDir,
     first: Agent,
@@ -123,6 +141,7 @@ struct Pair {
 impl Pair {
     #[track_caller]
     fn start(last: u8) -> Self {
+        let part = Part(Instant::now());
         let (ca, files) = (Ca::init("clients.test"), TempDir::new().unwrap());
         let kv = files.path().join("kv.hcl");
         fs::write(&kv, "kv { enabled = true }\n").unwrap();
@@ -140,7 +159,7 @@ impl Pair {
             agent.wait_members(&["n1=1", "n2=1"]);
             agent.wait_nodes(&["n1", "n2"]);
         }
-        Self { _ca: ca, _files: files, first, second }
+        Self { _part: part, _ca: ca, _files: files, first, second }
     }
 
     fn addresses(&self) -> [String; 2] {
@@ -226,6 +245,40 @@ fn rs_consul_watches_what_the_command_line_registers_and_fails_over() {
     again.wait_line("both are critical", |line| line == "all 2");
     let queries: u32 = client.printed().last().and_then(|line| line.split(' ').next()?.parse().ok()).unwrap();
     assert!(queries < 40, "it asked in a circle: {queries} queries");
+}
+
+#[test]
+fn rs_consul_registers_sees_what_it_registered_and_fails_over() {
+    let Some([client]) = found("rs-consul", [installed("rs/debug/rs_consul_client")]) else { return };
+    let pair = Pair::start(236);
+    let at = |agent: &Agent| format!("http://{}", agent.api);
+    // rs-consul registers in the catalogue: instances on nodes that no agent runs on, one at each agent.
+    let run = |agent: &Agent, words: &[&str]| {
+        Running::start(Command::new(&client).arg(at(agent)).arg("db").args(words)).wait_end();
+    };
+    let mut watch = Running::start(Command::new(&client).arg(at(&pair.second)).arg("db"));
+    watch.wait_line("no instance", |line| line == "1 ");
+    run(&pair.first, &["write", "db-host-1", "192.0.2.1", "5432", "passing"]);
+    watch.wait_line("the first", |line| line.ends_with(" db-1@192.0.2.1:5432"));
+    run(&pair.second, &["write", "db-host-2", "192.0.2.2", "5432", "passing"]);
+    watch.wait_line("both", |line| line.ends_with(" db-1@192.0.2.1:5432 db-1@192.0.2.2:5432"));
+    // The first fails, is back, and goes: each time the other is what is left.
+    let newest = |watch: &Running, want: &str| {
+        until(&format!("the newest state ends in {want:?}"), || match watch.printed().last() {
+            Some(line) if line.split_once(' ').is_some_and(|(_, seen)| seen == want) => Ok(()),
+            line => Err(format!("{line:?}")),
+        });
+    };
+    let (one, two) = ("db-1@192.0.2.1:5432", "db-1@192.0.2.2:5432");
+    run(&pair.first, &["write", "db-host-1", "192.0.2.1", "5432", "critical"]);
+    newest(&watch, two);
+    run(&pair.first, &["write", "db-host-1", "192.0.2.1", "5432", "passing"]);
+    newest(&watch, &format!("{one} {two}"));
+    run(&pair.second, &["remove", "db-host-2"]);
+    newest(&watch, one);
+    // An agent that is killed takes what it told of out of service.
+    pair.first.kill();
+    newest(&watch, "");
 }
 
 /// Waits until a front end answers with exactly these apps' names.

@@ -55,4 +55,5 @@ mod schema;
 #[path = "../sim/mod.rs"]
 mod sim;
 mod simulated;
+mod systemd;
 mod wait;

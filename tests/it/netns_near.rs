@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::agent::{Agent, Ca, Spec, path};
+use crate::agent::{Agent, Ca, Spec, path, weft_ok};
 use crate::clients::{found, program};
 use crate::http::request;
 use crate::lab::Lab;
@@ -59,6 +59,15 @@ fn instances_nearest_to_this_agent_to_another_or_to_the_asker_come_first() {
         .inside(|| request(n1.api, "GET", "/v1/catalog/service/web?near=_ip", &[("x-forwarded-for", "10.77.0.3")], ""))
         .unwrap();
     assert_eq!(nodes(&through_a_proxy.json())[0], "n3");
+
+    // Between two others: what one of them measured, which this agent keeps for some seconds, not the way by this agent.
+    until("n1 tells what n2 measured to n3", || {
+        let told = n1.get("/v1/mesh/round-trips?from=n2");
+        let seconds = told["Seconds"]["n3"].as_f64().ok_or_else(|| told.to_string())?;
+        let said = n1.inside(|| weft_ok(&["rtt", "n2", "n3"]));
+        let want = format!("Estimated n2 <-> n3 rtt: {:.3} ms\n", seconds * 1e3);
+        if said == want { Ok(()) } else { Err(format!("{said} and not {want}")) }
+    });
 
     // By DNS: always the same one first, and asked from another host its own.
     let ask = |host: usize, server: &str| {

@@ -96,7 +96,7 @@ impl Insider {
         let mut records = BTreeMap::new();
         for service in services {
             let body = serde_json::json!({"Name": service, "Port": 80});
-            let defaults = DefinitionDefaults { bind_ip: "127.0.0.1".parse().unwrap() };
+            let defaults = DefinitionDefaults { bind_ip: "127.0.0.1".parse().unwrap(), datacenter: "dc1" };
             let record = service_from_json(&body, &defaults).unwrap().record;
             records.insert(EntryKey::Service(record.id.clone()), Entry::Service(record.into()));
         }

@@ -60,6 +60,18 @@ pub(crate) struct WatchArgs {
     pub(crate) prefix: Option<String>,
     #[command(flatten)]
     pub(crate) client: ClientArgs,
+    /// Has `/bin/sh -c` read the program's words, joined by blanks; `-shell=false` runs the first word with the others as they
+    /// are.
+    #[arg(
+        long,
+        value_name = "BOOL",
+        default_value_t = true,
+        default_missing_value = "true",
+        num_args = 0..=1,
+        require_equals = true,
+        action = clap::ArgAction::Set
+    )]
+    pub(crate) shell: bool,
     /// Program to run at each change, with its words; write `--` before it. Without one the view is printed once.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "PROGRAM")]
     pub(crate) program: Vec<String>,

@@ -30,7 +30,7 @@ const KINDS: &str = "HTTP, TCP, UDP, GRPC, H2PING, TTL, Args, DockerContainerID,
 ///
 /// # Errors
 /// [`DefinitionError`]; its text is the answer's body.
-pub fn check_from_json(value: &Value, _defaults: &DefinitionDefaults) -> Result<CheckDefinition, DefinitionError> {
+pub fn check_from_json(value: &Value, _defaults: &DefinitionDefaults<'_>) -> Result<CheckDefinition, DefinitionError> {
     let (mut check, service) = decode(&Field { path: String::new(), value })?.finish(None)?;
     if check.name.is_empty() {
         return Err(DefinitionError::MissingCheckName);

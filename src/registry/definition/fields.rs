@@ -215,6 +215,13 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// Takes the fields of which `why` tells, by their folded names, why they have no effect; returns where they stand.
+    pub(super) fn take_unused(&mut self, why: fn(&str) -> Option<&'static str>) -> Vec<(String, &'static str)> {
+        let unused = self.left.extract_if(.., |name, _| why(name).is_some());
+        let unused: Vec<(String, &str)> = unused.map(|(name, (key, _))| (name, key)).collect();
+        unused.into_iter().filter_map(|(name, key)| Some((self.path_of(key), why(&name)?))).collect()
+    }
+
     /// Ends the object: every field that is left is unknown.
     pub(super) fn finish(self) -> Result<(), DefinitionError> {
         match self.left.values().next() {

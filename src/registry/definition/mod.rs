@@ -6,13 +6,14 @@
 //!
 //! Invariants: decoding is total, whatever the value; a definition that comes out is valid by itself (what other
 //! services of the node have to say to it is the registry's business); no field of the input is ignored: it is used,
-//! or it is empty, or the whole is refused with the field's path.
+//! or it is empty, or it is told that it has no effect (`unused`), or the whole is refused with the field's path.
 //! Not here: Consul's JSON on the way out (`api`).
 
 mod check;
 mod external;
 mod fields;
 mod service;
+mod unused;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -24,6 +25,7 @@ use crate::model::{CheckId, HealthStatus, InstanceId, Protocol, ServiceName, Ser
 pub use self::check::check_from_json;
 pub use self::external::{InDatacenter, external_from_json, removal_from_json};
 pub use self::service::service_from_json;
+pub use self::unused::without_effect;
 #[cfg(any(test, fuzzing))]
 pub(crate) use crate::model::duration::parse as duration_from_text;
 
@@ -41,9 +43,11 @@ pub const META_PROXY_PROTOCOL: &str = "proxy-protocol";
 
 /// What a definition leaves open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct DefinitionDefaults {
+pub struct DefinitionDefaults<'a> {
     /// Where upstream ports listen unless they name an address: the agent's `-client` address if it is a loopback one.
     pub bind_ip: IpAddr,
+    /// The agent's own datacenter: the only one that an upstream may name.
+    pub datacenter: &'a str,
 }
 
 /// Why a JSON value is no definition; the text is the body of a 400.

@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use super::check::{self, refuse_tenancy};
 use super::fields::{Field, Fields};
+use super::unused::why_unused;
 use super::{
     CheckDefinition, DefinitionDefaults, DefinitionError, META_PROXY_PROTOCOL, ServiceDefinition, UpstreamDefinition,
 };
@@ -29,7 +30,10 @@ const WEIGHT_MAX: u32 = 65_535;
 ///
 /// # Errors
 /// [`DefinitionError`]; its text is the answer's body.
-pub fn service_from_json(value: &Value, defaults: &DefinitionDefaults) -> Result<ServiceDefinition, DefinitionError> {
+pub fn service_from_json(
+    value: &Value,
+    defaults: &DefinitionDefaults<'_>,
+) -> Result<ServiceDefinition, DefinitionError> {
     let mut fields = Fields::of(&Field { path: String::new(), value })?;
     refuse_unused(&mut fields)?;
     let name_text = fields.text(&["name"])?;
@@ -251,7 +255,7 @@ struct Connect {
     proxy: Option<Proxy>,
 }
 
-fn connect(field: &Field<'_>, defaults: &DefinitionDefaults) -> Result<Connect, DefinitionError> {
+fn connect(field: &Field<'_>, defaults: &DefinitionDefaults<'_>) -> Result<Connect, DefinitionError> {
     let mut fields = Fields::of(field)?;
     let native = fields.flag(&["native"])?;
     let given = fields.take(&["sidecarservice"])?;
@@ -261,7 +265,7 @@ fn connect(field: &Field<'_>, defaults: &DefinitionDefaults) -> Result<Connect, 
     Ok(Connect { native, sidecar: given.is_some(), proxy })
 }
 
-fn sidecar(field: &Field<'_>, defaults: &DefinitionDefaults) -> Result<Option<Proxy>, DefinitionError> {
+fn sidecar(field: &Field<'_>, defaults: &DefinitionDefaults<'_>) -> Result<Option<Proxy>, DefinitionError> {
     let mut fields = Fields::of(field)?;
     let own = "a sidecar with settings of its own (the agent is the proxy)";
     let unused = [
@@ -316,7 +320,7 @@ impl Proxy {
     }
 }
 
-fn proxy(field: &Field<'_>, defaults: &DefinitionDefaults) -> Result<Proxy, DefinitionError> {
+fn proxy(field: &Field<'_>, defaults: &DefinitionDefaults<'_>) -> Result<Proxy, DefinitionError> {
     let mut fields = Fields::of(field)?;
     if let Some(mode) = fields.take(&["mode"])?
         && !matches!(mode.text()?, "" | "direct")
@@ -379,11 +383,13 @@ fn mesh_gateway(fields: &mut Fields<'_>) -> Result<(), DefinitionError> {
     Err(DefinitionError::Unsupported { path: field.path, what: "a mesh gateway".into() })
 }
 
-/// Reads `Config`: `protocol` is all that weft takes from it.
+/// Reads `Config`: `protocol` is all that weft acts on.
 fn config_protocol(fields: &mut Fields<'_>) -> Result<Option<Protocol>, DefinitionError> {
     let Some(field) = fields.take(&["config"])? else { return Ok(None) };
     let mut config = Fields::of(&field)?;
     let protocol = protocol(&mut config)?;
+    // Whoever takes the definition tells of them: `without_effect`.
+    let _told = config.take_unused(why_unused);
     match config.finish() {
         Err(DefinitionError::UnknownField { path }) => {
             Err(DefinitionError::Unsupported { path, what: "a proxy setting other than `protocol`".into() })
@@ -392,16 +398,20 @@ fn config_protocol(fields: &mut Fields<'_>) -> Result<Option<Protocol>, Definiti
     }
 }
 
-fn upstream(field: &Field<'_>, defaults: &DefinitionDefaults) -> Result<UpstreamDefinition, DefinitionError> {
+fn upstream(field: &Field<'_>, defaults: &DefinitionDefaults<'_>) -> Result<UpstreamDefinition, DefinitionError> {
     let mut fields = Fields::of(field)?;
     if let Some(kind) = fields.take(&["destinationtype"])?
         && !matches!(kind.text()?, "" | "service")
     {
         return Err(DefinitionError::Unsupported { path: kind.path, what: "an upstream that is no service".into() });
     }
-    for name in ["datacenter", "destinationpeer"] {
-        fields.refuse(&[name], "an upstream in another datacenter or cluster")?;
+    if let Some(field) = fields.take(&["datacenter"])?
+        && !["", defaults.datacenter].contains(&field.text()?)
+    {
+        let what = format!("an upstream in another datacenter than the agent's own, {:?},", defaults.datacenter);
+        return Err(DefinitionError::Unsupported { path: field.path, what });
     }
+    fields.refuse(&["destinationpeer"], "an upstream in another cluster")?;
     for name in ["destinationnamespace", "destinationpartition"] {
         if let Some(field) = fields.take(&[name])?
             && !matches!(field.text()?, "" | "default")

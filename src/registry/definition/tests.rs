@@ -113,7 +113,13 @@ fn bad_registrations_say_what_is_wrong() {
     let upstream = |value| json!({"Name": "a", "Proxy": {"Upstreams": [value]}});
     refused(&upstream(json!({"Bar": 1})), "unknown field `Proxy.Upstreams[0].Bar`");
     refused(&upstream(json!({"DestinationName": "b"})), "LocalBindPort");
-    refused(&upstream(json!({"DestinationName": "b", "Datacenter": "dc2"})), "Proxy.Upstreams[0].Datacenter");
+    let other = upstream(json!({"DestinationName": "b", "LocalBindPort": 1, "Datacenter": "dc2"}));
+    refused(
+        &other,
+        "Invalid Proxy.Upstreams[0].Datacenter: an upstream in another datacenter than the agent's own, \"dc1\"",
+    );
+    let own = upstream(json!({"DestinationName": "b", "LocalBindPort": 1, "Datacenter": "dc1"}));
+    assert_eq!(service_from_json(&own, &DEFAULTS).unwrap().upstreams.len(), 1);
     refused(&json!({"Name": "a", "Proxy": {"Mode": "transparent"}}), "a transparent proxy is not supported");
     refused(&json!({"Name": "a", "Proxy": {"Expose": {"Checks": true}}}), "Proxy.Expose");
     refused(&json!({"Name": "a", "Proxy": {"Config": {"envoy_x": 1}}}), "Proxy.Config.envoy_x");
