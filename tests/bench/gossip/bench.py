@@ -11,6 +11,11 @@ from mesh import PATIENCE, Mesh, http
 from serf import SERF, Serf, recorded
 
 
+# Returns from `failed` are counted for so long, and the third is shown late (flap damping): what waits for a return waits so
+# long before it where agents ended before.
+FLAPS_FORGOTTEN = 61
+
+
 def spread(samples):
     """Median, 99th percentile (nearest rank: up to 100 samples it is the most) and most of what was reached; how many were not."""
     reached = sorted(s for s in samples if s is not None)
@@ -180,12 +185,16 @@ async def measure_weft(lab, count, args):
             if wanted(kind):
                 result[f"{kind}_to_all_s"] = spread([await ends(mesh, kind, k) for k in range(args.repeats)])
         if wanted("moved"):
+            if any(map(wanted, ("kill", "silent"))):
+                await asyncio.sleep(FLAPS_FORGOTTEN)
             lab.grow(count + 1)
             lab.mend(count + 1)
             result["moved_to_all_s"] = spread([s for _ in range(math.ceil(args.repeats / 2)) for s in await moved(mesh)])
         if wanted("stop"):
             result["sigstop"] = await paused(mesh)
         if wanted("split"):
+            if any(map(wanted, ("kill", "silent", "moved", "stop"))):
+                await asyncio.sleep(FLAPS_FORGOTTEN)
             result["split"] = await split(mesh, args.split)
         if wanted("pauses"):
             result["pauses"] = await pauses(mesh, args.pauses)
