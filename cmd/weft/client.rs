@@ -397,13 +397,9 @@ fn parse_addr(given: &str, scheme: Scheme) -> Result<Address, Failure> {
             Err(refuse("the socket's path must begin with /"))
         };
     }
-    let (rest, port) = match given.strip_prefix("https://") {
-        Some(rest) => (rest, HTTPS_PORT),
-        None => {
-            let rest = given.strip_prefix("http://").unwrap_or(given);
-            (rest, if scheme == Scheme::Https { HTTPS_PORT } else { weft::config::HTTP_PORT_DEFAULT })
-        }
-    };
+    let unnamed = if scheme == Scheme::Https { HTTPS_PORT } else { weft::config::HTTP_PORT_DEFAULT };
+    let plain = (given.strip_prefix("http://").unwrap_or(given), unnamed);
+    let (rest, port) = given.strip_prefix("https://").map_or(plain, |rest| (rest, HTTPS_PORT));
     let addr = rest.trim_end_matches('/');
     let addr = match addr.parse::<std::net::IpAddr>() {
         Ok(ip) => std::net::SocketAddr::new(ip, port).to_string(),

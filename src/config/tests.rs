@@ -415,12 +415,18 @@ fn what_would_open_an_agent_wider_than_its_file_says_is_refused() {
 #[test]
 fn a_socket_stands_in_the_place_of_the_port_unless_an_address_stands_beside_it() {
     #[track_caller]
+    fn refused(value: Value, want: &str) {
+        let text = load_json(Mode::Durable, value).unwrap_err().to_string();
+        assert!(text.contains(want), "missing {want:?} in:\n{text}");
+    }
+    #[track_caller]
     fn check(value: Value, want: (Option<&str>, Option<&str>, Option<&str>)) {
-        let config = load_json(Mode::Durable, value.clone()).unwrap_or_else(|error| panic!("{value}: {error}"));
+        let given = value.to_string();
+        let config = load_json(Mode::Durable, value).unwrap_or_else(|error| panic!("{given}: {error}"));
         let socket = config.api_socket.map(|socket| socket.path.display().to_string());
         let (http, https) = (config.http_addr, config.https.map(|https| https.addr));
         let shown = [http, https].map(|addr| addr.map(|addr| addr.to_string()));
-        assert_eq!((shown[0].as_deref(), shown[1].as_deref(), socket.as_deref()), want, "{value}");
+        assert_eq!((shown[0].as_deref(), shown[1].as_deref(), socket.as_deref()), want, "{given}");
     }
     let socket = "unix:///run/weft/http.sock";
     let path = Some("/run/weft/http.sock");
@@ -433,12 +439,6 @@ fn a_socket_stands_in_the_place_of_the_port_unless_an_address_stands_beside_it()
     check(json!({"ports": {"http": -1, "https": 8501}}), (None, Some("127.0.0.1:8501"), None));
     check(json!({"ports": {"http": -1}, "addresses": {"http": socket}}), (None, None, path));
     check(json!({"ports": {"http": -1, "https": 8501, "shared_http": 8500}}), (None, Some("127.0.0.1:8501"), None));
-
-    #[track_caller]
-    fn refused(value: Value, want: &str) {
-        let text = load_json(Mode::Durable, value).unwrap_err().to_string();
-        assert!(text.contains(want), "missing {want:?} in:\n{text}");
-    }
     refused(json!({"ports": {"http": -1}}), "ports.http = -1: leaves the agent without an API: name ports.https");
     refused(json!({"ports": {"http": -1, "https": -1}}), "ports.http = -1: leaves the agent without an API");
     refused(json!({"ports": {"http": 0}}), "ports.http = 0: must be a port, 1 to 65535, or -1 to turn it off");

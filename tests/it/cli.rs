@@ -317,6 +317,12 @@ fn without_settings(command: &mut Command) {
 
 #[test]
 fn who_asked_for_tls_in_consul_s_way_gets_it_and_what_weft_does_not_do_is_refused() {
+    #[track_caller]
+    fn says(out: &Output, words: &[&str]) {
+        assert_eq!(out.status.code(), Some(1), "{}", stderr(out));
+        assert_says(&stderr(out), words);
+        assert!(!stderr(out).contains("t-secret"), "{}", stderr(out));
+    }
     let listener = TcpListener::bind((loopback_ip(232), 0)).unwrap();
     let addr = listener.local_addr().unwrap();
     let run = |set: &dyn Fn(&mut Command)| {
@@ -340,12 +346,6 @@ fn who_asked_for_tls_in_consul_s_way_gets_it_and_what_weft_does_not_do_is_refuse
         // A TLS record of the handshake, and no request with a token.
         assert_eq!(seen[..2], [0x16, 3], "{at}");
     }
-    #[track_caller]
-    fn says(out: &Output, words: &[&str]) {
-        assert_eq!(out.status.code(), Some(1), "{}", stderr(out));
-        assert_says(&stderr(out), words);
-        assert!(!stderr(out).contains("t-secret"), "{}", stderr(out));
-    }
     let (plain, secure) = (format!("http://{addr}"), format!("https://{addr}"));
     says(&run(&|c| _ = c.env("CONSUL_HTTP_SSL", "yes")), &["CONSUL_HTTP_SSL is `yes`", "true or false"]);
     says(
@@ -356,6 +356,19 @@ fn who_asked_for_tls_in_consul_s_way_gets_it_and_what_weft_does_not_do_is_refuse
     says(&at_https("CONSUL_CAPATH", "/etc/ssl/certs"), &["CONSUL_CAPATH", "-ca-file"]);
     says(&at_https("CONSUL_HTTP_SSL_VERIFY", "false"), &["CONSUL_HTTP_SSL_VERIFY is false", "-ca-file"]);
     says(&at_https("CONSUL_CLIENT_CERT", "/c.pem"), &["-client-cert and -client-key"]);
+}
+
+/// A CA in PEM, and the files of a certificate of it and of its key, made by `file`.
+fn client_of_a_ca(name: &str, file: &dyn Fn(&str, &str) -> String) -> (String, (String, String)) {
+    let ca_key = rcgen::KeyPair::generate().unwrap();
+    let mut params = rcgen::CertificateParams::default();
+    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let root = params.self_signed(&ca_key).unwrap().pem();
+    let own = rcgen::KeyPair::generate().unwrap();
+    let leaf = rcgen::CertificateParams::new([name.to_owned()]).unwrap();
+    let leaf = leaf.signed_by(&own, &rcgen::Issuer::new(params, ca_key)).unwrap();
+    let files = (file(&format!("{name}.pem"), &leaf.pem()), file(&format!("{name}.key"), &own.serialize_pem()));
+    (root, files)
 }
 
 #[test]
@@ -369,20 +382,8 @@ fn an_agent_without_plain_http_answers_clients_of_its_ca_over_tls_and_nobody_els
     };
     let made = rcgen::generate_simple_self_signed(["mesh.example".to_owned()]).unwrap();
     let (cert, key) = (file("cert.pem", &made.cert.pem()), file("key.pem", &made.signing_key.serialize_pem()));
-    // A CA of clients, and one certificate of it.
-    let client_of_a_ca = |name: &str| {
-        let ca_key = rcgen::KeyPair::generate().unwrap();
-        let mut params = rcgen::CertificateParams::default();
-        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
-        let root = params.self_signed(&ca_key).unwrap().pem();
-        let own = rcgen::KeyPair::generate().unwrap();
-        let leaf = rcgen::CertificateParams::new([name.to_owned()]).unwrap();
-        let leaf = leaf.signed_by(&own, &rcgen::Issuer::new(params, ca_key)).unwrap();
-        let files = (file(&format!("{name}.pem"), &leaf.pem()), file(&format!("{name}.key"), &own.serialize_pem()));
-        (root, files)
-    };
-    let (root, client) = client_of_a_ca("good.example");
-    let (other_root, stranger) = client_of_a_ca("bad.example");
+    let (root, client) = client_of_a_ca("good.example", &file);
+    let (other_root, stranger) = client_of_a_ca("bad.example", &file);
     let clients = file("clients.pem", &root);
     let https = format!(
         "    cert_file = \"{cert}\"\n    key_file = \"{key}\"\n    ca_file = \"{clients}\"\n    verify_incoming = true\n"
@@ -419,19 +420,8 @@ fn an_agent_without_plain_http_answers_clients_of_its_ca_over_tls_and_nobody_els
         let mut command = Command::new("curl");
         let resolve = format!("mesh.example:8501:{}", agent.api.ip());
         // Names of others are refused at loopback (`api/openapi.yaml`), whatever the certificate says.
-        command.args([
-            "-sS",
-            "-H",
-            "Host: localhost",
-            "--resolve",
-            &resolve,
-            "--cacert",
-            &cert,
-            "-o",
-            "/dev/null",
-            "-w",
-            "%{http_code}",
-        ]);
+        command.args(["-sS", "-H", "Host: localhost", "--resolve", &resolve]);
+        command.args(["--cacert", &cert, "-o", "/dev/null", "-w", "%{http_code}"]);
         own.iter().for_each(|(cert, key)| _ = command.args(["--cert", cert, "--key", key]));
         let out = command.arg("https://mesh.example:8501/v1/agent/self").output().ok()?;
         Some(String::from_utf8_lossy(&out.stdout).into_owned())
