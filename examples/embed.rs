@@ -49,7 +49,7 @@ async fn use_the_mesh(node: &Node) -> Result<(), Failure> {
     };
 
     // The same shapes as in Consul's API and files.
-    let defaults = DefinitionDefaults { bind_ip: IP };
+    let defaults = DefinitionDefaults { bind_ip: IP, datacenter: "dc1" };
     let hello = json!({"Name": "hello", "Address": IP.to_string(), "Port": app_addr.port()});
     let caller = json!({"Name": "caller", "Port": 1, "Proxy": {"Upstreams": [
         {"DestinationName": "hello", "LocalBindPort": UPSTREAM.port()}]}});
