@@ -301,8 +301,8 @@ mod tests {
             snapshot.index += 1;
             let named = |number: u32| {
                 let entry = node_entry(1, MemberStatus::Alive);
-                let (name, id) = (format!("x{number}").parse().unwrap(), format!("id-{number}"));
-                let info = NodeInfo { name, id, ..NodeInfo::clone(&entry.info) };
+                let (id, name) = (format!("id-{number}"), format!("x{number}").parse().unwrap());
+                let info = NodeInfo { id, name, ..NodeInfo::clone(&entry.info) };
                 Arc::new(NodeEntry { info: info.into(), ..NodeEntry::clone(&entry) })
             };
             snapshot.nodes = numbers.map(named).map(|node| (node.info.name.clone(), node)).collect();
