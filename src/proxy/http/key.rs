@@ -32,7 +32,10 @@ fn of_parts(balance: &Balance, call: &Call<'_>) -> Option<u64> {
                     Some(value)
                 })
             }
-            HashField::Query(name) => parameter(call.parts.uri.query()?, name).map(|value| key_of(value.as_bytes())),
+            HashField::Query(name) => {
+                let query = call.parts.uri.query().unwrap_or_default();
+                parameter(query, name).map(|value| key_of(value.as_bytes()))
+            }
             HashField::SourceIp => call.from.map(key_of_ip),
         };
         let Some(found) = found else { continue };
