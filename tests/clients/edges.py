@@ -2,6 +2,8 @@
 
   edges.py serve HOST HTTP_PORT GRPC_PORT WS_PORT   apps; prints `ready`, runs until it is killed
   edges.py call GRPC_ADDR WS_ADDR                   clients; prints a line for each thing shown, then `done`
+  edges.py entries GRPC_ADDR                        what entries make of calls of gRPC; the same
+  edges.py refused GRPC_ADDR                        no call at all may be under way; the same
 """
 
 import asyncio
@@ -197,6 +199,50 @@ def call_grpc(addr):
     say("grpc pushback")
 
 
+def call_by_entries(addr):
+    """No call here has a deadline of its own: whatever ends one is the mesh's."""
+    channel = grpc.insecure_channel(addr, options=[("grpc.enable_http_proxy", 0), ("grpc.enable_retries", 0)])
+    method = lambda name: channel.unary_unary(name)
+    answer, call = method("/t.Routed/unary").with_call(b"hello")
+    assert answer == b"HELLO" and dict(call.trailing_metadata())["seen"] == "by prefix"
+    _, call = method("/t.Test/unary").with_call(b"hello")
+    assert dict(call.trailing_metadata())["seen"] == "", "the route of another prefix"
+    say("grpc route")
+
+    error = expect(grpc.StatusCode.RESOURCE_EXHAUSTED, lambda: method("/t.Broken/unary")(b"hello"))
+    assert "fault" in error.details(), error.details()
+    say("grpc fault")
+
+    began = time.monotonic()
+    error = expect(grpc.StatusCode.DEADLINE_EXCEEDED, lambda: method("/t.Slow/hang")(b""))
+    assert 0.4 <= time.monotonic() - began < 5, error.details()
+    # The app hears of it: what is left of the time goes along.
+    assert method("/t.Test/was_cancelled")(b"") == b"yes"
+    say("grpc timeout")
+
+    # One call in ten seconds, once the entry has come to the app's agent.
+    for _ in range(100):
+        try:
+            assert method("/t.Rated/unary")(b"hello") == b"HELLO"
+        except grpc.RpcError as error:
+            assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED, error
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError("no call is over the rate")
+    say("grpc rate")
+
+
+def call_refused(addr):
+    channel = grpc.insecure_channel(addr, options=[("grpc.enable_http_proxy", 0), ("grpc.enable_retries", 0)])
+    began = time.monotonic()
+    error = expect(grpc.StatusCode.UNAVAILABLE, lambda: channel.unary_unary("/t.Test/unary")(b"hello"))
+    assert "requests" in error.details(), error.details()
+    assert ("x-weft-overflow", "requests") in [tuple(one) for one in error.initial_metadata() or error.trailing_metadata()]
+    assert time.monotonic() - began < 2
+    say("grpc limit")
+
+
 async def call_ws(addr):
     async with connect(f"ws://{addr}/chat", max_size=1 << 24, proxy=None) as socket:
         for message in ("text", b"bytes", "x" * 70_000, b"y" * (1 << 22)):
@@ -214,6 +260,12 @@ async def call_ws(addr):
 
 if sys.argv[1] == "serve":
     asyncio.run(serve_all(sys.argv[2], *map(int, sys.argv[3:6])))
+elif sys.argv[1] == "entries":
+    call_by_entries(sys.argv[2])
+    say("done")
+elif sys.argv[1] == "refused":
+    call_refused(sys.argv[2])
+    say("done")
 else:
     call_grpc(sys.argv[2])
     asyncio.run(call_ws(sys.argv[3]))

@@ -1,11 +1,19 @@
 //! Small apps that tests put behind the mesh: they answer with their name and what they saw.
 
+use std::convert::Infallible;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
+
+use http::{Request, Response};
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::server::conn::auto;
+use tokio::runtime::Runtime;
 
 use crate::lab::Host;
 
@@ -140,6 +148,38 @@ impl Drop for App {
         }
         if let Some(accepting) = self.accepting.take() {
             let _panicked = accepting.join();
+        }
+    }
+}
+
+/// An app that takes HTTP/1.1 and HTTP/2 on one port, and answers every request with its name; stops when dropped.
+pub(crate) struct Either {
+    runtime: Option<Runtime>,
+}
+
+impl Either {
+    pub(crate) fn start(host: &Host, addr: SocketAddr, name: &'static str) -> Self {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let listener = host.run(|| TcpListener::bind(addr)).unwrap_or_else(|e| panic!("cannot bind {addr}: {e}"));
+        listener.set_nonblocking(true).unwrap();
+        runtime.spawn(async move {
+            let listener = tokio::net::TcpListener::from_std(listener).unwrap();
+            let answer = |_: Request<Incoming>| async { Ok::<_, Infallible>(Response::new(name.to_owned())) };
+            while let Ok((stream, _)) = listener.accept().await {
+                let server = auto::Builder::new(TokioExecutor::new());
+                tokio::spawn(async move {
+                    let _ended_by_the_caller = server.serve_connection(TokioIo::new(stream), service_fn(answer)).await;
+                });
+            }
+        });
+        Self { runtime: Some(runtime) }
+    }
+}
+
+impl Drop for Either {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
         }
     }
 }

@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use serde_json::json;
@@ -21,6 +21,9 @@ const HTTP: u16 = 7801;
 const GRPC: u16 = 7802;
 const WS: u16 = 7803;
 const NGINX: u16 = 7804;
+const RAW: u16 = 7805;
+/// The first of the addresses of the tests about entries and about the PROXY protocol.
+const LAST: u8 = 240;
 
 /// Two agents; the second serves `services` (name, port, protocol), the first calls them at the same ports of its own.
 pub(crate) struct Pair {
@@ -64,7 +67,10 @@ impl Pair {
     fn write(&self, entry: &serde_json::Value) {
         let file = self.ca.dir().join("entry.json");
         fs::write(&file, entry.to_string()).unwrap();
-        let signer = operator(&self.ca, "alice", "config");
+        let signer = self.ca.dir().join("alice.operator");
+        if !signer.exists() {
+            operator(&self.ca, "alice", "config");
+        }
         let api = format!("-http-addr={}", self.first.api);
         weft_ok(&["config", "write", path(&file), "-operator", path(&signer), &api]);
     }
@@ -87,18 +93,38 @@ fn nginx_at(nginx: &Path, dir: &TempDir, addr: SocketAddr) -> Running {
     let content: Vec<u8> = (0..FILE_BYTES).map(|at| at.to_le_bytes()[0] ^ at.to_le_bytes()[1]).collect();
     fs::write(root.join("file"), content).unwrap();
     fs::write(root.join("index.html"), "hello").unwrap();
+    nginx_with(nginx, dir, &format!("listen {addr};\n    root {};", root.display()))
+}
+
+/// Starts nginx with one server of HTTP that is set up so.
+fn nginx_with(nginx: &Path, dir: &TempDir, server: &str) -> Running {
     let paths: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
         .map(|name| format!("  {name}_temp_path {}/{name};\n", dir.path().display()))
         .concat();
     let file = dir.path().join("nginx.conf");
     let text = format!(
         "daemon off;\nmaster_process off;\npid {dir}/pid;\nerror_log stderr;\nuser root;\nevents {{}}\nhttp {{\n  access_log off;\n{paths}\
-         \n  server {{\n    listen {addr};\n    root {root};\n  }}\n}}\n",
+         \n  server {{\n    {server}\n  }}\n}}\n",
         dir = dir.path().display(),
-        root = root.display(),
     );
     fs::write(&file, text).unwrap();
     Running::start(Command::new(nginx).args(["-p", path(dir.path()), "-e", "stderr", "-c", path(&file)]))
+}
+
+/// The Python that has grpcio and websockets.
+fn python() -> Option<PathBuf> {
+    installed("py/bin/python3").filter(|python| run(python, &["-c", "import grpc, websockets"]).0.status.success())
+}
+
+/// Starts the apps of edges.py at the address `last`.
+#[track_caller]
+fn serve(python: &Path, last: u8) -> Running {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients/edges.py");
+    let ports = [HTTP, GRPC, WS].map(|port| port.to_string());
+    let host = loopback_ip(last).to_string();
+    let mut apps = Running::start(Command::new(python).args([path(&script), "serve", &host]).args(&ports));
+    apps.wait_line("the apps are ready", |line| line == "ready");
+    apps
 }
 
 #[test]
@@ -134,15 +160,10 @@ fn curl_and_h2load_meet_nginx_through_the_mesh() {
 
 #[test]
 fn grpcio_websockets_and_uploads_of_curl_work_through_the_mesh() {
-    let python =
-        installed("py/bin/python3").filter(|python| run(python, &["-c", "import grpc, websockets"]).0.status.success());
-    let Some([python, curl]) = found("grpcio, websockets or curl", [python, program("curl")]) else { return };
+    let Some([python, curl]) = found("grpcio, websockets or curl", [python(), program("curl")]) else { return };
     let pair = Pair::start(230, &[("uploads", HTTP, "http"), ("rpc", GRPC, "grpc"), ("ws", WS, "http")]);
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients/edges.py");
-    let ports = [HTTP, GRPC, WS].map(|port| port.to_string());
-    let host = loopback_ip(231).to_string();
-    let mut apps = Running::start(Command::new(&python).args([path(&script), "serve", &host]).args(&ports));
-    apps.wait_line("the apps are ready", |line| line == "ready");
+    let _apps = serve(&python, 231);
 
     // What the app says of retries counts where there is somebody who would try again.
     let retries = json!({"Kind": "service-router", "Name": "rpc", "Routes": [
@@ -186,4 +207,57 @@ fn grpcio_websockets_and_uploads_of_curl_work_through_the_mesh() {
     let (_, told) =
         run(&curl, &[&count[..], &["-H", "Expect: 100-continue", "-T", path(&file), &url("refused")]].concat());
     assert_eq!(told, "403 0");
+}
+
+#[test]
+fn entries_route_break_end_and_limit_the_calls_of_grpcio() {
+    let Some([python]) = found("grpcio", [python()]) else { return };
+    let pair = Pair::start(LAST, &[("rpc", GRPC, "grpc")]);
+    let _apps = serve(&python, LAST + 1);
+    pair.write(&json!({"Kind": "service-router", "Name": "rpc", "Routes": [
+        {"Match": {"HTTP": {"PathPrefix": "/t.Routed/"}}, "Destination": {"RequestHeaders": {"Set": {"asked": "by prefix"}}}},
+        {"Match": {"HTTP": {"PathPrefix": "/t.Slow/"}}, "Destination": {"RequestTimeout": "500ms"}}]}));
+    pair.write(&json!({"Kind": "service-faults", "Name": "rpc", "Faults": [
+        {"Match": {"HTTP": {"PathPrefix": "/t.Broken/"}}, "Abort": {"GRPCStatus": 8}}]}));
+    pair.write(
+        &json!({"Kind": "service-defaults", "Name": "rpc", "Protocol": "grpc", "RateLimits": {"InstanceLevel": {
+        "Routes": [{"PathPrefix": "/t.Rated/", "RequestsPerSecond": 0.1, "RequestsMaxBurst": 1}]}}}),
+    );
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients/edges.py");
+    let call = |what: &str, shown: &[&str]| {
+        let addr = pair.at(GRPC).to_string();
+        let mut clients = Running::start(Command::new(&python).args([path(&script), what, &addr]));
+        clients.wait_line("the calls are done", |line| line == "done");
+        clients.wait_end();
+        let printed = clients.printed();
+        assert_eq!(printed.iter().filter(|line| line.starts_with("grpc ")).collect::<Vec<_>>(), shown, "{printed:?}");
+    };
+    call("entries", &["grpc route", "grpc fault", "grpc timeout", "grpc rate"]);
+    pair.write(&json!({"Kind": "service-defaults", "Name": "caller", "UpstreamConfig": {"Defaults": {
+        "Limits": {"MaxConcurrentRequests": 0}}}}));
+    call("refused", &["grpc limit"]);
+}
+
+#[test]
+fn nginx_behind_a_service_of_tcp_learns_who_calls_by_the_proxy_protocol() {
+    let Some([nginx, curl]) = found("nginx or curl", [program("nginx"), program("curl")]) else { return };
+    let pair = Pair::start(LAST + 2, &[("raw", RAW, "tcp")]);
+    let raw = json!({"Name": "raw", "Address": loopback_ip(LAST + 3).to_string(), "Port": RAW, "Protocol": "tcp",
+        "Meta": {"proxy-protocol": "v2"}});
+    pair.second.put_ok("/v1/agent/service/register", &raw.to_string());
+    let dir = TempDir::new().unwrap();
+    let addr = SocketAddr::new(loopback_ip(LAST + 3), RAW);
+    // What the header says of the certificate nginx has in variables from 1.23.2 on; examples/traffic/bytes.md shows it.
+    let says = "return 200 \"$proxy_protocol_addr $proxy_protocol_server_addr:$proxy_protocol_server_port\";";
+    let _nginx = nginx_with(&nginx, &dir, &format!("listen {addr} proxy_protocol;\n    location / {{ {says} }}"));
+    let url = format!("http://{}/", pair.at(RAW));
+    let told = until("nginx answers", || match run(&curl, &["-sS", "-f", &url]) {
+        (out, text) if out.status.success() => Ok(text),
+        (_, text) => Err(text),
+    });
+    let caller = loopback_ip(LAST + 2);
+    assert_eq!(told, format!("{caller} {addr}"));
+    // Whoever comes without a header, as past the mesh, is refused by nginx itself.
+    let (out, text) = run(&curl, &["-sS", "-f", &format!("http://{addr}/")]);
+    assert!(!out.status.success(), "{text}");
 }

@@ -1,13 +1,17 @@
 //! What config entries make of requests, on real agents: routes, splits, subsets, failover, retries, timeouts, faults, mirrors.
 
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use crate::agent::{Agent, Ca, Spec, path};
-use crate::app::App;
+use crate::app::{App, Either};
+use crate::clients::{found, program};
 use crate::http::Answer;
 use crate::lab::Lab;
 use crate::netns_identity::{weft_on, weft_on_ok};
@@ -328,39 +332,172 @@ fn only_trusted_hops_say_for_whom_they_ask_and_nobody_says_who_calls() {
 }
 
 #[test]
-fn entries_change_under_load_and_no_request_is_lost() {
+fn hosts_cookies_another_service_and_success_rates_decide_as_entries_say() {
     let Some(cluster) = Cluster::start() else { return };
     let _v1 = cluster.serve(2, "web", "v1", (7001, 200, Duration::ZERO));
     let _v2 = cluster.serve(3, "web", "v2", (7002, 200, Duration::ZERO));
+    let _heads = App::heads(Some(&cluster.lab.host(3)), "127.0.0.1:7003".parse().unwrap());
+    let shadow = json!({"Name": "shadow", "ID": "shadow", "Port": 7003, "Protocol": "http"});
+    cluster.n3.put_ok("/v1/agent/service/register", &shadow.to_string());
+    cluster.n1.wait_passing("web", &["v1", "v2"]);
+    cluster.n1.wait_passing("shadow", &["shadow"]);
+
+    // The app of a route gets the host that the route says.
+    cluster.write(&router(&json!([{"Match": {"HTTP": {"PathPrefix": "/inner"}},
+        "Destination": {"Service": "shadow", "HostRewrite": "inner.example"}}])));
+    let head = cluster.call("/inner", &[]).body.to_ascii_lowercase();
+    assert!(head.starts_with("get /inner ") && head.contains("host: inner.example\n"), "{head}");
+    assert!(!head.contains("host: web\n"), "{head}");
+    cluster.delete("service-router", "web");
+
+    // Each value of a cookie takes the same split, and all together meet both: by chance one alone in a case of 32,768.
+    cluster.write(&resolver(&json!({"Failover": {"*": {"Service": "shadow"}}})));
+    cluster.write(&json!({"Kind": "service-splitter", "Name": "web", "Sticky": {"Cookie": "who"},
+        "Splits": [{"Weight": 50, "ServiceSubset": "v1"}, {"Weight": 50, "ServiceSubset": "v2"}]}));
+    let met: BTreeSet<String> = (0..16)
+        .map(|user| {
+            let cookie = format!("other=1; who=u{user}");
+            let first = cluster.who("/", &[("cookie", &cookie)]);
+            assert!((0..8).all(|_| cluster.who("/", &[("cookie", &cookie)]) == first), "user {user} moves");
+            first
+        })
+        .collect();
+    assert_eq!(met.len(), 2, "{met:?}");
+    cluster.delete("service-splitter", "web");
+
+    // Without an instance of its own the service's calls go to another one.
+    for (agent, id) in [(&cluster.n2, "v1"), (&cluster.n3, "v2")] {
+        agent.put_ok(&format!("/v1/agent/service/maintenance/{id}?enable=true"), "");
+    }
+    until("another service answers", || match cluster.try_call("/over", &[]) {
+        Ok(answer) if answer.status == 200 && answer.body.starts_with("GET /over ") => Ok(()),
+        other => Err(format!("{:?}", other.map(|answer| answer.body))),
+    });
+    for (agent, id) in [(&cluster.n2, "v1"), (&cluster.n3, "v2")] {
+        agent.put_ok(&format!("/v1/agent/service/maintenance/{id}?enable=false"), "");
+    }
+    cluster.n1.wait_passing("web", &["v1", "v2"]);
+
+    // An instance whose success rate lies far below the others' is ejected, though none of them fails often in a row.
+    let (_broken, met) = App::broken(Some(&cluster.lab.host(3)), "127.0.0.1:7004".parse().unwrap());
+    let broken = json!({"Name": "web", "ID": "broken", "Port": 7004, "Protocol": "http"});
+    cluster.n3.put_ok("/v1/agent/service/register", &broken.to_string());
+    cluster.n1.wait_passing("web", &["broken", "v1", "v2"]);
+    cluster.write(&json!({"Kind": "service-resolver", "Name": "web", "LoadBalancer": {"Policy": "round_robin"}}));
+    let eject = |panic: u32| {
+        cluster.write(&json!({"Kind": "service-defaults", "Name": "caller", "UpstreamConfig": {"Defaults": {
+            "PassiveHealthCheck": {"MaxFailures": 0, "Interval": "1s", "PanicThreshold": panic, "BaseEjectionTime": "5m",
+                "SuccessRate": {"MinimumHosts": 3, "RequestVolume": 3, "StdevFactor": 1.0}}}}}));
+    };
+    eject(50);
+    let workers = || {
+        let why = cluster.n1.get("/v1/mesh/why?source=caller&destination=web");
+        why["Workers"].as_array().cloned().unwrap_or_default()
+    };
+    until("every worker has ejected it by its rate", || {
+        for _ in 0..20 {
+            cluster.call("/", &[]);
+        }
+        let is_open = |worker: &Value| {
+            let all = worker["Balancing"]["Instances"].as_array().cloned().unwrap_or_default();
+            all.iter().any(|one| one["ID"] == "broken" && one["Breaker"] == "open")
+        };
+        let workers = workers();
+        if !workers.is_empty() && workers.iter().all(is_open) { Ok(()) } else { Err(json!(workers).to_string()) }
+    });
+    assert!(metric(&cluster.n1, "weft_balancer_ejections_total{cause=\"success_rate\"}") >= 1.0);
+    let asked = met.load(Ordering::SeqCst);
+    assert_eq!((0..20).filter(|_| cluster.call("/", &[]).status != 200).count(), 0);
+    assert_eq!(met.load(Ordering::SeqCst), asked, "it is asked while its breaker is open");
+
+    // Two of three are fewer than 90 %: ejections are not looked at.
+    eject(90);
+    let failed = (0..30).filter(|_| cluster.call("/", &[]).status == 503).count();
+    assert!((8..=12).contains(&failed), "{failed} of 30 went to the one that fails");
+    assert!(workers().iter().all(|worker| worker["Balancing"]["Panics"] == true), "{:?}", workers());
+}
+
+/// What changes while calls go on; each leaves the service as good as it was.
+fn changes(round: usize) -> Vec<Value> {
+    let (is_even, policy) = (round.is_multiple_of(2), ["maglev", "random", "least_request", "round_robin"][round % 4]);
+    let (first, second, protocol) = if is_even { ("v1", "v2", "http2") } else { ("v2", "v1", "http") };
+    vec![
+        json!({"Kind": "service-splitter", "Name": "web",
+            "Splits": [{"Weight": 99.99, "ServiceSubset": first}, {"Weight": 0.01, "ServiceSubset": second}]}),
+        router(&json!([{"Match": {"HTTP": {"PathPrefix": "/"}}, "Destination": {"RequestTimeout": "20s"}}])),
+        resolver(&json!({"DefaultSubset": second, "LoadBalancer": {"Policy": policy}})),
+        json!({"Kind": "service-defaults", "Name": "web", "Protocol": protocol, "RateLimits": {"InstanceLevel": {
+            "RequestsPerSecond": 500_000 + round, "RequestsMaxBurst": 500_000, "Per": "source"}}}),
+        json!({"Kind": "service-defaults", "Name": "caller", "UpstreamConfig": {"Defaults": {
+            "Limits": {"MaxConcurrentRequests": 900 + round, "MaxRequestsPerInstance": 500}}}}),
+        json!({"Kind": "service-faults", "Name": "web", "Faults": [
+            {"Delay": {"Percent": 0, "Duration": "1s"}, "Abort": {"Percent": 0, "HTTPStatus": 503}}]}),
+    ]
+}
+
+#[test]
+fn entries_change_under_load_and_no_request_is_lost() {
+    const ROUNDS: usize = 8;
+    const BATCH: u32 = 400;
+    let Some(cluster) = Cluster::start() else { return };
+    let (two, three) = (cluster.lab.host(2), cluster.lab.host(3));
+    let _apps = [(&two, 7001, "v1"), (&three, 7002, "v2")]
+        .map(|(host, port, name)| Either::start(host, SocketAddr::from(([127, 0, 0, 1], port)), name));
+    for (agent, port, id) in [(&cluster.n2, 7001, "v1"), (&cluster.n3, 7002, "v2")] {
+        let web = json!({"Name": "web", "ID": id, "Port": port, "Protocol": "http", "Meta": {"version": id}});
+        agent.put_ok("/v1/agent/service/register", &web.to_string());
+    }
     cluster.n1.wait_passing("web", &["v1", "v2"]);
     cluster.write(&resolver(&json!({})));
+    assert_eq!(cluster.who("/", &[]), "v1");
     let done = AtomicBool::new(false);
-    let (called, lost) = std::thread::scope(|scope| {
-        let load = scope.spawn(|| {
-            let (mut called, mut lost) = (0u32, Vec::new());
-            while !done.load(Ordering::Relaxed) {
-                called += 1;
-                match cluster.try_call("/", &[]) {
-                    Ok(answer) if answer.status == 200 => {}
-                    Ok(answer) => lost.push(format!("{} {}", answer.status, answer.body)),
-                    Err(why) => lost.push(why),
-                }
+    // A connection for each request, over HTTP/1.1.
+    let one_by_one = || {
+        let (mut called, mut lost) = (0u32, Vec::new());
+        while !done.load(Ordering::Relaxed) {
+            called += 1;
+            match cluster.try_call("/", &[]) {
+                Ok(answer) if answer.status == 200 => {}
+                Ok(answer) => lost.push(format!("{} {}", answer.status, answer.body)),
+                Err(why) => lost.push(why),
             }
-            (called, lost)
-        });
-        for at in 0..12 {
-            let (first, second) = if at % 2 == 0 { ("v1", "v2") } else { ("v2", "v1") };
-            cluster.write(&json!({"Kind": "service-splitter", "Name": "web",
-                "Splits": [{"Weight": 99.99, "ServiceSubset": first}, {"Weight": 0.01, "ServiceSubset": second}]}));
-            cluster.write(&router(
-                &json!([{"Match": {"HTTP": {"PathPrefix": "/"}}, "Destination": {"RequestTimeout": "20s"}}]),
-            ));
-            cluster.delete("service-router", "web");
+        }
+        (called, lost)
+    };
+    // Many at once on few connections, over HTTP/2.
+    let [h2load] = found("h2load", [program("h2load")]).map_or([None], |found| found.map(Some));
+    let in_streams = || {
+        let (mut called, mut lost) = (0u32, Vec::new());
+        while let Some(h2load) = h2load.as_deref().filter(|_| !done.load(Ordering::Relaxed)) {
+            let batch = BATCH.to_string();
+            let mut command = Command::new(h2load);
+            command.args(["-n", &batch, "-c", "2", "-m", "8", "http://127.0.0.1:9393/"]).stdin(Stdio::null());
+            let out = cluster.lab.host(1).run(|| command.output().unwrap());
+            let said = String::from_utf8_lossy(&out.stdout).into_owned();
+            called += BATCH;
+            if !said.contains(&format!("{BATCH} succeeded, 0 failed")) {
+                lost.push(said);
+            }
+        }
+        (called, lost)
+    };
+    let (by_http1, by_http2) = std::thread::scope(|scope| {
+        let loads = (scope.spawn(one_by_one), scope.spawn(in_streams));
+        for round in 0..ROUNDS {
+            for entry in changes(round) {
+                cluster.write(&entry);
+            }
+            for (kind, name) in [("service-router", "web"), ("service-faults", "web"), ("service-defaults", "caller")] {
+                cluster.delete(kind, name);
+            }
         }
         cluster.delete("service-splitter", "web");
+        cluster.delete("service-defaults", "web");
         done.store(true, Ordering::Relaxed);
-        load.join().unwrap()
+        (loads.0.join().unwrap(), loads.1.join().unwrap())
     });
-    assert_eq!(lost, Vec::<String>::new(), "of {called}");
-    assert!(called > 100, "{called}");
+    for (called, lost) in [by_http1.clone(), by_http2.clone()] {
+        assert_eq!(lost, Vec::<String>::new(), "of {called}");
+    }
+    assert!(by_http1.0 > 100 && (h2load.is_none() || by_http2.0 > 1_000), "{} and {}", by_http1.0, by_http2.0);
 }
