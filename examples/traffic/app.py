@@ -1,23 +1,38 @@
 """An HTTP app: python3 app.py PORT NAME.
 
-/fail answers 503 every other time; /slow takes three seconds, /hold ten, and /tail one where NAME is v2. /seen tells how many
-requests came before, /hints sends an early hint, /trailers ends with one. A body is answered with its length, a WebSocket
-with what it sends.
+/fail answers 503 every other time, and /sick always where NAME is v2; /slow takes three seconds, /hold ten, /nap 300 ms, and
+/tail one second where NAME is v2. /seen tells how many requests came before, /hints sends an early hint, /trailers ends with
+one. A body is answered with its length, a WebSocket with what it sends. Where a header of the PROXY protocol comes before the
+request, the answer says what it says.
 """
 
 import base64
 import hashlib
+import ipaddress
 import struct
 import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 PORT, NAME = int(sys.argv[1]), sys.argv[2]
+SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
 count = 0
 
 
 class App(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+
+    def setup(self):
+        """Reads the header of the PROXY protocol, version 2, if there is one: who calls, and from where."""
+        super().setup()
+        self.caller = ""
+        if self.rfile.peek(12)[:12] != SIGNATURE:
+            return
+        family, length = struct.unpack("!13xBH", self.rfile.read(16))
+        said, size = self.rfile.read(length), 4 if family >> 4 == 1 else 16
+        # Two addresses and ports; then the TLV of TLS: type, length, what was verified; in it the common name.
+        name = said[2 * size + 4 + 3 + 5 + 3 :].decode()
+        self.caller = f" for {name} at {ipaddress.ip_address(said[:size])}"
 
     def do_GET(self):
         global count
@@ -27,7 +42,7 @@ class App(BaseHTTPRequestHandler):
         if self.headers.get("Upgrade") == "websocket":
             return self.echo()
         body = self.body()
-        seconds = {"/slow": 3, "/hold": 10, "/tail": 1 if NAME == "v2" else 0}
+        seconds = {"/slow": 3, "/hold": 10, "/nap": 0.3, "/tail": 1 if NAME == "v2" else 0}
         time.sleep(seconds.get(self.path.split("?")[0], 0))
         if self.path == "/hints":
             self.send_response_only(103)
@@ -35,8 +50,9 @@ class App(BaseHTTPRequestHandler):
             self.end_headers()
         if self.path == "/trailers":
             return self.trailers()
-        status = 503 if self.path.startswith("/fail") and count % 2 else 200
-        self.answer(status, f"{NAME} {self.path} {status}{f' {len(body)} bytes' if body else ''}\n")
+        fails = (self.path.startswith("/fail") and count % 2) or (self.path == "/sick" and NAME == "v2")
+        status = 503 if fails else 200
+        self.answer(status, f"{NAME} {self.path} {status}{f' {len(body)} bytes' if body else ''}{self.caller}\n")
 
     do_HEAD = do_POST = do_PUT = do_GET
 

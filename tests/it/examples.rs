@@ -15,7 +15,7 @@ use serde_json::Value;
 use crate::agent::WEFT;
 use crate::clients::program;
 use crate::lab::{Host, Lab};
-use crate::wait::{PATIENCE, until};
+use crate::wait::{PATIENCE, until, until_within};
 
 /// Ends what a line printed.
 const MARK: &str = "--typed--";
@@ -25,14 +25,14 @@ fn examples() -> PathBuf {
 }
 
 /// A terminal of a host: a shell that is typed into.
-struct Terminal {
+pub(crate) struct Terminal {
     shell: Child,
     keys: ChildStdin,
     lines: Receiver<String>,
 }
 
 impl Terminal {
-    fn open(host: &Host, dir: &Path) -> Self {
+    pub(crate) fn open(host: &Host, dir: &Path) -> Self {
         let bin = Path::new(WEFT).parent().unwrap();
         let path = format!("{}:{}", bin.display(), std::env::var("PATH").unwrap());
         let mut command = Command::new("bash");
@@ -51,7 +51,7 @@ impl Terminal {
 
     /// Types one command; returns what it printed.
     #[track_caller]
-    fn say(&mut self, command: &str) -> String {
+    pub(crate) fn say(&mut self, command: &str) -> String {
         writeln!(self.keys, "{command}\necho; echo {MARK}").unwrap();
         let (began, mut said) = (Instant::now(), String::new());
         loop {
@@ -67,7 +67,7 @@ impl Terminal {
     }
 
     /// Types a command that runs on.
-    fn start(&mut self, command: &str) {
+    pub(crate) fn start(&mut self, command: &str) {
         let command = command.split("   #").next().unwrap().trim_end().trim_end_matches('&');
         self.say(&format!("{command} > /dev/null 2>&1 &"));
     }
@@ -82,7 +82,7 @@ impl Drop for Terminal {
 }
 
 /// The blocks of commands of a page; each a list of commands, of which a loop over several lines is one.
-fn blocks(page: &str) -> Vec<Vec<String>> {
+pub(crate) fn blocks(page: &str) -> Vec<Vec<String>> {
     let (mut blocks, mut open, mut rest): (Vec<Vec<String>>, bool, String) = (Vec::new(), false, String::new());
     for line in page.lines() {
         match (open, line) {
@@ -106,14 +106,14 @@ fn blocks(page: &str) -> Vec<Vec<String>> {
 
 /// The command of a block that begins so.
 #[track_caller]
-fn command<'c>(commands: &'c [String], part: &str) -> &'c str {
+pub(crate) fn command<'c>(commands: &'c [String], part: &str) -> &'c str {
     let found: Vec<&String> = commands.iter().filter(|command| command.contains(part)).collect();
     assert!(found.len() == 1, "`{part}` is in {found:?} of {commands:#?}");
     found[0]
 }
 
 /// Copies examples/ so that nothing is kept outside of `to`.
-fn copy(to: &Path) -> PathBuf {
+pub(crate) fn copy(to: &Path) -> PathBuf {
     let kept = to.join("kept");
     fs::create_dir_all(&kept).unwrap();
     let mut dirs = vec![examples()];
@@ -165,26 +165,87 @@ fn every_entry_of_examples_and_of_the_pages_about_entries_is_taken() {
     }
 }
 
-/// Starts what the pages about traffic stand on.
-#[track_caller]
-fn begin_traffic(terminal: &mut Terminal, readme: &[String]) {
-    for start in ["weft agent", "7001 v1", "7002 v2"] {
-        terminal.start(command(readme, start));
-    }
-    let first = command(readme, "curl");
-    until("the two versions answer", || {
-        let said = format!("{}{}", terminal.say(first), terminal.say(first));
-        if said.contains("v1 / 200") && said.contains("v2 / 200") { Ok(()) } else { Err(said) }
-    });
+/// Every kind of config entry.
+const KINDS: [&str; 7] = [
+    "ingress-gateway",
+    "proxy-defaults",
+    "service-defaults",
+    "service-faults",
+    "service-resolver",
+    "service-router",
+    "service-splitter",
+];
+
+/// The pages of examples/traffic, typed one after the other into one terminal.
+pub(crate) struct Traffic {
+    pub(crate) terminal: Terminal,
+    dir: PathBuf,
+    /// The services that there are at the beginning.
+    services: String,
 }
 
-/// Waits until the agent's way to `web` has `word` in it.
-#[track_caller]
-fn until_in_force(terminal: &mut Terminal, word: &str) {
-    until("the entry is in force", || match terminal.say("curl -s localhost:8500/v1/discovery-chain/web") {
-        said if said.contains(word) => Ok(()),
-        said => Err(said),
-    });
+impl Traffic {
+    /// Starts what the pages stand on, in `dir`.
+    #[track_caller]
+    pub(crate) fn begin(host: &Host, dir: PathBuf) -> Self {
+        let mut traffic = Self { terminal: Terminal::open(host, &dir), dir, services: String::new() };
+        let readme = traffic.page("README.md");
+        for start in ["weft agent", "7001 v1", "7002 v2"] {
+            traffic.terminal.start(command(&readme, start));
+        }
+        traffic.both_answer(command(&readme, "curl"));
+        traffic.services = traffic.services();
+        traffic
+    }
+
+    /// The commands of a page.
+    pub(crate) fn page(&self, name: &str) -> Vec<String> {
+        blocks(&fs::read_to_string(self.dir.join("examples/traffic").join(name)).unwrap()).concat()
+    }
+
+    /// Types the lines at the end of a page that put back what it changed; then all must be as it was before.
+    #[track_caller]
+    pub(crate) fn put_back(&mut self, page: &[String]) {
+        let puts_back =
+            |line: &&String| line.starts_with("weft config delete") || line.starts_with("weft services deregister");
+        let first = page.len() - page.iter().rev().take_while(puts_back).count();
+        for line in &page[first..] {
+            let said = self.terminal.say(line);
+            assert!(!said.to_lowercase().contains("error"), "{line}: {said}");
+        }
+        for kind in KINDS {
+            let left = self.terminal.say(&format!("curl localhost:8500/v1/config/{kind}"));
+            assert_eq!(left, "[]", "a {kind} is left");
+        }
+        until("the services are as before", || match self.services() {
+            services if services == self.services => Ok(()),
+            services => Err(services),
+        });
+        self.both_answer("curl localhost:9191/");
+    }
+
+    /// Waits until `call` is answered by both versions. What a page made of one of them (an ejection, slow answers) is
+    /// forgotten within a minute.
+    #[track_caller]
+    fn both_answer(&mut self, call: &str) {
+        until_within(2 * PATIENCE, "the two versions answer", || {
+            let said = format!("{}{}", self.terminal.say(call), self.terminal.say(call));
+            if said.contains("v1 / 200") && said.contains("v2 / 200") { Ok(()) } else { Err(said) }
+        });
+    }
+
+    fn services(&mut self) -> String {
+        self.terminal.say("curl localhost:8500/v1/catalog/services")
+    }
+
+    /// Waits until the agent's way to `web` has `word` in it.
+    #[track_caller]
+    fn until_in_force(&mut self, word: &str) {
+        until("the entry is in force", || match self.terminal.say("curl -s localhost:8500/v1/discovery-chain/web") {
+            said if said.contains(word) => Ok(()),
+            said => Err(said),
+        });
+    }
 }
 
 #[test]
@@ -192,43 +253,41 @@ fn the_pages_about_other_services_deadlines_and_edges_do_what_they_say() {
     let Some(lab) = Lab::new(1) else { return };
     let temp = tempfile::tempdir().unwrap();
     let dir = copy(temp.path());
-    let page = |name: &str| blocks(&fs::read_to_string(dir.join("examples/traffic").join(name)).unwrap()).concat();
-    let mut terminal = Terminal::open(&lab.host(1), &dir);
-    begin_traffic(&mut terminal, &page("README.md"));
+    let mut traffic = Traffic::begin(&lab.host(1), dir);
 
-    let elsewhere = page("elsewhere.md");
-    terminal.start(command(&elsewhere, "7003 shadow"));
+    let elsewhere = traffic.page("elsewhere.md");
+    traffic.terminal.start(command(&elsewhere, "7003 shadow"));
     // A copy that comes before the app is up is gone.
-    until("the shadow is up", || match terminal.say(command(&elsewhere, "/seen")) {
+    until("the shadow is up", || match traffic.terminal.say(command(&elsewhere, "/seen")) {
         said if said == "shadow 0" => Ok(()),
         said => Err(said),
     });
-    terminal.say(command(&elsewhere, "services register"));
-    terminal.say(command(&elsewhere, "mirror.json"));
-    until_in_force(&mut terminal, "\"Mirror\"");
-    let copied = terminal.say(command(&elsewhere, "/copied"));
+    traffic.terminal.say(command(&elsewhere, "services register"));
+    traffic.terminal.say(command(&elsewhere, "mirror.json"));
+    traffic.until_in_force("\"Mirror\"");
+    let copied = traffic.terminal.say(command(&elsewhere, "/copied"));
     assert_eq!(copied.matches(" /copied 200 4 bytes").count(), 5, "{copied}");
     assert!(!copied.contains("shadow"), "{copied}");
-    until("the mirror got its copies", || match terminal.say(command(&elsewhere, "/seen")) {
+    until("the mirror got its copies", || match traffic.terminal.say(command(&elsewhere, "/seen")) {
         said if said == "shadow 5" => Ok(()),
         said => Err(said),
     });
-    assert!(terminal.say(command(&elsewhere, "grep mirrored")).contains("outcome=\"sent\""));
-    terminal.say(command(&elsewhere, "-kind service-router"));
-    terminal.say(command(&elsewhere, "redirect.json"));
-    until("web's calls are led elsewhere", || match terminal.say(command(&elsewhere, "/moved")) {
+    assert!(traffic.terminal.say(command(&elsewhere, "grep mirrored")).contains("outcome=\"sent\""));
+    traffic.terminal.say(command(&elsewhere, "-kind service-router"));
+    traffic.terminal.say(command(&elsewhere, "redirect.json"));
+    until("web's calls are led elsewhere", || match traffic.terminal.say(command(&elsewhere, "/moved")) {
         said if said == "shadow /moved 200" => Ok(()),
         said => Err(said),
     });
-    assert!(terminal.say(command(&elsewhere, "discovery-chain")).contains("shadow"));
-    terminal.say(command(&elsewhere, "-kind service-resolver"));
+    assert!(traffic.terminal.say(command(&elsewhere, "discovery-chain")).contains("shadow"));
+    traffic.put_back(&elsewhere);
 
-    let deadlines = page("deadlines.md");
-    terminal.say(command(&deadlines, "deadlines.json"));
-    until_in_force(&mut terminal, "\"400ms\"");
+    let deadlines = traffic.page("deadlines.md");
+    traffic.terminal.say(command(&deadlines, "deadlines.json"));
+    traffic.until_in_force("\"400ms\"");
     let mut timed = |part: &str, status: &str, seconds: std::ops::Range<f64>| {
         let began = Instant::now();
-        let said = terminal.say(command(&deadlines, part));
+        let said = traffic.terminal.say(command(&deadlines, part));
         let took = began.elapsed().as_secs_f64();
         assert!(said.contains(status) && seconds.contains(&took), "{part}: after {took} s: {said}");
     };
@@ -236,21 +295,22 @@ fn the_pages_about_other_services_deadlines_and_edges_do_what_they_say() {
     timed("are enough", " /slow?patient=yes 200", 2.9..9.0);
     timed("no byte", "504 Gateway", 1.0..9.0);
     timed("hurry", "504 Gateway", 0.2..9.0);
-    terminal.say(command(&deadlines, "config delete"));
+    traffic.put_back(&deadlines);
 
-    let edges = page("edges.md");
-    assert!(terminal.say(command(&edges, "/h2")).starts_with("HTTP/2 200"));
-    let head = terminal.say(command(&edges, "-I")).to_ascii_lowercase();
+    let edges = traffic.page("edges.md");
+    assert!(traffic.terminal.say(command(&edges, "/h2")).starts_with("HTTP/2 200"));
+    let head = traffic.terminal.say(command(&edges, "-I")).to_ascii_lowercase();
     assert!(head.contains("200 ok") && head.contains("content-length: 13") && !head.contains("v1"), "{head}");
-    let hints = terminal.say(command(&edges, "/hints"));
+    let hints = traffic.terminal.say(command(&edges, "/hints"));
     assert!(hints.starts_with("HTTP/1.1 103") && hints.contains("HTTP/1.1 200"), "{hints}");
-    assert!(terminal.say(command(&edges, "/trailers")).contains("x-sum: 5"));
-    assert!(terminal.say(command(&edges, "/upload")).contains(" /upload 200 1000000 bytes"));
-    assert_eq!(terminal.say(command(&edges, "ws.py")), "HTTP/1.1 101 Switching Protocols\nhello\nand again");
-    assert!(terminal.say(command(&edges, "CONNECT")).contains(" 501 "));
-    assert!(terminal.say(command(&edges, "/twice")).contains(" 400 "));
-    assert_eq!(terminal.say(command(&edges, "/large")), "431");
-    assert!(terminal.say(command(&edges, "grep malformed")).contains("weft_http_malformed_total"));
+    assert!(traffic.terminal.say(command(&edges, "/trailers")).contains("x-sum: 5"));
+    assert!(traffic.terminal.say(command(&edges, "/upload")).contains(" /upload 200 1000000 bytes"));
+    assert_eq!(traffic.terminal.say(command(&edges, "ws.py")), "HTTP/1.1 101 Switching Protocols\nhello\nand again");
+    assert!(traffic.terminal.say(command(&edges, "CONNECT")).contains(" 501 "));
+    assert!(traffic.terminal.say(command(&edges, "/twice")).contains(" 400 "));
+    assert_eq!(traffic.terminal.say(command(&edges, "/large")), "431");
+    assert!(traffic.terminal.say(command(&edges, "grep malformed")).contains("weft_http_malformed_total"));
+    traffic.put_back(&edges);
 }
 
 #[test]
@@ -258,96 +318,95 @@ fn the_pages_about_traffic_do_what_they_say() {
     let Some(lab) = Lab::new(1) else { return };
     let temp = tempfile::tempdir().unwrap();
     let dir = copy(temp.path());
-    let page = |name: &str| blocks(&fs::read_to_string(dir.join("examples/traffic").join(name)).unwrap()).concat();
-    let mut terminal = Terminal::open(&lab.host(1), &dir);
-    begin_traffic(&mut terminal, &page("README.md"));
+    let mut traffic = Traffic::begin(&lab.host(1), dir);
 
-    let routing = page("routing.md");
-    terminal.say(command(&routing, "subsets.json"));
-    terminal.say(command(&routing, "router.json"));
-    assert_eq!(terminal.say(command(&routing, "default subset")), "v1 / 200");
-    let canary = terminal.say(command(&routing, "x-canary"));
+    let routing = traffic.page("routing.md");
+    traffic.terminal.say(command(&routing, "subsets.json"));
+    traffic.terminal.say(command(&routing, "router.json"));
+    assert_eq!(traffic.terminal.say(command(&routing, "default subset")), "v1 / 200");
+    let canary = traffic.terminal.say(command(&routing, "x-canary"));
     assert!(canary.contains("v2 / 200") && canary.contains("x-version: v2"), "{canary}");
-    assert_eq!(terminal.say(command(&routing, "/api/cart")), "v1 /cart 200");
-    let moved = terminal.say(command(&routing, "/old"));
+    assert_eq!(traffic.terminal.say(command(&routing, "/api/cart")), "v1 /cart 200");
+    let moved = traffic.terminal.say(command(&routing, "/old"));
     assert!(moved.contains("301") && moved.contains("/new"), "{moved}");
-    terminal.say(command(&routing, "config delete"));
+    traffic.put_back(&routing);
 
-    let splitting = page("splitting.md");
-    terminal.say(command(&splitting, "subsets.json"));
-    terminal.say(command(&splitting, "splitter.json"));
-    let counts = terminal.say(command(&splitting, "seq 100"));
+    let splitting = traffic.page("splitting.md");
+    traffic.terminal.say(command(&splitting, "subsets.json"));
+    traffic.terminal.say(command(&splitting, "splitter.json"));
+    let counts = traffic.terminal.say(command(&splitting, "seq 100"));
     let of = |version: &str| {
         let line = counts.lines().find(|line| line.contains(version)).map_or("0", str::trim);
         line.split(' ').next().unwrap().parse::<u32>().unwrap()
     };
     assert!(of("v1") + of("v2") == 100 && of("v1") >= 70, "{counts}");
-    assert_eq!(terminal.say(command(&splitting, "ann")).lines().count(), 1);
-    terminal.say(command(&splitting, "config delete"));
+    assert_eq!(traffic.terminal.say(command(&splitting, "ann")).lines().count(), 1);
+    traffic.put_back(&splitting);
 
-    let resilience = page("resilience.md");
-    terminal.say(command(&resilience, "subsets.json"));
+    let resilience = traffic.page("resilience.md");
+    traffic.terminal.say(command(&resilience, "subsets.json"));
     let failing: Vec<&String> = resilience.iter().filter(|line| line.contains("/fail")).collect();
-    assert!(terminal.say(failing[0]).contains(" 503"), "nothing fails");
-    terminal.say(command(&resilience, "router.json"));
-    let mended = terminal.say(failing[1]);
+    assert!(traffic.terminal.say(failing[0]).contains(" 503"), "nothing fails");
+    traffic.terminal.say(command(&resilience, "router.json"));
+    let mended = traffic.terminal.say(failing[1]);
     assert!(!mended.contains(" 503") && mended.lines().count() == 10, "{mended}");
-    assert!(terminal.say(command(&resilience, "grep retries")).contains("weft_"));
-    let slow = terminal.say(command(&resilience, "/slow"));
+    assert!(traffic.terminal.say(command(&resilience, "grep retries")).contains("weft_"));
+    let slow = traffic.terminal.say(command(&resilience, "/slow"));
     assert!(slow.contains("504") && slow.contains("500ms"), "{slow}");
-    terminal.say(command(&resilience, "enable=true"));
-    until("v1 answers for v2", || match terminal.say(command(&resilience, "x-canary")) {
+    traffic.terminal.say(command(&resilience, "enable=true"));
+    until("v1 answers for v2", || match traffic.terminal.say(command(&resilience, "x-canary")) {
         said if said.contains("v1 /") => Ok(()),
         said => Err(said),
     });
-    terminal.say(command(&resilience, "enable=false"));
+    traffic.terminal.say(command(&resilience, "enable=false"));
+    traffic.put_back(&resilience);
 
-    let hedging = page("hedging.md");
-    terminal.say(command(&hedging, "turns.json"));
+    let hedging = traffic.page("hedging.md");
+    traffic.terminal.say(command(&hedging, "turns.json"));
     let calls: Vec<&String> = hedging.iter().filter(|line| line.contains("/tail")).collect();
     let slowest = |said: String| said.lines().map(|line| line.parse::<f64>().unwrap()).fold(0.0, f64::max);
-    until("calls meet the slow instance", || match slowest(terminal.say(calls[0])) {
+    until("calls meet the slow instance", || match slowest(traffic.terminal.say(calls[0])) {
         seconds if seconds >= 1.0 => Ok(()),
         seconds => Err(seconds.to_string()),
     });
-    terminal.say(command(&hedging, "hedge.json"));
-    let hedged = slowest(terminal.say(calls[1]));
+    traffic.terminal.say(command(&hedging, "hedge.json"));
+    let hedged = slowest(traffic.terminal.say(calls[1]));
     assert!(hedged < 0.9, "the slowest took {hedged} s");
-    let hedges = terminal.say(command(&hedging, "grep hedges"));
+    let hedges = traffic.terminal.say(command(&hedging, "grep hedges"));
     assert!(hedges.contains("outcome=\"won\""), "{hedges}");
-    terminal.say(command(&hedging, "config delete"));
+    traffic.put_back(&hedging);
 
-    let overload = page("overload.md");
-    terminal.say(command(&overload, "limits.json"));
+    let overload = traffic.page("overload.md");
+    traffic.terminal.say(command(&overload, "limits.json"));
     until("what matters least is refused", || {
-        terminal.say(command(&overload, "/hold"));
-        terminal.say(command(&overload, "sleep"));
-        match terminal.say(command(&overload, "sheddable")) {
+        traffic.terminal.say(command(&overload, "/hold"));
+        traffic.terminal.say(command(&overload, "sleep"));
+        match traffic.terminal.say(command(&overload, "sheddable")) {
             said if said.contains(" 503") && said.contains("x-weft-overflow: priority") => Ok(()),
             said => Err(said),
         }
     });
-    let plain = terminal.say(command(&overload, "/plain"));
+    let plain = traffic.terminal.say(command(&overload, "/plain"));
     assert!(plain.contains(" 503") && plain.contains("x-weft-overflow: priority"), "{plain}");
-    let high = terminal.say(command(&overload, "priority: high"));
+    let high = traffic.terminal.say(command(&overload, "priority: high"));
     assert!(high.contains("200 OK"), "{high}");
-    let why = terminal.say(command(&overload, "weft why"));
+    let why = traffic.terminal.say(command(&overload, "weft why"));
     assert!(why.contains(" of 5 requests"), "{why}");
-    assert!(terminal.say(command(&overload, "balancer_overflow")).contains("limit=\"priority\""));
-    terminal.say(command(&overload, "config delete"));
+    assert!(traffic.terminal.say(command(&overload, "balancer_overflow")).contains("limit=\"priority\""));
+    traffic.put_back(&overload);
 
-    let faults = page("faults.md");
-    terminal.say(command(&faults, "faults.json"));
+    let faults = traffic.page("faults.md");
+    traffic.terminal.say(command(&faults, "faults.json"));
     until("half of them fail", || {
-        let said = terminal.say(command(&faults, "/pay"));
+        let said = traffic.terminal.say(command(&faults, "/pay"));
         if said.contains("503") && said.contains("200") { Ok(()) } else { Err(said) }
     });
-    assert!(terminal.say(command(&faults, "/cut")).contains("curl: (5"), "not cut");
+    assert!(traffic.terminal.say(command(&faults, "/cut")).contains("curl: (5"), "not cut");
     let began = Instant::now();
-    terminal.say(command(&faults, "time curl"));
+    traffic.terminal.say(command(&faults, "time curl"));
     assert!(began.elapsed() >= Duration::from_millis(300));
-    terminal.say(command(&faults, "config delete"));
-    assert!(!terminal.say(command(&faults, "/cut")).contains("curl: ("), "still cut");
+    traffic.put_back(&faults);
+    assert!(!traffic.terminal.say(command(&faults, "/cut")).contains("curl: ("), "still cut");
 }
 
 #[test]
@@ -492,9 +551,17 @@ fn the_pages_about_three_hosts_and_balancing_do_what_they_say() {
         if said.contains("\"Most\":50") || said.contains("\"Most\": 50") { Ok(()) } else { Err(said) }
     });
     terminal.say(command(&balancing, "kill %2"));
-    let (ask, show) = (command(&balancing, "seq 40"), command(&balancing, "Breaker"));
+    let (ask, show) = (command(&balancing, "seq 40"), command(&balancing, "[a-z-]*"));
     until("the sick instance is left out", || {
         let said = format!("{} {}", terminal.say(ask), terminal.say(show));
         if said.contains("open") { Ok(()) } else { Err(said) }
     });
+    terminal.say(command(&balancing, "touch"));
+    let (ask, show) = (command(&balancing, "seq 80"), command(&balancing, "grep -c"));
+    until("the instance that got well is back", || {
+        let said = format!("{} {}", terminal.say(ask), terminal.say(show));
+        if said.ends_with(" 0") && !said.contains("500") { Ok(()) } else { Err(said) }
+    });
+    write(&mut terminal, "-name shop");
+    write(&mut terminal, "-kind service-defaults -name web");
 }

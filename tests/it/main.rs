@@ -49,6 +49,7 @@ mod netns_threats;
 mod netns_traffic;
 mod netns_udp;
 mod otlp;
+mod pages;
 mod schema;
 #[path = "../sim/mod.rs"]
 mod sim;
