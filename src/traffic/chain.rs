@@ -215,7 +215,7 @@ impl Route {
 #[derive(Debug, Default)]
 pub struct Faults {
     pub(super) matcher: Matcher,
-    pub(super) faults: Vec<Fault>,
+    pub(super) list: Vec<Fault>,
     /// As they were written, for people.
     pub(super) written: Vec<Value>,
 }
@@ -225,7 +225,7 @@ impl Faults {
     pub fn met(&self, asked: Option<&Asked<'_>>) -> Option<&Value> {
         let at = match asked {
             Some(asked) => self.matcher.first(asked),
-            None => self.faults.iter().position(|fault| fault.when == Match::default()),
+            None => self.list.iter().position(|fault| fault.when == Match::default()),
         };
         self.written.get(at?)
     }
@@ -237,7 +237,7 @@ impl Faults {
 
     /// What the first fault that matches does to this request; `draws` are uniform over their range.
     pub fn strike(&self, asked: &Asked<'_>, draws: (u32, u32)) -> (Option<Duration>, Option<&Abort>) {
-        let found = self.matcher.first(asked).and_then(|at| self.faults.get(at));
+        let found = self.matcher.first(asked).and_then(|at| self.list.get(at));
         let Some(Fault { delay, abort, .. }) = found else { return (None, None) };
         (
             delay.filter(|(share, _)| is_hit(*share, draws.0)).map(|(_, delay)| delay),
@@ -248,7 +248,7 @@ impl Faults {
     /// What the first fault that is about all requests does to a connection of bytes: a delay before it is carried, and whether
     /// it is reset then; a status means nothing there.
     pub fn strike_stream(&self, draws: (u32, u32)) -> (Option<Duration>, bool) {
-        let Some(Fault { delay, abort, .. }) = self.faults.iter().find(|fault| fault.when == Match::default()) else {
+        let Some(Fault { delay, abort, .. }) = self.list.iter().find(|fault| fault.when == Match::default()) else {
             return (None, false);
         };
         let delay = delay.filter(|(share, _)| is_hit(*share, draws.0)).map(|(_, delay)| delay);

@@ -94,7 +94,7 @@ impl Ready {
             Entry::Defaults(defaults) => Self::Defaults(defaults),
             Entry::Faults(faults) => {
                 let matcher = compiled("Faults", &mut faults.iter().map(|fault| &fault.when));
-                Self::Faults(Arc::new(Faults { matcher, faults, written: written(value, "Faults") }))
+                Self::Faults(Arc::new(Faults { matcher, list: faults, written: written(value, "Faults") }))
             }
             Entry::Gateway(gateway) => Self::Gateway(Arc::new(gateway)),
             Entry::Other => Self::Other,
