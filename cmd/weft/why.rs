@@ -119,21 +119,21 @@ fn leg(leg: &Value) -> String {
     let mut said = text(leg, "Target");
     let filter = text(leg, "Filter");
     if !filter.is_empty() {
-        said += &format!(" ({filter})");
+        said = format!("{said} ({filter})");
     }
     if is_set(leg, "OnlyPassing") {
         said += " (passing ones alone)";
     }
     let failover = texts(leg, "Failover");
     if !failover.is_empty() {
-        said += &format!(", where it has none {}", failover.join(", then "));
+        said = format!("{said}, where it has none {}", failover.join(", then "));
     }
     let allowed = if is_set(leg, "Allowed") { "allowed" } else { "DENIED" };
-    said += &format!(": {allowed} by {}", text(leg, "Rule"));
+    said = format!("{said}: {allowed} by {}", text(leg, "Rule"));
     for (key, what) in [("RequestTimeout", "answer within"), ("ConnectTimeout", "connected within")] {
         let time = text(leg, key);
         if !time.is_empty() {
-            said += &format!(", {what} {time}");
+            said = format!("{said}, {what} {time}");
         }
     }
     said
@@ -264,11 +264,11 @@ fn instances(answer: &Value, lines: &mut Vec<String>) {
         let mut why = text(one, "Why");
         let next = list(one, "NextOfWorkers").len();
         if next > 0 {
-            why += &format!(", next of {next} workers here");
+            why = format!("{why}, next of {next} workers here");
         }
         let reporters = texts(one, "ReportedBy");
         if !reporters.is_empty() {
-            why += &format!(", ejected by {}", reporters.join(", "));
+            why = format!("{why}, ejected by {}", reporters.join(", "));
         }
         let age = one.get("RecordsAgeSeconds").and_then(Value::as_u64);
         let age = age.map_or_else(String::new, |age| format!("{age}s"));
@@ -297,7 +297,7 @@ fn instances(answer: &Value, lines: &mut Vec<String>) {
     for one in workers {
         let mut worker = text(&one, "Worker");
         if has_targets {
-            worker += &format!(" (to {})", text(&one, "Target"));
+            worker = format!("{worker} (to {})", text(&one, "Target"));
         }
         let view = part(&one, "Balancing");
         // A worker that knows of no such service balances nothing; why it picks nobody stands below.
