@@ -280,13 +280,6 @@ fn the_page_about_zones_does_what_it_says() {
         terminal.start(command(&page, start));
     }
     terminal.say(command(&page, "operator create"));
-    // A call that comes before the app is up is held against its instance for a while.
-    for port in [7001, 7002, 7003] {
-        until("the app is up", || match terminal.say(&format!("curl localhost:{port}/seen")) {
-            said if said.ends_with(" 0") => Ok(()),
-            said => Err(said),
-        });
-    }
     until("all three are found", || {
         let said = terminal.say("curl localhost:8500/v1/health/service/web?passing");
         if said.matches("\"web-").count() >= 3 { Ok(()) } else { Err(said) }
