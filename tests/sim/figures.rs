@@ -44,7 +44,10 @@ pub(crate) fn kills(count: usize, runs: u64, loss: f64, settings: &Settings) -> 
     let mut times = Times::default();
     for seed in 0..runs {
         let mut world = if count > 200 {
-            World::preloaded(count, None, seed, settings.clone())
+            let mut world = World::preloaded(count, None, seed, settings.clone());
+            // A thousand that come at once are many newcomers, with whom everybody is patient for a while.
+            world.calm_down();
+            world
         } else {
             World::joined(count, seed, settings.clone())
         };
