@@ -118,7 +118,7 @@ impl Core {
             match notification {
                 OwnedNotification::MemberUp(id) => {
                     self.ring.insert(&id.name);
-                    self.unrest.note(&id.name, self.swim.num_members(), now);
+                    self.unrest.came(&id.name, self.swim.num_members(), now);
                     // The first to watch after a time alone: its turn does not lie in the past.
                     self.when.watch = self.when.watch.max(now);
                     self.change(&id.name, |roster| roster.back(&id, now));

@@ -80,12 +80,33 @@ pub(super) struct Unrest {
     /// Who it was since then, at most as many as it takes.
     who: BTreeSet<NodeName>,
     until: Option<Instant>,
+    /// Whom the peers that let this node in named and who has not come yet, and until when they are awaited.
+    awaited: BTreeSet<NodeName>,
+    awaited_until: Option<Instant>,
 }
 
 impl Unrest {
     /// None.
     #[cfg(test)]
-    pub(super) const CALM: Self = Self { since: None, who: BTreeSet::new(), until: None };
+    pub(super) const CALM: Self =
+        Self { since: None, who: BTreeSet::new(), until: None, awaited: BTreeSet::new(), awaited_until: None };
+
+    /// Notes that a peer knows `member` already: it is this node that comes, not the member. Of a mesh that starts all
+    /// at once no peer knows more than a part.
+    pub(super) fn expect(&mut self, member: NodeName, now: Instant) {
+        self.awaited.insert(member);
+        self.awaited_until = Some(now + UNREST_SPAN);
+    }
+
+    /// Notes that `member` came or came back; `living` members are there now.
+    pub(super) fn came(&mut self, member: &NodeName, living: usize, now: Instant) {
+        if self.awaited_until.is_some_and(|until| now >= until) {
+            self.awaited.clear();
+        }
+        if !self.awaited.remove(member) {
+            self.note(member, living, now);
+        }
+    }
 
     /// Notes that `member` came, came back or refuted an accusation; `living` members are there now.
     pub(super) fn note(&mut self, member: &NodeName, living: usize, now: Instant) {
@@ -146,6 +167,19 @@ mod tests {
         assert_eq!(unrest.stretch(second, now + second), 4 * second);
         assert_eq!(unrest.stretch(second, now + 12 * second), second, "all are there");
         // One every two seconds, for minutes.
+        // Whoever lets this node in knows them all, once.
+        let mut unrest = Unrest::default();
+        let all: Vec<NodeName> = (0..40).map(|number| format!("n{number}").parse().unwrap()).collect();
+        all.iter().for_each(|name| unrest.expect(name.clone(), now));
+        all.iter().for_each(|name| unrest.came(name, 40, now));
+        assert_eq!(unrest.stretch(second, now), second);
+        all.iter().for_each(|name| unrest.came(name, 40, now));
+        assert_eq!(unrest.stretch(second, now), 4 * second, "they came again");
+        let (mut unrest, later) = (Unrest::default(), now + UNREST_SPAN);
+        all.iter().for_each(|name| unrest.expect(name.clone(), now));
+        all.iter().for_each(|name| unrest.came(name, 40, later));
+        assert_eq!(unrest.stretch(second, later), 4 * second, "they were not there");
+
         let mut unrest = Unrest::default();
         crowd(&mut unrest, 0..100, 20, (now, 2 * second));
         assert_eq!(unrest.stretch(second, now + 198 * second), second);

@@ -410,7 +410,13 @@ impl Core {
             if claims_name(&own, &entry) {
                 self.outputs.push_back(Output::Conflict { theirs: entry.id.clone() });
             }
-            if entry.id.name == own.name || entry.standing != Standing::Down {
+            if entry.id.name == own.name {
+                continue;
+            }
+            if entry.standing != Standing::Down {
+                if self.living(&entry.id.name).is_none() {
+                    self.unrest.expect(entry.id.name, now);
+                }
                 continue;
             }
             if self.roster.find(&entry.id.name).is_some() {

@@ -514,6 +514,20 @@ fn a_crash_while_a_mesh_comes_up_is_seen_late_and_nobody_else_is_doubted() {
 }
 
 #[test]
+fn who_comes_to_a_calm_mesh_of_many_sees_a_crash_as_soon_as_the_others_do() {
+    seeds(10, |seed| {
+        let mut mesh = Mesh::joined(20, seed);
+        mesh.kill(2);
+        mesh.run(10 * SECOND, |mesh| mesh.all_see(2, Some(MemberStatus::Failed))).expect("a crash is seen");
+        mesh.boot(2, 2);
+        mesh.run(10 * SECOND, Mesh::all_alive).expect("the join converges");
+        mesh.kill(1);
+        let took = mesh.run(10 * SECOND, |mesh| mesh.all_see(1, Some(MemberStatus::Failed)));
+        assert!(took.is_some_and(|took| took < 3 * SECOND), "{took:?}");
+    });
+}
+
+#[test]
 fn hosts_too_busy_to_answer_in_time_while_a_mesh_comes_up_are_hardly_accused() {
     seeds(5, |seed| {
         let mut mesh = Mesh::new(20, seed);
