@@ -105,10 +105,15 @@ impl MeshId {
         Self { key: NameKey::of(&name), name, life, addr }
     }
 
-    /// Returns which of `groups` groups the name falls into, and a number for this life of it: a comparison's, no proof.
-    pub(super) fn life_sum(&self, groups: usize) -> (usize, u32) {
-        let NameKey([high, low]) = self.key;
-        let group = usize::try_from(high % u64::try_from(groups.max(1)).unwrap_or(1)).unwrap_or(0);
+    /// Returns into which of `groups` groups the name falls.
+    pub(super) fn group(&self, groups: usize) -> usize {
+        let NameKey([high, _]) = self.key;
+        usize::try_from(high % u64::try_from(groups.max(1)).unwrap_or(1)).unwrap_or(0)
+    }
+
+    /// Returns a number for this life and incarnation of it: a comparison's, no proof.
+    pub(super) fn life_sum(&self, incarnation: u16) -> u32 {
+        let NameKey([_, low]) = self.key;
         // The finalizer of splitmix64 (Steele, Lea, Flood 2014): every bit reaches every other.
         let mix = |value: u64| {
             let value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -116,8 +121,9 @@ impl MeshId {
             value ^ (value >> 31)
         };
         let Life { generation, renewals } = self.life;
-        let sum = mix(low ^ mix(generation.number ^ mix(generation.nonce ^ mix(renewals.into()))));
-        (group, u32::try_from(sum >> 32).unwrap_or(0))
+        let within = u64::from(renewals) << 16 | u64::from(incarnation);
+        let sum = mix(low ^ mix(generation.number ^ mix(generation.nonce ^ mix(within))));
+        u32::try_from(sum >> 32).unwrap_or(0)
     }
 }
 

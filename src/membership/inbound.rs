@@ -297,7 +297,15 @@ impl Core {
             }
         } else if self.is_life_news(&claim) && self.check_newcomer(&claim.id).is_ok() {
             self.verify(sender, Statement::Life(claim), now);
+        } else if self.has_failed(&claim.id) {
+            self.hear_failed_life(sender, claim.id.name, now);
         }
+    }
+
+    /// Tells whether this life of a member, or a later one, was found gone here.
+    fn has_failed(&self, id: &MeshId) -> bool {
+        let known = self.roster.find(&id.name);
+        known.is_some_and(|known| known.status == MemberStatus::Failed && known.id.life >= id.life)
     }
 
     /// Acts on a member's own word; returns whether others should hear it.

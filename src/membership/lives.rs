@@ -2,21 +2,32 @@
 //!
 //! ```text
 //!   Lives(sums) -> neighbour: sums equal? silence.  differ? -> News with signed lives of the names whose sums differ
+//!                                                           -> CheckFor a member of those names that has failed there
+//!   a signed life of a member that has failed here -> CheckFor it, to who passed it on
 //! ```
 //!
 //! News spreads in a bounded number of copies and may miss a node; records compare generations, and a life that a member
-//! came back to within one (`renewals`) is in no record. Random lives would have to hit the one that is missing.
+//! came back to within one (`renewals`), or said again when it refuted an accusation (its incarnation), is in no record. Random
+//! lives would have to hit the one that is missing. An incarnation counts: who has missed two refutations takes no accusation
+//! of that member for one of now, and holds it for alive when all others have found it gone.
 //!
-//! Invariants: an answer is one packet; equal sums cost nothing; sums prove nothing, the signed lives do.
+//! That a member is gone does not travel. Who has missed the accusations is made to look itself.
+//!
+//! Invariants: an answer is two packets; equal sums cost nothing; sums prove nothing, the signed lives do.
+
+use std::time::Duration;
 
 use tokio::time::Instant;
 
 use super::packet::{self, Broadcast, Call, CallPacket, Envelope};
 use super::statement::{LifeClaim, Statement};
-use super::{ANNOUNCE_EVERY, ANNOUNCE_SOON, Core, Output};
+use super::{ANNOUNCE_EVERY, ANNOUNCE_SOON, Core, Detector, MeshId, Output};
 use crate::model::{MemberStatus, NodeName};
 use rand::RngExt as _;
+use rand::seq::IteratorRandom as _;
 
+/// Least time between two hints to look, to whoever passes on lives of those that have failed.
+const SHOW_PAUSE: Duration = Duration::from_millis(200);
 /// Most signed lives in one packet; it holds about seven.
 const LIVES_MAX: usize = 8;
 /// Into how many groups names fall: of 1,000 members one group has about 30.
@@ -60,17 +71,46 @@ impl Core {
         let differs: Vec<bool> = own.iter().zip(theirs).map(|(own, theirs)| own != theirs).collect();
         self.add_lives(&to.name, &differs, &mut packet);
         if packet.len() > empty {
-            self.outputs.push_back(Output::Send { to, packet: packet.into() });
+            self.outputs.push_back(Output::Send { to: to.clone(), packet: packet.into() });
+        }
+        let differs = |id: &MeshId| differs.get(id.group(GROUPS)).copied().unwrap_or(false);
+        let failed = self.roster.iter().filter(|member| member.status == MemberStatus::Failed && differs(&member.id));
+        if let Some(target) = failed.map(|member| member.id.name.clone()).choose(&mut self.rng) {
+            self.make_look(&to.name, target);
         }
     }
 
-    fn sums(&self) -> Sums {
+    /// `sender` passed on a life that has failed here.
+    pub(super) fn hear_failed_life(&mut self, sender: &NodeName, target: NodeName, now: Instant) {
+        // News of its last word may have been under way.
+        if self.when.shown_last.is_none_or(|at| now.saturating_duration_since(at) >= SHOW_PAUSE) {
+            self.when.shown_last = Some(now);
+            self.make_look(sender, target);
+        }
+    }
+
+    /// Lets `who` find out itself that `target` does not answer.
+    fn make_look(&mut self, who: &NodeName, target: NodeName) {
+        if self.profile.detector == Detector::Lifeguard && *who != target {
+            let patience_ms = u16::try_from(self.profile.check_timeout.as_millis()).unwrap_or(u16::MAX);
+            // What it answers is not followed up.
+            let number = self.checks.next_number();
+            self.send_call(who, Call::CheckFor { target, number, patience_ms });
+        }
+    }
+
+    /// A sum over the living of each group, by what they said of themselves.
+    pub(super) fn sums(&self) -> Sums {
         let mut sums = [0; GROUPS];
-        let living = self.roster.iter().filter(|member| is_living(member.status)).map(|member| &member.id);
-        for id in living.chain([self.id()]) {
-            let (group, sum) = id.life_sum(GROUPS);
-            if let Some(slot) = sums.get_mut(group) {
-                *slot ^= sum;
+        // What its own signed word says: no other can be shown.
+        let said = |id: &MeshId, word: Option<&LifeClaim>| {
+            word.filter(|word| word.id.life == id.life).map_or(0, |word| word.incarnation)
+        };
+        let living = self.roster.iter().filter(|member| is_living(member.status));
+        let living = living.map(|member| (&member.id, said(&member.id, member.proof.as_ref())));
+        for (id, incarnation) in living.chain([(self.id(), said(self.id(), self.own_life.as_ref()))]) {
+            if let Some(slot) = sums.get_mut(id.group(GROUPS)) {
+                *slot ^= id.life_sum(incarnation);
             }
         }
         sums
@@ -78,7 +118,7 @@ impl Core {
 
     /// Adds the signed words of random living members of the groups that `differs` names.
     fn add_lives(&mut self, to: &NodeName, differs: &[bool], packet: &mut Vec<u8>) {
-        let in_question = |claim: &&LifeClaim| differs.get(claim.id.life_sum(GROUPS).0).copied().unwrap_or(false);
+        let in_question = |claim: &&LifeClaim| differs.get(claim.id.group(GROUPS)).copied().unwrap_or(false);
         let living = self.roster.iter().filter(|member| is_living(member.status) && member.id.name != *to);
         let proofs = living.filter_map(|member| member.proof.as_ref()).chain(&self.own_life).filter(in_question);
         // Reservoir sampling, as foca chooses members.

@@ -177,6 +177,8 @@ struct When {
     cold_news: Option<Instant>,
     renewed_last: Option<Instant>,
     blamed_last: Option<Instant>,
+    /// When somebody was last made to look because it passed on a life that has failed.
+    shown_last: Option<Instant>,
 }
 
 impl std::fmt::Debug for Core {
@@ -215,6 +217,7 @@ impl Core {
             cold_news: None,
             renewed_last: None,
             blamed_last: None,
+            shown_last: None,
         };
         let mut core = Self {
             profile,

@@ -281,6 +281,56 @@ fn who_alone_takes_a_member_for_gone_is_set_right_in_seconds() {
     });
 }
 
+/// A member other than the first that has nothing to do with `of`: neither watches the other or passes news on to it.
+fn far_from(mesh: &Mesh, of: usize) -> usize {
+    let near = |at: usize, other: usize| mesh.nodes[&name(at)].ring.neighbours(&name(at)).contains(&name(other));
+    (1..mesh.nodes.len()).find(|at| *at != of && !near(*at, of) && !near(of, *at)).unwrap()
+}
+
+#[test]
+fn who_missed_the_refutation_of_a_member_is_told_its_word() {
+    let answers = |core: &mut Core, sums: &super::super::lives::Sums| {
+        core.answer_lives(&name(2), sums);
+        std::iter::from_fn(|| core.poll_output()).any(|output| matches!(output, Output::Send { .. }))
+    };
+    let ((mut knows, now), (mut missed, _)) = (met(3), met(3));
+    says(&mut knows, 1, 0, now);
+    assert!(!answers(&mut knows, &missed.sums()), "its first word is as good as its record");
+    says(&mut knows, 1, 2, now);
+    assert!(answers(&mut knows, &missed.sums()));
+    says(&mut missed, 1, 2, now);
+    assert!(!answers(&mut knows, &missed.sums()));
+}
+
+#[test]
+fn who_alone_takes_a_member_for_alive_is_made_to_look() {
+    seeds(4, |seed| {
+        let mut mesh = Mesh::joined(100, seed);
+        let far = far_from(&mesh, 7);
+        for gone in [7, far] {
+            mesh.kill(gone);
+            mesh.run(10 * SECOND, |mesh| mesh.all_see(gone, Some(MemberStatus::Failed))).expect("a crash is seen");
+        }
+        // It comes back, and somebody's record tells it of the one that is gone.
+        let (now, mut core) = (mesh.now, Core::new(id(far, 2), Profile::default(), seed, mesh.now));
+        let first = &mesh.nodes[&name(0)];
+        let (first, mut entries) = (first.id().clone(), first.entries(usize::MAX));
+        entries.retain(|entry| entry.standing != Standing::Down);
+        core.meet(&first, now);
+        core.learn(entries.clone(), now);
+        entries.iter().for_each(|entry| core.attest(&entry.id, now));
+        core.attest(&id(7, 1), now);
+        core.announce(first, now);
+        mesh.nodes.insert(name(far), core);
+        mesh.flush(&name(far));
+        mesh.run(SECOND, |mesh| mesh.all_see(far, Some(MemberStatus::Alive))).expect("it is back");
+        let sees = |mesh: &Mesh| mesh.nodes[&name(far)].member(&name(7)).unwrap().status == MemberStatus::Failed;
+        assert!(!sees(&mesh));
+        let took = mesh.run(300 * SECOND, sees);
+        assert!(took.is_some_and(|took| took < 10 * SECOND), "{took:?}");
+    });
+}
+
 #[test]
 fn nobody_lacks_a_life_for_long_after_a_hundred_came_at_once_and_half_of_them_came_back() {
     seeds(4, |seed| {
