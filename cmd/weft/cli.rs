@@ -10,8 +10,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub(crate) use ask::{
-    CatalogVerb, ForceLeaveArgs, JoinArgs, MaintArgs, MembersArgs, NodesArgs, RegisterArgs, ServicesArgs, ServicesVerb,
-    ValidateArgs,
+    CatalogVerb, DeregisterArgs, ForceLeaveArgs, JoinArgs, MaintArgs, MembersArgs, NodesArgs, RegisterArgs,
+    ServicesArgs, ServicesVerb, ValidateArgs,
 };
 pub(crate) use ca::{
     CaListArgs, CaVerb, IssuerVerb, OperatorAdoptArgs, OperatorCreateArgs, OperatorRenewArgs, OperatorRevokeArgs,
@@ -19,15 +19,15 @@ pub(crate) use ca::{
 };
 pub(crate) use observe::{DebugArgs, EventArgs, ManArgs, MonitorArgs, RttArgs, TopArgs, WatchArgs, WatchedKind};
 pub(crate) use policy::{
-    CheckArgs, ConfigDeleteArgs, ConfigListArgs, ConfigReadArgs, ConfigVerb, ConfigWriteArgs, CreateArgs, EndsArgs,
-    ExportArgs, GetArgs, ImportArgs, IntentionVerb, MatchArgs, SignerArgs, WhyArgs,
+    CheckArgs, CompareArgs, ConfigDeleteArgs, ConfigListArgs, ConfigReadArgs, ConfigVerb, ConfigWriteArgs, CreateArgs,
+    EndsArgs, ExportArgs, GetArgs, ImportArgs, IntentionVerb, MatchArgs, SignerArgs, WhyArgs,
 };
 
 /// weft: a service mesh without a control plane.
 #[derive(Debug, Parser)]
 #[command(name = "weft", version, propagate_version = true, max_term_width = 110)]
 #[command(
-    after_help = "Flags may be written with one dash or two: -node web-1, --node=web-1.\nExit codes: 0 done, 1 failed, 2 wrong usage."
+    after_help = "Flags may be written with one dash or two: -node web-1, --node=web-1.\nExit codes: 0 done, 1 failed, 2 wrong usage; of `weft intention check` its own."
 )]
 pub(crate) struct Cli {
     #[command(subcommand)]
@@ -202,6 +202,9 @@ pub(crate) struct ClientArgs {
     /// PEM file of its key.
     #[arg(long, env = "WEFT_CLIENT_KEY", value_name = "FILE")]
     pub(crate) client_key: Option<String>,
+    // Consul's flag for what every agent does: it answers from what it knows.
+    #[arg(long = "stale", hide = true)]
+    pub(crate) _stale: bool,
     // Consul's variables, read by clap as flags that nobody types.
     #[arg(long, env = "CONSUL_CACERT", hide = true)]
     pub(crate) consul_cacert: Option<String>,

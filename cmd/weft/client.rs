@@ -156,6 +156,12 @@ impl Client {
         self.json(path, &answer)
     }
 
+    /// Sends an order to delete that is answered with JSON.
+    pub(crate) fn delete_for(&self, path: &str) -> Result<Value, Failure> {
+        let answer = self.exchange(http::Method::DELETE, path, Bytes::new())?;
+        self.json(path, &answer)
+    }
+
     /// Sends bytes with an order that is answered with JSON.
     pub(crate) fn put_bytes(&self, path: &str, body: &str) -> Result<Value, Failure> {
         let answer = self.exchange(http::Method::PUT, path, Bytes::copy_from_slice(body.as_bytes()))?;
@@ -200,7 +206,7 @@ impl Client {
     fn run(&self, ask: &Ask<'_>) -> Result<Answer, Failure> {
         let asked = self.converse(ask, async |response: http::Response<hyper::body::Incoming>| {
             let index = response.headers().get(INDEX).and_then(|value| value.to_str().ok()?.parse().ok());
-            if is_absence(&response) {
+            if is_absence(ask.path, &response) {
                 return Ok(Answer { index, body: Bytes::from_static(b"null") });
             }
             let body = Limited::new(response.into_body(), RESPONSE_BYTES_MAX).collect().await;
@@ -270,7 +276,7 @@ impl Client {
         let answer = async {
             let response = sender.send_request(request).await.with_context(context)?;
             let status = response.status();
-            if status.is_success() || is_absence(&response) {
+            if status.is_success() || is_absence(ask.path, &response) {
                 return read(response).await;
             }
             let body = Limited::new(response.into_body(), RESPONSE_BYTES_MAX).collect().await;
@@ -285,10 +291,12 @@ impl Client {
     }
 }
 
-/// Tells whether `response` says that nothing is there at an index: an answer, `null`, that can be waited on as any other. So a
-/// key is answered that was never written, or is gone.
-fn is_absence<B>(response: &http::Response<B>) -> bool {
-    response.status() == http::StatusCode::NOT_FOUND && response.headers().contains_key(INDEX)
+/// Tells whether `response` says that a key is not there, at an index: an answer, `null`, that can be waited on as any other. So
+/// a key is answered that was never written, or is gone. Of what else is asked for by name the agent's words are told.
+fn is_absence<B>(path: &str, response: &http::Response<B>) -> bool {
+    path.starts_with("/v1/kv/")
+        && response.status() == http::StatusCode::NOT_FOUND
+        && response.headers().contains_key(INDEX)
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime, Failure> {

@@ -4,6 +4,10 @@
 //!   argv -> argv::normalize -> cli::Cli -> agent | ca | revoke | verbs, watch, observe, top (over client) | shell | demo
 //! ```
 
+// First: its macros are those of all modules below.
+#[macro_use]
+mod output;
+
 mod agent;
 mod argv;
 mod ca;
@@ -41,7 +45,8 @@ use crate::failure::Failure;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    let cli = Cli::try_parse_from(argv::normalize(std::env::args_os())).unwrap_or_else(|error| usage::end(&error));
+    let words = argv::normalize(std::env::args_os());
+    let cli = Cli::try_parse_from(&words).unwrap_or_else(|error| usage::end(&error, &words));
     // The one verb whose exit code is its answer.
     if let Verb::Intention(IntentionVerb::Check(args)) = &cli.verb {
         return policy::check_intention(args);
@@ -118,9 +123,7 @@ fn run(verb: &Verb) -> Result<(), Failure> {
         }
         Verb::Man(args) => shell::man(&args.dir),
         Verb::Services(ServicesVerb::Register(args)) => verbs::register(args),
-        Verb::Services(ServicesVerb::Deregister { id, id_flag, client }) => {
-            verbs::deregister(id.as_deref().or(id_flag.as_deref()).unwrap_or_default(), client)
-        }
+        Verb::Services(ServicesVerb::Deregister(args)) => verbs::deregister(args),
     }
 }
 

@@ -1,7 +1,6 @@
 //! The verbs that follow a mesh: `event`, `monitor`, `rtt`, `debug`.
 
 use std::fs;
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
@@ -12,6 +11,7 @@ use weft::config::parse_duration;
 use crate::cli::{DebugArgs, EventArgs, MonitorArgs, RttArgs};
 use crate::client::{Client, segment};
 use crate::failure::Failure;
+use crate::output;
 
 /// What `weft debug` asks for, and the file that keeps it.
 const COLLECTED: [(&str, &str); 12] = [
@@ -31,6 +31,9 @@ const COLLECTED: [(&str, &str); 12] = [
 
 /// `weft event`
 pub(crate) fn event(args: &EventArgs) -> Result<(), Failure> {
+    if args.name.is_empty() {
+        return Err(Failure::text("an event needs a name").hint("give -name=NAME"));
+    }
     let limits = [("node", &args.node), ("service", &args.service), ("tag", &args.tag)];
     let limits = limits.into_iter().filter_map(|(key, value)| Some(format!("{key}={}", segment(value.as_ref()?))));
     let limits = limits.collect::<Vec<String>>().join("&");
@@ -44,11 +47,9 @@ pub(crate) fn event(args: &EventArgs) -> Result<(), Failure> {
 /// `weft monitor`
 pub(crate) fn monitor(args: &MonitorArgs) -> Result<(), Failure> {
     let path = monitor_path(&args.log_level, args.log_json);
-    let mut out = std::io::stdout().lock();
-    Client::new(&args.client)?.stream(&path, None, |piece| {
-        out.write_all(piece)?;
-        out.flush()
-    })
+    let followed = Client::new(&args.client)?.stream(&path, None, output::pass_on);
+    // Who reads no more has seen enough.
+    if output::has_no_reader() { Ok(()) } else { followed }
 }
 
 fn monitor_path(level: &str, json: bool) -> String {

@@ -19,14 +19,19 @@ use weft::pki::{CaDir, DocumentKey, Revoked, Utc};
 use weft::policy::{Document, DocumentId, Draft, INERT_KINDS};
 
 use crate::cli::{
-    CaListArgs, CheckArgs, ClientArgs, ConfigDeleteArgs, ConfigListArgs, ConfigReadArgs, ConfigWriteArgs, CreateArgs,
-    EndsArgs, ExportArgs, Format, GetArgs, ImportArgs, ListArgs, MatchArgs, OperatorAdoptArgs, OperatorCreateArgs,
-    OperatorRenewArgs, OperatorRevokeArgs, SignerArgs,
+    CaListArgs, CheckArgs, ClientArgs, CompareArgs, ConfigDeleteArgs, ConfigListArgs, ConfigReadArgs, ConfigWriteArgs,
+    CreateArgs, EndsArgs, ExportArgs, Format, GetArgs, ImportArgs, ListArgs, MatchArgs, OperatorAdoptArgs,
+    OperatorCreateArgs, OperatorRenewArgs, OperatorRevokeArgs, SignerArgs,
 };
 use crate::client::{Client, segment};
 use crate::failure::Failure;
 use crate::revoke::{self, bring, bring_or_write, documents};
 use crate::table;
+
+/// The kind of entry that is intentions.
+const INTENTIONS: &str = "service-intentions";
+/// What to do about an entry that another has written.
+const DECIDE_ANEW: &str = "read it again (`weft config read`) and decide anew";
 
 /// `weft ca operator create`
 pub(crate) fn create_operator(args: &OperatorCreateArgs) -> Result<(), Failure> {
@@ -208,8 +213,8 @@ fn show_intentions(list: &Value, format: Format, client: &ClientArgs) {
     held.retain(|one| field(one, "Kind") == "intention");
     let text = |one: &Value, key: &str| one.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
     let row = |one: &Value| {
-        let permissions =
-            one.get("Permissions").and_then(Value::as_array).map(|list| format!("{} permissions", list.len()));
+        let permissions = one.get("Permissions").and_then(Value::as_array).filter(|list| !list.is_empty());
+        let permissions = permissions.map(|list| format!("{} permissions", list.len()));
         let audit = if one.get("Audit").and_then(Value::as_bool) == Some(true) { " (audit)" } else { "" };
         let says = permissions.unwrap_or_else(|| text(one, "Action")) + audit;
         let number = |key: &str| one.get(key).map(ToString::to_string).unwrap_or_default();
@@ -284,24 +289,52 @@ pub(crate) fn check_intention(args: &CheckArgs) -> ExitCode {
 pub(crate) fn write_config(args: &ConfigWriteArgs) -> Result<(), Failure> {
     let root = read_document_or_input(&args.file).map_err(|problems| weft::config::ConfigError { problems })?.root;
     let entry = Value::Object(root);
+    if text_of(&entry, "Kind") == Some(INTENTIONS) && args.signer.out.is_none() && key(&args.signer)?.is_none() {
+        return write_intentions(&entry, args);
+    }
     let draft = Draft::entry(entry.to_string())?;
     fits(&draft, Some(&entry), &args.signer)?;
     let done = format!("Wrote {}", draft.id());
-    let cas = args.cas.map_or_else(String::new, |version| format!("?cas={version}"));
-    if let (Some(version), None) = (args.cas, &args.signer.out) {
-        let shown = held(draft.id(), &args.signer.client)?.filter(|held| held.says).map_or(0, |held| held.version);
-        if shown != version {
-            return Err(Failure::text(format!("{} has version {shown}, not {version}", draft.id()))
-                .hint("read it again and decide anew"));
-        }
-    }
+    let cas = compared(&draft, &args.compare, &args.signer.client)?;
     let kind = draft.id().name.as_str().split_once(':').map(|(kind, _)| kind.to_owned());
-    write(draft, &args.signer, &done, |client| client.put(&format!("/v1/config{cas}"), Some(&entry)))?;
+    write(draft, &args.signer, &done, |client| is_done(&client.put_for(&format!("/v1/config{cas}"), &entry)?))?;
     if let Some(kind) = kind.filter(|kind| INERT_KINDS.contains(&kind.as_str())) {
         eprintln!(
             "warning: the entry is kept and shown, and has no effect: nothing in weft acts on the kind {kind}; api/gateways.md says \
              what stands in its place"
         );
+    }
+    Ok(())
+}
+
+/// Has the agent write the intentions of a service as one entry: what it differs in is a document for each source.
+fn write_intentions(entry: &Value, args: &ConfigWriteArgs) -> Result<(), Failure> {
+    let cas = args.compare.version()?.map_or_else(String::new, |version| format!("?cas={version}"));
+    is_done(&Client::new(&args.signer.client)?.put_for(&format!("/v1/config{cas}"), entry)?)?;
+    println!("Wrote config/{INTENTIONS}:{}; the agent signed it.", text_of(entry, "Name").unwrap_or_default());
+    Ok(())
+}
+
+/// Returns a text of an entry, whose keys come in any case.
+fn text_of<'v>(entry: &'v Value, wanted: &str) -> Option<&'v str> {
+    let mut fields = entry.as_object()?.iter();
+    fields.find(|(key, _)| key.eq_ignore_ascii_case(wanted))?.1.as_str()
+}
+
+/// Checks that an entry has the version that its change was decided about; returns what asks the agent to check it as well.
+fn compared(draft: &Draft, compare: &CompareArgs, client: &ClientArgs) -> Result<String, Failure> {
+    let Some(version) = compare.version()? else { return Ok(String::new()) };
+    let shown = held(draft.id(), client)?.filter(|held| held.says).map_or(0, |held| held.version);
+    if shown != version {
+        return Err(Failure::text(format!("{} has version {shown}, not {version}", draft.id())).hint(DECIDE_ANEW));
+    }
+    Ok(format!("?cas={version}"))
+}
+
+/// Reads what the agent says of a change: `false` where the entry had another version by then.
+fn is_done(answer: &Value) -> Result<(), Failure> {
+    if *answer == Value::Bool(false) {
+        return Err(Failure::text("the entry was changed meanwhile, and nothing was written").hint(DECIDE_ANEW));
     }
     Ok(())
 }
@@ -341,7 +374,8 @@ pub(crate) fn delete_config(args: &ConfigDeleteArgs) -> Result<(), Failure> {
         // A name that was mistyped is told, not signed away.
         Client::new(&args.signer.client)?.get(&path)?;
     }
-    write(draft, &args.signer, &done, |client| client.delete(&path))
+    let cas = compared(&draft, &args.compare, &args.signer.client)?;
+    write(draft, &args.signer, &done, |client| is_done(&client.delete_for(&format!("{path}{cas}"))?))
 }
 
 /// `weft config read`

@@ -12,12 +12,14 @@ use crate::failure::Failure;
 
 /// `weft completion`
 pub(crate) fn completion(shell: Shell) {
-    let (mut command, mut out) = (Cli::command(), std::io::stdout());
+    // By way of a buffer: the generator panics where nothing can be written.
+    let (mut command, mut out) = (Cli::command(), Vec::new());
     match shell {
         Shell::Bash => clap_complete::generate(shells::Bash, &mut command, "weft", &mut out),
         Shell::Zsh => clap_complete::generate(shells::Zsh, &mut command, "weft", &mut out),
         Shell::Fish => clap_complete::generate(shells::Fish, &mut command, "weft", &mut out),
     }
+    print!("{}", String::from_utf8_lossy(&out));
 }
 
 /// `weft man`

@@ -9,7 +9,7 @@ use weft::config::parse_duration;
 use crate::cli::TopArgs;
 use crate::client::Client;
 use crate::failure::Failure;
-use crate::table;
+use crate::{output, table};
 
 const HEADER: [&str; 8] = ["Source", "Destination", "Side", "Req/s", "Failed/s", "p50", "p99", "kB/s"];
 
@@ -52,7 +52,7 @@ pub(crate) fn top(args: &TopArgs) -> Result<(), Failure> {
         table::show(args.output.format, HEADER, &rows);
         (before_at, before) = (at, now);
         looks += 1;
-        if looks == args.count {
+        if looks == args.count || output::has_no_reader() {
             return Ok(());
         }
     }

@@ -1,15 +1,25 @@
 //! Wrong usage: clap's own words, and for what Consul's command line has and weft's has not, what stands in its place.
 
+use std::ffi::OsString;
+
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
-/// Prints what is wrong, or the help that was asked for, and ends: with 2 or 0.
-pub(crate) fn end(error: &clap::Error) -> ! {
+/// Prints what is wrong with `words`, the whole command line, or the help that was asked for, and ends: with 2 or 0.
+pub(crate) fn end(error: &clap::Error, words: &[OsString]) -> ! {
     // Nobody may read it; the code says it too.
     let _unread = error.print();
     if let Some(hint) = hint(error) {
         eprintln!("\n{hint}");
     }
-    std::process::exit(error.exit_code())
+    std::process::exit(code(error, words))
+}
+
+/// The exit code: clap's, but for the verb that answers by its own, of which 2 says that a call is denied.
+fn code(error: &clap::Error, words: &[OsString]) -> i32 {
+    match words {
+        [_, verb, of, ..] if verb == "intention" && of == "check" => error.exit_code().min(1),
+        _ => error.exit_code(),
+    }
 }
 
 /// Says what stands in the place of a verb or flag of Consul's.
@@ -70,10 +80,20 @@ fn view(name: &str) -> Option<&'static str> {
     })
 }
 
-/// Flags of Consul's agent that weft has not.
+/// Flags of Consul's that weft has not.
 fn flag(given: &str) -> Option<String> {
     let name = given.trim_start_matches('-').split('=').next().unwrap_or_default();
     let key = match name {
+        "datacenter" => {
+            return Some("Only `weft catalog nodes` and `weft catalog services` are about one datacenter.".to_owned());
+        }
+        "interval" | "capture" | "archive" => {
+            return Some(format!("-{name} of `debug` is Consul's: weft collects everything, once, into a directory."));
+        }
+        "ca-path" => return Some("Give one file with -ca-file.".to_owned()),
+        "namespace" | "partition" | "segment" | "peer" => {
+            return Some("There is one mesh, without namespaces, partitions, segments and peers.".to_owned());
+        }
         "rejoin" => "rejoin_after_leave",
         "syslog" => "enable_syslog",
         "advertise-wan" => "advertise_addr_wan",
@@ -117,5 +137,23 @@ mod tests {
         check("agent -nod x", None);
         check("membrs", None);
         check("catalog nodes -x", None);
+        check("members -datacenter=dc1", Some("weft catalog nodes"));
+        check("debug -interval=1s", Some("once, into a directory"));
+        check("catalog nodes -namespace=a", Some("one mesh"));
+    }
+
+    #[test]
+    fn the_verb_that_answers_by_its_code_never_says_denied_of_wrong_usage() {
+        #[track_caller]
+        fn check(words: &str, want: i32) {
+            let words = crate::argv::normalize(std::iter::once("weft").chain(words.split(' ')).map(Into::into));
+            let error = Cli::try_parse_from(&words).expect_err("no command line");
+            assert_eq!(code(&error, &words), want, "{words:?}");
+        }
+        check("intention check web", 1);
+        check("intention check web db -nonsense", 1);
+        check("intention check -help", 0);
+        check("intention get web", 2);
+        check("membrs", 2);
     }
 }

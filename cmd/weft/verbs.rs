@@ -1,14 +1,14 @@
 //! The verbs that ask or order a running agent, and `validate`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use regex::Regex;
 use serde_json::{Value, json};
 use weft::config::{ConfigError, Host, Inputs, read_document_or_input, validate as validate_config};
 
 use crate::cli::{
-    ClientArgs, ForceLeaveArgs, Format, FormatArgs, JoinArgs, ListArgs, MaintArgs, MembersArgs, NodesArgs,
-    RegisterArgs, ServicesArgs, ValidateArgs,
+    ClientArgs, DeregisterArgs, ForceLeaveArgs, Format, FormatArgs, JoinArgs, ListArgs, MaintArgs, MembersArgs,
+    NodesArgs, RegisterArgs, ServicesArgs, ValidateArgs,
 };
 use crate::client::{Client, segment};
 use crate::failure::Failure;
@@ -18,13 +18,19 @@ use crate::table;
 pub(crate) fn members(args: &MembersArgs) -> Result<(), Failure> {
     let status = args.status.as_deref().unwrap_or_default();
     let status = Regex::new(status).map_err(|error| Failure::text(format!("-status is no expression: {error}")))?;
-    let args = &args.list;
-    if args.output.format == Format::Json {
-        let mut members = Client::new(&args.client)?.get("/v1/agent/members")?;
+    let MembersArgs { detailed, wan, list: args, .. } = args;
+    let is_json = args.output.format == Format::Json;
+    if is_json || *detailed || *wan {
+        let path = if *wan { "/v1/agent/members?wan=1" } else { "/v1/agent/members" };
+        let mut members = Client::new(&args.client)?.get(path)?;
         if let Value::Array(members) = &mut members {
             members.retain(|member| status.is_match(consul_status(member)));
         }
-        println!("{members:#}");
+        if is_json {
+            println!("{members:#}");
+        } else {
+            print!("{}", table::render(["Node", "Address", "Status", "Tags"], &rows(&members, detailed_row)));
+        }
         return Ok(());
     }
     list(args, "/v1/mesh/members", |value| {
@@ -44,6 +50,22 @@ pub(crate) fn members(args: &MembersArgs) -> Result<(), Failure> {
         rows.retain(|[_, _, own, ..]| status.is_match(own));
         table::render(["Node", "Address", "Status", "For", "Build", "DC"], &rows)
     })
+}
+
+/// A member in Consul's shape, with all its tags.
+fn detailed_row(member: &Value) -> [String; 4] {
+    let address = text(member, "Addr");
+    let port = member.get("Port").and_then(Value::as_u64).unwrap_or_default();
+    let address = if address.contains(':') { format!("[{address}]:{port}") } else { format!("{address}:{port}") };
+    [text(member, "Name"), address, consul_status(member).to_owned(), pairs(member, "Tags")]
+}
+
+/// The pairs of a map of texts: `dc=dc1,role=node`.
+fn pairs(value: &Value, key: &str) -> String {
+    let pairs = value.get(key).and_then(Value::as_object).into_iter().flatten();
+    let pairs: Vec<String> =
+        pairs.map(|(key, value)| format!("{key}={}", value.as_str().unwrap_or_default())).collect();
+    pairs.join(",")
 }
 
 /// The word for the number that Consul's shape has.
@@ -86,9 +108,18 @@ pub(crate) fn nodes(args: &NodesArgs) -> Result<(), Failure> {
         let row =
             |node: &Value| [text(node, "Node"), text(node, "ID"), text(node, "Address"), text(node, "Datacenter")];
         // A node with several instances of the service is one node.
-        let mut rows = rows(value, row);
-        rows.dedup();
-        table::render(["Node", "ID", "Address", "DC"], &rows)
+        let mut plain = rows(value, row);
+        if args.detailed {
+            let meta = if args.service.is_some() { "NodeMeta" } else { "Meta" };
+            let more = rows(value, |node| [pairs(node, "TaggedAddresses"), pairs(node, meta)]);
+            let joined = plain.into_iter().zip(more);
+            let mut rows: Vec<[String; 6]> =
+                joined.map(|([node, id, address, dc], [tagged, meta])| [node, id, address, dc, tagged, meta]).collect();
+            rows.dedup();
+            return table::render(["Node", "ID", "Address", "DC", "TaggedAddresses", "Meta"], &rows);
+        }
+        plain.dedup();
+        table::render(["Node", "ID", "Address", "DC"], &plain)
     })
 }
 
@@ -239,23 +270,32 @@ pub(crate) fn register(args: &RegisterArgs) -> Result<(), Failure> {
     let client = Client::new(&args.client)?;
     // All files are read before the first service is registered: a typing error changes nothing.
     let mut services: Vec<Value> = args.name.iter().map(|name| by_flags(name, args)).collect();
-    let mut problems = Vec::new();
-    for file in &args.files {
+    services.extend(services_of(&args.files)?);
+    for service in &services {
+        let notes = client.put_text("/v1/agent/service/register", Some(service))?;
+        notes.lines().for_each(|note| eprintln!("warning: {note}"));
+        println!("Registered service: {}", named(service, "name").unwrap_or_default());
+    }
+    Ok(())
+}
+
+/// Reads the services that files define, and reports every problem of all of them.
+fn services_of(files: &[PathBuf]) -> Result<Vec<Value>, Failure> {
+    let (mut services, mut problems) = (Vec::new(), Vec::new());
+    for file in files {
         match read_document_or_input(file) {
             Ok(document) => services.extend(definitions(file, document.root)?),
             Err(found) => problems.extend(found),
         }
     }
-    if !problems.is_empty() {
-        return Err(ConfigError { problems }.into());
-    }
-    for service in &services {
-        let notes = client.put_text("/v1/agent/service/register", Some(service))?;
-        notes.lines().for_each(|note| eprintln!("warning: {note}"));
-        let name = ["name", "Name"].iter().find_map(|key| service.get(key)?.as_str()).unwrap_or_default();
-        println!("Registered service: {name}");
-    }
-    Ok(())
+    if problems.is_empty() { Ok(services) } else { Err(ConfigError { problems }.into()) }
+}
+
+/// Returns a text of a definition, whose keys come in any case.
+fn named<'v>(service: &'v Value, wanted: &str) -> Option<&'v str> {
+    let mut fields = service.as_object()?.iter();
+    let (_, value) = fields.find(|(key, _)| key.eq_ignore_ascii_case(wanted))?;
+    value.as_str().filter(|text| !text.is_empty())
 }
 
 /// The service that the flags say.
@@ -301,10 +341,22 @@ fn definitions(file: &Path, mut root: serde_json::Map<String, Value>) -> Result<
     }
 }
 
-pub(crate) fn deregister(id: &str, args: &ClientArgs) -> Result<(), Failure> {
-    Client::new(args)?.put(&format!("/v1/agent/service/deregister/{}", segment(id)), None)?;
-    println!("Deregistered service: {id}");
+pub(crate) fn deregister(args: &DeregisterArgs) -> Result<(), Failure> {
+    let client = Client::new(&args.client)?;
+    let (files, ids): (Vec<&String>, Vec<&String>) = args.targets.iter().partition(|target| is_file(target));
+    let files: Vec<PathBuf> = files.into_iter().map(PathBuf::from).collect();
+    let services = services_of(&files)?;
+    let defined = services.iter().filter_map(|service| named(service, "id").or_else(|| named(service, "name")));
+    for id in args.id.iter().chain(ids).map(String::as_str).chain(defined) {
+        client.put(&format!("/v1/agent/service/deregister/{}", segment(id)), None)?;
+        println!("Deregistered service: {id}");
+    }
     Ok(())
+}
+
+/// Tells whether a word is a file's name, as `services register` takes it, and no ID.
+fn is_file(word: &str) -> bool {
+    word == "-" || Path::new(word).extension().is_some_and(|end| end == "hcl" || end == "json")
 }
 
 fn list(args: &ListArgs, path: &str, pretty: impl Fn(&Value) -> String) -> Result<(), Failure> {

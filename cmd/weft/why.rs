@@ -128,6 +128,9 @@ fn leg(leg: &Value) -> String {
     if !failover.is_empty() {
         said = format!("{said}, where it has none {}", failover.join(", then "));
     }
+    if leg.get("Registered") == Some(&Value::Bool(false)) {
+        said = format!("{said}, which nobody has registered");
+    }
     let allowed = if is_set(leg, "Allowed") { "allowed" } else { "DENIED" };
     said = format!("{said}: {allowed} by {}", text(leg, "Rule"));
     for (key, what) in [("RequestTimeout", "answer within"), ("ConnectTimeout", "connected within")] {
@@ -361,6 +364,20 @@ mod tests {
         ] {
             assert!(told.contains(want), "{want:?} is not in:\n{told}");
         }
+    }
+
+    #[test]
+    fn a_way_to_a_service_that_nobody_has_says_so() {
+        let way = |registered: bool| {
+            let leg = json!({"Weight": 100.0, "Target": "db", "Service": "db", "Registered": registered, "Allowed": true, "Rule": "default"});
+            pretty(&json!({"Destination": "db", "Way": {"Legs": [leg]}}))
+        };
+        assert!(
+            way(false).contains("100.0 % to db, which nobody has registered: allowed by default"),
+            "{}",
+            way(false)
+        );
+        assert!(way(true).contains("100.0 % to db: allowed by default"), "{}", way(true));
     }
 
     #[test]

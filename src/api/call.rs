@@ -98,6 +98,12 @@ impl Reply {
         Ok(Self::Json { body, meta })
     }
 
+    /// Answers 404 in words, at `index`: who waits for what is not there yet asks again with it.
+    pub(super) fn absent(text: impl Into<String>, index: u64) -> Self {
+        let meta = Meta { index: Some(index.max(1)), content_hash: None };
+        Self::Bytes { status: StatusCode::NOT_FOUND, body: text.into().into_bytes(), content_type: TEXT, meta }
+    }
+
     pub(super) fn into_response(self, coding: Coding) -> Response {
         self.respond(coding, None)
     }

@@ -9,18 +9,26 @@ use serde_json::{Value, json};
 
 use super::agent::json_body;
 use super::block;
-use super::call::{Call, Refusal, Reply};
+use super::call::{Call, Meta, Refusal, Reply};
 use super::mesh::rfc3339;
 use super::query::Blocking;
 use crate::clock;
 use crate::model::{ServiceName, SpiffeId};
 use crate::pki::{self, PkiError};
 
-/// `GET /v1/agent/connect/ca/roots` and `/v1/connect/ca/roots`
+/// What a chain of certificates in PEM is (RFC 8555 §9.1).
+const PEM_CHAIN: &str = "application/pem-certificate-chain";
+
+/// `GET /v1/agent/connect/ca/roots` and `/v1/connect/ca/roots`; with `pem` the certificates alone.
 pub(super) async fn roots(call: Call) -> Result<Reply, Refusal> {
-    let blocking = Blocking::parse(&call.query)?;
+    let (blocking, pem) = (Blocking::parse(&call.query)?, call.query.switch("pem")?);
     let authority = &call.shared.authority;
     let (bundle, index) = block::wait_on(&call, blocking, authority.subscribe(), || Ok(authority.bundle())).await?;
+    if pem {
+        let body = bundle.roots.iter().map(|root| pki::pem("CERTIFICATE", root)).collect::<String>().into_bytes();
+        let meta = Meta { index: Some(index.max(1)), content_hash: None };
+        return Ok(Reply::Bytes { status: StatusCode::OK, body, content_type: PEM_CHAIN, meta });
+    }
     let mut roots = Vec::new();
     for (at, root) in bundle.roots.iter().enumerate() {
         let facts = pki::facts_of(root)?;
@@ -202,6 +210,17 @@ mod tests {
             assert_eq!(answer.status, StatusCode::FORBIDDEN, "{peer:?} {header:?}");
             assert!(answer.text.contains("loopback address or unix socket"), "{}", answer.text);
             assert!(!answer.text.contains("PRIVATE KEY"));
+        }
+    }
+
+    #[tokio::test]
+    async fn roots_come_as_certificates_alone_where_they_are_asked_for_so() {
+        let bench = Bench::new();
+        for path in ["/v1/agent/connect/ca/roots", "/v1/connect/ca/roots"] {
+            let (whole, pem) = (bench.get(path).await, bench.get(&format!("{path}?pem=true")).await);
+            assert_eq!(pem.headers["content-type"], PEM_CHAIN, "{path}");
+            assert_eq!((json!(pem.text), pem.index()), (whole.json()["Roots"][0]["RootCert"].clone(), whole.index()));
+            assert_eq!(bench.get(&format!("{path}?pem=false")).await.text, whole.text, "{path}");
         }
     }
 

@@ -4,7 +4,6 @@
 
 use std::sync::Arc;
 
-use http::StatusCode;
 use serde_json::{Value, json};
 
 use super::call::{Call, Refusal, Reply};
@@ -75,9 +74,7 @@ pub(super) async fn read(call: Call) -> Result<Reply, Refusal> {
     match (name, found.first()) {
         (None, _) => Reply::at_index(&call, &found, index),
         (Some(_), Some(entry)) => Reply::at_index(&call, entry, index),
-        (Some(name), None) => {
-            Err(Refusal::new(StatusCode::NOT_FOUND, format!("Config entry not found for {kind:?} / {name:?}")))
-        }
+        (Some(name), None) => Ok(Reply::absent(format!("Config entry not found for {kind:?} / {name:?}"), index)),
     }
 }
 
@@ -193,5 +190,6 @@ fn path(call: &Call) -> Result<(&str, Option<&str>), Refusal> {
     if ENTRY_KINDS.contains(&kind) || kind == service_intentions::KIND {
         return Ok((kind, name));
     }
-    Err(Refusal::bad(format!("invalid config entry kind: {kind}; there are {}", ENTRY_KINDS.join(", "))))
+    let known = ENTRY_KINDS.join(", ");
+    Err(Refusal::bad(format!("invalid config entry kind: {kind}; there are {known}, {}", service_intentions::KIND)))
 }

@@ -59,9 +59,7 @@ pub(super) async fn read(call: Call) -> Result<Reply, Refusal> {
     let index = changed(&call).await?;
     let view = call.shared.membership.documents();
     let found = held(&view, |one| one.source == source && one.destination == destination);
-    let Some((intention, version)) = found.first() else {
-        return Err(Refusal::new(StatusCode::NOT_FOUND, "Intention not found"));
-    };
+    let Some((intention, version)) = found.first() else { return Ok(Reply::absent("Intention not found", index)) };
     Reply::at_index(&call, &authz::to_json(intention, *version), index)
 }
 
@@ -90,8 +88,10 @@ pub(super) async fn read_by_id(call: Call) -> Result<Reply, Refusal> {
     let id = id(&call)?;
     let index = changed(&call).await?;
     let view = call.shared.membership.documents();
-    let (intention, version) = by_id(&view, id)?;
-    Reply::at_index(&call, &authz::to_json(intention, version), index)
+    match by_id(&view, id) {
+        Ok((intention, version)) => Reply::at_index(&call, &authz::to_json(intention, version), index),
+        Err(absent) => Ok(Reply::absent(absent.text, index)),
+    }
 }
 
 /// `PUT /v1/connect/intentions/:id`: writes what is there anew; source and destination stay, for the id is theirs.

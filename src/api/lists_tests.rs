@@ -5,13 +5,14 @@ use std::sync::Arc;
 use http::StatusCode;
 use serde_json::{Value, json};
 
-use super::fake::{Bench, node_entry, service};
+use super::fake::{Bench, is_pending, node_entry, service, tokio_test_task};
 use super::guard::Peer;
 use super::shape::Check;
 use super::sift::{Listed, Listing, Member, OfNode, Own};
 use crate::authz;
 use crate::filter::{Fields, Filter};
 use crate::model::{HealthStatus, INGRESS_GATEWAY, MemberStatus, Protocol};
+use crate::registry::{CheckDefinition, LocalCheck, Probe};
 use crate::traffic::{Entries, Ready, Traffic};
 
 /// Reads `path` and returns the texts at `pointer` of each record.
@@ -339,6 +340,47 @@ async fn gateways_are_listed_by_the_services_that_they_lead_to() {
     }
     let refused = bench.get("/v1/catalog/gateway-services/edge?filter=Colour%20==%20red").await;
     assert_eq!(refused.status, StatusCode::BAD_REQUEST, "{}", refused.text);
+}
+
+#[tokio::test]
+async fn what_is_not_there_yet_has_an_index_to_wait_with() {
+    let bench = Bench::new();
+    let paths = [
+        "/v1/config/service-defaults/web?pretty",
+        "/v1/connect/intentions/exact?source=a&destination=b",
+        "/v1/connect/intentions/00000000-0000-0000-0000-000000000000?pretty",
+        "/v1/coordinate/node/n9?pretty",
+    ];
+    for (number, path) in (5..).zip(paths) {
+        let absent = bench.get(path).await;
+        assert_eq!(absent.status, StatusCode::NOT_FOUND, "{path}");
+        assert!(!absent.text.is_empty(), "{path} says what is missing");
+        let mut waiting = tokio_test_task(bench.get(&format!("{path}&index={}&wait=10m", absent.index())));
+        assert!(is_pending(&mut waiting).await, "{path}");
+        let index = bench.publish(|snapshot| {
+            snapshot.policy_index = snapshot.index;
+            let node = node_entry(number, MemberStatus::Alive);
+            snapshot.nodes.insert(node.info.name.clone(), node);
+        });
+        let woken = waiting.await.unwrap();
+        assert_eq!((woken.status, woken.index()), (StatusCode::NOT_FOUND, index), "{path}");
+    }
+}
+
+#[tokio::test]
+async fn maintenance_is_a_kind_of_its_own_among_this_agent_s_checks() {
+    let bench = Bench::new();
+    bench.registry.state.send_modify(|state| {
+        let state = Arc::make_mut(state);
+        let web = Arc::clone(state.checks.values().next().unwrap());
+        let mut definition = CheckDefinition::clone(&web.definition);
+        (definition.id, definition.probe) = ("_node_maintenance".parse().unwrap(), Probe::Static);
+        let id = definition.id.clone();
+        state.checks.insert(id, Arc::new(LocalCheck { definition: Arc::new(definition), ..LocalCheck::clone(&web) }));
+    });
+    let checks = bench.get("/v1/agent/checks").await.json();
+    let kinds = ["_node_maintenance", "service:web-1"].map(|id| checks[id]["Type"].clone());
+    assert_eq!(kinds, ["maintenance", "ttl"], "{checks}");
 }
 
 #[tokio::test]

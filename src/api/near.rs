@@ -159,7 +159,7 @@ pub(super) async fn node(call: Call) -> Result<Reply, Refusal> {
     let found = snapshot.nodes.get(call.argument.as_str()).filter(|node| catalog::is_shown(node, &options));
     let Some(node) = found else {
         let text = format!("no node is named {:?}; GET /v1/catalog/nodes lists them", call.argument);
-        return Err(Refusal::new(StatusCode::NOT_FOUND, text));
+        return Ok(Reply::absent(text, index));
     };
     Reply::at_index(&call, &[trips.coordinate(&node.info.name)], index)
 }
@@ -190,4 +190,22 @@ pub(super) async fn datacenters(call: Call) -> Result<Reply, Refusal> {
     let own = &call.shared.node;
     let coordinate = RoundTrips::default().coordinate(&own.name);
     Reply::json(&call, &json!([{"Datacenter": own.datacenter, "AreaID": "wan", "Coordinates": [coordinate]}]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn answers_of_so_many_nodes_are_kept_for_a_while() {
+        let (distances, now) = (Distances::default(), clock::now());
+        let of = |number: usize, at: Instant| distances.of(&format!("n{number}").parse().unwrap(), at);
+        for number in 0..KEPT_MAX {
+            assert!(of(number, now).is_some(), "{number}");
+        }
+        assert!(of(KEPT_MAX, now).is_none(), "no place is free");
+        let (first, again) = (of(0, now).unwrap(), of(0, now + KEPT / 2).unwrap());
+        assert!(Arc::ptr_eq(&first, &again), "who has a place keeps it");
+        assert!(of(KEPT_MAX, now + KEPT).is_some(), "places come free");
+    }
 }

@@ -52,7 +52,9 @@ fn shape(destination: &Party, about: &About<'_>) -> Value {
         let mut shape =
             json!({"Name": intention.source.as_str(), "Type": "consul", "LegacyID": intention.id().to_string()});
         for key in ["Action", "Permissions", "Precedence", "Description", "Audit"] {
-            if let (Some(value), Value::Object(shape)) = (fields.remove(key), &mut shape) {
+            // A source with an action has no list, not an empty one.
+            let value = fields.remove(key).filter(|value| value.as_array().is_none_or(|list| !list.is_empty()));
+            if let (Some(value), Value::Object(shape)) = (value, &mut shape) {
                 shape.insert(key.to_owned(), value);
             }
         }
@@ -180,6 +182,7 @@ mod tests {
         let about = About { sources: wanted.iter().collect(), index: 3 };
         let shown = shape(&destination, &about);
         assert_eq!((&shown["Sources"][1]["Name"], &shown["ModifyIndex"]), (&json!("*"), &json!(3)));
+        assert_eq!(shown["Sources"][0].get("Permissions"), None, "an action, and no empty list beside it");
         assert_eq!(read(&shown).unwrap().1, wanted, "what was read can be written back");
         for (entry, part) in [
             (json!({"Name": "a b"}), "Name"),

@@ -11,7 +11,7 @@ use crate::model::{
     CONNECT_PROXY, CheckId, CheckRecord, HealthStatus, Instance, MemberStatus, NodeEntry, SIDECAR_SUFFIX,
     ServiceRecord, Weights,
 };
-use crate::registry::{ExternalNode, LocalCheck, LocalState, Probe, ServiceDefinition};
+use crate::registry::{ExternalNode, LocalCheck, LocalState, ServiceDefinition};
 
 /// The check that every node has: what the membership says of it.
 const SERF_HEALTH: &str = "serfHealth";
@@ -323,7 +323,6 @@ impl<'a> Check<'a> {
     /// A check of this agent.
     pub(super) fn local(check: &'a LocalCheck, node: &'a str) -> Self {
         let definition = &check.definition;
-        let kind = if definition.probe == Probe::Static { "" } else { definition.probe.kind() };
         Self {
             node,
             id: definition.id.as_str(),
@@ -334,7 +333,7 @@ impl<'a> Check<'a> {
             service_id: definition.service.as_ref().map_or("", |id| id.as_str()),
             service_name: &check.service_name,
             service_tags: &check.service_tags,
-            r#type: kind,
+            r#type: definition.probe.kind(),
             exposed_port: 0,
             definition: definition_of(definition),
             create_index: 0,

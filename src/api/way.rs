@@ -184,6 +184,11 @@ impl<'t> Way<'t> {
         target.takes(instance, here)
     }
 
+    /// Tells whether any node has a service of this name, an agent on it or not.
+    fn is_registered(&self, service: &ServiceName) -> bool {
+        self.snapshot.services.contains_key(service) || self.snapshot.externals.services().contains_key(service)
+    }
+
     /// Shows the way.
     pub(super) fn shown(&self) -> Value {
         json!({
@@ -230,6 +235,7 @@ impl<'t> Way<'t> {
             "Weight": weight,
             "Target": target.id,
             "Service": target.service,
+            "Registered": self.is_registered(&target.service),
             "Filter": subset.and_then(|subset| subset.filter.as_ref()).map(traffic::Filter::as_str),
             "OnlyPassing": subset.is_some_and(|subset| subset.only_passing),
             "Failover": failover,

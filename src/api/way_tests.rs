@@ -66,6 +66,8 @@ async fn the_service_that_is_called_in_the_end_is_judged_with_what_it_gets() {
     assert_eq!((&dark["Allowed"], &dark["Policy"]["Rule"]), (&json!(false), &json!("*:dark")), "{dark}");
     assert_eq!(dark["Verdict"], "denied by intention *:dark (precedence 8), at dark");
     assert_eq!((&dark["Instances"], &dark["Way"]["Legs"][0]["RequestTimeout"]), (&json!([]), &json!("3s")));
+    assert_eq!(dark["Way"]["Legs"][0]["Registered"], false, "nobody has it");
+    assert_eq!(rewritten["Way"]["Legs"][0]["Registered"], true);
     let remedies = dark["ToChange"].to_string();
     assert!(remedies.contains("weft intention create -allow shop dark"), "{remedies}");
 

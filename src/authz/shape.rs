@@ -81,7 +81,10 @@ pub fn to_json(intention: &Intention, version: u64) -> Value {
     });
     if let Value::Object(fields) = &mut shape {
         match &intention.rule {
-            Rule::Action(action) => drop(fields.insert("Action".to_owned(), json!(action.as_str()))),
+            Rule::Action(action) => {
+                fields.insert("Action".to_owned(), json!(action.as_str()));
+                fields.insert("Permissions".to_owned(), json!([]));
+            }
             Rule::Permissions(list) => {
                 let list: Vec<Value> = list.iter().map(permission_to_json).collect();
                 fields.insert("Permissions".to_owned(), Value::from(list));
@@ -340,6 +343,10 @@ mod tests {
         assert_eq!((&shape["Precedence"], &shape["ModifyIndex"]), (&json!(9), &json!(7)));
         assert_eq!(from_json(&shape, None).unwrap(), intention);
         assert_eq!(shape["Permissions"][0]["HTTP"]["Header"][0]["Name"], "x-team");
+        let plain = from_json(&json!({"SourceName": "web", "DestinationName": "db", "Action": "deny"}), None).unwrap();
+        let shape = to_json(&plain, 8);
+        assert_eq!((&shape["Action"], &shape["Permissions"]), (&json!("deny"), &json!([])));
+        assert_eq!(from_json(&shape, None).unwrap(), plain, "what was read can be written");
     }
 
     #[test]

@@ -13,19 +13,19 @@ use crate::clients::Running;
 use crate::wait::until;
 
 #[track_caller]
-fn assert_says(text: &str, words: &[&str]) {
+pub(crate) fn assert_says(text: &str, words: &[&str]) {
     for word in words {
         assert!(text.contains(word), "`{word}` is missing in:\n{text}");
     }
 }
 
-fn stderr(out: &Output) -> String {
+pub(crate) fn stderr(out: &Output) -> String {
     String::from_utf8_lossy(&out.stderr).into_owned()
 }
 
 /// An issuer of its own on this run's address `last`, with a service `web` and node meta.
 #[track_caller]
-fn alone(last: u8) -> (Ca, Agent, String) {
+pub(crate) fn alone(last: u8) -> (Ca, Agent, String) {
     let ca = Ca::init("cli.test");
     let dir = TempDir::new().unwrap();
     let meta = dir.path().join("meta.hcl");
@@ -67,6 +67,11 @@ fn serve_once(stream: &mut (impl std::io::Read + std::io::Write), answer: &str) 
 /// Runs a verb against a stand-in that gives these answers, one a request; returns the output and the requests.
 #[track_caller]
 fn against(answers: &[&str], words: &[&str]) -> (String, Vec<String>) {
+    asked(answers, |at| weft_ok(&[words, &[at]].concat()))
+}
+
+/// Runs `run` with the flag that leads to a stand-in as of [`against`]; returns what it made of it, and the requests.
+pub(crate) fn asked<R>(answers: &[&str], run: impl FnOnce(&str) -> R) -> (R, Vec<String>) {
     let listener = TcpListener::bind((loopback_ip(230), 0)).unwrap();
     let at = format!("-http-addr={}", listener.local_addr().unwrap());
     std::thread::scope(|scope| {
@@ -74,7 +79,7 @@ fn against(answers: &[&str], words: &[&str]) -> (String, Vec<String>) {
             let serve = |answer: &&str| serve_once(&mut listener.accept().unwrap().0, answer);
             answers.iter().map(serve).collect::<Vec<String>>()
         });
-        let out = weft_ok(&[words, &[at.as_str()]].concat());
+        let out = run(&at);
         (out, seen.join().unwrap())
     })
 }
@@ -489,6 +494,10 @@ fn failures_say_what_to_do_and_end_with_their_code() {
     check(&["watch", "-type=agent_service", &at], 2, &["-type=service"]);
     check(&["completion", "tcsh"], 2, &["bash", "zsh", "fish"]);
     check(&["top", "-interval=0s", &at], 1, &["-interval"]);
+    check(&["event", "-name=", &at], 1, &["-name=NAME"]);
+    // 2 would say that the call is denied.
+    check(&["intention", "check", "web", &at], 1, &["Usage", "DESTINATION"]);
+    check(&["intention", "check", "web", "db", &at], 2, &[]);
 }
 
 #[test]

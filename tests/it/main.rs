@@ -56,4 +56,5 @@ mod schema;
 mod sim;
 mod simulated;
 mod systemd;
+mod verbs;
 mod wait;

@@ -11,6 +11,12 @@ pub(crate) struct MembersArgs {
     /// Only members whose status matches this expression: alive, leaving, left, failed.
     #[arg(long, value_name = "REGEX")]
     pub(crate) status: Option<String>,
+    /// Shows each member's tags as well.
+    #[arg(long)]
+    pub(crate) detailed: bool,
+    /// Members of the WAN pool: none, for there is one pool.
+    #[arg(long)]
+    pub(crate) wan: bool,
     #[command(flatten)]
     pub(crate) list: ListArgs,
 }
@@ -95,6 +101,9 @@ pub(crate) struct NodesArgs {
     /// Only nodes that pass this filter expression.
     #[arg(long, value_name = "EXPRESSION")]
     pub(crate) filter: Option<String>,
+    /// Shows tagged addresses and meta as well.
+    #[arg(long)]
+    pub(crate) detailed: bool,
     #[command(flatten)]
     pub(crate) list: ListArgs,
 }
@@ -110,6 +119,9 @@ pub(crate) struct ServicesArgs {
     /// Of this datacenter. Default: the agent's own.
     #[arg(long, value_name = "NAME")]
     pub(crate) datacenter: Option<String>,
+    // Consul's flag for what is always shown here.
+    #[arg(long = "tags", hide = true)]
+    pub(crate) _tags: bool,
     #[command(flatten)]
     pub(crate) list: ListArgs,
 }
@@ -121,18 +133,23 @@ pub(crate) enum ServicesVerb {
         after_help = "Examples:\n  weft services register web.hcl db.json\n  weft services register -name web -port 8080 -tag v1\n  weft services register -name edge -kind ingress-gateway"
     )]
     Register(RegisterArgs),
-    /// Deregisters a service by its ID.
-    #[command(after_help = "Examples:\n  weft services deregister web-1\n  weft services deregister -id web-1")]
-    Deregister {
-        /// The service's ID.
-        #[arg(value_name = "ID", required_unless_present = "id_flag")]
-        id: Option<String>,
-        /// The service's ID, as a flag.
-        #[arg(long = "id", id = "id_flag", value_name = "ID", conflicts_with = "id")]
-        id_flag: Option<String>,
-        #[command(flatten)]
-        client: ClientArgs,
-    },
+    /// Deregisters services by their IDs, or all that files define.
+    #[command(
+        after_help = "Examples:\n  weft services deregister web-1\n  weft services deregister -id web-1\n  weft services deregister web.hcl db.json"
+    )]
+    Deregister(DeregisterArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DeregisterArgs {
+    /// IDs of services, and files that define some (*.hcl, *.json; - is standard input).
+    #[arg(value_name = "ID|FILE", required_unless_present = "id")]
+    pub(crate) targets: Vec<String>,
+    /// The service's ID, as a flag.
+    #[arg(long, value_name = "ID", conflicts_with = "targets")]
+    pub(crate) id: Option<String>,
+    #[command(flatten)]
+    pub(crate) client: ClientArgs,
 }
 
 #[derive(Debug, Args)]

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 
 use super::{ClientArgs, FormatArgs, ListArgs};
+use crate::failure::Failure;
 
 /// Flags of every verb that writes policy.
 #[derive(Debug, Args)]
@@ -40,7 +41,7 @@ pub(crate) enum IntentionVerb {
     Delete(EndsArgs),
     /// Tells whether a call may pass: exits with 0 if it is allowed, 2 if it is denied, 1 if that cannot be told.
     #[command(
-        after_help = "Examples:\n  weft intention check web db\n  weft intention check web api -method GET -path /v1/items"
+        after_help = "Examples:\n  weft intention check web db\n  weft intention check web api -method GET -path /v1/items\n\nExit codes: 0 allowed, 2 denied, 1 all else, wrong usage too."
     )]
     Check(CheckArgs),
     /// Lists the intentions about a destination, or a source.
@@ -172,11 +173,40 @@ pub(crate) enum ConfigVerb {
 pub(crate) struct ConfigWriteArgs {
     /// File with the entry (*.hcl, *.json; - is standard input): Kind, Name, and what the kind has.
     pub(crate) file: PathBuf,
-    /// Only if the version is this; 0: only if there is none.
-    #[arg(long, value_name = "VERSION")]
-    pub(crate) cas: Option<u64>,
+    #[command(flatten)]
+    pub(crate) compare: CompareArgs,
     #[command(flatten)]
     pub(crate) signer: SignerArgs,
+}
+
+/// A change that is made only to the version that it was decided about.
+#[derive(Debug, Args)]
+pub(crate) struct CompareArgs {
+    /// Only if the version is this; 0: only if there is none. Consul's form: -cas -modify-index=VERSION.
+    #[arg(long, value_name = "VERSION", num_args = 0..=1, default_missing_value = "", conflicts_with = "out")]
+    cas: Option<String>,
+    /// The version, with -cas.
+    #[arg(long, value_name = "VERSION", requires = "cas")]
+    modify_index: Option<u64>,
+}
+
+impl CompareArgs {
+    /// Returns the version that must be the present one; none: any may be.
+    ///
+    /// # Errors
+    /// `-cas` without a version, or with two.
+    pub(crate) fn version(&self) -> Result<Option<u64>, Failure> {
+        let version = match (self.cas.as_deref(), self.modify_index) {
+            (None, _) => return Ok(None),
+            (Some(""), version) => version,
+            (Some(text), None) => text.parse().ok(),
+            (Some(_), Some(_)) => None,
+        };
+        version.map(Some).ok_or_else(|| {
+            Failure::text("cannot tell the version that is to be the present one")
+                .hint("give -cas VERSION, or -cas -modify-index=VERSION; 0: only if there is none")
+        })
+    }
 }
 
 #[derive(Debug, Args)]
@@ -213,6 +243,8 @@ pub(crate) struct ConfigDeleteArgs {
     /// Its name.
     #[arg(long)]
     pub(crate) name: String,
+    #[command(flatten)]
+    pub(crate) compare: CompareArgs,
     #[command(flatten)]
     pub(crate) signer: SignerArgs,
 }

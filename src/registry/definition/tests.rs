@@ -83,6 +83,22 @@ fn a_full_registration_is_read_field_by_field() {
 }
 
 #[test]
+fn times_and_outputs_of_checks_are_brought_within_their_bounds() {
+    let read =
+        |check: Value| service_from_json(&json!({"Name": "web", "Check": check}), &DEFAULTS).unwrap().checks.remove(0);
+    let interval = |text: &str| match read(json!({"TCP": "x:1", "Interval": text})).probe {
+        Probe::Periodic { interval, .. } => interval,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(["100ms", "1s", "90s"].map(interval), [1, 1, 90].map(Duration::from_secs));
+    let output = |bytes: u32| read(json!({"TTL": "9s", "OutputMaxSize": bytes})).output_bytes_max;
+    assert_eq!([0, 100, 4096, 1_000_000].map(output), [4096, 100, 4096, 4096]);
+    let gone =
+        |text: &str| read(json!({"TTL": "9s", "DeregisterCriticalServiceAfter": text})).deregister_critical_after;
+    assert_eq!(["1s", "90m", "0s"].map(gone), [Some(Duration::from_mins(1)), Some(Duration::from_mins(90)), None]);
+}
+
+#[test]
 fn an_acl_token_says_nothing_and_is_not_kept() {
     let read = |value: Value| service_from_json(&value, &DEFAULTS).unwrap();
     let with = read(json!({"Name": "web", "Token": "secret", "Check": {"TTL": "1m", "Token": "secret"}}));
