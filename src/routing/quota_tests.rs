@@ -473,6 +473,29 @@ fn a_caller_s_limit_is_forgotten_when_it_rests_and_the_limit_of_all_is_not() {
     assert!((quotas.floor(&web(), 10.0) - 0.25).abs() < 1e-9);
 }
 
+#[test]
+fn a_report_counts_for_a_time_and_those_of_so_many_nodes_are_kept() {
+    let mut quotas = Quotas::new(name(0), 1, start());
+    quotas.set_mates(mates(2), start());
+    let asked = [Asked::of_all(1, web(), 100.0, 1)];
+    quotas.tick(&asked, start());
+    let demand = Demand { limits: [(1, 0)].into() };
+    quotas.handle_demand(&name(1), &demand, start());
+    let counted = |quotas: &Quotas| (quotas.limits[&1].bins[0], quotas.told.len());
+    let lasts = repeat(2) * (REPEATS_MISSED_MAX + 1);
+    quotas.tick(&asked, start() + lasts.saturating_sub(TICK));
+    assert_eq!(counted(&quotas), (1, 1));
+    quotas.tick(&asked, start() + lasts + REPEAT_MIN);
+    assert_eq!(counted(&quotas), (0, 0), "it was not repeated");
+
+    for at in 1..TOLD_MAX + 10 {
+        quotas.handle_demand(&name(at), &demand, start());
+    }
+    assert_eq!(counted(&quotas), (1, TOLD_MAX));
+    quotas.handle_demand(&name(1), &Demand::default(), start());
+    assert_eq!(counted(&quotas), (0, TOLD_MAX), "who is known is heard all the same");
+}
+
 proptest! {
     #[test]
     fn shares_are_never_more_than_the_limit_together_and_none_is_below_its_floor(
