@@ -481,6 +481,9 @@ fn a_delta_that_contradicts_itself_is_refused_for_what_is_wrong_with_it() {
     check(&partial, both, "it sets and removes one key");
     let many = |delta: &mut Delta| delta.removed = vec![key.clone(); Params::default().grave_max + 1];
     check(&partial, many, "it removes more keys than are remembered");
+    let mut swapped = whole.clone();
+    swapped.chain = Some(FakeSigner { certificate: "a|*|2".to_owned() }.chain());
+    assert_eq!(apply(&mut replica("b"), &swapped), Err(ApplyError::Chain { node: name("a") }));
 }
 
 #[test]

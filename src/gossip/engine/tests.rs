@@ -437,9 +437,13 @@ fn who_speaks_in_another_s_name_loses_its_connection() {
     };
     closed(&mut engine);
     assert!(!packets.is_empty());
-    packets.iter().for_each(|packet| engine.handle_packet(&name(1), packet, &turn(&trust, now)));
+    for packet in &packets {
+        engine.handle_packet(&name(1), packet, &turn(&trust, now));
+    }
     assert_eq!(closed(&mut engine), BTreeSet::new());
-    packets.iter().for_each(|packet| engine.handle_packet(&name(2), packet, &turn(&trust, now)));
+    for packet in &packets {
+        engine.handle_packet(&name(2), packet, &turn(&trust, now));
+    }
     assert_eq!(closed(&mut engine), [name(2)].into(), "TLS says that it is n2");
 }
 

@@ -300,3 +300,47 @@ fn a_mirror_s_answer_is_read_up_to_a_mebibyte() {
         counts(&setup.worker, "weft_http_mirrored_total{destination_service=\"shadow\",outcome=\"sent\"}", 1);
     });
 }
+
+/// Reads one request without a body and answers it; the connection stays open.
+async fn answer_one(app: &mut TcpStream) {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") && app.read_buf(&mut head).await.unwrap() > 0 {}
+    app.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await.unwrap();
+}
+
+#[test]
+fn what_somebody_else_repeats_goes_to_the_app_by_a_fresh_connection() {
+    run(async {
+        let worker = Loopback::new(Limits::default());
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        worker.add(listener.local_addr().unwrap(), Protocol::Http).await;
+        let port = worker.listen(false).await;
+        let mut apps: Vec<TcpStream> = Vec::new();
+        for (said, want) in [("x-app: 1", 1), ("x-app: 1", 1), ("x-weft-retry: 1", 2)] {
+            let head = format!("GET / HTTP/1.1\r\n{said}");
+            let mut asked = std::pin::pin!(ask(port, &head));
+            let answer = loop {
+                let next = async {
+                    match apps.last() {
+                        Some(app) => app.readable().await,
+                        None => std::future::pending().await,
+                    }
+                };
+                tokio::select! {
+                    answer = &mut asked => break answer,
+                    accepted = listener.accept() => {
+                        let (mut app, _) = accepted.unwrap();
+                        answer_one(&mut app).await;
+                        apps.push(app);
+                    }
+                    readable = next => {
+                        readable.unwrap();
+                        answer_one(apps.last_mut().unwrap()).await;
+                    }
+                }
+            };
+            assert!(answer.ends_with("ok"), "{answer}");
+            assert_eq!(apps.len(), want, "{said}");
+        }
+    });
+}
