@@ -318,7 +318,7 @@ fn what_somebody_else_repeats_goes_to_the_app_by_a_fresh_connection() {
         let mut apps: Vec<TcpStream> = Vec::new();
         for (said, want) in [("x-app: 1", 1), ("x-app: 1", 1), ("x-weft-retry: 1", 2)] {
             let head = format!("GET / HTTP/1.1\r\n{said}");
-            let mut asked = std::pin::pin!(ask(port, &head));
+            let mut asked = tokio::task::spawn_local(async move { ask(port, &head).await });
             let answer = loop {
                 let next = async {
                     match apps.last() {
@@ -327,7 +327,7 @@ fn what_somebody_else_repeats_goes_to_the_app_by_a_fresh_connection() {
                     }
                 };
                 tokio::select! {
-                    answer = &mut asked => break answer,
+                    answer = &mut asked => break answer.unwrap(),
                     accepted = listener.accept() => {
                         let (mut app, _) = accepted.unwrap();
                         answer_one(&mut app).await;
