@@ -363,6 +363,7 @@ fn close_all(link: &mut Link, reason: &str) {
 mod tests {
     use super::*;
     use crate::model::Generation;
+    use crate::transport::fixture::pair;
 
     fn id(name: &str) -> MeshId {
         MeshId::new(name.parse().unwrap(), "127.0.0.1:8301".parse().unwrap(), Generation::default())
@@ -463,6 +464,47 @@ mod tests {
         assert_eq!(next.iter().map(|dial| dial.purpose).collect::<Vec<_>>(), [Purpose::Streams]);
         assert!(!links.want(&begun[0].to, Purpose::Streams, now), "it rests");
         assert!(links.want(&begun[0].to, Purpose::Streams, now + DIAL_PAUSE));
+    }
+
+    #[tokio::test]
+    async fn two_connections_of_a_peer_are_read_and_the_newest_ones_stay() {
+        let pairs = [pair().await, pair().await, pair().await];
+        let mut links = Links::new(LINKS_MAX);
+        let (own, peer) = (id("own").name, id("peer").name);
+        for pair in &pairs {
+            links.accepted(&own, &peer, pair.listener.clone());
+        }
+        let closed = pairs.each_ref().map(|pair| pair.listener.close_reason().is_some());
+        assert_eq!(closed, [true, false, false]);
+        assert_eq!(links.open(&peer).unwrap().stable_id(), pairs[2].listener.stable_id());
+    }
+
+    #[tokio::test]
+    async fn a_packet_goes_to_where_the_member_lives_whoever_else_came_with_its_certificate() {
+        let (home, copy) = (pair().await, pair().await);
+        let mut links = Links::new(LINKS_MAX);
+        let member = MeshId::new("peer".parse().unwrap(), home.listener.remote_address(), Generation::default());
+        for pair in [&home, &copy] {
+            links.accepted(&id("own").name, &member.name, pair.listener.clone());
+        }
+        let sent = links.send(&member, Bytes::from_static(b"for the member"), crate::clock::now());
+        assert!(matches!(sent, Sent::Datagram), "{sent:?}");
+        let read = tokio::time::timeout(Duration::from_secs(20), home.dialer.read_datagram()).await;
+        assert_eq!(read.unwrap().unwrap(), &b"for the member"[..]);
+    }
+
+    #[tokio::test]
+    async fn of_two_dials_that_meet_the_one_to_the_lower_name_gives_way() {
+        for (peer, gives_way) in [("a", true), ("z", false)] {
+            let pair = pair().await;
+            let mut links = Links::new(LINKS_MAX);
+            let Sent::Dial(dial) = links.send(&id(peer), Bytes::from_static(b"1"), crate::clock::now()) else {
+                panic!("it dials")
+            };
+            let waiting = links.accepted(&id("m").name, &id(peer).name, pair.listener.clone());
+            assert_eq!(waiting.len(), 1, "what waits goes over the one that came");
+            assert_eq!(dial.is_superseded.is_cancelled(), gives_way, "{peer}");
+        }
     }
 
     #[test]

@@ -299,6 +299,49 @@ mod tests {
         }
     }
 
+    #[tokio::test]
+    async fn the_silent_of_a_list_hold_up_a_rejoin_for_a_moment_alone() {
+        let ca = crate::pki::ephemeral(&"test.example".parse().unwrap(), clock::wall()).unwrap();
+        let (near, _near_ends) = params(ca.issuer(), "near", 1, Vec::new(), LINKS_MAX);
+        let (there, _far_ends) = params(ca.issuer(), "far", 1, Vec::new(), LINKS_MAX);
+        let own = MeshId::new(near.node.name.clone(), near.node.mesh_addr, near.generation);
+        let silent = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        let targets = [there.node.mesh_addr, silent.local_addr().unwrap()].map(|addr| addr.to_string());
+        let begun = clock::now();
+        let join = join_all(near.transport.clone(), own, targets.to_vec(), Thorough::Enough);
+        let welcomed = async {
+            let connection = there.transport.accept().await.unwrap().connection;
+            let (send, recv) = connection.accept_bi().await.unwrap();
+            let mut talk = Talk { send, recv };
+            talk.hear_frame(FRAME_BYTES_MAX).await.unwrap();
+            let id = MeshId::new(there.node.name.clone(), there.node.mesh_addr, there.generation);
+            let reply = HelloReply::Welcome { id, members: Vec::new(), farewells: Vec::new() };
+            talk.say_frame(&Message::Hello(reply).encode().unwrap()).await.unwrap();
+            talk.finish();
+            connection
+        };
+        let (outcome, _connection) = tokio::join!(join, welcomed);
+        assert_eq!((outcome.join.joined.len(), outcome.connections.len()), (1, 1), "{:?}", outcome.join);
+        assert!(begun.elapsed() < CONNECT_TIME_MAX / 2, "{:?}", begun.elapsed());
+    }
+
+    #[tokio::test]
+    async fn an_agent_of_the_own_name_is_named_with_both_addresses_and_not_joined() {
+        let ca = crate::pki::ephemeral(&"test.example".parse().unwrap(), clock::wall()).unwrap();
+        let (near, _near_ends) = params(ca.issuer(), "near", 1, Vec::new(), LINKS_MAX);
+        let (twin, _twin_ends) = params(ca.issuer(), "near", 1, Vec::new(), LINKS_MAX);
+        let own = MeshId::new(near.node.name.clone(), near.node.mesh_addr, near.generation);
+        let (here, there) = (own.addr.to_string(), twin.node.mesh_addr.to_string());
+        let join = join_all(near.transport.clone(), own, vec![there.clone()], Thorough::All);
+        let refused = async {
+            let connection = twin.transport.accept().await.unwrap().connection;
+            assert!(connection.closed().await.to_string().contains("same name"));
+        };
+        let (outcome, ()) = tokio::join!(join, refused);
+        let [(target, why)] = &outcome.join.failed[..] else { panic!("{:?}", outcome.join) };
+        assert!(*target == there && why.contains(&here) && why.contains(&there), "{why}");
+    }
+
     #[test]
     fn a_target_is_a_name_an_address_or_either_with_a_port() {
         #[track_caller]

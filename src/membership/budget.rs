@@ -83,4 +83,16 @@ mod tests {
         assert_eq!(accused, usize::try_from(PER_ACCUSER_MAX).unwrap());
         assert!(budget.accuse(&a, now + ACCUSER_WINDOW));
     }
+
+    #[test]
+    fn all_senders_together_cost_no_more_than_a_quarter_of_a_core() {
+        let now = crate::clock::now();
+        let mut budget = Budget::new(now);
+        let mut spend = |at| {
+            let senders = (0..100).map(|number| format!("n{number}").parse::<NodeName>().unwrap());
+            senders.map(|name| (0..1000).filter(|_| budget.take(&name, at)).count()).sum::<usize>()
+        };
+        let most = usize::try_from(ALL_MAX).unwrap();
+        assert_eq!((spend(now), spend(now), spend(now + WINDOW)), (most, 0, most));
+    }
 }

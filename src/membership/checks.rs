@@ -292,4 +292,15 @@ mod tests {
         assert_eq!(opened.count(), PER_ASKER_MAX);
         assert!(checks.start_for(&name("b"), 1, &name("x"), TIMEOUT, now).is_some());
     }
+
+    #[test]
+    fn checks_are_bounded_whoever_they_are_for() {
+        let now = crate::clock::now();
+        let mut checks = Checks::default();
+        let opened = (0..1000).filter(|at| checks.start(&name(&format!("x{at}")), TIMEOUT, now).is_some());
+        assert_eq!(opened.count(), OPEN_MAX);
+        assert_eq!(checks.start_for(&name("asker"), 1, &name("x"), TIMEOUT, now), None);
+        checks.forget(&name("x7"));
+        assert!(checks.start_for(&name("asker"), 1, &name("x"), TIMEOUT, now).is_some());
+    }
 }

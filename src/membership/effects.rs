@@ -435,5 +435,11 @@ mod tests {
         // A hash that changes all the time does not put it off for ever.
         records.set_own(3, at(1300));
         assert!(records.hear(1, Lag::default(), at(1400)));
+        // A host whose timers are served late compares less often.
+        let mut lag = Lag::default();
+        (0..50).for_each(|_| lag.note(Duration::from_millis(120)));
+        assert!(records.hear(1, lag, at(1900)));
+        assert!(!records.hear(1, lag, at(3100)));
+        assert!(records.hear(1, lag, at(3200)));
     }
 }

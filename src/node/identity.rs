@@ -529,9 +529,6 @@ impl Renewal {
     }
 
     /// Renews the certificate and returns its end; none: what an issuer granted says no more than the old one.
-    ///
-    /// A new key comes with each half of a certificate's life, and in between the old one stays: what it signed is on its way
-    /// to others, and would look forged to whoever has heard of another.
     async fn renew_authority(
         &self,
         old: &NodeAuthority,
@@ -544,7 +541,7 @@ impl Renewal {
         let renewed = if let Some(issuer) = issuer {
             issuer.self_certify(old.node(), old.scope(), now)?
         } else {
-            let key = if reason == Reason::Due { JoinKey::new()? } else { old.key()? };
+            let key = next_key(old, reason)?;
             let renewed = join::renew(&self.askable().await, old, &key, &bundle, now).await?;
             for link in renewed.links {
                 if let Err(err) = self.gossip.documents().offer(link).await {
@@ -587,5 +584,27 @@ impl Renewal {
             askable.extend(peers.into_iter().take(ASKED_MAX).map(|peer| peer.addr));
         }
         askable
+    }
+}
+
+/// The key of the next certificate. A new one comes with each half of a certificate's life, and in between the old one stays:
+/// what it signed is on its way to others, and would look forged to whoever has heard of another.
+fn next_key(old: &NodeAuthority, reason: Reason) -> Result<JoinKey, PkiError> {
+    if reason == Reason::Due { JoinKey::new() } else { old.key() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_new_key_comes_with_each_half_of_a_life_and_the_old_one_stays_in_between() {
+        let now = UnixSeconds(1_800_000_000);
+        let ca = pki::ephemeral(&"td".parse().unwrap(), now).unwrap();
+        let old = ca.issuer().self_certify(&"a".parse().unwrap(), &"*".parse().unwrap(), now).unwrap();
+        let own = old.key().unwrap().to_bytes();
+        for (reason, is_new) in [(Reason::Due, true), (Reason::NewRoot, false), (Reason::Alone, false)] {
+            assert_eq!(next_key(&old, reason).unwrap().to_bytes() != own, is_new, "{reason:?}");
+        }
     }
 }

@@ -350,6 +350,35 @@ mod tests {
     }
 
     #[test]
+    fn an_svid_that_nobody_asked_for_in_an_hour_goes_and_one_that_is_asked_for_is_renewed() {
+        let identity = identity("*");
+        let [web, db] = ["web", "db"].map(|name| name.parse::<ServiceName>().unwrap());
+        let held = || {
+            let mut names: Vec<_> = identity.state.load().services.keys().map(ToString::to_string).collect();
+            names.sort();
+            names
+        };
+        let first = identity.service_svid(&web, NOW).unwrap();
+        identity.service_svid(&db, NOW).unwrap();
+        let later = UnixSeconds(NOW.0 + 1000);
+        identity.service_svid(&web, later).unwrap();
+        // Both are past their renewal points; one was used within the hour.
+        identity.renew_due(UnixSeconds(NOW.0 + 4000)).unwrap();
+        assert_eq!(held(), ["web"]);
+        assert!(!Arc::ptr_eq(&first, &identity.service_svid(&web, UnixSeconds(NOW.0 + 4000)).unwrap()));
+    }
+
+    #[test]
+    fn what_was_made_while_the_clock_was_ahead_is_made_anew_once_it_is_right() {
+        let identity = identity("web");
+        let web = "web".parse().unwrap();
+        let ahead = identity.service_svid(&web, UnixSeconds(NOW.0 + 1800)).unwrap();
+        assert!(ahead.not_before > NOW);
+        let right = identity.service_svid(&web, NOW).unwrap();
+        assert!(right.not_before <= NOW && !Arc::ptr_eq(&ahead, &right));
+    }
+
+    #[test]
     fn the_longest_unused_service_gives_way() {
         let mut services = HashMap::new();
         let svid = identity("*").service_svid(&"x".parse().unwrap(), NOW).unwrap();

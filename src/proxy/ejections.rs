@@ -158,4 +158,17 @@ mod tests {
         drop(notices);
         task.join_next().await.unwrap().unwrap();
     }
+
+    #[test]
+    fn so_many_ejections_are_kept_in_mind_and_what_is_known_changes_all_the_same() {
+        let (mut ledger, now) = (Ledger::default(), clock::now());
+        for at in 0..LEDGER_MAX + 10 {
+            ledger.take(notice(&format!("i{at}"), Some(now)));
+        }
+        assert_eq!((ledger.0.len(), ledger.record().instances.len()), (LEDGER_MAX, EJECTIONS_MAX));
+        let later = now + Duration::from_secs(9);
+        ledger.take(notice("i0", Some(later)));
+        ledger.expire(now);
+        assert_eq!(ledger.0.values().copied().collect::<Vec<_>>(), [later]);
+    }
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 
+use super::listener::known_protocol;
 use super::open::OpenTunnel;
 use super::worker::Worker;
 use crate::clock;
@@ -110,8 +111,9 @@ fn look(worker: &Worker, question: &Question, target: &Arc<Target>) -> (WorkerVi
     };
     let now = clock::now();
     let (source, destination) = (question.source.as_ref(), &target.service);
-    // How a call is carried is decided where it begins, by the service that it names.
-    let is_request = snapshot.protocol(&question.destination).is_some_and(Protocol::is_http);
+    // How a call is carried is decided where it begins, by the service that it names, and where that says nothing, by where
+    // the name leads.
+    let is_request = known_protocol(&snapshot, &question.destination).is_some_and(Protocol::is_http);
     let flow = if is_request { Flow::Request } else { Flow::Connection };
     let ask = Ask { snapshot: &snapshot, source, destination, service: &service, flow, now };
     view.group = worker.group(&ask);

@@ -423,7 +423,7 @@ fn protocol(snapshot: &Snapshot, upstream: &UpstreamListener) -> Option<Protocol
 }
 
 /// What is said of how a service's traffic is parsed: of itself, or of where its resolver leads streams to.
-fn known_protocol(snapshot: &Snapshot, service: &ServiceName) -> Option<Protocol> {
+pub(super) fn known_protocol(snapshot: &Snapshot, service: &ServiceName) -> Option<Protocol> {
     let own = snapshot.protocol(service);
     if own.is_some_and(|own| own != Protocol::Tcp) {
         return own;
@@ -497,6 +497,13 @@ mod tests {
             let snapshot = snapshot(Some(registered), std::slice::from_ref(&redirect));
             assert_eq!(known_protocol(&snapshot, &"shop".parse().unwrap()), Some(registered));
         }
-        assert_eq!(known_protocol(&snapshot(None, &[redirect]), &"shop".parse().unwrap()), None);
+        assert_eq!(known_protocol(&snapshot(None, std::slice::from_ref(&redirect)), &"shop".parse().unwrap()), None);
+        // A registration that says nothing of the name itself is not the last word.
+        let mut snapshot = snapshot(Some(Protocol::Http), &[redirect]);
+        let name: ServiceName = "shop".parse().unwrap();
+        let entry =
+            ServiceEntry { name: name.clone(), protocol: Protocol::Tcp, instances: Vec::new(), modify_index: 1 };
+        snapshot.services.insert(name.clone(), Arc::new(entry));
+        assert_eq!(known_protocol(&snapshot, &name), Some(Protocol::Http));
     }
 }

@@ -394,6 +394,98 @@ fn leases_end_and_absurd_ones_are_refused() {
     assert_eq!(b.set_hash(), alone);
 }
 
+/// As [`FakeVerifier`], by certificates that end in a minute.
+struct Ending;
+
+impl HeadVerifier for Ending {
+    fn verify(&self, chain: &[Vec<u8>], message: &[u8], signature: &[u8]) -> Result<VerifiedHead, String> {
+        let verified = FakeVerifier.verify(chain, message, signature)?;
+        Ok(VerifiedHead { not_after: NOW.plus(Duration::from_mins(1)), ..verified })
+    }
+}
+
+#[test]
+fn records_end_with_their_certificate_where_that_ends_before_the_lease() {
+    let (mut a, mut b) = (replica("a"), replica("b"));
+    let delta = publish(&mut a, [facts("a")]).unwrap();
+    b.apply(&delta, &Ending, NOW).unwrap();
+    assert_eq!(b.expire(NOW.plus(Duration::from_secs(59))), []);
+    assert_eq!(b.expire(NOW.plus(Duration::from_mins(1))), [name("a")]);
+}
+
+#[test]
+fn what_a_clock_ahead_signed_is_signed_anew_once_the_clock_is_right() {
+    let mut a = replica("a");
+    let signer = FakeSigner::new("a", "*");
+    let mut signs = |now| a.publish(records([facts("a")]), &signer, now).unwrap().is_some();
+    assert!(signs(NOW.plus(Duration::from_hours(2))));
+    // Others might refuse a lease that ends so far ahead.
+    assert!(signs(NOW));
+    assert!(!signs(NOW), "once");
+}
+
+#[test]
+fn the_own_state_outlives_its_lease_its_chain_and_whoever_forgets_it() {
+    let mut a = replica("a");
+    publish(&mut a, [facts("a"), service("w1", "web", 80)]).unwrap();
+    let before = (view(&a), a.set_hash());
+    assert_eq!(a.expire(NOW.plus(Duration::from_hours(100))), []);
+    assert_eq!(a.drop_unless(|_| false), []);
+    a.remove(&name("a"));
+    assert_eq!((view(&a), a.set_hash()), before);
+}
+
+#[test]
+fn another_life_of_the_own_name_is_an_error_and_a_past_one_is_not_asked_for() {
+    let mut a = Replica::new(name("a"), generation(2), Params::default());
+    publish(&mut a, [facts("a")]).unwrap();
+    let (mut past, mut next) = (replica("a"), Replica::new(name("a"), generation(3), Params::default()));
+    let (past, next) = (publish(&mut past, [facts("a")]).unwrap(), publish(&mut next, [facts("a")]).unwrap());
+    let before = view(&a);
+    assert_eq!(apply(&mut a, &past), Ok(Applied::Stale));
+    assert_eq!(apply(&mut a, &next), Err(ApplyError::OwnName { generation: generation(3) }));
+    assert_eq!(view(&a), before);
+    // Before anything was published, too: the past was this node's own, and is over.
+    let fresh = Replica::new(name("a"), generation(2), Params::default());
+    for replica in [&a, &fresh] {
+        assert_eq!(replica.wanted(&[past.digest()]), []);
+        assert_eq!(replica.wanted(&[next.digest()]).len(), 1, "the proof of a twin");
+    }
+}
+
+#[test]
+fn a_delta_that_contradicts_itself_is_refused_for_what_is_wrong_with_it() {
+    #[track_caller]
+    fn check(delta: &Delta, spoil: impl Fn(&mut Delta), what: &'static str) {
+        let (mut b, mut spoilt) = (replica("b"), delta.clone());
+        spoil(&mut spoilt);
+        assert_eq!(apply(&mut b, &spoilt), Err(ApplyError::Malformed { node: name("a"), what }));
+        assert_eq!(b.nodes().count(), 0);
+    }
+    let mut a = replica("a");
+    let whole = publish(&mut a, [facts("a"), service("w1", "web", 80)]).unwrap();
+    let partial = publish(&mut a, [facts("a")]).unwrap();
+    assert!(whole.is_whole() && !partial.is_whole() && partial.removed.len() == 1);
+    let (key, set) = (partial.removed[0].clone(), &whole.changes[1]);
+
+    let version = "an entry changed at a version that it does not lead over";
+    check(&whole, |delta| delta.changes[1].version = 2, version);
+    check(&partial, |delta| delta.changes.push(set.clone()), version);
+    check(&whole, |delta| delta.changes.push(set.clone()), "an entry stands there twice");
+    check(&whole, |delta| delta.changes[0].entry = facts("b"), "its facts name another node");
+    check(&whole, |delta| delta.removed.push(key.clone()), "it removes keys from nothing");
+    let both = |delta: &mut Delta| {
+        delta.changes.push(set.clone());
+        delta.changes[0].version = 2;
+    };
+    check(&partial, both, "it sets and removes one key");
+    let many = |delta: &mut Delta| delta.removed = vec![key.clone(); Params::default().grave_max + 1];
+    check(&partial, many, "it removes more keys than are remembered");
+    let mut swapped = whole.clone();
+    swapped.chain = Some(FakeSigner { certificate: "a|*|2".to_owned() }.chain());
+    assert_eq!(apply(&mut replica("b"), &swapped), Err(ApplyError::Chain { node: name("a") }));
+}
+
 #[test]
 fn bounds_hold_on_both_sides() {
     let mut a = replica("a");

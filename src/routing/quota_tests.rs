@@ -473,6 +473,81 @@ fn a_caller_s_limit_is_forgotten_when_it_rests_and_the_limit_of_all_is_not() {
     assert!((quotas.floor(&web(), 10.0) - 0.25).abs() < 1e-9);
 }
 
+#[test]
+fn a_newcomer_has_an_equal_part_at_most_until_it_may_have_heard_of_all() {
+    let mut quotas = Quotas::new(name(0), 1, start());
+    quotas.set_mates(mates(1000), start());
+    let asked = [Asked::of_all(1, web(), 100.0, 100)];
+    let waits = rest(1000) + hold(1000);
+    let (mut at, mut share) = (Duration::ZERO, 0.0);
+    while at < waits + Duration::from_secs(20) {
+        share = quotas.tick(&asked, start() + at).shares[0].1;
+        assert!(at >= waits || share <= 0.1 + 1e-9, "{share} after {at:?}");
+        at += TICK;
+    }
+    assert!(share > 50.0, "nobody else asks for any of it: {share}");
+}
+
+#[test]
+fn reports_of_a_large_mesh_are_far_apart_however_demand_changes() {
+    let mut quotas = Quotas::new(name(0), 1, start());
+    quotas.set_mates(mates(1000), start());
+    let mut reported = Vec::new();
+    for tick in 0..2_400 {
+        // A change each 15 s, for 10 minutes.
+        let count = if tick / 60 % 2 == 0 { 100 } else { 1 };
+        let at = start() + TICK * tick;
+        if quotas.tick(&[Asked::of_all(1, web(), 100.0, count)], at).report.is_some() {
+            reported.push(at);
+        }
+    }
+    assert!(reported.len() > 5, "{}", reported.len());
+    assert!(reported.windows(2).all(|pair| pair[1] - pair[0] >= rest(1000)), "{reported:?}");
+}
+
+#[test]
+fn where_many_report_at_once_the_own_demand_counts_later() {
+    let mut quotas = Quotas::new(name(0), 1, start());
+    quotas.set_mates(mates(100), start());
+    let (mut told, mut share, mut others) = (None, 0.0, 1..100);
+    for tick in 0..200 {
+        let (at, count) = (TICK * tick, if tick < 60 { 0 } else { 100 });
+        let turn = quotas.tick(&[Asked::of_all(1, web(), 100.0, count)], start() + at);
+        share = turn.shares[0].1;
+        told = told.or(turn.report.map(|_| at));
+        if let Some(told) = told {
+            assert!(at - told >= rest(100) || share <= 1.0 + 1e-9, "{share} after {:?}", at - told);
+            for other in others.by_ref().take(4) {
+                quotas.handle_demand(&name(other), &Demand { limits: [(1, 200)].into() }, start() + at);
+            }
+        }
+    }
+    assert!(hold(100) < rest(100) && share > 50.0, "{share}");
+}
+
+#[test]
+fn a_report_counts_for_a_time_and_those_of_so_many_nodes_are_kept() {
+    let mut quotas = Quotas::new(name(0), 1, start());
+    quotas.set_mates(mates(2), start());
+    let asked = [Asked::of_all(1, web(), 100.0, 1)];
+    quotas.tick(&asked, start());
+    let demand = Demand { limits: [(1, 0)].into() };
+    quotas.handle_demand(&name(1), &demand, start());
+    let counted = |quotas: &Quotas| (quotas.limits[&1].bins[0], quotas.told.len());
+    let lasts = repeat(2) * (REPEATS_MISSED_MAX + 1);
+    quotas.tick(&asked, start() + lasts.saturating_sub(TICK));
+    assert_eq!(counted(&quotas), (1, 1));
+    quotas.tick(&asked, start() + lasts + REPEAT_MIN);
+    assert_eq!(counted(&quotas), (0, 0), "it was not repeated");
+
+    for at in 1..TOLD_MAX + 10 {
+        quotas.handle_demand(&name(at), &demand, start());
+    }
+    assert_eq!(counted(&quotas), (1, TOLD_MAX));
+    quotas.handle_demand(&name(1), &Demand::default(), start());
+    assert_eq!(counted(&quotas), (0, TOLD_MAX), "who is known is heard all the same");
+}
+
 proptest! {
     #[test]
     fn shares_are_never_more_than_the_limit_together_and_none_is_below_its_floor(

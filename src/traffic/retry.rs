@@ -362,6 +362,11 @@ mod tests {
         assert_eq!((0..1_000).filter(|_| budget.withdraw(all_old)).count(), 100);
         budget.give_back(begun);
         assert!(!budget.withdraw(all_old));
+        // Another second has the place that it was counted in.
+        let in_its_place = begun + Duration::from_secs(30);
+        assert_eq!((0..1_000).filter(|_| budget.withdraw(in_its_place)).count(), 100);
+        budget.give_back(begun);
+        assert!(!budget.withdraw(in_its_place));
     }
 
     #[test]

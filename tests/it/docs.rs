@@ -48,3 +48,44 @@ fn the_readme_names_the_two_commands_that_exist() {
     assert!(readme.contains("cargo run --release -- demo") && readme.contains("\ncargo test "));
     assert!(readme.contains("a stolen node can write any key"), "the README says what is not protected");
 }
+
+/// Adds the name of every function under `dir`.
+fn functions_in_source(dir: &Path, found: &mut BTreeSet<String>) {
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            functions_in_source(&path, found);
+        } else if path.extension().is_some_and(|end| end == "rs") {
+            let source = fs::read_to_string(&path).unwrap();
+            let names = source.lines().filter_map(|line| line.split_once("fn ")?.1.split(['(', '<']).next());
+            found.extend(names.map(str::to_owned));
+        }
+    }
+}
+
+/// Whether a word in backquotes is the name of a test: a sentence of five words or more.
+fn is_test_name(text: &str) -> bool {
+    let is_name = text.chars().all(|c| c.is_ascii_lowercase() || c == '_' || c.is_ascii_digit());
+    is_name && text.matches('_').count() >= 4 && !text.starts_with("weft_")
+}
+
+#[test]
+fn the_map_names_tests_that_exist_and_those_of_every_scenario() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut functions = BTreeSet::new();
+    for dir in ["src", "tests"] {
+        functions_in_source(&root.join(dir), &mut functions);
+    }
+    let text = fs::read_to_string(root.join("src/ARCHITECTURE.md")).unwrap();
+    let quoted = text.lines().flat_map(|line| line.split('`').skip(1).step_by(2));
+    let named: BTreeSet<String> = quoted.filter(|text| is_test_name(text)).map(str::to_owned).collect();
+    let stale: Vec<_> = named.difference(&functions).collect();
+    assert!(stale.is_empty(), "named in src/ARCHITECTURE.md and not there: {stale:?}");
+    let scenarios: Vec<_> = functions.iter().filter(|name| name.starts_with("scenario_")).collect();
+    assert!(scenarios.len() > 50, "found only {} tests of scenarios", scenarios.len());
+    let missing: Vec<_> = scenarios.into_iter().filter(|name| !named.contains(*name)).collect();
+    assert!(missing.is_empty(), "tests of scenarios that src/ARCHITECTURE.md does not name: {missing:?}");
+    for number in 1..=17 {
+        assert!(text.contains(&format!("\n| {number} | ")), "src/ARCHITECTURE.md has no row of scenario {number}");
+    }
+}

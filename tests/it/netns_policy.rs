@@ -300,15 +300,30 @@ fn scenario_17_what_an_insider_brings_is_refused_everywhere_and_scenario_16_pois
         {"Action": "allow", "HTTP": {"PathRegex": "/(((a{99}){99}){99})"}}]});
     let poison = IntentionBody(Some(weft::authz::from_json(&poison, None).unwrap()));
     let key = DocumentKey::load_operator(&alice).unwrap();
-    assert_eq!(offer(n3, &forge(&key, "caller:raw", 10, &poison).to_bytes()).status, 200);
+    // Callers are let in at this moment, and go on so.
+    assert_eq!(offer(n3, &forge(&key, "caller:raw", 10, &allow).to_bytes()).status, 200);
+    for agent in [n1, &n2, n3] {
+        wait_verdict(agent, true, "caller:raw");
+    }
+    let open = Stream::open(n3);
+    assert_eq!(offer(n3, &forge(&key, "caller:raw", 11, &poison).to_bytes()).status, 200);
     for agent in [n1, &n2, n3] {
         until(&format!("{} quarantines the poison", agent.name), || {
             let info = agent.try_get("/v1/mesh/info")?.json();
             let shown = info["Policy"]["Quarantined"].to_string();
-            if shown.contains("caller:raw version 10") { Ok(()) } else { Err(shown) }
+            if shown.contains("caller:raw version 11") { Ok(()) } else { Err(shown) }
         });
-        assert_eq!(verdict(agent).unwrap(), (false, "caller:raw".to_owned()));
+        assert_eq!(verdict(agent).unwrap(), (true, "caller:raw".to_owned()));
         assert!(metric(agent, "weft_policy_quarantined ") >= 1.0);
+    }
+    // The proxies keep serving by the last good version: what is open goes on, and more opens.
+    let _another = Stream::open(n3);
+    assert!(open.is_open());
+    sign(&alice, &["intention", "create", "-deny", "caller", "raw", "-replace"]);
+    open.cut();
+    for agent in [n1, &n2, n3] {
+        wait_verdict(agent, false, "caller:raw");
+        assert!(metric(agent, "weft_policy_quarantined ") < 1.0);
     }
     sign(&alice, &["intention", "create", "caller", "raw", "-replace"]);
     for agent in [n1, &n2, n3] {

@@ -263,6 +263,36 @@ mod tests {
         lone.actor.superseded(&name, Purpose::Streams, now);
         assert!(given.await.unwrap().unwrap_err().contains("ended at once"));
     }
+
+    #[tokio::test]
+    async fn one_of_the_own_name_is_counted_and_let_go() {
+        let mut lone = Lone::new();
+        let twin = lone.restarted("own", std::net::UdpSocket::bind("127.0.0.1:0").unwrap());
+        let transport = lone.actor.transport.clone();
+        let (dialled, accepted) = tokio::join!(twin.connect(lone.addr, None), transport.accept());
+        lone.actor.accepted(accepted.unwrap(), clock::now());
+        assert_eq!(lone.actor.metrics.conflicts.get(), 1);
+        assert!(lone.actor.links.open(&"own".parse().unwrap()).is_none());
+        let (connection, _) = dialled.unwrap();
+        let reason = tokio::time::timeout(Duration::from_secs(20), connection.closed()).await.unwrap().to_string();
+        assert!(reason.contains("own name"), "{reason}");
+    }
+
+    #[tokio::test]
+    async fn a_service_s_certificate_does_not_speak_for_its_node() {
+        let mut lone = Lone::new();
+        let far = lone.peer("far");
+        let transport = lone.actor.transport.clone();
+        let (dialled, accepted) = tokio::join!(far.transport.connect(lone.addr, None), transport.accept());
+        let mut accepted = accepted.unwrap();
+        accepted.peer.as_mut().unwrap().id = "spiffe://test.example/svc/web/node/far".parse().unwrap();
+        lone.actor.accepted(accepted, clock::now());
+        assert!(lone.actor.links.open(&far.id.name).is_none());
+        let (connection, _) = dialled.unwrap();
+        let reason = tokio::time::timeout(Duration::from_secs(20), connection.closed()).await.unwrap().to_string();
+        assert!(reason.contains("not a node's certificate"), "{reason}");
+    }
+
     #[tokio::test]
     async fn a_peer_that_goes_on_sending_what_nobody_can_read_loses_its_connections() {
         let mut lone = Lone::new();

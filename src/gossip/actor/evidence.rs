@@ -275,7 +275,7 @@ mod tests {
     use crate::gossip::actor::connections::Ended;
     use crate::gossip::actor::fixture::{Lone, Peer, late, wait};
     use crate::membership::Life;
-    use crate::model::MemberStatus;
+    use crate::model::{Generation, MemberStatus};
 
     #[tokio::test]
     async fn an_acknowledgement_of_the_question_answers_a_refusal_and_one_of_before_does_not() {
@@ -304,6 +304,43 @@ mod tests {
         assert_eq!(lone.status(&far), Some(MemberStatus::Failed));
         assert_eq!((lone.actor.metrics.refusals_answered.get(), lone.actor.metrics.ports_refused.get()), (1, 1));
     }
+    #[tokio::test]
+    async fn what_others_say_has_no_more_members_asked_at_once_than_fail_together_in_a_rack() {
+        let mut lone = Lone::new();
+        let (far, now) = (lone.peer("far"), clock::now());
+        let others: Vec<MeshId> = (0..QUESTIONS_MAX)
+            .map(|at| MeshId::new(format!("n{at}").parse().unwrap(), far.id.addr, Generation::default()))
+            .collect();
+        lone.actor.doubted = others.iter().cloned().collect();
+        lone.actor.asked = others.iter().cloned().collect();
+        lone.actor.refusal_heard(far.id.addr, now);
+        lone.actor.ask_port(far.id.clone());
+        assert!(!lone.actor.doubted.contains(&far.id) && !lone.actor.asked.contains(&far.id));
+        lone.actor.doubted.remove(&others[0]);
+        lone.actor.asked.remove(&others[0]);
+        lone.actor.refusal_heard(far.id.addr, now);
+        lone.actor.ask_port(far.id.clone());
+        assert!(lone.actor.doubted.contains(&far.id) && lone.actor.asked.contains(&far.id));
+    }
+
+    #[tokio::test]
+    async fn a_newcomer_past_the_bound_on_challenges_is_judged_by_what_is_known() {
+        let mut lone = Lone::new();
+        let far = lone.peer("far");
+        let generation = Generation { number: far.id.life.generation.number + 1, nonce: 1 };
+        let id = MeshId::new(far.id.name.clone(), "127.0.0.1:1".parse().unwrap(), generation);
+        let mut greet = |under_way| {
+            let (reply, given) = oneshot::channel();
+            lone.actor.challenges = under_way;
+            lone.actor.greeted(Challenge { peer: id.name.clone(), id: id.clone(), reply }, clock::now());
+            given
+        };
+        let mut asked = greet(CHALLENGES_MAX - 1);
+        assert!(asked.try_recv().is_err(), "the holder is asked first");
+        let mut unasked = greet(CHALLENGES_MAX);
+        assert!(unasked.try_recv().is_ok());
+    }
+
     #[tokio::test]
     async fn what_comes_on_a_tunnel_is_a_sign_of_life_of_a_member_that_is_in_question() {
         let mut lone = Lone::new();

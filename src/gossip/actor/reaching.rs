@@ -64,3 +64,28 @@ impl Actor {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock;
+    use crate::gossip::actor::fixture::Lone;
+
+    #[tokio::test]
+    async fn who_gave_up_waiting_is_not_kept_and_who_waits_is() {
+        let mut lone = Lone::new();
+        let [far, other] = ["far", "other"].map(|name| lone.peer(name).id.name);
+        let now = clock::now();
+        for _ in 0..100 {
+            let (reply, given_up) = oneshot::channel();
+            drop(given_up);
+            lone.actor.reach(far.clone(), reply, now);
+        }
+        let (reply, _waits) = oneshot::channel();
+        lone.actor.reach(other.clone(), reply, now);
+        let (reply, _waits_too) = oneshot::channel();
+        lone.actor.reach(other.clone(), reply, now);
+        let kept: Vec<_> = lone.actor.reaching.0.iter().map(|(peer, waiting)| (peer.clone(), waiting.len())).collect();
+        assert_eq!(kept, [(other, 2)]);
+    }
+}

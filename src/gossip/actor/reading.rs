@@ -164,4 +164,39 @@ mod tests {
         drop(waiting);
         wait(|| queue.len() == PLACES).await;
     }
+
+    #[tokio::test]
+    async fn a_peer_is_read_at_its_pace_by_datagrams_and_by_streams() {
+        for is_datagram in [true, false] {
+            let pair = pair().await;
+            let peer: NodeName = "insider".parse().unwrap();
+            let (inputs, mut queue) = mpsc::channel(4 * PLACES);
+            let metrics = GossipMetrics::new(&Metrics::new()).unwrap();
+            let desks = Desks { documents: documents::queue().0, shared: shared::queue().0 };
+            let share = Shares::default().of(&peer, clock::now());
+            let mut tasks = JoinSet::new();
+            let begun = clock::now();
+            let (reader, listener) = (Reader { share, inputs, desks, metrics }, pair.listener.clone());
+            tasks.spawn(async move { drop(read_connection(peer, listener, reader).await) });
+            let dialer = pair.dialer.clone();
+            tasks.spawn(async move {
+                // Until the test ends the connection.
+                while dialer.close_reason().is_none() {
+                    let _ended = if is_datagram {
+                        dialer.send_datagram_wait(vec![1, 2].into()).await.is_err()
+                    } else {
+                        send_on_stream(&dialer, &[1, 2]).await.is_err()
+                    };
+                }
+            });
+            // A burst of 512, and then one in 2 ms.
+            for _ in 0..512 + 200 {
+                let input = tokio::time::timeout(std::time::Duration::from_secs(20), queue.recv()).await;
+                assert!(matches!(input, Ok(Some(Input::Packet { .. }))), "{input:?}");
+            }
+            // As many as there are places for streams may go ahead of their time.
+            assert!(begun.elapsed() >= std::time::Duration::from_millis(340), "{:?}", begun.elapsed());
+            tasks.shutdown().await;
+        }
+    }
 }

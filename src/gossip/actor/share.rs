@@ -72,9 +72,9 @@ impl Share {
         Arc::clone(&self.places).try_acquire_owned().ok()
     }
 
-    /// Notes that a packet was read.
+    /// Notes that a packet was read. Several may have waited for one moment, on two connections and their streams: each counts.
     pub(super) fn took(&self, now: Instant) {
-        let _on_two_connections_at_once = self.used().pace.take(now);
+        self.used().pace.spend(now);
     }
 
     fn used(&self) -> MutexGuard<'_, Used> {
@@ -142,6 +142,21 @@ mod tests {
         drop(again.ready().await);
         assert!(clock::now() > before);
         assert!(shares.of(&name("b"), before).used().pace.is_whole(before), "another peer has its own");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn those_who_wait_for_one_moment_count_each() {
+        let (share, begun) = (Share::new(clock::now()), clock::now());
+        let crowd = 16;
+        for _ in 0..(BURST + 800) / crowd {
+            let ready = (0..crowd).map(|_| share.ready());
+            let places = futures_util::future::join_all(ready).await;
+            for _place in &places {
+                share.took(clock::now());
+            }
+        }
+        let took = clock::now() - begun;
+        assert!(took >= EVERY * (800 - 2 * crowd), "{took:?}");
     }
 
     #[tokio::test(start_paused = true)]

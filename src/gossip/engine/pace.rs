@@ -27,8 +27,13 @@ impl Pace {
         if now < self.next_at() {
             return false;
         }
-        self.whole_at = self.whole_at.max(now) + self.every;
+        self.spend(now);
         true
+    }
+
+    /// Takes one in any case: those to come wait for it.
+    pub(in super::super) fn spend(&mut self, now: Instant) {
+        self.whole_at = self.whole_at.max(now) + self.every;
     }
 
     /// Tells whether all of the burst is there.

@@ -343,3 +343,130 @@ fn a_renewal_with_a_new_key_has_the_own_word_said_anew_and_one_with_the_same_key
         assert_eq!(engine.membership().own_word().unwrap().incarnation, want, "once");
     }
 }
+
+/// As [`Trust`], of one who holds another node's certificates in the place of a stranger's.
+struct Misled(Trust, NodeName);
+
+impl HeadVerifier for Misled {
+    fn verify(&self, chain: &[Vec<u8>], message: &[u8], signature: &[u8]) -> Result<VerifiedHead, String> {
+        self.0.verify(chain, message, signature)
+    }
+
+    fn chain_of(&self, _node: &NodeName) -> Option<Vec<Vec<u8>>> {
+        Some(Trust(self.1.clone()).chain())
+    }
+}
+
+#[test]
+fn a_word_that_another_node_signed_proves_nothing() {
+    let now = crate::clock::now();
+    for (signer, want) in [(1, true), (5, false)] {
+        let (mut engine, trust) = engine(0, now);
+        let id = MeshId::new(name(1), SocketAddr::from(([10, 0, 0, 1], 8301)), Generation { number: 1, nonce: 1 });
+        let claim = crate::membership::LifeClaim { id, incarnation: 0, signature: Vec::new() };
+        let word = crate::membership::Statement::Life(claim);
+        let signature = Trust(name(signer)).sign(&word.message().unwrap()).unwrap();
+        let misled = Misled(Trust(name(0)), name(signer));
+        engine.verify(word.with_signature(signature), &Turn { verifier: &misled, ..turn(&trust, now) });
+        assert_eq!(engine.membership().member(&name(1)).is_some(), want, "signed by n{signer}");
+    }
+}
+
+#[test]
+fn a_delta_counts_under_the_version_alone_that_its_broadcast_names() {
+    let now = crate::clock::now();
+    let (mut engine, _) = engine(0, now);
+    let (other, other_trust) = self::engine(1, now);
+    let delta = other.replica().delta_for(&Digest::none(name(1))).unwrap();
+    let payload = crate::wire::encode(&delta).unwrap();
+    let Digest { node, generation, version, hash } = delta.digest();
+    let from = MeshId::new(name(2), SocketAddr::from(([10, 0, 0, 2], 8301)), Generation::default());
+    for (claimed, want) in [(version + 1, false), (version, true)] {
+        let (node, payload) = (node.clone(), payload.clone());
+        let broadcast = Broadcast::Delta { node, generation, version: claimed, hash, payload };
+        engine.received(&from, &broadcast, &turn(&other_trust, now));
+        assert_eq!(engine.replica().state(&name(1)).is_some(), want, "version {claimed}");
+    }
+}
+
+#[test]
+fn the_records_of_who_left_go_and_do_not_come_back_in_that_life() {
+    let now = crate::clock::now();
+    let (mut engine, trust) = engine(0, now);
+    let (other, other_trust) = self::engine(1, now);
+    let id = other.membership().id().clone();
+    engine.vouch_for([&id], &turn(&trust, now));
+    let delta = other.replica().delta_for(&Digest::none(name(1))).unwrap();
+    engine.merge(&delta, &turn(&other_trust, now)).unwrap();
+    let (node, by) = (name(1), name(1));
+    let leave = crate::membership::Leave { node, life: id.life, prune: false, by, signature: vec![1] };
+    let word = crate::membership::Statement::Leave(leave);
+    engine.core.handle_verified(word, crate::membership::Verdict::Holds, now);
+    engine.settle(&turn(&trust, now));
+    assert_eq!(engine.status_of(&name(1)), MemberStatus::Left);
+    assert!(engine.replica().state(&name(1)).is_none(), "they go with it");
+    assert!(engine.merge(&delta, &turn(&other_trust, now)).is_none());
+    assert!(engine.replica().state(&name(1)).is_none(), "somebody else still had them");
+    tell_of(&mut engine, &trust, 2, 1, now);
+    engine.settle(&turn(&trust, now));
+    assert_eq!((pulls(&mut engine), engine.sizes().wanted), (Vec::new(), 0));
+}
+
+#[test]
+fn who_speaks_in_another_s_name_loses_its_connection() {
+    let now = crate::clock::now();
+    let (mut engine, trust) = engine(0, now);
+    let (mut other, other_trust) = self::engine(1, now);
+    other.vouch_for([engine.membership().id()], &turn(&other_trust, now));
+    other.core.announce(engine.membership().id().clone(), now);
+    other.settle(&turn(&other_trust, now));
+    let outputs = std::iter::from_fn(|| other.poll_output());
+    let packets: Vec<_> = outputs
+        .filter_map(|output| match output {
+            Output::Send { packet, .. } => Some(packet),
+            _ => None,
+        })
+        .collect();
+    let closed = |engine: &mut Engine| {
+        let outputs = std::iter::from_fn(|| engine.poll_output());
+        let closed = outputs.filter_map(|output| match output {
+            Output::Close { peer, .. } => Some(peer),
+            _ => None,
+        });
+        closed.collect::<BTreeSet<_>>()
+    };
+    closed(&mut engine);
+    assert!(!packets.is_empty());
+    for packet in &packets {
+        engine.handle_packet(&name(1), packet, &turn(&trust, now));
+    }
+    assert_eq!(closed(&mut engine), BTreeSet::new());
+    for packet in &packets {
+        engine.handle_packet(&name(2), packet, &turn(&trust, now));
+    }
+    assert_eq!(closed(&mut engine), [name(2)].into(), "TLS says that it is n2");
+}
+
+#[test]
+fn silence_is_isolation_for_who_was_awake_and_not_for_who_slept() {
+    let begun = crate::clock::now();
+    let start = || {
+        let (mut engine, trust) = engine(0, begun);
+        let id = MeshId::new(name(1), SocketAddr::from(([10, 0, 0, 1], 8301)), Generation { number: 1, nonce: 1 });
+        engine.vouch_for([&id], &turn(&trust, begun));
+        (engine, trust)
+    };
+    let (mut awake, trust) = start();
+    let mut isolated = None;
+    while isolated.is_none() {
+        let at = awake.poll_timeout();
+        assert!(at < begun + 2 * SILENCE_MAX, "it does not say so");
+        awake.handle_timeout(&turn(&trust, at));
+        while awake.poll_output().is_some() {}
+        isolated = awake.is_isolated().then_some(at - begun);
+    }
+    assert!(isolated.is_some_and(|after| after <= SILENCE_MAX + Duration::from_millis(1)), "{isolated:?}");
+    let (mut slept, trust) = start();
+    slept.handle_timeout(&turn(&trust, begun + 3 * SILENCE_MAX));
+    assert!(!slept.is_isolated(), "what came meanwhile has yet to be read");
+}

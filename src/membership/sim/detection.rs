@@ -113,6 +113,8 @@ fn scenario_02_a_slow_node_doubts_itself_and_accuses_nobody() {
         let stats = mesh.at(3).stats();
         assert!(stats.local_health >= 4, "{stats:?}");
         assert!(stats.late_wakeups >= 20, "{stats:?}");
+        let now = mesh.now;
+        assert!(mesh.at(3).stretch(SECOND, now) >= 5 * SECOND, "its timeouts stretch");
         let wronged = mesh.failures().find(|(_, _, of, _)| *of != name(3)).cloned();
         assert_eq!(wronged, None);
         // With time to itself again it recovers.

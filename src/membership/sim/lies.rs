@@ -242,6 +242,39 @@ fn carry(from: &mut Core, to: &mut Core, now: Instant) {
 }
 
 #[test]
+fn a_goodbye_that_is_repeated_prunes_nobody() {
+    let mut mesh = Mesh::joined(4, 9);
+    mesh.kill(3);
+    assert!(mesh.run(10 * SECOND, |mesh| mesh.all_see(3, Some(MemberStatus::Failed))).is_some());
+    let (now, life) = (mesh.now, mesh.at(1).member(&name(3)).unwrap().id.life);
+    for (prune, want) in [(true, MemberStatus::Failed), (false, MemberStatus::Left)] {
+        let leave = Leave { node: name(3), life, prune, by: name(2), signature: Vec::new() };
+        let Statement::Leave(leave) = signed(&name(2), Statement::Leave(leave)) else { unreachable!() };
+        mesh.at(1).learn_farewells(vec![leave], now);
+        mesh.flush(&name(1));
+        assert_eq!(mesh.at(1).member(&name(3)).map(|member| member.status), Some(want), "prune: {prune}");
+    }
+}
+
+#[test]
+fn the_gone_accuse_nobody_and_nobody_accuses_itself() {
+    let mut mesh = Mesh::joined(6, 2);
+    mesh.pass(2 * SECOND);
+    let (now, accused) = (mesh.now, mesh.at(1).id().clone());
+    let core = mesh.at(2);
+    core.expel(&name(3), now);
+    for by in [1, 3] {
+        let word = Statement::Accuse(accusation(&accused, 0, by));
+        core.handle_verified(signed(&name(by), word), Verdict::Holds, now);
+        assert!(core.suspicions.is_empty(), "the word of n{by}");
+    }
+    // Of one who may, it is heard.
+    let word = Statement::Accuse(accusation(&accused, 0, 4));
+    core.handle_verified(signed(&name(4), word), Verdict::Holds, now);
+    assert_eq!(core.suspicions.len(), 1);
+}
+
+#[test]
 fn scenario_03_a_suspect_refutes_from_the_probe_alone() {
     let now = crate::clock::now();
     let mut prober = Core::new(id(0, 1), Profile::default(), 1, now);

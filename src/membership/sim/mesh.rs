@@ -402,6 +402,16 @@ fn a_demand_counts_under_its_author_s_signature_alone_and_only_the_newest() {
     assert_eq!(hear(claim(5, 4, 1), SECOND), Some(2), "the same number");
     assert_eq!(hear(claim(6, 5, 1), SECOND), Some(5));
     assert_eq!(hear(claim(7, 6, 1), Duration::from_millis(50)), Some(5), "too soon after the one before");
+    let mut past = claim(8, 7, 1);
+    if let Statement::Demand(claim) = &mut past {
+        claim.life.renewals += 1;
+    }
+    assert_eq!(hear(signed(&name(1), past), SECOND), Some(5), "of another life");
+    let mut long = claim(8, 7, 1);
+    if let Statement::Demand(claim) = &mut long {
+        claim.demand.limits = vec![(7, 3); crate::model::DEMANDS_MAX + 1].into();
+    }
+    assert_eq!(hear(signed(&name(1), long), SECOND), Some(5), "of more limits than one may name");
     let mut stranger = claim(9, 7, 1);
     if let Statement::Demand(claim) = &mut stranger {
         claim.node = name(77);

@@ -7,6 +7,7 @@ use super::super::certificate::{
     ISSUER_LIFE, LEAF_LIFE, NODE_LIFE, Validity, generate_key, issuer_params, leaf_params, node_params, root_params,
     sign,
 };
+use super::super::revocation::Revoked;
 use super::*;
 
 const NOW: UnixSeconds = UnixSeconds(1_800_000_000);
@@ -184,6 +185,51 @@ fn a_chain_that_was_checked_is_good_as_long_as_each_certificate_of_it() {
     }
     let good = sign(&key, CONTEXT_NODE, b"state").unwrap();
     assert!(checked.verify(b"state", &good).is_ok() && checked.verify(b"other", &good).is_err());
+}
+
+#[test]
+fn what_is_revoked_is_refused_from_a_peer_and_in_records() {
+    let (chain, bundle, _) = Forge::new("spiffe://td/svc/web/node/a").sign();
+    let (_, shown) = check_presented(&chain, &bundle, NOW).unwrap();
+    let node = Revoked::Node { node: "a".parse().unwrap(), until: NOW };
+    let keys = [shown.intermediate, shown.issuer, shown.leaf.unwrap()].map(Revoked::Key);
+    // A published chain has no leaf.
+    for (revoked, is_published) in keys.into_iter().chain([node]).zip([true, true, false, true]) {
+        let what = format!("{revoked:?}");
+        let bundle = TrustBundle { revoked: [revoked].into_iter().collect(), ..bundle.clone() };
+        assert!(check_peer(&chain, &bundle, NOW).is_err(), "{what}");
+        assert_eq!(NodeChain::check(&chain[1..], &bundle, NOW).is_err(), is_published, "{what}");
+        assert_eq!(check_revoked(&chain[1..], &bundle).is_err(), is_published, "{what}");
+    }
+}
+
+#[test]
+fn each_certificate_of_a_chain_ends_the_chain() {
+    let bent = |bend: fn(&mut Forge)| {
+        let mut forge = Forge::new("spiffe://td/node/a");
+        bend(&mut forge);
+        let (chain, bundle, _) = forge.sign();
+        (check_peer(&chain, &bundle, NOW), NodeChain::check(&chain[1..], &bundle, NOW))
+    };
+    let ended: [(&str, fn(&mut Forge)); 3] = [
+        ("node", |f| f.node.not_after = f.leaf.not_before),
+        ("issuer", |f| f.issuer.not_after = f.leaf.not_before),
+        ("root", |f| f.root.not_after = f.leaf.not_before),
+    ];
+    for (who, bend) in ended {
+        let (peer, published) = bent(bend);
+        assert!(matches!(&peer, Err(VerifyError::Expired { role, .. }) if *role == who), "{who}: {peer:?}");
+        let is_ended = matches!(&published, Err(PkiError::Verify(VerifyError::Expired { role, .. })) if *role == who);
+        assert!(is_ended, "{who}: {published:?}");
+    }
+    let (_, published) = bent(|f| f.issuer.not_after = f.leaf.not_after);
+    assert_eq!(published.unwrap().not_after, NOW.plus(LEAF_LIFE), "the issuer ends before the node");
+    let (_, published) = bent(|f| {
+        let mut unknown = CustomExtension::from_oid_content(&[1, 3, 6, 1, 4, 1, 99_999, 1], vec![5, 0]);
+        unknown.set_criticality(true);
+        f.node.custom_extensions.push(unknown);
+    });
+    assert!(published.unwrap_err().to_string().contains("critical"), "what nobody here understands");
 }
 
 proptest! {

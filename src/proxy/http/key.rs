@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::net::IpAddr;
 
 use http::header::{self, HeaderMap, HeaderValue};
+use http::request::Parts;
 
 use super::Dial;
 use super::outbound::Call;
@@ -16,27 +17,35 @@ use crate::upstream::{Balance, HashField, MadeCookie};
 pub(super) fn of_request<D: Dial>(worker: &D, call: &Call<'_>) -> Option<u64> {
     let snapshot = worker.snapshot().peek();
     let balance = snapshot.upstreams.balance(&call.target.caller.destination);
-    if balance.hash.is_empty() { None } else { of_parts(balance, call) }
+    if balance.hash.is_empty() {
+        return None;
+    }
+    let (key, cookie) = of_parts(balance, call.parts, call.from);
+    if cookie.is_some() {
+        call.cookie.set(cookie);
+    }
+    key
 }
 
-fn of_parts(balance: &Balance, call: &Call<'_>) -> Option<u64> {
-    let mut key: Option<u64> = None;
+/// Makes the key of a request that came `from` there, and the cookie for its answer if it needs one.
+fn of_parts(balance: &Balance, parts: &Parts, from: Option<IpAddr>) -> (Option<u64>, Option<HeaderValue>) {
+    let (mut key, mut cookie): (Option<u64>, _) = (None, None);
     for policy in &balance.hash {
         let found = match &policy.field {
-            HashField::Header(name) => call.parts.headers.get(name).map(|value| key_of(value.as_bytes())),
+            HashField::Header(name) => parts.headers.get(name).map(|value| key_of(value.as_bytes())),
             HashField::Cookie { name, make } => {
-                let sent = cookie(&call.parts.headers, name).map(|value| key_of(value.as_bytes()));
+                let sent = self::cookie(&parts.headers, name).map(|value| key_of(value.as_bytes()));
                 sent.or_else(|| {
                     let (value, header) = made(name, make.as_ref()?)?;
-                    call.cookie.set(Some(header));
+                    cookie = Some(header);
                     Some(value)
                 })
             }
             HashField::Query(name) => {
-                let query = call.parts.uri.query().unwrap_or_default();
+                let query = parts.uri.query().unwrap_or_default();
                 parameter(query, name).map(|value| key_of(value.as_bytes()))
             }
-            HashField::SourceIp => call.from.map(key_of_ip),
+            HashField::SourceIp => from.map(key_of_ip),
         };
         let Some(found) = found else { continue };
         // As Envoy: sources count together, in order.
@@ -45,7 +54,7 @@ fn of_parts(balance: &Balance, call: &Call<'_>) -> Option<u64> {
             break;
         }
     }
-    key
+    (key, cookie)
 }
 
 /// Hashes an address.
@@ -90,6 +99,7 @@ fn made(name: &str, make: &MadeCookie) -> Option<(u64, HeaderValue)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::upstream::HashPolicy;
 
     #[test]
     fn cookies_and_parameters_are_found_by_their_whole_name() {
@@ -111,5 +121,48 @@ mod tests {
         let mut headers = HeaderMap::new();
         headers.insert(header::COOKIE, HeaderValue::from_str(text.split(';').next().unwrap()).unwrap());
         assert_eq!(key_of(cookie(&headers, "seen").unwrap().as_bytes()), key);
+    }
+
+    #[test]
+    fn sources_of_a_key_count_together_in_order_up_to_one_that_ends_it() {
+        let header = |name: &'static str, terminal| HashPolicy {
+            field: HashField::Header(header::HeaderName::from_static(name)),
+            terminal,
+        };
+        let query = HashPolicy { field: HashField::Query("user".to_owned()), terminal: false };
+        let key = |hash: &[HashPolicy], headers: &[(&str, &str)], path: &str| {
+            let balance = Balance { hash: hash.to_vec(), ..Balance::default() };
+            let mut request = http::Request::builder().uri(path);
+            for (name, value) in headers {
+                request = request.header(*name, *value);
+            }
+            of_parts(&balance, &request.body(()).unwrap().into_parts().0, None).0
+        };
+        let both = [header("a", false), header("b", false)];
+        let of = |a, b| key(&both, &[("a", a), ("b", b)], "/").unwrap();
+        assert_eq!(of("1", "2"), of("1", "2"));
+        assert!(of("1", "2") != of("2", "1") && of("1", "1") != of("2", "2") && of("1", "2") != of("1", "3"));
+        // What is not there is passed over, and what ends the key does so where it gave something.
+        assert_eq!(key(&both, &[("b", "2")], "/"), key(&both[1..], &[("b", "2")], "/"));
+        assert_eq!(key(&both, &[], "/"), None);
+        let ending = [header("a", true), query];
+        assert_eq!(key(&ending, &[("a", "1")], "/?user=7"), key(&ending[..1], &[("a", "1")], "/"));
+        assert_eq!(key(&ending, &[], "/?user=7"), key(&ending[1..], &[], "/?user=7"));
+        assert!(key(&ending, &[], "/?user=7").is_some());
+    }
+
+    #[test]
+    fn a_cookie_is_made_for_who_has_none_and_for_nobody_else() {
+        let make = Some(MadeCookie { ttl: None, path: String::new() });
+        let cookies = HashPolicy { field: HashField::Cookie { name: "seen".to_owned(), make }, terminal: false };
+        let balance = Balance { hash: vec![cookies], ..Balance::default() };
+        let parts = |cookie: &str| {
+            let request = http::Request::builder().header(header::COOKIE, cookie).body(()).unwrap();
+            request.into_parts().0
+        };
+        let (key, made) = of_parts(&balance, &parts("seen=abc"), None);
+        assert_eq!((key, made), (Some(key_of(b"abc")), None));
+        let (key, made) = of_parts(&balance, &parts("other=abc"), None);
+        assert!(key.is_some() && made.is_some());
     }
 }

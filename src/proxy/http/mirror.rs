@@ -27,7 +27,7 @@ use crate::traffic::{Resolved, is_hit};
 use crate::upstream::Priority;
 
 /// Copies on their way to mirrors at once, per worker; more requests are not copied.
-const MIRRORS_MAX: usize = 256;
+pub(super) const MIRRORS_MAX: usize = 256;
 /// A copy is given up after this long, the time that its body takes to come included.
 const MIRROR_TIME_MAX: Duration = Duration::from_secs(15);
 /// Bytes that are read of a mirror's answer, so that its app sees no broken connection.

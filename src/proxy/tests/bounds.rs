@@ -241,6 +241,39 @@ async fn bytes_never_come_to_an_app_that_takes_requests() {
 }
 
 #[tokio::test]
+async fn an_instance_takes_nothing_in_another_service_s_name() {
+    let authority = Authority::new();
+    let mesh = Mesh::start_on(1, &authority, "*", |_| Vec::new()).await;
+    let peer = stranger(&authority, "x");
+    let tunnel = within(peer.connect(mesh.b.addr, "mesh.weft").unwrap()).await.unwrap();
+    let (mut send, mut recv) = within(tunnel.open_bi()).await.unwrap();
+    // Who may call `free` may not by that call `web`.
+    let (instance, service) = ("web-1".parse().unwrap(), "free".parse().unwrap());
+    within(send.write_all(&Preamble { kind: StreamKind::Tcp, instance, service }.encode())).await.unwrap();
+    let mut status = [0];
+    within(recv.read_exact(&mut status)).await.unwrap();
+    assert_eq!(status, [StreamStatus::UnknownInstance.byte()]);
+    assert!(mesh.app.accept().now_or_never().is_none(), "the app was connected");
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn an_app_is_called_by_the_protocol_that_an_entry_says() {
+    let mesh = Mesh::start_on(1, &Authority::new(), "*", |_| Vec::new()).await;
+    let said = [("service-defaults", "web", serde_json::json!({"Protocol": "http2"}))];
+    mesh.a.say(&said);
+    mesh.b.say(&said);
+    let mut client = TcpStream::connect(mesh.upstream).await.unwrap();
+    client.write_all(b"GET / HTTP/1.1\r\nhost: web\r\n\r\n").await.unwrap();
+    let (mut app, _) = within(mesh.app.accept()).await.unwrap();
+    let mut preface = [0; 24];
+    within(app.read_exact(&mut preface)).await.unwrap();
+    assert_eq!(&preface, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n");
+    drop((client, app));
+    mesh.stop().await;
+}
+
+#[tokio::test]
 async fn a_connection_of_bytes_goes_on_by_requests_where_its_service_has_just_turned_to_them() {
     let mesh = Mesh::start_on(1, &Authority::new(), "*", |_| Vec::new()).await;
     let http = [("service-defaults", "web", serde_json::json!({"Protocol": "http"}))];

@@ -20,7 +20,7 @@ use crate::model::{
     ServiceRecord, SpiffeId,
 };
 use crate::pki::{PeerIdentity, Plane, Presented};
-use crate::traffic::{Entries, Ready, Traffic};
+use crate::traffic::{Entries, Ready, Resolved, Traffic};
 use crate::transport::{ClientTls, Credentials, bind, client_config};
 use crate::upstream;
 
@@ -188,6 +188,11 @@ impl Node {
         self.publisher.publish(Arc::new(Snapshot { index, upstreams, traffic, ..Snapshot::clone(&before) }));
     }
 
+    /// The config entries that are in force.
+    pub(super) fn traffic(&self) -> Arc<Traffic> {
+        Arc::clone(&self.publisher.reader().load().traffic)
+    }
+
     /// Publishes who may call whom.
     pub(super) fn decide(&self, default: Action) {
         let before = self.publisher.reader().load();
@@ -198,7 +203,16 @@ impl Node {
     /// Waits until what the workers know of calls from `app` to `web` is as wanted.
     pub(super) async fn knows(&self, is_wanted: impl Fn(&WorkerView) -> bool) {
         let to = Entries::default().chain(&name("web")).unwrap().stream;
-        let question = Question { source: Some(name("app")), destination: name("web"), to };
+        self.knows_of((name("web"), to), is_wanted).await;
+    }
+
+    /// The same, of calls to a name that leads there.
+    pub(super) async fn knows_of(
+        &self,
+        (destination, to): (ServiceName, Arc<Resolved>),
+        is_wanted: impl Fn(&WorkerView) -> bool,
+    ) {
+        let question = Question { source: Some(name("app")), destination, to };
         within(async { while !self.handle.inspector().ask(&question).await.iter().any(&is_wanted) {} }).await;
     }
 

@@ -2,6 +2,7 @@
 
 use std::io::ErrorKind;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
 
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -10,6 +11,7 @@ use tokio::net::{TcpListener, TcpStream};
 use super::harness::{Authority, Mesh, Node, free_port, upstreams};
 use super::{round_trip, within};
 use crate::catalogue::{LocalGateway, LocalView};
+use crate::model::ServiceName;
 use crate::proxy::ListenerState;
 
 #[tokio::test]
@@ -120,14 +122,29 @@ async fn a_gateway_s_port_for_bytes_is_closed_while_its_service_takes_requests()
     let is_listening = |state: Option<&ListenerState>| state == Some(&ListenerState::Listening);
     mesh.a.say(&[edge(&[port])]);
     mesh.a.sees(port, is_listening).await;
-    mesh.a.say(&[edge(&[port]), ("service-defaults", "web", json!({"Protocol": "http"}))]);
+    // What it may not have is an upstream's all the same: of two that ask for one port the first has it.
+    mesh.a.say(&[edge(&[port, mesh.upstream]), ("service-defaults", "web", json!({"Protocol": "http"}))]);
     let is_told = |state: Option<&ListenerState>| matches!(state, Some(ListenerState::Failed(why)) if why.contains("protocol http"));
     mesh.a.sees(port, is_told).await;
+    mesh.a.sees(mesh.upstream, is_listening).await;
     refuses(port).await;
     mesh.a.say(&[edge(&[port])]);
     mesh.a.sees(port, is_listening).await;
     mesh.upstream = port;
     round_trip(&mesh).await;
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn a_call_is_shown_as_it_is_carried_also_where_its_name_leads_elsewhere() {
+    let mesh = Mesh::start_on(1, &Authority::new(), "*", |_| Vec::new()).await;
+    let redirect = ("service-resolver", "shop", json!({"Redirect": {"Service": "web"}}));
+    for (protocol, algorithm) in [("http", "peak_ewma"), ("tcp", "least_request")] {
+        mesh.a.say(&[redirect.clone(), ("service-defaults", "web", json!({"Protocol": protocol}))]);
+        let shop: ServiceName = "shop".parse().unwrap();
+        let to = Arc::clone(&mesh.a.traffic().chain(&shop).unwrap().stream);
+        mesh.a.knows_of((shop, to), |view| view.group.algorithm == algorithm).await;
+    }
     mesh.stop().await;
 }
 

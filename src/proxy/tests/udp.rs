@@ -609,3 +609,24 @@ async fn a_port_takes_what_the_service_s_protocol_says_as_that_changes() {
     within(async { while tokio::net::TcpStream::connect(port).await.is_ok() {} }).await;
     mesh.stop().await;
 }
+
+#[tokio::test]
+async fn flows_over_the_rate_of_their_service_get_nothing_through() {
+    let app = socket().await;
+    let mesh = mesh_of(&[("web-1", &app)]).await;
+    let limits = json!({"InstanceLevel": {"RequestsPerSecond": 0.001, "RequestsMaxBurst": 1, "Per": "source"}});
+    mesh.b.say(&[("service-defaults", "web", json!({"Protocol": "udp", "RateLimits": limits}))]);
+    let (first, second) = (client(&mesh).await, client(&mesh).await);
+    insist(&first, b"first", receive(&app)).await;
+    let refused = within(async {
+        while mesh.b.count("weft_quic_refused_total", &["\"rate\""]) == 0 {
+            tokio::task::yield_now().await;
+        }
+    });
+    insist(&second, b"second", refused).await;
+    let mut buffer = [0; 64];
+    while let Ok((bytes, _)) = app.try_recv_from(&mut buffer) {
+        assert_eq!(&buffer[..bytes], b"first");
+    }
+    mesh.stop().await;
+}

@@ -407,6 +407,19 @@ mod tests {
     }
 
     #[test]
+    fn so_many_datagrams_wait_for_a_flow_and_none_for_one_that_would_begin_while_it_drains() {
+        let mut table = Table::new(Bounds { waiting_bytes: 1 << 20, ..BOUNDS });
+        let verdicts: Vec<_> = (0..BOUNDS.waiting + 3).map(|_| send(&mut table, 1, b"x", 0)).collect();
+        let count = |of: &dyn Fn(&Verdict<&'static str>) -> bool| verdicts.iter().filter(|one| of(one)).count();
+        assert_eq!(count(&|one| *one == Verdict::Wait), BOUNDS.waiting - 1);
+        assert_eq!(count(&|one| *one == Verdict::Drop(Dropped::Waiting)), 3);
+        let Some(Verdict::Open { number, .. }) = verdicts.first() else { panic!() };
+        table.rest(source(1), *number, Dropped::Denied, at(5));
+        table.close();
+        assert_eq!(send(&mut table, 1, b"x", 6), Verdict::Drop(Dropped::Draining));
+    }
+
+    #[test]
     fn the_flow_that_is_silent_for_longest_gives_way_with_its_place() {
         let mut table = FlowTable::new(BOUNDS);
         let places = Rc::new(Cell::new(0));

@@ -97,6 +97,11 @@ fn only_what_may_be_repeated_is_sent_twice_and_writes_only_where_it_is_said() {
             assert!(answer.starts_with("HTTP/1.1 504"), "{method}: {answer}");
             assert!(setup.apps[1].try_recv().is_err(), "{method}");
         }
+        // Nor what somebody before this agent repeats: one layer does.
+        let mut setup = balanced(&[&[HANG], &[OK]], &plain, &json!({})).await;
+        let answer = ask(setup.port, "GET / HTTP/1.1\r\nx-weft-retry: 1").await;
+        assert!(answer.starts_with("HTTP/1.1 504"), "{answer}");
+        assert!(setup.apps[1].try_recv().is_err());
         let mut setup =
             balanced(&[&[HANG], &[OK]], &json!({"Hedge": {"Delay": "50ms", "Writes": ["PUT"]}}), &json!({})).await;
         let put = b"PUT /x HTTP/1.1\r\nhost: web\r\nconnection: close\r\ncontent-length: 4\r\n\r\nbody";

@@ -4,6 +4,7 @@ use serde_json::json;
 
 use super::routed::{HANG, OK, UNAVAILABLE, ask, counts, route, scripted, web};
 use super::*;
+use crate::proxy::http::mirror::MIRRORS_MAX;
 
 /// An instance that breaks every stream with nothing answered, and how many it was sent.
 async fn breaking(worker: &Loopback) -> Rc<Cell<u32>> {
@@ -94,6 +95,10 @@ fn a_request_meets_an_app_as_often_as_its_route_says_whoever_repeats_it() {
             let marked: Vec<bool> = heads.iter().map(|head| head.contains("x-weft-retry: 1\r\n")).collect();
             assert_eq!(marked, (0..want).map(|at| at >= 2).collect::<Vec<_>>(), "{heads:?}");
             counts(&worker, "weft_http_retries_total{destination_service=\"web\",reason=\"stale\"}", 1);
+            // Each was taken out of the budget, the destination's own as well: of its hundred that many are left.
+            let (budget, now) = (worker.http.budget(&"web".parse().unwrap()), crate::clock::now());
+            let left = (0..1_000).filter(|_| budget.withdraw(now)).count();
+            assert_eq!(left, 100 - (want - 1), "with {times} retries");
         }
     });
 }
@@ -185,6 +190,157 @@ fn a_body_beyond_64_kib_is_copied_nowhere_and_counted() {
                 tokio::task::yield_now().await;
             }
             assert_eq!(copies.try_recv().is_ok(), outcome == "sent");
+        }
+    });
+}
+
+#[test]
+fn a_body_whose_answer_has_begun_is_copied_whole_all_the_same() {
+    run(async {
+        let worker = Loopback::new(Limits::default());
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        worker.add(listener.local_addr().unwrap(), Protocol::Http).await;
+        let (addr, mut copies) = scripted(&[HANG]).await;
+        worker.add(addr, Protocol::Http).await;
+        super::routed::say(&worker, &[route(&json!({"Mirror": {"Service": "shadow"}}))]);
+        let port = worker.listen(false).await;
+
+        let mut client = TcpStream::connect(port).await.unwrap();
+        client.write_all(b"POST /x HTTP/1.1\r\nhost: web\r\ncontent-length: 6\r\n\r\nbe").await.unwrap();
+        let (mut app, _) = listener.accept().await.unwrap();
+        let mut request = Vec::new();
+        while !request.ends_with(b"\r\n\r\nbe") {
+            request.push(app.read_u8().await.unwrap());
+        }
+        // Nothing is kept for another attempt from the answer's head on.
+        app.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n").await.unwrap();
+        let mut answer = vec![0; "HTTP/1.1 200".len()];
+        client.read_exact(&mut answer).await.unwrap();
+        client.write_all(b"fore").await.unwrap();
+        let mut rest = [0; 4];
+        app.read_exact(&mut rest).await.unwrap();
+        app.write_all(b"ok").await.unwrap();
+        let copy = copies.recv().await.unwrap();
+        assert!(copy.starts_with("POST /x HTTP/1.1") && copy.ends_with("\r\n\r\nbefore"), "{copy}");
+    });
+}
+
+#[test]
+fn copies_are_bounded_in_number_and_a_place_comes_back() {
+    run(async {
+        let setup = web(&[OK], &[route(&json!({"Mirror": {"Service": "shadow"}}))]).await;
+        let (addr, mut copies) = scripted(&[OK]).await;
+        setup.worker.add(addr, Protocol::Http).await;
+        let mirrored = |outcome: &str, want| {
+            let series = "weft_http_mirrored_total{destination_service=\"shadow\",outcome=";
+            counts(&setup.worker, &format!("{series}\"{outcome}\"}}"), want);
+        };
+        let under_way = &setup.worker.http.mirrors;
+        under_way.set(MIRRORS_MAX);
+        assert!(ask(setup.port, "GET / HTTP/1.1").await.starts_with("HTTP/1.1 200"));
+        mirrored("too_many", 1);
+        assert!(copies.try_recv().is_err());
+        under_way.set(MIRRORS_MAX - 1);
+        setup.worker.next.set(0);
+        assert!(ask(setup.port, "GET / HTTP/1.1").await.starts_with("HTTP/1.1 200"));
+        copies.recv().await.unwrap();
+        // An endless wait is cut off with the test.
+        while under_way.get() != MIRRORS_MAX - 1 {
+            tokio::task::yield_now().await;
+        }
+        mirrored("sent", 1);
+    });
+}
+
+#[test]
+fn an_upgrade_is_copied_nowhere_and_counted() {
+    run(async {
+        let setup = web(&[OK], &[route(&json!({"Mirror": {"Service": "shadow"}}))]).await;
+        let (addr, mut copies) = scripted(&[OK]).await;
+        setup.worker.add(addr, Protocol::Http).await;
+        let request = b"GET / HTTP/1.1\r\nhost: web\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n";
+        assert!(raw(setup.port, request).await.starts_with("HTTP/1.1 200"));
+        let series = "weft_http_mirrored_total{destination_service=\"shadow\",outcome=\"body_too_long\"}";
+        counts(&setup.worker, series, 1);
+        assert!(copies.try_recv().is_err());
+    });
+}
+
+#[test]
+fn a_copy_that_nobody_answers_is_given_up_after_fifteen_seconds() {
+    run(async {
+        let setup = web(&[OK], &[route(&json!({"Mirror": {"Service": "shadow"}}))]).await;
+        let (addr, mut copies) = scripted(&[HANG]).await;
+        setup.worker.add(addr, Protocol::Http).await;
+        assert!(ask(setup.port, "GET / HTTP/1.1").await.starts_with("HTTP/1.1 200"));
+        copies.recv().await.unwrap();
+        let begun = crate::clock::now();
+        // From here on time passes where nothing happens.
+        tokio::time::pause();
+        let failed = "weft_http_mirrored_total{destination_service=\"shadow\",outcome=\"failed\"} 1";
+        while !setup.worker.metrics.render().unwrap().contains(failed) {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        let took = crate::clock::now() - begun;
+        assert!((Duration::from_secs(13)..Duration::from_secs(16)).contains(&took), "{took:?}");
+    });
+}
+
+#[test]
+fn a_mirror_s_answer_is_read_up_to_a_mebibyte() {
+    run(async {
+        let setup = web(&[OK], &[route(&json!({"Mirror": {"Service": "shadow"}}))]).await;
+        let shadow = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        setup.worker.add(shadow.local_addr().unwrap(), Protocol::Http).await;
+        assert!(ask(setup.port, "GET / HTTP/1.1").await.starts_with("HTTP/1.1 200"));
+        let (mut app, _) = shadow.accept().await.unwrap();
+        let body = vec![b'x'; 64 << 20];
+        app.write_all(format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n", body.len()).as_bytes()).await.unwrap();
+        assert!(app.write_all(&body).await.is_err(), "all of it was read");
+        counts(&setup.worker, "weft_http_mirrored_total{destination_service=\"shadow\",outcome=\"sent\"}", 1);
+    });
+}
+
+/// Reads one request without a body and answers it; the connection stays open.
+async fn answer_one(app: &mut TcpStream) {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") && app.read_buf(&mut head).await.unwrap() > 0 {}
+    app.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await.unwrap();
+}
+
+#[test]
+fn what_somebody_else_repeats_goes_to_the_app_by_a_fresh_connection() {
+    run(async {
+        let worker = Loopback::new(Limits::default());
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        worker.add(listener.local_addr().unwrap(), Protocol::Http).await;
+        let port = worker.listen(false).await;
+        let mut apps: Vec<TcpStream> = Vec::new();
+        for (said, want) in [("x-app: 1", 1), ("x-app: 1", 1), ("x-weft-retry: 1", 2)] {
+            let head = format!("GET / HTTP/1.1\r\n{said}");
+            let mut asked = tokio::task::spawn_local(async move { ask(port, &head).await });
+            let answer = loop {
+                let next = async {
+                    match apps.last() {
+                        Some(app) => app.readable().await,
+                        None => std::future::pending().await,
+                    }
+                };
+                tokio::select! {
+                    answer = &mut asked => break answer.unwrap(),
+                    accepted = listener.accept() => {
+                        let (mut app, _) = accepted.unwrap();
+                        answer_one(&mut app).await;
+                        apps.push(app);
+                    }
+                    readable = next => {
+                        readable.unwrap();
+                        answer_one(apps.last_mut().unwrap()).await;
+                    }
+                }
+            };
+            assert!(answer.ends_with("ok"), "{answer}");
+            assert_eq!(apps.len(), want, "{said}");
         }
     });
 }
