@@ -159,9 +159,7 @@ async fn exchange<D: Dial>(worker: &Rc<D>, stream: Stream, on_admitted: impl FnO
     });
     if let Err(denied) = decided {
         let refusal = Refusal::denied(denied.text(peer.id.service(), &local.service));
-        exchange.finish(refusal.flag);
-        exchange.status(refusal.status);
-        return refuse(state, &mut send, refusal, is_grpc).await;
+        return turn_away(state, &mut send, refusal, (&mut exchange, is_grpc)).await;
     }
     let admitted = {
         let table = &worker.snapshot().peek().upstreams;
@@ -169,9 +167,7 @@ async fn exchange<D: Dial>(worker: &Rc<D>, stream: Stream, on_admitted: impl FnO
     };
     if let Err(over) = admitted {
         let refusal = Refusal::rate_limited(&local.service, over);
-        exchange.finish(refusal.flag);
-        exchange.status(refusal.status);
-        return refuse(state, &mut send, refusal, is_grpc).await;
+        return turn_away(state, &mut send, refusal, (&mut exchange, is_grpc)).await;
     }
     on_admitted(block.clone());
     let is_upgrade = head.payload == Payload::Upgrade;
@@ -215,9 +211,7 @@ async fn exchange<D: Dial>(worker: &Rc<D>, stream: Stream, on_admitted: impl FnO
         }
         Err(CallError::NoWebsocket) => {
             let refusal = Refusal::no_websocket(&local.service);
-            exchange.finish(refusal.flag);
-            exchange.status(refusal.status);
-            return refuse(state, &mut send, refusal, is_grpc).await;
+            return turn_away(state, &mut send, refusal, (&mut exchange, is_grpc)).await;
         }
         Err(CallError::App(error)) => {
             debug!(service = %local.service, error = %error, "app broke off");
@@ -464,9 +458,16 @@ async fn broke_off(
     refuse_after(state, send, (refusal, second), is_grpc).await
 }
 
-/// Sends an answer of weft's own to a request that no app has seen.
-async fn refuse(state: &HttpState, send: &mut TunnelSend, refusal: Refusal, grpc: bool) -> Result<(), ServeError> {
-    refuse_after(state, send, (refusal, &Second::default()), grpc).await
+/// Sends an answer of weft's own to a request that no app has seen, and counts it.
+async fn turn_away(
+    state: &HttpState,
+    send: &mut TunnelSend,
+    refusal: Refusal,
+    (exchange, is_grpc): (&mut Exchange, bool),
+) -> Result<(), ServeError> {
+    exchange.finish(refusal.flag);
+    exchange.status(refusal.status);
+    refuse_after(state, send, (refusal, &Second::default()), is_grpc).await
 }
 
 /// Sends an answer of weft's own.
