@@ -133,7 +133,12 @@ fn leg(leg: &Value) -> String {
     }
     let allowed = if is_set(leg, "Allowed") { "allowed" } else { "DENIED" };
     said = format!("{said}: {allowed} by {}", text(leg, "Rule"));
-    for (key, what) in [("RequestTimeout", "answer within"), ("ConnectTimeout", "connected within")] {
+    let times = [
+        ("RequestTimeout", "answer within"),
+        ("ConnectTimeout", "connected within"),
+        ("IdleTimeout", "streams reset after a silence of"),
+    ];
+    for (key, what) in times {
         let time = text(leg, key);
         if !time.is_empty() {
             said = format!("{said}, {what} {time}");

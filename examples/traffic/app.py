@@ -2,7 +2,7 @@
 
 /fail answers 503 every other time, and /sick always where NAME is v2; /slow takes three seconds, /hold ten, /nap 300 ms, and
 /tail one second where NAME is v2. /seen tells how many requests came before, /hints sends an early hint, /trailers ends with
-one. A body is answered with its length, a WebSocket with what it sends. Where a header of the PROXY protocol comes before the
+one, /from tells what the headers say of the caller. A body is answered with its length, a WebSocket with what it sends. Where a header of the PROXY protocol comes before the
 request, the answer says what it says.
 """
 
@@ -39,6 +39,9 @@ class App(BaseHTTPRequestHandler):
         if self.path == "/seen":
             return self.answer(200, f"{NAME} {count}\n")
         count += 1
+        if self.path.startswith("/from"):
+            certificate = self.headers.get("X-Forwarded-Client-Cert", "").split("/svc/")[-1]
+            return self.answer(200, f"{NAME} from {self.headers.get('X-Forwarded-For')} by {certificate}\n")
         if self.headers.get("Upgrade") == "websocket":
             return self.echo()
         body = self.body()

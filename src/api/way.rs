@@ -66,7 +66,9 @@ impl<'t> Way<'t> {
         let protocol = snapshot.protocol(&chain.service).unwrap_or_default();
         let whole = asked.path.as_deref().unwrap_or("/");
         let (path, query) = whole.split_once('?').map_or((whole, None), |(path, query)| (path, Some(query)));
-        let method = asked.method.as_deref().unwrap_or("GET");
+        // gRPC says POST of every call.
+        let usual = if protocol == Protocol::Grpc { "POST" } else { "GET" };
+        let method = asked.method.as_deref().unwrap_or(usual);
         let request = traffic::Asked { method, path, query, headers: &asked.headers };
         let is_known = asked.is_request();
         let route = match (is_known, protocol.is_http()) {
@@ -207,7 +209,8 @@ impl<'t> Way<'t> {
                 .mirror
                 .as_ref()
                 .map(|mirror| json!({"Target": mirror.to.id, "Percent": f64::from(mirror.share) / 100.0}));
-            hedged = self.is_known && forward.hedge.as_ref().is_some_and(|hedge| hedge.covers(&self.method));
+            let is_grpc = self.protocol == Protocol::Grpc;
+            hedged = self.is_known && forward.hedge.as_ref().is_some_and(|hedge| hedge.covers(&self.method, is_grpc));
             host.clone_from(&forward.host);
         }
         json!({
@@ -241,6 +244,7 @@ impl<'t> Way<'t> {
             "Failover": failover,
             "ConnectTimeout": leg.to.connect_timeout.map(|time| format!("{time:?}")),
             "RequestTimeout": timeout.map(|time| format!("{time:?}")),
+            "IdleTimeout": leg.to.idle_timeout.map(|time| format!("{time:?}")),
             "LoadBalancer": show_balance(self.snapshot.upstreams.balance(&target.service)),
             "RateLimits": leg.rates,
             "Allowed": leg.decision.is_allowed(),

@@ -133,3 +133,18 @@ async fn an_instance_that_no_target_takes_is_left_out_and_a_subset_of_nobody_say
     let remedies = shown["ToChange"].to_string();
     assert!(remedies.contains("none of the 2 instances of web belongs to none.web"), "{remedies}");
 }
+
+#[tokio::test]
+async fn a_call_of_grpc_is_hedged_where_its_route_says_so_and_silence_is_shown() {
+    let hedge = |grpc: bool| json!({"Routes": [{"Destination": {"Hedge": {"Delay": "50ms", "GRPC": grpc}}}]});
+    for (protocol, grpc, want) in [("grpc", true, true), ("grpc", false, false), ("http", false, true)] {
+        let bench = bench(&[
+            ("service-router", "web", hedge(grpc)),
+            ("service-defaults", "web", json!({"Protocol": protocol})),
+            ("service-resolver", "web", json!({"IdleTimeout": "90s"})),
+        ]);
+        let told = why(&bench, "&path=/shop.Cart/Add").await;
+        assert_eq!(told["Way"]["Route"]["Hedged"], want, "{protocol}, {grpc}: {told}");
+        assert_eq!(told["Way"]["Legs"][0]["IdleTimeout"], "90s");
+    }
+}

@@ -264,7 +264,8 @@ async fn serve_tcp(worker: &Rc<Worker>, call: TcpCall, ticket: Ticket) {
 async fn tcp(worker: &Rc<Worker>, call: TcpCall) {
     let TcpCall { send, mut recv, rest, app, header, service, peer } = call;
     let edge = worker.edges.edge(Reporter::Destination, peer.id.service(), &service);
-    drop(peer);
+    let idle = worker.snapshot().peek().traffic.idle_timeout(&service).unwrap_or(relay::IDLE_TIMEOUT);
+    drop((peer, service));
     let mut counted = edge.open();
     let connecting = async {
         let mut app = TcpStream::connect(app).await?;
@@ -285,7 +286,7 @@ async fn tcp(worker: &Rc<Worker>, call: TcpCall) {
         let _gone = recv.stop(CODE_RESET);
         return;
     }
-    counted.ends(relay::relay(app, send, recv, &*edge, relay::IDLE_TIMEOUT).await.flag());
+    counted.ends(relay::relay(app, send, recv, &*edge, idle).await.flag());
 }
 
 /// Reads up to the end of the preamble; what follows stays in `buffer`. None if there is no preamble.

@@ -62,10 +62,11 @@ pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream, caller: Caller)
         return None;
     }
     // In a box: the connection lasts longer, and has no room for what led to it.
+    let idle = to.as_ref().and_then(|to| to.idle_timeout).unwrap_or(relay::IDLE_TIMEOUT);
     match Box::pin(connect(&worker, &caller, StreamKind::Tcp, (to.as_deref(), from))).await {
         Ok(Connected { send, recv, lease: _lease, instance }) => {
             drop(instance);
-            let flag = relay::relay(tcp, send, recv, &*edge, relay::IDLE_TIMEOUT).await.flag();
+            let flag = relay::relay(tcp, send, recv, &*edge, idle).await.flag();
             counted.ends(struck.filter(|_| flag == "-").unwrap_or(flag));
             None
         }
@@ -146,7 +147,9 @@ pub(super) async fn connect(
                 continue;
             }
             Err(OpenError::UnknownService) => return Err(Refused::by("NR", None)),
-            Err(OpenError::NoInstance { .. }) => return Err(refused.unwrap_or(Refused::by("UH", None))),
+            Err(OpenError::NoInstance { .. } | OpenError::FailsClosed { .. }) => {
+                return Err(refused.unwrap_or(Refused::by("UH", None)));
+            }
             Err(OpenError::Overflow(what)) => return Err(Refused::by("UO", Some(what))),
             Err(OpenError::Draining) => return Err(Refused::by("DR", None)),
         };

@@ -38,7 +38,7 @@ const BUFFER_BYTES_MIN: usize = 16 << 10;
 const BUFFER_BYTES_MAX: usize = 256 << 10;
 /// Chunks taken from the stream per `writev`: 16 packets of GRO arrive together at most times.
 const CHUNKS: usize = 16;
-/// Silence in both directions after which a connection is reset.
+/// Silence in both directions after which a connection is reset, unless the service's resolver says otherwise.
 pub(crate) const IDLE_TIMEOUT: Duration = Duration::from_hours(1);
 /// Application code of RESET_STREAM and STOP_SENDING: the TCP connection was reset.
 pub(crate) const CODE_RESET: VarInt = VarInt::from_u32(1);

@@ -182,6 +182,26 @@ async fn faults_that_are_about_no_request_alone_delay_and_reset_connections() {
 }
 
 #[tokio::test]
+async fn a_silent_connection_is_reset_after_the_time_that_its_service_s_resolver_says_by_either_side() {
+    let mesh = Mesh::start().await;
+    let resolver = [("service-resolver", "web", json!({"IdleTimeout": "300ms"}))];
+    for (says, silent) in [(&mesh.a, &mesh.b), (&mesh.b, &mesh.a)] {
+        silent.say(&[]);
+        says.say(&resolver);
+        let (mut client, mut app) = mesh.connect().await;
+        let begun = crate::clock::now();
+        client.write_all(b"x").await.unwrap();
+        app.read_exact(&mut [0]).await.unwrap();
+        let error = read_all(&mut client).await.unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+        assert!(read_all(&mut app).await.is_err(), "it looks finished");
+        assert!(begun.elapsed() >= Duration::from_millis(290), "{:?}", begun.elapsed());
+        says.counts("weft_tcp_connections_closed_total", &["\"SI\""], 1).await;
+    }
+    mesh.stop().await;
+}
+
+#[tokio::test]
 async fn an_instance_whose_app_is_gone_is_passed_over_and_left_alone_for_a_while() {
     let with_dead = |local: &mut LocalView| {
         serve(local, "web-2", free_port());

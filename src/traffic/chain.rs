@@ -13,7 +13,7 @@ use http::header;
 use serde_json::Value;
 
 use super::compile::Router;
-use super::entry::{Abort, Fault, HeaderEdit, Redirect, Sticky};
+use super::entry::{Abort, Fault, HeaderEdit, Redirect, Resolver, Sticky};
 use super::hedge::Hedge;
 use super::matcher::{Asked, Match, Matcher};
 use super::retry::Retry;
@@ -76,6 +76,21 @@ pub struct Resolved {
     pub connect_timeout: Option<Duration>,
     /// Where no route says so.
     pub request_timeout: Option<Duration>,
+    /// Without a byte either way, of connections of bytes and upgraded ones.
+    pub idle_timeout: Option<Duration>,
+}
+
+impl Resolved {
+    /// A target with nothing around it.
+    pub fn plain(target: Arc<Target>) -> Self {
+        Self { target, failover: Vec::new(), connect_timeout: None, request_timeout: None, idle_timeout: None }
+    }
+
+    /// The same, with the times that `resolver` gives.
+    pub(super) fn timed(self, resolver: &Resolver) -> Self {
+        let Resolver { connect_timeout, request_timeout, idle_timeout, .. } = *resolver;
+        Self { connect_timeout, request_timeout, idle_timeout, ..self }
+    }
 }
 
 /// One part of a split.

@@ -10,6 +10,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde_json::Value;
 
@@ -167,6 +168,11 @@ impl Entries {
     pub fn services(&self) -> impl Iterator<Item = &ServiceName> {
         let of_requests = self.routers.keys().chain(self.splitters.keys());
         of_requests.chain(self.resolvers.keys()).chain(self.faults.keys())
+    }
+
+    /// How long nothing may move either way on connections of bytes to a service, and on upgraded ones, if an entry says so.
+    pub(super) fn idle_timeout(&self, service: &ServiceName) -> Option<Duration> {
+        self.resolvers.get(service)?.idle_timeout
     }
 
     pub(super) fn has_protocols(&self) -> bool {
@@ -341,10 +347,10 @@ impl Entries {
                     format!("names subset {subset:?} of service {service}, which has no service-resolver"),
                 );
             }
-            return Arc::new(plain(target(service, None, None)));
+            return Arc::new(Resolved::plain(Arc::new(target(service, None, None))));
         };
         if !way.enter("service-resolver", service, problems) {
-            return Arc::new(plain(target(service, None, None)));
+            return Arc::new(Resolved::plain(Arc::new(target(service, None, None))));
         }
         if let Some(redirect) = &resolver.redirect {
             return self.redirected(service, resolver, redirect, way, problems);
@@ -352,7 +358,7 @@ impl Entries {
         let subset = subset.or(resolver.default_subset.as_deref());
         let rule = self.subset_of(service, subset, &way.path, problems);
         if !way.fails_over {
-            return Arc::new(plain(target(service, subset.zip(rule), None)));
+            return Arc::new(Resolved::plain(Arc::new(target(service, subset.zip(rule), None))));
         }
         let places = subset.and_then(|subset| resolver.failover.get(subset)).or_else(|| resolver.failover.get("*"));
         let is_own = |place: &Place| place.service.as_ref().is_none_or(|name| name == service);
@@ -379,12 +385,8 @@ impl Entries {
             }
         });
         let failover = failover.collect();
-        Arc::new(Resolved {
-            target: Arc::new(target(service, subset.zip(rule), stays.then(String::new))),
-            failover,
-            connect_timeout: resolver.connect_timeout,
-            request_timeout: resolver.request_timeout,
-        })
+        let target = Arc::new(target(service, subset.zip(rule), stays.then(String::new)));
+        Arc::new(Resolved { failover, ..Resolved::plain(target).timed(resolver) })
     }
 
     fn redirected(
@@ -399,8 +401,7 @@ impl Entries {
         let mut found = if next == service {
             let rule = self.subset_of(service, redirect.subset.as_deref(), &way.path, problems);
             let target = Arc::new(target(service, redirect.subset.as_deref().zip(rule), None));
-            let (connect_timeout, request_timeout) = (resolver.connect_timeout, resolver.request_timeout);
-            Resolved { target, failover: Vec::new(), connect_timeout, request_timeout }
+            Resolved::plain(target).timed(resolver)
         } else {
             way.path = format!("service-resolver:{service} Redirect");
             Resolved::clone(&self.resolve(next, redirect.subset.as_deref(), way, problems))
@@ -478,11 +479,6 @@ fn fits_in_time(to: &Destination, split: &Split, path: &str, problems: &mut Prob
             );
         }
     }
-}
-
-/// A target with nothing around it.
-fn plain(target: Target) -> Resolved {
-    Resolved { target: Arc::new(target), failover: Vec::new(), connect_timeout: None, request_timeout: None }
 }
 
 fn leg(until: u64, to: Arc<Resolved>, request_headers: HeaderEdit, response_headers: HeaderEdit) -> Leg {

@@ -1,7 +1,8 @@
 //! Config entries about requests.
 //!
 //! What is weft's own beside Consul's fields: `HostRewrite`, `PerTryTimeout`, `RetryBackoff`, `Hedge` and `Mirror` of a
-//! route's destination, `Redirect` of a route, `Sticky` of a splitter, `TrustedHops` of `proxy-defaults`, and the whole kind `service-faults`.
+//! route's destination, `Redirect` of a route, `Sticky` of a splitter, `IdleTimeout` of a resolver, `TrustedHops` of `proxy-defaults`, and the
+//! whole kind `service-faults`.
 //! `LoadBalancer`, `UpstreamConfig`, `RateLimits` and the like are others' to read: they pass here as they are.
 
 use std::collections::BTreeMap;
@@ -181,6 +182,8 @@ pub struct Resolver {
     pub connect_timeout: Option<Duration>,
     /// Where no route says so.
     pub request_timeout: Option<Duration>,
+    /// Without a byte either way, of connections of bytes and upgraded ones.
+    pub idle_timeout: Option<Duration>,
     /// By name.
     pub subsets: BTreeMap<String, SubsetRule>,
     /// Where none is named.

@@ -5,8 +5,8 @@
 //!        \_____________________________\______ the first answer wins, the others are cancelled
 //! ```
 //!
-//! Invariants: only methods that may be repeated are hedged (RFC 9110 §9.2.2), those that write only where the route says
-//! so; a percentile that rests on too few answers hedges nothing; a try that is given up counts with the time that it had,
+//! Invariants: only methods that may be repeated are hedged (RFC 9110 §9.2.2), those that write and those of gRPC only where
+//! the route says so; a percentile that rests on too few answers hedges nothing; a try that is given up counts with the time that it had,
 //! so that hedging does not move the percentile that it goes by.
 //! A pure core. Not here: the budget (`retry`), sending and cancelling (`proxy`).
 
@@ -48,13 +48,15 @@ pub struct Hedge {
     pub requests: u32,
     /// PUT and DELETE, where they are repeated too.
     pub writes: Vec<Method>,
+    /// The route's gRPC methods are idempotent.
+    pub grpc: bool,
 }
 
 impl Hedge {
-    /// Tells whether requests of `method` are hedged.
-    pub fn covers(&self, method: &Method) -> bool {
+    /// Tells whether requests of `method` are hedged; of gRPC, whose calls all are POST, the route alone says so.
+    pub fn covers(&self, method: &Method, is_grpc: bool) -> bool {
         // TRACE, OPTIONS, HEAD and GET are safe (RFC 9110 §9.2.1).
-        method.is_safe() || self.writes.contains(method)
+        method.is_safe() || self.writes.contains(method) || (self.grpc && is_grpc)
     }
 
     /// Returns how long a try has before the next one goes out; none: not known yet.
@@ -153,20 +155,22 @@ mod tests {
     const MS: Duration = Duration::from_millis(1);
 
     fn hedge(delay: Delay) -> Hedge {
-        Hedge { delay, requests: 2, writes: Vec::new() }
+        Hedge { delay, requests: 2, writes: Vec::new(), grpc: false }
     }
 
     #[test]
     fn only_what_may_be_repeated_is_hedged_and_writes_only_where_it_is_said() {
         let mut hedge = hedge(Delay::Fixed(MS));
         for method in [Method::GET, Method::HEAD, Method::OPTIONS, Method::TRACE] {
-            assert!(hedge.covers(&method), "{method}");
+            assert!(hedge.covers(&method, false), "{method}");
         }
         for method in [Method::PUT, Method::DELETE, Method::POST, Method::PATCH, Method::CONNECT] {
-            assert!(!hedge.covers(&method), "{method}");
+            assert!(!hedge.covers(&method, true), "{method}");
         }
         hedge.writes = vec![Method::PUT];
-        assert!(hedge.covers(&Method::PUT) && !hedge.covers(&Method::DELETE));
+        assert!(hedge.covers(&Method::PUT, false) && !hedge.covers(&Method::DELETE, false));
+        hedge.grpc = true;
+        assert!(hedge.covers(&Method::POST, true) && !hedge.covers(&Method::POST, false));
     }
 
     #[test]

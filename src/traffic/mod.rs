@@ -35,6 +35,7 @@ mod tests;
 
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use foldhash::HashMap;
 use serde_json::Value;
@@ -124,6 +125,11 @@ impl Traffic {
     /// How a service's traffic is parsed, if an entry says so.
     pub fn protocol(&self, service: &ServiceName) -> Option<Protocol> {
         if self.has_protocols { self.entries.protocol(service) } else { None }
+    }
+
+    /// How long nothing may move either way on connections of bytes to a service, and on upgraded ones; none: no entry says so.
+    pub fn idle_timeout(&self, service: &ServiceName) -> Option<Duration> {
+        self.entries.idle_timeout(service)
     }
 
     /// What the gateways of this name listen on, and whom calls that come there are for.

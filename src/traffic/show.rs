@@ -132,6 +132,9 @@ impl Seen {
             "RequestTimeout": shown(resolved.request_timeout),
             "Target": resolved.target.id,
         });
+        if resolved.idle_timeout.is_some() {
+            add(&mut says, "IdleTimeout", shown(resolved.idle_timeout).into());
+        }
         if !failover.is_empty() {
             add(&mut says, "Failover", json!({"Targets": failover}));
         }

@@ -458,13 +458,15 @@ fn a_route_says_when_and_what_it_hedges() {
         let Action::Forward(rest) = &chain.routes[1].action else { panic!("a redirect") };
         assert_eq!(rest.hedge, None, "what no route matches is not hedged");
     }
-    let hedge = |delay, requests, writes| Hedge { delay, requests, writes };
+    let hedge = |delay, requests, writes| Hedge { delay, requests, writes, grpc: false };
     check(&json!({"Delay": "50ms"}), &hedge(Delay::Fixed(Duration::from_millis(50)), 2, Vec::new()));
     let writes = vec![http::Method::PUT, http::Method::DELETE];
     check(
         &json!({"delay": "p95", "max_requests": 3, "Writes": ["PUT", "DELETE"]}),
         &hedge(Delay::Percentile(95), 3, writes),
     );
+    let grpc = Hedge { grpc: true, ..hedge(Delay::Percentile(50), 2, Vec::new()) };
+    check(&json!({"delay": "p50", "GRPC": true}), &grpc);
 }
 
 #[test]
@@ -667,7 +669,11 @@ fn a_chain_is_shown_in_consul_s_shape() {
                 "web",
                 json!({"Splits": [{"Weight": 90, "ServiceSubset": "v1"}, {"Weight": 10, "Service": "next"}]}),
             ),
-            ("service-resolver", "web", json!({"Subsets": {"v1": {"Filter": "Service.Meta.version == v1"}}})),
+            (
+                "service-resolver",
+                "web",
+                json!({"IdleTimeout": "5m", "Subsets": {"v1": {"Filter": "Service.Meta.version == v1"}}}),
+            ),
         ],
         "web",
     );
@@ -679,6 +685,7 @@ fn a_chain_is_shown_in_consul_s_shape() {
     assert_eq!(at("/Chain/Nodes/router:web/Routes/1/NextNode"), "splitter:web");
     assert_eq!(at("/Chain/Nodes/splitter:web/Splits/0"), json!({"Weight": 90.0, "NextNode": "resolver:v1.web"}));
     assert_eq!(at("/Chain/Nodes/resolver:v1.web/Resolver/Target"), "v1.web");
+    assert_eq!(at("/Chain/Nodes/resolver:v1.web/Resolver/IdleTimeout"), "300s");
     assert_eq!(at("/Chain/Targets/v1.web/Subset/Filter"), "Service.Meta.version == v1");
     assert_eq!(at("/Chain/Targets/next/Service"), "next");
 }

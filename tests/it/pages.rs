@@ -117,7 +117,7 @@ fn the_pages_about_who_takes_a_call_and_who_is_left_out_do_what_they_say() {
     assert!((3..=6).contains(&of(&counts(&well), "v2")), "{well}");
     traffic.terminal.say(command(&ejection, "fail-closed.json"));
     until("the service fails closed", || match traffic.terminal.say(sick[1]) {
-        said if !said.contains("v1 /sick") && !said.contains("v2 /sick") && said.contains("no healthy instance") => {
+        said if !said.contains("v1 /sick") && !said.contains("v2 /sick") && said.contains("`web` fails closed") => {
             Ok(())
         }
         said => Err(said),
@@ -254,6 +254,29 @@ fn the_pages_about_bytes_and_grpc_do_what_they_say() {
     wait("Add pears", "RESOURCE_EXHAUSTED");
     wait("List again", "v2 /shop.Admin/List again");
     traffic.put_back(&grpc);
+}
+
+#[test]
+fn the_page_about_whom_proxies_ask_for_does_what_it_says() {
+    let Some(lab) = Lab::new(1) else { return };
+    let temp = tempfile::tempdir().unwrap();
+    let mut traffic = Traffic::begin(&lab.host(1), copy(temp.path()));
+    let hops = traffic.page("hops.md");
+    traffic.terminal.say(command(&hops, "open.json"));
+    let here = traffic.terminal.say(&format!("{}; echo $here", command(&hops, "hostname")));
+    assert!(here.starts_with("10."), "{here:?}");
+    let mut wait = |part: &str, want: &str| {
+        until(&format!("{part} is answered: {want}"), || match traffic.terminal.say(command(&hops, part)) {
+            said if said.contains(want) => Ok(()),
+            said => Err(said),
+        });
+    };
+    wait("?stranger", &format!("from {here} by open/"));
+    wait("?app", "from 203.0.113.7 by open/");
+    wait("hops.json", "");
+    wait("?proxy", "from 203.0.113.7 by open/");
+    wait("?certificate", " by open/");
+    traffic.put_back(&hops);
 }
 
 #[test]

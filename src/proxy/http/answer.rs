@@ -58,6 +58,10 @@ pub(crate) enum Reason {
     Draining,
     /// It fails on purpose.
     Fault,
+    /// The app takes no WebSockets.
+    NoWebsocket,
+    /// Too many instances failed, and the service fails closed.
+    FailsClosed,
 }
 
 impl Reason {
@@ -78,6 +82,8 @@ impl Reason {
             Self::RateLimited(_) => "rate_limited",
             Self::Draining => "draining",
             Self::Fault => "fault",
+            Self::NoWebsocket => "no_websocket",
+            Self::FailsClosed => "fails_closed",
         }
     }
 }
@@ -131,6 +137,19 @@ impl Refusal {
         Self { status: StatusCode::FORBIDDEN, flag: Flag::Denied, reason: Reason::Forbidden, text }
     }
 
+    /// The app takes no WebSockets: 501.
+    pub(crate) fn no_websocket(service: &ServiceName) -> Self {
+        Self {
+            status: StatusCode::NOT_IMPLEMENTED,
+            flag: Flag::Refused,
+            reason: Reason::NoWebsocket,
+            text: format!(
+                "the application of `{service}` speaks HTTP/2 and takes no WebSockets over it (RFC 8441): register it with protocol http if \
+                 it takes them over HTTP/1.1"
+            ),
+        }
+    }
+
     /// Over a rate limit: 429.
     pub(crate) fn rate_limited(service: &ServiceName, over: OverRate) -> Self {
         Self {
@@ -139,6 +158,16 @@ impl Refusal {
             reason: Reason::RateLimited(over),
             text: format!("service `{service}` takes {} requests a second", over.rate.per_second),
         }
+    }
+
+    /// Renders it as the trailers of an answer of gRPC that has begun.
+    pub(crate) fn into_trailers(self) -> HeaderMap {
+        let response = self.into_response(true);
+        let mut trailers = HeaderMap::new();
+        for name in ["grpc-status", "grpc-message"] {
+            trailers.extend(response.headers().get(name).map(|value| (HeaderName::from_static(name), value.clone())));
+        }
+        trailers
     }
 
     /// Renders the answer; gRPC callers get a trailers-only response with a gRPC status.

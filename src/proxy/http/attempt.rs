@@ -663,6 +663,12 @@ pub(super) fn open_refusal(destination: &ServiceName, error: OpenError) -> Refus
             reason: Reason::NoHealthyInstance,
             text: format!("service `{destination}` has no healthy instance ({critical} of {total} are critical)"),
         },
+        OpenError::FailsClosed { out, fit } => Refusal {
+            status,
+            flag: Flag::NoHealthy,
+            reason: Reason::FailsClosed,
+            text: format!("service `{destination}` fails closed: {out} of {fit} instances that pass are ejected"),
+        },
         OpenError::Unreachable { node, reason } => unreachable(destination, &format!("node {node}: {reason}")),
         OpenError::Overflow(what) => overflow(destination, what),
         OpenError::Full { .. } => overflow(destination, Limited::Pending),

@@ -131,13 +131,21 @@ pub(crate) struct BodyLimit {
     deadline: Option<Instant>,
     idle: Option<Duration>,
     sleep: Pin<Box<Sleep>>,
+    /// Said in trailers when the time is over; none: the message breaks off.
+    last_word: Option<HeaderMap>,
 }
 
 impl BodyLimit {
     /// Ends at `deadline`, and after `idle` without a byte; none: neither.
     pub(crate) fn new(deadline: Option<Instant>, idle: Option<Duration>, now: Instant) -> Option<Box<Self>> {
         let due = Self::due(deadline, idle, now)?;
-        Some(Box::new(Self { deadline, idle, sleep: Box::pin(tokio::time::sleep_until(due)) }))
+        Some(Box::new(Self { deadline, idle, sleep: Box::pin(tokio::time::sleep_until(due)), last_word: None }))
+    }
+
+    /// The same, of a response that says in `trailers` that it took too long: they do not let it look whole.
+    pub(crate) fn said_in(mut self: Box<Self>, trailers: HeaderMap) -> Box<Self> {
+        self.last_word = Some(trailers);
+        self
     }
 
     fn due(deadline: Option<Instant>, idle: Option<Duration>, now: Instant) -> Option<Instant> {
@@ -226,6 +234,16 @@ impl TunnelBody {
         error
     }
 
+    /// Ends the message, for its time is over.
+    fn time_out(&mut self) -> Result<Frame<Bytes>, BodyError> {
+        let last_word = self.limit.as_mut().and_then(|limit| limit.last_word.take());
+        if let (Some(trailers), Some((exchange, _))) = (&last_word, &mut self.exchange) {
+            exchange.grpc(trailers);
+        }
+        let error = self.fail(BodyError::TimedOut);
+        last_word.map(Frame::trailers).ok_or(error)
+    }
+
     /// Returns a flag that is set once the message came whole; none: it is whole.
     pub(crate) fn whole(&mut self) -> Option<Rc<Cell<bool>>> {
         if self.is_end_stream() {
@@ -285,7 +303,7 @@ impl Body for TunnelBody {
             }
             // A deadline ends also what keeps flowing; idleness shows below, where nothing is there.
             if this.limit.as_ref().and_then(|limit| limit.deadline).is_some_and(|at| at <= crate::clock::now()) {
-                return Poll::Ready(Some(Err(this.fail(BodyError::TimedOut))));
+                return Poll::Ready(Some(this.time_out()));
             }
             match this.decoder.next(&mut this.inbox) {
                 Ok(Some(mut frame)) => {
@@ -313,11 +331,7 @@ impl Body for TunnelBody {
                     Poll::Ready(Err(error)) => return Poll::Ready(Some(Err(this.fail(error)))),
                     Poll::Pending => {
                         let over = this.limit.as_mut().is_some_and(|limit| limit.sleep.as_mut().poll(cx).is_ready());
-                        return if over {
-                            Poll::Ready(Some(Err(this.fail(BodyError::TimedOut))))
-                        } else {
-                            Poll::Pending
-                        };
+                        return if over { Poll::Ready(Some(this.time_out())) } else { Poll::Pending };
                     }
                 },
                 Err(error) => return Poll::Ready(Some(Err(this.fail(BodyError::Malformed(error))))),

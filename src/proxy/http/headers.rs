@@ -178,6 +178,21 @@ pub(crate) fn switched<B>(response: &mut Response<B>, version: Version) {
     }
 }
 
+/// Joins the cookies of a request over HTTP/2, which may come in pieces (RFC 9113 §8.2.3): routes, keys and apps over HTTP/1.1
+/// know one header of them.
+pub(crate) fn join_cookies(headers: &mut HeaderMap) {
+    let mut pieces = headers.get_all(header::COOKIE).iter();
+    let (Some(first), Some(second)) = (pieces.next(), pieces.next()) else { return };
+    let mut joined = first.as_bytes().to_vec();
+    for piece in std::iter::once(second).chain(pieces) {
+        joined.extend_from_slice(b"; ");
+        joined.extend_from_slice(piece.as_bytes());
+    }
+    if let Ok(joined) = HeaderValue::try_from(joined) {
+        headers.insert(header::COOKIE, joined);
+    }
+}
+
 /// Tells whether a caller's body waits for a word of the app's (RFC 9110 §10.1.1). Over HTTP/2 the caller alone decides:
 /// nothing tells it that the app asks, so what it sends is passed on.
 pub(crate) fn awaits_continue(parts: &Parts) -> bool {
@@ -220,6 +235,11 @@ pub(crate) fn write_trailers(trailers: &HeaderMap, writer: &mut HeadWriter<'_>) 
 /// Tells whether a message is gRPC's.
 pub(crate) fn is_grpc(headers: &HeaderMap) -> bool {
     headers.get(header::CONTENT_TYPE).is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"))
+}
+
+/// Tells whether a message is gRPC-Web's, which says its status in its body.
+pub(crate) fn is_grpc_web(headers: &HeaderMap) -> bool {
+    headers.get(header::CONTENT_TYPE).is_some_and(|value| value.as_bytes().starts_with(b"application/grpc-web"))
 }
 
 /// Checks a caller's request and returns its authority, as it came.

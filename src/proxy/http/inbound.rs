@@ -13,10 +13,11 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use futures_util::task::AtomicWaker;
-use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use http::header::{self, HeaderMap, HeaderValue};
 use http::{Request, Response, StatusCode, Uri, Version};
 use hyper::body::Incoming;
 use quinn::{RecvStream, SendStream};
@@ -31,6 +32,7 @@ use super::metrics::{Exchange, Flag};
 use super::pool::{ConnectError, Http1, Pool};
 use super::repeat;
 use super::upgrade::{self, Raw};
+use super::websocket::Handshake;
 use super::{Dial, HttpState};
 use crate::catalogue::LocalInstance;
 use crate::model::Protocol;
@@ -38,6 +40,7 @@ use crate::pki::PeerIdentity;
 use crate::proxy::authorize::{in_time, request_of};
 use crate::proxy::head::{self, HeadError, HeadWriter, Inbox, Payload, RequestHead};
 use crate::proxy::metrics::Reporter;
+use crate::proxy::relay::IDLE_TIMEOUT;
 use crate::proxy::worker::within;
 use crate::trace::{self, OpenSpan, Side, SpanContext};
 
@@ -80,12 +83,15 @@ impl Second {
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
-enum CallError {
+pub(super) enum CallError {
     #[error(transparent)]
     Connect(ConnectError),
     /// It processed nothing of the request, and says so.
     #[error("the app refused the request unread")]
     Refused(#[source] hyper::Error),
+    /// It takes no WebSockets over HTTP/2.
+    #[error("the app's SETTINGS allow no WebSocket over HTTP/2 (RFC 8441)")]
+    NoWebsocket,
     #[error(transparent)]
     App(hyper::Error),
 }
@@ -93,7 +99,7 @@ enum CallError {
 impl CallError {
     /// That of a request over HTTP/2: a refused stream, or one that a graceful GOAWAY left out, was not processed (RFC 9113
     /// §8.7, §6.8). A GOAWAY for an error leaves streams out as well, but the next app may give the same answer.
-    fn of_h2(error: hyper::Error) -> Self {
+    pub(super) fn of_h2(error: hyper::Error) -> Self {
         let mut source = std::error::Error::source(&error);
         while let Some(cause) = source {
             if let Some(h2) = cause.downcast_ref::<h2::Error>() {
@@ -153,9 +159,7 @@ async fn exchange<D: Dial>(worker: &Rc<D>, stream: Stream, on_admitted: impl FnO
     });
     if let Err(denied) = decided {
         let refusal = Refusal::denied(denied.text(peer.id.service(), &local.service));
-        exchange.finish(refusal.flag);
-        exchange.status(refusal.status);
-        return refuse(state, &mut send, refusal, is_grpc).await;
+        return turn_away(state, &mut send, refusal, (&mut exchange, is_grpc)).await;
     }
     let admitted = {
         let table = &worker.snapshot().peek().upstreams;
@@ -163,9 +167,7 @@ async fn exchange<D: Dial>(worker: &Rc<D>, stream: Stream, on_admitted: impl FnO
     };
     if let Err(over) = admitted {
         let refusal = Refusal::rate_limited(&local.service, over);
-        exchange.finish(refusal.flag);
-        exchange.status(refusal.status);
-        return refuse(state, &mut send, refusal, is_grpc).await;
+        return turn_away(state, &mut send, refusal, (&mut exchange, is_grpc)).await;
     }
     on_admitted(block.clone());
     let is_upgrade = head.payload == Payload::Upgrade;
@@ -207,6 +209,10 @@ async fn exchange<D: Dial>(worker: &Rc<D>, stream: Stream, on_admitted: impl FnO
             send.finish();
             return Ok(());
         }
+        Err(CallError::NoWebsocket) => {
+            let refusal = Refusal::no_websocket(&local.service);
+            return turn_away(state, &mut send, refusal, (&mut exchange, is_grpc)).await;
+        }
         Err(CallError::App(error)) => {
             debug!(service = %local.service, error = %error, "app broke off");
             return broke_off(state, &mut send, (local, &mut exchange, &second), is_grpc).await;
@@ -222,7 +228,8 @@ async fn exchange<D: Dial>(worker: &Rc<D>, stream: Stream, on_admitted: impl FnO
             Some(raw) if is_upgrade => {
                 exchange.finish(Flag::None);
                 drop(exchange);
-                switch(state, send, raw, response).await
+                let idle = worker.snapshot().peek().traffic.idle_timeout(&local.service);
+                switch(state, send, raw, (response, idle.unwrap_or(IDLE_TIMEOUT))).await
             }
             _ => Err(ServeError::Head(HeadError::Malformed("101 without an upgrade"))),
         };
@@ -420,11 +427,7 @@ async fn break_off_begun(
     response: &Response<Incoming>,
     exchange: &mut Exchange,
 ) -> Result<(), ServeError> {
-    let refusal = Refusal::reset("the application broke off inside its response".to_owned()).into_response(true);
-    let mut trailers = HeaderMap::new();
-    for name in ["grpc-status", "grpc-message"] {
-        trailers.extend(refusal.headers().get(name).map(|value| (HeaderName::from_static(name), value.clone())));
-    }
+    let trailers = Refusal::reset("the application broke off inside its response".to_owned()).into_trailers();
     exchange.finish(Flag::Reset);
     exchange.grpc(&trailers);
     let has_status = send.put_status();
@@ -455,9 +458,16 @@ async fn broke_off(
     refuse_after(state, send, (refusal, second), is_grpc).await
 }
 
-/// Sends an answer of weft's own to a request that no app has seen.
-async fn refuse(state: &HttpState, send: &mut TunnelSend, refusal: Refusal, grpc: bool) -> Result<(), ServeError> {
-    refuse_after(state, send, (refusal, &Second::default()), grpc).await
+/// Sends an answer of weft's own to a request that no app has seen, and counts it.
+async fn turn_away(
+    state: &HttpState,
+    send: &mut TunnelSend,
+    refusal: Refusal,
+    (exchange, is_grpc): (&mut Exchange, bool),
+) -> Result<(), ServeError> {
+    exchange.finish(refusal.flag);
+    exchange.status(refusal.status);
+    refuse_after(state, send, (refusal, &Second::default()), is_grpc).await
 }
 
 /// Sends an answer of weft's own.
@@ -477,6 +487,9 @@ async fn refuse_after(
         let mut writer = HeadWriter::response(out, payload, response.status());
         headers::write(response.headers(), &mut writer);
         writer.header(&REASON, reason.as_str().as_bytes());
+        if !grpc {
+            writer.header(&header::CONTENT_LENGTH, text.len().to_string().as_bytes());
+        }
         second.write(&mut writer);
         writer.finish()?;
         if !grpc {
@@ -490,12 +503,12 @@ async fn refuse_after(
     Ok(())
 }
 
-/// Sends a 101 and relays raw bytes until both sides end.
+/// Sends a 101 and relays raw bytes until both sides end, or nothing moves for `idle`.
 async fn switch(
     state: &HttpState,
     mut send: TunnelSend,
     (recv, mut inbox): (RecvStream, Inbox),
-    mut response: Response<Incoming>,
+    (mut response, idle): (Response<Incoming>, Duration),
 ) -> Result<(), ServeError> {
     let upgraded = hyper::upgrade::on(&mut response);
     let has_status = send.put_status();
@@ -510,7 +523,7 @@ async fn switch(
     });
     let upgraded = upgraded.await.map_err(|error| ServeError::Body(BodyError::App(error)))?;
     send.write(&mut [encoded.map_err(ServeError::Head)?]).await.map_err(ServeError::Body)?;
-    upgrade::relay(Raw::of::<AppIo>(upgraded), send, recv, inbox.take()).await;
+    upgrade::relay(Raw::of::<AppIo>(upgraded), send, recv, inbox.take(), idle).await;
     Ok(())
 }
 
@@ -529,7 +542,12 @@ async fn call<D: Dial>(
     let addr = local.app_addr;
     let repeatable = head.payload == Payload::Empty && head.method.is_idempotent();
     let is_repeat = head.headers.contains_key(repeat::RETRY);
+    let handshake = Handshake::of(&head).filter(|_| is_multiplexed(local));
     let mut request = build(head, body, local, added);
+    if let Some(handshake) = handshake {
+        let response = handshake.call(worker, addr, request).await?;
+        return Ok(Answered { response, reusable: None });
+    }
     if is_multiplexed(local) {
         let mut sender = state.pool.shared(worker, addr).await.map_err(CallError::Connect)?;
         // The app is there, and what it asks is not heard: the body is asked for in its place.

@@ -64,8 +64,7 @@ pub(super) fn mirror<D: Dial>(worker: &Rc<D>, call: &Call<'_>, plan: &Plan<'_>, 
     state.mirrors.set(state.mirrors.get() + 1);
     let copying = Copying(Rc::clone(&state.mirrors));
     let whole = pending.map(Upload::whole);
-    let to =
-        Resolved { target: Arc::clone(&mirror.to), failover: Vec::new(), connect_timeout: None, request_timeout: None };
+    let to = Resolved::plain(Arc::clone(&mirror.to));
     let (source, sending) = (plan.source.clone(), Rc::clone(worker));
     worker.spawn_untracked(async move {
         let _copying = copying;

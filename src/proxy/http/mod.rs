@@ -29,6 +29,7 @@ mod race;
 mod repeat;
 mod routed;
 mod upgrade;
+mod websocket;
 
 #[cfg(test)]
 mod tests;

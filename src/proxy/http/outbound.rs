@@ -52,6 +52,7 @@ use crate::authz::Request as Asked;
 use crate::model::ServiceName;
 use crate::proxy::head::{HEAD_BYTES_MAX, Inbox, Payload, ResponseHead};
 use crate::proxy::metrics::Reporter;
+use crate::proxy::relay::IDLE_TIMEOUT;
 use crate::proxy::{Caller, Lease, Route, Source};
 use crate::trace::{self, OpenSpan, Side};
 use crate::traffic::retry::Budget;
@@ -434,13 +435,23 @@ impl Call<'_> {
 pub(super) struct Upgrading {
     on: OnUpgrade,
     version: Version,
+    /// How long nothing may move on it either way.
+    idle: Duration,
 }
 
 impl Upgrading {
     /// Takes it from a request that asks for one.
     pub(super) fn of(request: &mut Request<Incoming>, payload: Payload) -> Option<Self> {
-        (payload == Payload::Upgrade)
-            .then(|| Self { on: hyper::upgrade::on(&mut *request), version: request.version() })
+        (payload == Payload::Upgrade).then(|| Self {
+            on: hyper::upgrade::on(&mut *request),
+            version: request.version(),
+            idle: IDLE_TIMEOUT,
+        })
+    }
+
+    /// The same, ended by silence for so long, if an entry says so.
+    pub(super) fn idle_for(self, idle: Option<Duration>) -> Self {
+        Self { idle: idle.unwrap_or(self.idle), ..self }
     }
 }
 
@@ -466,6 +477,9 @@ async fn answer_of<D: Dial>(
     let started = crate::clock::now();
     let grpc = headers::is_grpc(request.headers());
     let version = request.version();
+    if version == Version::HTTP_2 {
+        headers::join_cookies(request.headers_mut());
+    }
     let checked = headers::check(&request);
     connection.believe(request.headers_mut());
     let span = connection.begin_span(&mut request, checked.as_ref().ok().and_then(Option::as_ref));
@@ -624,11 +638,11 @@ pub(super) fn respond<D: Dial>(
     let body = match (payload, send.zip(upgraded)) {
         (Payload::Upgrade, Some((send, upgraded))) if switches => {
             exchange.finish(Flag::None);
-            let Upgrading { on, version } = upgraded;
+            let Upgrading { on, version, idle } = upgraded;
             worker.spawn(async move {
                 let (_busy, _lease) = (busy, lease);
                 match on.await {
-                    Ok(upgraded) => upgrade::relay(Raw::of::<Watched>(upgraded), send, recv, inbox.take()).await,
+                    Ok(upgraded) => upgrade::relay(Raw::of::<Watched>(upgraded), send, recv, inbox.take(), idle).await,
                     Err(error) => debug!(error = %error, "caller left before the upgrade"),
                 }
             });

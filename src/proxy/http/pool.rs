@@ -1,6 +1,7 @@
 //! Connections from a worker to the apps on its host.
 //!
-//! HTTP/1.1: idle keep-alive connections per address, the last used first. HTTP/2: one shared connection per address.
+//! HTTP/1.1: idle keep-alive connections per address, the last used first. HTTP/2: one shared connection per address, and one
+//! for each WebSocket.
 //! Invariants: a connection waits here only after both its request and its response were whole; one that the app closed
 //! is dropped at checkout. Not here: how many connections an app may get (a limit per route).
 
@@ -29,6 +30,9 @@ const HEAD_BYTES_MAX: usize = crate::proxy::head::HEAD_BYTES_MAX;
 /// HTTP/2 windows towards the app: a loopback without stalls; streams whose callers do not read leave room for 60 others.
 const H2_STREAM_WINDOW: u32 = 1024 * 1024;
 const H2_CONNECTION_WINDOW: u32 = 64 * 1024 * 1024;
+/// How often it is looked whether an app's SETTINGS have come: they are the first that it sends.
+const SETTINGS_PAUSE_MIN: Duration = Duration::from_millis(1);
+const SETTINGS_PAUSE_MAX: Duration = Duration::from_millis(100);
 
 /// An HTTP/1.1 connection.
 pub(crate) type Http1 = http1::SendRequest<TunnelBody>;
@@ -156,13 +160,8 @@ impl Pool {
             return Ok(sender.clone());
         }
         let stream = dial(worker, addr).await?;
-        let mut builder = http2::Builder::new(WorkerExec(Rc::clone(worker)));
-        builder
-            .initial_stream_window_size(H2_STREAM_WINDOW)
-            .initial_connection_window_size(H2_CONNECTION_WINDOW)
-            .max_header_list_size(u32::try_from(HEAD_BYTES_MAX).unwrap_or(u32::MAX));
-        let (sender, connection) =
-            builder.handshake(stream).await.map_err(|source| ConnectError::Handshake { addr, source })?;
+        let handshake = http2_builder(worker).handshake(stream).await;
+        let (sender, connection) = handshake.map_err(|source| ConnectError::Handshake { addr, source })?;
         worker.spawn(async move {
             if let Err(error) = connection.await {
                 debug!(%addr, error = %error, "app connection ended");
@@ -171,6 +170,44 @@ impl Pool {
         *slot = Some(sender.clone());
         Ok(sender)
     }
+
+    /// Opens an HTTP/2 connection for one WebSocket; none: the app's SETTINGS allow none (RFC 8441 §3).
+    pub(crate) async fn connect_for_websocket<D: Dial>(
+        worker: &Rc<D>,
+        addr: SocketAddr,
+    ) -> Result<Option<Http2>, ConnectError> {
+        let stream = dial(worker, addr).await?;
+        // No stream may be opened until the app's SETTINGS have come: so it is seen that they have.
+        let handshake = http2_builder(worker).initial_max_send_streams(0_usize).handshake(stream).await;
+        let (sender, connection) = handshake.map_err(|source| ConnectError::Handshake { addr, source })?;
+        let told = async {
+            let mut pause = SETTINGS_PAUSE_MIN;
+            while connection.current_max_send_streams() == 0 {
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(SETTINGS_PAUSE_MAX);
+            }
+        };
+        let told = tokio::time::timeout(worker.http().limits.connect, told).await;
+        told.map_err(|_| ConnectError::Timeout { addr })?;
+        if !connection.is_extended_connect_protocol_enabled() {
+            return Ok(None);
+        }
+        worker.spawn(async move {
+            if let Err(error) = connection.await {
+                debug!(%addr, error = %error, "app connection ended");
+            }
+        });
+        Ok(Some(sender))
+    }
+}
+
+fn http2_builder<D: Dial>(worker: &Rc<D>) -> http2::Builder<WorkerExec<D>> {
+    let mut builder = http2::Builder::new(WorkerExec(Rc::clone(worker)));
+    builder
+        .initial_stream_window_size(H2_STREAM_WINDOW)
+        .initial_connection_window_size(H2_CONNECTION_WINDOW)
+        .max_header_list_size(u32::try_from(HEAD_BYTES_MAX).unwrap_or(u32::MAX));
+    builder
 }
 
 async fn dial<D: Dial>(worker: &Rc<D>, addr: SocketAddr) -> Result<AppIo, ConnectError> {

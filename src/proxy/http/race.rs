@@ -16,9 +16,8 @@ use std::rc::Rc;
 
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
-use http::StatusCode;
 
-use super::attempt::Upload;
+use super::attempt::{Upload, grpc_of};
 use super::metrics::Flag;
 use super::outbound::{Answer, Call};
 use super::repeat::Sent;
@@ -63,7 +62,9 @@ pub(super) async fn race<D: Dial>(
     (pending, first): (Option<&Rc<Upload>>, Rc<Try>),
 ) -> Ended {
     let hedge = plan.forward.hedge.as_ref();
-    let Some(hedge) = hedge.filter(|hedge| call.payload != Payload::Upgrade && hedge.covers(&call.parts.method)) else {
+    let Some(hedge) =
+        hedge.filter(|hedge| call.payload != Payload::Upgrade && hedge.covers(&call.parts.method, plan.grpc))
+    else {
         return alone(worker, call, plan, (pending, first)).await;
     };
     let state = worker.http();
@@ -239,9 +240,14 @@ impl Race<'_> {
     }
 }
 
-/// Whether another answer may be a better one: the app had too much to do, or failed.
+/// Whether another answer may be a better one: the app had too much to do, or failed. Of gRPC an answer that is nothing but a
+/// status says so.
 fn is_poor(answer: &Answer) -> bool {
-    answer.head.status == StatusCode::TOO_MANY_REQUESTS || answer.head.status.is_server_error()
+    let outcome = match grpc_of(&answer.head) {
+        Some(code) => routing::Outcome::of_grpc(code),
+        None => routing::Outcome::of_status(answer.head.status.as_u16()),
+    };
+    outcome != routing::Outcome::Success
 }
 
 /// How much a failure says: what an app answered most of all, and there what is tried again.

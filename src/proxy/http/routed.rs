@@ -62,7 +62,7 @@ pub(super) struct Plan<'c> {
     pub(super) source: &'c Source,
     /// When all must be over, and of what length that time was.
     pub(super) deadline: Option<(Instant, Duration)>,
-    grpc: bool,
+    pub(super) grpc: bool,
     /// Somebody before this agent repeats the request: then this one does not, but for what reached no app.
     is_repeat: bool,
 }
@@ -140,7 +140,7 @@ pub(super) async fn answer<D: Dial>(
         target
     };
     let payload = outbound::payload_of(&request);
-    let upgraded = outbound::Upgrading::of(&mut request, payload);
+    let upgraded = outbound::Upgrading::of(&mut request, payload).map(|it| it.idle_for(leg.to.idle_timeout));
     let (mut parts, body) = request.into_parts();
     let deadline = deadline(&mut parts.headers, forward, &leg.to, grpc);
     let authority = rewrite(&mut parts, authority, (route, forward, leg));
@@ -160,7 +160,10 @@ pub(super) async fn answer<D: Dial>(
         Ok(mut answer) => {
             leg.response_headers.apply(&mut answer.head.headers);
             forward.response_headers.apply(&mut answer.head.headers);
-            answer.limit = BodyLimit::new(deadline.map(|(at, _)| at), forward.idle_timeout, clock::now());
+            let limit = BodyLimit::new(deadline.map(|(at, _)| at), forward.idle_timeout, clock::now());
+            // Trailers of HTTP/1.1 may be lost on the way.
+            let is_said = grpc && how.0 == http::Version::HTTP_2 && !headers::is_grpc_web(&parts.headers);
+            answer.limit = if is_said { limit.map(|limit| limit.said_in(timed_out(&call))) } else { limit };
             outbound::begin_answer(&mut answer, &call, &mut exchange, grpc);
             outbound::respond(worker, answer, exchange, upgraded, busy)
         }
@@ -232,6 +235,13 @@ fn redirected(
     exchange.status(response.status());
     exchange.finish(Flag::None);
     response
+}
+
+/// What ends an answer of gRPC that has begun and takes too long.
+fn timed_out(call: &Call<'_>) -> HeaderMap {
+    let text = format!("service `{}` did not end its answer in time", call.target.caller.destination);
+    let refusal = Refusal { status: StatusCode::GATEWAY_TIMEOUT, flag: Flag::Timeout, reason: Reason::Timeout, text };
+    refusal.into_trailers()
 }
 
 /// Changes what is sent as the route and the leg say; returns the authority.
@@ -541,7 +551,9 @@ async fn try_instance<D: Dial>(
         Err(error @ OpenError::Full { .. }) => {
             return Outcome::Unreached(attempt::open_refusal(destination, error));
         }
-        Err(error @ OpenError::NoInstance { .. }) => return Outcome::NoneLeft(no_instance(resolved, error)),
+        Err(error @ (OpenError::NoInstance { .. } | OpenError::FailsClosed { .. })) => {
+            return Outcome::NoneLeft(no_instance(resolved, error));
+        }
         Err(error @ OpenError::Overflow(_)) => return Outcome::Final(attempt::open_refusal(destination, error)),
         Err(error) => return Outcome::Final(no_instance(resolved, error)),
     };
@@ -583,7 +595,12 @@ fn no_instance(resolved: &Resolved, error: OpenError) -> Refusal {
     if resolved.target.view.is_some() || !resolved.failover.is_empty() {
         let others: Vec<&str> = resolved.failover.iter().map(|target| &*target.id).collect();
         let failover = if others.is_empty() { String::new() } else { format!(", nor has {}", others.join(", ")) };
-        refusal.text = format!("target `{}` has no instance that can take the request{failover}", resolved.target.id);
+        let why = match refusal.reason {
+            Reason::FailsClosed => format!(" ({})", refusal.text),
+            _ => String::new(),
+        };
+        let target = &resolved.target.id;
+        refusal.text = format!("target `{target}` has no instance that can take the request{failover}{why}");
     }
     refusal
 }

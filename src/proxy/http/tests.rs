@@ -8,6 +8,7 @@ mod forwarded;
 mod framing;
 mod gateway;
 mod hedged;
+mod over_h2;
 mod refused;
 mod repeated;
 mod rest;
@@ -149,6 +150,7 @@ impl Loopback {
         let picked = match picked {
             Ok(picked) if !tried.borrow().contains(&picked.instance) => picked,
             Err(NoInstance::Overflow { what, .. }) => return Err(OpenError::Overflow(what)),
+            Err(NoInstance::FailsClosed { out, fit, .. }) => return Err(OpenError::FailsClosed { out, fit }),
             _ => return Err(OpenError::NoInstance { total: service.instances.len(), critical: 0 }),
         };
         tried.borrow_mut().add(Arc::clone(&picked.instance));

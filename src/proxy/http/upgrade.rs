@@ -13,7 +13,7 @@ use tracing::debug;
 
 use super::body::{BodyError, TunnelSend};
 use crate::clock;
-use crate::proxy::relay::{IDLE_TIMEOUT, silence};
+use crate::proxy::relay::silence;
 
 /// Bytes read from the app at once: one write of a WebSocket frame of usual size.
 const READ_BYTES: usize = 8 * 1024;
@@ -50,18 +50,18 @@ enum RelayError {
     Silence(Duration),
 }
 
-/// Relays until both directions ended; a failure of either aborts both, and so does [`IDLE_TIMEOUT`] of silence.
-pub(crate) async fn relay(raw: Raw, send: TunnelSend, recv: RecvStream, received: Bytes) {
+/// Relays until both directions ended; a failure of either aborts both, and so does silence for `idle`.
+pub(crate) async fn relay(raw: Raw, send: TunnelSend, recv: RecvStream, received: Bytes, idle: Duration) {
     let relayed = match raw {
         Raw::Tcp { mut stream, read } => {
-            let relayed = both(stream.split(), read, (send, recv), received, IDLE_TIMEOUT).await;
+            let relayed = both(stream.split(), read, (send, recv), received, idle).await;
             if relayed.is_err() {
                 // RST, not FIN: the app must not take a broken stream for a finished one.
                 let _closed = stream.set_zero_linger();
             }
             relayed
         }
-        Raw::Stream(stream) => both(tokio::io::split(stream), Bytes::new(), (send, recv), received, IDLE_TIMEOUT).await,
+        Raw::Stream(stream) => both(tokio::io::split(stream), Bytes::new(), (send, recv), received, idle).await,
     };
     if let Err(error) = relayed {
         debug!(error = %error, "upgraded connection aborted");
@@ -118,6 +118,7 @@ async fn both(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::proxy::relay::IDLE_TIMEOUT;
     use crate::transport::fixture::pair_with;
 
     #[tokio::test]

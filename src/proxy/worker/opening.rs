@@ -58,6 +58,13 @@ pub(crate) enum OpenError {
         /// How many of them are critical.
         critical: usize,
     },
+    /// Too many of its instances failed, and it fails closed.
+    FailsClosed {
+        /// How many are ejected.
+        out: usize,
+        /// Of how many that pass their checks.
+        fit: usize,
+    },
     /// The instance's node cannot be reached; another instance may do better.
     Unreachable {
         /// Which node.
@@ -229,6 +236,7 @@ impl Worker {
                 Ok(picked)
             }
             Err(NoInstance::Overflow { what, .. }) => Err(OpenError::Overflow(what)),
+            Err(NoInstance::FailsClosed { out, fit, .. }) => Err(OpenError::FailsClosed { out, fit }),
             Ok(_) | Err(_) => Err(no_instance(service)),
         }
     }

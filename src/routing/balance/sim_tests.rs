@@ -207,37 +207,42 @@ fn weights_count_in_tables() {
     }
 }
 
-/// Calls of `nodes` agents to 10 instances of which one always fails, in turn; returns how many failed.
-fn failures(nodes: usize, shares_reports: bool) -> usize {
+/// Calls of `nodes` agents to 10 instances of which one always fails, two a second of each agent for a minute, evenly apart;
+/// returns how many failed. What an agent ejects all others know `spread` later, and no longer than the ejection lasts; none:
+/// nobody hears of it.
+fn failures(nodes: u32, spread: Option<Duration>) -> u32 {
+    let start = crate::clock::now();
     let mut benches: Vec<Bench> = (0..nodes)
         .map(|at| {
-            let mut bench = Bench::new(SEED + at as u64, "random", many(10));
+            let mut bench = Bench::new(SEED + u64::from(at), "random", many(10));
             bench.snapshot.local_node = format!("caller{at}").parse().unwrap();
             bench
         })
         .collect();
-    let mut reports = crate::catalogue::Reports::default();
+    let mut reports = Arc::new(crate::catalogue::Reports::default());
+    // When it is known, whose word, and what that agent then says is ejected.
+    let mut news: BTreeMap<(Instant, usize), Vec<(NodeName, InstanceId)>> = BTreeMap::new();
     let mut failed = 0;
-    // A minute, two calls a second of each agent.
-    for _ in 0..120 {
-        for bench in &mut benches {
-            bench.now += Duration::from_millis(500);
-            let Picked { instance, load } = bench.pick();
-            let is_bad = node(&instance) == "n0004";
-            failed += usize::from(is_bad);
-            let outcome = if is_bad { Outcome::GatewayFailure } else { Outcome::Success };
-            load.observer().observe(outcome, Duration::from_millis(5), bench.now);
-            drop(load);
-            for notice in bench.balancer.take_notices().iter().filter(|notice| notice.until.is_some()) {
-                let ejected = [(notice.node.clone(), notice.instance.clone())];
-                reports = reports.with(&bench.snapshot.local_node, &ejected);
-            }
+    for number in 0..nodes * 120 {
+        let now = start + Duration::from_millis(500) * number / nodes;
+        while let Some(entry) = news.first_entry().filter(|entry| entry.key().0 <= now) {
+            let ((_, at), ejected) = entry.remove_entry();
+            reports = Arc::new(reports.with(&benches[at].snapshot.local_node, &ejected));
         }
-        if shares_reports {
-            let reports = Arc::new(reports.clone());
-            for bench in &mut benches {
-                bench.snapshot.reports = Arc::clone(&reports);
-            }
+        let at = (number % nodes) as usize;
+        let bench = &mut benches[at];
+        bench.now = now;
+        bench.snapshot.reports = Arc::clone(&reports);
+        let Picked { instance, load } = bench.pick();
+        let is_bad = node(&instance) == "n0004";
+        failed += u32::from(is_bad);
+        let outcome = if is_bad { Outcome::GatewayFailure } else { Outcome::Success };
+        load.observer().observe(outcome, Duration::from_millis(5), bench.now);
+        drop(load);
+        for notice in bench.balancer.take_notices() {
+            let (Some(spread), Some(until)) = (spread, notice.until) else { continue };
+            news.insert((now + spread, at), vec![(notice.node, notice.instance)]);
+            news.insert((until + spread, at), Vec::new());
         }
     }
     failed
@@ -245,9 +250,18 @@ fn failures(nodes: usize, shares_reports: bool) -> usize {
 
 #[test]
 fn shared_ejections_save_most_of_the_requests_that_each_node_would_lose_by_itself() {
-    let (alone, shared) = (failures(300, false), failures(300, true));
-    println!("300 agents, 36,000 calls: {alone} failed where each learns by itself, {shared} with reports");
-    assert!(shared * 2 <= alone, "{shared} of {alone}");
+    // 200 ms for a step of gossip's, five at most between any two of some hundred agents.
+    let step = Duration::from_millis(200);
+    let alone = failures(300, None);
+    println!("300 agents, 36,000 calls: {alone} failed where each learns by itself");
+    let mut before = 0;
+    for steps in [0, 1, 5, 25] {
+        let shared = failures(300, Some(step * steps));
+        println!("{shared} where reports are known {:?} later", step * steps);
+        assert!(shared >= before, "what is known later saves no more: {shared}, {before}");
+        assert!(shared * 2 <= alone || steps > 5, "{shared} of {alone}");
+        before = shared;
+    }
 }
 
 /// What an overloaded instance came to.

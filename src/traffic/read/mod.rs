@@ -168,6 +168,7 @@ fn resolver(object: &mut Object<'_>, problems: &mut Problems) -> Entry {
     let mut found = Resolver {
         connect_timeout: time(object, "ConnectTimeout", problems),
         request_timeout: time(object, "RequestTimeout", problems),
+        idle_timeout: time(object, "IdleTimeout", problems),
         default_subset: subset(object, "DefaultSubset", problems),
         ..Resolver::default()
     };

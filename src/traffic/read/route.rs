@@ -121,8 +121,11 @@ fn hedge(mut object: Object<'_>, when: &Match, problems: &mut Problems) -> Optio
             _ => problems.add(path, "must be PUT or DELETE: no other method that writes may be repeated"),
         }
     }
+    let grpc = object.flag("GRPC", problems);
     let covers = |method: &String| {
-        matches!(&**method, "GET" | "HEAD" | "OPTIONS" | "TRACE") || writes.iter().any(|write| write == &**method)
+        matches!(&**method, "GET" | "HEAD" | "OPTIONS" | "TRACE")
+            || writes.iter().any(|write| write == &**method)
+            || (grpc && method == "POST")
     };
     if !when.methods.is_empty() && !when.methods.iter().any(covers) {
         problems
@@ -131,7 +134,7 @@ fn hedge(mut object: Object<'_>, when: &Match, problems: &mut Problems) -> Optio
     let path = object.path_of("Delay");
     let delay = delay(&mut object, &path, problems);
     object.finish(problems);
-    Some(Hedge { delay: delay?, requests: u32::try_from(requests).unwrap_or(2), writes })
+    Some(Hedge { delay: delay?, requests: u32::try_from(requests).unwrap_or(2), writes, grpc })
 }
 
 /// A duration, or `p50` to `p99`.

@@ -41,7 +41,10 @@ class Callers:
                 reader, writer = pair
                 writer.write(b"GET / HTTP/1.1\r\nHost: web\r\n\r\n")
                 head = await reader.readuntil(b"\r\n\r\n")
-                await reader.readexactly(int(re.search(rb"(?i)content-length: (\d+)", head).group(1)))
+                if length := re.search(rb"(?i)content-length: (\d+)", head):
+                    await reader.readexactly(int(length.group(1)))
+                else:  # in chunks
+                    await reader.readuntil(b"\r\n0\r\n\r\n")
         except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
             if pair:
                 pair[1].transport.abort()

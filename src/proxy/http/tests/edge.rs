@@ -221,6 +221,19 @@ fn an_upgraded_stream_outlives_the_timeouts_of_requests() {
 }
 
 #[test]
+fn a_silent_upgraded_stream_is_reset_after_the_time_that_its_service_s_resolver_says() {
+    run(async {
+        let setup = setup().await;
+        say(&setup.worker, &[("service-resolver", "web", json!({"IdleTimeout": "300ms"}))]);
+        let mut stream = TcpStream::connect(setup.port).await.unwrap();
+        stream.write_all(UPGRADE.replace("/ws", "/upgrade").as_bytes()).await.unwrap();
+        until(&mut stream, "hello ").await;
+        let error = stream.read_u8().await.unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    });
+}
+
+#[test]
 fn an_app_that_resets_an_upgraded_connection_resets_the_caller_s() {
     run(async {
         let played = Played::start().await;
@@ -237,7 +250,7 @@ fn an_app_that_resets_an_upgraded_connection_resets_the_caller_s() {
 }
 
 /// Speaks HTTP/2 as a client.
-async fn h2_client(port: SocketAddr) -> h2::client::SendRequest<Bytes> {
+pub(super) async fn h2_client(port: SocketAddr) -> h2::client::SendRequest<Bytes> {
     let stream = TcpStream::connect(port).await.unwrap();
     let (client, connection) = h2::client::handshake(stream).await.unwrap();
     tokio::task::spawn_local(async move {
@@ -246,7 +259,7 @@ async fn h2_client(port: SocketAddr) -> h2::client::SendRequest<Bytes> {
     client.ready().await.unwrap()
 }
 
-fn connect(uri: &str, protocol: Option<&'static str>) -> Request<()> {
+pub(super) fn connect(uri: &str, protocol: Option<&'static str>) -> Request<()> {
     let mut request = Request::builder().method(Method::CONNECT).uri(uri).body(()).unwrap();
     if let Some(protocol) = protocol {
         request.extensions_mut().insert(h2::ext::Protocol::from_static(protocol));

@@ -233,7 +233,20 @@ fn only_what_the_conditions_name_is_tried_again() {
         let setup = web(&[LATER, OK], &[gateway()]).await;
         assert!(ask(setup.port, "GET / HTTP/1.1").await.starts_with("HTTP/1.1 503"));
         counts(&setup.worker, "weft_http_retries_refused_total{destination_service=\"web\",reason=\"pushback\"}", 1);
-        // Nor is one whose word on retries is no number, or one below zero.
+        // An app that breaks off is answered for with 502: a gateway's error.
+        let setup = web(&[BROKEN, OK], &[gateway()]).await;
+        assert!(ask(setup.port, "POST / HTTP/1.1").await.starts_with("HTTP/1.1 200"));
+        let setup = web(&[BROKEN, OK], &[route(&json!({"NumRetries": 1, "RetryOn": ["retriable-4xx"]}))]).await;
+        let answer = ask(setup.port, "POST / HTTP/1.1").await;
+        assert!(answer.starts_with("HTTP/1.1 502") && answer.contains("content-length: "), "{answer}");
+    });
+}
+
+#[test]
+fn grpc_retry_pushback_ms_puts_a_retry_off_or_forbids_it() {
+    run(async {
+        let gateway = || route(&json!({"NumRetries": 1, "RetryOn": ["gateway-error"]}));
+        // A server whose word on retries is no number, or one below zero, is not asked again.
         for word in ["soon", "-1", ""] {
             let later: &'static str = String::leak(format!(
                 "HTTP/1.1 503 Later\r\ncontent-length: 0\r\ngrpc-retry-pushback-ms: {word}\r\n\r\n"
@@ -253,11 +266,6 @@ fn only_what_the_conditions_name_is_tried_again() {
         let mut setup = web(&[NEVER_GRPC, OK], &[route(&unavailable)]).await;
         assert!(ask(setup.port, GRPC).await.contains("grpc-status: 14\r\n"));
         assert_eq!(std::iter::from_fn(|| setup.messages.try_recv().ok()).count(), 1);
-        // An app that breaks off is answered for with 502: a gateway's error.
-        let setup = web(&[BROKEN, OK], &[gateway()]).await;
-        assert!(ask(setup.port, "POST / HTTP/1.1").await.starts_with("HTTP/1.1 200"));
-        let setup = web(&[BROKEN, OK], &[route(&json!({"NumRetries": 1, "RetryOn": ["retriable-4xx"]}))]).await;
-        assert!(ask(setup.port, "POST / HTTP/1.1").await.starts_with("HTTP/1.1 502"));
     });
 }
 
