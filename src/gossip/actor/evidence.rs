@@ -303,6 +303,9 @@ mod tests {
         lone.actor.doubted(&far.id, Hint::Refusal, asked, late(asked));
         assert_eq!(lone.status(&far), Some(MemberStatus::Failed));
         assert_eq!((lone.actor.metrics.refusals_answered.get(), lone.actor.metrics.ports_refused.get()), (1, 1));
+        // Who is gone refuses for days.
+        lone.actor.port_refused(&far.id, late(asked));
+        assert_eq!(lone.actor.metrics.ports_refused.get(), 1);
     }
     #[tokio::test]
     async fn what_others_say_has_no_more_members_asked_at_once_than_fail_together_in_a_rack() {

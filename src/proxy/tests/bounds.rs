@@ -7,6 +7,7 @@ use tokio::net::{TcpListener, TcpStream};
 
 use super::harness::{Authority, Mesh, free_port, serve, stranger, upstreams};
 use super::{CONNECTIONS, pattern, within};
+use crate::authz::Action;
 use crate::model::Protocol;
 use crate::proxy::inbound::{CODE_TOO_MANY, STREAMS_PER_TUNNEL_MAX, TUNNELS_PER_PEER_MAX};
 use crate::proxy::preamble::{Preamble, StreamKind, StreamStatus};
@@ -254,6 +255,24 @@ async fn an_instance_takes_nothing_in_another_service_s_name() {
     within(recv.read_exact(&mut status)).await.unwrap();
     assert_eq!(status, [StreamStatus::UnknownInstance.byte()]);
     assert!(mesh.app.accept().now_or_never().is_none(), "the app was connected");
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn the_destination_decides_before_a_connection_meets_the_app() {
+    let authority = Authority::new();
+    let mesh = Mesh::start_on(1, &authority, "*", |_| Vec::new()).await;
+    let peer = stranger(&authority, "x");
+    let tunnel = within(peer.connect(mesh.b.addr, "mesh.weft").unwrap()).await.unwrap();
+    for (action, want) in [(Action::Deny, StreamStatus::Forbidden), (Action::Allow, StreamStatus::Ok)] {
+        assert!(mesh.app.accept().now_or_never().is_none(), "the app was connected");
+        mesh.b.decide(action);
+        let (mut send, mut recv) = within(tunnel.open_bi()).await.unwrap();
+        within(send.write_all(&preamble(StreamKind::Tcp))).await.unwrap();
+        let mut status = [0];
+        within(recv.read_exact(&mut status)).await.unwrap();
+        assert_eq!(status, [want.byte()]);
+    }
     mesh.stop().await;
 }
 
