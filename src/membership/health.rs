@@ -170,14 +170,24 @@ mod tests {
         // Whoever lets this node in knows them all, once.
         let mut unrest = Unrest::default();
         let all: Vec<NodeName> = (0..40).map(|number| format!("n{number}").parse().unwrap()).collect();
-        all.iter().for_each(|name| unrest.expect(name.clone(), now));
-        all.iter().for_each(|name| unrest.came(name, 40, now));
+        let expect = |unrest: &mut Unrest| {
+            for name in &all {
+                unrest.expect(name.clone(), now);
+            }
+        };
+        let came = |unrest: &mut Unrest, at: Instant| {
+            for name in &all {
+                unrest.came(name, 40, at);
+            }
+        };
+        expect(&mut unrest);
+        came(&mut unrest, now);
         assert_eq!(unrest.stretch(second, now), second);
-        all.iter().for_each(|name| unrest.came(name, 40, now));
+        came(&mut unrest, now);
         assert_eq!(unrest.stretch(second, now), 4 * second, "they came again");
         let (mut unrest, later) = (Unrest::default(), now + UNREST_SPAN);
-        all.iter().for_each(|name| unrest.expect(name.clone(), now));
-        all.iter().for_each(|name| unrest.came(name, 40, later));
+        expect(&mut unrest);
+        came(&mut unrest, later);
         assert_eq!(unrest.stretch(second, later), 4 * second, "they were not there");
 
         let mut unrest = Unrest::default();

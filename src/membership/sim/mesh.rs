@@ -318,7 +318,9 @@ fn who_alone_takes_a_member_for_alive_is_made_to_look() {
         entries.retain(|entry| entry.standing != Standing::Down);
         core.meet(&first, now);
         core.learn(entries.clone(), now);
-        entries.iter().for_each(|entry| core.attest(&entry.id, now));
+        for entry in &entries {
+            core.attest(&entry.id, now);
+        }
         core.attest(&id(7, 1), now);
         core.announce(first, now);
         mesh.nodes.insert(name(far), core);

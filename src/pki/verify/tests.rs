@@ -205,13 +205,14 @@ fn what_is_revoked_is_refused_from_a_peer_and_in_records() {
 
 #[test]
 fn each_certificate_of_a_chain_ends_the_chain() {
-    let bent = |bend: fn(&mut Forge)| {
+    type Bend = fn(&mut Forge);
+    let bent = |bend: Bend| {
         let mut forge = Forge::new("spiffe://td/node/a");
         bend(&mut forge);
         let (chain, bundle, _) = forge.sign();
         (check_peer(&chain, &bundle, NOW), NodeChain::check(&chain[1..], &bundle, NOW))
     };
-    let ended: [(&str, fn(&mut Forge)); 3] = [
+    let ended: [(&str, Bend); 3] = [
         ("node", |f| f.node.not_after = f.leaf.not_before),
         ("issuer", |f| f.issuer.not_after = f.leaf.not_before),
         ("root", |f| f.root.not_after = f.leaf.not_before),
