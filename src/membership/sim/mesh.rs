@@ -290,6 +290,7 @@ fn far_from(mesh: &Mesh, of: usize) -> usize {
 #[test]
 fn who_missed_the_refutation_of_a_member_is_told_its_word() {
     let answers = |core: &mut Core, sums: &super::super::lives::Sums| {
+        while core.poll_output().is_some() {}
         core.answer_lives(&name(2), sums);
         std::iter::from_fn(|| core.poll_output()).any(|output| matches!(output, Output::Send { .. }))
     };
