@@ -7,7 +7,8 @@ use std::process::{Command, Output, Stdio};
 use tempfile::TempDir;
 
 use crate::agent::{WEFT, path, weft, weft_ok};
-use crate::cli::{alone, asked, assert_says, stderr};
+use crate::cli::{alone, alone_with, asked, assert_says, stderr};
+use crate::netns_policy::DENY;
 
 /// Runs a verb whose standard output leads to `out`.
 #[track_caller]
@@ -25,7 +26,7 @@ fn unread(words: &[&str]) -> Output {
 
 #[test]
 fn a_reader_that_goes_away_ends_the_printing_and_not_the_verb() {
-    let (_ca, agent, at) = alone(239);
+    let (_ca, agent, at) = alone_with(239, &[DENY]);
     #[track_caller]
     fn check(out: &Output, code: i32) {
         assert_eq!((out.status.code(), stderr(out).as_str()), (Some(code), ""));

@@ -211,7 +211,7 @@ fn weights_count_in_tables() {
 /// returns how many failed. What an agent ejects all others know `spread` later, and no longer than the ejection lasts; none:
 /// nobody hears of it.
 fn failures(nodes: u32, spread: Option<Duration>) -> u32 {
-    let start = crate::clock::now();
+    let start = Bench::new(SEED, "random", many(10)).now;
     let mut benches: Vec<Bench> = (0..nodes)
         .map(|at| {
             let mut bench = Bench::new(SEED + u64::from(at), "random", many(10));
