@@ -73,7 +73,8 @@ impl Terminal {
         self.say(&format!("{command} > /dev/null 2>&1 &"));
         let port_after = |program: &&str| command.split_once(*program)?.1.split(' ').next()?.parse::<u16>().ok();
         if let Some(port) = ["app.py ", "rpc.py serve "].iter().find_map(port_after) {
-            self.say(&format!("until (: < /dev/tcp/127.0.0.1/{port}) 2> /dev/null; do sleep 0.05; done"));
+            let is_up = format!("(: < /dev/tcp/127.0.0.1/{port}) 2> /dev/null");
+            self.say(&format!("for _ in $(seq 400); do {is_up} && break; sleep 0.05; done"));
         }
     }
 }

@@ -143,24 +143,37 @@ fn a_stranger_does_not_say_what_is_repeated() {
     });
 }
 
+/// A POST to an app that is copied to another one, as far as the app has read it.
+struct Upload {
+    client: TcpStream,
+    app: TcpStream,
+    copies: mpsc::Receiver<String>,
+    _worker: Rc<Loopback>,
+}
+
+/// Begins a POST of a body of `bytes`, of which `begun` comes with the head.
+async fn begin_upload(bytes: usize, begun: &[u8]) -> Upload {
+    let worker = Loopback::new(Limits::default());
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    worker.add(listener.local_addr().unwrap(), Protocol::Http).await;
+    let (addr, copies) = scripted(&[HANG]).await;
+    worker.add(addr, Protocol::Http).await;
+    super::routed::say(&worker, &[route(&json!({"Mirror": {"Service": "shadow"}}))]);
+    let mut client = TcpStream::connect(worker.listen(false).await).await.unwrap();
+    let head = format!("POST /x HTTP/1.1\r\nhost: web\r\ncontent-length: {bytes}\r\n\r\n");
+    client.write_all(&[head.as_bytes(), begun].concat()).await.unwrap();
+    let (mut app, _) = listener.accept().await.unwrap();
+    let (mut request, end) = (Vec::new(), [&b"\r\n\r\n"[..], begun].concat());
+    while !request.ends_with(&end) {
+        request.push(app.read_u8().await.unwrap());
+    }
+    Upload { client, app, copies, _worker: worker }
+}
+
 #[test]
 fn a_body_that_comes_after_its_head_is_copied_once_it_is_whole() {
     run(async {
-        let worker = Loopback::new(Limits::default());
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        worker.add(listener.local_addr().unwrap(), Protocol::Http).await;
-        let (addr, mut copies) = scripted(&[HANG]).await;
-        worker.add(addr, Protocol::Http).await;
-        super::routed::say(&worker, &[route(&json!({"Mirror": {"Service": "shadow"}}))]);
-        let port = worker.listen(false).await;
-
-        let mut client = TcpStream::connect(port).await.unwrap();
-        client.write_all(b"POST /x HTTP/1.1\r\nhost: web\r\ncontent-length: 4\r\n\r\n").await.unwrap();
-        let (mut app, _) = listener.accept().await.unwrap();
-        let mut head = Vec::new();
-        while !head.ends_with(b"\r\n\r\n") {
-            head.push(app.read_u8().await.unwrap());
-        }
+        let Upload { mut client, mut app, mut copies, _worker } = begin_upload(4, b"").await;
         // The head has gone on; the body comes only now, and goes on before anybody waits for a copy.
         client.write_all(b"body").await.unwrap();
         let mut body = [0; 4];
@@ -197,21 +210,7 @@ fn a_body_beyond_64_kib_is_copied_nowhere_and_counted() {
 #[test]
 fn a_body_whose_answer_has_begun_is_copied_whole_all_the_same() {
     run(async {
-        let worker = Loopback::new(Limits::default());
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        worker.add(listener.local_addr().unwrap(), Protocol::Http).await;
-        let (addr, mut copies) = scripted(&[HANG]).await;
-        worker.add(addr, Protocol::Http).await;
-        super::routed::say(&worker, &[route(&json!({"Mirror": {"Service": "shadow"}}))]);
-        let port = worker.listen(false).await;
-
-        let mut client = TcpStream::connect(port).await.unwrap();
-        client.write_all(b"POST /x HTTP/1.1\r\nhost: web\r\ncontent-length: 6\r\n\r\nbe").await.unwrap();
-        let (mut app, _) = listener.accept().await.unwrap();
-        let mut request = Vec::new();
-        while !request.ends_with(b"\r\n\r\nbe") {
-            request.push(app.read_u8().await.unwrap());
-        }
+        let Upload { mut client, mut app, mut copies, _worker } = begin_upload(6, b"be").await;
         // Nothing is kept for another attempt from the answer's head on.
         app.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n").await.unwrap();
         let mut answer = vec![0; "HTTP/1.1 200".len()];
