@@ -481,3 +481,18 @@ fn a_registration_and_a_kill_are_known_everywhere_in_time() {
         assert!(times.max() <= 4 * SECOND, "{times:?}");
     });
 }
+
+/// Simulations of 10,000 agents stand on it: hosts would else tell each other of everybody, which no memory holds.
+#[test]
+fn who_knows_a_part_of_a_mesh_goes_on_knowing_that_part_and_sees_ends_in_it() {
+    seeds(2, |seed| {
+        let mut world = World::preloaded(600, Some(120), seed, Settings::default());
+        world.seen.clear();
+        world.run(10 * SECOND);
+        assert!(world.seen.is_empty(), "nobody meets anybody: {:?}", world.seen.first());
+        let times = scenarios::register_at(&mut world, Some(0));
+        assert!(times.percentile(99.0) <= SECOND, "{times:?}");
+        let times = scenarios::kill(&mut world);
+        assert!(times.max() <= 5 * SECOND, "{times:?}");
+    });
+}
