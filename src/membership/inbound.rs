@@ -328,6 +328,14 @@ impl Core {
         true
     }
 
+    /// Notes a member by its own word, which somebody else vouches for; nothing is passed on.
+    pub fn meet_by_word(&mut self, word: &LifeClaim, now: Instant) {
+        if !self.has_left && word.id.name != self.id().name {
+            self.drop_hearsay(&word.id);
+            let _is_news = self.take_life(word, now);
+        }
+    }
+
     pub(super) fn hear_leave(&mut self, sender: &NodeName, leave: Leave, now: Instant) {
         let own = self.id();
         if leave.node == own.name {

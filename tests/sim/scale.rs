@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use rand::RngExt as _;
 use weft::gossip::engine::{JoinCause, JoinOutcome, Message, Request, Stage, Step, Welcomed};
-use weft::membership::MeshId;
+use weft::membership::LifeClaim;
 use weft::replica::Digest;
 
 use super::world::{Settings, World};
@@ -33,15 +33,18 @@ impl World {
     /// many random others: at 10,000 hosts the members alone would be 10^8 entries. An agent has no such view: it knows
     /// everybody. Probes and gossip go to random members either way. What of an accusation depends on knowing the accuser is
     /// true to life for the common hosts alone, so only their ends are measured; the second looks of others than the watchers
-    /// (`membership::detect`) are lost on who does not know them, which makes the mesh here a little slower, never faster.
+    /// (`membership::detect`) are lost on who does not know them, and so are the looks that unequal sums over lives ask for
+    /// ([`World::has_partial_views`]), which makes the mesh here a little slower, never faster.
     pub(crate) fn preloaded(count: usize, view: Option<usize>, seed: u64, settings: Settings) -> Self {
         let mut world = Self::new(seed, Settings { has_syncs: false, ..settings });
+        world.has_partial_views = view.is_some_and(|view| view < count);
         world.add_hosts(count);
         for host in 0..count {
             world.hosts[host].seeds.clear();
             world.start(host);
         }
-        let ids: Vec<MeshId> = (0..count).map(|host| world.hosts[host].id().expect("it runs").clone()).collect();
+        let word = |host: usize| world.hosts[host].process.as_ref()?.engine.membership().own_word().cloned();
+        let words: Vec<LifeClaim> = (0..count).map(|host| word(host).expect("it runs and has signed")).collect();
         let mut ring: Vec<usize> = (0..count).collect();
         ring.sort_by_key(|host| place(&world, *host));
         let mut at_ring = vec![0; count];
@@ -55,23 +58,31 @@ impl World {
         let ask = Message::Request(Request::Pull(vec![Digest::none(name.clone())]));
         let whole = world.turn(0, |engine, turn| engine.handle_message(&name, Stage::Asked, ask, turn));
         let Some(Step::Last(Message::Deltas(whole))) = whole else { panic!("a pull is answered") };
+        let mut known: Vec<BTreeSet<usize>> = vec![BTreeSet::new(); count];
         for host in 0..count {
-            let known: BTreeSet<usize> = match view.filter(|view| *view < count) {
+            let chosen: Vec<usize> = match view.filter(|view| *view < count) {
                 None => (0..count).collect(),
                 Some(view) => {
                     let near =
                         (0..=2 * NEIGHBOURS).map(|step| ring[(at_ring[host] + count + step - NEIGHBOURS) % count]);
-                    let mut known: BTreeSet<usize> = near.chain(common.iter().copied()).collect();
-                    known.extend((0..view).map(|_| world.rng.random_range(0..count)));
-                    known
+                    let near: Vec<usize> = near.chain(common.iter().copied()).collect();
+                    // Both ways: each is chosen by as many as it chooses.
+                    let random = (0..view / 2).map(|_| world.rng.random_range(0..count));
+                    near.into_iter().chain(random).collect()
                 }
             };
-            let neighbour = ids[ring[(at_ring[host] + 1) % count]].clone();
+            for other in chosen.into_iter().filter(|other| *other != host) {
+                known[host].insert(other);
+                known[other].insert(host);
+            }
+        }
+        for (host, known) in known.into_iter().enumerate() {
+            let neighbour = words[ring[(at_ring[host] + 1) % count]].id.clone();
             let joined = vec![Welcomed { id: neighbour, members: Vec::new(), farewells: Vec::new() }];
             let outcome = JoinOutcome { joined, ..JoinOutcome::default() };
-            let known = known.into_iter().filter(|other| *other != host).map(|other| &ids[other]);
+            let known = known.into_iter().map(|other| &words[other]);
             world.turn(host, |engine, turn| {
-                engine.vouch_for(known, turn);
+                engine.vouch_with(known, turn);
                 engine.handle_joined(JoinCause::Order, outcome, turn);
                 engine.handle_message(&name, Stage::Taking, Message::Deltas(whole.clone()), turn);
             });

@@ -3,7 +3,7 @@
 use tokio::time::Instant;
 
 use super::{Engine, Event, Turn};
-use crate::membership::{MeshId, Statement, Verdict};
+use crate::membership::{LifeClaim, MeshId, Statement, Verdict};
 use crate::model::NodeName;
 use crate::replica::NodeState;
 
@@ -77,6 +77,16 @@ impl Engine {
     pub fn vouch_for<'a>(&mut self, members: impl IntoIterator<Item = &'a MeshId>, turn: &Turn<'_>) {
         for id in members {
             self.core.meet(id, turn.now);
+        }
+        self.core.forget_news();
+        self.settle(turn);
+    }
+
+    /// As [`Engine::vouch_for`], with the members' own words: what they say when they are asked is no news then, where all
+    /// would tell each other of all.
+    pub fn vouch_with<'a>(&mut self, words: impl IntoIterator<Item = &'a LifeClaim>, turn: &Turn<'_>) {
+        for word in words {
+            self.core.meet_by_word(word, turn.now);
         }
         self.core.forget_news();
         self.settle(turn);
