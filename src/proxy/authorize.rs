@@ -189,7 +189,7 @@ pub(super) async fn run(worker: &Rc<Worker>) {
 fn decide_again<'t>(table: &'t Table, call: &Call) -> Decision<'t> {
     let source = call.peer.id.service();
     let Admitted::Request(head) = &call.admitted else { return table.of_stream(source, &call.service, |_, _| {}) };
-    match head::decode_request(head.clone()) {
+    match head::decode_request(head) {
         Ok(head) => table.of_request(source, &call.service, &request_of(&head), |_, _| {}),
         Err(_) => table.of_stream(source, &call.service, |_, _| {}),
     }

@@ -16,7 +16,9 @@ pub(crate) fn preamble(bytes: &[u8]) {
             assert!(bytes.ends_with(&buffer), "what follows is left alone");
             let again = preamble.encode();
             assert!(again.len() <= PREAMBLE_BYTES_MAX);
-            assert_eq!(Preamble::decode(&mut BytesMut::from(&again[..])), Ok(Some(preamble)));
+            assert_eq!(Preamble::decode(&mut BytesMut::from(&again[..])), Ok(Some(preamble.clone())));
+            let at_hand = |instance: &str, service: &str| Some((instance.parse().unwrap(), service.parse().unwrap()));
+            assert_eq!(Preamble::decode_with(&mut BytesMut::from(bytes), at_hand), Ok(Some(preamble)));
         }
         Ok(None) => {
             assert_eq!(&buffer[..], bytes);
@@ -34,11 +36,11 @@ pub(crate) fn head(bytes: &[u8]) {
     match kind {
         0 => {
             let Ok(Some(block)) = inbox.take_block() else { return };
-            let Ok(head) = decode_request(block) else { return };
+            let Ok(head) = decode_request(&block) else { return };
             let again = written(&head);
             let mut second = Inbox::default();
             second.push(again);
-            let back = decode_request(second.take_block().unwrap().expect("it is whole")).expect("it is a head");
+            let back = decode_request(&second.take_block().unwrap().expect("it is whole")).expect("it is a head");
             assert_eq!(format!("{head:?}"), format!("{back:?}"));
         }
         1 => {

@@ -214,60 +214,79 @@ pub(super) fn put_varint(out: &mut BytesMut, value: u64) {
 
 /// Reads a varint; none: more bytes are needed, and `bytes` stands where it stood.
 pub(super) fn take_varint(bytes: &mut Bytes) -> Option<u64> {
-    let first = *bytes.first()?;
-    let length = 1_usize << (first >> 6);
-    if bytes.len() < length {
-        return None;
-    }
-    let value = bytes.get_uint(length);
-    let mask = match length {
-        1 => 0x3f,
-        2 => 0x3fff,
-        4 => 0x3fff_ffff,
-        _ => 0x3fff_ffff_ffff_ffff,
-    };
-    Some(value & mask)
+    let (value, rest) = split_varint(bytes)?;
+    let used = bytes.len() - rest.len();
+    bytes.advance(used);
+    Some(value)
 }
 
-fn take_u8(bytes: &mut Bytes) -> Result<u8, HeadError> {
-    bytes.try_get_u8().map_err(|_| HeadError::Malformed("head: it ends early"))
+/// Returns the varint that `bytes` begin with, and what follows it.
+fn split_varint(bytes: &[u8]) -> Option<(u64, &[u8])> {
+    let length = 1_usize << (bytes.first()? >> 6);
+    let (number, rest) = bytes.split_at_checked(length)?;
+    let value = number.iter().fold(0, |value, byte| value << 8 | u64::from(*byte));
+    // Without the two bits that say how long it is.
+    Some((value & (u64::MAX >> (66 - 8 * length)), rest))
 }
 
-fn take_text(bytes: &mut Bytes) -> Result<Bytes, HeadError> {
-    let length = take_varint(bytes).and_then(|length| usize::try_from(length).ok());
-    match length {
-        Some(length) if length <= bytes.len() => Ok(bytes.split_to(length)),
-        _ => Err(HeadError::Malformed("head: a text is longer than the head")),
-    }
+/// Reads a head's block from its front. What it shares keeps the block's memory alive, and costs none.
+struct Reader<'a> {
+    block: &'a Bytes,
+    rest: &'a [u8],
 }
 
-/// Reads `count | headers` up to the end of `block`.
-fn take_headers(block: &mut Bytes) -> Result<HeaderMap, HeadError> {
-    let count = usize::from(take_u8(block)?);
-    if count > HEADERS_MAX {
-        return Err(HeadError::TooManyHeaders);
+impl<'a> Reader<'a> {
+    fn new(block: &'a Bytes) -> Self {
+        Self { block, rest: block }
     }
-    let mut headers = HeaderMap::with_capacity(count);
-    for _ in 0..count {
-        let name = match take_u8(block)? {
-            0 => {
-                let text = take_text(block)?;
-                let name = HeaderName::from_bytes(&text).map_err(|_| HeadError::Malformed("header name"))?;
-                if is_framing(name.as_str()) {
-                    return Err(HeadError::Malformed("head: a framing header"));
-                }
-                name
-            }
-            code => name_of(code).ok_or(HeadError::Malformed("header code"))?.clone(),
-        };
-        let value = take_text(block)?;
-        let value = HeaderValue::from_maybe_shared(value).map_err(|_| HeadError::Malformed("header value"))?;
-        if name == header::CONTENT_LENGTH && (headers.contains_key(&name) || !is_length(value.as_bytes())) {
-            return Err(HeadError::Malformed("content-length"));
+
+    fn byte(&mut self) -> Result<u8, HeadError> {
+        let (first, rest) = self.rest.split_first().ok_or(HeadError::Malformed("head: it ends early"))?;
+        self.rest = rest;
+        Ok(*first)
+    }
+
+    fn text(&mut self) -> Result<&'a [u8], HeadError> {
+        let split = split_varint(self.rest).and_then(|(length, rest)| {
+            let length = usize::try_from(length).ok()?;
+            rest.split_at_checked(length)
+        });
+        let (text, rest) = split.ok_or(HeadError::Malformed("head: a text is longer than the head"))?;
+        self.rest = rest;
+        Ok(text)
+    }
+
+    fn shared_text(&mut self) -> Result<Bytes, HeadError> {
+        self.text().map(|text| self.block.slice_ref(text))
+    }
+
+    /// Reads `count | headers` up to the end of the block.
+    fn headers(mut self) -> Result<HeaderMap, HeadError> {
+        let count = usize::from(self.byte()?);
+        if count > HEADERS_MAX {
+            return Err(HeadError::TooManyHeaders);
         }
-        headers.append(name, value);
+        let mut headers = HeaderMap::with_capacity(count);
+        for _ in 0..count {
+            let name = match self.byte()? {
+                0 => {
+                    let name = HeaderName::from_bytes(self.text()?).map_err(|_| HeadError::Malformed("header name"))?;
+                    if is_framing(name.as_str()) {
+                        return Err(HeadError::Malformed("head: a framing header"));
+                    }
+                    name
+                }
+                code => name_of(code).ok_or(HeadError::Malformed("header code"))?.clone(),
+            };
+            let value = self.shared_text()?;
+            let value = HeaderValue::from_maybe_shared(value).map_err(|_| HeadError::Malformed("header value"))?;
+            if name == header::CONTENT_LENGTH && (headers.contains_key(&name) || !is_length(value.as_bytes())) {
+                return Err(HeadError::Malformed("content-length"));
+            }
+            headers.append(name, value);
+        }
+        if self.rest.is_empty() { Ok(headers) } else { Err(HeadError::Malformed("head: bytes after its end")) }
     }
-    if block.is_empty() { Ok(headers) } else { Err(HeadError::Malformed("head: bytes after its end")) }
 }
 
 /// Tells whether a content length is plain digits within u64 (RFC 9112 §6.2).
@@ -337,11 +356,12 @@ impl Inbox {
 
     /// Decodes a response head; none: more bytes are needed.
     pub(crate) fn take_response(&mut self) -> Result<Option<ResponseHead>, HeadError> {
-        let Some(mut block) = self.take_block()? else { return Ok(None) };
-        let payload = Payload::from_code(take_u8(&mut block)?)?;
-        let status = block.try_get_u16().map_err(|_| HeadError::Malformed("head: it ends early"))?;
+        let Some(block) = self.take_block()? else { return Ok(None) };
+        let mut reader = Reader::new(&block);
+        let payload = Payload::from_code(reader.byte()?)?;
+        let status = u16::from_be_bytes([reader.byte()?, reader.byte()?]);
         let status = StatusCode::from_u16(status).map_err(|_| HeadError::Malformed("status"))?;
-        let headers = take_headers(&mut block)?;
+        let headers = reader.headers()?;
         Ok(Some(ResponseHead { payload, status, headers }))
     }
 
@@ -354,22 +374,22 @@ impl Inbox {
 }
 
 /// Decodes a block that [`Inbox::take_block`] gave.
-pub(crate) fn decode_request(mut block: Bytes) -> Result<RequestHead, HeadError> {
-    let payload = Payload::from_code(take_u8(&mut block)?)?;
-    let code = take_u8(&mut block)?;
-    let method = match usize::from(code).checked_sub(1) {
-        None => Method::from_bytes(&take_text(&mut block)?).map_err(|_| HeadError::Malformed("method"))?,
+pub(crate) fn decode_request(block: &Bytes) -> Result<RequestHead, HeadError> {
+    let mut reader = Reader::new(block);
+    let payload = Payload::from_code(reader.byte()?)?;
+    let method = match usize::from(reader.byte()?).checked_sub(1) {
+        None => Method::from_bytes(reader.text()?).map_err(|_| HeadError::Malformed("method"))?,
         Some(index) => METHODS.get(index).cloned().ok_or(HeadError::Malformed("method code"))?,
     };
-    let authority = take_text(&mut block)?;
+    let authority = reader.shared_text()?;
     let authority = if authority.is_empty() {
         None
     } else {
         Some(Authority::from_maybe_shared(authority).map_err(|_| HeadError::Malformed("authority"))?)
     };
-    let path = take_text(&mut block)?;
+    let path = reader.shared_text()?;
     let path = PathAndQuery::from_maybe_shared(path).map_err(|_| HeadError::Malformed("path"))?;
-    let headers = take_headers(&mut block)?;
+    let headers = reader.headers()?;
     // An app would wait for the promised bytes and take the next request of its connection for them.
     if payload != Payload::Frames && headers.get(header::CONTENT_LENGTH).is_some_and(|length| length != "0") {
         return Err(HeadError::Malformed("content-length without a body"));
@@ -399,9 +419,9 @@ impl BodyDecoder {
         loop {
             match self.state {
                 BodyState::Trailers => {
-                    let Some(mut block) = inbox.take_block()? else { return Ok(None) };
+                    let Some(block) = inbox.take_block()? else { return Ok(None) };
                     self.state = BodyState::Ended;
-                    return take_headers(&mut block).map(Frame::trailers).map(Some);
+                    return Reader::new(&block).headers().map(Frame::trailers).map(Some);
                 }
                 BodyState::Ended if inbox.is_empty() => return Ok(None),
                 BodyState::Ended => return Err(HeadError::Malformed("body: bytes after the trailers")),
@@ -459,7 +479,7 @@ mod tests {
     }
 
     fn take_request(inbox: &mut Inbox) -> Result<Option<RequestHead>, HeadError> {
-        inbox.take_block()?.map(decode_request).transpose()
+        inbox.take_block()?.map(|block| decode_request(&block)).transpose()
     }
 
     #[test]
@@ -501,7 +521,7 @@ mod tests {
             block.put_slice(&[1, 0]);
             put_text(&mut block, name.as_bytes());
             put_text(&mut block, b"chunked");
-            assert!(matches!(take_headers(&mut block.freeze()), Err(HeadError::Malformed(_))), "{name}");
+            assert!(matches!(Reader::new(&block.freeze()).headers(), Err(HeadError::Malformed(_))), "{name}");
         }
         for lengths in [&["5", "5"][..], &["5,5"], &["-1"], &["+5"], &[""], &["99999999999999999999"]] {
             let headers: Vec<_> = lengths.iter().map(|length| ("content-length", *length)).collect();
@@ -577,7 +597,7 @@ mod tests {
             let mut inbox = Inbox::default();
             inbox.push(Bytes::from(bytes.clone()));
             let _unused = inbox.take_response();
-            let _unused = decode_request(Bytes::from(bytes.clone()));
+            let _unused = decode_request(&Bytes::from(bytes.clone()));
             let (mut inbox, mut decoder) = (Inbox::default(), BodyDecoder::default());
             inbox.push(Bytes::from(bytes));
             while let Ok(Some(_)) = decoder.next(&mut inbox) {}

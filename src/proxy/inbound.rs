@@ -31,7 +31,7 @@ use super::worker::{CONNECTIONS_MAX, Slot, Worker, within};
 use crate::catalogue::LocalInstance;
 use crate::clock;
 use crate::hearsay::{Excerpt, Seldom};
-use crate::model::{NodeName, Protocol, ServiceName};
+use crate::model::{InstanceId, NodeName, Protocol, ServiceName};
 use crate::pki::PeerIdentity;
 use crate::transport::{HANDSHAKE_TIMEOUT, HANDSHAKES_MAX, RETRY_FROM, TUNNEL_STREAMS, TUNNEL_STREAMS_MAX};
 
@@ -201,7 +201,7 @@ pub(super) struct Stream {
 async fn serve(worker: &Rc<Worker>, stream: Stream) {
     let Stream { send, mut recv, from, peer, datagrams, held } = stream;
     let mut rest = BytesMut::new();
-    let preamble = within(PREAMBLE_TIMEOUT, preamble(&mut recv, &mut rest)).await;
+    let preamble = within(PREAMBLE_TIMEOUT, preamble(worker, &mut recv, &mut rest)).await;
     let Some(preamble) = preamble.flatten() else {
         worker.metrics.refused.with_label_values(&["preamble"]).inc();
         let _gone = recv.stop(CODE_RESET);
@@ -290,11 +290,11 @@ async fn tcp(worker: &Rc<Worker>, call: TcpCall) {
 }
 
 /// Reads up to the end of the preamble; what follows stays in `buffer`. None if there is no preamble.
-async fn preamble(recv: &mut quinn::RecvStream, buffer: &mut BytesMut) -> Option<Preamble> {
+async fn preamble(worker: &Worker, recv: &mut quinn::RecvStream, buffer: &mut BytesMut) -> Option<Preamble> {
     loop {
         let chunk = recv.read_chunk(usize::MAX, true).await.ok()??;
         buffer.extend_from_slice(&chunk.bytes);
-        match Preamble::decode(buffer) {
+        match Preamble::decode_with(buffer, |instance, service| names(worker, instance, service)) {
             Ok(Some(preamble)) => return Some(preamble),
             Ok(None) if buffer.len() < PREAMBLE_BYTES_MAX => {}
             Ok(None) => return None,
@@ -304,6 +304,13 @@ async fn preamble(recv: &mut quinn::RecvStream, buffer: &mut BytesMut) -> Option
             }
         }
     }
+}
+
+/// Returns the names of an instance of this node and its service, if there is one of these.
+fn names(worker: &Worker, instance: &str, service: &str) -> Option<(InstanceId, ServiceName)> {
+    let snapshot = worker.snapshot().peek();
+    let (id, local) = snapshot.local.instances.get_key_value(instance)?;
+    (local.service.as_str() == service).then(|| (id.clone(), local.service.clone()))
 }
 
 /// Finds the instance that a stream is for and asks whether its caller may.

@@ -24,7 +24,7 @@ pub fn decode_request(wire: Bytes) -> Option<usize> {
     let mut inbox = Inbox::default();
     inbox.push(wire);
     let block = inbox.take_block().ok()??;
-    head::decode_request(block).ok().map(|head| head.headers.len())
+    head::decode_request(&block).ok().map(|head| head.headers.len())
 }
 
 /// Returns the service that a host names.

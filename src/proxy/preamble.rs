@@ -125,14 +125,17 @@ pub(crate) enum PreambleError {
 impl Preamble {
     /// Returns the bytes on the wire.
     pub(crate) fn encode(&self) -> Bytes {
-        let mut out = Vec::with_capacity(PREAMBLE_BYTES_MAX);
+        let texts = [self.instance.as_str(), self.service.as_str()];
+        let bytes = texts.iter().map(|text| text.len() + if text.len() > 0x7f { 2 } else { 1 }).sum::<usize>() + 2;
+        // Exactly: a vector with room to spare costs `Bytes` an allocation of its own.
+        let mut out = Vec::with_capacity(bytes);
         let kind = match self.kind {
             StreamKind::Tcp => 1,
             StreamKind::Http => 2,
             StreamKind::Udp => 3,
         };
         out.extend([VERSION, kind]);
-        for text in [self.instance.as_str(), self.service.as_str()] {
+        for text in texts {
             let low = u8::try_from(text.len() & 0x7f).unwrap_or_default();
             match u8::try_from(text.len() >> 7).unwrap_or_default() {
                 0 => out.push(low),
@@ -145,9 +148,14 @@ impl Preamble {
 
     /// Takes a preamble off the front of `buffer`; none if more bytes must come, and then `buffer` is unchanged.
     ///
+    /// `find` gives the names of an instance and its service where it has them already, which costs less than to make them.
+    ///
     /// # Errors
     /// [`PreambleError`] as soon as the bytes can be no preamble.
-    pub(crate) fn decode(buffer: &mut BytesMut) -> Result<Option<Self>, PreambleError> {
+    pub(crate) fn decode_with(
+        buffer: &mut BytesMut,
+        find: impl FnOnce(&str, &str) -> Option<(InstanceId, ServiceName)>,
+    ) -> Result<Option<Self>, PreambleError> {
         let mut rest: &[u8] = buffer;
         let Some(version) = take(&mut rest) else { return Ok(None) };
         if version != VERSION {
@@ -161,12 +169,21 @@ impl Preamble {
             Some(other) => return Err(PreambleError::Kind(other)),
         };
         let Some(instance) = text(&mut rest, ID_BYTES_MAX)? else { return Ok(None) };
-        let instance = instance.parse().map_err(PreambleError::Name)?;
-        let Some(service) = text(&mut rest, NAME_BYTES_MAX)? else { return Ok(None) };
-        let service = service.parse().map_err(PreambleError::Name)?;
+        let read = |text: &str| text.parse::<InstanceId>().map_err(PreambleError::Name);
+        let Some(service) = text(&mut rest, NAME_BYTES_MAX)? else { return read(instance).map(|_| None) };
+        let (instance, service) = match find(instance, service) {
+            Some(found) => found,
+            None => (read(instance)?, service.parse().map_err(PreambleError::Name)?),
+        };
         let used = buffer.len() - rest.len();
         buffer.advance(used);
         Ok(Some(Self { kind, instance, service }))
+    }
+
+    /// As [`Preamble::decode_with`], without names at hand.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn decode(buffer: &mut BytesMut) -> Result<Option<Self>, PreambleError> {
+        Self::decode_with(buffer, |_, _| None)
     }
 }
 
@@ -226,6 +243,24 @@ mod tests {
         check(&[1, 1, 1, b'a', 64], "at most 63");
         check(&[1, 1, 1, 0xff], "UTF-8");
         check(&[1, 1, 0], "malformed");
+    }
+
+    #[test]
+    fn names_at_hand_are_used_and_only_whole_ones_are_asked_for() {
+        let (instance, service) = ("web-1".parse::<InstanceId>().unwrap(), "web".parse::<ServiceName>().unwrap());
+        let wire = Preamble { kind: StreamKind::Http, instance: instance.clone(), service: service.clone() }.encode();
+        let at_hand = |found_instance: &str, found_service: &str| {
+            assert_eq!((found_instance, found_service), ("web-1", "web"));
+            Some((instance.clone(), service.clone()))
+        };
+        let read = Preamble::decode_with(&mut BytesMut::from(&wire[..]), at_hand).unwrap().unwrap();
+        assert!(read.instance.shares_text(&instance) && read.service.shares_text(&service));
+        for cut in 0..wire.len() {
+            let read = Preamble::decode_with(&mut BytesMut::from(&wire[..cut]), |_, _| unreachable!("{cut}"));
+            assert_eq!(read, Ok(None));
+        }
+        let other = Preamble::decode_with(&mut BytesMut::from(&wire[..]), |_, _| None).unwrap().unwrap();
+        assert!((&other.instance, &other.service) == (&instance, &service) && !other.service.shares_text(&service));
     }
 
     proptest! {

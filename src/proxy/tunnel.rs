@@ -158,6 +158,17 @@ impl Tunnels {
         dialled.clone().map_err(|(error, _)| error)
     }
 
+    /// Returns the tunnel of `key` if it is open and may take a stream.
+    pub(crate) fn opened(&self, key: &TunnelKey, now: Instant) -> Option<Rc<Tunnel>> {
+        let slots = self.slots.borrow();
+        let slot = slots.get(key)?;
+        let Some(Ok(tunnel)) = slot.dialled.get() else { return None };
+        tunnel.is_usable().then(|| {
+            slot.used_at.set(now);
+            Rc::clone(tunnel)
+        })
+    }
+
     /// Forgets `tunnel`, so that the next who asks dials anew.
     pub(crate) fn forget(&self, key: &TunnelKey, tunnel: &Rc<Tunnel>) {
         let mut slots = self.slots.borrow_mut();

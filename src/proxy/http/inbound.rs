@@ -147,7 +147,7 @@ async fn exchange<D: Dial>(worker: &Rc<D>, stream: Stream, on_admitted: impl FnO
     inbox.push(rest.freeze());
     let read = read_head(&mut recv, &mut inbox);
     let block = within(state.limits.head, read).await.ok_or(ServeError::HeadTimeout)??;
-    let head = head::decode_request(block.clone()).map_err(ServeError::Head)?;
+    let head = head::decode_request(&block).map_err(ServeError::Head)?;
     let is_grpc = headers::is_grpc(&head.headers);
     let edge = state.edge(Reporter::Destination, peer.id.service(), Some(&local.service));
     let span = begin_span(state, local, &head, is_grpc);
@@ -580,7 +580,7 @@ async fn call<D: Dial>(
             Some(message) => message,
             // An app that said something has the request.
             None if repeatable && is_stale(error.error()) && interims.is_none_or(|interims| !interims.were_any()) => {
-                match head::decode_request(block.clone()) {
+                match head::decode_request(&block) {
                     Ok(head) => {
                         let mut again = build(head, TunnelBody::default(), local, added);
                         hear(&mut again);

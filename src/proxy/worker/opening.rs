@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::FutureExt as _;
 use tracing::warn;
 
 use super::{Caller, Source, Worker, within};
@@ -281,8 +282,16 @@ impl Worker {
         destination: &ServiceName,
         limit: Option<Duration>,
     ) -> Result<((quinn::SendStream, quinn::RecvStream), Rc<Tunnel>), Unopened> {
+        let begun = clock::now();
+        // Most times: a tunnel is open and has a stream.
+        if let Some(tunnel) = self.tunnels.opened(key, begun)
+            && tunnel.peer.scope.covers(destination.as_str())
+            && let Some(Ok(streams)) = tunnel.connection.open_bi().now_or_never()
+        {
+            return Ok((streams, tunnel));
+        }
         let patience = limit.map_or(WAIT_MAX, |limit| limit.min(WAIT_MAX));
-        let until = clock::now() + patience;
+        let until = begun + patience;
         let left = || until.saturating_duration_since(clock::now()).max(STREAM_WAIT_MIN.min(patience));
         let dialling = self.tunnel(key, destination);
         let dialled = match limit {
