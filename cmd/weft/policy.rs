@@ -385,10 +385,13 @@ pub(crate) fn read_config(args: &ConfigReadArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-/// `weft config list`: names and versions, and whether two contents of a version were signed.
+/// `weft config list`: names and versions, and whether two contents of a version were signed. What was deleted is listed only
+/// where that is so: somebody may think that it is there.
 pub(crate) fn list_config(args: &ConfigListArgs) -> Result<(), Failure> {
     let mut held = documents(&args.client)?;
+    let is = |one: &Value, what: &str| one.get(what).and_then(Value::as_bool) == Some(true);
     held.retain(|one| ["config", "intention"].contains(&field(one, "Kind").as_str()));
+    held.retain(|one| !is(one, "Deleted") || is(one, "Fork"));
     let wanted = |one: &Value| {
         let own = if field(one, "Kind") == "config" { field(one, "Name") } else { "service-intentions:".to_owned() };
         args.kind.as_ref().is_none_or(|kind| own.split(':').next() == Some(kind))
@@ -399,7 +402,7 @@ pub(crate) fn list_config(args: &ConfigListArgs) -> Result<(), Failure> {
         return Ok(());
     }
     let row = |one: &Value| {
-        let fork = if one.get("Fork").and_then(Value::as_bool) == Some(true) { " FORK" } else { "" };
+        let fork = if is(one, "Fork") { " FORK" } else { "" };
         let version = one.get("Version").map(ToString::to_string).unwrap_or_default() + fork;
         [
             field(one, "Kind"),
@@ -413,7 +416,7 @@ pub(crate) fn list_config(args: &ConfigListArgs) -> Result<(), Failure> {
     let rows: Vec<[String; 6]> = held.iter().map(row).collect();
     print!("{}", table::render(["Kind", "Name", "Version", "Signed by", "Until", "What"], &rows));
     warn_of_ends(&held);
-    for one in held.iter().filter(|one| one.get("Fork").and_then(Value::as_bool) == Some(true)) {
+    for one in held.iter().filter(|one| is(one, "Fork")) {
         eprintln!(
             "warning: two contents of {} were signed as one version; every node holds the same one of them. Write it anew, \
              and ask whether an operator's key is in two hands",

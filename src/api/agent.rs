@@ -6,7 +6,7 @@ use http::StatusCode;
 use prometheus::proto::MetricType;
 use serde_json::{Value, json};
 
-use super::call::{Call, Meta, Refusal, Reply, TEXT};
+use super::call::{Call, Meta, Refusal, Reply, TEXT, cut};
 use super::query::Blocking;
 use super::seam::{GossipOrder, RegistryOrder};
 use super::sift::{Member, Own};
@@ -276,7 +276,7 @@ fn noted(notes: &[String]) -> Reply {
     if notes.is_empty() {
         return Reply::Empty;
     }
-    Reply::Text { body: notes.join("\n") + "\n", content_type: TEXT }
+    Reply::Text { body: cut(notes.join("\n") + "\n"), content_type: TEXT }
 }
 
 /// `PUT /v1/agent/force-leave/:node`

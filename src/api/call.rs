@@ -14,8 +14,9 @@ use http::{HeaderMap, HeaderValue, StatusCode, header};
 use serde::Serialize;
 use tokio::sync::OwnedSemaphorePermit;
 
+use super::Shared;
+use super::held::{FREE_BYTES_MAX, ROOM_KIB_MAX, Room, WantsRoom};
 use super::query::Query;
-use super::{Shared, held};
 use crate::gossip::GossipError;
 use crate::registry::RegistryError;
 use crate::registry::definition::DefinitionError;
@@ -51,7 +52,7 @@ pub(super) enum Reply {
     Bytes { status: StatusCode, body: Vec<u8>, content_type: &'static str, meta: Meta },
     /// 200 with text that goes on until the client or the agent has enough.
     Stream { body: Body, content_type: &'static str },
-    /// An answer that holds room until it has left.
+    /// An answer whose room was taken before it was made.
     Held { reply: Box<Reply>, room: OwnedSemaphorePermit },
     /// A status that is the answer itself.
     Judged { status: StatusCode, body: Vec<u8>, content_type: &'static str },
@@ -104,33 +105,27 @@ impl Reply {
         Self::Bytes { status: StatusCode::NOT_FOUND, body: text.into().into_bytes(), content_type: TEXT, meta }
     }
 
-    pub(super) fn into_response(self, coding: Coding) -> Response {
-        self.respond(coding, None)
+    /// Makes the response; where `room` has none for it, one that says so.
+    pub(super) fn into_response(self, coding: Coding, room: &Room) -> Response {
+        self.respond(coding, None, room)
     }
 
-    fn respond(self, coding: Coding, room: Option<OwnedSemaphorePermit>) -> Response {
+    fn respond(self, coding: Coding, taken: Option<OwnedSemaphorePermit>, room: &Room) -> Response {
         let mut response = Response::new(Body::empty());
-        match self {
-            Self::Empty => {}
-            Self::Held { reply, room } => {
-                let mut response = reply.respond(coding, Some(room));
-                let bytes = http_body::Body::size_hint(response.body()).lower();
-                let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
-                response.extensions_mut().insert(held::HoldsRoom { bytes });
-                return response;
-            }
-            Self::Text { body, content_type } => {
-                response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
-                coding.write(&mut response, body.into_bytes(), room);
-            }
+        let body = match self {
+            Self::Empty => return response,
+            Self::Held { reply, room: taken } => return reply.respond(coding, Some(taken), room),
             Self::Stream { body, content_type } => {
                 response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
                 *response.body_mut() = body;
+                return response;
             }
             Self::Judged { status, body, content_type } => {
-                *response.status_mut() = status;
+                return judged(status, body, content_type, taken, room);
+            }
+            Self::Text { body, content_type } => {
                 response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
-                *response.body_mut() = Body::from(body);
+                coding.pack(&mut response, body.into_bytes())
             }
             Self::Bytes { status, body, content_type, meta } => {
                 *response.status_mut() = status;
@@ -140,17 +135,37 @@ impl Reply {
                 headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
                 headers.insert(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static("sandbox"));
                 meta.write(headers);
-                *response.body_mut() = body_of(body, room);
+                body
             }
             Self::Json { body, meta } => {
                 let headers = response.headers_mut();
                 headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
                 meta.write(headers);
-                coding.write(&mut response, body, room);
+                coding.pack(&mut response, body)
             }
+        };
+        match room.fill(&mut response, body, taken) {
+            Ok(()) => response,
+            Err(refusal) => refusal.into_response(),
         }
-        response
     }
+}
+
+/// Answers with a status that is the answer itself: it stays, whether or not there is room for `body`.
+fn judged(
+    status: StatusCode,
+    body: Vec<u8>,
+    content_type: &'static str,
+    taken: Option<OwnedSemaphorePermit>,
+    room: &Room,
+) -> Response {
+    let mut response = Response::new(Body::empty());
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
+    if let Err(refusal) = room.fill(&mut response, body, taken) {
+        response = refusal.into_response();
+    }
+    *response.status_mut() = status;
+    response
 }
 
 /// How an answer's body is written.
@@ -172,14 +187,13 @@ impl Coding {
         if lines.flat_map(|line| line.split(',')).any(takes) { Self::Gzip } else { Self::Identity }
     }
 
-    /// Makes `body` that of `response`, compressed if it is worth it; it holds `room` until it has left.
-    fn write(self, response: &mut Response, body: Vec<u8>, room: Option<OwnedSemaphorePermit>) {
+    /// Compresses `body` if it is worth it, and says so in `response`.
+    fn pack(self, response: &mut Response, body: Vec<u8>) -> Vec<u8> {
         if body.len() < GZIP_BYTES_MIN {
-            *response.body_mut() = body_of(body, room);
-            return;
+            return body;
         }
         response.headers_mut().insert(header::VARY, HeaderValue::from_static("Accept-Encoding"));
-        let body = match self {
+        match self {
             Self::Identity => body,
             Self::Gzip => {
                 response.headers_mut().insert(header::CONTENT_ENCODING, HeaderValue::from_static("gzip"));
@@ -188,15 +202,7 @@ impl Coding {
                 let written = encoder.write_all(&body).and_then(|()| encoder.finish());
                 written.expect("a vector takes what is written")
             }
-        };
-        *response.body_mut() = body_of(body, room);
-    }
-}
-
-fn body_of(bytes: Vec<u8>, room: Option<OwnedSemaphorePermit>) -> Body {
-    match room {
-        Some(room) => held::body(bytes, room),
-        None => Body::from(bytes),
+        }
     }
 }
 
@@ -205,11 +211,23 @@ fn body_of(bytes: Vec<u8>, room: Option<OwnedSemaphorePermit>) -> Body {
 pub(super) struct Refusal {
     pub(super) status: StatusCode,
     pub(super) text: String,
+    /// The answer for which there was no room, in bytes; none where it is refused for another reason.
+    wants_bytes: Option<usize>,
 }
 
 impl Refusal {
     pub(super) fn new(status: StatusCode, text: impl Into<String>) -> Self {
-        Self { status, text: text.into() }
+        Self { status, text: text.into(), wants_bytes: None }
+    }
+
+    /// 429: answers that others read fill the room for them, and one of `bytes` is to wait.
+    pub(super) fn without_room(bytes: usize) -> Self {
+        let text = format!(
+            "no room for an answer of {bytes} bytes: {} MiB of answers wait for clients that read slowly; ask again in a \
+             second, or for less of it (a filter, a narrower prefix, gzip)",
+            ROOM_KIB_MAX / 1024
+        );
+        Self { wants_bytes: Some(bytes), ..Self::new(StatusCode::TOO_MANY_REQUESTS, text) }
     }
 
     /// 400
@@ -228,12 +246,29 @@ impl Refusal {
     }
 
     pub(super) fn into_response(self) -> Response {
-        let mut response = Response::new(Body::from(self.text));
+        let mut response = Response::new(Body::from(cut(self.text)));
         *response.status_mut() = self.status;
         response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(TEXT));
+        if let Some(bytes) = self.wants_bytes {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+            response.extensions_mut().insert(WantsRoom { bytes });
+        }
         response
     }
 }
+
+/// Cuts a text that may repeat what a client sent, which is up to 1 MiB: it needs no room then.
+pub(super) fn cut(mut text: String) -> String {
+    if text.len() > FREE_BYTES_MAX {
+        text.truncate(text.floor_char_boundary(FREE_BYTES_MAX - CUT.len()));
+        text.push_str(CUT);
+        text.shrink_to_fit();
+    }
+    text
+}
+
+/// Ends a text that was cut.
+const CUT: &str = " ...\n";
 
 /// The content type of errors and other text.
 pub(super) const TEXT: &str = "text/plain; charset=utf-8";

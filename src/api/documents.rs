@@ -104,6 +104,7 @@ fn document(view: &DocumentView) -> Value {
         "Says": view.says,
         "Reason": view.reason,
         "Fork": view.is_forked,
+        "Deleted": view.is_deletion(),
     });
     merge(&mut shape, rest);
     shape

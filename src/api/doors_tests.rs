@@ -17,7 +17,7 @@ use rustls::{ClientConfig, RootCertStore};
 use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpStream, UnixStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinSet;
 use tokio_rustls::TlsConnector;
 use tokio_util::sync::CancellationToken;
@@ -375,6 +375,32 @@ async fn an_answer_that_holds_room_is_taken_at_a_pace_or_given_up_and_others_may
     assert!(of_held < LONG_BYTES, "all of it was read");
     drop(in_time(places.acquire()).await.unwrap());
     assert!(of_others > LONG_BYTES, "cut after {of_others} bytes");
+}
+
+#[tokio::test]
+async fn an_answer_that_is_taken_at_its_pace_keeps_its_seat_though_it_waits_for_its_client() {
+    // Some 6 MiB a second are taken, and two are enough.
+    let (stalled_after, stalled_max) = (Duration::from_secs(1), Duration::from_secs(5));
+    let limits = serve::Limits { stalled_after, stalled_max, taken_min: 10 << 20, ..seats(1) };
+    let (listening, stop) = (serve::bind(&on_loopback(None), None).await.unwrap(), CancellationToken::new());
+    let addr = listening.addrs[0];
+    let mut server = JoinSet::new();
+    let (begun, body) = (Arc::new(Notify::new()), vec![b'x'; LONG_BYTES]);
+    let answers = Arc::clone(&begun);
+    let router = Router::new().fallback(move || {
+        answers.notify_one();
+        std::future::ready(body.clone())
+    });
+    server.spawn(serve::run(listening, router, limits, stop.clone()));
+    let slow = TcpStream::connect(addr).await.unwrap();
+    let mut newcomer = JoinSet::new();
+    newcomer.spawn(async move {
+        begun.notified().await;
+        asked(TcpStream::connect(addr).await.unwrap(), "/").await.len()
+    });
+    let count = read_slowly(slow).await;
+    assert!(count > LONG_BYTES, "cut after {count} bytes");
+    assert!(in_time(newcomer.join_next()).await.unwrap().unwrap() > LONG_BYTES);
 }
 
 #[tokio::test]

@@ -16,6 +16,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use super::held::Room;
 use super::index::ListIndexes;
 use super::meter::Meter;
 use super::near::Distances;
@@ -201,7 +202,8 @@ pub(super) struct Bench {
     pub(super) registry: Arc<FakeRegistry>,
     pub(super) members: Arc<FakeMembers>,
     pub(super) records: Arc<FakeRecords>,
-    pub(super) kv_answers: Arc<tokio::sync::Semaphore>,
+    /// KiB.
+    pub(super) room: Arc<tokio::sync::Semaphore>,
     pub(super) publisher: Publisher,
     pub(super) identity: Arc<Identity>,
     pub(super) leave: CancellationToken,
@@ -260,7 +262,9 @@ impl Bench {
         let (metrics, identity) = (Metrics::new(), identity());
         let config = ApiConfig { listen: Vec::new(), https: None, socket: None, tokens, names: Vec::new() };
         let node = node_facts();
-        let kv_answers = Arc::new(tokio::sync::Semaphore::new(super::kv::ANSWERS_KIB_MAX));
+        let meter = Meter::new(&metrics).unwrap();
+        let room = Arc::new(Room::new(meter.answers_refused.clone()));
+        let places = Arc::clone(room.places());
         let shared = Shared {
             guard: guard::Guard::new(&config, &node.name),
             defaults_ip: "127.0.0.7".parse().unwrap(),
@@ -281,13 +285,13 @@ impl Bench {
                 let text = str::to_owned;
                 vec![ListenerState { bind: text("127.0.0.1:9191"), destination: text("db"), state: text("listening") }]
             }),
-            meter: Meter::new(&metrics).unwrap(),
+            meter,
             metrics: metrics.clone(),
             node,
             indexes: ListIndexes::default(),
             watchers: Watchers::default(),
             distances: Distances::default(),
-            kv_answers: Arc::clone(&kv_answers),
+            room,
             blocking_queries_max,
             leave: leave.clone(),
             stop: stop.clone(),
@@ -302,7 +306,7 @@ impl Bench {
             registry,
             members,
             records,
-            kv_answers,
+            room: places,
             publisher,
             identity,
             leave,

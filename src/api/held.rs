@@ -1,13 +1,30 @@
-//! A body that holds its room until it has left: the permit goes with the bytes, piece by piece, to whoever writes them out.
-//! The answer says so ([`HoldsRoom`]): its client must take it at a pace of its own (`serve`).
+//! Room for answers on their way: what waits for a slow reader is bounded in sum, over all connections.
+//!
+//! An answer of more than [`FREE_BYTES_MAX`] takes room for its bytes as they leave; where there is none it is refused. The body
+//! holds its room until it has left: the permit goes with the bytes, piece by piece, to whoever writes them out. The answer says
+//! so ([`HoldsRoom`]): its client must take it at a pace, and where another is refused for want of room ([`WantsRoom`]), those
+//! who are behind are given up first (`serve`).
 
 use std::convert::Infallible;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use axum::body::Body;
+use axum::response::Response;
 use bytes::Bytes;
-use tokio::sync::OwnedSemaphorePermit;
+use prometheus::IntCounter;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tracing::warn;
+
+use super::call::Refusal;
+use crate::clock;
+use crate::hearsay::Seldom;
+
+/// Most bytes of answers that hold room at once, in KiB: 128 MiB.
+pub(super) const ROOM_KIB_MAX: usize = 128 * 1024;
+/// Longest answer that holds no room, in bytes, as it leaves: half of what a connection may buffer anyway.
+pub(super) const FREE_BYTES_MAX: usize = 16 * 1024;
 
 /// Bytes that are handed over at once. A writer keeps or copies what it was handed: the rest holds the room meanwhile.
 const PIECE_BYTES: usize = 16 * 1024;
@@ -17,6 +34,76 @@ const PIECE_BYTES: usize = 16 * 1024;
 pub(super) struct HoldsRoom {
     /// Of the body as it leaves.
     pub(super) bytes: usize,
+}
+
+/// Marks an answer, among its extensions, that stands in the place of one for which there was no room.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct WantsRoom {
+    /// Of the answer that was refused.
+    pub(super) bytes: usize,
+}
+
+/// Where answers take their room.
+#[derive(Debug)]
+pub(super) struct Room {
+    /// KiB.
+    places: Arc<Semaphore>,
+    refused: IntCounter,
+    told: Seldom,
+}
+
+impl Room {
+    /// Makes room for [`ROOM_KIB_MAX`]; counts in `refused` who gets none.
+    pub(super) fn new(refused: IntCounter) -> Self {
+        Self { places: Arc::new(Semaphore::new(ROOM_KIB_MAX)), refused, told: Seldom::default() }
+    }
+
+    /// Takes room for an answer of `bytes` until the permit is dropped. One that is larger than all there is takes all.
+    ///
+    /// # Errors
+    /// 429; a line of the log says so once a minute.
+    pub(super) fn take(&self, bytes: usize) -> Result<OwnedSemaphorePermit, Refusal> {
+        let kib = u32::try_from(bytes.div_ceil(1024).clamp(1, ROOM_KIB_MAX)).unwrap_or(u32::MAX);
+        Arc::clone(&self.places).try_acquire_many_owned(kib).map_err(|_| {
+            self.refused.inc();
+            if let Some(left_out) = self.told.due(clock::now()) {
+                let mib_max = ROOM_KIB_MAX / 1024;
+                warn!(bytes, mib_max, left_out, "refused an answer of the HTTP API: others wait for slow clients");
+            }
+            Refusal::without_room(bytes)
+        })
+    }
+
+    /// What takes the room, for tests that look at it.
+    #[cfg(test)]
+    pub(super) fn places(&self) -> &Arc<Semaphore> {
+        &self.places
+    }
+
+    /// Makes `bytes` the body of `response`. They hold `taken`, or else take room here unless they are few.
+    ///
+    /// # Errors
+    /// As [`Self::take`].
+    pub(super) fn fill(
+        &self,
+        response: &mut Response,
+        mut bytes: Vec<u8>,
+        taken: Option<OwnedSemaphorePermit>,
+    ) -> Result<(), Refusal> {
+        if taken.is_none() && bytes.len() <= FREE_BYTES_MAX {
+            *response.body_mut() = Body::from(bytes);
+            return Ok(());
+        }
+        let taken = match taken {
+            Some(taken) => taken,
+            None => self.take(bytes.len())?,
+        };
+        // A writer's vector is up to twice as large as what is in it.
+        bytes.shrink_to_fit();
+        response.extensions_mut().insert(HoldsRoom { bytes: bytes.len() });
+        *response.body_mut() = body(bytes, taken);
+        Ok(())
+    }
 }
 
 /// Makes a body of `bytes` that gives `room` back when the last of it was written or dropped.
@@ -68,11 +155,8 @@ impl http_body::Body for Pieces {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use http_body::Body as _;
     use http_body_util::BodyExt as _;
-    use tokio::sync::Semaphore;
 
     use super::*;
 

@@ -1,12 +1,9 @@
 //! `/v1/kv/…`: keys and values, where `kv { enabled = true }`. The last writer wins; what needs one order of writes is refused.
 
-use std::sync::Arc;
-
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use http::StatusCode;
 use serde_json::{Value, json};
-use tokio::sync::OwnedSemaphorePermit;
 
 use super::call::{Call, Meta, Refusal, Reply};
 use super::query::ReadOptions;
@@ -17,22 +14,8 @@ use crate::lww::{Body, Row, Scope};
 /// What a value is sent as: a browser must neither run nor guess it.
 const RAW: &str = "application/octet-stream";
 
-/// Most bytes of rows whose answers are made, or on their way, at once, in KiB: 64 MiB.
-pub(super) const ANSWERS_KIB_MAX: usize = 64 * 1024;
 /// What a row costs beside its key and value in an answer, in bytes.
 const ROW_BYTES: usize = 256;
-
-/// Takes room for an answer of `bytes`, until it has left. One that is larger than all the room is made alone.
-fn take_room(call: &Call, bytes: usize) -> Result<OwnedSemaphorePermit, Refusal> {
-    let kib = u32::try_from(bytes.div_ceil(1024).clamp(1, ANSWERS_KIB_MAX)).unwrap_or(u32::MAX);
-    Arc::clone(&call.shared.kv_answers).try_acquire_many_owned(kib).map_err(|_| {
-        let text = format!(
-            "too many answers with keys and values are under way: {} MiB; ask again, or for a narrower prefix",
-            ANSWERS_KIB_MAX / 1024
-        );
-        Refusal::new(StatusCode::TOO_MANY_REQUESTS, text)
-    })
-}
 
 /// `GET /v1/kv/:key`
 pub(super) async fn get(call: Call) -> Result<Reply, Refusal> {
@@ -50,9 +33,15 @@ pub(super) async fn get(call: Call) -> Result<Reply, Refusal> {
         let (status, body) = (StatusCode::NOT_FOUND, Vec::new());
         return Ok(Reply::Bytes { status, body, content_type: super::call::TEXT, meta });
     }
-    let value_bytes = |row: &Row| if keys { 0 } else { row.body.as_ref().map_or(0, |body| body.value.len()) };
+    // In JSON four bytes stand for three of a value.
+    let value_bytes = |row: &Row| match row.body.as_ref().map_or(0, |body| body.value.len()) {
+        _ if keys => 0,
+        bytes if raw => bytes,
+        bytes => bytes.div_ceil(3) * 4,
+    };
     let bytes: usize = answer.rows.iter().map(|(name, row)| ROW_BYTES + name.len() + value_bytes(row)).sum();
-    let room = take_room(&call, bytes)?;
+    // Before it is made: there may be 16 MiB of it, and more where the configuration says so.
+    let room = call.shared.room.take(bytes)?;
     let reply = if keys {
         let separator = call.query.first("separator").unwrap_or_default();
         let names = answer.rows.iter().map(|(name, _)| &**name);
@@ -152,6 +141,7 @@ fn shape(name: &str, row: &Row) -> Value {
 #[cfg(test)]
 mod tests {
     use super::super::fake::Bench;
+    use super::super::held::ROOM_KIB_MAX;
     use super::*;
     use http::Method;
 
@@ -237,7 +227,7 @@ mod tests {
         for _ in 0..3 {
             assert_eq!(bench.get("/v1/kv/?recurse").await.status, StatusCode::OK);
         }
-        bench.kv_answers.forget_permits(ANSWERS_KIB_MAX);
+        bench.room.forget_permits(ROOM_KIB_MAX);
         let refused = bench.get("/v1/kv/?recurse").await;
         assert_eq!(refused.status, StatusCode::TOO_MANY_REQUESTS);
         assert!(refused.text.contains("narrower prefix"), "{}", refused.text);
@@ -249,10 +239,10 @@ mod tests {
         bench.put("/v1/kv/a", &"x".repeat(100 * 1024)).await;
         for query in ["recurse", "raw"] {
             let answer = bench.open(&format!("/v1/kv/a?{query}")).await;
-            let left = bench.kv_answers.available_permits();
-            assert!(left + 100 <= ANSWERS_KIB_MAX, "{query}: {left} while nobody has read it");
+            let left = bench.room.available_permits();
+            assert!(left + 100 <= ROOM_KIB_MAX, "{query}: {left} while nobody has read it");
             drop(answer);
-            assert_eq!(bench.kv_answers.available_permits(), ANSWERS_KIB_MAX, "{query}");
+            assert_eq!(bench.room.available_permits(), ROOM_KIB_MAX, "{query}");
         }
     }
 

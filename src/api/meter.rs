@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use http::StatusCode;
-use prometheus::{Histogram, HistogramOpts, IntCounterVec, IntGauge, Opts};
+use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts};
 
 use crate::metrics::Metrics;
 
@@ -17,6 +17,8 @@ pub(super) struct Meter {
     duration: Histogram,
     /// Blocking queries that wait.
     pub(super) blocking: IntGauge,
+    /// Answers for which there was no room.
+    pub(super) answers_refused: IntCounter,
 }
 
 impl Meter {
@@ -29,10 +31,13 @@ impl Meter {
         );
         let duration = duration.buckets(BUCKETS_SECONDS.to_vec());
         let blocking = Opts::new("weft_api_blocking_queries", "Blocking queries that wait for a change.");
+        let refused = "Answers of the HTTP API that were refused: others that wait for slow clients filled their room.";
+        let refused = Opts::new("weft_api_answers_refused_total", refused);
         Ok(Self {
             requests: metrics.add(IntCounterVec::new(requests, &["endpoint", "code"])?)?,
             duration: metrics.add(Histogram::with_opts(duration)?)?,
             blocking: metrics.add(IntGauge::with_opts(blocking)?)?,
+            answers_refused: metrics.add(IntCounter::with_opts(refused)?)?,
         })
     }
 

@@ -288,6 +288,8 @@ impl Api {
         let listening = serve::bind(&config, tls).await?;
         let authority: Arc<dyn Authority> = Arc::<Identity>::clone(&identity);
         let certificates: Certificates = Arc::new(move || CertificateFacts::read(&identity));
+        let meter = Meter::new(&metrics).map_err(ApiError::Metrics)?;
+        let room = Arc::new(held::Room::new(meter.answers_refused.clone()));
         let shared = Shared {
             guard: guard::Guard::new(&config, &node.name),
             defaults_ip: params.upstream_ip,
@@ -303,13 +305,13 @@ impl Api {
             policy_writes: tokio::sync::Mutex::new(()),
             inspect,
             reload,
-            meter: Meter::new(&metrics).map_err(ApiError::Metrics)?,
+            meter,
             metrics,
             node,
             indexes: ListIndexes::default(),
             watchers: Watchers::default(),
             distances: Distances::default(),
-            kv_answers: Arc::new(tokio::sync::Semaphore::new(kv::ANSWERS_KIB_MAX)),
+            room,
             blocking_queries_max: BLOCKING_QUERIES_MAX,
             leave: params.shutdown,
             stop: params.stop.clone(),
@@ -347,8 +349,8 @@ struct Shared {
     indexes: ListIndexes,
     watchers: Watchers,
     distances: Distances,
-    /// Room for answers with keys and values, in KiB.
-    kv_answers: Arc<tokio::sync::Semaphore>,
+    /// Of answers on their way.
+    room: Arc<held::Room>,
     blocking_queries_max: usize,
     leave: CancellationToken,
     stop: CancellationToken,

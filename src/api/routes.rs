@@ -212,9 +212,10 @@ async fn answer(shared: Arc<Shared>, path: &'static str, request: Request) -> Re
     };
     let coding = Coding::of(&parts.headers);
     let peer = parts.extensions.get::<Peer>().map(|peer| peer.0);
+    let room = Arc::clone(&shared.room);
     let call = Call { shared, query, headers: parts.headers, peer, argument, body };
     query::refuse_unknown_places(&call, path)?;
-    Ok((route.handler)(call).await?.into_response(coding))
+    Ok((route.handler)(call).await?.into_response(coding, &room))
 }
 
 /// Checks token, Host and Origin; returns the query.

@@ -8,7 +8,8 @@
 //! answer has left. So thousands that only sit there, or send a head byte by byte, keep nobody out; a blocking query, a
 //! monitor and an answer that is being read keep their seat. A client that takes next to nothing of its answer for a while, or
 //! whose request's body does not come, has a seat only as long as nobody else needs it; an answer that is taken more slowly
-//! than [`Limits`] says is given up, for it holds memory, and one of `held` room as well.
+//! than [`Limits`] says is given up, for it holds memory, and one that holds room (`held`) is taken at a greater pace, and
+//! given up sooner where another finds none.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -36,7 +37,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use super::guard::{Arrival, Peer};
-use super::held::HoldsRoom;
+use super::held::{HoldsRoom, WantsRoom};
 use super::{ApiConfig, ApiError, BLOCKING_QUERIES_MAX};
 use crate::clock;
 use crate::unix_socket;
@@ -67,7 +68,8 @@ pub(super) struct Limits {
     /// whoever takes none.
     pub(super) taken_min: usize,
     /// The same of an answer that holds room (`held`): 4 MiB, of 60 s, and half of the answer at least. So whatever its size,
-    /// room is held for two such times at most, if an answer waits for its client throughout.
+    /// room is held for two such times at most, if an answer waits for its client throughout. Who is behind after
+    /// `stalled_after` holds it until somebody finds none.
     pub(super) held_taken_min: usize,
     /// A request whose body has not come whole this long after it was first missed gives its seat up likewise: 2 s, for a
     /// MiB comes sooner.
@@ -258,6 +260,9 @@ where
             answer.map(|answer| {
                 let held_bytes = answer.extensions().get::<HoldsRoom>().map_or(0, |held| held.bytes);
                 busy.0.held_bytes.store(held_bytes, Ordering::Relaxed);
+                if let Some(WantsRoom { bytes }) = answer.extensions().get() {
+                    busy.0.seats.make_room(*bytes);
+                }
                 answer.map(|body| Answer { body, busy })
             })
         }
@@ -499,6 +504,8 @@ struct Idle {
     /// Grows by one with each that becomes idle.
     next: u64,
     seats: BTreeMap<u64, CancellationToken>,
+    /// Those whose client is behind with an answer that holds room: how many bytes of it.
+    holders: BTreeMap<u64, usize>,
     /// Newcomers that wait for a place.
     waiting: usize,
 }
@@ -510,6 +517,20 @@ impl Seats {
 
     fn idle(&self) -> MutexGuard<'_, Idle> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives up answers that hold room and whose clients are behind, those that are so for longest first, until `bytes` of
+    /// them go. Who was refused finds room when it asks again.
+    fn make_room(&self, bytes: usize) {
+        let mut idle = self.idle();
+        let mut going = 0;
+        while going < bytes {
+            let Some((number, held_bytes)) = idle.holders.pop_first() else { return };
+            going = held_bytes.saturating_add(going);
+            if let Some(given_up) = idle.seats.remove(&number) {
+                given_up.cancel();
+            }
+        }
     }
 
     /// Takes a place; where none is free the connection that is idle for longest is closed, where none is idle the next one
@@ -573,7 +594,7 @@ struct Seat {
     unflushed: AtomicBool,
     /// There is no more of the answer for the time being: it is made as it goes.
     is_dry: AtomicBool,
-    /// The size of an answer that keeps others from being made; 0 of others.
+    /// The size of an answer that holds room, until it has left; 0 of others.
     held_bytes: AtomicUsize,
     /// Its number among the idle ones; none while a request is under way.
     number: Mutex<Option<u64>>,
@@ -593,12 +614,14 @@ impl Seat {
         let mut idle = self.seats.idle();
         if let Some(number) = self.number.lock().unwrap_or_else(PoisonError::into_inner).take() {
             idle.seats.remove(&number);
+            idle.holders.remove(&number);
         }
     }
 
     /// Makes the connection idle once nothing is under way and everything has left.
     fn settle(&self) {
         if self.requests.load(Ordering::Relaxed) == 0 && !self.unflushed.load(Ordering::Relaxed) {
+            self.held_bytes.store(0, Ordering::Relaxed);
             self.rest();
         }
     }
@@ -621,8 +644,13 @@ impl Seat {
     fn rest_among(&self, idle: &mut Idle) {
         let mut own = self.number.lock().unwrap_or_else(PoisonError::into_inner);
         if own.is_none() {
-            *own = Some(idle.next);
-            idle.seats.insert(idle.next, self.given_up.clone());
+            let number = idle.next;
+            *own = Some(number);
+            idle.seats.insert(number, self.given_up.clone());
+            let held_bytes = self.held_bytes.load(Ordering::Relaxed);
+            if held_bytes > 0 {
+                idle.holders.insert(number, held_bytes);
+            }
             idle.next += 1;
         }
     }

@@ -75,6 +75,8 @@ impl Rule {
 
 const LABEL_ALLOWED: &str = "letters, digits, `-`, `_` and `.`, beginning with a letter or digit";
 
+const ID_ALLOWED: &str = "printable characters but white space: write `-` or `_` in its place";
+
 fn is_label(c: char) -> bool {
     c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.')
 }
@@ -183,7 +185,7 @@ name!(
     Rule {
         what: "service ID",
         bytes_max: ID_BYTES_MAX,
-        allowed: "printable characters without white space",
+        allowed: ID_ALLOWED,
         is_allowed: is_printable,
         starts_with: is_printable
     }
@@ -194,7 +196,7 @@ name!(
     Rule {
         what: "check ID",
         bytes_max: ID_BYTES_MAX,
-        allowed: "printable characters without white space",
+        allowed: ID_ALLOWED,
         is_allowed: is_printable,
         starts_with: is_printable
     }
@@ -232,6 +234,8 @@ mod tests {
         check("a b", "' '");
         check("-a", "'-'");
         check("ä", "'ä'");
+        let spaced = "web 1".parse::<InstanceId>().unwrap_err().to_string();
+        assert!(spaced.contains("`web 1` has the character ' '") && spaced.contains("write `-` or `_`"), "{spaced}");
         check(&"a".repeat(64), "has 64 bytes; at most 63");
         assert!("Prod".parse::<TrustDomain>().is_err());
     }

@@ -383,9 +383,13 @@ fn route(worker: &Worker, addr: SocketAddr) -> Option<(Route, Parse)> {
         let parse = if protocol.is_http() { Parse::Http } else { Parse::Bytes };
         return Some((Route::Service(caller_of(upstream)), parse));
     }
+    of_gateway(&snapshot, addr)
+}
+
+/// Finds where a gateway's port leads; nowhere once it is about to be closed.
+fn of_gateway(snapshot: &Snapshot, addr: SocketAddr) -> Option<(Route, Parse)> {
     let port = snapshot.gateway_ports().find(|port| port.bind == addr)?;
-    // The port is about to be closed.
-    if unfit(&snapshot, port.listener).is_some() {
+    if unfit(snapshot, port.listener).is_some() {
         return None;
     }
     let gateway = port.gateway.clone();
@@ -440,7 +444,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::catalogue::ServiceEntry;
+    use crate::catalogue::{LocalGateway, LocalView, ServiceEntry};
     use crate::traffic::{Entries, Ready, Traffic};
 
     /// A catalogue in which `web` is registered with this protocol, if at all, and these entries are in force.
@@ -488,6 +492,22 @@ mod tests {
         check((Some(Tcp), None), Some(Http), Some(Http));
         check((Some(Tcp), Some("tcp")), Some(Http), Some(Tcp));
         check((Some(Udp), None), Some(Http), Some(Udp));
+    }
+
+    #[test]
+    fn a_connection_to_a_gateway_s_port_for_bytes_goes_nowhere_once_its_service_takes_requests() {
+        let port: SocketAddr = ([127, 0, 0, 1], 7000).into();
+        let edge =
+            || ("ingress-gateway", "edge", json!({"Listeners": [{"Port": 7000, "Services": [{"Name": "web"}]}]}));
+        for (protocol, leads) in [(Protocol::Tcp, true), (Protocol::Http, false), (Protocol::Grpc, false)] {
+            let mut snapshot = snapshot(Some(protocol), &[edge()]);
+            let gateways = vec![LocalGateway { service: "edge".parse().unwrap(), ip: port.ip() }];
+            snapshot.local = Arc::new(LocalView { gateways, ..LocalView::default() });
+            // Its listener may not have been closed yet.
+            let found = of_gateway(&snapshot, port);
+            assert_eq!(matches!(found, Some((Route::Service(_), Parse::Bytes))), leads, "{protocol:?}");
+            assert_eq!(found.is_some(), leads, "{protocol:?}");
+        }
     }
 
     #[test]

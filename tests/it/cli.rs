@@ -2,9 +2,10 @@
 //! Consul says.
 
 use std::fs;
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::net::UnixListener;
 use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use tempfile::TempDir;
 
@@ -76,18 +77,42 @@ fn against(answers: &[&str], words: &[&str]) -> (String, Vec<String>) {
     asked(answers, |at| weft_ok(&[words, &[at]].concat()))
 }
 
-/// Runs `run` with the flag that leads to a stand-in as of [`against`]; returns what it made of it, and the requests.
+/// Runs `run` with the flag that leads to a stand-in as of [`against`]; returns what it made of it, and the requests: fewer
+/// than there are answers where it asked for less.
 pub(crate) fn asked<R>(answers: &[&str], run: impl FnOnce(&str) -> R) -> (R, Vec<String>) {
     let listener = TcpListener::bind((loopback_ip(230), 0)).unwrap();
-    let at = format!("-http-addr={}", listener.local_addr().unwrap());
+    let addr = listener.local_addr().unwrap();
+    let is_over = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let seen = scope.spawn(|| {
-            let serve = |answer: &&str| serve_once(&mut listener.accept().unwrap().0, answer);
-            answers.iter().map(serve).collect::<Vec<String>>()
+            let mut seen = Vec::new();
+            for answer in answers {
+                let mut stream = listener.accept().unwrap().0;
+                if is_over.load(Ordering::SeqCst) {
+                    break;
+                }
+                seen.push(serve_once(&mut stream, answer));
+            }
+            seen
         });
-        let out = run(&at);
+        let over = Over { is_over: &is_over, addr };
+        let out = run(&format!("-http-addr={addr}"));
+        drop(over);
         (out, seen.join().unwrap())
     })
+}
+
+/// Ends a stand-in that may still wait for a request, also where the verb fails the test.
+struct Over<'a> {
+    is_over: &'a AtomicBool,
+    addr: SocketAddr,
+}
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.is_over.store(true, Ordering::SeqCst);
+        drop(TcpStream::connect(self.addr));
+    }
 }
 
 #[test]

@@ -8,7 +8,7 @@ use tempfile::TempDir;
 
 use crate::agent::{WEFT, path, weft, weft_ok};
 use crate::cli::{alone, alone_with, asked, assert_says, stderr};
-use crate::netns_policy::DENY;
+use crate::netns_policy::{DENY, operator};
 
 /// Runs a verb whose standard output leads to `out`.
 #[track_caller]
@@ -140,4 +140,35 @@ fn a_service_s_intentions_are_written_as_one_entry_by_an_agent_that_signs() {
     let refused = weft(&["config", "write", "-out", path(&dir.path().join("out")), path(&file)]);
     assert_eq!(refused.status.code(), Some(1));
     assert_says(&stderr(&refused), &["weft intention create"]);
+}
+
+#[test]
+fn what_was_deleted_is_listed_only_where_two_contents_of_it_were_signed() {
+    let (ca, _agent, at) = alone_with(242, &[DENY]);
+    let alice = operator(&ca, "alice", "intentions,config");
+    let signed = ["-operator", path(&alice), &at];
+    let dir = TempDir::new().unwrap();
+    for name in ["web", "db"] {
+        let file = dir.path().join(format!("{name}.hcl"));
+        fs::write(&file, format!("Kind = \"service-defaults\"\nName = \"{name}\"\nProtocol = \"http\"\n")).unwrap();
+        weft_ok(&[&["config", "write", path(&file)], &signed[..]].concat());
+        weft_ok(&[&["intention", "create", "caller", name], &signed[..]].concat());
+    }
+    weft_ok(&[&["config", "delete", "-kind=service-defaults", "-name=db"], &signed[..]].concat());
+    weft_ok(&[&["intention", "delete", "caller", "db"], &signed[..]].concat());
+    let listed = weft_ok(&["config", "list", &at]);
+    assert_says(&listed, &["service-defaults:web  1", "caller:web", "caller -> web: allow"]);
+    assert!(!listed.contains("db"), "{listed}");
+    let json = weft_ok(&["config", "list", "-format=json", &at]);
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    let names: Vec<&str> = json.as_array().unwrap().iter().map(|one| one["Name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["caller:web", "service-defaults:web"]);
+    // The deletions are there, as documents.
+    let all = weft_ok(&["document", "list", &at]);
+    assert_eq!(all.matches("deleted").count(), 2, "{all}");
+
+    let forked = r#"{"Documents":[{"Kind":"config","Name":"service-defaults:web","Version":3,"Fork":true,"Deleted":true,"Says":["deleted"]}]}"#;
+    let (out, _) = asked(&[forked], |at| weft(&["config", "list", at]));
+    assert_says(&String::from_utf8_lossy(&out.stdout), &["service-defaults:web", "3 FORK", "deleted"]);
+    assert_says(&stderr(&out), &["two contents of service-defaults:web"]);
 }

@@ -359,6 +359,16 @@ mod tests {
         assert_eq!(actor.show_at(), None);
     }
 
+    #[tokio::test]
+    async fn a_member_that_comes_is_watched_from_when_it_is_shown() {
+        let mut lone = Lone::new();
+        assert_eq!(lone.actor.beat.at(), None, "there is nobody to watch");
+        let _peer = lone.peer("peer");
+        lone.actor.show_what_changed(clock::now());
+        assert_eq!(lone.members.borrow().members.len(), 2);
+        assert!(lone.actor.beat.at().is_some(), "its port is asked at each beat");
+    }
+
     #[test]
     fn what_a_node_brings_about_at_will_is_told_shortly() {
         let names: Vec<ServiceName> = (0..1000).map(|number| format!("s{number}").parse().unwrap()).collect();

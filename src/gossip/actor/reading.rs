@@ -166,6 +166,39 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_peer_s_streams_are_served_so_many_at_once_and_the_next_when_one_ends() {
+        let pair = pair().await;
+        let peer: NodeName = "insider".parse().unwrap();
+        let (inputs, mut queue) = mpsc::channel(4 * PLACES);
+        let metrics = GossipMetrics::new(&Metrics::new()).unwrap();
+        let desks = Desks { documents: documents::queue().0, shared: shared::queue().0 };
+        let share = Shares::default().of(&peer, clock::now());
+        let mut tasks = JoinSet::new();
+        let (reader, listener) = (Reader { share, inputs, desks, metrics }, pair.listener.clone());
+        tasks.spawn(async move { drop(read_connection(peer, listener, reader).await) });
+        // Packets that begin and do not end.
+        let mut begun = Vec::new();
+        for _ in 0..STREAMS_PER_PEER_MAX {
+            let mut stream = pair.dialer.open_uni().await.unwrap();
+            stream.write_all(&[0]).await.unwrap();
+            begun.push(stream);
+        }
+        send_on_stream(&pair.dialer, &[1, 2]).await.unwrap();
+        wait(|| pair.listener.stats().frame_rx.stream > STREAMS_PER_PEER_MAX as u64).await;
+        // Each of them is a turn in which a stream would be taken as well.
+        for _ in 0..50 {
+            pair.dialer.send_datagram(vec![3].into()).unwrap();
+            let input = queue.recv().await;
+            assert!(matches!(&input, Some(Input::Packet { packet, .. }) if **packet == [3]), "{input:?}");
+        }
+        begun.remove(0).reset(0_u32.into()).unwrap();
+        let ended = queue.recv().await;
+        assert!(matches!(ended, Some(Input::Unreadable { .. })), "{ended:?}");
+        let next = queue.recv().await;
+        assert!(matches!(&next, Some(Input::Packet { packet, .. }) if **packet == [1, 2]), "{next:?}");
+    }
+
+    #[tokio::test]
     async fn a_peer_is_read_at_its_pace_by_datagrams_and_by_streams() {
         for is_datagram in [true, false] {
             let pair = pair().await;

@@ -166,6 +166,11 @@ impl DocumentView {
         matches!(self.body, DocumentBody::Intention(Some(_)) | DocumentBody::Config(Some(_)))
     }
 
+    /// Whether it takes an intention or a config entry back.
+    pub fn is_deletion(&self) -> bool {
+        matches!(self.body, DocumentBody::Intention(None) | DocumentBody::Config(None))
+    }
+
     /// How near its end is, by the life of its signer's certificate.
     pub fn notice(&self, now: UnixSeconds) -> Notice {
         notice(self.signer_begins, self.not_after, now)

@@ -142,6 +142,25 @@ fn a_late_wake_up_postpones_sentences_by_the_lateness() {
     assert_eq!(own, 0);
 }
 
+#[test]
+fn a_check_that_was_under_way_when_its_node_stopped_accuses_nobody_at_the_moment_of_waking() {
+    let mut mesh = Mesh::joined(3, 5);
+    mesh.pass(2 * SECOND);
+    let (begun, core) = (mesh.now, mesh.at(0));
+    assert!(core.suspicions.is_empty());
+    core.check(&name(1), begun);
+    core.handle_timeout(begun + 9 * SECOND);
+    assert!(core.suspicions.is_empty(), "the answer may lie in its socket");
+    assert!(core.checks.targets().any(|target| *target == name(1)), "it goes on with the time that it had left");
+    // Who says nothing in that time either is accused.
+    let due = begun + 14 * SECOND;
+    while core.suspicions.is_empty() && core.poll_timeout() <= due {
+        core.handle_timeout(core.poll_timeout());
+        while core.poll_output().is_some() {}
+    }
+    assert!(core.suspicions.contains_key(&name(1)));
+}
+
 /// Two members accuse node 2, which has the cases against all looked at.
 fn accuse_another(core: &mut Core, now: Instant) {
     for by in [3, 4] {

@@ -1,7 +1,7 @@
 use std::time::Duration;
 
 use proptest::prelude::*;
-use rcgen::{CertificateParams, CustomExtension, IsCa, KeyPair, KeyUsagePurpose, SanType};
+use rcgen::{CertificateParams, CustomExtension, DnType, IsCa, KeyPair, KeyUsagePurpose, SanType};
 
 use super::super::certificate::{
     ISSUER_LIFE, LEAF_LIFE, NODE_LIFE, Validity, generate_key, issuer_params, leaf_params, node_params, root_params,
@@ -231,6 +231,28 @@ fn each_certificate_of_a_chain_ends_the_chain() {
         f.node.custom_extensions.push(unknown);
     });
     assert!(published.unwrap_err().to_string().contains("critical"), "what nobody here understands");
+}
+
+#[test]
+fn each_certificate_names_its_signer_and_none_is_idle() {
+    let forge = Forge::new("spiffe://td/node/a");
+    let [root, issuer, node, leaf] = [(); 4].map(|()| generate_key().unwrap());
+    let bundle = verify_bundle(forge.root.self_signed(&root).unwrap().der().clone());
+    let by_root = rcgen::Issuer::from_params(&forge.root, &root);
+    let issuer_der = forge.issuer.signed_by(&issuer, &by_root).unwrap().der().clone();
+    // The issuer's key signs, under another name than its certificate's.
+    let mut renamed = forge.issuer.clone();
+    renamed.distinguished_name.push(DnType::CommonName, "issuer 2");
+    let by_renamed = rcgen::Issuer::from_params(&renamed, &issuer);
+    let node_der = forge.node.signed_by(&node, &by_renamed).unwrap().der().clone();
+    let refused = NodeChain::check(&[node_der, issuer_der.clone()], &bundle, NOW).unwrap_err();
+    assert!(refused.to_string().contains("issuer and subject differ"), "{refused}");
+    // The root signs the node itself: the issuer that is shown has nothing to do with it, and may be any.
+    let node_der = forge.node.signed_by(&node, &by_root).unwrap().der().clone();
+    let by_node = rcgen::Issuer::from_params(&forge.node, &node);
+    let leaf_der = forge.leaf.signed_by(&leaf, &by_node).unwrap().der().clone();
+    let refused = check_peer(&[leaf_der, node_der, issuer_der], &bundle, NOW).unwrap_err();
+    assert!(refused.to_string().contains("does not need"), "{refused}");
 }
 
 proptest! {

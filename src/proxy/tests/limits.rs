@@ -10,7 +10,7 @@ use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use super::bounds::answer;
 use super::harness::{Authority, Mesh, full, upstreams};
 use super::{read_all, round_trip, within};
-use crate::model::Protocol;
+use crate::model::{Protocol, ServiceName};
 use crate::proxy::WorkerView;
 use crate::routing::Standing;
 
@@ -128,6 +128,30 @@ async fn what_is_over_a_limit_of_connections_or_requests_is_refused_at_once_and_
     assert_eq!(mesh.a.count("weft_balancer_queued_total", &[]), 0);
     give(held).await;
     assert!(answer_of(first).await.starts_with("HTTP/1.1 200"));
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn why_shows_a_service_that_bears_no_more_and_not_what_others_fail_over_to() {
+    let mesh = of_http(&Authority::new()).await;
+    let limits = json!({"Limits": {"MaxRequestsPerInstance": 1}});
+    let subset =
+        json!({"Subsets": {"all": {"Filter": "Service.Port != 1"}}, "Failover": {"*": {"ServiceSubset": "all"}}});
+    mesh.a.say(&[
+        ("service-defaults", "app", json!({"UpstreamConfig": {"Defaults": limits}})),
+        ("service-defaults", "web", json!({"Protocol": "http"})),
+        ("service-resolver", "web", subset),
+    ]);
+    let client = ask(&mesh, "").await;
+    let held = take(&mesh.app).await;
+    let web: ServiceName = "web".parse().unwrap();
+    let to = Arc::clone(&mesh.a.traffic().chain(&web).unwrap().stream);
+    assert_eq!(to.failover.len(), 1);
+    let target = to.target.id.clone();
+    let is_full = |view: &WorkerView| view.target == target && view.why_none.contains("as its limits allow");
+    mesh.a.knows_of((web, to), is_full).await;
+    give(held).await;
+    assert!(answer_of(client).await.starts_with("HTTP/1.1 200"));
     mesh.stop().await;
 }
 

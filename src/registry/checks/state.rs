@@ -212,10 +212,12 @@ mod tests {
         let mut state = CheckState::new(&testing::ttl_check("c", None, 10), None, String::new(), start);
         assert_eq!(state.refresh(outcome(Passing, "fine"), start), Change::Status);
         assert_eq!(state.refresh(outcome(Passing, "fine"), start), Change::None);
-        assert_eq!(state.refresh(outcome(Passing, "good"), start), Change::Output);
         assert_eq!(state.poll_timeout(), Some(start + Duration::from_secs(10)));
-        assert_eq!(state.handle_timeout(start + Duration::from_millis(9_999)), Change::None);
-        assert_eq!(state.handle_timeout(start + Duration::from_secs(10)), Change::Status);
+        // Each word begins the time again.
+        assert_eq!(state.refresh(outcome(Passing, "good"), start + Duration::from_secs(4)), Change::Output);
+        assert_eq!(state.poll_timeout(), Some(start + Duration::from_secs(14)));
+        assert_eq!(state.handle_timeout(start + Duration::from_millis(13_999)), Change::None);
+        assert_eq!(state.handle_timeout(start + Duration::from_secs(14)), Change::Status);
         assert_eq!((state.status(), state.output()), (Critical, "TTL of 10s expired; the last output was: good"));
         assert_eq!(state.poll_timeout(), None);
     }

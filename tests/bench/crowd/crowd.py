@@ -1,9 +1,12 @@
-"""Opens idle, slow and flooding connections to an agent on 127.0.0.1:8500 and measures what others wait for an answer.
+"""Opens idle, slow and flooding connections to an agent on 127.0.0.1:8500, then has many read a long list slowly, and measures what
+others wait for an answer and what the agent holds.
 
 Usage: crowd.py PID IDLE; the flooding clients are a second process (crowd.py flood), so that it is the agent that is measured and not
 Python, whose threads take turns.
 """
 
+import http.client
+import json
 import re
 import socket
 import subprocess
@@ -13,6 +16,8 @@ import time
 
 ADDRESS = ("127.0.0.1", 8500)
 SLOW, FLOODERS, ASKED = 200, 4, 300
+# Readers of a list, and the checks in it, each with as much output as is kept.
+READERS, CHECKS, OUTPUT_BYTES = 500, 1000, 4096
 ASK = b"GET /v1/catalog/services HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 pid, idle = (0, 0) if sys.argv[1] == "flood" else (int(sys.argv[1]), int(sys.argv[2]))
 stop = threading.Event()
@@ -74,6 +79,30 @@ def flood():
             pass
 
 
+def fill():
+    """Registers checks with long outputs: what /v1/agent/checks lists."""
+    agent = http.client.HTTPConnection(*ADDRESS)
+    for number in range(CHECKS):
+        for path, body in [
+            ("register", {"CheckID": f"c{number}", "Name": "check", "TTL": "1h"}),
+            (f"update/c{number}", {"Status": "passing", "Output": "x" * OUTPUT_BYTES}),
+        ]:
+            agent.request("PUT", f"/v1/agent/check/{path}", json.dumps(body))
+            answer = agent.getresponse()
+            assert answer.status == 200, answer.read()
+            answer.read()
+
+
+def read_slowly():
+    """Asks for the list and takes no more than the beginning of it; returns the connection and the status."""
+    stream = socket.socket()
+    stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    stream.settimeout(60)
+    stream.connect(ADDRESS)
+    stream.sendall(b"GET /v1/agent/checks HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    return stream, stream.recv(12).decode()[9:]
+
+
 if sys.argv[1] == "flood":
     for _ in range(FLOODERS):
         threading.Thread(target=flood, daemon=True).start()
@@ -110,3 +139,18 @@ flooding.stdin.close()
 flooding.wait()
 stop.set()
 dripping.join()
+for stream in held + slow:
+    stream.close()
+fill()
+measure(f"alone, with {CHECKS} checks")
+readers, statuses, gone = [], {}, 0
+for _ in range(READERS):
+    try:
+        stream, status = read_slowly()
+        readers.append(stream)
+        statuses[status] = statuses.get(status, 0) + 1
+    except OSError:
+        gone += 1
+told = ", ".join(f"{count} got {status}" for status, count in sorted(statuses.items()))
+measure(f"{len(readers)} that read nothing of a list")
+print(f"  of these {told}" + (f", {gone} were not answered" if gone else ""))

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The HTTP API among idle, slow and flooding clients: how long others wait for an answer, and what the agent holds.
+# The HTTP API among idle, slow and flooding clients, and those who read nothing of a long list: how long others wait for an answer, and what the agent holds.
 #
 #   tests/bench/crowd/run.sh [idle connections, default 10000]
 #
 # Needs root, iproute2 and python3. Agent and clients are in a network namespace of their own; nothing outside is touched, and it
-# ends by itself after about 20 s. WEFT names the binary (default target/release/weft).
+# ends by itself after about a minute. WEFT names the binary (default target/release/weft).
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 weft=${WEFT:-$here/../../../target/release/weft}
@@ -22,6 +22,8 @@ cleanup() {
 ip netns add "$netns"
 trap cleanup EXIT
 ip -n "$netns" link set lo up
+# What nobody reads is to wait in the agent, not in the kernel.
+ip netns exec "$netns" sysctl -qw net.ipv4.tcp_wmem="4096 16384 65536"
 ip netns exec "$netns" "$weft" agent -dev -node n1 -log-level warn >"$dir/log" 2>&1 &
 agent=$!
 ip netns exec "$netns" python3 "$here/crowd.py" "$agent" "$idle"

@@ -261,6 +261,30 @@ fn what_a_limit_refuses_says_which_and_low_priorities_are_refused_first() {
     });
 }
 
+#[test]
+fn a_mirror_s_copy_takes_no_room_that_a_request_may_need() {
+    run(async {
+        let guard = json!({"Limits": {"MaxConcurrentRequests": 10}});
+        let destination = json!({"Mirror": {"Service": "shadow"}, "RequestTimeout": "20s"});
+        let mut setup = balanced(&[&[HANG]], &destination, &guard).await;
+        // Here copies go where the requests go. Once six of ten are under way they are left out.
+        let mut held = Vec::new();
+        for met in [2, 2, 2, 1, 1, 1, 1] {
+            let mut stream = TcpStream::connect(setup.port).await.unwrap();
+            stream.write_all(b"GET / HTTP/1.1\r\nhost: web\r\n\r\n").await.unwrap();
+            for _ in 0..met {
+                setup.apps[0].recv().await.unwrap();
+            }
+            held.push(stream);
+        }
+        let failed = "weft_http_mirrored_total{destination_service=\"shadow\",outcome=\"failed\"} 4";
+        // An endless wait is cut off with the test.
+        while !setup.worker.metrics.render().unwrap().contains(failed) {
+            tokio::task::yield_now().await;
+        }
+    });
+}
+
 /// A port that refuses connections.
 async fn closed_port() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap()
