@@ -213,7 +213,7 @@ fn the_page_about_what_an_instance_bears_does_what_it_says() {
 }
 
 #[test]
-fn the_pages_about_bytes_and_grpc_do_what_they_say() {
+fn the_page_about_bytes_does_what_it_says() {
     let Some(lab) = Lab::new(1) else { return };
     let temp = tempfile::tempdir().unwrap();
     let mut traffic = Traffic::begin(&lab.host(1), copy(temp.path()));
@@ -274,8 +274,14 @@ fn the_pages_about_bytes_and_grpc_do_what_they_say() {
         }
     });
     traffic.put_back(&bytes);
+}
 
+#[test]
+fn the_page_about_grpc_does_what_it_says() {
     let Some([python]) = found("grpcio", [python_with("grpc")]) else { return };
+    let Some(lab) = Lab::new(1) else { return };
+    let temp = tempfile::tempdir().unwrap();
+    let mut traffic = Traffic::begin(&lab.host(1), copy(temp.path()));
     traffic.terminal.say(&first_on_path(&python));
     let grpc = traffic.page("grpc.md");
     for start in ["7008 v1", "7009 v2"] {
