@@ -1,9 +1,10 @@
 """An HTTP app: python3 app.py PORT NAME.
 
 /fail answers 503 every other time, and /sick always where NAME is v2; /slow takes three seconds, /hold ten, /nap 300 ms, and
-/tail one second where NAME is v2. /seen tells how many requests came before, /hints sends an early hint, /trailers ends with
-one, /from tells what the headers say of the caller. A body is answered with its length, a WebSocket with what it sends. Where a header of the PROXY protocol comes before the
-request, the answer says what it says.
+/tail one second where NAME is v2. /work takes 100 ms, and four are done at once. /seen tells how many requests came before,
+/hints sends an early hint, /trailers ends with one, /from tells what the headers say of the caller. A body is answered with its
+length, a WebSocket with what it sends. Where a header of the PROXY protocol comes before the request, the
+answer says what it says.
 """
 
 import base64
@@ -11,11 +12,13 @@ import hashlib
 import ipaddress
 import struct
 import sys
+import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 PORT, NAME = int(sys.argv[1]), sys.argv[2]
 SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
+WORKERS = threading.Semaphore(4)
 count = 0
 
 
@@ -47,6 +50,9 @@ class App(BaseHTTPRequestHandler):
         body = self.body()
         seconds = {"/slow": 3, "/hold": 10, "/nap": 0.3, "/tail": 1 if NAME == "v2" else 0}
         time.sleep(seconds.get(self.path.split("?")[0], 0))
+        if self.path == "/work":
+            with WORKERS:
+                time.sleep(0.1)
         if self.path == "/hints":
             self.send_response_only(103)
             self.send_header("Link", "</style.css>; rel=preload")
@@ -103,4 +109,5 @@ class App(BaseHTTPRequestHandler):
                 return
 
 
+ThreadingHTTPServer.request_queue_size = 1024
 ThreadingHTTPServer(("127.0.0.1", PORT), App).serve_forever()

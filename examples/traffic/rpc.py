@@ -1,7 +1,8 @@
 """gRPC without generated code: rpc.py serve PORT NAME, or rpc.py call PORT METHOD [TEXT]. Needs grpcio.
 
-Every method answers with the server's name, the method and the text; what ends with `Hang` takes five seconds. A caller sets no
-deadline and prints the answer, or the status.
+Every method answers with the server's name, the method and the text; what ends with `Hang` takes five seconds. At a server named
+v2 what ends with `Tail` takes one, and what ends with `Fail` is UNAVAILABLE. A caller sets no deadline and prints the answer, or
+the status.
 """
 
 import sys
@@ -15,8 +16,13 @@ BYTES = {"request_deserializer": bytes, "response_serializer": bytes}
 
 class Server(grpc.GenericRpcHandler):
     def service(self, details):
-        def answer(request, _context):
-            time.sleep(5 if details.method.endswith("Hang") else 0)
+        def answer(request, context):
+            if NAME == "v2" and details.method.endswith("Fail"):
+                context.abort(grpc.StatusCode.UNAVAILABLE, "not here")
+            if details.method.endswith("Hang"):
+                time.sleep(5)
+            if NAME == "v2" and details.method.endswith("Tail"):
+                time.sleep(1)
             return f"{NAME} {details.method} {request.decode()}".encode()
 
         return grpc.unary_unary_rpc_method_handler(answer, **BYTES)

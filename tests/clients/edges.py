@@ -4,6 +4,7 @@
   edges.py call GRPC_ADDR WS_ADDR                   clients; prints a line for each thing shown, then `done`
   edges.py entries GRPC_ADDR                        what entries make of calls of gRPC; the same
   edges.py refused GRPC_ADDR                        no call at all may be under way; the same
+  edges.py ws WS_ADDR [HTTP]                        a WebSocket, at an app that it reaches by this version of HTTP; the same
 """
 
 import asyncio
@@ -243,8 +244,9 @@ def call_refused(addr):
     say("grpc limit")
 
 
-async def call_ws(addr):
+async def call_ws(addr, over=None):
     async with connect(f"ws://{addr}/chat", max_size=1 << 24, proxy=None) as socket:
+        assert socket.response.headers.get("x-over") == over, socket.response.headers
         for message in ("text", b"bytes", "x" * 70_000, b"y" * (1 << 22)):
             await socket.send(message)
             assert await socket.recv() == message
@@ -265,6 +267,9 @@ elif sys.argv[1] == "entries":
     say("done")
 elif sys.argv[1] == "refused":
     call_refused(sys.argv[2])
+    say("done")
+elif sys.argv[1] == "ws":
+    asyncio.run(call_ws(*sys.argv[2:]))
     say("done")
 else:
     call_grpc(sys.argv[2])

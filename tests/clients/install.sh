@@ -7,12 +7,12 @@ dir="${1:-${CARGO_TARGET_DIR:-$here/../../target}/clients}"
 mkdir -p "$dir"
 dir="$(cd "$dir" && pwd)"
 
-py_consul=1.8.0 schemathesis=4.32.5 consul=2.0.1 grpcio=1.85.1 websockets=17.4 otlp=1.45.2
+py_consul=1.8.0 schemathesis=4.32.5 consul=2.0.1 grpcio=1.85.1 websockets=17.4 otlp=1.45.2 hypercorn=0.18.0
 
-if ! "$dir/py/bin/python3" -c 'import consul, schemathesis, grpc, websockets, opentelemetry.proto' 2>/dev/null; then
+if ! "$dir/py/bin/python3" -c 'import consul, schemathesis, grpc, websockets, opentelemetry.proto, hypercorn' 2>/dev/null; then
   python3 -m venv --clear "$dir/py"
   "$dir/py/bin/pip" install --quiet --disable-pip-version-check "py-consul==$py_consul" "schemathesis==$schemathesis" \
-    "grpcio==$grpcio" "websockets==$websockets" "opentelemetry-proto==$otlp"
+    "grpcio==$grpcio" "websockets==$websockets" "opentelemetry-proto==$otlp" "hypercorn==$hypercorn"
 fi
 
 if [ ! -d "$dir/npm/node_modules/consul" ]; then

@@ -1,5 +1,5 @@
-//! Unmodified clients and servers of HTTP through two real agents: curl, nginx, h2load, grpcio, websockets, Python's
-//! http.server. `tests/clients/install.sh` installs what is of PyPI, Debian has the others (see `clients`).
+//! Unmodified clients and servers of HTTP through two real agents: curl, nginx, h2load, nghttpx, grpcio, websockets, hypercorn,
+//! Python's http.server. `tests/clients/install.sh` installs what is of PyPI, Debian has the others (see `clients`).
 
 use std::fs;
 use std::net::SocketAddr;
@@ -22,6 +22,7 @@ const GRPC: u16 = 7802;
 const WS: u16 = 7803;
 const NGINX: u16 = 7804;
 const RAW: u16 = 7805;
+const WS_H2: u16 = 7806;
 /// The first of the addresses of the tests about entries and about the PROXY protocol.
 const LAST: u8 = 240;
 
@@ -236,6 +237,42 @@ fn entries_route_break_end_and_limit_the_calls_of_grpcio() {
     pair.write(&json!({"Kind": "service-defaults", "Name": "caller", "UpstreamConfig": {"Defaults": {
         "Limits": {"MaxConcurrentRequests": 0}}}}));
     call("refused", &["grpc limit"]);
+}
+
+#[test]
+fn websockets_cross_http2_on_the_caller_s_side_and_on_the_app_s() {
+    let asgi = python().filter(|python| run(python, &["-c", "import hypercorn"]).0.status.success());
+    let Some([python, nghttpx]) = found("websockets, hypercorn or nghttpx", [asgi, program("nghttpx")]) else { return };
+    let pair = Pair::start(LAST + 10, &[("ws", WS, "http"), ("ws2", WS_H2, "http2")]);
+    let _apps = serve(&python, LAST + 11);
+    let clients = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients");
+    let listens = |what: &str, addr: SocketAddr| {
+        until(what, || std::net::TcpStream::connect(addr).map(drop).map_err(|e| e.to_string()));
+    };
+    let app = SocketAddr::new(loopback_ip(LAST + 11), WS_H2);
+    let mut server = Command::new(&python);
+    server.current_dir(&clients).env("PYTHONDONTWRITEBYTECODE", "1");
+    let _server = Running::start(server.args(["-m", "hypercorn", "--bind", &app.to_string(), "asgi:app"]));
+    listens("hypercorn", app);
+    // What speaks HTTP/1.1 to nghttpx reaches the mesh over HTTP/2 (RFC 8441).
+    let over_h2 = |port: u16| {
+        let front = SocketAddr::new(loopback_ip(LAST + 10), port + 100);
+        let mut proxy = Command::new(&nghttpx);
+        proxy.args(["--conf=/dev/null", "--single-process", "--workers=1", "--no-via"]);
+        proxy.arg(format!("--frontend={},{};no-tls", front.ip(), front.port()));
+        proxy.arg(format!("--backend={},{port};;proto=h2", pair.at(port).ip()));
+        let proxy = Running::start(&mut proxy);
+        listens("nghttpx", front);
+        (proxy, front)
+    };
+    let ((_first, to_http1), (_second, to_http2)) = (over_h2(WS), over_h2(WS_H2));
+    for (addr, over) in [(pair.at(WS_H2), Some("2")), (to_http1, None), (to_http2, Some("2"))] {
+        let (script, addr) = (clients.join("edges.py"), addr.to_string());
+        let mut client = Running::start(Command::new(&python).args([path(&script), "ws", &addr]).args(over));
+        client.wait_line("the WebSocket is done", |line| line == "done");
+        client.wait_end();
+        assert_eq!(client.printed(), ["websocket", "done"], "{addr}");
+    }
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Instant;
 
 use serde_json::Value;
 
@@ -98,6 +99,15 @@ fn the_pages_about_who_takes_a_call_and_who_is_left_out_do_what_they_say() {
     traffic.terminal.say(command(&spread, "sleep"));
     let old = traffic.terminal.say(command(&spread, "/old"));
     assert!((17..=23).contains(&of(&counts(&old), "v3")), "{old}");
+    traffic.terminal.say(command(&spread, "weighted.json"));
+    traffic.terminal.say(command(&spread, "heavy.json"));
+    until("the heavy one takes its share", || {
+        // Each of two workers counts by itself.
+        let said = traffic.terminal.say(command(&spread, "9191/heavy"));
+        let met = counts(&said);
+        let is_so = (28..=32).contains(&of(&met, "v3")) && (13..=17).contains(&of(&met, "v1"));
+        if is_so { Ok(()) } else { Err(said) }
+    });
     traffic.put_back(&spread);
 
     let ejection = traffic.page("ejection.md");
@@ -176,7 +186,34 @@ fn the_page_about_rates_and_queues_does_what_it_says() {
 }
 
 #[test]
-fn the_pages_about_bytes_and_grpc_do_what_they_say() {
+fn the_page_about_what_an_instance_bears_does_what_it_says() {
+    let Some(lab) = Lab::new(1) else { return };
+    let temp = tempfile::tempdir().unwrap();
+    let mut traffic = Traffic::begin(&lab.host(1), copy(temp.path()));
+    let page = traffic.page("adaptive.md");
+    // How many calls were answered with 200 in time.
+    let good = |said: &str| {
+        let what = said.split(": ").nth(1).unwrap_or("").split(", ");
+        what.filter_map(|what| what.strip_prefix("200 ")?.parse::<u32>().ok()).sum::<u32>()
+    };
+    let mut say = |part: &str| traffic.terminal.say(command(&page, part));
+    let half = say("half of what");
+    assert!(good(&half) > 100, "{half}");
+    let without = say("three times as much");
+    say("sleep 15");
+    say("adaptive.json");
+    say("each worker finds out");
+    let with = say("most of 800");
+    // A machine with other work to do gets less out of the apps.
+    assert!(good(&with) > 300 && good(&with) > 3 * good(&without), "{without}, and with it {with}");
+    assert!(with.contains("refused (instances)"), "{with}");
+    let (limits, counted) = (say("AdaptiveLimit"), say("balancer_"));
+    assert!(limits.lines().count() >= 2 && counted.contains("limit=\"instances\""), "{limits}\n{counted}");
+    traffic.put_back(&page);
+}
+
+#[test]
+fn the_page_about_bytes_does_what_it_says() {
     let Some(lab) = Lab::new(1) else { return };
     let temp = tempfile::tempdir().unwrap();
     let mut traffic = Traffic::begin(&lab.host(1), copy(temp.path()));
@@ -226,9 +263,25 @@ fn the_pages_about_bytes_and_grpc_do_what_they_say() {
         let is_it = |line: &str| line.contains("\"raw\"") && line.contains(&format!("response_flags=\"{flag}\""));
         assert!(counted.lines().any(is_it), "{flag}: {counted}");
     }
+    traffic.terminal.say(command(&bytes, "service-faults -name raw"));
+    traffic.terminal.say(command(&bytes, "raw-idle.json"));
+    until("silence ends a connection", || {
+        let began = Instant::now();
+        match traffic.terminal.say(command(&bytes, "two seconds")) {
+            // Well before the app answers, after three.
+            said if said.contains("curl: (5") && began.elapsed().as_secs_f64() >= 2.0 => Ok(()),
+            said => Err(said),
+        }
+    });
     traffic.put_back(&bytes);
+}
 
+#[test]
+fn the_page_about_grpc_does_what_it_says() {
     let Some([python]) = found("grpcio", [python_with("grpc")]) else { return };
+    let Some(lab) = Lab::new(1) else { return };
+    let temp = tempfile::tempdir().unwrap();
+    let mut traffic = Traffic::begin(&lab.host(1), copy(temp.path()));
     traffic.terminal.say(&first_on_path(&python));
     let grpc = traffic.page("grpc.md");
     for start in ["7008 v1", "7009 v2"] {
@@ -253,6 +306,25 @@ fn the_pages_about_bytes_and_grpc_do_what_they_say() {
     };
     wait("Add pears", "RESOURCE_EXHAUSTED");
     wait("List again", "v2 /shop.Admin/List again");
+    for line in ["service-faults -name rpc", "rpc-turns.json"] {
+        traffic.terminal.say(command(&grpc, line));
+    }
+    let mut wait = |part: &str, is_it: &dyn Fn(&str) -> bool| {
+        until(part, || match traffic.terminal.say(command(&grpc, part)) {
+            said if is_it(&said) => Ok(()),
+            said => Err(said),
+        });
+    };
+    wait("Tail slow", &|said| {
+        said.contains("v1 /shop.Catalog/Tail slow") && said.contains("v2 /shop.Catalog/Tail slow")
+    });
+    wait("Fail missed", &|said| said.contains("v1 /shop.Stock/Fail missed") && said.contains("UNAVAILABLE not here"));
+    traffic.terminal.say(command(&grpc, "rpc-again.json"));
+    let mut say = |part: &str| traffic.terminal.say(command(&grpc, part));
+    let (quick, found, counted) = (say("Tail quick"), say("Fail found"), say("grep -E"));
+    let all_v1 = |said: &str, count| said.lines().filter(|line| line.starts_with("v1 ")).count() == count;
+    assert!(all_v1(&quick, 6) && all_v1(&found, 4), "{quick}\n{found}\n{counted}");
+    assert!(counted.contains("outcome=\"won\"") && counted.contains("retries_saved_total"), "{counted}");
     traffic.put_back(&grpc);
 }
 
@@ -279,24 +351,76 @@ fn the_page_about_whom_proxies_ask_for_does_what_it_says() {
     traffic.put_back(&hops);
 }
 
+/// Starts the agents of a page, the block of each in a terminal of its own: the first at 127.0.0.1, the next at 127.0.0.2.
+fn agents(lab: &Lab, dir: &Path, blocks: &[Vec<String>]) -> Vec<Terminal> {
+    let mut agents = Vec::new();
+    for (at, block) in blocks.iter().enumerate() {
+        let mut terminal = Terminal::open(&lab.host(1), dir);
+        for line in block {
+            if line.starts_with("weft agent") { terminal.start(line) } else { drop(terminal.say(line)) }
+        }
+        until("the agent is up", || match terminal.say(&format!("weft members -http-addr 127.0.0.{}:8500", at + 1)) {
+            said if said.contains("alive") => Ok(()),
+            said => Err(said),
+        });
+        agents.push(terminal);
+    }
+    agents
+}
+
+#[test]
+fn the_page_about_what_agents_hear_of_a_sick_instance_does_what_it_says() {
+    let Some(lab) = Lab::new(1) else { return };
+    let temp = tempfile::tempdir().unwrap();
+    let dir = copy(temp.path());
+    let hearsay = blocks(&fs::read_to_string(dir.join("examples/hearsay/README.md")).unwrap());
+    let _agents = agents(&lab, &dir, &hearsay[..4]);
+    let mut terminal = Terminal::open(&lab.host(1), &dir);
+    let page = &hearsay[4];
+    terminal.say(&page[0]);
+    for start in ["7001 v1", "7002 v2"] {
+        terminal.start(command(page, start));
+    }
+    terminal.say(command(page, "operator create"));
+    until("d knows both", || match terminal.say("curl 127.0.0.4:8500/v1/health/service/web?passing") {
+        said if said.contains("web-v1") && said.contains("web-v2") => Ok(()),
+        said => Err(said),
+    });
+    for file in ["turns.json", "three.json"] {
+        let said = terminal.say(command(page, file));
+        assert!(!said.to_lowercase().contains("error"), "{file}: {said}");
+    }
+    until("the entries are in force at the callers", || {
+        let shown = |at| format!("curl -s '127.0.0.{at}:8500/v1/discovery-chain/web'");
+        let said = [2, 3, 4].map(|at| terminal.say(&shown(at)));
+        if said.iter().all(|said| said.contains("round_robin")) { Ok(()) } else { Err(said.concat()) }
+    });
+    until("d hears of what b found", || {
+        let failed = terminal.say(command(page, "b finds out"));
+        match terminal.say(command(page, "d hears of it")) {
+            said if said.contains("ejected by b") && !said.contains("ejected by b, c") => Ok(()),
+            said => Err(format!("{failed}\n{said}")),
+        }
+    });
+    until("d hears of what c found", || {
+        let failed = terminal.say(command(page, "c finds out"));
+        match terminal.say(command(page, "by b, c")) {
+            said if said.contains("web-v2") && said.ends_with("ejected by b, c") => Ok(()),
+            said => Err(format!("{failed}\n{said}")),
+        }
+    });
+    let said = terminal.say(command(page, "never called it"));
+    let met = counts(&said);
+    assert!(of(&met, "v1") + of(&met, "v2") == 20 && of(&met, "v2") <= 4, "{said}");
+}
+
 #[test]
 fn the_page_about_zones_does_what_it_says() {
     let Some(lab) = Lab::new(1) else { return };
     let temp = tempfile::tempdir().unwrap();
     let dir = copy(temp.path());
     let zones = blocks(&fs::read_to_string(dir.join("examples/zones/README.md")).unwrap());
-    let mut agents = Vec::new();
-    for (block, address) in zones.iter().zip(["127.0.0.1", "127.0.0.2"]) {
-        let mut terminal = Terminal::open(&lab.host(1), &dir);
-        for line in block {
-            if line.starts_with("weft agent") { terminal.start(line) } else { drop(terminal.say(line)) }
-        }
-        until("the agent is up", || match terminal.say(&format!("weft members -http-addr {address}:8500")) {
-            said if said.contains("alive") => Ok(()),
-            said => Err(said),
-        });
-        agents.push(terminal);
-    }
+    let _agents = agents(&lab, &dir, &zones[..2]);
     let mut terminal = Terminal::open(&lab.host(1), &dir);
     let page = zones[2..].concat();
     terminal.say(&page[0]);

@@ -232,14 +232,14 @@ pub(crate) fn write_trailers(trailers: &HeaderMap, writer: &mut HeadWriter<'_>) 
     }
 }
 
-/// Tells whether a message is gRPC's.
+/// Tells whether a message is gRPC's: `application/grpc`, alone, with a `+` and how messages are encoded, or with parameters
+/// (gRPC over HTTP/2, "Requests"). Not gRPC-Web's (`application/grpc-web`, `…-web-text`), whose status is in its body.
 pub(crate) fn is_grpc(headers: &HeaderMap) -> bool {
-    headers.get(header::CONTENT_TYPE).is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"))
-}
-
-/// Tells whether a message is gRPC-Web's, which says its status in its body.
-pub(crate) fn is_grpc_web(headers: &HeaderMap) -> bool {
-    headers.get(header::CONTENT_TYPE).is_some_and(|value| value.as_bytes().starts_with(b"application/grpc-web"))
+    const GRPC: &[u8] = b"application/grpc";
+    let split = headers.get(header::CONTENT_TYPE).and_then(|value| value.as_bytes().split_at_checked(GRPC.len()));
+    split.is_some_and(|(media, rest)| {
+        media.eq_ignore_ascii_case(GRPC) && matches!(rest.first(), None | Some(b'+' | b';' | b' ' | b'\t'))
+    })
 }
 
 /// Checks a caller's request and returns its authority, as it came.
@@ -464,6 +464,30 @@ mod tests {
         check_authority("/", &[], None);
         check_authority("/", &["a b"], None);
         check_authority("/", &["u@web"], None);
+    }
+
+    #[test]
+    fn grpc_is_told_by_its_media_type_and_grpc_web_is_another() {
+        let is_it = |value: &'static str| {
+            is_grpc(&HeaderMap::from_iter([(header::CONTENT_TYPE, HeaderValue::from_static(value))]))
+        };
+        for grpc in
+            ["application/grpc", "application/grpc+proto", "application/grpc;charset=utf-8", "Application/GRPC ; a=b"]
+        {
+            assert!(is_it(grpc), "{grpc}");
+        }
+        for other in [
+            "application/grpc-web",
+            "application/grpc-web+proto",
+            "application/grpc-web-text",
+            "application/grpcx",
+            "application/grp",
+            "text/plain; a=application/grpc",
+            "",
+        ] {
+            assert!(!is_it(other), "{other}");
+        }
+        assert!(!is_grpc(&HeaderMap::new()));
     }
 
     #[test]

@@ -162,7 +162,7 @@ pub(super) async fn answer<D: Dial>(
             forward.response_headers.apply(&mut answer.head.headers);
             let limit = BodyLimit::new(deadline.map(|(at, _)| at), forward.idle_timeout, clock::now());
             // Trailers of HTTP/1.1 may be lost on the way.
-            let is_said = grpc && how.0 == http::Version::HTTP_2 && !headers::is_grpc_web(&parts.headers);
+            let is_said = grpc && how.0 == http::Version::HTTP_2;
             answer.limit = if is_said { limit.map(|limit| limit.said_in(timed_out(&call))) } else { limit };
             outbound::begin_answer(&mut answer, &call, &mut exchange, grpc);
             outbound::respond(worker, answer, exchange, upgraded, busy)
@@ -564,9 +564,11 @@ async fn try_instance<D: Dial>(
     };
     // With a deadline of its operators' for all of it, nothing else limits one part; a caller's own only shortens.
     let has_limit = plan.forward.request_timeout.or(resolved.request_timeout).is_some();
-    let limit = match (has_limit, plan.forward.idle_timeout) {
-        (true, None) => TimeLimit::None,
-        (_, idle) => TimeLimit::of(&call.parts.headers, idle.unwrap_or(state.limits.response)),
+    let limit = match (plan.forward.idle_timeout, has_limit) {
+        // Of gRPC as well: its apps are silent for no longer either.
+        (Some(idle), _) => TimeLimit::AfterRequest(idle),
+        (None, true) => TimeLimit::None,
+        (None, false) => TimeLimit::of(&call.parts.headers, state.limits.response),
     };
     let again = plan.retry().filter(|retry| retry.times > 0);
     let attempt = Attempt { worker, call, head, pending, limit, again };

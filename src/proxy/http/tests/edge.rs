@@ -221,15 +221,23 @@ fn an_upgraded_stream_outlives_the_timeouts_of_requests() {
 }
 
 #[test]
-fn a_silent_upgraded_stream_is_reset_after_the_time_that_its_service_s_resolver_says() {
+fn a_silent_upgraded_stream_is_reset_after_the_time_that_its_service_s_resolver_says_by_either_side() {
     run(async {
-        let setup = setup().await;
-        say(&setup.worker, &[("service-resolver", "web", json!({"IdleTimeout": "300ms"}))]);
-        let mut stream = TcpStream::connect(setup.port).await.unwrap();
-        stream.write_all(UPGRADE.replace("/ws", "/upgrade").as_bytes()).await.unwrap();
-        until(&mut stream, "hello ").await;
-        let error = stream.read_u8().await.unwrap_err();
-        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+        let says = [("service-resolver", "web", json!({"IdleTimeout": "300ms"}))];
+        // The caller's side takes the time from when the request came, the app's from when it switched.
+        for (first, then) in [(&says[..], &[][..]), (&[][..], &says[..])] {
+            let played = Played::start().await;
+            say(&played.worker, first);
+            let (mut caller, mut app, _) = played.begin(UPGRADE).await;
+            say(&played.worker, then);
+            let switched = b"HTTP/1.1 101 Switching Protocols\r\nupgrade: websocket\r\nconnection: upgrade\r\n\r\n";
+            app.write_all(switched).await.unwrap();
+            until(&mut caller, "\r\n\r\n").await;
+            for end in [&mut caller, &mut app] {
+                let error = end.read_u8().await.unwrap_err();
+                assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset, "{first:?}");
+            }
+        }
     });
 }
 

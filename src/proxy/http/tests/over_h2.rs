@@ -295,6 +295,41 @@ fn grpc_that_takes_too_long_once_it_has_begun_ends_with_its_status_and_not_as_if
 }
 
 #[test]
+fn a_route_s_idle_timeout_ends_grpc_that_never_begins_to_answer() {
+    run(async {
+        let mut setup = start(&[&[Say::Hang]], &[route(&json!({"IdleTimeout": "200ms"}))]).await;
+        assert_eq!(status(&setup.call(None).await), "4");
+        assert!(setup.apps[0].recv().await.unwrap().is_some());
+        assert!(setup.apps[0].recv().await.unwrap().is_none(), "the app sees its caller leave");
+    });
+}
+
+#[test]
+fn grpc_web_is_a_request_like_any_other() {
+    run(async {
+        let request = || {
+            let post = Request::builder().method(Method::POST).uri("http://web/shop.Cart/Add");
+            post.header("content-type", "application/grpc-web+proto").header("grpc-timeout", "50m").body(()).unwrap()
+        };
+        let limits = json!({"RequestTimeout": "300ms", "Hedge": {"Delay": "50ms", "GRPC": true}});
+        let mut setup = start(&[&[Say::Hang], &[Say::Message]], &[route(&limits)]).await;
+        let begun = crate::clock::now();
+        let answer = setup.ask(request(), "\0\0\0\0\0").await.unwrap();
+        assert!(begun.elapsed() >= Duration::from_millis(300), "a word of its caller's for gRPC servers is not weft's");
+        assert_eq!((answer.status().as_u16(), &answer.headers()["x-weft-reason"]), (504, &"timeout".parse().unwrap()));
+        assert!(answer.headers()["content-type"].to_str().unwrap().starts_with("text/plain"), "{answer:?}");
+        assert!(!answer.headers().contains_key("grpc-status") && answer.body().1.is_none(), "{answer:?}");
+        let (head, body) = setup.apps[0].recv().await.unwrap().unwrap();
+        assert_eq!((&head.headers["grpc-timeout"], &*body), (&"50m".parse().unwrap(), &b"\0\0\0\0\0"[..]));
+        assert_eq!(setup.met()[1], 0, "it is not hedged");
+
+        // What has begun and is not whole is reset: its trailers would be in its body.
+        let setup = start(&[&[Say::Stall]], &[route(&json!({"RequestTimeout": "300ms"}))]).await;
+        assert!(setup.ask(request(), "").await.unwrap_err().is_reset());
+    });
+}
+
+#[test]
 fn grpc_is_hedged_only_where_the_route_says_that_it_may_be_sent_twice() {
     run(async {
         let said = json!({"Hedge": {"Delay": "50ms", "GRPC": true}});

@@ -1,0 +1,18 @@
+node_name   = "d"
+data_dir    = "/tmp/weft/d"
+bind_addr   = "127.0.0.4"
+client_addr = "127.0.0.4"
+retry_join  = ["127.0.0.1"]
+default_intention_policy = "allow"
+
+service {
+  name = "shop"
+  port = 9000
+  proxy {
+    upstreams {
+      destination_name   = "web"
+      local_bind_address = "127.0.0.4"
+      local_bind_port    = 9191
+    }
+  }
+}
