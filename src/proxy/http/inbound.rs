@@ -580,7 +580,7 @@ async fn call<D: Dial>(
             Some(message) => message,
             // An app that said something has the request.
             None if repeatable && is_stale(error.error()) && interims.is_none_or(|interims| !interims.were_any()) => {
-                match head::decode_request(&block) {
+                match head::decode_request(block) {
                     Ok(head) => {
                         let mut again = build(head, TunnelBody::default(), local, added);
                         hear(&mut again);
