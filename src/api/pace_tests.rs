@@ -13,7 +13,7 @@ use prometheus::IntCounter;
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::{TcpSocket, TcpStream};
+use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
@@ -238,11 +238,9 @@ async fn asked_on(stream: &mut TcpStream, path: &str) -> String {
     head
 }
 
-/// Asks for the instances of `web` with a small receive buffer, and reads the first bytes of the answer.
+/// Asks for the instances of `web`, and reads the first bytes of the answer.
 async fn slow_reader(addr: std::net::SocketAddr) -> (TcpStream, [u8; 12]) {
-    let socket = TcpSocket::new_v4().unwrap();
-    socket.set_recv_buffer_size(4096).unwrap();
-    let mut stream = socket.connect(addr).await.unwrap();
+    let mut stream = TcpStream::connect(addr).await.unwrap();
     let head = format!("GET /v1/health/service/web HTTP/1.1\r\nhost: {addr}\r\nconnection: close\r\n\r\n");
     stream.write_all(head.as_bytes()).await.unwrap();
     let mut status = [0; 12];

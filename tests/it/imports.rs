@@ -101,6 +101,7 @@ fn outer_rules() -> Vec<Rule> {
                 "clock",
                 "filter",
                 "gossip",
+                "hearsay",
                 "lww",
                 "metrics",
                 "model",
