@@ -22,7 +22,7 @@ use tokio::task::JoinSet;
 use tokio_rustls::TlsConnector;
 use tokio_util::sync::CancellationToken;
 
-use super::fake::{Bench, node_entry, service};
+use super::fake::{Bench, node_entry, on_loopback, service};
 use super::routes::ROUTES;
 use super::{ApiConfig, ApiError, ApiToken, Certificate, HttpsConfig, Right, held, secure, serve};
 use crate::model::{HealthStatus, MemberStatus};
@@ -36,16 +36,6 @@ async fn asked<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, path: &str) -> 
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).await.unwrap();
     String::from_utf8(answer).unwrap()
-}
-
-fn on_loopback(https: Option<HttpsConfig>) -> ApiConfig {
-    ApiConfig {
-        listen: vec!["127.0.0.1:0".parse().unwrap()],
-        https,
-        socket: None,
-        tokens: Vec::new(),
-        names: Vec::new(),
-    }
 }
 
 #[tokio::test]

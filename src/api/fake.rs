@@ -22,7 +22,9 @@ use super::meter::Meter;
 use super::near::Distances;
 use super::seam::{GossipOrder, Membership, Records, Registry, RegistryOrder};
 use super::watchers::{self, Watchers};
-use super::{ApiConfig, ApiToken, CertificateFacts, ListenerState, NodeFacts, Right, Shared, guard, routes};
+use super::{
+    ApiConfig, ApiToken, CertificateFacts, HttpsConfig, ListenerState, NodeFacts, Right, Shared, guard, routes,
+};
 use crate::catalogue::{Publisher, ServiceEntry, Snapshot};
 use crate::clock::{self, UnixSeconds};
 use crate::gossip::{
@@ -527,5 +529,16 @@ fn local_state() -> LocalState {
         services: BTreeMap::from([(record.id, Arc::new(service))]),
         checks: BTreeMap::from([(check.id, Arc::new(local_check))]),
         externals: BTreeMap::new(),
+    }
+}
+
+/// Listens on a free port of loopback, without tokens.
+pub(super) fn on_loopback(https: Option<HttpsConfig>) -> ApiConfig {
+    ApiConfig {
+        listen: vec!["127.0.0.1:0".parse().unwrap()],
+        https,
+        socket: None,
+        tokens: Vec::new(),
+        names: Vec::new(),
     }
 }

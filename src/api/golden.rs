@@ -7,7 +7,7 @@ use axum::body::Body;
 use http::{Method, Request, StatusCode};
 use serde_json::json;
 
-use super::fake::{Answer, Bench, is_pending, node_entry, service, snapshot, tokio_test_task};
+use super::fake::{Answer, Bench, is_pending, node_entry, on_loopback, service, snapshot, tokio_test_task};
 use super::guard::Arrival;
 use super::seam::{GossipOrder, RegistryOrder};
 use super::{ApiConfig, ApiError, ApiToken, BODY_BYTES_MAX, Right, serve};
@@ -606,14 +606,7 @@ async fn listening_refuses_an_open_door_and_names_a_taken_port() {
 async fn a_socket_serves_requests_until_the_stop() {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     let bench = Bench::new();
-    let config = ApiConfig {
-        listen: vec!["127.0.0.1:0".parse().unwrap()],
-        https: None,
-        socket: None,
-        tokens: Vec::new(),
-        names: Vec::new(),
-    };
-    let listening = serve::bind(&config, None).await.unwrap();
+    let listening = serve::bind(&on_loopback(None), None).await.unwrap();
     let addr = listening.addrs[0];
     let mut server = tokio::task::JoinSet::new();
     server.spawn(serve::run(listening, bench.router.clone(), serve::Limits::default(), bench.stop.clone()));

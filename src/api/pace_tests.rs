@@ -17,9 +17,8 @@ use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
-use super::ApiConfig;
 use super::call::{Coding, Reply, TEXT};
-use super::fake::{Bench, node_entry, service};
+use super::fake::{Bench, node_entry, on_loopback, service};
 use super::held::{FREE_BYTES_MAX, HoldsRoom, ROOM_KIB_MAX, Room};
 use super::routes::ROUTES;
 use super::serve::{self, Limits};
@@ -252,14 +251,7 @@ async fn slow_reader(addr: std::net::SocketAddr) -> (TcpStream, [u8; 12]) {
 async fn slow_readers_of_lists_fill_the_room_and_no_more_and_give_way_to_who_asks_next() {
     // Some 25 MiB, for tags are shown twice: more than the buffers between two sockets hold, and five fill the room.
     let bench = bench_with_a_long_list(50 * 1024);
-    let config = ApiConfig {
-        listen: vec!["127.0.0.1:0".parse().unwrap()],
-        https: None,
-        socket: None,
-        tokens: Vec::new(),
-        names: Vec::new(),
-    };
-    let listening = serve::bind(&config, None).await.unwrap();
+    let listening = serve::bind(&on_loopback(None), None).await.unwrap();
     let addr = listening.addrs[0];
     let mut server = JoinSet::new();
     // Who takes next to nothing is behind at once, and would be given up a minute later.

@@ -134,6 +134,14 @@ mod tests {
     use crate::metrics::Metrics;
     use crate::transport::fixture::pair;
 
+    /// What reads a connection of `peer` alone, and where that arrives.
+    fn reader_of(peer: &NodeName) -> (Reader, mpsc::Receiver<Input>) {
+        let (inputs, queue) = mpsc::channel(4 * PLACES);
+        let metrics = GossipMetrics::new(&Metrics::new()).unwrap();
+        let desks = Desks { documents: documents::queue().0, shared: shared::queue().0 };
+        (Reader { share: Shares::default().of(peer, clock::now()), inputs, desks, metrics }, queue)
+    }
+
     #[tokio::test]
     async fn a_peer_that_floods_fills_its_share_of_the_queue_and_another_s_packet_finds_its_place() {
         let (flooding, quiet) = (pair().await, pair().await);
@@ -169,12 +177,8 @@ mod tests {
     async fn a_peer_s_streams_are_served_so_many_at_once_and_the_next_when_one_ends() {
         let pair = pair().await;
         let peer: NodeName = "insider".parse().unwrap();
-        let (inputs, mut queue) = mpsc::channel(4 * PLACES);
-        let metrics = GossipMetrics::new(&Metrics::new()).unwrap();
-        let desks = Desks { documents: documents::queue().0, shared: shared::queue().0 };
-        let share = Shares::default().of(&peer, clock::now());
-        let mut tasks = JoinSet::new();
-        let (reader, listener) = (Reader { share, inputs, desks, metrics }, pair.listener.clone());
+        let (reader, mut queue) = reader_of(&peer);
+        let (mut tasks, listener) = (JoinSet::new(), pair.listener.clone());
         tasks.spawn(async move { drop(read_connection(peer, listener, reader).await) });
         // Packets that begin and do not end.
         let mut begun = Vec::new();
@@ -203,13 +207,8 @@ mod tests {
         for is_datagram in [true, false] {
             let pair = pair().await;
             let peer: NodeName = "insider".parse().unwrap();
-            let (inputs, mut queue) = mpsc::channel(4 * PLACES);
-            let metrics = GossipMetrics::new(&Metrics::new()).unwrap();
-            let desks = Desks { documents: documents::queue().0, shared: shared::queue().0 };
-            let share = Shares::default().of(&peer, clock::now());
-            let mut tasks = JoinSet::new();
-            let begun = clock::now();
-            let (reader, listener) = (Reader { share, inputs, desks, metrics }, pair.listener.clone());
+            let (reader, mut queue) = reader_of(&peer);
+            let (mut tasks, listener, begun) = (JoinSet::new(), pair.listener.clone(), clock::now());
             tasks.spawn(async move { drop(read_connection(peer, listener, reader).await) });
             let dialer = pair.dialer.clone();
             tasks.spawn(async move {
