@@ -36,8 +36,10 @@ use crate::clock;
 const BUFFER_BYTES_MIN: usize = 16 << 10;
 /// Largest buffer of a direction: 1.2x on bulk, and small transfers never get there (measured).
 const BUFFER_BYTES_MAX: usize = 256 << 10;
-/// Chunks taken from the stream per `writev`: 16 packets of GRO arrive together at most times.
-const CHUNKS: usize = 16;
+/// Chunks, one of each packet, that are taken from the stream for a `writev`: first, and while they keep coming.
+const CHUNKS_MIN: usize = 4;
+/// Each `writev` is a pass through TCP and wakes the app: of a bulk transfer some hundred packets are there at a time.
+const CHUNKS_MAX: usize = 128;
 /// Silence in both directions after which a connection is reset, unless the service's resolver says otherwise.
 pub(crate) const IDLE_TIMEOUT: Duration = Duration::from_hours(1);
 /// Application code of RESET_STREAM and STOP_SENDING: the TCP connection was reset.
@@ -227,7 +229,7 @@ async fn up(shared: &Shared<'_>, mut send: Sending, count: &impl Count) -> Way {
                 return way;
             }
             Ok(bytes) => {
-                buffer_bytes = resized(buffer_bytes, bytes);
+                buffer_bytes = resized(buffer_bytes, bytes, (BUFFER_BYTES_MIN, BUFFER_BYTES_MAX));
                 moved(shared, bytes, |bytes| count.up(bytes));
                 match write(shared, &mut send.stream, compact(buffer)).await {
                     Ok(()) => {}
@@ -270,7 +272,7 @@ async fn reset(tcp: &TcpStream) {
 
 /// QUIC to TCP.
 async fn down(shared: &Shared<'_>, mut recv: RecvStream, count: &impl Count) -> Way {
-    let mut chunks: [Bytes; CHUNKS] = std::array::from_fn(|_| Bytes::new());
+    let mut chunks = vec![Bytes::new(); CHUNKS_MIN];
     loop {
         let read = tokio::select! {
             read = recv.read_chunks(&mut chunks) => read,
@@ -280,14 +282,18 @@ async fn down(shared: &Shared<'_>, mut recv: RecvStream, count: &impl Count) -> 
             }
         };
         match read {
-            Ok(Some(filled)) => {
-                let Some(filled) = chunks.get_mut(..filled) else { continue };
+            Ok(Some(count_read)) => {
+                let Some(filled) = chunks.get_mut(..count_read) else { continue };
                 let bytes = filled.iter().map(Bytes::len).sum();
                 if write_all(shared, filled).await.is_err() {
                     let _gone = recv.stop(CODE_RESET);
                     return lost(shared);
                 }
                 moved(shared, bytes, |bytes| count.down(bytes));
+                let room = resized(chunks.len(), count_read, (CHUNKS_MIN, CHUNKS_MAX));
+                if room != chunks.len() {
+                    chunks = vec![Bytes::new(); room];
+                }
             }
             Ok(None) => return Way::Finished,
             Err(ReadError::Reset(_)) => return Way::Aborted,
@@ -323,9 +329,17 @@ async fn write_all(shared: &Shared<'_>, chunks: &mut [Bytes]) -> io::Result<()> 
     Ok(())
 }
 
-/// Writes what the socket takes of `chunks` at once. Not in the caller: the vector would live in every idle connection.
+/// Writes what the socket takes of `chunks` at once. Not in the caller: the slices would live in every idle connection.
 fn try_write(tcp: &TcpStream, chunks: &[Bytes]) -> io::Result<usize> {
-    let mut slices = [io::IoSlice::new(&[]); CHUNKS];
+    match chunks {
+        [chunk] => tcp.try_write(chunk),
+        few if few.len() <= CHUNKS_MIN => try_write_slices::<CHUNKS_MIN>(tcp, few),
+        many => try_write_slices::<CHUNKS_MAX>(tcp, many),
+    }
+}
+
+fn try_write_slices<const SLICES: usize>(tcp: &TcpStream, chunks: &[Bytes]) -> io::Result<usize> {
+    let mut slices = [io::IoSlice::new(&[]); SLICES];
     for (slice, chunk) in slices.iter_mut().zip(chunks.iter().filter(|chunk| !chunk.is_empty())) {
         *slice = io::IoSlice::new(chunk);
     }
@@ -343,14 +357,14 @@ fn moved(shared: &Shared<'_>, bytes: usize, count: impl FnOnce(u64)) {
     count(u64::try_from(bytes).unwrap_or(u64::MAX));
 }
 
-/// Grows a buffer that was filled, shrinks one that was mostly empty.
-fn resized(buffer_bytes: usize, read_bytes: usize) -> usize {
-    if read_bytes >= buffer_bytes {
-        (buffer_bytes * 2).min(BUFFER_BYTES_MAX)
-    } else if read_bytes < buffer_bytes / 4 {
-        (buffer_bytes / 2).max(BUFFER_BYTES_MIN)
+/// Returns what room comes after one for `room` that took `read`: grows what was filled, shrinks what was mostly empty.
+fn resized(room: usize, read: usize, (min, max): (usize, usize)) -> usize {
+    if read >= room {
+        (room * 2).min(max)
+    } else if read < room / 4 {
+        (room / 2).max(min)
     } else {
-        buffer_bytes
+        room
     }
 }
 
@@ -421,14 +435,15 @@ mod tests {
 
     #[test]
     fn a_buffer_begins_small_grows_while_it_is_filled_and_shrinks_again() {
+        let bounds = (BUFFER_BYTES_MIN, BUFFER_BYTES_MAX);
         let mut bytes = BUFFER_BYTES_MIN;
         for _ in 0..10 {
-            bytes = resized(bytes, bytes);
+            bytes = resized(bytes, bytes, bounds);
         }
         assert_eq!(bytes, BUFFER_BYTES_MAX);
-        assert_eq!(resized(bytes, bytes / 4), bytes);
+        assert_eq!(resized(bytes, bytes / 4, bounds), bytes);
         for _ in 0..10 {
-            bytes = resized(bytes, 100);
+            bytes = resized(bytes, 100, bounds);
         }
         assert_eq!(bytes, BUFFER_BYTES_MIN);
         // What is kept until the peer has it takes no more than it must.

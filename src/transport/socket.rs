@@ -167,7 +167,7 @@ impl MeshSocket {
         if !is_joining && !is_long {
             return Ok(false);
         }
-        if held.bytes.len() + transmit.contents.len() > bytes_max {
+        if !is_joining || held.bytes.len() + transmit.contents.len() > bytes_max {
             self.flush(held)?;
         }
         if held.to.is_none() {
@@ -385,6 +385,87 @@ mod tests {
         let mut byte = [0];
         held.recv(&mut byte).unwrap();
         assert_eq!((byte, refusals.next(&mut last).await), ([7], vec![gone]));
+    }
+
+    const SEGMENT: usize = 1_200;
+
+    fn mesh_socket(ip: IpAddr) -> Arc<MeshSocket> {
+        let socket = std::net::UdpSocket::bind((ip, 0)).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        Arc::new(MeshSocket::new(socket.into(), SEGMENT as u64, Reads::Coalesced).unwrap())
+    }
+
+    /// Sends `contents` in segments, as quinn does.
+    fn send_batch(socket: &MeshSocket, destination: SocketAddr, contents: &[u8]) {
+        let segment_size = Some(SEGMENT).filter(|segment| *segment < contents.len());
+        let ecn = Some(EcnCodepoint::Ect0);
+        socket.try_send(&Transmit { destination, ecn, contents, segment_size, src_ip: None }).unwrap();
+    }
+
+    /// Reads what came together: where from, its bytes, and how long its segments are.
+    async fn read_together(socket: &MeshSocket) -> (SocketAddr, Vec<u8>, usize) {
+        let mut buffer = vec![0; 1 << 16];
+        let mut meta = [RecvMeta::default()];
+        let read = std::future::poll_fn(|cx| socket.poll_recv(cx, &mut [IoSliceMut::new(&mut buffer)], &mut meta));
+        assert_eq!(read.await.unwrap(), 1);
+        assert_eq!(meta[0].ecn, Some(EcnCodepoint::Ect0));
+        buffer.truncate(meta[0].len);
+        (meta[0].addr, buffer, meta[0].stride)
+    }
+
+    #[tokio::test]
+    async fn full_batches_of_one_transfer_leave_as_one_and_a_short_segment_is_the_last() {
+        for ip in [IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(std::net::Ipv6Addr::LOCALHOST)] {
+            let (sender, receiver) = (mesh_socket(ip), mesh_socket(ip));
+            let to = receiver.local_addr().unwrap();
+            let batches: Vec<Vec<u8>> = (0..4).map(|batch| vec![batch; 10 * SEGMENT]).collect();
+            for batch in &batches[..2] {
+                send_batch(&sender, to, batch);
+            }
+            // What is left of the transfer: three segments and a bit.
+            send_batch(&sender, to, &batches[2][..3 * SEGMENT + 1]);
+            let (from, bytes, stride) = read_together(&receiver).await;
+            assert_eq!((from, stride), (sender.local_addr().unwrap(), SEGMENT));
+            assert_eq!(bytes.len(), 23 * SEGMENT + 1, "in one piece");
+            assert!(
+                bytes[..20 * SEGMENT] == batches[..2].concat() && bytes[20 * SEGMENT..].iter().all(|byte| *byte == 2)
+            );
+            // Without an end they leave when the tasks that are ready have run, and as many as the kernel takes.
+            for batch in batches.iter().chain(&batches) {
+                send_batch(&sender, to, batch);
+            }
+            let later = tokio::spawn(Arc::clone(&sender).send_held());
+            let mut pieces = Vec::new();
+            while pieces.iter().sum::<usize>() < 80 * SEGMENT {
+                pieces.push(read_together(&receiver).await.1.len());
+            }
+            assert!(pieces.len() <= 3 && pieces.iter().all(|bytes| bytes % (10 * SEGMENT) == 0), "{pieces:?}");
+            later.abort();
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_sent_elsewhere_meanwhile_gets_there_and_no_transfer_meets_another() {
+        let ip = IpAddr::from(Ipv4Addr::LOCALHOST);
+        let (sender, near, far) = (mesh_socket(ip), mesh_socket(ip), mesh_socket(ip));
+        let to = [near.local_addr().unwrap(), far.local_addr().unwrap()];
+        // Full batches to both, and between them single datagrams, as acknowledgements are.
+        let mut sent = [Vec::new(), Vec::new()];
+        for turn in 0..40_u8 {
+            let at = usize::from(turn % 2);
+            let length = if turn % 8 < 6 { 10 * SEGMENT } else { 40 };
+            let contents = vec![turn; length];
+            send_batch(&sender, to[at], &contents);
+            sent[at].extend_from_slice(&contents);
+        }
+        sender.flush(&mut sender.lock()).unwrap();
+        for (receiver, sent) in [near, far].iter().zip(sent) {
+            let mut read = Vec::new();
+            while read.len() < sent.len() {
+                read.extend(read_together(receiver).await.1);
+            }
+            assert!(read == sent, "each gets what was for it, in order");
+        }
     }
 
     #[tokio::test]
