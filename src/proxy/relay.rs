@@ -38,7 +38,8 @@ const BUFFER_BYTES_MIN: usize = 16 << 10;
 const BUFFER_BYTES_MAX: usize = 256 << 10;
 /// Chunks, one of each packet, that are taken from the stream for a `writev`: first, and while they keep coming.
 const CHUNKS_MIN: usize = 4;
-/// Each `writev` is a pass through TCP and wakes the app: of a bulk transfer some hundred packets are there at a time.
+/// Each `writev` is a pass through TCP and wakes the app: of a bulk transfer some hundred packets are there at a time. Of
+/// that, room for the list of them (4 KiB) may stay with a connection until it carries little.
 const CHUNKS_MAX: usize = 128;
 /// Silence in both directions after which a connection is reset, unless the service's resolver says otherwise.
 pub(crate) const IDLE_TIMEOUT: Duration = Duration::from_hours(1);

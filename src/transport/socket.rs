@@ -423,7 +423,7 @@ mod tests {
                 send_batch(&sender, to, batch);
             }
             // What is left of the transfer: three segments and a bit.
-            send_batch(&sender, to, &batches[2][..3 * SEGMENT + 1]);
+            send_batch(&sender, to, &batches[2][..=3 * SEGMENT]);
             let (from, bytes, stride) = read_together(&receiver).await;
             assert_eq!((from, stride), (sender.local_addr().unwrap(), SEGMENT));
             assert_eq!(bytes.len(), 23 * SEGMENT + 1, "in one piece");
@@ -434,13 +434,17 @@ mod tests {
             for batch in batches.iter().chain(&batches) {
                 send_batch(&sender, to, batch);
             }
-            let later = tokio::spawn(Arc::clone(&sender).send_held());
             let mut pieces = Vec::new();
-            while pieces.iter().sum::<usize>() < 80 * SEGMENT {
-                pieces.push(read_together(&receiver).await.1.len());
+            let read = async {
+                while pieces.iter().sum::<usize>() < 80 * SEGMENT {
+                    pieces.push(read_together(&receiver).await.1.len());
+                }
+            };
+            tokio::select! {
+                () = Arc::clone(&sender).send_held() => unreachable!("it sends for ever"),
+                () = read => {}
             }
             assert!(pieces.len() <= 3 && pieces.iter().all(|bytes| bytes % (10 * SEGMENT) == 0), "{pieces:?}");
-            later.abort();
         }
     }
 
