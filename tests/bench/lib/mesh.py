@@ -143,6 +143,15 @@ class Mesh:
         self.live.append(p)
         return p
 
+    def write_config(self, entry):
+        """Signs a config entry, as an operator would, and brings it to b."""
+        operator = self.dir + "/bench.operator"
+        if not os.path.exists(operator):
+            sh(self.weft, "ca", "operator", "create", "-name", "bench", "-may", "config", "-ca", self.dir + "/ca", "-out", operator)
+        out = subprocess.run(of("b", self.weft, "config", "write", "-operator", operator, "-"), input=json.dumps(entry), text=True, capture_output=True)
+        if out.returncode:
+            raise RuntimeError(f"weft config write: {out.stderr.strip()[-300:]}")
+
     def stop(self, agents):
         for x in agents:
             x.process.terminate()
@@ -167,7 +176,8 @@ class Mesh:
         open(conf + "/agent.hcl", "w").write(hcl)
         how = ["-issuer", self.dir + "/ca/issuer-1"] if host == "b" else ["-join", IPS["b"], "-token", self.token]
         cmd = [self.weft, "agent", "-node", node, "-data-dir", f"{self.dir}/{node}", "-bind", ip, "-http-port", api,
-               "-workers", workers or self.workers, "-default-intention-policy", "allow", "-config-dir", conf, "-log-level", "warn", *how, *flags]
+               "-workers", workers or self.workers, "-default-intention-policy", "allow", "-config-dir", conf, "-log-level", "warn",
+               *([] if host in IPS else ["-dns-port", "-1"]), *how, *flags]  # the crowd shares one loopback
         return Agent(self, node, host, ip, api, self.start(host, cmd, node))
 
     def until(self, what, done, secs=60):
@@ -179,5 +189,5 @@ class Mesh:
                 if said is True:
                     return
             time.sleep(0.2)
-        logs = "".join(open(f"{self.dir}/{f}").read()[-300:] for f in sorted(os.listdir(self.dir)) if f in ("a.log", "b.log"))
+        logs = "".join(open(f"{self.dir}/{f}").read()[-300:] for f in sorted(os.listdir(self.dir)) if f in ("a.log", "b.log", "c1.log"))
         raise SystemExit(f"not within {secs} s: {what} (at the end: {said!r})\n{logs}")

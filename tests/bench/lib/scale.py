@@ -184,6 +184,9 @@ def idle(a, table):
     with Mesh(os.environ["WEFT_BIN"], a.workers) as mesh:
         caller, server = pair(mesh)
         mesh.until("a request goes through", lambda: answers(UPSTREAM) and answers(IDLE_PORT))
+        # By default an agent opens 1,024 connections of bytes to a service, and resets the next (api/balancing.md).
+        mesh.write_config(dict(Kind="service-defaults", Name="client", UpstreamConfig=dict(Defaults=dict(Limits=dict(MaxConnections=2 * IDLE_CONNS)))))
+        mesh.until("the caller knows its limit", lambda: (n := len(caller.get("/v1/config/service-defaults"))) == 1 or n)
         time.sleep(2)
         fresh = [rss_kib(x.pid) for x in (caller, server)]
         table.add("idle", "RSS of an agent that has just joined: caller / server", f"{fresh[0] / 1024:.1f} / {fresh[1] / 1024:.1f} MiB", kib=fresh)
@@ -191,6 +194,8 @@ def idle(a, table):
             before = [rss_kib(x.pid) for x in (caller, server)]
             holder = subprocess.Popen(of("a", sys.executable, "-c", HOLD, port, IDLE_CONNS), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             opened = int(holder.stdout.readline() or 0)
+            if opened < IDLE_CONNS:
+                raise SystemExit(f"idle: only {opened:,} of {IDLE_CONNS:,} {kind} connections could be opened")
             time.sleep(3)
             after = [rss_kib(x.pid) for x in (caller, server)]
             cpu = [cpu_s(x.pid) for x in (caller, server)]
