@@ -106,10 +106,12 @@ class Mesh:
 
     def __exit__(self, *_):
         for p in self.live:
-            for pid in children(p.pid):
+            # The parent first: nginx starts another worker for one that is killed.
+            workers = children(p.pid)
+            p.kill()
+            for pid in workers:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            p.kill()
         for p in self.live:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 p.wait(5)
