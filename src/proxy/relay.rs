@@ -36,10 +36,10 @@ use crate::clock;
 const BUFFER_BYTES_MIN: usize = 16 << 10;
 /// Largest buffer of a direction: 1.2x on bulk, and small transfers never get there (measured).
 const BUFFER_BYTES_MAX: usize = 256 << 10;
-/// Chunks, one of each packet, that are taken from the stream for a `writev`: first, and while they keep coming.
+/// Chunks (one per packet) that are taken from the stream for one `writev`, at first.
 const CHUNKS_MIN: usize = 4;
-/// Each `writev` is a pass through TCP and wakes the app: of a bulk transfer some hundred packets are there at a time. Of
-/// that, room for the list of them (4 KiB) may stay with a connection until it carries little.
+/// Most of them. Each `writev` is a pass through TCP and wakes the app, and of a bulk transfer some hundred packets are there
+/// at a time. The list of so many takes 4 KiB, which a connection keeps until it carries little.
 const CHUNKS_MAX: usize = 128;
 /// Silence in both directions after which a connection is reset, unless the service's resolver says otherwise.
 pub(crate) const IDLE_TIMEOUT: Duration = Duration::from_hours(1);
@@ -358,7 +358,8 @@ fn moved(shared: &Shared<'_>, bytes: usize, count: impl FnOnce(u64)) {
     count(u64::try_from(bytes).unwrap_or(u64::MAX));
 }
 
-/// Returns what room comes after one for `room` that took `read`: grows what was filled, shrinks what was mostly empty.
+/// Returns the size, in bytes or chunks, of the buffer after one of size `room` that took `read`: grows what was filled,
+/// shrinks what was mostly empty.
 fn resized(room: usize, read: usize, (min, max): (usize, usize)) -> usize {
     if read >= room {
         (room * 2).min(max)
