@@ -27,6 +27,9 @@ use self::names::{METHODS, code_of, is_framing, name_of};
 pub(crate) const HEAD_BYTES_MAX: usize = 60 * 1024;
 /// Most headers in a head: 100 of the message, which is hyper's and Envoy's default, and room for those that weft adds.
 pub(crate) const HEADERS_MAX: usize = 106;
+/// Room for headers that a decoded head has at least. What is added to a request fits, and so does the answer's head, for
+/// which hyper uses the same map: a map that grows is allocated and filled again, twice at an app with small requests.
+const HEADERS_ROOM: usize = 12;
 
 /// Why a head or frame cannot be encoded or decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -81,6 +84,8 @@ pub(crate) struct RequestHead {
     pub(crate) method: Method,
     /// The caller's Host or `:authority`; none: HTTP/1.0 without Host.
     pub(crate) authority: Option<Authority>,
+    /// The same, as it came: the app's Host is made of it without a copy.
+    pub(crate) host: Bytes,
     /// Path and query.
     pub(crate) path: PathAndQuery,
     /// The headers, without `host`.
@@ -266,7 +271,7 @@ impl<'a> Reader<'a> {
         if count > HEADERS_MAX {
             return Err(HeadError::TooManyHeaders);
         }
-        let mut headers = HeaderMap::with_capacity(count);
+        let mut headers = HeaderMap::with_capacity(count.max(HEADERS_ROOM));
         for _ in 0..count {
             let name = match self.byte()? {
                 0 => {
@@ -381,11 +386,11 @@ pub(crate) fn decode_request(block: &Bytes) -> Result<RequestHead, HeadError> {
         None => Method::from_bytes(reader.text()?).map_err(|_| HeadError::Malformed("method"))?,
         Some(index) => METHODS.get(index).cloned().ok_or(HeadError::Malformed("method code"))?,
     };
-    let authority = reader.shared_text()?;
-    let authority = if authority.is_empty() {
+    let host = reader.shared_text()?;
+    let authority = if host.is_empty() {
         None
     } else {
-        Some(Authority::from_maybe_shared(authority).map_err(|_| HeadError::Malformed("authority"))?)
+        Some(Authority::from_maybe_shared(host.clone()).map_err(|_| HeadError::Malformed("authority"))?)
     };
     let path = reader.shared_text()?;
     let path = PathAndQuery::from_maybe_shared(path).map_err(|_| HeadError::Malformed("path"))?;
@@ -394,7 +399,7 @@ pub(crate) fn decode_request(block: &Bytes) -> Result<RequestHead, HeadError> {
     if payload != Payload::Frames && headers.get(header::CONTENT_LENGTH).is_some_and(|length| length != "0") {
         return Err(HeadError::Malformed("content-length without a body"));
     }
-    Ok(RequestHead { payload, method, authority, path, headers })
+    Ok(RequestHead { payload, method, authority, host, path, headers })
 }
 
 /// Decodes body frames as their bytes arrive.

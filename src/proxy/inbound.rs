@@ -11,7 +11,7 @@ use std::pin::pin;
 use std::rc::Rc;
 use std::time::Duration;
 
-use bytes::BytesMut;
+use bytes::Bytes;
 use prometheus::IntGauge;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
@@ -200,9 +200,8 @@ pub(super) struct Stream {
 /// Serves one stream.
 async fn serve(worker: &Rc<Worker>, stream: Stream) {
     let Stream { send, mut recv, from, peer, datagrams, held } = stream;
-    let mut rest = BytesMut::new();
-    let preamble = within(PREAMBLE_TIMEOUT, preamble(worker, &mut recv, &mut rest)).await;
-    let Some(preamble) = preamble.flatten() else {
+    let preamble = within(PREAMBLE_TIMEOUT, preamble(worker, &mut recv)).await;
+    let Some((preamble, rest)) = preamble.flatten() else {
         worker.metrics.refused.with_label_values(&["preamble"]).inc();
         let _gone = recv.stop(CODE_RESET);
         return;
@@ -247,7 +246,7 @@ async fn serve(worker: &Rc<Worker>, stream: Stream) {
 struct TcpCall {
     send: quinn::SendStream,
     recv: quinn::RecvStream,
-    rest: BytesMut,
+    rest: Bytes,
     app: SocketAddr,
     /// What the app is to be told of the caller.
     header: Option<Vec<u8>>,
@@ -289,14 +288,16 @@ async fn tcp(worker: &Rc<Worker>, call: TcpCall) {
     counted.ends(relay::relay(app, send, recv, &*edge, idle).await.flag());
 }
 
-/// Reads up to the end of the preamble; what follows stays in `buffer`. None if there is no preamble.
-async fn preamble(worker: &Worker, recv: &mut quinn::RecvStream, buffer: &mut BytesMut) -> Option<Preamble> {
+/// Reads up to the end of the preamble; returns what came after it as well. None if there is no preamble.
+async fn preamble(worker: &Worker, recv: &mut quinn::RecvStream) -> Option<(Preamble, Bytes)> {
+    // It comes whole at most times, and then nothing of it is copied.
+    let mut bytes = Bytes::new();
     loop {
         let chunk = recv.read_chunk(usize::MAX, true).await.ok()??;
-        buffer.extend_from_slice(&chunk.bytes);
-        match Preamble::decode_with(buffer, |instance, service| names(worker, instance, service)) {
-            Ok(Some(preamble)) => return Some(preamble),
-            Ok(None) if buffer.len() < PREAMBLE_BYTES_MAX => {}
+        bytes = if bytes.is_empty() { chunk.bytes } else { [&bytes[..], &chunk.bytes].concat().into() };
+        match Preamble::decode_with(&mut bytes, |instance, service| names(worker, instance, service)) {
+            Ok(Some(preamble)) => return Some((preamble, bytes)),
+            Ok(None) if bytes.len() < PREAMBLE_BYTES_MAX => {}
             Ok(None) => return None,
             Err(error) => {
                 debug!(%error, "stream begins with no preamble");

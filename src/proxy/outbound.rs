@@ -159,7 +159,8 @@ pub(super) async fn connect(
         let established = establish(send, recv, preamble, limit).await;
         let observe = |outcome| {
             if let Some(observer) = lease.observer() {
-                worker.observe(observer, outcome, clock::now() - begun);
+                let now = clock::now();
+                worker.observe(observer, outcome, now - begun, now);
             }
         };
         match established {

@@ -11,7 +11,9 @@
 //! carries none of its datagrams (`udp`); a second status may say why it ends. A varint is LEB128 of at most two bytes.
 //! Bounds: 323 bytes in all; a name that its type refuses ends the stream.
 
-use bytes::{Buf, Bytes, BytesMut};
+#[cfg(any(test, fuzzing))]
+use bytes::BytesMut;
+use bytes::{Buf, Bytes};
 
 use crate::model::name::{ID_BYTES_MAX, NAME_BYTES_MAX};
 use crate::model::{InstanceId, NameError, ServiceName};
@@ -153,10 +155,11 @@ impl Preamble {
     /// # Errors
     /// [`PreambleError`] as soon as the bytes can be no preamble.
     pub(crate) fn decode_with(
-        buffer: &mut BytesMut,
+        buffer: &mut (impl Buf + AsRef<[u8]>),
         find: impl FnOnce(&str, &str) -> Option<(InstanceId, ServiceName)>,
     ) -> Result<Option<Self>, PreambleError> {
-        let mut rest: &[u8] = buffer;
+        let bytes = buffer.as_ref().len();
+        let mut rest = buffer.as_ref();
         let Some(version) = take(&mut rest) else { return Ok(None) };
         if version != VERSION {
             return Err(PreambleError::Version(version));
@@ -175,7 +178,7 @@ impl Preamble {
             Some(found) => found,
             None => (read(instance)?, service.parse().map_err(PreambleError::Name)?),
         };
-        let used = buffer.len() - rest.len();
+        let used = bytes - rest.len();
         buffer.advance(used);
         Ok(Some(Self { kind, instance, service }))
     }

@@ -409,11 +409,16 @@ impl<D: Dial> Attempt<'_, D> {
         preamble: Bytes,
         lease: Lease,
     ) -> Result<Answer, Failed> {
-        let mut chunks = vec![preamble, self.head.clone()];
-        if let Some(upload) = self.pending {
-            chunks.extend_from_slice(&upload.replay.borrow());
-        }
-        let Some(written) = within(self.worker.http().limits.response, send.write(&mut chunks)).await else {
+        let mut chunks = [preamble, self.head.clone()];
+        let mut with_body = Vec::new();
+        let chunks = match self.pending {
+            Some(upload) => {
+                with_body.extend(chunks.into_iter().chain(upload.replay.borrow().iter().cloned()));
+                &mut with_body[..]
+            }
+            None => &mut chunks[..],
+        };
+        let Some(written) = within(self.worker.http().limits.response, send.write(chunks)).await else {
             return Err(Failed::Silent(self.broke(&std::io::Error::from(std::io::ErrorKind::TimedOut))));
         };
         match written {
@@ -620,7 +625,7 @@ pub(super) fn observe<D: Dial>(
 ) {
     let now = clock::now();
     match outcome_of(attempt, call) {
-        Some(outcome) => worker.observe(observer, outcome, now - sent_at),
+        Some(outcome) => worker.observe(observer, outcome, now - sent_at, now),
         None if attempt.is_ok() => observer.time(now - sent_at, now),
         None => {}
     }

@@ -107,9 +107,14 @@ impl Drop for TunnelSend {
     }
 }
 
-/// A message's body for hyper: read from a tunnel stream, or a text of weft's own.
+/// A message's body for hyper: read from a tunnel stream, or a text of weft's own. Where there is none, it is nothing; the
+/// rest is in a box, for hyper moves a request and its body some twenty times.
 #[derive(Debug, Default)]
-pub(crate) struct TunnelBody {
+pub(crate) struct TunnelBody(Option<Box<Message>>);
+
+/// What is left of a message's body.
+#[derive(Debug, Default)]
+struct Message {
     recv: Option<RecvStream>,
     inbox: Inbox,
     decoder: BodyDecoder,
@@ -173,32 +178,42 @@ impl TunnelBody {
     ) -> Self {
         let length = headers.get(http::header::CONTENT_LENGTH);
         let promised = length.and_then(|length| length.to_str().ok()?.parse().ok());
-        let mut body = Self::default();
-        (body.recv, body.inbox) = (Some(recv), inbox);
-        (body.exchange, body.promised) = (exchange, promised);
-        body
+        let mut message = Box::<Message>::default();
+        (message.recv, message.inbox) = (Some(recv), inbox);
+        (message.exchange, message.promised) = (exchange, promised);
+        Self(Some(message))
     }
 
     /// Holds the tunnel while the body is read, and the request's stream if its body was not wanted.
     pub(super) fn holding(mut self, lease: Lease, unsent: Option<Unsent>) -> Self {
-        self.lease = lease;
-        self.unsent = unsent;
+        if let Some(message) = &mut self.0 {
+            (message.lease, message.unsent) = (lease, unsent);
+        }
         self
     }
 
     /// Ends early at `limit`.
     pub(crate) fn limited(mut self, limit: Option<Box<BodyLimit>>) -> Self {
-        self.limit = limit;
+        if let Some(message) = &mut self.0 {
+            message.limit = limit;
+        }
         self
     }
 
     /// Holds a text of weft's own.
     pub(crate) fn text(text: Bytes) -> Self {
-        let mut body = Self::default();
-        body.text = text;
-        body
+        let mut message = Box::<Message>::default();
+        message.text = text;
+        Self(Some(message))
     }
 
+    /// Returns a flag that is set once the message came whole; none: it is whole.
+    pub(crate) fn whole(&mut self) -> Option<Rc<Cell<bool>>> {
+        self.0.as_mut()?.whole()
+    }
+}
+
+impl Message {
     /// Reads once.
     fn fill(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BodyError>> {
         let Some(recv) = &mut self.recv else { return Poll::Ready(Ok(())) };
@@ -244,8 +259,7 @@ impl TunnelBody {
         last_word.map(Frame::trailers).ok_or(error)
     }
 
-    /// Returns a flag that is set once the message came whole; none: it is whole.
-    pub(crate) fn whole(&mut self) -> Option<Rc<Cell<bool>>> {
+    fn whole(&mut self) -> Option<Rc<Cell<bool>>> {
         if self.is_end_stream() {
             return None;
         }
@@ -286,14 +300,9 @@ impl TunnelBody {
         }
         Ok(())
     }
-}
 
-impl Body for TunnelBody {
-    type Data = Bytes;
-    type Error = BodyError;
-
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        let this = &mut *self;
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let this = self;
         if !this.text.is_empty() {
             return Poll::Ready(Some(Ok(Frame::data(std::mem::take(&mut this.text)))));
         }
@@ -353,7 +362,24 @@ impl Body for TunnelBody {
     }
 }
 
-impl Drop for TunnelBody {
+impl Body for TunnelBody {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        self.0.as_mut().map_or(Poll::Ready(None), |message| message.poll_frame(cx))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.0.as_ref().is_none_or(|message| message.is_end_stream())
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.0.as_ref().map_or_else(|| SizeHint::with_exact(0), |message| message.size_hint())
+    }
+}
+
+impl Drop for Message {
     fn drop(&mut self) {
         // hyper drops a whole body without asking for its end where it knows the end by itself.
         // At a length that is exhausted it has the whole message, though not its FIN.

@@ -1,12 +1,13 @@
 //! Which headers cross the mesh (RFC 9110 §7.6.1), who is called (RFC 9112 §3.2), for whom, and how far a request went.
 
+use std::cell::RefCell;
 use std::net::IpAddr;
 
 use base64::Engine as _;
 use foldhash::HashSet;
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::request::Parts;
-use http::uri::Authority;
+use http::uri::{Authority, InvalidUri};
 use http::{Method, Request, Response, StatusCode, Version};
 
 use super::answer::{Reason, Refusal};
@@ -242,8 +243,8 @@ pub(crate) fn is_grpc(headers: &HeaderMap) -> bool {
     })
 }
 
-/// Checks a caller's request and returns its authority, as it came.
-pub(crate) fn check<B>(request: &Request<B>) -> Result<Option<Authority>, Refusal> {
+/// Checks a caller's request and returns its authority, as it came. `known` is the Host of its connection's last request.
+pub(crate) fn check<B>(request: &Request<B>, known: &RefCell<Option<Authority>>) -> Result<Option<Authority>, Refusal> {
     let bad = |text| Refusal { status: StatusCode::BAD_REQUEST, flag: Flag::Refused, reason: Reason::BadRequest, text };
     if request.headers().len() > HEADERS_MAX {
         return Err(Refusal {
@@ -270,9 +271,7 @@ pub(crate) fn check<B>(request: &Request<B>) -> Result<Option<Authority>, Refusa
     }
     let uri = request.uri().authority();
     let host = match host {
-        Some(host) => {
-            Some(Authority::try_from(host.as_bytes()).map_err(|_| bad("the request's Host is malformed".to_owned()))?)
-        }
+        Some(host) => Some(host_of(host, known).map_err(|_| bad("the request's Host is malformed".to_owned()))?),
         None => None,
     };
     let authority = match (uri, host) {
@@ -289,6 +288,17 @@ pub(crate) fn check<B>(request: &Request<B>) -> Result<Option<Authority>, Refusa
         None if request.version() > Version::HTTP_10 => Err(bad("the request has no Host".to_owned())),
         authority => Ok(authority),
     }
+}
+
+/// Parses a Host that is not `known` already: a connection's requests name the same at most times.
+fn host_of(value: &HeaderValue, known: &RefCell<Option<Authority>>) -> Result<Authority, InvalidUri> {
+    let same = known.borrow().as_ref().filter(|known| known.as_str().as_bytes() == value.as_bytes()).cloned();
+    if let Some(same) = same {
+        return Ok(same);
+    }
+    let host = Authority::try_from(value.as_bytes())?;
+    known.replace(Some(host.clone()));
+    Ok(host)
 }
 
 /// Takes out what a caller that is no trusted hop says of those before it, and says where it is itself.
@@ -450,7 +460,7 @@ mod tests {
         for host in hosts {
             request = request.header("host", *host);
         }
-        let found = check(&request.body(()).unwrap()).ok().flatten();
+        let found = check(&request.body(()).unwrap(), &RefCell::default()).ok().flatten();
         assert_eq!(found.as_ref().map(Authority::as_str), expected, "{uri} {hosts:?}");
     }
 

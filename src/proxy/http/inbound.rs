@@ -5,18 +5,15 @@
 //!                                                                  status 0 + interim heads (1xx) go ahead of it __/
 //! ```
 
-use std::cell::Cell;
-use std::collections::VecDeque;
+use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::pin::pin;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use futures_util::task::AtomicWaker;
 use http::header::{self, HeaderMap, HeaderValue};
 use http::{Request, Response, StatusCode, Uri, Version};
 use hyper::body::Incoming;
@@ -24,9 +21,9 @@ use quinn::{RecvStream, SendStream};
 use tracing::debug;
 
 use super::answer::{REASON, Reason, Refusal};
-use super::attempt::INTERIM_MAX;
 use super::body::{self, BodyError, First, TunnelBody, TunnelSend};
 use super::headers;
+use super::interims::Interims;
 use super::io::AppIo;
 use super::metrics::{Exchange, Flag};
 use super::pool::{ConnectError, Http1, Pool};
@@ -120,7 +117,7 @@ pub(crate) struct Stream {
     pub(crate) send: SendStream,
     pub(crate) recv: RecvStream,
     /// What was read beyond the preamble.
-    pub(crate) rest: BytesMut,
+    pub(crate) rest: Bytes,
     /// Where it goes.
     pub(crate) local: LocalInstance,
     /// Who sends it.
@@ -144,7 +141,7 @@ async fn exchange<D: Dial>(worker: &Rc<D>, stream: Stream, on_admitted: impl FnO
     let Stream { send, mut recv, rest, local, peer } = stream;
     let (mut send, local, peer) = (TunnelSend::new(send), &local, &peer);
     let mut inbox = Inbox::default();
-    inbox.push(rest.freeze());
+    inbox.push(rest);
     let read = read_head(&mut recv, &mut inbox);
     let block = within(state.limits.head, read).await.ok_or(ServeError::HeadTimeout)??;
     let head = head::decode_request(&block).map_err(ServeError::Head)?;
@@ -182,16 +179,15 @@ async fn exchange<D: Dial>(worker: &Rc<D>, stream: Stream, on_admitted: impl FnO
         }
     };
     let client_cert = state.client_cert(peer);
-    // hyper's HTTP/2 client hears none.
-    let is_asked_for = head.payload == Payload::Frames && headers::expects_continue(&head.headers);
-    let interims = (!is_multiplexed(local) || is_asked_for).then(Arc::<Interims>::default);
+    // Of the connection that the request takes; hyper's HTTP/2 client hears none.
+    let told = Told::default();
     let added = Added { client_cert: client_cert.as_ref(), context: exchange.context() };
     let second = Second::default();
-    let mut call = pin!(call(worker, local, (head, request_body), &block, (added, interims.as_ref(), &second)));
+    let mut call = pin!(call(worker, local, (head, request_body), &block, (added, &told, &second)));
     let answered = loop {
         tokio::select! {
             biased;
-            interim = async { match &interims { Some(interims) => interims.next().await, None => std::future::pending().await } } => send_interim(state, &mut send, interim).await?,
+            interim = told.next() => send_interim(state, &mut send, interim).await?,
             answered = call.as_mut() => break answered,
             error = send.stopped() => return Err(ServeError::Body(error)),
         }
@@ -244,71 +240,24 @@ async fn exchange<D: Dial>(worker: &Rc<D>, stream: Stream, on_admitted: impl FnO
     result
 }
 
-/// Interim answers of an app, as hyper's task hears them.
+/// Where the interim answers to one request are heard: of the connection that it took last.
 #[derive(Debug, Default)]
-struct Interims {
-    heard: Mutex<Heard>,
-    /// Some are there: spares those who look the lock.
-    is_any: AtomicBool,
-    waker: AtomicWaker,
-}
+struct Told(RefCell<Option<Arc<Interims>>>);
 
-#[derive(Debug, Default)]
-struct Heard {
-    heads: VecDeque<(StatusCode, HeaderMap)>,
-    /// How many there were in all.
-    count: usize,
-    has_continue: bool,
-}
-
-impl Heard {
-    /// Counts another one; tells whether it is passed on. The first 100 always is: it lets the body go.
-    fn takes(&mut self, status: StatusCode) -> bool {
-        self.count = self.count.saturating_add(1);
-        let is_first_continue = status == StatusCode::CONTINUE && !std::mem::replace(&mut self.has_continue, true);
-        is_first_continue || self.count <= INTERIM_MAX
-    }
-}
-
-impl Interims {
-    /// Has `request`'s interim answers put here.
-    fn hear(self: &Arc<Self>, request: &mut Request<TunnelBody>) {
-        let to = Arc::clone(self);
-        hyper::ext::on_informational(request, move |response| {
-            to.put(response.status(), response.headers());
-        });
-    }
-
-    fn put(&self, status: StatusCode, headers: &HeaderMap) {
-        let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
-        if !heard.takes(status) {
-            return;
-        }
-        heard.heads.push_back((status, headers.clone()));
-        self.is_any.store(true, Ordering::Release);
-        drop(heard);
-        self.waker.wake();
-    }
-
-    /// Tells whether there ever was one.
-    fn were_any(&self) -> bool {
-        self.heard.lock().unwrap_or_else(PoisonError::into_inner).count > 0
+impl Told {
+    /// Begins a request on the connection of `interims`.
+    async fn listen(&self, interims: &Arc<Interims>) {
+        poll_fn(|cx| {
+            interims.begin(cx);
+            Poll::Ready(())
+        })
+        .await;
+        self.0.replace(Some(Arc::clone(interims)));
     }
 
     /// Waits for the next one.
     async fn next(&self) -> (StatusCode, HeaderMap) {
-        poll_fn(|cx| {
-            self.waker.register(cx.waker());
-            if !self.is_any.load(Ordering::Acquire) {
-                return Poll::Pending;
-            }
-            let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
-            let next = heard.heads.pop_front();
-            self.is_any.store(!heard.heads.is_empty(), Ordering::Release);
-            drop(heard);
-            next.map_or(Poll::Pending, Poll::Ready)
-        })
-        .await
+        poll_fn(|cx| self.0.borrow().as_ref().map_or(Poll::Pending, |interims| interims.poll_next(cx))).await
     }
 }
 
@@ -381,7 +330,7 @@ async fn relay(
         }
         Err(error) => return Err(ServeError::Body(error)),
     };
-    let First { frames, ended, mut trailers, bytes } = first;
+    let First { frames: mut chunks, ended, mut trailers, bytes } = first;
     let payload = if ended && bytes == 0 && trailers.is_none() { Payload::Empty } else { Payload::Frames };
     let has_status = send.put_status();
     let encoded = state.encode(|out| {
@@ -400,9 +349,7 @@ async fn relay(
         };
         return refuse_after(state, send, (refusal, second), is_grpc).await;
     };
-    let mut chunks = Vec::with_capacity(frames.len().saturating_add(1));
-    chunks.push(encoded);
-    chunks.extend(frames);
+    chunks.insert(0, encoded);
     send.write(&mut chunks).await.map_err(ServeError::Body)?;
     if ended {
         send.finish();
@@ -536,12 +483,13 @@ async fn call<D: Dial>(
     local: &LocalInstance,
     (head, body): (RequestHead, TunnelBody),
     block: &Bytes,
-    (added, interims, second): (Added<'_>, Option<&Arc<Interims>>, &Second),
+    (added, told, second): (Added<'_>, &Told, &Second),
 ) -> Result<Answered, CallError> {
     let state = worker.http();
     let addr = local.app_addr;
     let repeatable = head.payload == Payload::Empty && head.method.is_idempotent();
     let is_repeat = head.headers.contains_key(repeat::RETRY);
+    let is_asked_for = head.payload == Payload::Frames && headers::expects_continue(&head.headers);
     let handshake = Handshake::of(&head).filter(|_| is_multiplexed(local));
     let mut request = build(head, body, local, added);
     if let Some(handshake) = handshake {
@@ -551,8 +499,10 @@ async fn call<D: Dial>(
     if is_multiplexed(local) {
         let mut sender = state.pool.shared(worker, addr).await.map_err(CallError::Connect)?;
         // The app is there, and what it asks is not heard: the body is asked for in its place.
-        if let Some(interims) = interims {
-            interims.put(StatusCode::CONTINUE, &HeaderMap::new());
+        if is_asked_for {
+            let asked = Arc::<Interims>::default();
+            told.listen(&asked).await;
+            asked.put(StatusCode::CONTINUE, &HeaderMap::new());
         }
         let mut error = match sender.try_send_request(request).await {
             Ok(response) => return Ok(Answered { response, reusable: None }),
@@ -563,29 +513,22 @@ async fn call<D: Dial>(
         let response = sender.send_request(request).await.map_err(CallError::of_h2)?;
         return Ok(Answered { response, reusable: None });
     }
-    let hear = |request: &mut Request<TunnelBody>| {
-        if let Some(interims) = interims {
-            interims.hear(request);
-        }
-    };
-    hear(&mut request);
     let pooled = if is_repeat { None } else { state.pool.checkout(addr).await };
-    if let Some(mut sender) = pooled {
+    if let Some(mut connection) = pooled {
         let whole = request.body_mut().whole();
-        let mut error = match sender.try_send_request(request).await {
-            Ok(response) => return Ok(Answered { response, reusable: Some((sender, whole)) }),
+        told.listen(&connection.interims).await;
+        let mut error = match connection.sender.try_send_request(request).await {
+            Ok(response) => return Ok(Answered { response, reusable: Some((connection, whole)) }),
             Err(error) => error,
         };
         request = match error.take_message() {
             Some(message) => message,
             // An app that said something has the request.
-            None if repeatable && is_stale(error.error()) && interims.is_none_or(|interims| !interims.were_any()) => {
+            None if repeatable && is_stale(error.error()) && !connection.interims.were_any() => {
                 match head::decode_request(block) {
                     Ok(head) => {
-                        let mut again = build(head, TunnelBody::default(), local, added);
-                        hear(&mut again);
                         second.0.set(true);
-                        again
+                        build(head, TunnelBody::default(), local, added)
                     }
                     Err(_) => return Err(CallError::App(error.into_error())),
                 }
@@ -594,9 +537,10 @@ async fn call<D: Dial>(
         };
     }
     let whole = request.body_mut().whole();
-    let mut sender = Pool::connect(worker, addr).await.map_err(CallError::Connect)?;
-    match sender.send_request(request).await {
-        Ok(response) => Ok(Answered { response, reusable: Some((sender, whole)) }),
+    let mut connection = Pool::connect(worker, addr).await.map_err(CallError::Connect)?;
+    told.listen(&connection.interims).await;
+    match connection.sender.send_request(request).await {
+        Ok(response) => Ok(Answered { response, reusable: Some((connection, whole)) }),
         Err(error) => Err(CallError::App(error)),
     }
 }
@@ -629,7 +573,7 @@ fn begin_span(state: &HttpState, local: &LocalInstance, head: &RequestHead, is_g
 
 /// Makes the app's request from a decoded head.
 fn build(head: RequestHead, body: TunnelBody, local: &LocalInstance, added: Added<'_>) -> Request<TunnelBody> {
-    let RequestHead { payload, method, authority, path, mut headers, .. } = head;
+    let RequestHead { payload, method, authority, host, path, mut headers } = head;
     super::headers::forget_identity(&mut headers);
     if let Some(value) = added.client_cert {
         headers.insert(super::headers::CLIENT_CERT, value.clone());
@@ -643,7 +587,7 @@ fn build(head: RequestHead, body: TunnelBody, local: &LocalInstance, added: Adde
         Uri::builder().scheme("http").authority(authority).path_and_query(path).build().unwrap_or_default()
     } else {
         let host = match authority {
-            Some(authority) => HeaderValue::try_from(authority.as_str()).ok(),
+            Some(_) => HeaderValue::from_maybe_shared(host).ok(),
             None => HeaderValue::try_from(local.app_addr.to_string()).ok(),
         };
         if let Some(host) = host {
@@ -664,19 +608,4 @@ fn build(head: RequestHead, body: TunnelBody, local: &LocalInstance, added: Adde
     *request.uri_mut() = uri;
     *request.headers_mut() = headers;
     request
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_ninth_interim_answer_is_left_out_but_the_first_100_never_is() {
-        let mut heard = Heard::default();
-        let passed = (0..20).filter(|_| heard.takes(StatusCode::EARLY_HINTS)).count();
-        assert_eq!(passed, INTERIM_MAX);
-        assert!(heard.takes(StatusCode::CONTINUE));
-        assert!(!heard.takes(StatusCode::CONTINUE));
-        assert!(!heard.takes(StatusCode::EARLY_HINTS));
-    }
 }

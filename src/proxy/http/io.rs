@@ -2,14 +2,21 @@
 
 use std::cell::RefCell;
 use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
 
 use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, ReadBuf};
 use tokio::net::TcpStream;
+
+use super::interims::Interims;
 
 /// Pieces up to this size together are copied into one: the copy costs less than the kernel's walk through a vector.
 const JOIN_BYTES_MAX: usize = 4096;
+/// Bytes of an answer's beginning that are read at once.
+const BEGINNING_BYTES_MAX: usize = 4096;
 
 thread_local! {
     /// Where pieces are joined; nothing stays in it.
@@ -18,28 +25,37 @@ thread_local! {
 
 /// A connection of an app or to an app.
 #[derive(Debug)]
-pub(crate) struct AppIo(TokioIo<TcpStream>);
+pub(crate) struct AppIo {
+    io: TokioIo<TcpStream>,
+    /// Where an app's interim answers are heard.
+    interims: Option<Arc<Interims>>,
+}
 
 impl AppIo {
     /// Wraps a connection.
     pub(crate) fn new(stream: TcpStream) -> Self {
-        Self(TokioIo::new(stream))
+        Self { io: TokioIo::new(stream), interims: None }
+    }
+
+    /// The same, of an app whose interim answers are heard.
+    pub(super) fn heard_by(self, interims: Arc<Interims>) -> Self {
+        Self { interims: Some(interims), ..self }
     }
 
     /// Returns the connection, to wait on it.
     pub(crate) fn stream(&self) -> &TcpStream {
-        self.0.inner()
+        self.io.inner()
     }
 
     /// Returns the connection, to read from it.
     pub(crate) fn stream_mut(&mut self) -> &mut TcpStream {
-        self.0.inner_mut()
+        self.io.inner_mut()
     }
 }
 
 impl From<AppIo> for TcpStream {
     fn from(io: AppIo) -> Self {
-        io.0.into_inner()
+        io.io.into_inner()
     }
 }
 
@@ -47,23 +63,36 @@ impl hyper::rt::Read for AppIo {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-        buf: hyper::rt::ReadBufCursor<'_>,
+        mut buf: hyper::rt::ReadBufCursor<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_read(cx, buf)
+        let this = &mut *self;
+        let Some(interims) = this.interims.as_ref().filter(|interims| interims.is_expected()) else {
+            return Pin::new(&mut this.io).poll_read(cx, buf);
+        };
+        // By way of a buffer of our own: what hyper has read cannot be looked at in its.
+        let mut beginning = [MaybeUninit::uninit(); BEGINNING_BYTES_MAX];
+        let room = beginning.len().min(buf.remaining());
+        let mut read = ReadBuf::uninit(beginning.get_mut(..room).unwrap_or_default());
+        ready!(Pin::new(this.io.inner_mut()).poll_read(cx, &mut read))?;
+        if !read.filled().is_empty() {
+            interims.see(read.filled());
+            buf.put_slice(read.filled());
+        }
+        Poll::Ready(Ok(()))
     }
 }
 
 impl hyper::rt::Write for AppIo {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write(cx, buf)
+        Pin::new(&mut self.io).poll_write(cx, buf)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_flush(cx)
+        Pin::new(&mut self.io).poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_shutdown(cx)
+        Pin::new(&mut self.io).poll_shutdown(cx)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -77,14 +106,14 @@ impl hyper::rt::Write for AppIo {
     ) -> Poll<io::Result<usize>> {
         let bytes = bufs.iter().fold(0_usize, |sum, buf| sum.saturating_add(buf.len()));
         if bytes > JOIN_BYTES_MAX {
-            return Pin::new(&mut self.0).poll_write_vectored(cx, bufs);
+            return Pin::new(&mut self.io).poll_write_vectored(cx, bufs);
         }
         JOINED.with_borrow_mut(|joined| {
             joined.clear();
             for buf in bufs {
                 joined.extend_from_slice(buf);
             }
-            Pin::new(&mut self.0).poll_write(cx, joined)
+            Pin::new(&mut self.io).poll_write(cx, joined)
         })
     }
 }

@@ -18,6 +18,7 @@ mod body;
 mod gate;
 mod headers;
 pub(crate) mod inbound;
+mod interims;
 mod io;
 pub(super) mod key;
 pub(crate) mod metrics;
@@ -60,6 +61,7 @@ use bytes::{Bytes, BytesMut};
 use foldhash::HashMap;
 use http::HeaderValue;
 use prometheus::IntCounterVec;
+use tokio::time::Instant;
 
 /// What HTTP needs of its worker. [`Worker`] is one; the tests' loopback pair is the other.
 pub(crate) trait Dial: 'static {
@@ -83,8 +85,8 @@ pub(crate) trait Dial: 'static {
     /// Notes that the app of `instance` was not reached: others come first for a while.
     fn connect_failed(&self, _instance: &Instance) {}
     /// Notes how a call ended.
-    fn observe(&self, observer: &Observer, outcome: Outcome, took: Duration) {
-        observer.observe(outcome, took, crate::clock::now());
+    fn observe(&self, observer: &Observer, outcome: Outcome, took: Duration, now: Instant) {
+        observer.observe(outcome, took, now);
     }
     /// Notes that a limit refused a request.
     fn overflowed(&self, _what: Limited) {}
@@ -128,8 +130,8 @@ impl Dial for Worker {
         Worker::connect_failed(self, instance);
     }
 
-    fn observe(&self, observer: &Observer, outcome: Outcome, took: Duration) {
-        Worker::observe(self, observer, outcome, took);
+    fn observe(&self, observer: &Observer, outcome: Outcome, took: Duration, now: Instant) {
+        Worker::observe(self, observer, outcome, took, now);
     }
 
     fn overflowed(&self, what: Limited) {

@@ -136,6 +136,8 @@ pub(super) struct Connection<D> {
     leads: Leads,
     /// The last Host and its target: callers mostly stay with one.
     last: RefCell<Option<Last>>,
+    /// The Host of the last request.
+    host: RefCell<Option<Authority>>,
     pub(super) activity: Arc<Activity>,
     pub(super) from: Option<IpAddr>,
 }
@@ -175,6 +177,7 @@ pub(super) async fn serve_from<D: Dial>(worker: Rc<D>, stream: TcpStream, route:
         worker: Rc::clone(&worker),
         leads,
         last: RefCell::default(),
+        host: RefCell::default(),
         activity: Arc::clone(&activity),
         from,
     });
@@ -354,8 +357,8 @@ impl<D: Dial> Connection<D> {
     /// A connection of a caller at `from`.
     #[cfg(test)]
     pub(super) fn of_caller(worker: Rc<D>, from: IpAddr) -> Self {
-        let (last, activity) = (RefCell::default(), Arc::default());
-        Self { worker, leads: Leads::ByHost, last, activity, from: Some(from) }
+        let (last, host, activity) = (RefCell::default(), RefCell::default(), Arc::default());
+        Self { worker, leads: Leads::ByHost, last, host, activity, from: Some(from) }
     }
 
     /// Takes out of a request's head what its caller may not say.
@@ -480,7 +483,7 @@ async fn answer_of<D: Dial>(
     if version == Version::HTTP_2 {
         headers::join_cookies(request.headers_mut());
     }
-    let checked = headers::check(&request);
+    let checked = headers::check(&request, &connection.host);
     connection.believe(request.headers_mut());
     let span = connection.begin_span(&mut request, checked.as_ref().ok().and_then(Option::as_ref));
     let found = checked.and_then(|authority| Ok((connection.target(authority.as_ref())?, authority)));

@@ -9,6 +9,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use foldhash::HashMap;
@@ -19,6 +20,7 @@ use tracing::debug;
 
 use super::Dial;
 use super::body::TunnelBody;
+use super::interims::Interims;
 use super::io::AppIo;
 
 /// Idle connections kept per app and worker: what 512 requests at once leave behind.
@@ -35,7 +37,13 @@ const SETTINGS_PAUSE_MIN: Duration = Duration::from_millis(1);
 const SETTINGS_PAUSE_MAX: Duration = Duration::from_millis(100);
 
 /// An HTTP/1.1 connection.
-pub(crate) type Http1 = http1::SendRequest<TunnelBody>;
+#[derive(Debug)]
+pub(crate) struct Http1 {
+    pub(super) sender: http1::SendRequest<TunnelBody>,
+    /// Where its interim answers are heard.
+    pub(super) interims: Arc<Interims>,
+}
+
 /// A handle of an HTTP/2 connection.
 pub(crate) type Http2 = http2::SendRequest<TunnelBody>;
 type SharedHttp2 = Rc<tokio::sync::Mutex<Option<Http2>>>;
@@ -61,7 +69,7 @@ pub(crate) enum ConnectError {
 
 #[derive(Debug)]
 struct Idle {
-    sender: Http1,
+    connection: Http1,
     since: Instant,
 }
 
@@ -95,16 +103,16 @@ impl Pool {
     pub(crate) async fn checkout(&self, addr: SocketAddr) -> Option<Http1> {
         loop {
             let idle = self.idle.borrow_mut().get_mut(&addr)?.pop_back()?;
-            let mut sender = idle.sender;
+            let Http1 { mut sender, interims } = idle.connection;
             if !sender.is_closed() && sender.ready().await.is_ok() {
-                return Some(sender);
+                return Some(Http1 { sender, interims });
             }
         }
     }
 
     /// Keeps a connection whose last exchange was whole.
-    pub(crate) fn put<D: Dial>(self: &Rc<Self>, worker: &Rc<D>, addr: SocketAddr, sender: Http1) {
-        if sender.is_closed() || worker.stopping() {
+    pub(crate) fn put<D: Dial>(self: &Rc<Self>, worker: &Rc<D>, addr: SocketAddr, connection: Http1) {
+        if connection.sender.is_closed() || worker.stopping() {
             return;
         }
         let mut idle = self.idle.borrow_mut();
@@ -112,7 +120,7 @@ impl Pool {
         if queue.len() >= IDLE_MAX {
             queue.pop_front();
         }
-        queue.push_back(Idle { sender, since: crate::clock::now() });
+        queue.push_back(Idle { connection, since: crate::clock::now() });
         if !self.sweeping.replace(true) {
             worker.spawn(Rc::clone(self).sweep());
         }
@@ -139,17 +147,18 @@ impl Pool {
 
     /// Opens an HTTP/1.1 connection.
     pub(crate) async fn connect<D: Dial>(worker: &Rc<D>, addr: SocketAddr) -> Result<Http1, ConnectError> {
-        let stream = dial(worker, addr).await?;
+        let interims = Arc::<Interims>::default();
+        let io = dial(worker, addr).await?.heard_by(Arc::clone(&interims));
         let mut builder = http1::Builder::new();
         builder.max_buf_size(HEAD_BYTES_MAX);
         let (sender, connection) =
-            builder.handshake(stream).await.map_err(|source| ConnectError::Handshake { addr, source })?;
+            builder.handshake(io).await.map_err(|source| ConnectError::Handshake { addr, source })?;
         worker.spawn(async move {
             if let Err(error) = connection.with_upgrades().await {
                 debug!(%addr, error = %error, "app connection ended");
             }
         });
-        Ok(sender)
+        Ok(Http1 { sender, interims })
     }
 
     /// Returns the shared HTTP/2 connection, opened if there is none; callers that wait share one attempt.

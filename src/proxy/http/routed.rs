@@ -512,7 +512,8 @@ pub(super) async fn attempt_once<D: Dial>(
     one.is_over.set(true);
     let late = if ended.is_err() { one.last.borrow().clone() } else { None };
     if let Some((observer, sent_at)) = late {
-        worker.observe(&observer, routing::Outcome::GatewayFailure, clock::now() - sent_at);
+        let now = clock::now();
+        worker.observe(&observer, routing::Outcome::GatewayFailure, now - sent_at, now);
     }
     match ended {
         Ok(outcome) => outcome,

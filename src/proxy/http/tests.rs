@@ -206,7 +206,7 @@ impl Loopback {
                 tokio::task::spawn_local(async move {
                     let mut preamble = [0; 2];
                     if recv.read_exact(&mut preamble).await.is_ok() {
-                        let stream = inbound::Stream { send, recv, rest: BytesMut::new(), local, peer };
+                        let stream = inbound::Stream { send, recv, rest: Bytes::new(), local, peer };
                         inbound::serve(worker, stream, |_| {}).await;
                     }
                 });

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::pin::pin;
 use std::rc::Rc;
 
-use bytes::BytesMut;
+use bytes::Bytes;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::UdpSocket;
 use tokio::sync::Notify;
@@ -30,7 +30,7 @@ pub(in crate::proxy) struct FlowCall {
     pub(in crate::proxy) send: quinn::SendStream,
     pub(in crate::proxy) recv: quinn::RecvStream,
     /// What followed the preamble.
-    pub(in crate::proxy) rest: BytesMut,
+    pub(in crate::proxy) rest: Bytes,
     pub(in crate::proxy) app: SocketAddr,
     pub(in crate::proxy) service: ServiceName,
     pub(in crate::proxy) peer: Rc<PeerIdentity>,

@@ -333,7 +333,7 @@ async fn keep(
             if flag == "UF" {
                 worker.connect_failed(&flow.instance);
                 if let Some(observer) = lease.observer() {
-                    worker.observe(observer, Outcome::GatewayFailure, Duration::ZERO);
+                    worker.observe(observer, Outcome::GatewayFailure, Duration::ZERO, crate::clock::now());
                 }
             }
             port.flows.borrow_mut().end(from, number);

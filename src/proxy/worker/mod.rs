@@ -316,8 +316,8 @@ impl Worker {
     }
 
     /// Notes how a call ended, and tells what that did to the instance.
-    pub(crate) fn observe(&self, observer: &Observer, outcome: Outcome, took: Duration) {
-        observer.observe(outcome, took, clock::now());
+    pub(crate) fn observe(&self, observer: &Observer, outcome: Outcome, took: Duration, now: Instant) {
+        observer.observe(outcome, took, now);
         self.tell_notices();
     }
 

@@ -266,7 +266,7 @@ impl Worker {
             Err(Unopened::Full) => return Err(OpenError::Full { node: node.name.clone() }),
             Err(Unopened::Failed(reason)) => {
                 self.connect_failed(&instance);
-                self.observe(load.observer(), Outcome::GatewayFailure, Duration::ZERO);
+                self.observe(load.observer(), Outcome::GatewayFailure, Duration::ZERO, clock::now());
                 return Err(unreachable(reason));
             }
         };
