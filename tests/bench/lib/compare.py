@@ -249,7 +249,7 @@ def save(out, rows, meta):
         f.writelines(json.dumps(r) + "\n" for r in rows)
     summary = lab.summarise(rows)
     with open(out + "/result.json", "w") as f:
-        json.dump(dict(meta=meta, goals=goals.verdicts(summary), figures=summary), f, indent=1)
+        json.dump(dict(meta=meta, goals=goals.verdicts(summary, rows), figures=summary), f, indent=1)
     return summary
 
 
@@ -282,7 +282,7 @@ def main():
     if a.table:
         rows = [json.loads(x) for x in open(a.table + "/raw.jsonl")]
         meta = json.load(open(a.table + "/result.json"))["meta"]
-        return print(goals.page(save(a.table, rows, meta), meta))
+        return print(goals.page(save(a.table, rows, meta), meta, rows))
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if "idle10k" in a.tests and hard < IDLE_MANY + 1000:
@@ -321,7 +321,7 @@ def main():
     finally:
         bench.down()
         summary = save(a.out, bench.rows, meta)
-    print(goals.page(summary, meta))
+    print(goals.page(summary, meta, bench.rows))
     print(f"results in {os.path.relpath(a.out)}")
 
 

@@ -4,7 +4,12 @@ A goal is a list of conditions, all of which must hold.  A condition is (peer | 
 that peer, or with None weft's own figure.  `best` stands for the best peer that was measured.
 
 A goal in weft's own figure was set on a machine on which the peers reached the figures in `RECORDED`.  On a slower or faster
-one it says little; so it is also shown as the ratio to the peer that it was then (`as a ratio`)."""
+one it says little; so it is also shown as the ratio to the peer that it was then (`as a ratio`).
+
+`run by run` is the median of the ratios of the repeats, with the least and the most: where the machine drifts, figures of
+one repeat are nearer to each other than the medians of all."""
+import statistics
+
 
 
 class Row:
@@ -78,6 +83,27 @@ def figure(index, row, peer):
     return value
 
 
+def by_repeat(rows, row, peer):
+    """{repeat: figure} of a row for a peer; what was disturbed or failed is left out."""
+    metrics = row.metric if isinstance(row.metric, tuple) else (row.metric,)
+    found = {}
+    for r in rows:
+        values = [r[m] for m in metrics if isinstance(r.get(m), (int, float))]
+        if (r.get("peer"), r.get("test")) == (peer, row.test) and values and not (r.get("noisy") or r.get("errors")):
+            found[r["rep"]] = max(values)
+    if row.over:
+        base = by_repeat(rows, Row("", row.test, row.metric, "", []), row.over)
+        return {rep: value - base[rep] for rep, value in found.items() if rep in base}
+    return found
+
+
+def paired(rows, row, peer):
+    """(median, least, most) of weft's ratio to a peer in each repeat; None with fewer than two repeats."""
+    ours, theirs = by_repeat(rows, row, "weft"), by_repeat(rows, row, peer)
+    ratios = [ours[rep] / theirs[rep] for rep in ours if theirs.get(rep, 0) > 0]
+    return (statistics.median(ratios), min(ratios), max(ratios)) if len(ratios) > 1 else None
+
+
 def spread(index, row, peer):
     entry = index.get((peer, row.test), {}).get(row.metric if isinstance(row.metric, str) else row.metric[0])
     return entry and [entry["min"], entry["max"]]
@@ -104,8 +130,8 @@ def words(row, conditions):
     return ", ".join(parts) or "–"
 
 
-def verdicts(summary):
-    """One dict per row that was measured, losses as well as wins."""
+def verdicts(summary, runs=()):
+    """One dict per row that was measured, losses as well as wins; `runs`: each run by itself."""
     index = {(e["peer"], e["test"]): e for e in summary}
     out = []
     for row in ROWS:
@@ -117,7 +143,8 @@ def verdicts(summary):
         best = order[0] if order else None
         named = [p for p, _, _ in list(row.must) + list(row.aim) + list(row.ratio) if p and p != "best"]
         ratios = {p: ours / peers[p] for p in dict.fromkeys(named + ([best] if best else [])) if ours is not None and peers.get(p)}
-        out.append(dict(work=row.work, unit=row.unit, test=row.test, less_is_better=row.less, weft=ours, weft_spread=spread(index, row, "weft"),
+        pairs = {p: found for p in ratios if (found := paired(runs, row, p))}
+        out.append(dict(pairs=pairs, work=row.work, unit=row.unit, test=row.test, less_is_better=row.less, weft=ours, weft_spread=spread(index, row, "weft"),
                         runs=index.get(("weft", row.test), {}).get("n"), peers=peers, best=best, ratios=ratios,
                         must=words(row, row.must), must_reached=holds(row.must, ours, peers, best),
                         as_ratio=words(row, row.ratio), as_ratio_reached=holds(row.ratio, ours, peers, best),
@@ -131,17 +158,18 @@ def markdown(head, rows):
     return "\n".join([line(head), "|" + "|".join("-" * (w + 2) for w in widths) + "|"] + [line(r) for r in rows])
 
 
-def page(summary, meta):
+def page(summary, meta, runs=()):
     """The table of goals, every peer's figures, and what was measured on what."""
     say = {True: "yes", False: "NO", None: "–"}
     rows, others = [], []
-    for v in verdicts(summary):
+    for v in verdicts(summary, runs):
         show = lambda x: "–" if x is None else v["show"].format(x)
         best = f"{show(v['peers'][v['best']])} {NAMES[v['best']]}" if v["best"] else "–"
         ratios = ", ".join(f"{r:.2f}x {NAMES[p]}" for p, r in v["ratios"].items()) or "–"
-        rows.append([f"{v['work']} ({v['unit']})", show(v["weft"]), best, ratios, v["must"], say[v["must_reached"]], v["as_ratio"], say[v["as_ratio_reached"]], v["aim"], say[v["aim_reached"]]])
+        pairs = ", ".join(f"{m:.2f}x {NAMES[p]} ({least:.2f}-{most:.2f})" for p, (m, least, most) in v["pairs"].items()) or "–"
+        rows.append([f"{v['work']} ({v['unit']})", show(v["weft"]), best, ratios, pairs, v["must"], say[v["must_reached"]], v["as_ratio"], say[v["as_ratio_reached"]], v["aim"], say[v["aim_reached"]]])
         others.append([f"{v['work']} ({v['unit']})", ", ".join(f"{NAMES[p]} {show(x)}" for p, x in v["peers"].items()) or "–"])
-    head = ["work", "weft", "best peer", "weft to peer", "must reach", "reached", "as a ratio", "reached", "aim", "reached"]
+    head = ["work", "weft", "best peer", "weft to peer", "run by run", "must reach", "reached", "as a ratio", "reached", "aim", "reached"]
     failed = [f"  {e['peer']} {e['test']}: {e['failed'][-1][:160]}" for e in summary if "failed" in e]
     noisy = sorted({f"{e['peer']} {e['test']}" for e in summary if e.get("all_noisy")})
     lost = [f"{e['peer']} {e['percent']['median']:.2f} %" for e in summary if e["test"] == "loss_packets" and "percent" in e]
