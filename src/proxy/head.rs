@@ -488,6 +488,17 @@ mod tests {
     }
 
     #[test]
+    fn a_decoded_head_has_room_for_what_is_added_and_nothing_of_it_is_a_copy() {
+        let wire = request(&[("accept", "*/*")]).unwrap();
+        let head = decode(wire.clone()).unwrap().unwrap();
+        assert!(head.headers.capacity() >= HEADERS_ROOM, "{}", head.headers.capacity());
+        assert_eq!(head.host, head.authority.unwrap().as_str());
+        for part in [&head.host[..], head.headers["accept"].as_bytes()] {
+            assert!(wire.as_ptr_range().contains(&part.as_ptr()), "{}", part.escape_ascii());
+        }
+    }
+
+    #[test]
     fn the_wire_format_stands() {
         let wire = request(&[("accept", "*/*"), ("content-length", "5"), ("x-own", "1")]).unwrap();
         let mut expected = vec![0, 36, 1, 2, 6];

@@ -112,6 +112,8 @@ impl Drop for TunnelSend {
 #[derive(Debug, Default)]
 pub(crate) struct TunnelBody(Option<Box<Message>>);
 
+const _: () = assert!(size_of::<TunnelBody>() == size_of::<usize>());
+
 /// What is left of a message's body.
 #[derive(Debug, Default)]
 struct Message {

@@ -572,6 +572,8 @@ fn begin_span(state: &HttpState, local: &LocalInstance, head: &RequestHead, is_g
 }
 
 /// Makes the app's request from a decoded head.
+///
+/// hyper moves it some twenty times: what is large stays behind a pointer.
 fn build(head: RequestHead, body: TunnelBody, local: &LocalInstance, added: Added<'_>) -> Request<TunnelBody> {
     let RequestHead { payload, method, authority, host, path, mut headers } = head;
     super::headers::forget_identity(&mut headers);
