@@ -27,7 +27,7 @@ use self::names::{METHODS, code_of, is_framing, name_of};
 pub(crate) const HEAD_BYTES_MAX: usize = 60 * 1024;
 /// Most headers in a head: 100 of the message, which is hyper's and Envoy's default, and room for those that weft adds.
 pub(crate) const HEADERS_MAX: usize = 106;
-/// Room for headers that a decoded head has at least. What is added to a request fits, and so does the answer's head, for
+/// Room for headers that a request's decoded head has at least. What is added to a request fits, and so does the answer's head, for
 /// which hyper uses the same map: a map that grows is allocated and filled again, twice at an app with small requests.
 const HEADERS_ROOM: usize = 12;
 
@@ -265,13 +265,13 @@ impl<'a> Reader<'a> {
         self.text().map(|text| self.block.slice_ref(text))
     }
 
-    /// Reads `count | headers` up to the end of the block.
-    fn headers(mut self) -> Result<HeaderMap, HeadError> {
+    /// Reads `count | headers` up to the end of the block, into a map with room for so many.
+    fn headers(mut self, room: usize) -> Result<HeaderMap, HeadError> {
         let count = usize::from(self.byte()?);
         if count > HEADERS_MAX {
             return Err(HeadError::TooManyHeaders);
         }
-        let mut headers = HeaderMap::with_capacity(count.max(HEADERS_ROOM));
+        let mut headers = HeaderMap::with_capacity(count.max(room));
         for _ in 0..count {
             let name = match self.byte()? {
                 0 => {
@@ -366,7 +366,7 @@ impl Inbox {
         let payload = Payload::from_code(reader.byte()?)?;
         let status = u16::from_be_bytes([reader.byte()?, reader.byte()?]);
         let status = StatusCode::from_u16(status).map_err(|_| HeadError::Malformed("status"))?;
-        let headers = reader.headers()?;
+        let headers = reader.headers(0)?;
         Ok(Some(ResponseHead { payload, status, headers }))
     }
 
@@ -394,7 +394,7 @@ pub(crate) fn decode_request(block: &Bytes) -> Result<RequestHead, HeadError> {
     };
     let path = reader.shared_text()?;
     let path = PathAndQuery::from_maybe_shared(path).map_err(|_| HeadError::Malformed("path"))?;
-    let headers = reader.headers()?;
+    let headers = reader.headers(HEADERS_ROOM)?;
     // An app would wait for the promised bytes and take the next request of its connection for them.
     if payload != Payload::Frames && headers.get(header::CONTENT_LENGTH).is_some_and(|length| length != "0") {
         return Err(HeadError::Malformed("content-length without a body"));
@@ -426,7 +426,7 @@ impl BodyDecoder {
                 BodyState::Trailers => {
                     let Some(block) = inbox.take_block()? else { return Ok(None) };
                     self.state = BodyState::Ended;
-                    return Reader::new(&block).headers().map(Frame::trailers).map(Some);
+                    return Reader::new(&block).headers(0).map(Frame::trailers).map(Some);
                 }
                 BodyState::Ended if inbox.is_empty() => return Ok(None),
                 BodyState::Ended => return Err(HeadError::Malformed("body: bytes after the trailers")),
@@ -537,7 +537,7 @@ mod tests {
             block.put_slice(&[1, 0]);
             put_text(&mut block, name.as_bytes());
             put_text(&mut block, b"chunked");
-            assert!(matches!(Reader::new(&block.freeze()).headers(), Err(HeadError::Malformed(_))), "{name}");
+            assert!(matches!(Reader::new(&block.freeze()).headers(0), Err(HeadError::Malformed(_))), "{name}");
         }
         for lengths in [&["5", "5"][..], &["5,5"], &["-1"], &["+5"], &[""], &["99999999999999999999"]] {
             let headers: Vec<_> = lengths.iter().map(|length| ("content-length", *length)).collect();

@@ -296,7 +296,8 @@ async fn preamble(worker: &Worker, recv: &mut quinn::RecvStream) -> Option<(Prea
         let chunk = recv.read_chunk(usize::MAX, true).await.ok()??;
         bytes = if bytes.is_empty() { chunk.bytes } else { [&bytes[..], &chunk.bytes].concat().into() };
         match Preamble::decode_with(&mut bytes, |instance, service| names(worker, instance, service)) {
-            Ok(Some(preamble)) => return Some((preamble, bytes)),
+            // Empty, it would keep alive what the packet came with, for as long as a TCP connection lasts.
+            Ok(Some(preamble)) => return Some((preamble, if bytes.is_empty() { Bytes::new() } else { bytes })),
             Ok(None) if bytes.len() < PREAMBLE_BYTES_MAX => {}
             Ok(None) => return None,
             Err(error) => {

@@ -290,6 +290,9 @@ pub(crate) fn check<B>(request: &Request<B>, known: &RefCell<Option<Authority>>)
     }
 }
 
+/// Longest Host that a connection remembers: names have at most 253 bytes, and a port.
+const KNOWN_HOST_BYTES_MAX: usize = 260;
+
 /// Parses a Host that is not `known` already: a connection's requests name the same at most times.
 fn host_of(value: &HeaderValue, known: &RefCell<Option<Authority>>) -> Result<Authority, InvalidUri> {
     let same = known.borrow().as_ref().filter(|known| known.as_str().as_bytes() == value.as_bytes()).cloned();
@@ -297,7 +300,9 @@ fn host_of(value: &HeaderValue, known: &RefCell<Option<Authority>>) -> Result<Au
         return Ok(same);
     }
     let host = Authority::try_from(value.as_bytes())?;
-    known.replace(Some(host.clone()));
+    if value.len() <= KNOWN_HOST_BYTES_MAX {
+        known.replace(Some(host.clone()));
+    }
     Ok(host)
 }
 

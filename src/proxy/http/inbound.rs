@@ -7,7 +7,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::Poll;
@@ -124,11 +124,12 @@ pub(crate) struct Stream {
     pub(crate) peer: Rc<PeerIdentity>,
 }
 
-/// Serves one request; `on_admitted` gets the head of one that may pass.
+/// Serves one request; `on_admitted` gets the head of one that may pass, and once more, alone in its memory, of one that
+/// lasts.
 ///
 /// # Cancel safety
 /// Dropping the future resets the stream and closes the app's connection.
-pub(crate) async fn serve<D: Dial>(worker: Rc<D>, stream: Stream, on_admitted: impl FnOnce(Bytes)) {
+pub(crate) async fn serve<D: Dial>(worker: Rc<D>, stream: Stream, on_admitted: impl Fn(Bytes)) {
     let id = stream.recv.id();
     let service = stream.local.service.clone();
     if let Err(error) = exchange(&worker, stream, on_admitted).await {
@@ -136,7 +137,7 @@ pub(crate) async fn serve<D: Dial>(worker: Rc<D>, stream: Stream, on_admitted: i
     }
 }
 
-async fn exchange<D: Dial>(worker: &Rc<D>, stream: Stream, on_admitted: impl FnOnce(Bytes)) -> Result<(), ServeError> {
+async fn exchange<D: Dial>(worker: &Rc<D>, stream: Stream, on_admitted: impl Fn(Bytes)) -> Result<(), ServeError> {
     let state = worker.http();
     let Stream { send, mut recv, rest, local, peer } = stream;
     let (mut send, local, peer) = (TunnelSend::new(send), &local, &peer);
@@ -183,14 +184,14 @@ async fn exchange<D: Dial>(worker: &Rc<D>, stream: Stream, on_admitted: impl FnO
     let told = Told::default();
     let added = Added { client_cert: client_cert.as_ref(), context: exchange.context() };
     let second = Second::default();
-    let mut call = pin!(call(worker, local, (head, request_body), &block, (added, &told, &second)));
-    let answered = loop {
-        tokio::select! {
-            biased;
-            interim = told.next() => send_interim(state, &mut send, interim).await?,
-            answered = call.as_mut() => break answered,
-            error = send.stopped() => return Err(ServeError::Body(error)),
-        }
+    let answered = {
+        let call = pin!(call(worker, local, (head, request_body), &block, (added, &told, &second)));
+        answer(state, &mut send, &told, call).await?
+    };
+    // A head shares its memory with all that came in one read of the socket: an exchange that lasts keeps its own.
+    let lasting = || {
+        on_admitted(Bytes::copy_from_slice(&block));
+        drop(block);
     };
     let Answered { mut response, reusable } = match answered {
         Ok(answered) => answered,
@@ -224,13 +225,14 @@ async fn exchange<D: Dial>(worker: &Rc<D>, stream: Stream, on_admitted: impl FnO
             Some(raw) if is_upgrade => {
                 exchange.finish(Flag::None);
                 drop(exchange);
+                lasting();
                 let idle = worker.snapshot().peek().traffic.idle_timeout(&local.service);
                 switch(state, send, raw, (response, idle.unwrap_or(IDLE_TIMEOUT))).await
             }
             _ => Err(ServeError::Head(HeadError::Malformed("101 without an upgrade"))),
         };
     }
-    let result = relay(state, &mut send, (&mut response, &second), &mut exchange, is_grpc).await;
+    let result = relay(state, &mut send, (&mut response, &second), (&mut exchange, is_grpc), lasting).await;
     if result.is_ok()
         && let Some((sender, whole)) = reusable
         && whole.is_none_or(|whole| whole.get())
@@ -258,6 +260,23 @@ impl Told {
     /// Waits for the next one.
     async fn next(&self) -> (StatusCode, HeaderMap) {
         poll_fn(|cx| self.0.borrow().as_ref().map_or(Poll::Pending, |interims| interims.poll_next(cx))).await
+    }
+}
+
+/// Waits for the final answer and sends the interim ones that come before it, as long as the caller's agent wants one.
+async fn answer(
+    state: &HttpState,
+    send: &mut TunnelSend,
+    told: &Told,
+    mut call: Pin<&mut impl Future<Output = Result<Answered, CallError>>>,
+) -> Result<Result<Answered, CallError>, ServeError> {
+    loop {
+        tokio::select! {
+            biased;
+            interim = told.next() => send_interim(state, send, interim).await?,
+            answered = call.as_mut() => return Ok(answered),
+            error = send.stopped() => return Err(ServeError::Body(error)),
+        }
     }
 }
 
@@ -300,13 +319,13 @@ async fn read_head(recv: &mut RecvStream, inbox: &mut Inbox) -> Result<Bytes, Se
     }
 }
 
-/// Sends the app's response.
+/// Sends the app's response; `lasting` is told of one that does not come at once.
 async fn relay(
     state: &HttpState,
     send: &mut TunnelSend,
     (response, second): (&mut Response<Incoming>, &Second),
-    exchange: &mut Exchange,
-    is_grpc: bool,
+    (exchange, is_grpc): (&mut Exchange, bool),
+    lasting: impl FnOnce(),
 ) -> Result<(), ServeError> {
     let app_broke = |error, exchange: &mut Exchange| {
         if matches!(error, BodyError::App(_)) {
@@ -354,6 +373,7 @@ async fn relay(
     if ended {
         send.finish();
     } else {
+        lasting();
         trailers = match body::pump(response.body_mut(), send, state).await {
             Ok(trailers) => trailers,
             Err(error) => return Err(app_broke(error, exchange)),
@@ -502,7 +522,7 @@ async fn call<D: Dial>(
         if is_asked_for {
             let asked = Arc::<Interims>::default();
             told.listen(&asked).await;
-            asked.put(StatusCode::CONTINUE, &HeaderMap::new());
+            asked.put(StatusCode::CONTINUE, HeaderMap::new());
         }
         let mut error = match sender.try_send_request(request).await {
             Ok(response) => return Ok(Answered { response, reusable: None }),
@@ -522,7 +542,11 @@ async fn call<D: Dial>(
             Err(error) => error,
         };
         request = match error.take_message() {
-            Some(message) => message,
+            // What the connection said before it took the request is not about it.
+            Some(message) => {
+                told.0.take();
+                message
+            }
             // An app that said something has the request.
             None if repeatable && is_stale(error.error()) && !connection.interims.were_any() => {
                 match head::decode_request(block) {

@@ -21,10 +21,14 @@ use http::StatusCode;
 use http::header::{HeaderMap, HeaderName, HeaderValue};
 
 use super::attempt::INTERIM_MAX;
-use crate::proxy::head::{HEAD_BYTES_MAX, HEADERS_MAX};
+use crate::proxy::head::HEAD_BYTES_MAX;
 
 /// How every interim answer begins but for its version's last digit: `HTTP/1.1 103`.
 const BEGINNING: &[u8] = b"HTTP/1.";
+/// Bytes of a head's end: `\\n\\r\\n`.
+const LONGEST_END: usize = 3;
+/// Most headers of one that is heard: hyper fails at more.
+const HEADERS_MAX: usize = 100;
 
 /// Where those of one connection, or of one request, are put.
 #[derive(Debug, Default)]
@@ -32,6 +36,8 @@ pub(super) struct Interims {
     heard: Mutex<Heard>,
     /// Some are there: spares those who look the lock.
     is_any: AtomicBool,
+    /// The next bytes that go to the app are a request's.
+    is_begun: AtomicBool,
     /// The next bytes that the app sends begin an answer, or go on with an interim one.
     is_expected: AtomicBool,
     waker: AtomicWaker,
@@ -56,19 +62,6 @@ impl Heard {
     }
 }
 
-/// What stands at the beginning of bytes.
-enum Seen {
-    Interim {
-        bytes: usize,
-        status: StatusCode,
-        headers: HeaderMap,
-    },
-    /// More bytes have to come.
-    Partial,
-    /// The final answer, or nothing that hyper would take for an answer.
-    Other,
-}
-
 impl Interims {
     /// Begins a request: what the one before it left is forgotten, and `cx` is woken by what comes.
     pub(super) fn begin(&self, cx: &Context<'_>) {
@@ -78,8 +71,16 @@ impl Interims {
         }
         drop(heard);
         self.is_any.store(false, Ordering::Relaxed);
-        self.is_expected.store(true, Ordering::Relaxed);
+        // Not yet what is read: an app that says something unasked says it before it has the request.
+        self.is_begun.store(true, Ordering::Relaxed);
         self.waker.register(cx.waker());
+    }
+
+    /// Ends a request whose answer is whole: nobody waits any more.
+    pub(super) fn end(&self) {
+        self.is_begun.store(false, Ordering::Relaxed);
+        self.is_expected.store(false, Ordering::Relaxed);
+        drop(self.waker.take());
     }
 
     /// Tells whether what is read next has to be shown.
@@ -87,7 +88,15 @@ impl Interims {
         self.is_expected.load(Ordering::Relaxed)
     }
 
-    /// Looks at what was read.
+    /// Notes that bytes go to the app: after [`Interims::begin`] the request's, and an answer comes next.
+    pub(super) fn sent(&self) {
+        if self.is_begun.load(Ordering::Relaxed) {
+            self.is_begun.store(false, Ordering::Relaxed);
+            self.is_expected.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Looks at what was read. A head is parsed once, when its end has come, in however many pieces.
     pub(super) fn see(&self, bytes: &[u8]) {
         let mut heard = self.heard();
         // The final head comes whole at most times.
@@ -97,32 +106,38 @@ impl Interims {
         }
         let mut partial = std::mem::take(&mut heard.partial);
         drop(heard);
+        let (mut used, mut end_from) = (0, partial.len().saturating_sub(LONGEST_END - 1));
         partial.extend_from_slice(bytes);
-        let mut rest = &partial[..];
-        let ends = loop {
-            match first_of(rest) {
-                Seen::Interim { bytes, status, headers } => {
-                    self.put(status, &headers);
-                    rest = rest.get(bytes..).unwrap_or_default();
-                }
-                Seen::Partial => break rest.len() > HEAD_BYTES_MAX,
-                Seen::Other => break true,
+        let looks_on = loop {
+            let blank = tail(&partial, used).iter().take_while(|byte| matches!(byte, b'\r' | b'\n')).count();
+            used += blank;
+            let rest = tail(&partial, used);
+            if !may_be_interim(rest) {
+                break false;
             }
+            if !has_end(tail(&partial, end_from.max(used))) {
+                break rest.len() <= HEAD_BYTES_MAX;
+            }
+            let Some((length, status, headers)) = first_of(rest) else { break false };
+            self.put(status, headers);
+            used += length;
+            end_from = used;
         };
-        if ends {
-            self.is_expected.store(false, Ordering::Relaxed);
+        if looks_on {
+            partial.drain(..used);
+            self.heard().partial = partial;
         } else {
-            self.heard().partial = rest.to_vec();
+            self.is_expected.store(false, Ordering::Relaxed);
         }
     }
 
     /// Adds one.
-    pub(super) fn put(&self, status: StatusCode, headers: &HeaderMap) {
+    pub(super) fn put(&self, status: StatusCode, headers: HeaderMap) {
         let mut heard = self.heard();
         if !heard.takes(status) {
             return;
         }
-        heard.heads.push_back((status, headers.clone()));
+        heard.heads.push_back((status, headers));
         self.is_any.store(true, Ordering::Release);
         drop(heard);
         self.waker.wake();
@@ -161,26 +176,26 @@ fn may_be_interim(bytes: &[u8]) -> bool {
     }
 }
 
-/// Reads what stands at the beginning of `bytes`.
-fn first_of(bytes: &[u8]) -> Seen {
+/// Tells whether a head ends in `bytes`: with an empty line.
+fn has_end(bytes: &[u8]) -> bool {
+    bytes.windows(2).any(|end| end == b"\n\n") || bytes.windows(LONGEST_END).any(|end| end == b"\n\r\n")
+}
+
+fn tail(bytes: &[u8], from: usize) -> &[u8] {
+    bytes.get(from..).unwrap_or_default()
+}
+
+/// Reads the interim head that `bytes` begin with, and its length; none: it is no such head, or none that hyper takes.
+fn first_of(bytes: &[u8]) -> Option<(usize, StatusCode, HeaderMap)> {
     let mut room = [httparse::EMPTY_HEADER; HEADERS_MAX];
     let mut response = httparse::Response::new(&mut room);
-    let length = match response.parse(bytes) {
-        Ok(httparse::Status::Complete(length)) => length,
-        // A final head needs no second look, however slowly the rest of it comes.
-        Ok(httparse::Status::Partial) if response.code.is_none_or(|code| code / 100 == 1) => return Seen::Partial,
-        Ok(httparse::Status::Partial) | Err(_) => return Seen::Other,
-    };
-    let status = response.code.and_then(|code| StatusCode::from_u16(code).ok());
-    let Some(status) = status.filter(|status| super::headers::is_interim(*status)) else { return Seen::Other };
+    let Ok(httparse::Status::Complete(length)) = response.parse(bytes) else { return None };
+    let status = StatusCode::from_u16(response.code?).ok().filter(|status| super::headers::is_interim(*status))?;
     let headers = response.headers.iter().map(|header| {
         let name = HeaderName::from_bytes(header.name.as_bytes()).ok()?;
         Some((name, HeaderValue::from_bytes(header.value).ok()?))
     });
-    match headers.collect() {
-        Some(headers) => Seen::Interim { bytes: length, status, headers },
-        None => Seen::Other,
-    }
+    Some((length, status, headers.collect::<Option<HeaderMap>>()?))
 }
 
 #[cfg(test)]
@@ -197,6 +212,7 @@ mod tests {
     fn heard(interims: &Interims, reads: &[&[u8]]) -> (Vec<(u16, usize)>, bool) {
         let cx = Context::from_waker(noop_waker_ref());
         interims.begin(&cx);
+        interims.sent();
         reads.iter().take_while(|_| interims.is_expected()).for_each(|read| interims.see(read));
         let mut heads = Vec::new();
         while let Poll::Ready((status, headers)) = interims.poll_next(&cx) {
@@ -220,6 +236,8 @@ mod tests {
         let interims = Interims::default();
         let all = [CONTINUE, EARLY, EARLY, FINAL, EARLY].concat();
         let expected = (vec![(100, 0), (103, 1), (103, 1)], false);
+        let with_blanks = [b"\r\n\n", CONTINUE, b"\r\n", EARLY, EARLY, FINAL].concat();
+        assert_eq!(heard(&interims, &with_blanks.chunks(7).collect::<Vec<_>>()), expected, "empty lines come first");
         assert_eq!(heard(&interims, &[&all]), expected, "in one read");
         for cut in 1..all.len() {
             let (one, two) = all.split_at(cut);
@@ -232,6 +250,24 @@ mod tests {
         // The next request on the connection hears nothing of the last one's.
         assert_eq!(heard(&interims, &[FINAL]), (vec![], false));
         assert!(!interims.were_any());
+    }
+
+    #[test]
+    fn what_an_app_says_before_the_request_went_out_or_after_it_was_answered_is_not_heard() {
+        let interims = Interims::default();
+        let cx = Context::from_waker(noop_waker_ref());
+        interims.sent();
+        assert!(!interims.is_expected(), "nothing was asked");
+        interims.begin(&cx);
+        assert!(!interims.is_expected(), "the request has not gone out");
+        interims.sent();
+        assert!(interims.is_expected());
+        interims.see(EARLY);
+        interims.end();
+        assert!(!interims.is_expected());
+        // The body of a request that is answered already goes on.
+        interims.sent();
+        assert!(!interims.is_expected());
     }
 
     #[test]

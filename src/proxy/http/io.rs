@@ -15,8 +15,8 @@ use super::interims::Interims;
 
 /// Pieces up to this size together are copied into one: the copy costs less than the kernel's walk through a vector.
 const JOIN_BYTES_MAX: usize = 4096;
-/// Bytes of an answer's beginning that are read at once.
-const BEGINNING_BYTES_MAX: usize = 4096;
+/// Bytes of an answer's beginning that are read at once: more than that is worth another read.
+const BEGINNING_BYTES_MAX: usize = 16 << 10;
 
 thread_local! {
     /// Where pieces are joined; nothing stays in it.
@@ -42,6 +42,12 @@ impl AppIo {
         Self { interims: Some(interims), ..self }
     }
 
+    fn note_sent(&self) {
+        if let Some(interims) = &self.interims {
+            interims.sent();
+        }
+    }
+
     /// Returns the connection, to wait on it.
     pub(crate) fn stream(&self) -> &TcpStream {
         self.io.inner()
@@ -63,27 +69,39 @@ impl hyper::rt::Read for AppIo {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-        mut buf: hyper::rt::ReadBufCursor<'_>,
+        buf: hyper::rt::ReadBufCursor<'_>,
     ) -> Poll<io::Result<()>> {
         let this = &mut *self;
-        let Some(interims) = this.interims.as_ref().filter(|interims| interims.is_expected()) else {
-            return Pin::new(&mut this.io).poll_read(cx, buf);
-        };
-        // By way of a buffer of our own: what hyper has read cannot be looked at in its.
-        let mut beginning = [MaybeUninit::uninit(); BEGINNING_BYTES_MAX];
-        let room = beginning.len().min(buf.remaining());
-        let mut read = ReadBuf::uninit(beginning.get_mut(..room).unwrap_or_default());
-        ready!(Pin::new(this.io.inner_mut()).poll_read(cx, &mut read))?;
-        if !read.filled().is_empty() {
-            interims.see(read.filled());
-            buf.put_slice(read.filled());
+        match this.interims.as_ref().filter(|interims| interims.is_expected()) {
+            Some(interims) => read_beginning(this.io.inner_mut(), interims, cx, buf),
+            None => Pin::new(&mut this.io).poll_read(cx, buf),
         }
-        Poll::Ready(Ok(()))
     }
+}
+
+/// Reads an answer's beginning by way of a buffer of our own: what is in hyper's cannot be looked at.
+// Apart, for its buffer is on the stack.
+#[inline(never)]
+fn read_beginning(
+    stream: &mut TcpStream,
+    interims: &Interims,
+    cx: &mut Context<'_>,
+    mut buf: hyper::rt::ReadBufCursor<'_>,
+) -> Poll<io::Result<()>> {
+    let mut beginning = [MaybeUninit::uninit(); BEGINNING_BYTES_MAX];
+    let room = beginning.len().min(buf.remaining());
+    let mut read = ReadBuf::uninit(beginning.get_mut(..room).unwrap_or_default());
+    ready!(Pin::new(stream).poll_read(cx, &mut read))?;
+    if !read.filled().is_empty() {
+        interims.see(read.filled());
+        buf.put_slice(read.filled());
+    }
+    Poll::Ready(Ok(()))
 }
 
 impl hyper::rt::Write for AppIo {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.note_sent();
         Pin::new(&mut self.io).poll_write(cx, buf)
     }
 
@@ -104,6 +122,7 @@ impl hyper::rt::Write for AppIo {
         cx: &mut Context<'_>,
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        self.note_sent();
         let bytes = bufs.iter().fold(0_usize, |sum, buf| sum.saturating_add(buf.len()));
         if bytes > JOIN_BYTES_MAX {
             return Pin::new(&mut self.io).poll_write_vectored(cx, bufs);

@@ -115,6 +115,7 @@ impl Pool {
         if connection.sender.is_closed() || worker.stopping() {
             return;
         }
+        connection.interims.end();
         let mut idle = self.idle.borrow_mut();
         let queue = idle.entry(addr).or_default();
         if queue.len() >= IDLE_MAX {
