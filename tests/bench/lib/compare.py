@@ -31,6 +31,8 @@ WORKS = dict(
 )
 IDLE_MANY = 10_000
 LOSS_PERCENT = 1
+TURNS = ["http", "l4", "h2", "bulk", "bulk9000"]    # what pairs that stand at once can take turns at
+PORTS_APART = 40                  # between the ports of two pairs that stand at once
 BODY_KIB = 16                     # responses of the goodput test
 
 # More connections than 8,192, and a location with a body; the rest is the harness's.
@@ -155,6 +157,46 @@ class Lab(lab.Lab):
         self.emit(peer, f"idle10k_{kind}", rep, d)
         time.sleep(1)
 
+    # -------------------------------------------------- all peers at once, in turns
+    @contextlib.contextmanager
+    def ports(self, place):
+        """The ports of the pair at a place; those of the backends stay."""
+        usual = dict(lab.PORTS)
+        lab.PORTS.update({k: v + PORTS_APART * place for k, v in usual.items() if not k.startswith("BK_")})
+        self.env.update({k: str(v) for k, v in lab.PORTS.items()})
+        try:
+            yield
+        finally:
+            lab.PORTS.update(usual)
+            self.env.update({k: str(v) for k, v in usual.items()})
+
+    def turns(self, peers, first, count):
+        """All pairs stand at once and are loaded one after the other, `count` times, so that figures of one turn are
+        seconds apart; a pair that waits costs next to nothing."""
+        a, pairs = self.a, {}
+        with lab.locked(os.environ.get("BENCH_LOCK")), contextlib.ExitStack() as stack:
+            if "bulk9000" in a.tests:       # from the start: who finds out the path's MTU does it once in a while
+                stack.enter_context(self.mtu(9000))
+                self.names = dict(bulk_1="bulk9000_1")
+            for place, peer in enumerate(peers):
+                with self.ports(place):
+                    pairs[peer] = stack.enter_context(self.pair(peer))
+                    if not self.smoke(peer, pairs[peer]["caps"]["caps"], first):
+                        raise SystemExit(f"{peer} does not work: see {self.dir}")
+            for rep in range(first, first + count):
+                for place, peer in enumerate(peers):
+                    pr, caps = pairs[peer], pairs[peer]["caps"]["caps"]
+                    has = lambda work, cap: self.wants(peer, work) and cap in caps
+                    with self.ports(place):
+                        for c in a.conns if peer == "direct" or has("http", "http") else []:
+                            self.t_wrk(peer, pr, rep, f"http_c{c}", "A_HTTP", c, a.secs)
+                        if has("l4", "l4"):
+                            self.t_wrk(peer, pr, rep, "l4_c64", "A_L4WEB", 64, a.secs)
+                        if has("h2", "h2"):
+                            self.t_h2(peer, pr, rep, a.short)
+                        if has("bulk", "bulk") or has("bulk9000", "bulk"):
+                            self.t_bulk(peer, pr, rep, 1, a.short)
+
     # -------------------------------------------------- one peer, one repeat
     def block(self, peer, rep):
         a = self.a
@@ -258,6 +300,7 @@ def parse_args():
     ap.add_argument("-p", "--peers", help="comma separated (default: direct, weft and all that are installed)")
     ap.add_argument("-t", "--tests", default=",".join(WORKS), help="of: " + ",".join(WORKS))
     ap.add_argument("-r", "--repeats", type=int, default=3)
+    ap.add_argument("--turns", action="store_true", help="all pairs stand at once and take turns, -r times: " + ", ".join(TURNS))
     ap.add_argument("-c", "--conns", default="1,64,256", help="connections of the HTTP work")
     ap.add_argument("--secs", type=int, default=6, help="seconds of one wrk or open-loop run")
     ap.add_argument("--short", type=int, default=5, help="seconds of one bulk, connection or h2 run")
@@ -271,6 +314,10 @@ def parse_args():
     ap.add_argument("--table", metavar="DIR", help="only print the table of a results folder")
     a = ap.parse_args(sys.argv[4:])
     a.tests, a.conns = a.tests.split(","), [int(x) for x in a.conns.split(",")]
+    if a.turns:
+        a.tests = [t for t in a.tests if t in TURNS] if a.tests != list(WORKS) else [t for t in TURNS if t != "bulk9000"]
+        if "bulk9000" in a.tests and len(a.tests) > 1:
+            ap.error("--turns takes bulk9000 alone: the link has one MTU")
     unknown = set(a.tests) - set(WORKS)
     if unknown:
         ap.error(f"no such work: {', '.join(sorted(unknown))}")
@@ -314,7 +361,9 @@ def main():
     signal.signal(signal.SIGTERM, stop)
     try:
         bench.up()
-        for rep in range(base + 1, base + a.repeats + 1):
+        if a.turns:
+            bench.turns(peers, base + 1, a.repeats)
+        for rep in [] if a.turns else range(base + 1, base + a.repeats + 1):
             for p in peers:
                 bench.block(p, rep)
                 save(a.out, bench.rows, meta)
