@@ -129,5 +129,7 @@ fn look(worker: &Worker, question: &Question, target: &Arc<Target>) -> (WorkerVi
     view.backing_off = left_out.map(|instance| (instance.node.info.name.clone(), instance.record.id.clone())).collect();
     let nodes: Vec<&NodeName> = service.instances.iter().map(|instance| &instance.node.info.name).collect();
     view.tunnels = worker.tunnels().open(source, &nodes);
+    // Looking may end an interval, and so eject: the log and the metrics say it with the answer, not at the next request.
+    worker.tell_notices();
     (view, is_over)
 }
