@@ -4,6 +4,7 @@
 //!
 //! A connection rests between two requests: hyper's state and its buffers, 16 KiB, are given back until bytes come. It
 //! may only if no request and no upload is under way, no byte of a head has come and everything written has left.
+//! The allocator gives them back to the system only when it is called again: the watchman calls it.
 //!
 //! An interim answer (1xx) goes out between two writes of hyper's, which knows of none: nothing of the final answer is
 //! written while one is awaited, and one that comes while earlier bytes still leave is left out.
@@ -21,12 +22,11 @@ use bytes::{Buf, BytesMut};
 use futures_util::task::AtomicWaker;
 use hyper::rt::{Read as _, Write as _};
 use prometheus::IntCounterVec;
-use tokio::io::{AsyncRead, ReadBuf};
 use tokio::net::TcpStream;
 use tracing::debug;
 
 use super::gate::{Gate, Stop};
-use super::io::AppIo;
+use super::io::{AppIo, poll_recv};
 use super::{Dial, Limits};
 
 /// Values of [`Activity::end`].
@@ -36,6 +36,11 @@ const IDLE: u8 = 3;
 const CUT: u8 = 4;
 /// Longest round of the watchman: a connection rests after one to two of them without a request.
 const ROUND: Duration = Duration::from_millis(250);
+/// How long after a connection came to rest, or ended, the allocator is still called: mimalloc (3.x, `purge_delay`) gives
+/// free pages back once they have been free for 1 s, and only when a page is taken or freed.
+const GIVE_BACK: Duration = Duration::from_millis(1500);
+/// A block that has a page of its own in mimalloc (over 512 KiB). Nothing is written to it, so it takes no memory.
+const OWN_PAGE_BYTES: usize = 1024 * 1024;
 /// Connections that are gone are taken out of the list from this length on.
 const PURGE_MIN: usize = 64;
 /// Bytes of interim answers that wait to be sent; what is more is left out.
@@ -205,14 +210,15 @@ impl Watched {
         }
         LOOKED_AT.with_borrow_mut(|room| {
             let most = buf.remaining().min(room.len());
-            let mut read = ReadBuf::new(room.get_mut(..most).unwrap_or_default());
-            ready!(Pin::new(io.stream_mut()).poll_read(cx, &mut read))?;
-            match gate.look(read.filled()) {
-                Ok(()) => buf.put_slice(read.filled()),
+            let room = room.get_mut(..most).unwrap_or_default();
+            let count = ready!(poll_recv(io.stream(), cx, room))?;
+            let read = room.get(..count).unwrap_or_default();
+            match gate.look(read) {
+                Ok(()) => buf.put_slice(read),
                 Err(Stop { at, doubt, in_head }) => {
                     malformed.with_label_values(&[doubt.as_str()]).inc();
                     debug!(?doubt, "a request is refused: it is in doubt where it ends");
-                    buf.put_slice(read.filled().get(..at).unwrap_or_default());
+                    buf.put_slice(read.get(..at).unwrap_or_default());
                     if in_head {
                         // Of at least one byte, so there is room. No head may hold it: hyper answers 400 and closes.
                         buf.put_slice(&[0]);
@@ -336,6 +342,11 @@ pub(crate) struct Watchman {
     purge_at: Cell<usize>,
     is_awake: Cell<bool>,
     is_draining: Cell<bool>,
+    /// For how long the allocator is still called.
+    giving_back: Cell<Duration>,
+    /// How often it was.
+    #[cfg(test)]
+    given_back: Cell<u32>,
 }
 
 impl Watchman {
@@ -373,27 +384,51 @@ impl Watchman {
         }
     }
 
-    /// Walks round until no connection is left.
+    #[cfg(test)]
+    pub(crate) fn is_awake(&self) -> bool {
+        self.is_awake.get()
+    }
+
+    /// Counts the rounds in which the allocator was called.
+    #[cfg(test)]
+    pub(crate) fn given_back(&self) -> u32 {
+        self.given_back.get()
+    }
+
+    /// Has what connections held given back to the system, for some time after the last of them let go of it.
+    fn give_back(&self, round: Duration) {
+        let left = self.giving_back.get();
+        if left.is_zero() {
+            return;
+        }
+        self.giving_back.set(left.saturating_sub(round));
+        drop(std::hint::black_box(Vec::<u8>::with_capacity(OWN_PAGE_BYTES)));
+        #[cfg(test)]
+        self.given_back.set(self.given_back.get() + 1);
+    }
+
+    /// Walks round until no connection is left and what they held is given back.
     async fn walk<D: Dial>(self: Rc<Self>, worker: Rc<D>) {
         let limits = worker.http().limits;
         let round = ROUND.min(limits.head / 2);
         while self.is_awake.get() {
             tokio::time::sleep(round).await;
+            self.give_back(round);
             let mut connections = self.connections.borrow_mut();
-            connections.retain(|connection| match connection.upgrade() {
-                Some(connection) => {
-                    judge(&connection, round, &limits);
-                    true
+            connections.retain(|connection| {
+                let lets_go = connection.upgrade().is_none_or(|connection| judge(&connection, round, &limits));
+                if lets_go {
+                    self.giving_back.set(GIVE_BACK);
                 }
-                None => false,
+                connection.strong_count() > 0
             });
-            self.is_awake.set(!connections.is_empty());
+            self.is_awake.set(!connections.is_empty() || !self.giving_back.get().is_zero());
         }
     }
 }
 
-/// Looks at one connection, once per round.
-fn judge(connection: &Activity, round: Duration, limits: &Limits) {
+/// Looks at one connection, once per round; true if it is to rest from now on.
+fn judge(connection: &Activity, round: Duration, limits: &Limits) -> bool {
     let busy = connection.requests.load(Ordering::Relaxed) > 0;
     let is_http1 = !connection.is_http2.load(Ordering::Relaxed);
     let began = is_http1 && connection.head_began.load(Ordering::Relaxed);
@@ -412,5 +447,7 @@ fn judge(connection: &Activity, round: Duration, limits: &Limits) {
         connection.tell(QUIET);
     } else if quiet >= 2 && is_http1 && !connection.rests.load(Ordering::Relaxed) && connection.is_at_rest() {
         connection.tell(IDLE);
+        return true;
     }
+    false
 }

@@ -1,14 +1,17 @@
 //! An app's TCP connection under hyper: a small message goes out by one `send`, not by a `writev`.
+//!
+//! What every request does, one read and one write, goes to the kernel past the C library: there both are cancellation points
+//! of threads, which costs two atomic operations each that no thread of ours needs. Readiness is tokio's.
 
 use std::cell::RefCell;
 use std::io::{self, IoSlice};
-use std::mem::MaybeUninit;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncRead, ReadBuf};
+use rustix::net::{RecvFlags, SendFlags, recv, send};
+use tokio::io::Interest;
 use tokio::net::TcpStream;
 
 use super::interims::Interims;
@@ -21,6 +24,65 @@ const BEGINNING_BYTES_MAX: usize = 16 << 10;
 thread_local! {
     /// Where pieces are joined; nothing stays in it.
     static JOINED: RefCell<Vec<u8>> = RefCell::new(Vec::with_capacity(JOIN_BYTES_MAX));
+    /// Where an answer's beginning is looked at; nothing stays in it.
+    static BEGINNING: RefCell<Vec<u8>> = RefCell::new(vec![0; BEGINNING_BYTES_MAX]);
+}
+
+/// Reads what has come into `room`, which is not empty; its bytes are counted, none at the stream's end.
+///
+/// # Cancel safety
+/// Nothing is read unless it is returned.
+pub(super) fn poll_recv(stream: &TcpStream, cx: &mut Context<'_>, room: &mut [u8]) -> Poll<io::Result<usize>> {
+    let most = room.len();
+    loop {
+        ready!(stream.poll_read_ready(cx))?;
+        let some = try_some(stream, Interest::READABLE, most, || {
+            let (_read, count) = recv(stream, &mut *room, RecvFlags::empty())?;
+            Ok(count)
+        });
+        if let Some(some) = some {
+            return Poll::Ready(some);
+        }
+    }
+}
+
+/// Writes as much of `bytes` as the kernel takes.
+///
+/// # Cancel safety
+/// Nothing is written unless it is counted in the answer.
+fn poll_send(stream: &TcpStream, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+    loop {
+        ready!(stream.poll_write_ready(cx))?;
+        let sent = || Ok(send(stream, bytes, SendFlags::NOSIGNAL)?);
+        if let Some(some) = try_some(stream, Interest::WRITABLE, bytes.len(), sent) {
+            return Poll::Ready(some);
+        }
+    }
+}
+
+/// Does what moves `most` bytes at once; none: not now. Less than that says that there is no more, until a new edge
+/// (epoll(7), `EPOLLET`): what the other side has closed stays noted.
+fn try_some(
+    stream: &TcpStream,
+    interest: Interest,
+    most: usize,
+    mut moves: impl FnMut() -> io::Result<usize>,
+) -> Option<io::Result<usize>> {
+    let mut moved = None;
+    let tried = stream.try_io(interest, || {
+        let count = moves()?;
+        if 0 < count && count < most {
+            moved = Some(count);
+            // Clears the readiness.
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        Ok(count)
+    });
+    match (moved, tried) {
+        (Some(count), _) => Some(Ok(count)),
+        (None, Err(error)) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => None,
+        (None, tried) => Some(tried),
+    }
 }
 
 /// A connection of an app or to an app.
@@ -52,11 +114,6 @@ impl AppIo {
     pub(crate) fn stream(&self) -> &TcpStream {
         self.io.inner()
     }
-
-    /// Returns the connection, to read from it.
-    pub(crate) fn stream_mut(&mut self) -> &mut TcpStream {
-        self.io.inner_mut()
-    }
 }
 
 impl From<AppIo> for TcpStream {
@@ -73,36 +130,36 @@ impl hyper::rt::Read for AppIo {
     ) -> Poll<io::Result<()>> {
         let this = &mut *self;
         match this.interims.as_ref().filter(|interims| interims.is_expected()) {
-            Some(interims) => read_beginning(this.io.inner_mut(), interims, cx, buf),
+            Some(interims) => read_beginning(this.io.inner(), interims, cx, buf),
             None => Pin::new(&mut this.io).poll_read(cx, buf),
         }
     }
 }
 
 /// Reads an answer's beginning by way of a buffer of our own: what is in hyper's cannot be looked at.
-// Apart, for its buffer is on the stack.
-#[inline(never)]
 fn read_beginning(
-    stream: &mut TcpStream,
+    stream: &TcpStream,
     interims: &Interims,
     cx: &mut Context<'_>,
     mut buf: hyper::rt::ReadBufCursor<'_>,
 ) -> Poll<io::Result<()>> {
-    let mut beginning = [MaybeUninit::uninit(); BEGINNING_BYTES_MAX];
-    let room = beginning.len().min(buf.remaining());
-    let mut read = ReadBuf::uninit(beginning.get_mut(..room).unwrap_or_default());
-    ready!(Pin::new(stream).poll_read(cx, &mut read))?;
-    if !read.filled().is_empty() {
-        interims.see(read.filled());
-        buf.put_slice(read.filled());
-    }
-    Poll::Ready(Ok(()))
+    BEGINNING.with_borrow_mut(|beginning| {
+        let most = beginning.len().min(buf.remaining());
+        let room = beginning.get_mut(..most).unwrap_or_default();
+        let count = ready!(poll_recv(stream, cx, room))?;
+        let read = room.get(..count).unwrap_or_default();
+        if !read.is_empty() {
+            interims.see(read);
+            buf.put_slice(read);
+        }
+        Poll::Ready(Ok(()))
+    })
 }
 
 impl hyper::rt::Write for AppIo {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         self.note_sent();
-        Pin::new(&mut self.io).poll_write(cx, buf)
+        poll_send(self.stream(), cx, buf)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -132,7 +189,7 @@ impl hyper::rt::Write for AppIo {
             for buf in bufs {
                 joined.extend_from_slice(buf);
             }
-            Pin::new(&mut self.io).poll_write(cx, joined)
+            poll_send(self.stream(), cx, joined)
         })
     }
 }

@@ -78,6 +78,33 @@ fn a_connection_rests_between_requests_and_goes_on_with_the_next() {
 }
 
 #[test]
+fn what_a_connection_at_rest_held_is_given_back_and_then_nothing_is_done() {
+    run(async {
+        // Rounds of 50 ms.
+        let limits = Limits { head: Duration::from_millis(100), ..Limits::default() };
+        let setup = setup_with(Protocol::Http, limits).await;
+        let watchman = &setup.worker.http().watchman;
+        let over = async |wanted: u32| {
+            while watchman.given_back() < wanted {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let caller = answered(setup.port).await;
+        assert_eq!(watchman.given_back(), 0, "it does not rest yet");
+        // mimalloc's second, and some of it on top: 30 rounds of 50 ms.
+        tokio::time::timeout(Duration::from_secs(20), over(30)).await.expect("it rests, then the allocator is called");
+        drop(caller);
+        let asleep = async {
+            while watchman.is_awake() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), asleep).await.expect("it is gone, and nothing is left to do");
+        assert_eq!(watchman.given_back(), 60, "so it is for one that is gone");
+    });
+}
+
+#[test]
 fn a_connection_whose_request_is_under_way_does_not_rest() {
     run(async {
         let limits = Limits { head: Duration::from_millis(40), ..Limits::default() };
