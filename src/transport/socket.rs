@@ -6,7 +6,8 @@
 //!
 //! Invariant: a datagram that comes after the last read raises a new edge (epoll(7), `EPOLLET`), so none is left lying.
 //! Full batches of one transfer are held until the tasks that are ready have run, and go to the kernel as one: quinn
-//! makes batches of 10 segments, the kernel takes 64, and its work is per batch (`Held`). Nothing else is held.
+//! makes batches of 10 segments, the kernel takes 64, and its work is per batch (`Held`). Nothing else is held, and no
+//! segment so long that two batches are more than the kernel takes at once (jumbo frames): holding is a copy.
 //!
 //! The registration is for reading alone: one for writing too wakes the thread after every datagram that left (the kernel
 //! reports the room that it gave back), a fifth of an idle agent's wake-ups. Who meets a full send buffer registers a second
@@ -20,7 +21,7 @@ use std::future::Future;
 use std::io::{self, IoSliceMut};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -40,6 +41,8 @@ const COALESCED_BYTES_MAX: u64 = 65_535;
 const GSO_BYTES_MAX: usize = 65_507;
 /// Batches of so many segments are worth holding: quinn's are 10 long at most, and full only in a bulk transfer.
 const HELD_FROM_SEGMENTS: usize = 8;
+/// The most segments that quinn makes a batch of (its `MAX_TRANSMIT_SEGMENTS`).
+const QUINN_SEGMENTS: usize = 10;
 /// When a full socket is tried again if no descriptor is left to wait with.
 const ROOM_RETRY: Duration = Duration::from_millis(5);
 
@@ -67,6 +70,8 @@ pub(super) struct MeshSocket {
     io: AsyncFd<UdpSocket>,
     state: UdpSocketState,
     segments: usize,
+    /// The longest segment that was sent: batches for the kernel may have as many as fit ([`GSO_BYTES_MAX`]).
+    longest: AtomicUsize,
     refusals: Refusals,
     held: Mutex<Held>,
     /// Wakes who sends what is held.
@@ -122,6 +127,7 @@ impl MeshSocket {
             state,
             io: register(socket, Interest::READABLE | Interest::ERROR)?,
             segments,
+            longest: AtomicUsize::new(0),
             refusals,
             held: Mutex::default(),
             holds: Notify::new(),
@@ -161,9 +167,13 @@ impl MeshSocket {
     fn hold(&self, transmit: &Transmit<'_>, held: &mut Held) -> io::Result<bool> {
         let Some(together) = Together::of(transmit) else { return Ok(false) };
         let bytes_max = GSO_BYTES_MAX.min(self.state.max_gso_segments() * together.segment);
+        let long = HELD_FROM_SEGMENTS.min(self.max_transmit_segments());
+        if bytes_max < 2 * long * together.segment {
+            return Ok(false);
+        }
         let is_joining = held.to == Some(together);
         let is_whole = transmit.contents.len().is_multiple_of(together.segment);
-        let is_long = is_whole && transmit.contents.len() >= HELD_FROM_SEGMENTS * together.segment;
+        let is_long = is_whole && transmit.contents.len() >= long * together.segment;
         if !is_joining && !is_long {
             return Ok(false);
         }
@@ -182,7 +192,21 @@ impl MeshSocket {
         Ok(true)
     }
 
+    /// Sends a batch; one that is too long, as quinn makes them until it has asked for [`Self::max_transmit_segments`]
+    /// again, in pieces. The error is `WouldBlock`; pieces may have left by then, and QUIC drops what comes twice.
     fn send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        let Some(segment) = transmit.segment_size.filter(|_| transmit.contents.len() > GSO_BYTES_MAX) else {
+            return self.send_piece(transmit);
+        };
+        let pieces = transmit.contents.chunks((GSO_BYTES_MAX / segment.max(1)).max(1) * segment);
+        for contents in pieces {
+            let segment_size = Some(segment).filter(|segment| *segment < contents.len());
+            self.send_piece(&Transmit { contents, segment_size, ..*transmit })?;
+        }
+        Ok(())
+    }
+
+    fn send_piece(&self, transmit: &Transmit<'_>) -> io::Result<()> {
         let sent = match self.state.try_send(self.io.get_ref().into(), transmit) {
             Err(error) if error.kind() != io::ErrorKind::WouldBlock => {
                 // What became of earlier packets is told in place of sending this one.
@@ -240,6 +264,11 @@ impl AsyncUdpSocket for MeshSocket {
     }
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        if let Some(segment) = transmit.segment_size
+            && segment > self.longest.load(Ordering::Relaxed)
+        {
+            self.longest.store(segment, Ordering::Relaxed);
+        }
         let mut held = self.lock();
         let was_for = held.to;
         if self.hold(transmit, &mut held)? {
@@ -284,7 +313,8 @@ impl AsyncUdpSocket for MeshSocket {
     }
 
     fn max_transmit_segments(&self) -> usize {
-        self.state.max_gso_segments()
+        let fit = GSO_BYTES_MAX.checked_div(self.longest.load(Ordering::Relaxed)).unwrap_or(QUINN_SEGMENTS);
+        self.state.max_gso_segments().min(fit.max(1))
     }
 
     fn max_receive_segments(&self) -> usize {
@@ -446,6 +476,40 @@ mod tests {
             }
             assert!(pieces.len() <= 3 && pieces.iter().all(|bytes| bytes % (10 * SEGMENT) == 0), "{pieces:?}");
         }
+    }
+
+    #[tokio::test]
+    async fn jumbo_segments_leave_at_once_as_many_as_fit_and_a_batch_that_is_too_long_in_pieces() {
+        const JUMBO: usize = 8_900;
+        let ip = IpAddr::from(Ipv4Addr::LOCALHOST);
+        let (sender, receiver) = (mesh_socket(ip), mesh_socket(ip));
+        let to = receiver.local_addr().unwrap();
+        let send = |contents: &[u8], segment: usize| {
+            let ecn = Some(EcnCodepoint::Ect0);
+            let transmit = Transmit { destination: to, ecn, contents, segment_size: Some(segment), src_ip: None };
+            sender.try_send(&transmit).unwrap();
+        };
+        assert!(sender.max_transmit_segments() >= QUINN_SEGMENTS);
+        // As quinn makes it once it has found the path's MTU: it asks how many fit before the next.
+        let batch: Vec<u8> = (0..10 * JUMBO).map(|at| u8::try_from(at / JUMBO).unwrap()).collect();
+        send(&batch, JUMBO);
+        assert_eq!(sender.max_transmit_segments(), 7);
+        send(&batch[..7 * JUMBO], JUMBO);
+        // Nobody sends what is held: nothing is.
+        let mut pieces = Vec::new();
+        for _ in 0..3 {
+            let (_, bytes, stride) = read_together(&receiver).await;
+            assert_eq!(stride, JUMBO);
+            pieces.push(bytes);
+        }
+        let lengths: Vec<usize> = pieces.iter().map(Vec::len).collect();
+        assert_eq!(lengths, [7 * JUMBO, 3 * JUMBO, 7 * JUMBO]);
+        assert!(pieces[..2].concat() == batch && pieces[2] == batch[..7 * JUMBO]);
+        // Short segments are still gathered, though batches are shorter now.
+        for _ in 0..2 {
+            send(&batch[..7 * SEGMENT], SEGMENT);
+        }
+        assert_eq!(sender.lock().bytes.len(), 14 * SEGMENT);
     }
 
     #[tokio::test]
