@@ -154,7 +154,7 @@ impl PolicyMetrics {
 
 /// Refuses a caller whose certificate has ended.
 pub(crate) fn in_time(peer: &PeerIdentity) -> Result<(), Denied> {
-    if clock::wall() < peer.not_after { Ok(()) } else { Err(Denied { rule: Arc::from("certificate") }) }
+    if clock::wall_at_tick() < peer.not_after { Ok(()) } else { Err(Denied { rule: Arc::from("certificate") }) }
 }
 
 /// Ends open streams of peers as intentions change.

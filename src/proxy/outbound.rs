@@ -153,14 +153,13 @@ pub(super) async fn connect(
             Err(OpenError::Overflow(what)) => return Err(Refused::by("UO", Some(what))),
             Err(OpenError::Draining) => return Err(Refused::by("DR", None)),
         };
-        let Opened { send, recv, preamble, instance, lease } = opened;
-        let begun = clock::now();
+        let Opened { send, recv, preamble, instance, lease, at } = opened;
         let limit = to.and_then(|to| to.connect_timeout).map_or(STATUS_TIMEOUT, |limit| limit.min(STATUS_TIMEOUT));
         let established = establish(send, recv, preamble, limit).await;
         let observe = |outcome| {
             if let Some(observer) = lease.observer() {
                 let now = clock::now();
-                worker.observe(observer, outcome, now - begun, now);
+                worker.observe(observer, outcome, now - at, now);
             }
         };
         match established {

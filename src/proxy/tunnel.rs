@@ -102,7 +102,7 @@ impl Clone for Lease {
 impl Tunnel {
     fn is_usable(&self) -> bool {
         let ends = self.not_after.min(self.peer.not_after);
-        self.connection.close_reason().is_none() && clock::wall().plus(CERTIFICATE_MARGIN) < ends
+        self.connection.close_reason().is_none() && clock::wall_at_tick().plus(CERTIFICATE_MARGIN) < ends
     }
 }
 

@@ -185,8 +185,10 @@ pub(super) async fn attempts<D: Dial>(worker: &Rc<D>, call: &Call<'_>, body: Inc
         Payload::Empty | Payload::Upgrade => None,
     };
     let budget = call.target.budget(state);
-    budget.deposit(clock::now());
-    let tried = RefCell::new(Tried::with_key(key::of_request(&**worker, call)).of(call.priority));
+    // A body was waited for.
+    let now = if pending.is_some() { clock::now() } else { call.began };
+    budget.deposit(now);
+    let tried = RefCell::new(Tried::with_key(key::of_request(&**worker, call)).of(call.priority).at(now));
     let (mut failure, mut repeats) = (None, 0);
     // Held to the end: repeating a request may not make an outage worse.
     let mut retries: Vec<routing::Retry> = Vec::new();
@@ -204,8 +206,8 @@ pub(super) async fn attempts<D: Dial>(worker: &Rc<D>, call: &Call<'_>, body: Inc
             // No instance is left: what the tried ones said is the better answer.
             Err(error) => return Err(failure.unwrap_or_else(|| open_refusal(destination, error))),
         };
-        let Opened { send, recv, preamble, instance, lease } = opened;
-        let (observer, sent_at) = (lease.observer().cloned(), clock::now());
+        let Opened { send, recv, preamble, instance, lease, at: sent_at } = opened;
+        let observer = lease.observer().cloned();
         let attempt = Attempt { worker, call, head: head.clone(), pending: pending.as_ref(), limit, again: None };
         let outcome = attempt.run(TunnelSend::new(send), recv, preamble, lease).await;
         if let Some(observer) = &observer {

@@ -36,6 +36,7 @@ use hyper::service::service_fn;
 use hyper::upgrade::OnUpgrade;
 use quinn::RecvStream;
 use tokio::net::TcpStream;
+use tokio::time::Instant;
 use tracing::debug;
 
 use super::Dial;
@@ -405,6 +406,8 @@ pub(in crate::proxy) fn service_of_host(host: &str) -> Option<ServiceName> {
 /// A caller's request, taken apart.
 pub(super) struct Call<'a> {
     pub(super) parts: &'a Parts,
+    /// When its head was there.
+    pub(super) began: Instant,
     pub(super) authority: Option<Authority>,
     pub(super) target: Rc<Target>,
     pub(super) payload: Payload,
@@ -519,7 +522,8 @@ async fn answer_of<D: Dial>(
     let (from, cookie, id) = (connection.from, Cell::default(), OnceCell::new());
     let (uploads, activity) = (Cell::new(uploads), &*connection.activity);
     let priority = connection.priority(&target.caller, &parts.headers);
-    let call = Call { parts: &parts, authority, target, payload, from, priority, cookie, uploads, activity, id };
+    let began = started;
+    let call = Call { parts: &parts, began, authority, target, payload, from, priority, cookie, uploads, activity, id };
     let response = match attempts(&connection.worker, &call, body).await {
         Err(refusal) => refuse_call(&*connection.worker, exchange, refusal, (version, grpc)),
         Ok(mut answer) => {

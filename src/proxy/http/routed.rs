@@ -153,8 +153,9 @@ pub(super) async fn answer<D: Dial>(
     let (from, cookie, uploads) = (connection.from, Cell::default(), Cell::new(uploads));
     let (activity, id) = (&*connection.activity, OnceCell::new());
     let priority = connection.priority(&target.caller, &parts.headers);
-    let kept = Rc::clone(&target);
-    let call = Call { parts: &parts, authority, target: kept, payload, from, priority, cookie, uploads, activity, id };
+    let (kept, began) = (Rc::clone(&target), started);
+    let call =
+        Call { parts: &parts, began, authority, target: kept, payload, from, priority, cookie, uploads, activity, id };
     Ok(match attempts(worker, &call, &plan, (body, &mut exchange)).await {
         Err(refusal) => outbound::refuse_call(&**worker, exchange, refusal, how),
         Ok(mut answer) => {
@@ -558,8 +559,8 @@ async fn try_instance<D: Dial>(
         Err(error @ OpenError::Overflow(_)) => return Outcome::Final(attempt::open_refusal(destination, error)),
         Err(error) => return Outcome::Final(no_instance(resolved, error)),
     };
-    let Opened { send, recv, preamble, instance, lease } = opened;
-    let head = match attempt::encode_head(state, call, time_left(plan, clock::now()).as_ref(), one.sent) {
+    let Opened { send, recv, preamble, instance, lease, at } = opened;
+    let head = match attempt::encode_head(state, call, time_left(plan, at).as_ref(), one.sent) {
         Ok(head) => head,
         Err(refusal) => return Outcome::Final(refusal),
     };
@@ -573,7 +574,7 @@ async fn try_instance<D: Dial>(
     };
     let again = plan.retry().filter(|retry| retry.times > 0);
     let attempt = Attempt { worker, call, head, pending, limit, again };
-    let seen = lease.observer().map(|observer| (observer.clone(), clock::now()));
+    let seen = lease.observer().map(|observer| (observer.clone(), at));
     one.last.borrow_mut().clone_from(&seen);
     let outcome = attempt.run(TunnelSend::new(send), recv, preamble, lease).await;
     if let Some((observer, sent_at)) = &seen {

@@ -83,6 +83,7 @@ impl Dial for Loopback {
             preamble: Bytes::from_static(b"P!"),
             instance: Arc::clone(&self.instance),
             lease: Lease::default(),
+            at: crate::clock::now(),
         })
     }
 
@@ -158,7 +159,7 @@ impl Loopback {
         let tunnel = self.tunnels.borrow()[at].clone();
         let (send, recv) = tunnel.open_bi().await.unwrap();
         let (preamble, lease) = (Bytes::from_static(b"P!"), Lease::of_load(picked.load));
-        Ok(Opened { send, recv, preamble, instance: picked.instance, lease })
+        Ok(Opened { send, recv, preamble, instance: picked.instance, lease, at: now })
     }
 
     fn new(limits: Limits) -> Rc<Self> {

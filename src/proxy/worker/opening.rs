@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::FutureExt as _;
+use tokio::time::Instant;
 use tracing::warn;
 
 use super::{Caller, Source, Worker, within};
@@ -45,6 +46,8 @@ pub(crate) struct Opened {
     pub(crate) instance: Arc<Instance>,
     /// To be held while either half is used.
     pub(crate) lease: Lease,
+    /// When it was opened.
+    pub(crate) at: Instant,
 }
 
 /// Why no stream came about.
@@ -150,7 +153,7 @@ impl Worker {
         ends: Ends<'_>,
         service: impl Fn() -> Result<Arc<ServiceEntry>, OpenError>,
         tried: &RefCell<Tried>,
-    ) -> Result<Picked, OpenError> {
+    ) -> Result<(Picked, Instant), OpenError> {
         let found = service()?;
         let mut picked = self.pick(ends, &found, &mut tried.borrow_mut());
         if matches!(picked, Err(OpenError::Overflow(Limited::Instances))) {
@@ -170,7 +173,7 @@ impl Worker {
         service: impl Fn() -> Result<Arc<ServiceEntry>, OpenError>,
         tried: &RefCell<Tried>,
         turn: &Turn,
-    ) -> Result<Picked, OpenError> {
+    ) -> Result<(Picked, Instant), OpenError> {
         loop {
             let called = tokio::time::timeout_at(turn.until(), poll_fn(|context| turn.poll_called(context)));
             if called.await.is_err() {
@@ -215,26 +218,26 @@ impl Worker {
     }
 
     /// Picks an instance of `service`, which are those of `destination` or some of them, that `tried` does not hold, and adds
-    /// it there.
+    /// it there. Also returns the time.
     fn pick(
         &self,
         (source, destination, kind): Ends<'_>,
         service: &ServiceEntry,
         tried: &mut Tried,
-    ) -> Result<Picked, OpenError> {
+    ) -> Result<(Picked, Instant), OpenError> {
         let snapshot = self.snapshot.peek();
         let flow = match kind {
             StreamKind::Http => Flow::Request,
             StreamKind::Tcp | StreamKind::Udp => Flow::Connection,
         };
-        let (source, now) = (source.service(), clock::now());
+        let (source, now) = (source.service(), tried.now.take().unwrap_or_else(clock::now));
         let ask = Ask { snapshot: &snapshot, source, destination, service, flow, now };
         let picked = self.balancer.borrow_mut().pick(&ask, tried, &self.backoff.borrow());
         match picked {
             // The balancer comes back to what was tried where there is nothing else; one call meets an instance once.
             Ok(picked) if !tried.contains(&picked.instance) => {
                 tried.add(Arc::clone(&picked.instance));
-                Ok(picked)
+                Ok((picked, now))
             }
             Err(NoInstance::Overflow { what, .. }) => Err(OpenError::Overflow(what)),
             Err(NoInstance::FailsClosed { out, fit, .. }) => Err(OpenError::FailsClosed { out, fit }),
@@ -242,11 +245,12 @@ impl Worker {
         }
     }
 
-    /// Opens a stream to the picked instance of `destination`, connecting to its node within `limit` if there is one.
+    /// Opens a stream to the instance of `destination` that was picked now, connecting to its node within `limit` if there
+    /// is one.
     async fn dial(
         self: &Rc<Self>,
         (source, destination, kind): Ends<'_>,
-        Picked { instance, load }: Picked,
+        (Picked { instance, load }, now): (Picked, Instant),
         limit: Option<Duration>,
     ) -> Result<Opened, OpenError> {
         let waiting = load.wait().ok_or(OpenError::Overflow(Limited::Pending))?;
@@ -258,9 +262,9 @@ impl Worker {
             addr: node.mesh_addr,
             generation: instance.node.generation,
         };
-        let opened = self.stream(&key, destination, limit).await;
+        let opened = self.stream(&key, destination, limit, now).await;
         drop(waiting);
-        let ((send, recv), tunnel) = match opened {
+        let ((send, recv), tunnel, at) = match opened {
             Ok(opened) => opened,
             // As much is under way there as may be: no fault of the instance, so nothing is counted against it.
             Err(Unopened::Full) => return Err(OpenError::Full { node: node.name.clone() }),
@@ -271,27 +275,28 @@ impl Worker {
             }
         };
         let preamble = Preamble { kind, instance: instance.record.id.clone(), service: destination.clone() }.encode();
-        Ok(Opened { send, recv, preamble, instance, lease: Lease::new(tunnel, load) })
+        Ok(Opened { send, recv, preamble, instance, lease: Lease::new(tunnel, load), at })
     }
 
     /// Opens a stream on the tunnel of `key`; a tunnel that turns out to be lost is dialled once more, in what is left of the
-    /// time. A tunnel that does not come within `limit` has failed; one that gives no stream in that time is full.
+    /// time. A tunnel that does not come within `limit` has failed; one that gives no stream in that time is full. Also returns
+    /// when that was.
     async fn stream(
         &self,
         key: &TunnelKey,
         destination: &ServiceName,
         limit: Option<Duration>,
-    ) -> Result<((quinn::SendStream, quinn::RecvStream), Rc<Tunnel>), Unopened> {
-        let begun = clock::now();
+        now: Instant,
+    ) -> Result<((quinn::SendStream, quinn::RecvStream), Rc<Tunnel>, Instant), Unopened> {
         // Most times: a tunnel is open and has a stream.
-        if let Some(tunnel) = self.tunnels.opened(key, begun)
+        if let Some(tunnel) = self.tunnels.opened(key, now)
             && tunnel.peer.scope.covers(destination.as_str())
             && let Some(Ok(streams)) = tunnel.connection.open_bi().now_or_never()
         {
-            return Ok((streams, tunnel));
+            return Ok((streams, tunnel, now));
         }
         let patience = limit.map_or(WAIT_MAX, |limit| limit.min(WAIT_MAX));
-        let until = begun + patience;
+        let until = now + patience;
         let left = || until.saturating_duration_since(clock::now()).max(STREAM_WAIT_MIN.min(patience));
         let dialling = self.tunnel(key, destination);
         let dialled = match limit {
@@ -307,7 +312,7 @@ impl Worker {
         loop {
             let opened = within(left(), tunnel.connection.open_bi()).await;
             match opened {
-                Some(Ok(streams)) => return Ok((streams, tunnel)),
+                Some(Ok(streams)) => return Ok((streams, tunnel, clock::now())),
                 None => return Err(Unopened::Full),
                 Some(Err(lost)) if is_second => return Err(Unopened::Failed(lost.to_string())),
                 Some(Err(_lost)) => self.tunnels.forget(key, &tunnel),
