@@ -112,7 +112,7 @@ pub fn wall() -> UnixSeconds {
     UnixSeconds(system().max(floor()).as_secs())
 }
 
-/// Reads the wall clock as of the kernel's last tick: up to 10 ms late, and a third of the work. For what is asked with
+/// Reads the wall clock as of the kernel's last tick: up to 10 ms late, and a fifth of the work. For what is asked with
 /// every request.
 pub fn wall_at_tick() -> UnixSeconds {
     use nix::time::{ClockId, clock_gettime};

@@ -13,6 +13,8 @@
 //! packets, and only while the round trip says that there is no queue, so that a flow which fills a deep buffer gives way
 //! to others as Cubic does.
 //!
+//! Its window is at least that of some packets ([`WINDOW_PACKETS_MIN`]): with jumbo frames Cubic's first would be one.
+//!
 //! Invariants: what Cubic is told, it is told as it happened; ECN marks, persistent congestion (RFC 9002 §7.6) and the loss that
 //! ends slow start are always told. Beside that it notes what leaves ([`Departures`]), which quinn tells nobody else.
 //! Not here: what a lost packet is (quinn, RFC 9002 §6).
@@ -25,11 +27,16 @@ use std::time::{Duration, Instant};
 use quinn::congestion::{Controller, ControllerFactory, ControllerMetrics, Cubic, CubicConfig};
 use quinn_proto::RttEstimator;
 
+use super::tune::UNACKNOWLEDGED_MAX;
+
 /// Lost bytes in a thousand up to which loss may be the path's own: BBR's `LossThresh`.
 const LOSS_PERMILLE_MAX: u64 = 20;
 /// Packets over which loss is counted, at least; at most twice as many. Of 256 packets that are lost at 1 % more than 2 % are
 /// gone once in twenty times, of 512 once in a hundred.
 const COUNTED_PACKETS: u64 = 256;
+/// Packets that may be on the way at least: one more than the peer leaves unacknowledged, and one because quinn sends while
+/// there is room for more than a packet. RFC 9002 §7.2 says two, of which the peer would leave both for 25 ms; BBR has four.
+pub(super) const WINDOW_PACKETS_MIN: u64 = UNACKNOWLEDGED_MAX as u64 + 2;
 /// Round trip above the shortest one that is not yet a queue: two agents on busy hosts wait for a processor as long as that.
 const QUEUE_MAX: Duration = Duration::from_millis(5);
 
@@ -121,7 +128,7 @@ impl Controller for Tolerant {
     }
 
     fn window(&self) -> u64 {
-        self.cubic.window()
+        self.cubic.window().max(WINDOW_PACKETS_MIN * self.losses.mtu)
     }
 
     fn metrics(&self) -> ControllerMetrics {
@@ -231,18 +238,20 @@ mod tests {
         let now = crate::clock::now().into_std();
         let controller = || Arc::new(TolerantConfig::default()).build(now, MTU);
         let at = |seconds| now + Duration::from_secs(seconds);
+        let window =
+            |control: &dyn Controller| control.clone_box().into_any().downcast::<Tolerant>().unwrap().cubic.window();
         let mut control = controller();
-        let start = control.window();
+        let start = window(&*control);
         control.on_congestion_event(at(1), at(1), false, MTU.into());
-        let reduced = control.window();
+        let reduced = window(&*control);
         assert!(reduced < start, "slow start ends");
         control.on_congestion_event(at(2), at(2), false, MTU.into());
-        assert_eq!(control.window(), reduced, "one packet of 256");
+        assert_eq!(window(&*control), reduced, "one packet of 256");
         control.on_congestion_event(at(3), at(3), false, 0);
-        let marked = control.window();
+        let marked = window(&*control);
         assert!(marked < reduced, "an ECN mark");
         control.on_congestion_event(at(4), at(4), true, MTU.into());
-        assert!(control.window() < marked, "persistent congestion");
+        assert!(window(&*control) < marked, "persistent congestion");
         // As much as Cubic would: a burst of loss.
         let (mut tolerant, mut cubic) = (controller(), Arc::new(CubicConfig::default()).build(now, MTU));
         for second in 1..5 {
@@ -250,6 +259,23 @@ mod tests {
                 control.on_congestion_event(at(second), at(second), false, 20 * u64::from(MTU));
             }
         }
-        assert_eq!(tolerant.window(), cubic.window());
+        assert_eq!(window(&*tolerant), cubic.window());
+    }
+
+    #[test]
+    fn more_packets_may_be_on_the_way_than_the_peer_leaves_unacknowledged_whatever_the_path_s_mtu_and_losses() {
+        let now = crate::clock::now().into_std();
+        for mtu in [1_200, MTU, 6_500, 8_972] {
+            let mut control = Arc::new(TolerantConfig::default()).build(now, 1_200);
+            // The search for the path's MTU ends before much was sent.
+            control.on_mtu_update(mtu);
+            for seconds in 0..3 {
+                // As quinn does: it sends while a packet more stays below the window.
+                let packets = (control.window() - 1) / u64::from(mtu);
+                assert!(packets > UNACKNOWLEDGED_MAX.into(), "{packets} packets of {mtu}, after {seconds} s");
+                let at = now + Duration::from_secs(seconds);
+                control.on_congestion_event(at, at, true, mtu.into());
+            }
+        }
     }
 }

@@ -6,8 +6,8 @@
 //!
 //! Invariant: a datagram that comes after the last read raises a new edge (epoll(7), `EPOLLET`), so none is left lying.
 //! Full batches of one transfer are held until the tasks that are ready have run, and go to the kernel as one: quinn
-//! makes batches of 10 segments, the kernel takes 64, and its work is per batch (`Held`). Nothing else is held, and no
-//! segment so long that two batches are more than the kernel takes at once (jumbo frames): holding is a copy.
+//! makes batches of 10 segments, the kernel takes 64, and its work is per batch (`Held`). Nothing else is held; nor are jumbo
+//! frames, of which two batches do not fit one call: holding is a copy.
 //!
 //! The registration is for reading alone: one for writing too wakes the thread after every datagram that left (the kernel
 //! reports the room that it gave back), a fifth of an idle agent's wake-ups. Who meets a full send buffer registers a second
@@ -35,11 +35,12 @@ use tokio::sync::Notify;
 use super::refusals::{MeshPort, Refusals};
 
 /// Most bytes that the kernel coalesces into one read: the longest UDP datagram. quinn makes its receive buffer of 32
-/// times the packet size times the segments; 64 segments of 6,500 bytes would take 13 MB per socket, and never fill.
+/// times the packet size times the segments; 64 segments of 8,972 bytes would take 18 MB per socket, and never fill.
 const COALESCED_BYTES_MAX: u64 = 65_535;
 /// Most bytes of one batch for the kernel: the longest UDP payload over IPv4.
 const GSO_BYTES_MAX: usize = 65_507;
-/// Batches of so many segments are worth holding: quinn's are 10 long at most, and full only in a bulk transfer.
+/// Batches of so many segments are worth holding: quinn's are 10 long at most, and full only in a bulk transfer. Where a peer
+/// takes jumbo frames, batches to all are as long as fit those ([`MeshSocket::max_transmit_segments`]), and that many will do.
 const HELD_FROM_SEGMENTS: usize = 8;
 /// The most segments that quinn makes a batch of (its `MAX_TRANSMIT_SEGMENTS`).
 const QUINN_SEGMENTS: usize = 10;
@@ -195,10 +196,12 @@ impl MeshSocket {
     /// Sends a batch; one that is too long, as quinn makes them until it has asked for [`Self::max_transmit_segments`]
     /// again, in pieces. The error is `WouldBlock`; pieces may have left by then, and QUIC drops what comes twice.
     fn send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        let Some(segment) = transmit.segment_size.filter(|_| transmit.contents.len() > GSO_BYTES_MAX) else {
+        let is_long = transmit.contents.len() > GSO_BYTES_MAX;
+        let Some(segment) = transmit.segment_size.filter(|segment| is_long && (1..=GSO_BYTES_MAX).contains(segment))
+        else {
             return self.send_piece(transmit);
         };
-        let pieces = transmit.contents.chunks((GSO_BYTES_MAX / segment.max(1)).max(1) * segment);
+        let pieces = transmit.contents.chunks(GSO_BYTES_MAX / segment * segment);
         for contents in pieces {
             let segment_size = Some(segment).filter(|segment| *segment < contents.len());
             self.send_piece(&Transmit { contents, segment_size, ..*transmit })?;

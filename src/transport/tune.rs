@@ -43,9 +43,10 @@ const JOIN_WINDOWS: Windows = Windows { stream: 32 << 10, connection: 64 << 10, 
 /// GSO call, which may have 64 KiB: the socket lets it send as many as fit (`transport/socket.rs`).
 const MTU_BOUND_BYTES: u16 = 8_972;
 /// Packets of a tunnel that the peer may leave unacknowledged until it has something to send, or 25 ms have passed (QUIC's
-/// Acknowledgement Frequency, draft-ietf-quic-ack-frequency; without it one, RFC 9000 §13.2.2). Half of what may be on the way
-/// when a connection is fresh, so that nobody who sends more waits for those 25 ms. A gap is still acknowledged at once.
-const UNACKNOWLEDGED_MAX: VarInt = VarInt::from_u32(4);
+/// Acknowledgement Frequency, draft-ietf-quic-ack-frequency; without it one, RFC 9000 §13.2.2). A gap is acknowledged at once.
+/// More than these may always be on the way ([`congestion::WINDOW_PACKETS_MIN`]), so that nobody who sends much waits for
+/// those 25 ms. quinn-proto 0.11.19 asks for it once per tunnel: where that packet is lost, the peer goes by the RFC.
+pub(super) const UNACKNOWLEDGED_MAX: u8 = 3;
 /// Keeps the mapping in a stateful firewall (30 s in the strictest), and notices a host that lost its power.
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
 /// Silence after which a tunnel is given up, and what waits on it tried elsewhere: three keep-alives.
@@ -140,7 +141,9 @@ fn transport(plane: Plane, role: Role) -> Arc<TransportConfig> {
             config.mtu_discovery_config(Some(discovery));
             config.congestion_controller_factory(Arc::new(TolerantConfig::default()));
             let mut acknowledged = AckFrequencyConfig::default();
-            acknowledged.ack_eliciting_threshold(UNACKNOWLEDGED_MAX).reordering_threshold(VarInt::from_u32(1));
+            acknowledged
+                .ack_eliciting_threshold(VarInt::from_u32(UNACKNOWLEDGED_MAX.into()))
+                .reordering_threshold(VarInt::from_u32(1));
             config.ack_frequency_config(Some(acknowledged));
         }
         Plane::Gossip => {

@@ -1,4 +1,4 @@
-//! How long a silent tunnel lives. Time is virtual once the tunnel is up.
+//! How long a silent tunnel lives, where time is virtual once it is up; what a tunnel finds out and asks for.
 
 use std::net::Ipv4Addr;
 
@@ -10,10 +10,10 @@ use crate::pki::{Identity, ephemeral};
 use crate::transport::live::LiveConnections;
 use crate::transport::{NodeCredentials, bind};
 
-#[tokio::test]
-async fn a_silent_tunnel_lives_on_and_one_whose_path_is_cut_ends_after_15_seconds() {
+/// Starts the endpoints of two nodes of one mesh, `a` and `b`; what else is returned is to be held.
+fn start_two() -> [(WorkerEndpoint, SocketAddr, MeshPort); 2] {
     let ca = ephemeral(&"td".parse().unwrap(), clock::wall()).unwrap();
-    let start = |node: &str| {
+    ["a", "b"].map(|node| {
         let now = clock::wall();
         let authority = ca.issuer().self_certify(&node.parse().unwrap(), &"*".parse().unwrap(), now).unwrap();
         let bound = bind((Ipv4Addr::LOCALHOST, 0).into(), 1).unwrap();
@@ -27,8 +27,46 @@ async fn a_silent_tunnel_lives_on_and_one_whose_path_is_cut_ends_after_15_second
             LiveConnections::default(),
         );
         (endpoint.unwrap(), bound.addr, bound.control)
+    })
+}
+
+#[tokio::test]
+async fn a_tunnel_finds_room_for_jumbo_frames_and_asks_for_rarer_acknowledgements() {
+    let [(a, _, _a_control), (b, b_addr, _b_control)] = start_two();
+    let b_name = "b".parse().unwrap();
+    let accept = async { b.accept().await.unwrap().await.unwrap() };
+    let (dialled, accepted) = tokio::join!(a.dial(b_addr, &b_name, None, Duration::from_secs(20)), accept);
+    let dialled = dialled.unwrap().connection;
+    let sides = [&dialled, &accepted];
+    // The loopback takes more than any Ethernet: the bound is what ends the search, 20 bytes below it at most.
+    let searched = async {
+        while sides.iter().any(|side| side.stats().path.current_mtu < 8_950) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
     };
-    let ((a, _, _a_control), (b, b_addr, _b_control)) = (start("a"), start("b"));
+    tokio::time::timeout(Duration::from_secs(20), searched).await.expect("both sides find it");
+    for side in sides {
+        assert_eq!(side.stats().frame_tx.ack_frequency, 1, "acknowledgements are asked for once");
+    }
+    // Full batches of such packets arrive whole.
+    let bytes: Vec<u8> = (0..4_u32 << 20).map(|at| (at / 1_000).to_le_bytes()[0]).collect();
+    let send = async {
+        let (mut send, _recv) = dialled.open_bi().await.unwrap();
+        send.write_all(&bytes).await.unwrap();
+        send.finish().unwrap();
+        send.stopped().await.unwrap();
+    };
+    let receive = async {
+        let (_send, mut recv) = accepted.accept_bi().await.unwrap();
+        recv.read_to_end(bytes.len()).await.unwrap()
+    };
+    let ((), received) = tokio::join!(send, receive);
+    assert!(received == bytes);
+}
+
+#[tokio::test]
+async fn a_silent_tunnel_lives_on_and_one_whose_path_is_cut_ends_after_15_seconds() {
+    let [(a, _, _a_control), (b, b_addr, _b_control)] = start_two();
     let path = Path::to(b_addr).await;
     let dial = async {
         let b_name = "b".parse().unwrap();

@@ -39,7 +39,8 @@ const ROUND: Duration = Duration::from_millis(250);
 /// How long after a connection came to rest, or ended, the allocator is still called: mimalloc (3.x, `purge_delay`) gives
 /// free pages back once they have been free for 1 s, and only when a page is taken or freed.
 const GIVE_BACK: Duration = Duration::from_millis(1500);
-/// A block that has a page of its own in mimalloc (over 512 KiB). Nothing is written to it, so it takes no memory.
+/// A block that has a page of its own in mimalloc (over 512 KiB). Nothing is written to it, so it takes no memory; where it
+/// comes to lie on some that was freed, that stays.
 const OWN_PAGE_BYTES: usize = 1024 * 1024;
 /// Connections that are gone are taken out of the list from this length on.
 const PURGE_MIN: usize = 64;
@@ -120,9 +121,10 @@ impl Activity {
         self.tell(CUT);
     }
 
-    /// A cut is not taken back: what ends a connection more gently comes too late for it.
+    /// A cut is not taken back: what ends a connection more gently comes too late for it. One that is to end does not rest.
     fn tell(&self, end: u8) {
-        if self.end.load(Ordering::Relaxed) != CUT {
+        let told = self.end.load(Ordering::Relaxed);
+        if told != CUT && (end != IDLE || told == 0) {
             self.end.store(end, Ordering::Relaxed);
         }
         self.waker.wake();
@@ -359,7 +361,11 @@ impl Watchman {
         }
         let mut connections = self.connections.borrow_mut();
         if connections.len() >= self.purge_at.get() {
+            let before = connections.len();
             connections.retain(|connection| connection.strong_count() > 0);
+            if connections.len() < before {
+                self.giving_back.set(GIVE_BACK);
+            }
             self.purge_at.set(connections.len().saturating_mul(2).max(PURGE_MIN));
         }
         connections.push(Arc::downgrade(&activity));

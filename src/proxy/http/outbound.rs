@@ -406,7 +406,7 @@ pub(in crate::proxy) fn service_of_host(host: &str) -> Option<ServiceName> {
 /// A caller's request, taken apart.
 pub(super) struct Call<'a> {
     pub(super) parts: &'a Parts,
-    /// When its head was there.
+    /// When its head was there; where a route may have held it back since, that is too early for anything but its end.
     pub(super) began: Instant,
     pub(super) authority: Option<Authority>,
     pub(super) target: Rc<Target>,

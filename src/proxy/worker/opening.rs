@@ -46,7 +46,7 @@ pub(crate) struct Opened {
     pub(crate) instance: Arc<Instance>,
     /// To be held while either half is used.
     pub(crate) lease: Lease,
-    /// When it was opened.
+    /// When it was opened; on a tunnel that was open, the look at the clock that the pick was made with ([`Tried::at`]).
     pub(crate) at: Instant,
 }
 
@@ -245,8 +245,8 @@ impl Worker {
         }
     }
 
-    /// Opens a stream to the instance of `destination` that was picked now, connecting to its node within `limit` if there
-    /// is one.
+    /// Opens a stream to the instance of `destination` that was picked at `now`, connecting to its node within `limit` if
+    /// there is one.
     async fn dial(
         self: &Rc<Self>,
         (source, destination, kind): Ends<'_>,
