@@ -44,8 +44,8 @@ const JOIN_WINDOWS: Windows = Windows { stream: 32 << 10, connection: 64 << 10, 
 const MTU_BOUND_BYTES: u16 = 8_972;
 /// Packets of a tunnel that the peer may leave unacknowledged until it has something to send, or 25 ms have passed (QUIC's
 /// Acknowledgement Frequency, draft-ietf-quic-ack-frequency; without it one, RFC 9000 §13.2.2). A gap is acknowledged at once.
-/// More than these may always be on the way ([`congestion::WINDOW_PACKETS_MIN`]), so that nobody who sends much waits for
-/// those 25 ms. quinn-proto 0.11.19 asks for it once per tunnel: where that packet is lost, the peer goes by the RFC.
+/// More than these may always be on the way ([`super::congestion::WINDOW_PACKETS_MIN`]), so that nobody who sends much
+/// waits for those 25 ms. quinn-proto 0.11.19 asks for it once per tunnel: where that packet is lost, the peer goes by the RFC.
 pub(super) const UNACKNOWLEDGED_MAX: u8 = 3;
 /// Keeps the mapping in a stateful firewall (30 s in the strictest), and notices a host that lost its power.
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
