@@ -315,7 +315,11 @@ def parse_args():
     a = ap.parse_args(sys.argv[4:])
     a.tests, a.conns = a.tests.split(","), [int(x) for x in a.conns.split(",")]
     if a.turns:
-        a.tests = [t for t in a.tests if t in TURNS] if a.tests != list(WORKS) else [t for t in TURNS if t != "bulk9000"]
+        if a.tests == list(WORKS):
+            a.tests = [t for t in TURNS if t != "bulk9000"]
+        alone = [t for t in a.tests if t in WORKS and t not in TURNS]
+        if alone:
+            ap.error(f"no turns are taken at {', '.join(alone)}: --turns is for {', '.join(TURNS)}")
         if "bulk9000" in a.tests and len(a.tests) > 1:
             ap.error("--turns takes bulk9000 alone: the link has one MTU")
     unknown = set(a.tests) - set(WORKS)
