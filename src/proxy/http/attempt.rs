@@ -174,8 +174,13 @@ pub(super) enum Failed {
     Final(Refusal),
 }
 
-/// Sends the request until an instance answers or attempts run out.
-pub(super) async fn attempts<D: Dial>(worker: &Rc<D>, call: &Call<'_>, body: Incoming) -> Result<Answer, Refusal> {
+/// Sends the request, whose head was there `began`, until an instance answers or attempts run out.
+pub(super) async fn attempts<D: Dial>(
+    worker: &Rc<D>,
+    call: &Call<'_>,
+    body: Incoming,
+    began: Instant,
+) -> Result<Answer, Refusal> {
     let state = worker.http();
     let destination = &call.target.caller.destination;
     let mut head = encode_head(state, call, None, Sent::First)?;
@@ -186,7 +191,7 @@ pub(super) async fn attempts<D: Dial>(worker: &Rc<D>, call: &Call<'_>, body: Inc
     };
     let budget = call.target.budget(state);
     // A body was waited for.
-    let now = if pending.is_some() { clock::now() } else { call.began };
+    let now = if pending.is_some() { clock::now() } else { began };
     budget.deposit(now);
     let tried = RefCell::new(Tried::with_key(key::of_request(&**worker, call)).of(call.priority).at(now));
     let (mut failure, mut repeats) = (None, 0);

@@ -36,7 +36,6 @@ use hyper::service::service_fn;
 use hyper::upgrade::OnUpgrade;
 use quinn::RecvStream;
 use tokio::net::TcpStream;
-use tokio::time::Instant;
 use tracing::debug;
 
 use super::Dial;
@@ -406,8 +405,6 @@ pub(in crate::proxy) fn service_of_host(host: &str) -> Option<ServiceName> {
 /// A caller's request, taken apart.
 pub(super) struct Call<'a> {
     pub(super) parts: &'a Parts,
-    /// When its head was there; where a route may have held it back since, that is too early for anything but its end.
-    pub(super) began: Instant,
     pub(super) authority: Option<Authority>,
     pub(super) target: Rc<Target>,
     pub(super) payload: Payload,
@@ -522,9 +519,8 @@ async fn answer_of<D: Dial>(
     let (from, cookie, id) = (connection.from, Cell::default(), OnceCell::new());
     let (uploads, activity) = (Cell::new(uploads), &*connection.activity);
     let priority = connection.priority(&target.caller, &parts.headers);
-    let began = started;
-    let call = Call { parts: &parts, began, authority, target, payload, from, priority, cookie, uploads, activity, id };
-    let response = match attempts(&connection.worker, &call, body).await {
+    let call = Call { parts: &parts, authority, target, payload, from, priority, cookie, uploads, activity, id };
+    let response = match attempts(&connection.worker, &call, body, started).await {
         Err(refusal) => refuse_call(&*connection.worker, exchange, refusal, (version, grpc)),
         Ok(mut answer) => {
             begin_answer(&mut answer, &call, &mut exchange, grpc);

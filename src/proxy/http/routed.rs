@@ -153,9 +153,8 @@ pub(super) async fn answer<D: Dial>(
     let (from, cookie, uploads) = (connection.from, Cell::default(), Cell::new(uploads));
     let (activity, id) = (&*connection.activity, OnceCell::new());
     let priority = connection.priority(&target.caller, &parts.headers);
-    let (kept, began) = (Rc::clone(&target), started);
-    let call =
-        Call { parts: &parts, began, authority, target: kept, payload, from, priority, cookie, uploads, activity, id };
+    let kept = Rc::clone(&target);
+    let call = Call { parts: &parts, authority, target: kept, payload, from, priority, cookie, uploads, activity, id };
     Ok(match attempts(worker, &call, &plan, (body, &mut exchange)).await {
         Err(refusal) => outbound::refuse_call(&**worker, exchange, refusal, how),
         Ok(mut answer) => {
