@@ -1,14 +1,17 @@
-//! The end of tunnels to nodes that died.
+//! The end of tunnels to and from nodes that died.
 //!
 //! ```text
-//!   snapshot: node failed -> a tunnel to that life is open -> its host refuses the port? -> closed: streams end now
+//!   snapshot: node failed -> a dial to that life is under way -> given up: who waits asks for another instance
+//!                         -> a tunnel to or from it is open -> its host refuses the port? -> closed: streams end now
 //! ```
 //!
-//! A request that is on its way to a killed agent would wait until the tunnel's idle limit. That a node failed is the
-//! membership's word and may be wrong, so it closes nothing by itself: the peer's kernel is asked. A host that says
-//! nothing keeps its tunnels until the limit.
+//! A request that is on its way to a killed agent would wait until the tunnel's idle limit, and so would what a killed
+//! caller has left open here, for which the drain would wait. That a node failed is the membership's word and may be
+//! wrong, so it closes nothing by itself: the peer's kernel is asked. A host that says nothing keeps its tunnels until the
+//! limit. A dial carries nothing yet: the membership's word is enough.
 
 use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,9 +21,10 @@ use tracing::info;
 use super::tunnel::TunnelKey;
 use super::worker::Worker;
 use crate::catalogue::Snapshot;
-use crate::model::MemberStatus;
+use crate::clock;
+use crate::model::{Generation, MemberStatus, NodeName};
 
-/// Most dead tunnels that are asked about at once; the others end at their idle limit.
+/// Most dead tunnels, or addresses that they came from, that are asked about at once; the others end at their idle limit.
 const ASKED_MAX: usize = 64;
 /// How often a host is asked, and the pause after each wait of 250 ms: it sends one such message a second, and what the
 /// tunnels themselves retransmit competes for it.
@@ -28,39 +32,80 @@ const QUESTIONS_MAX: usize = 20;
 const QUESTIONS_APART: Duration = Duration::from_millis(50);
 /// Application code of a tunnel whose node died.
 const CODE_DEAD: u32 = 3;
+const DIED: &str = "node died";
 
-/// Closes tunnels to dead nodes as the catalogue changes.
+/// Where tunnels came from, and in which life of their node.
+type Origin = (NodeName, SocketAddr, Generation);
+
+/// Ends tunnels and dials of dead nodes as the catalogue changes.
 pub(super) async fn run(worker: &Rc<Worker>) {
     let mut changes = worker.snapshot().subscribe();
     // A failure is asked about once; the life is over or back before it can fail again.
     let mut asked: BTreeSet<TunnelKey> = BTreeSet::new();
+    let mut asked_of: BTreeSet<Origin> = BTreeSet::new();
     while changes.changed().await.is_ok() {
         let snapshot = Arc::clone(&changes.borrow_and_update());
-        asked.retain(|key| has_failed(&snapshot, key));
+        let has_failed = |node: &NodeName, life: Generation| failed_life(&snapshot, node) == Some(life);
+        worker.tunnels().give_up_dials(|key| has_failed(&key.node, key.generation));
+        asked.retain(|key| has_failed(&key.node, key.generation));
         for key in worker.tunnels().keys() {
-            if asked.len() < ASKED_MAX && has_failed(&snapshot, &key) && asked.insert(key.clone()) {
-                worker.spawn(end_if_dead(Rc::clone(worker), key));
+            let is_new = asked.len() < ASKED_MAX && has_failed(&key.node, key.generation) && asked.insert(key.clone());
+            if is_new {
+                // The drain does not wait for answers: what it would wait for are the streams.
+                worker.spawn_untracked(end_if_dead(Rc::clone(worker), key));
+            }
+        }
+        asked_of.retain(|(node, _, life)| has_failed(node, *life));
+        for ((node, addr), tunnels) in worker.paths.accepted(|node| failed_life(&snapshot, node).is_some()) {
+            let Some(life) = failed_life(&snapshot, &node) else { continue };
+            let origin = (node, addr, life);
+            if asked_of.len() < ASKED_MAX && asked_of.insert(origin.clone()) {
+                worker.spawn_untracked(end_accepted_if_dead(Rc::clone(worker), origin, tunnels));
             }
         }
     }
 }
 
 async fn end_if_dead(worker: Rc<Worker>, key: TunnelKey) {
-    for _ in 0..QUESTIONS_MAX {
-        if worker.is_port_refused(key.addr).await {
-            info!(node = %key.node, addr = %key.addr, "the node's host says that its port is closed; its tunnel ends");
-            worker.tunnels().close(&key, CODE_DEAD.into(), "node died");
-            return;
-        }
-        tokio::time::sleep(QUESTIONS_APART).await;
-        if !has_failed(&worker.snapshot().load(), &key) {
-            return;
+    // The key names the life: whatever its host said of late is about it.
+    if is_dead(&worker, (&key.node, key.addr, key.generation), Duration::MAX).await {
+        info!(node = %key.node, addr = %key.addr, "the node's host says that its port is closed; its tunnel ends");
+        worker.tunnels().close(&key, CODE_DEAD.into(), DIED);
+    }
+}
+
+/// Closes `tunnels`, all that the node had opened from the address when it was found to have failed.
+async fn end_accepted_if_dead(worker: Rc<Worker>, (node, addr, life): Origin, tunnels: Vec<quinn::Connection>) {
+    // A tunnel does not say which life it is of, so only what is said from here on counts: whoever had opened one by now, in
+    // whatever life, is not there then.
+    if is_dead(&worker, (&node, addr, life), Duration::ZERO).await {
+        let count = tunnels.len();
+        info!(%node, %addr, count, "the node's host says that its port is closed; the tunnels from it end");
+        for tunnel in tunnels {
+            tunnel.close(CODE_DEAD.into(), DIED.as_bytes());
         }
     }
 }
 
-/// Tells whether the life that the tunnel leads to has failed.
-fn has_failed(snapshot: &Snapshot, key: &TunnelKey) -> bool {
-    let node = snapshot.nodes.get(&key.node);
-    node.is_some_and(|node| node.status == MemberStatus::Failed && node.generation == key.generation)
+/// Asks the host until it says that nobody has the port, or the life has not failed after all; what it said within `before`
+/// counts as well.
+async fn is_dead(worker: &Worker, (node, addr, life): (&NodeName, SocketAddr, Generation), before: Duration) -> bool {
+    let began = clock::now();
+    for _ in 0..QUESTIONS_MAX {
+        let since = clock::now().saturating_duration_since(began);
+        if worker.is_port_refused(addr, since.saturating_add(before)).await {
+            return true;
+        }
+        tokio::time::sleep(QUESTIONS_APART).await;
+        if failed_life(&worker.snapshot().load(), node) != Some(life) {
+            return false;
+        }
+    }
+    false
+}
+
+/// Returns the life in which the node has failed.
+fn failed_life(snapshot: &Snapshot, node: &NodeName) -> Option<Generation> {
+    let node = snapshot.nodes.get(node)?;
+    (node.status == MemberStatus::Failed).then_some(node.generation)
 }

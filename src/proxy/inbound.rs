@@ -24,6 +24,7 @@ use super::authorize::in_time;
 use super::calls::{Admitted, Ticket};
 use super::http;
 use super::metrics::Reporter;
+use super::paths::ACCEPTOR;
 use super::preamble::{PREAMBLE_BYTES_MAX, Preamble, StreamKind, StreamStatus};
 use super::relay::{self, CODE_RESET, Sending, Tcp};
 use super::udp::{self, Datagrams};
@@ -110,15 +111,15 @@ async fn tunnel(worker: Rc<Worker>, incoming: quinn::Incoming, handshake: Slot, 
             return connection.close(CODE_UNVERIFIED.into(), b"peer is not verified");
         }
     };
-    let Some(_place) = Place::take(&doors, &peer.node, worker.metrics.tunnels.with_label_values(&["acceptor"])) else {
+    let Some(_place) = Place::take(&doors, &peer.node, worker.metrics.tunnels.with_label_values(&[ACCEPTOR])) else {
         refused("too_many");
         if let Some(left_out) = doors.crowds_told.due(clock::now()) {
             warn!(%from, node = %peer.node, max = TUNNELS_PER_PEER_MAX, left_out, "closing a tunnel: its node has too many");
         }
         return connection.close(CODE_TOO_MANY.into(), b"too many tunnels of this node");
     };
-    worker.metrics.handshakes.with_label_values(&["acceptor"]).inc();
-    let _watched = worker.paths.watch(&connection, "acceptor");
+    worker.metrics.handshakes.with_label_values(&[ACCEPTOR]).inc();
+    let _watched = worker.paths.watch(&connection, ACCEPTOR, &peer.node);
     streams(&worker, &connection, &peer).await;
 }
 

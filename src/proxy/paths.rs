@@ -1,22 +1,30 @@
-//! What the paths of open tunnels are like, for the metrics: round trips, windows, packets that were lost.
+//! The open tunnels of a worker: what their paths are like, for the metrics (round trips, windows, packets that were lost),
+//! and whose they are.
 //!
 //! quinn counts per connection and tells nobody. Each worker looks at its tunnels now and then, not per packet, and adds up: no
 //! series has a peer in it. What left after the last look is counted when a tunnel ends.
 //! Not here: what follows from it (`transport::congestion`).
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::fmt;
+use std::net::SocketAddr;
 use std::rc::Rc;
 
 use foldhash::HashMap;
 use prometheus::{HistogramOpts, HistogramVec, IntCounterVec, Opts};
 
 use crate::metrics::Metrics;
+use crate::model::NodeName;
 
 /// Bounds of round trips, in seconds: from two hosts on one switch to the other side of the world.
 const RTT_BUCKETS: [f64; 12] = [0.0001, 0.000_25, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0];
 /// Bounds of windows, in bytes: 16 KiB to 16 MiB, which is what a tunnel may have under way.
 const WINDOW_BUCKETS: [f64; 6] = [16_384.0, 65_536.0, 262_144.0, 1_048_576.0, 4_194_304.0, 16_777_216.0];
+
+/// Sides of a tunnel, as the metrics call them: who opened it, and who let it in.
+pub(super) const DIALER: &str = "dialer";
+pub(super) const ACCEPTOR: &str = "acceptor";
 
 /// The handles of the agent, by side. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -57,6 +65,7 @@ pub(crate) struct Paths {
 struct Path {
     connection: quinn::Connection,
     side: &'static str,
+    peer: NodeName,
     sent: u64,
     lost: u64,
 }
@@ -67,13 +76,32 @@ impl Paths {
         Rc::new(Self { metrics, next: Cell::default(), open: RefCell::default() })
     }
 
-    /// Looks at `connection` until what is returned is dropped; `side`: `dialer` or `acceptor`.
-    pub(super) fn watch(self: &Rc<Self>, connection: &quinn::Connection, side: &'static str) -> Watched {
+    /// Looks at `connection`, which leads to `peer`, until what is returned is dropped.
+    pub(super) fn watch(
+        self: &Rc<Self>,
+        connection: &quinn::Connection,
+        side: &'static str,
+        peer: &NodeName,
+    ) -> Watched {
         let number = self.next.get();
         self.next.set(number + 1);
-        let path = Path { connection: connection.clone(), side, sent: 0, lost: 0 };
+        let path = Path { connection: connection.clone(), side, peer: peer.clone(), sent: 0, lost: 0 };
         self.open.borrow_mut().insert(number, path);
         Watched { paths: Rc::clone(self), number }
+    }
+
+    /// Returns the tunnels that nodes have opened to this one and `is_wanted` chooses, by node and address.
+    pub(super) fn accepted(
+        &self,
+        is_wanted: impl Fn(&NodeName) -> bool,
+    ) -> BTreeMap<(NodeName, SocketAddr), Vec<quinn::Connection>> {
+        let mut found = BTreeMap::<_, Vec<_>>::new();
+        for Path { connection, side, peer, .. } in self.open.borrow().values() {
+            if *side == ACCEPTOR && is_wanted(peer) {
+                found.entry((peer.clone(), connection.remote_address())).or_default().push(connection.clone());
+            }
+        }
+        found
     }
 
     /// Looks at all.

@@ -2,6 +2,7 @@
 
 mod bounds;
 mod bytes;
+mod dead;
 mod drain;
 mod harness;
 mod limits;
@@ -18,7 +19,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 
 use self::harness::{Authority, Mesh, Node, free_port, full, serve, stranger};
-use super::paths::{PathMetrics, Paths};
+use super::paths::{ACCEPTOR, DIALER, PathMetrics, Paths};
 use crate::catalogue::LocalView;
 use crate::metrics::Metrics;
 
@@ -53,7 +54,8 @@ async fn what_the_paths_of_tunnels_are_like_is_counted_by_side() {
     let metrics = Metrics::new();
     let paths = Paths::new(PathMetrics::register(&metrics).unwrap());
     let dialled = dialled.unwrap();
-    let watched = [paths.watch(&dialled, "dialer"), paths.watch(&accepted, "acceptor")];
+    let watched =
+        [paths.watch(&dialled, DIALER, &"y".parse().unwrap()), paths.watch(&accepted, ACCEPTOR, &"x".parse().unwrap())];
     let shown = |name: &str, part: &str, side: &str| {
         let text = metrics.render().unwrap();
         let line = text.lines().find(|line| line.starts_with(&format!("{name}{part}{{side=\"{side}\"}}")));

@@ -15,10 +15,11 @@ use std::time::Duration;
 use foldhash::HashMap;
 use tokio::sync::OnceCell;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use super::metrics::ProxyMetrics;
 use super::open::{Entry, OpenTunnel, OpenTunnels};
-use super::paths::{Paths, Watched};
+use super::paths::{DIALER, Paths, Watched};
 use super::udp::Datagrams;
 use crate::clock::{self, UnixSeconds};
 use crate::model::{Generation, NodeName, ServiceName};
@@ -115,12 +116,14 @@ impl Drop for Tunnel {
 #[derive(Debug)]
 struct Slot {
     dialled: OnceCell<Result<Rc<Tunnel>, (ConnectError, Instant)>>,
+    /// Ends the dial: its node has failed.
+    given_up: CancellationToken,
     used_at: Cell<Instant>,
 }
 
 impl Slot {
     fn new() -> Rc<Self> {
-        Rc::new(Self { dialled: OnceCell::new(), used_at: Cell::new(clock::now()) })
+        Rc::new(Self { dialled: OnceCell::new(), given_up: CancellationToken::new(), used_at: Cell::new(clock::now()) })
     }
 
     /// Tells whether a new asker is served by this slot.
@@ -154,7 +157,7 @@ impl Tunnels {
     /// Cancelling the one who dials lets the next who waits dial.
     pub(crate) async fn get(&self, key: &TunnelKey, endpoint: &WorkerEndpoint) -> Result<Rc<Tunnel>, ConnectError> {
         let slot = self.slot(key);
-        let dialled = slot.dialled.get_or_init(|| self.dial(key, endpoint)).await;
+        let dialled = slot.dialled.get_or_init(|| self.dial(key, endpoint, &slot.given_up)).await;
         dialled.clone().map_err(|(error, _)| error)
     }
 
@@ -183,6 +186,15 @@ impl Tunnels {
         let slots = self.slots.borrow();
         let is_open = |slot: &Rc<Slot>| matches!(slot.dialled.get(), Some(Ok(_)));
         slots.iter().filter(|(_, slot)| is_open(slot)).map(|(key, _)| key.clone()).collect()
+    }
+
+    /// Ends the dials to lives that `has_failed` names: who waits for one hears of it now, and may ask for another instance.
+    pub(crate) fn give_up_dials(&self, has_failed: impl Fn(&TunnelKey) -> bool) {
+        for (key, slot) in &*self.slots.borrow() {
+            if slot.dialled.get().is_none() && has_failed(key) {
+                slot.given_up.cancel();
+            }
+        }
     }
 
     /// Returns the open tunnels of `source` to `nodes`.
@@ -240,12 +252,20 @@ impl Tunnels {
         slot
     }
 
-    async fn dial(&self, key: &TunnelKey, endpoint: &WorkerEndpoint) -> Result<Rc<Tunnel>, (ConnectError, Instant)> {
-        let dialled = endpoint.dial(key.addr, &key.node, key.source.as_ref(), DIAL_TIMEOUT).await;
+    async fn dial(
+        &self,
+        key: &TunnelKey,
+        endpoint: &WorkerEndpoint,
+        given_up: &CancellationToken,
+    ) -> Result<Rc<Tunnel>, (ConnectError, Instant)> {
+        let dialled = tokio::select! {
+            dialled = endpoint.dial(key.addr, &key.node, key.source.as_ref(), DIAL_TIMEOUT) => dialled,
+            () = given_up.cancelled() => Err(ConnectError::NodeFailed { addr: key.addr, node: key.node.clone() }),
+        };
         match dialled {
             Ok(Dialled { connection, peer, not_after, live }) => {
-                self.metrics.handshakes.with_label_values(&["dialer"]).inc();
-                let gauge = self.metrics.tunnels.with_label_values(&["dialer"]);
+                self.metrics.handshakes.with_label_values(&[DIALER]).inc();
+                let gauge = self.metrics.tunnels.with_label_values(&[DIALER]);
                 gauge.inc();
                 let listed = self.open.add(OpenTunnel {
                     source: key.source.clone(),
@@ -255,7 +275,7 @@ impl Tunnels {
                     not_after: peer.not_after,
                 });
                 let datagrams = Datagrams::of(&connection, &self.metrics);
-                let watched = self.paths.watch(&connection, "dialer");
+                let watched = self.paths.watch(&connection, DIALER, &key.node);
                 Ok(Rc::new(Tunnel {
                     connection,
                     peer,

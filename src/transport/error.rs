@@ -16,6 +16,14 @@ pub enum ConnectError {
         /// Who was dialled.
         addr: SocketAddr,
     },
+    /// The other agents say that the node failed, while it was dialled.
+    #[error("{node} at {addr} has failed, as the other agents say: is its agent running (`weft members`)?")]
+    NodeFailed {
+        /// Who was dialled.
+        addr: SocketAddr,
+        /// Whose address it is.
+        node: NodeName,
+    },
     /// One side refused the other's certificate, or there was none that both could use.
     #[error(
         "TLS with {addr} failed: {reason}; compare trust domain, CA and clocks of both hosts (`weft info` shows them)"
@@ -71,10 +79,11 @@ impl ConnectError {
         }
     }
 
-    /// Returns a word for metrics: `no_answer`, `tls`, `wrong_node`, `closed`, `local`.
+    /// Returns a word for metrics: `no_answer`, `node_failed`, `tls`, `wrong_node`, `closed`, `local`.
     pub fn kind(&self) -> &'static str {
         match self {
             Self::NoAnswer { .. } => "no_answer",
+            Self::NodeFailed { .. } => "node_failed",
             Self::Tls { .. } => "tls",
             Self::WrongNode { .. } => "wrong_node",
             Self::Closed { .. } => "closed",

@@ -90,10 +90,11 @@ impl WorkerEndpoint {
         Ok(Dialled { connection, peer, not_after: tls.not_after, live })
     }
 
-    /// Tells whether `peer`'s host says that nobody has the port, or said so of a packet of the last 3 s; asked once,
-    /// 250 ms at most. Silence is no. For those who know from elsewhere that the peer has failed.
-    pub(crate) async fn is_port_refused(&self, peer: SocketAddr) -> bool {
-        self.refusals.is_heard(peer, REFUSAL_LIFE) || port::is_refused_once(self.local_ip, peer).await
+    /// Tells whether `peer`'s host says that nobody has the port, or said so of a packet within `lately`, of which the last
+    /// [`REFUSAL_LIFE`] are remembered at most; asked once, 250 ms at most. Silence is no. For those who know from elsewhere
+    /// that the peer has failed.
+    pub(crate) async fn is_port_refused(&self, peer: SocketAddr, lately: Duration) -> bool {
+        self.refusals.is_heard(peer, lately.min(REFUSAL_LIFE)) || port::is_refused_once(self.local_ip, peer).await
     }
 
     /// Tells who the peer of an accepted connection is; the entry is to be held while the connection is served.

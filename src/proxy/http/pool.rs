@@ -3,7 +3,8 @@
 //! HTTP/1.1: idle keep-alive connections per address, the last used first. HTTP/2: one shared connection per address, and one
 //! for each WebSocket.
 //! Invariants: a connection waits here only after both its request and its response were whole; one that the app closed
-//! is dropped at checkout. Not here: how many connections an app may get (a limit per route).
+//! is dropped at checkout. The drain waits for requests, never for a connection to an app: its tasks are not tracked.
+//! Not here: how many connections an app may get (a limit per route).
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -81,8 +82,11 @@ pub(crate) struct Pool {
     sweeping: Cell<bool>,
 }
 
-/// Runs hyper's tasks on the worker.
+/// Runs hyper's tasks for a caller's connection on the worker; the drain waits for them.
 pub(crate) struct WorkerExec<D>(pub(crate) Rc<D>);
+
+/// Runs hyper's tasks for a connection to an app on the worker: one of them lives as long as the connection.
+struct AppExec<D>(Rc<D>);
 
 impl<D> Clone for WorkerExec<D> {
     fn clone(&self) -> Self {
@@ -93,6 +97,20 @@ impl<D> Clone for WorkerExec<D> {
 impl<D: Dial, F: Future + 'static> hyper::rt::Executor<F> for WorkerExec<D> {
     fn execute(&self, future: F) {
         self.0.spawn(async move {
+            future.await;
+        });
+    }
+}
+
+impl<D> Clone for AppExec<D> {
+    fn clone(&self) -> Self {
+        Self(Rc::clone(&self.0))
+    }
+}
+
+impl<D: Dial, F: Future + 'static> hyper::rt::Executor<F> for AppExec<D> {
+    fn execute(&self, future: F) {
+        self.0.spawn_untracked(async move {
             future.await;
         });
     }
@@ -123,7 +141,7 @@ impl Pool {
         }
         queue.push_back(Idle { connection, since: crate::clock::now() });
         if !self.sweeping.replace(true) {
-            worker.spawn(Rc::clone(self).sweep());
+            worker.spawn_untracked(Rc::clone(self).sweep());
         }
     }
 
@@ -154,7 +172,7 @@ impl Pool {
         builder.max_buf_size(HEAD_BYTES_MAX);
         let (sender, connection) =
             builder.handshake(io).await.map_err(|source| ConnectError::Handshake { addr, source })?;
-        worker.spawn(async move {
+        worker.spawn_untracked(async move {
             if let Err(error) = connection.with_upgrades().await {
                 debug!(%addr, error = %error, "app connection ended");
             }
@@ -172,7 +190,7 @@ impl Pool {
         let stream = dial(worker, addr).await?;
         let handshake = http2_builder(worker).handshake(stream).await;
         let (sender, connection) = handshake.map_err(|source| ConnectError::Handshake { addr, source })?;
-        worker.spawn(async move {
+        worker.spawn_untracked(async move {
             if let Err(error) = connection.await {
                 debug!(%addr, error = %error, "app connection ended");
             }
@@ -202,7 +220,7 @@ impl Pool {
         if !connection.is_extended_connect_protocol_enabled() {
             return Ok(None);
         }
-        worker.spawn(async move {
+        worker.spawn_untracked(async move {
             if let Err(error) = connection.await {
                 debug!(%addr, error = %error, "app connection ended");
             }
@@ -211,8 +229,8 @@ impl Pool {
     }
 }
 
-fn http2_builder<D: Dial>(worker: &Rc<D>) -> http2::Builder<WorkerExec<D>> {
-    let mut builder = http2::Builder::new(WorkerExec(Rc::clone(worker)));
+fn http2_builder<D: Dial>(worker: &Rc<D>) -> http2::Builder<AppExec<D>> {
+    let mut builder = http2::Builder::new(AppExec(Rc::clone(worker)));
     builder
         .initial_stream_window_size(H2_STREAM_WINDOW)
         .initial_connection_window_size(H2_CONNECTION_WINDOW)

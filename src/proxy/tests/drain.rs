@@ -7,7 +7,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use super::harness::{Authority, Mesh};
-use super::limits::{answer_of, ask, give, of_http, take};
+use super::limits::{answer_of, ask, give, of_http, of_http_draining_within, take};
 use super::{read_all, within};
 use crate::clock;
 
@@ -47,4 +47,21 @@ async fn a_node_that_drains_ends_its_requests_and_takes_no_other() {
     let answer = answer_of(first).await;
     assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
     mesh.stop().await;
+}
+
+#[tokio::test]
+async fn a_connection_to_an_app_that_rests_is_not_waited_for() {
+    // Whoever waited for it would wait longer than `stop` lets it.
+    let mesh = of_http_draining_within(Duration::from_hours(1), &Authority::new()).await;
+    let client = ask(&mesh, "").await;
+    let mut app = take(&mesh.app).await;
+    app.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await.unwrap();
+    assert!(answer_of(client).await.starts_with("HTTP/1.1 200"));
+    // It is kept: the next request comes on it.
+    let client = ask(&mesh, "").await;
+    assert!(within(app.read(&mut [0; 1_024])).await.unwrap() > 0);
+    app.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await.unwrap();
+    assert!(answer_of(client).await.starts_with("HTTP/1.1 200"));
+    mesh.stop().await;
+    assert_eq!(read_all(&mut app).await.unwrap(), b"", "it ends with its agent");
 }

@@ -25,7 +25,7 @@ use crate::transport::{ClientTls, Credentials, bind, client_config};
 use crate::upstream;
 
 /// Long enough for what is open to end by itself.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
+pub(super) const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Where an instance of `web` is said to be: node, its mesh address, instance id.
 pub(super) type Place<'a> = (&'a str, SocketAddr, &'a str);
@@ -67,7 +67,8 @@ impl Mesh {
         Self::start_as((workers, DRAIN_TIMEOUT), authority, scope, more).await
     }
 
-    async fn start_as(
+    /// The same, with so long a drain as well.
+    pub(super) async fn start_as(
         how: (usize, Duration),
         authority: &Arc<Authority>,
         scope: &str,
@@ -193,6 +194,15 @@ impl Node {
         Arc::clone(&self.publisher.reader().load().traffic)
     }
 
+    /// Publishes what the membership says of a node.
+    pub(super) fn hears_of(&self, node: &str, mesh_addr: SocketAddr, status: MemberStatus) {
+        let before = self.publisher.reader().load();
+        let mut nodes = before.nodes.clone();
+        nodes.insert(node.parse().unwrap(), Arc::new(NodeEntry { status, ..entry(node, mesh_addr) }));
+        let index = before.index + 1;
+        self.publisher.publish(Arc::new(Snapshot { index, nodes, ..Snapshot::clone(&before) }));
+    }
+
     /// Publishes who may call whom.
     pub(super) fn decide(&self, default: Action) {
         let before = self.publisher.reader().load();
@@ -265,8 +275,8 @@ pub(super) fn host(authority: &Arc<Authority>, node: &str, streams: u32) -> quin
     quinn::Endpoint::server(config, (Ipv4Addr::LOCALHOST, 0).into()).unwrap()
 }
 
-/// An instance of `web` that passes.
-fn instance(node: &str, mesh_addr: SocketAddr, id: &str) -> Arc<Instance> {
+/// A member that lives.
+fn entry(node: &str, mesh_addr: SocketAddr) -> NodeEntry {
     let info = NodeInfo {
         id: String::new(),
         name: node.parse().unwrap(),
@@ -276,7 +286,7 @@ fn instance(node: &str, mesh_addr: SocketAddr, id: &str) -> Arc<Instance> {
         build: String::new(),
         issuer: false,
     };
-    let entry = NodeEntry {
+    NodeEntry {
         info: info.into(),
         status: MemberStatus::Alive,
         generation: Generation { number: 1, nonce: 1 },
@@ -284,9 +294,13 @@ fn instance(node: &str, mesh_addr: SocketAddr, id: &str) -> Arc<Instance> {
         external: None,
         create_index: 1,
         modify_index: 1,
-    };
+    }
+}
+
+/// An instance of `web` that passes.
+fn instance(node: &str, mesh_addr: SocketAddr, id: &str) -> Arc<Instance> {
     let record = ServiceRecord { port: 80, ..ServiceRecord::new(id.parse().unwrap(), name("web")) };
-    let (node, record, status) = (Arc::new(entry), Arc::new(record), HealthStatus::Passing);
+    let (node, record, status) = (Arc::new(entry(node, mesh_addr)), Arc::new(record), HealthStatus::Passing);
     Arc::new(Instance { node, record, checks: Box::default(), status, create_index: 1, modify_index: 1 })
 }
 

@@ -8,7 +8,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 
 use super::bounds::answer;
-use super::harness::{Authority, Mesh, full, upstreams};
+use super::harness::{Authority, DRAIN_TIMEOUT, Mesh, full, upstreams};
 use super::{read_all, round_trip, within};
 use crate::model::{Protocol, ServiceName};
 use crate::proxy::WorkerView;
@@ -16,11 +16,16 @@ use crate::routing::Standing;
 
 /// One worker each; the app speaks HTTP.
 pub(super) async fn of_http(authority: &Arc<Authority>) -> Mesh {
+    of_http_draining_within(DRAIN_TIMEOUT, authority).await
+}
+
+/// The same; what is open is cut `drain_timeout` after the drain began.
+pub(super) async fn of_http_draining_within(drain_timeout: Duration, authority: &Arc<Authority>) -> Mesh {
     let is_http = |local: &mut crate::catalogue::LocalView| {
         local.instances.values_mut().for_each(|instance| instance.protocol = Protocol::Http);
         Vec::new()
     };
-    let mesh = Mesh::start_on(1, authority, "*", is_http).await;
+    let mesh = Mesh::start_as((1, drain_timeout), authority, "*", is_http).await;
     mesh.a.publish_local(http_ports(&mesh), &[("b", mesh.b.addr, "web-1")]);
     mesh
 }

@@ -378,9 +378,9 @@ impl Worker {
         &self.tunnels
     }
 
-    /// Asks a peer's host whether its mesh port is closed.
-    pub(super) async fn is_port_refused(&self, addr: SocketAddr) -> bool {
-        self.endpoint.is_port_refused(addr).await
+    /// Asks a peer's host whether its mesh port is closed; what it said `lately` is an answer.
+    pub(super) async fn is_port_refused(&self, addr: SocketAddr, lately: Duration) -> bool {
+        self.endpoint.is_port_refused(addr, lately).await
     }
 
     /// Returns the catalogue.
