@@ -48,6 +48,9 @@ pub(crate) fn members(args: &MembersArgs) -> Result<(), Failure> {
         };
         let mut rows = rows(members, row);
         rows.retain(|[_, _, own, ..]| status.is_match(own));
+        if rows.is_empty() {
+            eprintln!("note: no member's status matches; a member is alive, leaving, left or failed");
+        }
         table::render(["Node", "Address", "Status", "For", "Build", "DC"], &rows)
     })
 }
@@ -308,6 +311,7 @@ fn by_flags(name: &str, args: &RegisterArgs) -> Value {
         ("Kind", args.kind.as_ref().map(|kind| json!(kind))),
         ("Address", args.address.as_ref().map(|address| json!(address))),
         ("Port", args.port.map(|port| json!(port))),
+        ("Protocol", args.protocol.as_ref().map(|protocol| json!(protocol))),
         ("Tags", (!args.tag.is_empty()).then(|| json!(args.tag))),
         ("Meta", (!meta.is_empty()).then_some(Value::Object(meta))),
     ];

@@ -226,8 +226,11 @@ fn load(seat: &Value) -> Option<String> {
         return None;
     }
     let bears = if bears.is_empty() { String::new() } else { format!(" of {bears} that it bears") };
-    let expected =
-        if expected.is_empty() { "no answer yet".to_owned() } else { format!("an answer takes {expected} ms") };
+    let expected = if expected.is_empty() {
+        "no answer yet".to_owned()
+    } else {
+        format!("an answer is expected in {expected} ms")
+    };
     Some(format!("has {under_way}{bears} under way; {expected}"))
 }
 
@@ -365,7 +368,7 @@ mod tests {
             "web/web-1",
             "takes calls, ejected by n1, n3",
             "1 of 5 requests, 2 of 6 connections, 3 of 7 calls that wait for a stream, 0 of 8 repeated requests; 4 wait for an instance",
-            "web-1 on n2 has 3 of 12 that it bears under way; an answer takes 4.2 ms",
+            "web-1 on n2 has 3 of 12 that it bears under way; an answer is expected in 4.2 ms",
         ] {
             assert!(told.contains(want), "{want:?} is not in:\n{told}");
         }

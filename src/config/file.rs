@@ -105,8 +105,8 @@ pub(super) fn locate(problems: &mut [Problem]) {
 }
 
 fn read_text(file: &Path) -> Result<(Language, String), String> {
-    let language = language_of(file).ok_or_else(|| "a config file is named *.hcl or *.json".to_owned())?;
     let open = std::fs::File::open(file).map_err(|err| format!("cannot be read: {err}"))?;
+    let language = language_of(file).ok_or_else(|| "a config file is named *.hcl or *.json".to_owned())?;
     Ok((language, bounded_text(open)?))
 }
 
@@ -168,7 +168,11 @@ fn not_hcl(path: &Arc<Path>, err: &hcl::Error) -> Problem {
         hcl::Error::Parse(err) => {
             // Not the line itself: it may hold a secret.
             let (at, message) = (err.location(), err.message());
-            let rule = format!("is no valid HCL: {message}, at column {}", at.column());
+            let mut rule = format!("is no valid HCL: {message}, at column {}", at.column());
+            // Consul reads a block with all its attributes on one line.
+            if err.line().contains('{') {
+                rule += "; on one line write a block as `key = { a = 1, b = 2 }`, or give each attribute its own line";
+            }
             Problem::file(path, rule).on_line(at.line())
         }
         err => Problem::file(path, format!("is no valid HCL: {}", Chain(err))),
@@ -336,6 +340,7 @@ mod tests {
         check("ports { http = env(\"P\") }", "a.hcl: ports.http: must be a plain value");
         check("service \"web\" {}", "a.hcl: service: takes no label");
         check("a = ", "a.hcl:1: is no valid HCL");
+        check("service { name = \"web\" port = 80 }", "write a block as `key = { a = 1, b = 2 }`");
         check("a = 1\na {}\n", "a");
     }
 

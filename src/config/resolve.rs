@@ -27,7 +27,7 @@ use crate::model::{NodeName, ServeScope, TrustDomain};
 use crate::registry::definition::{
     DefinitionDefaults, DefinitionError, check_from_json, service_from_json, without_effect,
 };
-use crate::registry::{CheckDefinition, CheckSettings, ScriptPolicy, ServiceDefinition};
+use crate::registry::{self, CheckDefinition, CheckSettings, ScriptPolicy, ServiceDefinition};
 use crate::telemetry::{Chain, Filter, LogFormat};
 use crate::unix_socket::SOCKET_PATH_BYTES_MAX;
 use crate::workload::WorkloadConfig;
@@ -171,6 +171,9 @@ impl Resolver<'_> {
         let defaults = DefinitionDefaults { bind_ip: addresses.upstream_ip, datacenter: &datacenter };
         let services = self.services(&defaults, scripts);
         let checks = self.checks(&defaults, scripts);
+        if let Err(error) = registry::stand_together(&services, &checks) {
+            self.problems.push(Problem::unset("services", error.to_string()));
+        }
         let leaves = self.raw.leave_on_terminate.as_ref().is_none_or(|given| given.value);
         let json = self.raw.log_json.as_ref().is_some_and(|given| given.value);
         Some(Config {
@@ -420,8 +423,14 @@ impl Resolver<'_> {
                 if let Some(token_given) = token_given {
                     self.refuse(&token_given, "must not be set beside issuer: an issuer certifies itself");
                 }
-                if !Path::new(&issuer.value).is_dir() {
-                    self.refuse(&issuer, "must be a directory that `weft ca init` or `weft ca issuer create` made");
+                match std::fs::metadata(&issuer.value) {
+                    Ok(meta) if meta.is_dir() => {}
+                    Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
+                        self.refuse(&issuer, "cannot be read: it and its files must belong to the agent's user");
+                    }
+                    _ => {
+                        self.refuse(&issuer, "must be a directory that `weft ca init` or `weft ca issuer create` made");
+                    }
                 }
                 IdentitySource::Issuer { dir: PathBuf::from(issuer.value), serve }
             }

@@ -564,6 +564,14 @@ fn services_of_files_take_the_client_address_for_their_upstreams() {
 }
 
 #[test]
+fn upstreams_that_ask_for_one_port_are_a_problem_of_the_configuration() {
+    let text = "data_dir = \"/d\"\nnode_name = \"n\"\nservice {\n  name = \"api\"\n  connect {\n    sidecar_service {\n      proxy {\n        upstreams = [{ destination_name = \"web\", local_bind_port = 9191 }, { destination_name = \"db\", local_bind_port = 9191 }]\n      }\n    }\n  }\n}\n";
+    let problems = load_text("a.hcl", text).unwrap_err();
+    assert!(problems.contains("9191 is asked for by service \"api\" (to web)"), "{problems}");
+    assert!(load_text("a.hcl", &text.replacen("9191", "9192", 1)).is_ok());
+}
+
+#[test]
 fn the_shipped_configurations_are_valid() {
     let top = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
     let load_path = |path: &str| load(&Inputs { paths: vec![top.join(path)], ..Inputs::default() }, &host());

@@ -32,7 +32,7 @@ use self::share::Shares;
 use super::doubles::Doubles;
 use super::engine::pace::Pace;
 use super::engine::{
-    self, Ending, Engine, Exchange, Incumbent, JoinCause, Message, Output, Request, Stage, Step, Turn,
+    self, Ending, Engine, Exchange, Incumbent, JoinCause, MEMBER_LEFT, Message, Output, Request, Stage, Step, Turn,
 };
 use super::exchange::{self, Desks, ExchangeError};
 use super::links::{Links, Purpose};
@@ -501,9 +501,13 @@ impl Actor {
             self.turn(now, |engine, turn| engine.handle_end(&exchange, Ending::NoLink, turn));
             return;
         };
-        let carried = exchange::begin(connection, peer.clone(), first, self.inputs_sender.clone());
+        let carried = exchange::begin(connection.clone(), peer.clone(), first, self.inputs_sender.clone());
         self.work.spawn(async move {
-            let result = catch("exchange", carried).await.unwrap_or(Err(ExchangeError::Panicked));
+            let mut result = catch("exchange", carried).await.unwrap_or(Err(ExchangeError::Panicked));
+            // Whoever takes a goodbye lets go of the connection, mostly before its answer is out.
+            if matches!(exchange, Exchange::Goodbye(_)) && is_let_go(&connection) {
+                result = Ok(());
+            }
             Done::Exchanged { peer, exchange, result }
         });
     }
@@ -607,6 +611,12 @@ impl Actor {
 fn answer<T>(reply: oneshot::Sender<T>, value: T) {
     // The stream may have timed out: then nobody needs the answer.
     let _unwanted = reply.send(value);
+}
+
+/// Tells whether the peer closed the connection because this node left.
+fn is_let_go(connection: &Connection) -> bool {
+    let reason = connection.close_reason();
+    matches!(reason, Some(quinn::ConnectionError::ApplicationClosed(close)) if close.reason == MEMBER_LEFT.as_bytes())
 }
 
 fn empty_snapshot(local_node: NodeName, index: u64) -> Snapshot {

@@ -591,12 +591,15 @@ fn node_info(config: &Config, store: &Store, is_issuer: bool) -> Result<NodeInfo
     })
 }
 
-/// Holds the data directory against the node's name.
+/// Holds the data directory against the node's name. A first start that failed before it had anything to show for the name
+/// has not claimed it.
 fn claim_name(store: &Store, given: &NodeName) -> Result<(), NodeError> {
     match store.node_name()? {
-        Some(stored) if stored != *given => Err(NodeError::OtherNode { stored, given: given.clone() }),
-        Some(_) => Ok(()),
-        None => Ok(store.put_node_name(given)?),
+        Some(stored) if stored == *given => Ok(()),
+        Some(stored) if store.identity()?.is_some() || store.join_key()?.is_some() => {
+            Err(NodeError::OtherNode { stored, given: given.clone() })
+        }
+        Some(_) | None => Ok(store.put_node_name(given)?),
     }
 }
 

@@ -42,6 +42,7 @@ pub use self::external::{
     CheckNotes, EXTERNAL_BYTES_MAX, EXTERNAL_NODES_MAX, ExternalFacts, ExternalNode, ExternalPart, ExternalWrite,
 };
 pub use self::rules::RECORDS_BYTES_MAX;
+pub(crate) use self::rules::stand_together;
 use self::task::{Command, Order};
 
 /// Orders that wait for the registry's task; a caller beyond that waits for room.

@@ -100,6 +100,14 @@ pub(super) fn in_scope(service: &ServiceDefinition, scope: &ServeScope) -> Resul
     Err(RegistryError::OutOfScope { service: name.to_owned(), scope: scope.to_string() })
 }
 
+/// Says what keeps the services and checks of a configuration from standing together on one node.
+///
+/// # Errors
+/// [`RegistryError::Invalid`], with what to change.
+pub(crate) fn stand_together(services: &[ServiceDefinition], alone: &[CheckDefinition]) -> Result<(), RegistryError> {
+    hold_together(&services.iter().collect::<Vec<_>>(), &alone.iter().collect::<Vec<_>>(), 0).map(drop)
+}
+
 /// Holds all services and the checks that stand alone against each other; tells how the checks fit into the records, of
 /// which `taken` bytes are nodes without an agent.
 pub(super) fn hold_together(

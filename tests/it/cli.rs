@@ -138,6 +138,12 @@ fn lists_are_aligned_narrowed_and_the_same_in_json() {
     assert_says(&weft_ok(&["info", &at]), &["n1"]);
     assert_says(&weft_ok(&["members", "-status=alive|left", &at]), &["n1"]);
     assert!(!weft_ok(&["members", "-status=failed", &at]).contains("n1"));
+    assert_says(&stderr(&weft(&["members", "-status=dead", &at])), &["alive, leaving, left or failed"]);
+    assert_says(&stderr(&weft(&["validate", "/nowhere/a"])), &["/nowhere/a", "No such file"]);
+    let told = weft(&["services", "register", "-name=hollow", "-protocol=http", &at]);
+    assert_says(&stderr(&told), &["Port is not given: nobody can call the service through the mesh"]);
+    assert_says(&weft_ok(&["catalog", "services", &at]), &["hollow"]);
+    weft_ok(&["services", "deregister", "-id=hollow", &at]);
     assert_eq!(weft_ok(&["members", "-status=failed", "-format=json", &at]), "[]\n");
     assert_says(&weft_ok(&["members", "-status=alive", "-format=json", &at]), &["n1"]);
     assert_says(&weft_ok(&["catalog", "nodes", "-near=_agent", "-filter=Meta.rack == a1", &at]), &["n1"]);

@@ -4,6 +4,8 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
+use crate::agent::{path, weft};
+
 /// Every `weft_…` metric name in double quotes under src/.
 fn metrics_in_source(dir: &Path, found: &mut BTreeSet<String>) {
     for entry in fs::read_dir(dir).unwrap() {
@@ -88,4 +90,42 @@ fn the_map_names_tests_that_exist_and_those_of_every_scenario() {
     for number in 1..=17 {
         assert!(text.contains(&format!("\n| {number} | ")), "src/ARCHITECTURE.md has no row of scenario {number}");
     }
+}
+
+/// The pieces of configuration of a page: its blocks of HCL, and what stands in backquotes as `key { … = … }`.
+fn configuration_of(page: &str) -> (Vec<String>, Vec<String>) {
+    let blocks = page.split("```hcl\n").skip(1).filter_map(|rest| rest.split("```").next());
+    let is_piece = |text: &&str| {
+        let key = text.split([' ', '{']).next().unwrap_or_default();
+        let is_key = !key.is_empty() && key.chars().all(|c| c.is_ascii_lowercase() || c == '_');
+        is_key && text.contains('{') && text.contains(" = ") && text.ends_with('}') && !text.contains(" … ")
+    };
+    let lines = page.lines().flat_map(|line| line.split('`').skip(1).step_by(2)).filter(is_piece);
+    (blocks.map(str::to_owned).collect(), lines.map(str::to_owned).collect())
+}
+
+#[test]
+fn what_the_pages_show_of_configuration_is_read() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let pages = fs::read_dir(root.join("api")).unwrap().map(|entry| entry.unwrap().path());
+    let pages = pages.chain([root.join("README.md"), root.join("deploy/README.md")]);
+    let dir = tempfile::TempDir::new().unwrap();
+    let mut count = 0;
+    let mut wrong = Vec::new();
+    for page in pages.filter(|page| page.extension().is_some_and(|end| end == "md")) {
+        let (blocks, lines) = configuration_of(&fs::read_to_string(&page).unwrap());
+        for (piece, is_whole) in blocks.iter().map(|text| (text, false)).chain(lines.iter().map(|text| (text, true))) {
+            let file = dir.path().join("piece.hcl");
+            fs::write(&file, piece).unwrap();
+            let said = weft(&["validate", path(&file)]);
+            let said = String::from_utf8_lossy(&said.stderr);
+            // Values may be left out, and blocks may be config entries.
+            if said.contains("no valid HCL") || (is_whole && said.contains("is not known")) {
+                wrong.push(format!("{}: {piece}: {said}", page.display()));
+            }
+            count += 1;
+        }
+    }
+    assert!(count > 10, "found only {count} pieces");
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }

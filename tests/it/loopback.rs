@@ -53,6 +53,10 @@ fn two_agents_on_one_host_join_and_the_verbs_tell_it() {
     n1.wait_passing("web", &[]);
     weft_ok(&["leave", &at(&n2)]);
     n1.wait_members(&["n1=1", "n2=3"]);
+    let mut n2 = n2;
+    let (status, log) = n2.wait_exit();
+    assert!(status.success(), "{log}");
+    assert_says(&log, &["the goodbye was heard heard=1"]);
 
     let nobody = weft(&["members", &format!("-http-addr={}:8500", loopback_ip(99))]);
     assert_eq!(nobody.status.code(), Some(1));
@@ -208,6 +212,30 @@ fn a_second_agent_on_the_same_data_directory_is_refused() {
     assert!(!status.success());
     assert_says(&log, &["another"]);
     n1.wait_members(&["n1=1"]);
+}
+
+#[test]
+fn a_first_start_that_failed_does_not_claim_the_data_directory_and_one_that_succeeded_does() {
+    let ca = Ca::init("loop.test");
+    let (data, issuer) = (tempfile::TempDir::new().unwrap(), ca.issuer());
+    let start = |last: u8, name: &'static str, args: &[&str], data: tempfile::TempDir| {
+        Agent::spawn(&Spec::loopback(last, name, &[&["-issuer", path(&issuer)], args].concat()), data)
+    };
+    // No host has it (RFC 5737).
+    let nowhere = "192.0.2.1".parse().unwrap();
+    let mut first =
+        Agent::spawn(&Spec { bind: nowhere, ..Spec::loopback(24, "n1", &["-issuer", path(&issuer)]) }, data);
+    let (status, log) = first.wait_exit();
+    assert!(!status.success() && log.contains("192.0.2.1"), "{log}");
+    let data = first.dir().join("data");
+    let mut named = start(24, "n2", &["-data-dir", path(&data)], tempfile::TempDir::new().unwrap());
+    named.wait_ready();
+    named.put_ok("/v1/agent/leave", "");
+    assert!(named.wait_exit().0.success());
+    let mut other = start(24, "n3", &["-data-dir", path(&data)], tempfile::TempDir::new().unwrap());
+    let (status, log) = other.wait_exit();
+    assert!(!status.success(), "{log}");
+    assert_says(&log, &["belongs to node `n2`"]);
 }
 
 #[test]

@@ -172,6 +172,9 @@ pub(crate) struct RegisterArgs {
     /// Its port.
     #[arg(long, requires = "name", value_name = "PORT")]
     pub(crate) port: Option<u16>,
+    /// What it speaks: tcp, http, http2, grpc, udp. Default: tcp.
+    #[arg(long, requires = "name", value_name = "PROTOCOL")]
+    pub(crate) protocol: Option<String>,
     /// A tag; repeatable.
     #[arg(long, requires = "name", value_name = "TAG")]
     pub(crate) tag: Vec<String>,

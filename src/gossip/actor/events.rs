@@ -67,11 +67,12 @@ impl Actor {
                 self.metrics.isolated.set(0);
                 info!("this node is connected again");
             }
+            Event::GoodbyeHeard(0) => {
+                info!("no peer confirmed the goodbye: nobody is there, or they see this node fail");
+            }
             Event::GoodbyeHeard(heard) => {
                 info!(heard, "the goodbye was heard");
-                if heard > 0 {
-                    self.goodbye_over();
-                }
+                self.goodbye_over();
             }
             Event::Renewed(id) => {
                 info!(renewals = id.life.renewals, "the mesh took this node for gone; it is back");

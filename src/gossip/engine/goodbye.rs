@@ -1,7 +1,8 @@
 //! Leaving: the goodbye, and peers that say that they heard it.
 //!
 //! A goodbye goes to many members as a datagram, which may be lost. So some peers are asked on a stream to confirm it;
-//! each of them spreads it. The node may go once [`HEARD_ENOUGH`] have, or nobody is left to ask.
+//! each of them spreads it and ends the connection, mostly before its answer is out: either is a confirmation
+//! ([`MEMBER_LEFT`]). The node may go once [`HEARD_ENOUGH`] have, or nobody is left to ask.
 
 use rand::seq::SliceRandom as _;
 
@@ -9,6 +10,8 @@ use super::message::{Exchange, Message, Request, Stage, Step};
 use super::{Ending, Engine, Event, Turn};
 use crate::model::{MemberStatus, NodeName};
 
+/// Why a connection to a member that left is closed; to the one that left it says that its goodbye was heard.
+pub const MEMBER_LEFT: &str = "member left";
 /// Confirmations that are enough: each of these spreads the news by itself.
 const HEARD_ENOUGH: usize = 3;
 /// Most peers that are asked at once: some of them may be gone without anybody knowing.

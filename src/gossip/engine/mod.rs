@@ -40,6 +40,7 @@ use rand::{RngExt as _, SeedableRng as _};
 use tokio::time::Instant;
 
 use self::goodbye::Goodbye;
+pub use self::goodbye::MEMBER_LEFT;
 pub use self::joining::{Attempt, Incumbent, JoinCause, JoinOutcome, Welcomed};
 pub use self::message::{
     DELTAS_BYTES_MAX, DIGESTS_MAX, Ending, Exchange, Held, HelloReply, Message, Request, Stage, Step, SyncReply, Trade,
@@ -651,7 +652,7 @@ impl Engine {
                 self.replica.remove(&node);
                 // Nor is it called after the next start.
                 self.known_peers.retain(|peer| peer.name != node);
-                self.outputs.push_back(Output::Close { peer: node.clone(), reason: "member left" });
+                self.outputs.push_back(Output::Close { peer: node.clone(), reason: MEMBER_LEFT });
             }
             // Its connection waits longer and longer between probes; once the path heals, a fresh one is faster.
             Some(MemberStatus::Failed) if before != after => {

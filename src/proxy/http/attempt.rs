@@ -568,7 +568,10 @@ impl<D: Dial> Attempt<'_, D> {
                 destination,
                 "its application refuses connections, or this request unread",
             ))),
-            2 => Err(Failed::Unreached(unreachable(destination, "its node does not have the instance"))),
+            2 => Err(Failed::Unreached(unreachable(
+                destination,
+                "its node does not have the instance, or it is registered without a port",
+            ))),
             3 => Err(Failed::Final(Refusal::denied(format!("service `{destination}` does not admit this caller")))),
             4 => Err(Failed::Unreached(unreachable(destination, "its node is shutting down"))),
             _ => Err(Failed::Final(self.broke(&HeadError::Malformed("status byte")))),

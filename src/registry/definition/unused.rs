@@ -1,6 +1,6 @@
 //! Settings of Consul's sidecars that mean nothing where the agent is the proxy. They are taken, so that a team's definitions
 //! load, and told: by the answer to a registration, by a warning about a file. What limits or opens anything is not among
-//! them: it is refused.
+//! them: it is refused. A service that nobody can call is told as well.
 
 use serde_json::Value;
 
@@ -8,6 +8,9 @@ use super::fields::{Field, Fields};
 
 /// Most settings that are told of one definition.
 const TOLD_MAX: usize = 32;
+
+/// What a service without a port is good for.
+const NO_PORT: &str = "is not given: nobody can call the service through the mesh; the catalogue and DNS alone have it";
 
 /// Says why a setting in a proxy's `Config` has no effect, by its folded name; none: it has one, or is refused.
 pub(super) fn why_unused(name: &str) -> Option<&'static str> {
@@ -36,13 +39,16 @@ pub(super) fn why_unused(name: &str) -> Option<&'static str> {
     })
 }
 
-/// Lists the settings of a service's definition that are taken without effect: where each stands, and why. Of what is no
-/// definition it lists nothing.
+/// Lists what a service's definition will not do, contrary to what may be meant: where each setting stands, and why. Of what
+/// is no definition it lists nothing.
 pub fn without_effect(definition: &Value) -> Vec<(String, &'static str)> {
     let root = Field { path: String::new(), value: definition };
     let sidecar = inner(&root, "connect").and_then(|connect| inner(&connect, "sidecarservice"));
-    let proxies = [Some(root), sidecar].into_iter().flatten().filter_map(|holder| inner(&holder, "proxy"));
     let mut told = Vec::new();
+    if is_beyond_reach(&root) {
+        told.push(("Port".to_owned(), NO_PORT));
+    }
+    let proxies = [Some(root), sidecar].into_iter().flatten().filter_map(|holder| inner(&holder, "proxy"));
     for proxy in proxies {
         let upstreams = inner(&proxy, "upstreams").and_then(|field| field.elements().ok()).unwrap_or_default();
         for holder in std::iter::once(proxy).chain(upstreams) {
@@ -58,6 +64,17 @@ pub fn without_effect(definition: &Value) -> Vec<(String, &'static str)> {
     told
 }
 
+/// Tells whether nobody can call the service, and it calls nobody.
+fn is_beyond_reach(root: &Field<'_>) -> bool {
+    let Ok(mut fields) = Fields::of(root) else { return false };
+    let is_named = matches!(fields.take(&["name", "service"]), Ok(Some(_)));
+    let has_no_port = match fields.take(&["port"]) {
+        Ok(port) => port.is_none_or(|port| port.value.as_u64() == Some(0)),
+        Err(_) => false,
+    };
+    is_named && has_no_port && ["kind", "proxy", "connect"].iter().all(|name| matches!(fields.take(&[name]), Ok(None)))
+}
+
 fn inner<'a>(holder: &Field<'a>, name: &str) -> Option<Field<'a>> {
     Fields::of(holder).ok()?.take(&[name]).ok()?
 }
@@ -69,6 +86,20 @@ mod tests {
     use super::*;
     use crate::registry::definition::service_from_json;
     use crate::registry::testing::DEFAULTS;
+
+    #[test]
+    fn a_service_without_a_port_that_calls_nobody_is_told_what_that_means() {
+        for (definition, is_told) in [
+            (json!({"Name": "web"}), true),
+            (json!({"name": "web", "tags": ["a"], "port": 0}), true),
+            (json!({"Name": "web", "Port": 80}), false),
+            (json!({"Name": "api", "Proxy": {"Upstreams": []}}), false),
+            (json!({"Name": "edge", "Kind": "ingress-gateway"}), false),
+            (json!({"Port": 80}), false),
+        ] {
+            assert_eq!(!without_effect(&definition).is_empty(), is_told, "{definition}");
+        }
+    }
 
     #[test]
     fn settings_of_envoy_s_own_are_taken_and_told_and_those_that_change_calls_are_refused() {
