@@ -34,7 +34,7 @@ fn a_reader_that_goes_away_ends_the_printing_and_not_the_verb() {
     for words in [&["completion", "bash"][..], &["version"], &["members", &at], &["catalog", "services", &at]] {
         check(&unread(words), 0);
     }
-    check(&unread(&["services", "register", "-name=unread", &at]), 0);
+    check(&unread(&["services", "register", "-name=unread", "-port=80", &at]), 0);
     assert_eq!(agent.get("/v1/agent/services")["unread"]["Service"], "unread");
     // The answer of this verb is its code.
     check(&unread(&["intention", "check", "web", "db", &at]), 2);

@@ -6,7 +6,7 @@ args: HARNESS-COPY REPO OUT-PARENT [options]; called by tests/bench/compare.  On
   client -> proxy A -> (veth: MTU 1500 | 9000 | 1 % of the packets lost) -> proxy B -> backend
 
 Every namespace, process and rule is made here and taken away here (rules inside the two namespaces alone)."""
-import argparse, atexit, contextlib, fcntl, glob, json, os, re, resource, shutil, signal, subprocess, sys, tempfile, time
+import argparse, atexit, contextlib, fcntl, glob, json, os, re, resource, shutil, signal, statistics, subprocess, sys, tempfile, time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import goals, lab_of
@@ -31,7 +31,7 @@ WORKS = dict(
 )
 IDLE_MANY = 10_000
 LOSS_PERCENT = 1
-TURNS = ["http", "l4", "h2", "bulk", "bulk9000"]    # what pairs that stand at once can take turns at
+TURNS = ["http", "l4", "h2", "bulk", "open", "loss", "conn", "bulk9000"]    # what pairs that stand at once can take turns at
 PORTS_APART = 40                  # between the ports of two pairs that stand at once
 BODY_KIB = 16                     # responses of the goodput test
 
@@ -188,7 +188,7 @@ class Lab(lab.Lab):
                     pr, caps = pairs[peer], pairs[peer]["caps"]["caps"]
                     has = lambda work, cap: self.wants(peer, work) and cap in caps
                     with self.ports(place):
-                        for c in a.conns if peer == "direct" or has("http", "http") else []:
+                        for c in a.conns if "http" in a.tests and (peer == "direct" or has("http", "http")) else []:
                             self.t_wrk(peer, pr, rep, f"http_c{c}", "A_HTTP", c, a.secs)
                         if has("l4", "l4"):
                             self.t_wrk(peer, pr, rep, "l4_c64", "A_L4WEB", 64, a.secs)
@@ -196,6 +196,19 @@ class Lab(lab.Lab):
                             self.t_h2(peer, pr, rep, a.short)
                         if has("bulk", "bulk") or has("bulk9000", "bulk"):
                             self.t_bulk(peer, pr, rep, 1, a.short)
+                        if has("open", "http"):
+                            self.t_open(peer, pr, rep, "open_half", self.most(peer, pr, first, rep) / 2, a.secs)
+                        if has("loss", "http"):
+                            self.t_loss(peer, pr, rep, a.secs)
+                        if has("conn", "l4"):               # last: leaves TIME_WAIT behind
+                            self.t_wrk(peer, pr, rep, "conn_l4", "A_L4WEB", 32, a.short, close=True)
+
+    def most(self, peer, pr, first, rep):
+        """The pair's own maximum at 64 connections: the median of its turns so far, so that a slow turn asks for no less."""
+        if not (64 in self.a.conns and "http" in self.a.tests):
+            self.t_wrk(peer, pr, rep, "http_c64", "A_HTTP", 64, self.a.secs)
+        rates = [r["rps"] for r in self.rows if (r["peer"], r["test"]) == (peer, "http_c64") and r["rep"] >= first and "rps" in r]
+        return statistics.median(rates) if rates else 0
 
     # -------------------------------------------------- one peer, one repeat
     def block(self, peer, rep):
