@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use tracing::info;
 
+use super::paths::Origin;
 use super::tunnel::TunnelKey;
 use super::worker::Worker;
 use crate::catalogue::Snapshot;
@@ -26,6 +27,8 @@ use crate::model::{Generation, MemberStatus, NodeName};
 
 /// Most dead tunnels, or addresses that they came from, that are asked about at once; the others end at their idle limit.
 const ASKED_MAX: usize = 64;
+/// Addresses of one node among them: it may have opened tunnels from as many as it likes.
+const ORIGINS_MAX: usize = 4;
 /// How often a host is asked, and the pause after each wait of 250 ms: it sends one such message a second, and what the
 /// tunnels themselves retransmit competes for it.
 const QUESTIONS_MAX: usize = 20;
@@ -34,32 +37,29 @@ const QUESTIONS_APART: Duration = Duration::from_millis(50);
 const CODE_DEAD: u32 = 3;
 const DIED: &str = "node died";
 
-/// Where tunnels came from, and in which life of their node.
-type Origin = (NodeName, SocketAddr, Generation);
-
 /// Ends tunnels and dials of dead nodes as the catalogue changes.
 pub(super) async fn run(worker: &Rc<Worker>) {
     let mut changes = worker.snapshot().subscribe();
-    // A failure is asked about once; the life is over or back before it can fail again.
+    // A tunnel's host is asked once: either it answers, or the tunnel ends at its idle limit.
     let mut asked: BTreeSet<TunnelKey> = BTreeSet::new();
     let mut asked_of: BTreeSet<Origin> = BTreeSet::new();
     while changes.changed().await.is_ok() {
         let snapshot = Arc::clone(&changes.borrow_and_update());
-        let has_failed = |node: &NodeName, life: Generation| failed_life(&snapshot, node) == Some(life);
-        worker.tunnels().give_up_dials(|key| has_failed(&key.node, key.generation));
-        asked.retain(|key| has_failed(&key.node, key.generation));
-        for key in worker.tunnels().keys() {
-            let is_new = asked.len() < ASKED_MAX && has_failed(&key.node, key.generation) && asked.insert(key.clone());
-            if is_new {
+        let has_failed = |key: &TunnelKey| failed_life(&snapshot, &key.node) == Some(key.generation);
+        worker.tunnels().give_up_dials(has_failed);
+        let to: BTreeSet<TunnelKey> = worker.tunnels().keys().into_iter().filter(has_failed).collect();
+        asked.retain(|key| to.contains(key));
+        for key in to {
+            if asked.len() < ASKED_MAX && asked.insert(key.clone()) {
                 // The drain does not wait for answers: what it would wait for are the streams.
                 worker.spawn_untracked(end_if_dead(Rc::clone(worker), key));
             }
         }
-        asked_of.retain(|(node, _, life)| has_failed(node, *life));
-        for ((node, addr), tunnels) in worker.paths.accepted(|node| failed_life(&snapshot, node).is_some()) {
-            let Some(life) = failed_life(&snapshot, &node) else { continue };
-            let origin = (node, addr, life);
-            if asked_of.len() < ASKED_MAX && asked_of.insert(origin.clone()) {
+        let from = worker.paths.accepted(|node| failed_life(&snapshot, node));
+        asked_of.retain(|origin| from.contains_key(origin));
+        for (origin, tunnels) in from {
+            let of_node = asked_of.iter().filter(|other| other.0 == origin.0).count();
+            if asked_of.len() < ASKED_MAX && of_node < ORIGINS_MAX && asked_of.insert(origin.clone()) {
                 worker.spawn_untracked(end_accepted_if_dead(Rc::clone(worker), origin, tunnels));
             }
         }
@@ -81,7 +81,8 @@ async fn end_accepted_if_dead(worker: Rc<Worker>, (node, addr, life): Origin, tu
     if is_dead(&worker, (&node, addr, life), Duration::ZERO).await {
         let count = tunnels.len();
         info!(%node, %addr, count, "the node's host says that its port is closed; the tunnels from it end");
-        for tunnel in tunnels {
+        // One that has moved since (RFC 9000 §9) lives.
+        for tunnel in tunnels.iter().filter(|tunnel| tunnel.remote_address() == addr) {
             tunnel.close(CODE_DEAD.into(), DIED.as_bytes());
         }
     }

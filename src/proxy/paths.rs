@@ -15,7 +15,7 @@ use foldhash::HashMap;
 use prometheus::{HistogramOpts, HistogramVec, IntCounterVec, Opts};
 
 use crate::metrics::Metrics;
-use crate::model::NodeName;
+use crate::model::{Generation, NodeName};
 
 /// Bounds of round trips, in seconds: from two hosts on one switch to the other side of the world.
 const RTT_BUCKETS: [f64; 12] = [0.0001, 0.000_25, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0];
@@ -25,6 +25,9 @@ const WINDOW_BUCKETS: [f64; 6] = [16_384.0, 65_536.0, 262_144.0, 1_048_576.0, 4_
 /// Sides of a tunnel, as the metrics call them: who opened it, and who let it in.
 pub(super) const DIALER: &str = "dialer";
 pub(super) const ACCEPTOR: &str = "acceptor";
+
+/// Where tunnels came from, and in which life of their node.
+pub(super) type Origin = (NodeName, SocketAddr, Generation);
 
 /// The handles of the agent, by side. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -90,15 +93,17 @@ impl Paths {
         Watched { paths: Rc::clone(self), number }
     }
 
-    /// Returns the tunnels that nodes have opened to this one and `is_wanted` chooses, by node and address.
+    /// Returns the tunnels that nodes have opened to this one, of those in whose name `life` finds one.
     pub(super) fn accepted(
         &self,
-        is_wanted: impl Fn(&NodeName) -> bool,
-    ) -> BTreeMap<(NodeName, SocketAddr), Vec<quinn::Connection>> {
+        life: impl Fn(&NodeName) -> Option<Generation>,
+    ) -> BTreeMap<Origin, Vec<quinn::Connection>> {
         let mut found = BTreeMap::<_, Vec<_>>::new();
         for Path { connection, side, peer, .. } in self.open.borrow().values() {
-            if *side == ACCEPTOR && is_wanted(peer) {
-                found.entry((peer.clone(), connection.remote_address())).or_default().push(connection.clone());
+            if *side == ACCEPTOR
+                && let Some(life) = life(peer)
+            {
+                found.entry((peer.clone(), connection.remote_address(), life)).or_default().push(connection.clone());
             }
         }
         found

@@ -129,7 +129,7 @@ impl Slot {
     /// Tells whether a new asker is served by this slot.
     fn is_current(&self) -> bool {
         match self.dialled.get() {
-            None => true,
+            None => !self.given_up.is_cancelled(),
             Some(Ok(tunnel)) => tunnel.is_usable(),
             Some(Err((_, at))) => clock::now() < *at + FAILED_FOR,
         }
@@ -292,5 +292,18 @@ impl Tunnels {
                 Err((error, clock::now()))
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_dial_that_nobody_waits_for_when_its_node_fails_is_not_taken_up_once_the_node_is_back() {
+        let slot = Slot::new();
+        assert!(slot.is_current());
+        slot.given_up.cancel();
+        assert!(!slot.is_current());
     }
 }

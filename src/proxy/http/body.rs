@@ -12,6 +12,7 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use quinn::{RecvStream, SendStream, VarInt, WriteError};
 use tokio::time::{Instant, Sleep};
+use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::activity::Busy;
 use super::attempt::{Unsent, grpc_outcome};
@@ -130,6 +131,8 @@ struct Message {
     limit: Option<Box<BodyLimit>>,
     lease: Lease,
     unsent: Option<Unsent>,
+    /// What the drain waits for: an app may read on when it has answered.
+    held: Option<TaskTrackerToken>,
 }
 
 /// How long a response may take.
@@ -190,6 +193,14 @@ impl TunnelBody {
     pub(super) fn holding(mut self, lease: Lease, unsent: Option<Unsent>) -> Self {
         if let Some(message) = &mut self.0 {
             (message.lease, message.unsent) = (lease, unsent);
+        }
+        self
+    }
+
+    /// Keeps `token`, which the drain waits for, until the body ends.
+    pub(super) fn held_by(mut self, token: Option<TaskTrackerToken>) -> Self {
+        if let Some(message) = &mut self.0 {
+            message.held = token;
         }
         self
     }

@@ -170,7 +170,7 @@ async fn exchange<D: Dial>(worker: &Rc<D>, stream: Stream, on_admitted: impl Fn(
     on_admitted(block.clone());
     let is_upgrade = head.payload == Payload::Upgrade;
     let (request_body, raw) = match head.payload {
-        Payload::Frames => (TunnelBody::stream(recv, inbox, &head.headers, None), None),
+        Payload::Frames => (TunnelBody::stream(recv, inbox, &head.headers, None).held_by(worker.task_token()), None),
         Payload::Upgrade => (TunnelBody::default(), Some((recv, inbox))),
         Payload::Empty => {
             // Reads the FIN that came with the head: dropping the stream before it would send STOP_SENDING.

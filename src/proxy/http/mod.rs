@@ -62,6 +62,7 @@ use foldhash::HashMap;
 use http::HeaderValue;
 use prometheus::IntCounterVec;
 use tokio::time::Instant;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 
 /// What HTTP needs of its worker. [`Worker`] is one; the tests' loopback pair is the other.
 pub(crate) trait Dial: 'static {
@@ -96,6 +97,8 @@ pub(crate) trait Dial: 'static {
     fn spawn(&self, future: impl Future<Output = ()> + 'static);
     /// Runs a task on the worker's thread that the drain does not wait for.
     fn spawn_untracked(&self, future: impl Future<Output = ()> + 'static);
+    /// Returns what the drain waits for until it is dropped.
+    fn task_token(&self) -> Option<TaskTrackerToken>;
     /// Tells whether the agent drains.
     fn stopping(&self) -> bool;
     /// The state of this module.
@@ -148,6 +151,10 @@ impl Dial for Worker {
 
     fn spawn_untracked(&self, future: impl Future<Output = ()> + 'static) {
         Worker::spawn_untracked(self, future);
+    }
+
+    fn task_token(&self) -> Option<TaskTrackerToken> {
+        Some(Worker::task_token(self))
     }
 
     fn stopping(&self) -> bool {

@@ -3,7 +3,7 @@
 //! HTTP/1.1: idle keep-alive connections per address, the last used first. HTTP/2: one shared connection per address, and one
 //! for each WebSocket.
 //! Invariants: a connection waits here only after both its request and its response were whole; one that the app closed
-//! is dropped at checkout. The drain waits for requests, never for a connection to an app: its tasks are not tracked.
+//! is dropped at checkout. The drain waits for requests and their bodies, never for a connection to an app: its tasks are not tracked.
 //! Not here: how many connections an app may get (a limit per route).
 
 use std::cell::{Cell, RefCell};

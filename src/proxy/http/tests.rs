@@ -34,6 +34,7 @@ use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, oneshot};
+use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::*;
 use crate::catalogue::{LocalInstance, Publisher, ServiceEntry, Snapshot};
@@ -111,6 +112,10 @@ impl Dial for Loopback {
 
     fn spawn(&self, future: impl Future<Output = ()> + 'static) {
         tokio::task::spawn_local(future);
+    }
+
+    fn task_token(&self) -> Option<TaskTrackerToken> {
+        None
     }
 
     fn stopping(&self) -> bool {

@@ -1,18 +1,27 @@
 //! What a node that drains refuses, and what it cuts at the end.
 
+use std::convert::Infallible;
 use std::io::ErrorKind;
 use std::time::Duration;
 
+use hyper::server::conn::http2;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use super::harness::{Authority, Mesh};
-use super::limits::{answer_of, ask, give, of_http, of_http_draining_within, take};
+use super::limits::{answer_of, ask, give, of_http, of_requests, take};
 use super::{read_all, within};
 use crate::clock;
+use crate::model::Protocol;
 
 /// Long enough for what this test does before it is over.
 const DRAIN: Duration = Duration::from_secs(3);
+/// Whoever is waited for in vain is waited for longer than `Mesh::stop` lets it.
+const NEVER: Duration = Duration::from_hours(1);
+/// More than a drain takes that has nothing to wait for: what was answered last is given 300 ms.
+const SETTLED: Duration = Duration::from_secs(1);
 
 #[tokio::test]
 async fn what_is_open_when_the_drain_is_over_is_cut_on_both_sides_and_what_is_new_is_refused_meanwhile() {
@@ -51,8 +60,7 @@ async fn a_node_that_drains_ends_its_requests_and_takes_no_other() {
 
 #[tokio::test]
 async fn a_connection_to_an_app_that_rests_is_not_waited_for() {
-    // Whoever waited for it would wait longer than `stop` lets it.
-    let mesh = of_http_draining_within(Duration::from_hours(1), &Authority::new()).await;
+    let mesh = of_requests(NEVER, Protocol::Http, &Authority::new()).await;
     let client = ask(&mesh, "").await;
     let mut app = take(&mesh.app).await;
     app.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await.unwrap();
@@ -64,4 +72,42 @@ async fn a_connection_to_an_app_that_rests_is_not_waited_for() {
     assert!(answer_of(client).await.starts_with("HTTP/1.1 200"));
     mesh.stop().await;
     assert_eq!(read_all(&mut app).await.unwrap(), b"", "it ends with its agent");
+}
+
+#[tokio::test]
+async fn nor_is_one_to_an_app_over_http_2() {
+    let mesh = of_requests(NEVER, Protocol::Http2, &Authority::new()).await;
+    let client = ask(&mesh, "").await;
+    let (app, _) = within(mesh.app.accept()).await.unwrap();
+    let answer = service_fn(|_| async { Ok::<_, Infallible>(http::Response::new(String::new())) });
+    let served = http2::Builder::new(TokioExecutor::new()).serve_connection(TokioIo::new(app), answer);
+    let calls = async {
+        assert!(answer_of(client).await.starts_with("HTTP/1.1 200"));
+        mesh.stop().await;
+    };
+    let (_gone, ()) = tokio::join!(served, calls);
+}
+
+#[tokio::test]
+async fn a_body_whose_app_has_answered_already_still_goes_up_while_its_node_drains() {
+    let mesh = of_requests(NEVER, Protocol::Http, &Authority::new()).await;
+    let mut client = TcpStream::connect(mesh.upstream).await.unwrap();
+    client.write_all(b"POST / HTTP/1.1\r\nhost: web\r\ncontent-length: 10\r\n\r\nfirst").await.unwrap();
+    let (mut app, _) = within(mesh.app.accept()).await.unwrap();
+    let mut request = Vec::new();
+    while !request.ends_with(b"first") {
+        assert!(within(app.read_buf(&mut request)).await.unwrap() > 0);
+    }
+    app.write_all(b"HTTP/1.1 202 Accepted\r\ncontent-length: 0\r\n\r\n").await.unwrap();
+    let mut answer = [0; 12];
+    within(client.read_exact(&mut answer)).await.unwrap();
+    assert_eq!(&answer, b"HTTP/1.1 202");
+    mesh.b.handle.drain.cancel();
+    let more = tokio::time::timeout(SETTLED, app.read(&mut [0; 1])).await;
+    assert!(more.is_err(), "the app's connection ended before its request: {more:?}");
+    client.write_all(b"other").await.unwrap();
+    let mut rest = [0; 5];
+    within(app.read_exact(&mut rest)).await.unwrap();
+    assert_eq!(&rest, b"other");
+    mesh.stop().await;
 }

@@ -16,13 +16,13 @@ use crate::routing::Standing;
 
 /// One worker each; the app speaks HTTP.
 pub(super) async fn of_http(authority: &Arc<Authority>) -> Mesh {
-    of_http_draining_within(DRAIN_TIMEOUT, authority).await
+    of_requests(DRAIN_TIMEOUT, Protocol::Http, authority).await
 }
 
-/// The same; what is open is cut `drain_timeout` after the drain began.
-pub(super) async fn of_http_draining_within(drain_timeout: Duration, authority: &Arc<Authority>) -> Mesh {
+/// The same with an app of `protocol`; what is open is cut `drain_timeout` after the drain began.
+pub(super) async fn of_requests(drain_timeout: Duration, protocol: Protocol, authority: &Arc<Authority>) -> Mesh {
     let is_http = |local: &mut crate::catalogue::LocalView| {
-        local.instances.values_mut().for_each(|instance| instance.protocol = Protocol::Http);
+        local.instances.values_mut().for_each(|instance| instance.protocol = protocol);
         Vec::new()
     };
     let mesh = Mesh::start_as((1, drain_timeout), authority, "*", is_http).await;
