@@ -197,8 +197,11 @@ fn the_page_about_what_an_instance_bears_does_what_it_says() {
         what.filter_map(|what| what.strip_prefix("200 ")?.parse::<u32>().ok()).sum::<u32>()
     };
     let mut say = |part: &str| traffic.terminal.say(command(&page, part));
-    let half = say("half of what");
-    assert!(good(&half) > 100, "{half}");
+    // A machine that stands still for a while makes all calls late.
+    until("nearly all of half of what the apps bear is answered", || {
+        let half = say("half of what");
+        if good(&half) > 100 { Ok(()) } else { Err(half) }
+    });
     let without = say("three times as much");
     say("sleep 15");
     say("adaptive.json");
