@@ -8,6 +8,7 @@ MODE_FILE says what becomes of a request: `take`, `busy` (503, come again in a s
 import json
 import pathlib
 import sys
+import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -75,13 +76,22 @@ KINDS = {
 }
 
 
+PRINTING = threading.Lock()
+
+
+def say(line):
+    """Prints a line that no other thread's falls into: `print` writes its text and its end one after the other."""
+    with PRINTING:
+        print(json.dumps(line), flush=True)
+
+
 class Collector(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         mode = MODE.read_text().strip()
-        print(json.dumps({"signal": "request", "path": self.path, "mode": mode, "key": self.headers.get("x-key")}), flush=True)
+        say({"signal": "request", "path": self.path, "mode": mode, "key": self.headers.get("x-key")})
         if mode == "hang":
             time.sleep(600)
         if mode == "busy":
@@ -90,7 +100,7 @@ class Collector(BaseHTTPRequestHandler):
             return self.answer(400, b"", {})
         request, response, lines = KINDS[self.path]
         for line in lines(request.FromString(body)):
-            print(json.dumps(line), flush=True)
+            say(line)
         self.answer(200, response().SerializeToString(), {"Content-Type": "application/x-protobuf"})
 
     def answer(self, status, body, headers):
