@@ -94,6 +94,22 @@ async fn each_endpoint_takes_the_right_that_it_needs_and_no_less() {
 }
 
 #[tokio::test]
+async fn who_signs_no_policy_does_not_call_a_change_done_that_changes_nothing() {
+    let bench = Bench::new();
+    for (method, path, body) in [
+        (Method::DELETE, "/v1/connect/intentions/exact?source=web&destination=db", ""),
+        (Method::DELETE, "/v1/connect/intentions/5b5c1c5e-4ab0-5a0f-8c1b-0f4f6c7a3a11", ""),
+        (Method::DELETE, "/v1/config/service-defaults/db", ""),
+        (Method::DELETE, "/v1/config/service-intentions/db", ""),
+        (Method::PUT, "/v1/config", r#"{"Kind": "service-intentions", "Name": "db", "Sources": []}"#),
+    ] {
+        let answer = bench.call(method.clone(), path, body).await;
+        assert_eq!(answer.status, StatusCode::FORBIDDEN, "{method} {path}: {}", answer.text);
+        assert!(answer.text.contains("policy_authority"), "{}", answer.text);
+    }
+}
+
+#[tokio::test]
 async fn a_body_is_waited_for_where_one_is_due_and_nowhere_else() {
     let bench = Bench::new();
     let ask = |method: Method, path: &str| {
@@ -108,7 +124,7 @@ async fn a_body_is_waited_for_where_one_is_due_and_nowhere_else() {
     for (method, path, status) in [
         (Method::GET, "/v1/status/leader", StatusCode::OK),
         (Method::HEAD, "/v1/status/leader", StatusCode::OK),
-        (Method::DELETE, "/v1/config/service-defaults/x", StatusCode::OK),
+        (Method::DELETE, "/v1/config/service-defaults/x", StatusCode::FORBIDDEN),
         (Method::PUT, "/v1/agent/service/deregister/web-1", StatusCode::PAYLOAD_TOO_LARGE),
         (Method::POST, "/v1/agent/connect/authorize", StatusCode::PAYLOAD_TOO_LARGE),
     ] {

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::call::{Call, Refusal, Reply};
 use super::sift::{self, Listing};
-use super::write::{Expect, write};
+use super::write::{Expect, signer, write};
 use super::{intention, service_intentions};
 use crate::catalogue::Snapshot;
 use crate::gossip::{DocumentBody, DocumentsView};
@@ -83,6 +83,7 @@ pub(super) async fn delete(call: Call) -> Result<Reply, Refusal> {
     let (kind, name) = path(&call)?;
     let name = name.ok_or_else(|| Refusal::bad("Missing config entry name"))?;
     let expect = expect(&call)?;
+    signer(&call.shared)?;
     let is_done = if kind == service_intentions::KIND {
         service_intentions::delete(&call, name, expect).await?
     } else {

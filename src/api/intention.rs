@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::call::{Call, Refusal, Reply};
 use super::index::Topic;
 use super::query::Blocking;
-use super::write::{Expect, write};
+use super::write::{Expect, signer, write};
 use super::{block, sift};
 use crate::authz::{self, Decision, Intention, Party, Request, ShapeError, Table};
 use crate::gossip::{DocumentBody, DocumentsView};
@@ -110,6 +110,7 @@ pub(super) async fn put_by_id(call: Call) -> Result<Reply, Refusal> {
 /// `DELETE /v1/connect/intentions/:id`; true as well where there is none.
 pub(super) async fn delete_by_id(call: Call) -> Result<Reply, Refusal> {
     let id = id(&call)?;
+    signer(&call.shared)?;
     let view = call.shared.membership.documents();
     if let Ok((held, _)) = by_id(&view, id) {
         write(&call.shared, Draft::no_intention(&held.source, &held.destination)?, Expect::Any).await?;
@@ -143,6 +144,7 @@ fn body(call: &Call, asked: Option<(Party, Party)>) -> Result<Intention, Refusal
 /// `DELETE /v1/connect/intentions/exact?source=&destination=`
 pub(super) async fn delete(call: Call) -> Result<Reply, Refusal> {
     let (source, destination) = ends(&call)?;
+    signer(&call.shared)?;
     let view = call.shared.membership.documents();
     let is_there = !held(&view, |one| one.source == source && one.destination == destination).is_empty();
     // Consul answers the same where there is nothing to delete.

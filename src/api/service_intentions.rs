@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde_json::{Map, Value, json};
 
 use super::call::{Call, Refusal};
-use super::write::{Expect, write};
+use super::write::{Expect, signer, write};
 use crate::authz::{self, Intention, Party};
 use crate::gossip::{DocumentBody, DocumentsView};
 use crate::policy::{Draft, intention_ends};
@@ -79,6 +79,7 @@ fn shape(destination: &Party, about: &About<'_>) -> Value {
 /// 400 before anything is written, if one source is malformed; whatever a write refuses.
 pub(super) async fn put(call: &Call, entry: &Value, expect: Expect) -> Result<bool, Refusal> {
     let (destination, wanted) = read(entry)?;
+    signer(&call.shared)?;
     let (drafts, index) = {
         let view = call.shared.membership.documents();
         let mut all = abouts(&view);

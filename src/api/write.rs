@@ -10,6 +10,7 @@ use super::call::Refusal;
 use crate::catalogue::Externals;
 use crate::clock::{self, UnixSeconds};
 use crate::gossip::DocumentView;
+use crate::pki::DocumentKey;
 use crate::policy::{DocumentId, DocumentKind, Draft, DraftError};
 
 /// How long a write waits for its own effect on this node; it is a matter of milliseconds.
@@ -37,17 +38,26 @@ pub(super) fn is_there(view: &DocumentView) -> bool {
     matches!(view.body, Intention(Some(_)) | Config(Some(_)))
 }
 
+/// The key that policy of clients is signed by. A call that turns out to change nothing asks for it too: what an agent may not
+/// do it does not call done.
+///
+/// # Errors
+/// 403 where this agent signs nothing.
+pub(super) fn signer(shared: &Shared) -> Result<&DocumentKey, Refusal> {
+    shared.policy_key.as_deref().ok_or_else(|| {
+        Refusal::forbidden(
+            "Permission denied: this agent signs no policy for clients. Sign it yourself (`weft intention`, `weft config` \
+             with WEFT_OPERATOR=FILE), or send the request with the admin token to an agent that has `policy_authority` set",
+        )
+    })
+}
+
 /// Signs the next version of `draft` and spreads it; returns once it counts here. False: `expect` is not met.
 ///
 /// # Errors
 /// 403 where this agent signs nothing or its operator may not, and what the documents refuse.
 pub(super) async fn write(shared: &Shared, draft: Draft, expect: Expect) -> Result<bool, Refusal> {
-    let Some(key) = &shared.policy_key else {
-        return Err(Refusal::forbidden(
-            "Permission denied: this agent signs no policy for clients. Sign it yourself (`weft intention`, `weft config` \
-             with WEFT_OPERATOR=FILE), or send the request with the admin token to an agent that has `policy_authority` set",
-        ));
-    };
+    let key = signer(shared)?;
     // One after the other: two writers would else sign one version twice.
     let _turn = shared.policy_writes.lock().await;
     let id = draft.id().clone();

@@ -1,5 +1,6 @@
 //! How a node gets its certificate at a start, and how it keeps it.
 
+use std::mem;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -304,9 +305,14 @@ async fn ask(config: &Config, peers: &[SocketAddr], wish: Wish<'_>) -> Result<No
         return Err(IdentityError::NoSeed);
     }
     let mut pause = RETRY;
+    let mut is_first = true;
     loop {
         let mut seeds = resolve(&config.join).await;
         seeds.extend(peers.iter().take(ASKED_MAX));
+        if mem::take(&mut is_first) && matches!(wish, Wish::Token(..)) {
+            // Who answers nothing is waited for.
+            info!(?seeds, "asking for this node's certificate");
+        }
         let now = clock::wall();
         let answer = match wish {
             Wish::Token(token, key) => join::request_certificate(&seeds, token, key, &config.node_name, now).await,

@@ -25,7 +25,7 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use crate::api::{Api, ApiConfig, ApiParams, ApiToken, ListenerState as ApiListener, NodeFacts};
 use crate::catalogue::SnapshotReader;
@@ -547,8 +547,14 @@ fn announce(config: &Config) {
     for warning in &config.warnings {
         warn!(%warning, "look at this setting");
     }
+    let Config { node_name, datacenter, storage, mesh_bind, mesh_advertise, http_addr, join, workers, .. } = config;
+    let (services, checks) = (config.services.len(), config.checks.len());
+    info!(
+        node = %node_name, datacenter, version = env!("CARGO_PKG_VERSION"), bind = %mesh_bind, advertise = %mesh_advertise,
+        http = ?http_addr, seeds = ?join, data = ?storage, workers, services, checks, "agent starts"
+    );
     // Secrets do not print (`config::Secret`).
-    info!(?config, "effective configuration");
+    debug!(?config, "effective configuration");
 }
 
 /// Opens the store, which must be this node's, and takes up the wall time that stands beside it.

@@ -433,11 +433,10 @@ impl Engine {
     fn find_isolation(&self, now: Instant) -> bool {
         let has_failed = || self.core.members().any(|member| member.status == MemberStatus::Failed);
         let is_silent = now.saturating_duration_since(self.heard_at) >= SILENCE_MAX;
-        !self.core.has_left()
-            && match self.core.alive_count() {
-                0 => self.joins_in_vain > 0 || has_failed(),
-                _ => is_silent,
-            }
+        match self.core.alive_count() {
+            0 => self.joins_in_vain > 0 || has_failed(),
+            _ => is_silent,
+        }
     }
 
     /// Returns how much is held.
@@ -624,6 +623,10 @@ impl Engine {
     fn tell_isolation(&mut self, now: Instant) {
         if self.core.alive_count() > 0 {
             self.joins_in_vain = 0;
+        }
+        if self.core.has_left() {
+            // Who goes is not connected again by it.
+            return;
         }
         let is_isolated = self.find_isolation(now);
         if is_isolated != self.was_isolated {

@@ -466,6 +466,9 @@ fn silence_is_isolation_for_who_was_awake_and_not_for_who_slept() {
         isolated = awake.is_isolated().then_some(at - begun);
     }
     assert!(isolated.is_some_and(|after| after <= SILENCE_MAX + Duration::from_millis(1)), "{isolated:?}");
+    awake.leave(&turn(&trust, begun + SILENCE_MAX + Duration::from_secs(1)));
+    let told = std::iter::from_fn(|| awake.poll_output());
+    assert!(!told.into_iter().any(|output| matches!(output, Output::Event(Event::Connected))), "it only goes");
     let (mut slept, trust) = start();
     slept.handle_timeout(&turn(&trust, begun + 3 * SILENCE_MAX));
     assert!(!slept.is_isolated(), "what came meanwhile has yet to be read");
