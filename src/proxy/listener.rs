@@ -13,7 +13,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -288,6 +288,10 @@ fn bind(addr: SocketAddr, sharing: Sharing, takes: Takes) -> io::Result<Socket> 
     if sharing == Sharing::Shared {
         socket.set_reuse_port(true)?;
     }
+    if takes == Takes::Connections {
+        // Without Nagle's delay: what is accepted has it from the listener (Linux). One that refuses it still carries bytes.
+        let _slower = socket.set_tcp_nodelay(true);
+    }
     socket.set_nonblocking(true)?;
     socket.bind(&addr.into())?;
     Ok(socket)
@@ -297,7 +301,7 @@ fn bind(addr: SocketAddr, sharing: Sharing, takes: Takes) -> io::Result<Socket> 
 async fn accept(worker: Rc<Worker>, listener: TcpListener, addr: SocketAddr) {
     loop {
         match listener.accept().await {
-            Ok((stream, _from)) => serve(&worker, stream, addr),
+            Ok((stream, from)) => serve(&worker, (stream, from.ip()), addr),
             Err(error) if is_passing(&error) => debug!(%addr, %error, "a connection was gone before it was accepted"),
             Err(error) => {
                 warn!(%addr, %error, "cannot accept a connection");
@@ -316,18 +320,16 @@ fn is_passing(error: &io::Error) -> bool {
 }
 
 /// Starts the task of one connection.
-fn serve(worker: &Rc<Worker>, stream: TcpStream, addr: SocketAddr) {
+fn serve(worker: &Rc<Worker>, (stream, from): (TcpStream, IpAddr), addr: SocketAddr) {
     let Some(slot) = Slot::take(&worker.connections, CONNECTIONS_MAX) else {
         worker.metrics.overflow.inc();
         // Dropped unclean: the app gets an RST.
         return drop(Tcp::new(stream));
     };
-    // Without Nagle's delay; a socket that refuses the option still carries bytes.
-    let _slower = stream.set_nodelay(true);
     let serving = Rc::clone(worker);
     match route(worker, addr) {
         Some((Route::Service(caller), Parse::Bytes)) => worker.spawn(async move {
-            if let Some(stream) = outbound::serve(Rc::clone(&serving), stream, caller).await {
+            if let Some(stream) = outbound::serve(Rc::clone(&serving), (stream, from), caller).await {
                 // In a box: a connection of bytes has no room for it.
                 Box::pin(turn(serving, stream, addr)).await;
             }

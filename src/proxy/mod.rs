@@ -12,6 +12,7 @@
 //! Not here: who is in the mesh (`gossip`), what is registered (`registry`), which instance is best (`routing`).
 
 mod announce;
+mod app_socket;
 mod authorize;
 mod calls;
 mod dead;

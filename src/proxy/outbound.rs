@@ -30,9 +30,13 @@ const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
 const FAULT: &str = "FI";
 const DELAY: &str = "DI";
 
-/// Carries `stream` to an instance of `caller.destination`; resets it if none can be had. Hands it back as it came where the
+/// Carries `stream`, which comes from an app at `from`, to an instance of `caller.destination`; resets it if none can be had. Hands it back as it came where the
 /// last instance that was asked takes no such streams: it may take requests by now, and no byte was read yet.
-pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream, caller: Caller) -> Option<TcpStream> {
+pub(super) async fn serve(
+    worker: Rc<Worker>,
+    (stream, from): (TcpStream, IpAddr),
+    caller: Caller,
+) -> Option<TcpStream> {
     let edge = worker.edges.edge(Reporter::Source, caller.source.service(), &caller.destination);
     let mut counted = edge.open();
     let faults = worker.snapshot().peek().traffic.chain(&caller.destination).and_then(|chain| chain.faults.clone());
@@ -52,7 +56,6 @@ pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream, caller: Caller)
         let destination = to.as_ref().map_or(&caller.destination, |to| &to.target.service);
         worker.http.policy().stream(table, Reporter::Source, source, destination)
     };
-    let from = stream.peer_addr().ok().map(|addr| addr.ip());
     let tcp = Tcp::new(stream);
     if let Err(denied) = decided {
         debug!(rule = %denied.rule, service = %caller.destination, "a caller is denied");
@@ -63,7 +66,7 @@ pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream, caller: Caller)
     }
     // In a box: the connection lasts longer, and has no room for what led to it.
     let idle = to.as_ref().and_then(|to| to.idle_timeout).unwrap_or(relay::IDLE_TIMEOUT);
-    match Box::pin(connect(&worker, &caller, StreamKind::Tcp, (to.as_deref(), from))).await {
+    match Box::pin(connect(&worker, &caller, StreamKind::Tcp, (to.as_deref(), Some(from)))).await {
         Ok(Connected { send, recv, lease: _lease, instance }) => {
             drop(instance);
             let flag = relay::relay(tcp, send, recv, &*edge, idle).await.flag();

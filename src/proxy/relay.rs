@@ -18,18 +18,21 @@
 //! Not here: who may connect (`inbound`), where to (`worker`).
 
 use std::cell::Cell;
+use std::future::{Future as _, poll_fn};
 use std::io;
 use std::net::Shutdown;
 use std::pin::pin;
+use std::task::Poll;
 use std::time::Duration;
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Buf, Bytes};
 use quinn::{ReadError, RecvStream, SendStream, VarInt, WriteError};
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::app_socket::{self, Then};
 use crate::clock;
 
 /// First buffer of a direction: most requests fit.
@@ -216,8 +219,9 @@ async fn up(shared: &Shared<'_>, mut send: Sending, count: &impl Count) -> Way {
             _ = &mut stopped => return Way::Aborted,
             () = shared.tcp_lost.cancelled() => return Way::Aborted,
         }
-        let mut buffer = BytesMut::with_capacity(buffer_bytes);
-        match shared.tcp.try_read_buf(&mut buffer) {
+        let mut buffer = Vec::with_capacity(buffer_bytes);
+        let Some(read) = app_socket::try_recv(shared.tcp, &mut buffer) else { continue };
+        match read {
             // The kernel tells of a reset once: where `down` met it first, what is left looks like an end.
             Ok(0) if shared.tcp_lost.is_cancelled() => return Way::Aborted,
             Ok(0) => {
@@ -237,7 +241,6 @@ async fn up(shared: &Shared<'_>, mut send: Sending, count: &impl Count) -> Way {
                     Err(_stopped_or_lost) => return Way::Aborted,
                 }
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(_reset) => return lost(shared),
         }
     }
@@ -274,19 +277,37 @@ async fn reset(tcp: &TcpStream) {
 /// QUIC to TCP.
 async fn down(shared: &Shared<'_>, mut recv: RecvStream, count: &impl Count) -> Way {
     let mut chunks = vec![Bytes::new(); CHUNKS_MIN];
+    let mut ahead = None;
     loop {
-        let read = tokio::select! {
-            read = recv.read_chunks(&mut chunks) => read,
-            () = shared.tcp_lost.cancelled() => {
-                let _gone = recv.stop(CODE_RESET);
-                return Way::Aborted;
+        let read = if let Some(ending) = ahead.take() {
+            ending
+        } else {
+            tokio::select! {
+                read = recv.read_chunks(&mut chunks) => read,
+                () = shared.tcp_lost.cancelled() => {
+                    let _gone = recv.stop(CODE_RESET);
+                    return Way::Aborted;
+                }
             }
         };
         match read {
             Ok(Some(count_read)) => {
+                let more = match chunks.get_mut(count_read..) {
+                    None | Some([]) => Next::Unknown,
+                    Some(room) => next(&mut recv, room).await,
+                };
+                let (count_read, then) = match more {
+                    Next::Unknown => (count_read, Then::Unknown),
+                    Next::Chunks(more) => (count_read + more, Then::Unknown),
+                    Next::Ending(ending) => {
+                        let then = if ending.is_ok() { Then::End } else { Then::Unknown };
+                        ahead = Some(ending.map(|()| None));
+                        (count_read, then)
+                    }
+                };
                 let Some(filled) = chunks.get_mut(..count_read) else { continue };
                 let bytes = filled.iter().map(Bytes::len).sum();
-                if write_all(shared, filled).await.is_err() {
+                if write_all(shared, filled, then).await.is_err() {
                     let _gone = recv.stop(CODE_RESET);
                     return lost(shared);
                 }
@@ -306,11 +327,34 @@ async fn down(shared: &Shared<'_>, mut recv: RecvStream, count: &impl Count) -> 
     }
 }
 
+/// What a stream has beyond the chunks that were read.
+enum Next {
+    /// Nothing has come yet.
+    Unknown,
+    /// So many chunks more.
+    Chunks(usize),
+    /// Its end, or how it failed. quinn tells a reset once (0.11.12): the next read would say that the stream ended well.
+    Ending(Result<(), ReadError>),
+}
+
+/// Looks what has come after all that was read; chunks go into `room`.
+async fn next(recv: &mut RecvStream, room: &mut [Bytes]) -> Next {
+    poll_fn(|cx| {
+        Poll::Ready(match pin!(recv.read_chunks(room)).poll(cx) {
+            Poll::Pending => Next::Unknown,
+            Poll::Ready(Ok(Some(more))) => Next::Chunks(more),
+            Poll::Ready(Ok(None)) => Next::Ending(Ok(())),
+            Poll::Ready(Err(error)) => Next::Ending(Err(error)),
+        })
+    })
+    .await
+}
+
 /// Writes every byte of `chunks` to the app and empties them.
-async fn write_all(shared: &Shared<'_>, chunks: &mut [Bytes]) -> io::Result<()> {
+async fn write_all(shared: &Shared<'_>, chunks: &mut [Bytes], then: Then) -> io::Result<()> {
     while chunks.iter().any(|chunk| !chunk.is_empty()) {
-        match try_write(shared.tcp, chunks) {
-            Ok(mut bytes) => {
+        match try_write(shared.tcp, chunks, then) {
+            Some(Ok(mut bytes)) => {
                 for chunk in chunks.iter_mut() {
                     let part = bytes.min(chunk.len());
                     chunk.advance(part);
@@ -318,11 +362,11 @@ async fn write_all(shared: &Shared<'_>, chunks: &mut [Bytes]) -> io::Result<()> 
                 }
                 shared.moved_at.set(clock::now());
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => tokio::select! {
+            None => tokio::select! {
                 writable = shared.tcp.writable() => writable?,
                 () = shared.tcp_lost.cancelled() => return Err(io::ErrorKind::ConnectionReset.into()),
             },
-            Err(error) => return Err(error),
+            Some(Err(error)) => return Err(error),
         }
     }
     // An empty slice of a buffer still holds the buffer.
@@ -331,20 +375,22 @@ async fn write_all(shared: &Shared<'_>, chunks: &mut [Bytes]) -> io::Result<()> 
 }
 
 /// Writes what the socket takes of `chunks` at once. Not in the caller: the slices would live in every idle connection.
-fn try_write(tcp: &TcpStream, chunks: &[Bytes]) -> io::Result<usize> {
+fn try_write(tcp: &TcpStream, chunks: &[Bytes], then: Then) -> Option<io::Result<usize>> {
     match chunks {
-        [chunk] => tcp.try_write(chunk),
-        few if few.len() <= CHUNKS_MIN => try_write_slices::<CHUNKS_MIN>(tcp, few),
-        many => try_write_slices::<CHUNKS_MAX>(tcp, many),
+        [chunk] => app_socket::try_send(tcp, chunk, then),
+        few if few.len() <= CHUNKS_MIN => try_write_slices::<CHUNKS_MIN>(tcp, few, then),
+        many => try_write_slices::<CHUNKS_MAX>(tcp, many, then),
     }
 }
 
-fn try_write_slices<const SLICES: usize>(tcp: &TcpStream, chunks: &[Bytes]) -> io::Result<usize> {
-    let mut slices = [io::IoSlice::new(&[]); SLICES];
+fn try_write_slices<const SLICES: usize>(tcp: &TcpStream, chunks: &[Bytes], then: Then) -> Option<io::Result<usize>> {
+    let (mut slices, mut count, mut bytes) = ([io::IoSlice::new(&[]); SLICES], 0, 0);
     for (slice, chunk) in slices.iter_mut().zip(chunks.iter().filter(|chunk| !chunk.is_empty())) {
         *slice = io::IoSlice::new(chunk);
+        count += 1;
+        bytes += chunk.len();
     }
-    tcp.try_write_vectored(&slices)
+    app_socket::try_send_slices(tcp, slices.get(..count)?, bytes, then)
 }
 
 /// Notes that the TCP connection is gone.
@@ -371,8 +417,8 @@ fn resized(room: usize, read: usize, (min, max): (usize, usize)) -> usize {
 }
 
 /// Copies a buffer that is mostly empty: quinn keeps what it is given until the peer has it.
-fn compact(buffer: BytesMut) -> Bytes {
-    if buffer.len() < buffer.capacity() / 8 { Bytes::copy_from_slice(&buffer) } else { buffer.freeze() }
+fn compact(buffer: Vec<u8>) -> Bytes {
+    if buffer.len() < buffer.capacity() / 8 { Bytes::copy_from_slice(&buffer) } else { buffer.into() }
 }
 
 #[cfg(test)]
@@ -449,7 +495,7 @@ mod tests {
         }
         assert_eq!(bytes, BUFFER_BYTES_MIN);
         // What is kept until the peer has it takes no more than it must.
-        let mut little = BytesMut::with_capacity(BUFFER_BYTES_MAX);
+        let mut little = Vec::with_capacity(BUFFER_BYTES_MAX);
         little.extend_from_slice(b"little");
         let little = compact(little);
         assert_eq!((little.len(), little.try_into_mut().unwrap().capacity()), (6, 6));

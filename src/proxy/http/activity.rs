@@ -25,8 +25,9 @@ use prometheus::IntCounterVec;
 use tokio::net::TcpStream;
 use tracing::debug;
 
+use super::super::app_socket::poll_recv;
 use super::gate::{Gate, Stop};
-use super::io::{AppIo, poll_recv};
+use super::io::AppIo;
 use super::{Dial, Limits};
 
 /// Values of [`Activity::end`].

@@ -1,7 +1,5 @@
 //! An app's TCP connection under hyper: a small message goes out by one `send`, not by a `writev`.
-//!
-//! What every request does, one read and one write, goes to the kernel past the C library: there both are cancellation points
-//! of threads, which costs two atomic operations each that no thread of ours needs. Readiness is tokio's.
+//! How it is read and written: `app_socket`.
 
 use std::cell::RefCell;
 use std::io::{self, IoSlice};
@@ -10,10 +8,9 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use hyper_util::rt::TokioIo;
-use rustix::net::{RecvFlags, SendFlags, recv, send};
-use tokio::io::Interest;
 use tokio::net::TcpStream;
 
+use super::super::app_socket::{poll_recv, poll_send};
 use super::interims::Interims;
 
 /// Pieces up to this size together are copied into one: the copy costs less than the kernel's walk through a vector.
@@ -26,63 +23,6 @@ thread_local! {
     static JOINED: RefCell<Vec<u8>> = RefCell::new(Vec::with_capacity(JOIN_BYTES_MAX));
     /// Where an answer's beginning is looked at; nothing stays in it.
     static BEGINNING: RefCell<Vec<u8>> = RefCell::new(vec![0; BEGINNING_BYTES_MAX]);
-}
-
-/// Reads what has come into `room`, which is not empty; its bytes are counted, none at the stream's end.
-///
-/// # Cancel safety
-/// Nothing is read unless it is returned.
-pub(super) fn poll_recv(stream: &TcpStream, cx: &mut Context<'_>, room: &mut [u8]) -> Poll<io::Result<usize>> {
-    let most = room.len();
-    loop {
-        ready!(stream.poll_read_ready(cx))?;
-        let some = try_some(stream, Interest::READABLE, most, || {
-            let (_read, count) = recv(stream, &mut *room, RecvFlags::empty())?;
-            Ok(count)
-        });
-        if let Some(some) = some {
-            return Poll::Ready(some);
-        }
-    }
-}
-
-/// Writes as much of `bytes` as the kernel takes.
-///
-/// # Cancel safety
-/// Nothing is written unless it is counted in the answer.
-fn poll_send(stream: &TcpStream, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-    loop {
-        ready!(stream.poll_write_ready(cx))?;
-        let sent = || Ok(send(stream, bytes, SendFlags::NOSIGNAL)?);
-        if let Some(some) = try_some(stream, Interest::WRITABLE, bytes.len(), sent) {
-            return Poll::Ready(some);
-        }
-    }
-}
-
-/// Does what moves `most` bytes at once; none: not now. Less than that says that there is no more, until a new edge
-/// (epoll(7), `EPOLLET`): what the other side has closed stays noted.
-fn try_some(
-    stream: &TcpStream,
-    interest: Interest,
-    most: usize,
-    mut moves: impl FnMut() -> io::Result<usize>,
-) -> Option<io::Result<usize>> {
-    let mut moved = None;
-    let tried = stream.try_io(interest, || {
-        let count = moves()?;
-        if 0 < count && count < most {
-            moved = Some(count);
-            // Clears the readiness.
-            return Err(io::ErrorKind::WouldBlock.into());
-        }
-        Ok(count)
-    });
-    match (moved, tried) {
-        (Some(count), _) => Some(Ok(count)),
-        (None, Err(error)) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => None,
-        (None, tried) => Some(tried),
-    }
 }
 
 /// A connection of an app or to an app.
