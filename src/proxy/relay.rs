@@ -449,10 +449,7 @@ mod tests {
     #[tokio::test]
     async fn an_hour_of_silence_ends_a_connection_and_each_byte_begins_it_anew() {
         let (_endpoints, near, far) = tunnel().await;
-        let (mut send, recv) = near.open_bi().await.unwrap();
-        send.write_all(b"!").await.unwrap();
-        let (mut far_send, mut far_recv) = far.accept_bi().await.unwrap();
-        far_recv.read_exact(&mut [0]).await.unwrap();
+        let ((send, recv), (mut far_send, mut far_recv)) = streams((&near, &far)).await;
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let mut app = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         let (tcp, _) = listener.accept().await.unwrap();
@@ -479,6 +476,53 @@ mod tests {
         assert!((Duration::from_mins(59)..Duration::from_mins(61)).contains(&silence), "{silence:?}");
         assert_eq!(app.read(&mut [0]).await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
         assert_eq!(far_recv.read(&mut [0]).await.unwrap_err(), ReadError::Reset(CODE_RESET));
+    }
+
+    /// A stream of `near`, opened, and its other end.
+    async fn streams(
+        (near, far): (&quinn::Connection, &quinn::Connection),
+    ) -> ((SendStream, RecvStream), (SendStream, RecvStream)) {
+        let mut here = near.open_bi().await.unwrap();
+        here.0.write_all(b"!").await.unwrap();
+        let mut there = far.accept_bi().await.unwrap();
+        there.1.read_exact(&mut [0]).await.unwrap();
+        (here, there)
+    }
+
+    #[tokio::test]
+    async fn the_end_of_a_stream_is_known_with_its_last_bytes() {
+        let (_endpoints, near, far) = tunnel().await;
+        let ((_send, mut recv), (mut far_send, _far_recv)) = streams((&near, &far)).await;
+        let mut chunks = vec![Bytes::new(); 4];
+        far_send.write_all(b"first").await.unwrap();
+        assert_eq!(recv.read_chunks(&mut chunks).await.unwrap(), Some(1));
+        assert!(matches!(next(&mut recv, &mut chunks).await, Next::Unknown));
+        // Both leave in one packet: the connection's driver runs after this.
+        far_send.write_all(b"last").await.unwrap();
+        far_send.finish().unwrap();
+        assert_eq!(recv.read_chunks(&mut chunks[..1]).await.unwrap(), Some(1));
+        assert_eq!(&chunks[0][..], b"last");
+        assert!(matches!(next(&mut recv, &mut chunks).await, Next::Ending(Ok(()))));
+    }
+
+    #[tokio::test]
+    async fn bytes_whose_tunnel_closed_behind_them_end_in_a_reset() {
+        let (_endpoints, near, far) = tunnel().await;
+        let ((send, recv), (mut far_send, _far_recv)) = streams((&near, &far)).await;
+        far_send.write_all(b"half of it").await.unwrap();
+        // What comes after it on another stream has come, so it has as well; then the tunnel goes.
+        let (mut other, _) = far.open_bi().await.unwrap();
+        other.write_all(b"?").await.unwrap();
+        near.accept_bi().await.unwrap().1.read_exact(&mut [0]).await.unwrap();
+        far.close(0_u32.into(), b"gone");
+        near.closed().await;
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let mut app = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (tcp, _) = listener.accept().await.unwrap();
+        let ending = relay(Tcp::new(tcp), Sending::new(send), recv, &Uncounted, IDLE_TIMEOUT).await;
+        assert_eq!(ending, Ending::Reset);
+        let read = app.read_to_end(&mut Vec::new()).await;
+        assert_eq!(read.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
     }
 
     #[test]
