@@ -525,6 +525,32 @@ mod tests {
         assert_eq!(read.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
     }
 
+    #[tokio::test]
+    async fn urgent_bytes_hold_up_none_of_those_behind_them() {
+        let (_endpoints, near, far) = tunnel().await;
+        let ((send, recv), (_far_send, mut far_recv)) = streams((&near, &far)).await;
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let app = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (tcp, _) = listener.accept().await.unwrap();
+        let app = socket2::SockRef::from(&app);
+        let talk = async {
+            assert_eq!(app.send(b".").unwrap(), 1);
+            far_recv.read_exact(&mut [0]).await.unwrap();
+            // A read ends before the urgent byte, which is no part of the stream (tcp(7)), whatever is behind it. All three have
+            // come when the first is read, and raise one edge.
+            assert_eq!(app.send(b"before").unwrap(), 6);
+            assert_eq!(app.send_out_of_band(b"!").unwrap(), 1);
+            assert_eq!(app.send(b"behind").unwrap(), 6);
+            let mut read = [0; 12];
+            tokio::time::timeout(Duration::from_secs(10), far_recv.read_exact(&mut read)).await.unwrap().unwrap();
+            read
+        };
+        tokio::select! {
+            ending = relay(Tcp::new(tcp), Sending::new(send), recv, &Uncounted, IDLE_TIMEOUT) => panic!("{ending:?}"),
+            read = talk => assert_eq!(&read, b"beforebehind"),
+        }
+    }
+
     #[test]
     fn a_buffer_begins_small_grows_while_it_is_filled_and_shrinks_again() {
         let bounds = (BUFFER_BYTES_MIN, BUFFER_BYTES_MAX);
