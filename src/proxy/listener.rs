@@ -528,4 +528,14 @@ mod tests {
         snapshot.services.insert(name.clone(), Arc::new(entry));
         assert_eq!(known_protocol(&snapshot, &name), Some(Protocol::Http));
     }
+
+    #[test]
+    fn what_a_port_accepts_sends_at_once() {
+        let port = bind(SocketAddr::from(([127, 0, 0, 1], 0)), Sharing::Exclusive, Takes::Connections).unwrap();
+        port.set_nonblocking(false).unwrap();
+        port.listen(BACKLOG).unwrap();
+        let port = std::net::TcpListener::from(port);
+        let _app = std::net::TcpStream::connect(port.local_addr().unwrap()).unwrap();
+        assert!(port.accept().unwrap().0.nodelay().unwrap(), "it is the listener's to give");
+    }
 }

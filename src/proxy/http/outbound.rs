@@ -153,8 +153,6 @@ pub(crate) fn serve<D: Dial>(worker: Rc<D>, stream: TcpStream, route: Route) -> 
 
 /// [`serve`], of a caller whose address is `from`.
 pub(super) async fn serve_from<D: Dial>(worker: Rc<D>, stream: TcpStream, route: Route, from: Option<IpAddr>) {
-    // A failure costs latency only.
-    let _nodelay = stream.set_nodelay(true);
     let state = worker.http();
     let leads = match route {
         Route::ByHost => Leads::ByHost,
