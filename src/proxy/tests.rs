@@ -10,7 +10,7 @@ mod listeners;
 mod nat;
 mod udp;
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use proptest::prelude::*;
@@ -163,9 +163,7 @@ async fn faults_that_are_about_no_request_alone_delay_and_reset_connections() {
     let say = |faults: serde_json::Value| mesh.a.say(&[("service-faults", "web", json!({ "Faults": faults }))]);
     let closed = |flag: &'static str| [SOURCE, flag];
     say(json!([{"Match": {"HTTP": {"PathPrefix": "/"}}, "Abort": {"Reset": true}}, {"Abort": {"Reset": true}}]));
-    let mut client = within(TcpStream::connect(mesh.upstream)).await.unwrap();
-    let error = read_all(&mut client).await.unwrap_err();
-    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    is_reset(mesh.upstream).await;
     mesh.a.counts("weft_tcp_connections_closed_total", &closed("\"FI\""), 1).await;
 
     // A status means nothing to bytes; a delay does.
@@ -245,9 +243,7 @@ async fn a_node_whose_certificate_lacks_the_service_gets_no_call_and_another_is_
 #[tokio::test]
 async fn a_service_that_only_a_node_outside_its_scope_announces_is_unreachable() {
     let mesh = Mesh::start_with(&Authority::new(), "api-*", |_| Vec::new()).await;
-    // The reset may come before this side looks at its new connection.
-    let connect = async { read_all(&mut TcpStream::connect(mesh.upstream).await?).await };
-    assert_eq!(within(connect).await.unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
+    is_reset(mesh.upstream).await;
     assert_eq!(mesh.a.count("weft_proxy_outside_scope_total", &[]), 1);
     mesh.a.counts("weft_tcp_connections_closed_total", &["\"UF\""], 1).await;
     assert_eq!(mesh.b.count("weft_tcp_connections_opened_total", &[]), 0);
@@ -369,6 +365,13 @@ async fn read_all(stream: &mut (impl AsyncReadExt + Unpin)) -> std::io::Result<V
     let mut bytes = Vec::new();
     within(stream.read_to_end(&mut bytes)).await?;
     Ok(bytes)
+}
+
+/// Asserts that a new connection to `port` is reset. That may come before this side sees that it is connected at all:
+/// then `connect` has the error, and no read.
+async fn is_reset(port: SocketAddr) {
+    let connect = async { read_all(&mut TcpStream::connect(port).await?).await };
+    assert_eq!(within(connect).await.unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
 }
 
 /// Makes the next close send an RST.

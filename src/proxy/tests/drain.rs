@@ -12,7 +12,7 @@ use tokio::net::TcpStream;
 
 use super::harness::{Authority, Mesh};
 use super::limits::{answer_of, ask, give, of_http, of_requests, take};
-use super::{read_all, within};
+use super::{is_reset, read_all, within};
 use crate::clock;
 use crate::model::Protocol;
 
@@ -30,8 +30,7 @@ async fn what_is_open_when_the_drain_is_over_is_cut_on_both_sides_and_what_is_ne
     let begun = clock::now();
     mesh.b.handle.drain.cancel();
     // No other node has an instance.
-    let late = async { read_all(&mut TcpStream::connect(mesh.upstream).await?).await };
-    assert_eq!(within(late).await.unwrap_err().kind(), ErrorKind::ConnectionReset);
+    is_reset(mesh.upstream).await;
     mesh.a.counts("weft_tcp_connections_closed_total", &["\"UF\""], 1).await;
     client.write_all(b"still").await.unwrap();
     within(app.read_exact(&mut [0; 5])).await.unwrap();

@@ -9,7 +9,7 @@ use tokio::net::{TcpListener, TcpStream, UdpSocket};
 
 use super::bounds::answer;
 use super::harness::{Authority, DRAIN_TIMEOUT, Mesh, full, upstreams};
-use super::{read_all, round_trip, within};
+use super::{is_reset, round_trip, within};
 use crate::model::{Protocol, ServiceName};
 use crate::proxy::WorkerView;
 use crate::routing::Standing;
@@ -115,8 +115,7 @@ async fn what_is_over_a_limit_of_connections_or_requests_is_refused_at_once_and_
     let mesh = Mesh::start_on(1, &Authority::new(), "*", |_| Vec::new()).await;
     mesh.a.say(&[("service-defaults", "app", limit("MaxConnections"))]);
     let (client, app) = mesh.connect().await;
-    let late = async { read_all(&mut TcpStream::connect(mesh.upstream).await?).await };
-    assert_eq!(within(late).await.unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
+    is_reset(mesh.upstream).await;
     mesh.a.counts("weft_tcp_connections_closed_total", &["\"UO\""], 1).await;
     mesh.a.counts("weft_balancer_overflow_total", &["\"connections\""], 1).await;
     drop((client, app));
@@ -254,8 +253,7 @@ async fn a_connection_to_a_node_that_gives_no_stream_goes_to_another_as_well() {
         assert_eq!(mesh.a.count("weft_balancer_overflow_total", &[]), 0);
         mesh.a.publish(&[mesh.upstream], &[there]);
         mesh.a.knows(|view| view.group.seats.len() == 1).await;
-        let connect = async { read_all(&mut TcpStream::connect(mesh.upstream).await?).await };
-        assert_eq!(connect.await.unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
+        is_reset(mesh.upstream).await;
         mesh.a.counts("weft_tcp_connections_closed_total", &["\"UO\""], 1).await;
         assert_eq!(mesh.a.count("weft_balancer_overflow_total", &["pending"]), 1);
     };
@@ -275,12 +273,7 @@ async fn connections_over_the_rate_of_their_service_are_reset_and_counted_agains
         round_trip(&mesh).await;
     }
     for over in 1..=20 {
-        // The reset may come before the handshake is seen to be over.
-        let error = match within(TcpStream::connect(mesh.upstream)).await {
-            Ok(mut client) => read_all(&mut client).await.unwrap_err(),
-            Err(error) => error,
-        };
-        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+        is_reset(mesh.upstream).await;
         mesh.a.counts("weft_tcp_connections_closed_total", &["reporter=\"source\"", "\"RL\""], over).await;
     }
     assert_eq!(mesh.b.count("weft_quic_refused_total", &["\"rate\""]), 20);
