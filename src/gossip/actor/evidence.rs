@@ -411,6 +411,9 @@ mod tests {
             lone.peer("far")
         };
         let theirs = lone.is_dialled_by(&far).await;
+        // By what a reset is known: a client says it in a frame after the handshake.
+        let ours = lone.actor.links.open(&far.id.name).unwrap().clone();
+        wait(|| ours.stats().frame_rx.new_connection_id > 0).await;
         // A crash: its tasks end where they are, so that nothing is said when the handles go.
         tokio::task::spawn_blocking(move || first.shutdown_timeout(Duration::from_secs(20))).await.unwrap();
         let Peer { id, transport, .. } = far;
