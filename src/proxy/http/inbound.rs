@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use http::header::{self, HeaderMap, HeaderValue};
-use http::{Request, Response, StatusCode, Uri, Version};
+use http::{Request, Response, StatusCode, Uri, Version, uri};
 use hyper::body::Incoming;
 use quinn::{RecvStream, SendStream};
 use tracing::debug;
@@ -608,9 +608,12 @@ fn build(head: RequestHead, body: TunnelBody, local: &LocalInstance, added: Adde
         context.inject(&mut headers);
     }
     let uri = if is_multiplexed(local) {
-        let authority = authority.map_or_else(|| local.app_addr.to_string(), |authority| authority.to_string());
         headers.remove(header::UPGRADE);
-        Uri::builder().scheme("http").authority(authority).path_and_query(path).build().unwrap_or_default()
+        let mut parts = uri::Parts::default();
+        parts.scheme = Some(uri::Scheme::HTTP);
+        parts.authority = authority.or_else(|| local.app_addr.to_string().parse().ok());
+        parts.path_and_query = Some(path);
+        Uri::from_parts(parts).unwrap_or_default()
     } else {
         let host = match authority {
             Some(_) => HeaderValue::from_maybe_shared(host).ok(),

@@ -94,11 +94,9 @@ impl<D> Clone for WorkerExec<D> {
     }
 }
 
-impl<D: Dial, F: Future + 'static> hyper::rt::Executor<F> for WorkerExec<D> {
+impl<D: Dial, F: Future<Output = ()> + 'static> hyper::rt::Executor<F> for WorkerExec<D> {
     fn execute(&self, future: F) {
-        self.0.spawn(async move {
-            future.await;
-        });
+        self.0.spawn(future);
     }
 }
 
@@ -108,11 +106,9 @@ impl<D> Clone for AppExec<D> {
     }
 }
 
-impl<D: Dial, F: Future + 'static> hyper::rt::Executor<F> for AppExec<D> {
+impl<D: Dial, F: Future<Output = ()> + 'static> hyper::rt::Executor<F> for AppExec<D> {
     fn execute(&self, future: F) {
-        self.0.spawn_untracked(async move {
-            future.await;
-        });
+        self.0.spawn_untracked(future);
     }
 }
 
