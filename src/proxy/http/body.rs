@@ -9,12 +9,12 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
-use hyper::body::Incoming;
 use quinn::{RecvStream, SendStream, VarInt, WriteError};
 use tokio::time::{Instant, Sleep};
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::activity::Busy;
+use super::app_h2::{AppBody, AppError};
 use super::attempt::{Unsent, grpc_outcome};
 use super::metrics::{Exchange, Flag};
 use super::{COPY_BYTES_MAX, FIRST_BYTES_MAX, HttpState, headers};
@@ -40,7 +40,7 @@ pub(crate) enum BodyError {
     Truncated,
     /// The app's or caller's side failed.
     #[error("the app aborted the message")]
-    App(#[source] hyper::Error),
+    App(#[source] AppError),
     /// The response took longer than its route allows.
     #[error("the response did not come in time")]
     TimedOut,
@@ -416,7 +416,10 @@ pub(crate) struct First {
 }
 
 /// Takes what is there of `body`, at most about [`FIRST_BYTES_MAX`], giving hyper one turn to bring it.
-pub(crate) async fn first(body: &mut Incoming, state: &HttpState) -> Result<First, BodyError> {
+pub(crate) async fn first<B>(body: &mut B, state: &HttpState) -> Result<First, BodyError>
+where
+    B: Body<Data = Bytes, Error: Into<AppError>> + Unpin,
+{
     let mut first = First::default();
     let mut yielded = false;
     loop {
@@ -439,7 +442,7 @@ pub(crate) async fn first(body: &mut Incoming, state: &HttpState) -> Result<Firs
         match polled.await {
             None => return Ok(first),
             Some(None) => first.ended = true,
-            Some(Some(Err(error))) => return Err(BodyError::App(error)),
+            Some(Some(Err(error))) => return Err(BodyError::App(error.into())),
             Some(Some(Ok(frame))) => {
                 first.bytes = first.bytes.saturating_add(frame.data_ref().map_or(0, Bytes::len));
                 first.trailers = encode_frame(frame, state, &mut first.frames)?;
@@ -492,8 +495,8 @@ pub(crate) fn encode_frame(
 }
 
 /// Waits for the next frame of `body`, or for the peer to stop reading.
-pub(crate) async fn next_frame(
-    mut poll: impl FnMut(&mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>>,
+pub(crate) async fn next_frame<E: Into<AppError>>(
+    mut poll: impl FnMut(&mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, E>>>,
     send: &TunnelSend,
 ) -> Result<Option<Frame<Bytes>>, BodyError> {
     // Mostly a frame is there; only a wait pays for the watch on the stream.
@@ -506,12 +509,12 @@ pub(crate) async fn next_frame(
             error = send.stopped() => return Err(error),
         },
     };
-    frame.transpose().map_err(BodyError::App)
+    frame.transpose().map_err(|error| BodyError::App(error.into()))
 }
 
 /// Sends the rest of `body` and ends the message; returns its trailers.
 pub(crate) async fn pump(
-    body: &mut Incoming,
+    body: &mut AppBody,
     send: &mut TunnelSend,
     state: &HttpState,
 ) -> Result<Option<HeaderMap>, BodyError> {

@@ -10,17 +10,17 @@ use std::future::poll_fn;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::task::Poll;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use http::header::{self, HeaderMap, HeaderValue};
 use http::{Request, Response, StatusCode, Uri, Version, uri};
-use hyper::body::Incoming;
 use quinn::{RecvStream, SendStream};
 use tracing::debug;
 
 use super::answer::{REASON, Reason, Refusal};
+use super::app_h2::{self, AppBody, AppError};
 use super::body::{self, BodyError, First, TunnelBody, TunnelSend};
 use super::headers;
 use super::interims::Interims;
@@ -60,7 +60,7 @@ enum ServeError {
 
 /// An app's answer, and the connection to give back.
 struct Answered {
-    response: Response<Incoming>,
+    response: Response<AppBody>,
     /// The flag tells whether the app has taken the whole request: only then the connection is used again.
     reusable: Option<(Http1, Option<Rc<Cell<bool>>>)>,
 }
@@ -85,30 +85,24 @@ pub(super) enum CallError {
     Connect(ConnectError),
     /// It processed nothing of the request, and says so.
     #[error("the app refused the request unread")]
-    Refused(#[source] hyper::Error),
+    Refused(#[source] AppError),
     /// It takes no WebSockets over HTTP/2.
     #[error("the app's SETTINGS allow no WebSocket over HTTP/2 (RFC 8441)")]
     NoWebsocket,
     #[error(transparent)]
-    App(hyper::Error),
+    App(AppError),
 }
 
 impl CallError {
     /// That of a request over HTTP/2: a refused stream, or one that a graceful GOAWAY left out, was not processed (RFC 9113
     /// §8.7, §6.8). A GOAWAY for an error leaves streams out as well, but the next app may give the same answer.
-    pub(super) fn of_h2(error: hyper::Error) -> Self {
-        let mut source = std::error::Error::source(&error);
-        while let Some(cause) = source {
-            if let Some(h2) = cause.downcast_ref::<h2::Error>() {
-                let is_refused = h2.is_reset() && h2.reason() == Some(h2::Reason::REFUSED_STREAM);
-                let is_left_out = h2.is_go_away() && h2.reason() == Some(h2::Reason::NO_ERROR);
-                if h2.is_remote() && (is_refused || is_left_out) {
-                    return Self::Refused(error);
-                }
-            }
-            source = cause.source();
-        }
-        Self::App(error)
+    pub(super) fn of_h2(error: AppError) -> Self {
+        let is_unread = error.h2().is_some_and(|h2| {
+            let is_refused = h2.is_reset() && h2.reason() == Some(h2::Reason::REFUSED_STREAM);
+            let is_left_out = h2.is_go_away() && h2.reason() == Some(h2::Reason::NO_ERROR);
+            h2.is_remote() && (is_refused || is_left_out)
+        });
+        if is_unread { Self::Refused(error) } else { Self::App(error) }
     }
 }
 
@@ -180,7 +174,7 @@ async fn exchange<D: Dial>(worker: &Rc<D>, stream: Stream, on_admitted: impl Fn(
         }
     };
     let client_cert = state.client_cert(peer);
-    // Of the connection that the request takes; hyper's HTTP/2 client hears none.
+    // Of the connection that the request takes.
     let told = Told::default();
     let added = Added { client_cert: client_cert.as_ref(), context: exchange.context() };
     let second = Second::default();
@@ -227,7 +221,7 @@ async fn exchange<D: Dial>(worker: &Rc<D>, stream: Stream, on_admitted: impl Fn(
                 drop(exchange);
                 lasting();
                 let idle = worker.snapshot().peek().traffic.idle_timeout(&local.service);
-                switch(state, send, raw, (response, idle.unwrap_or(IDLE_TIMEOUT))).await
+                Box::pin(switch(state, send, raw, (response, idle.unwrap_or(IDLE_TIMEOUT)))).await
             }
             _ => Err(ServeError::Head(HeadError::Malformed("101 without an upgrade"))),
         };
@@ -244,7 +238,7 @@ async fn exchange<D: Dial>(worker: &Rc<D>, stream: Stream, on_admitted: impl Fn(
 
 /// Where the interim answers to one request are heard: of the connection that it took last.
 #[derive(Debug, Default)]
-struct Told(RefCell<Option<Arc<Interims>>>);
+pub(super) struct Told(RefCell<Option<Arc<Interims>>>);
 
 impl Told {
     /// Begins a request on the connection of `interims`.
@@ -255,6 +249,17 @@ impl Told {
         })
         .await;
         self.0.replace(Some(Arc::clone(interims)));
+    }
+
+    /// Notes one that an app over HTTP/2 sent; the task of `cx` is woken.
+    pub(super) fn hear(&self, cx: &Context<'_>, status: StatusCode, headers: HeaderMap) {
+        let mut told = self.0.borrow_mut();
+        let interims = told.get_or_insert_with(|| {
+            let interims = Arc::<Interims>::default();
+            interims.begin(cx);
+            interims
+        });
+        interims.put(status, headers);
     }
 
     /// Waits for the next one.
@@ -323,7 +328,7 @@ async fn read_head(recv: &mut RecvStream, inbox: &mut Inbox) -> Result<Bytes, Se
 async fn relay(
     state: &HttpState,
     send: &mut TunnelSend,
-    (response, second): (&mut Response<Incoming>, &Second),
+    (response, second): (&mut Response<AppBody>, &Second),
     (exchange, is_grpc): (&mut Exchange, bool),
     lasting: impl FnOnce(),
 ) -> Result<(), ServeError> {
@@ -391,7 +396,7 @@ async fn relay(
 async fn break_off_begun(
     state: &HttpState,
     send: &mut TunnelSend,
-    response: &Response<Incoming>,
+    response: &Response<AppBody>,
     exchange: &mut Exchange,
 ) -> Result<(), ServeError> {
     let trailers = Refusal::reset("the application broke off inside its response".to_owned()).into_trailers();
@@ -475,7 +480,7 @@ async fn switch(
     state: &HttpState,
     mut send: TunnelSend,
     (recv, mut inbox): (RecvStream, Inbox),
-    (mut response, idle): (Response<Incoming>, Duration),
+    (mut response, idle): (Response<AppBody>, Duration),
 ) -> Result<(), ServeError> {
     let upgraded = hyper::upgrade::on(&mut response);
     let has_status = send.put_status();
@@ -488,7 +493,7 @@ async fn switch(
         }
         writer.finish()
     });
-    let upgraded = upgraded.await.map_err(|error| ServeError::Body(BodyError::App(error)))?;
+    let upgraded = upgraded.await.map_err(|error| ServeError::Body(BodyError::App(error.into())))?;
     send.write(&mut [encoded.map_err(ServeError::Head)?]).await.map_err(ServeError::Body)?;
     upgrade::relay(Raw::of::<AppIo>(upgraded), send, recv, inbox.take(), idle).await;
     Ok(())
@@ -513,24 +518,11 @@ async fn call<D: Dial>(
     let handshake = Handshake::of(&head).filter(|_| is_multiplexed(local));
     let mut request = build(head, body, local, added);
     if let Some(handshake) = handshake {
-        let response = handshake.call(worker, addr, request).await?;
+        let response = Box::pin(handshake.call(worker, addr, request)).await?;
         return Ok(Answered { response, reusable: None });
     }
     if is_multiplexed(local) {
-        let mut sender = state.pool.shared(worker, addr).await.map_err(CallError::Connect)?;
-        // The app is there, and what it asks is not heard: the body is asked for in its place.
-        if is_asked_for {
-            let asked = Arc::<Interims>::default();
-            told.listen(&asked).await;
-            asked.put(StatusCode::CONTINUE, HeaderMap::new());
-        }
-        let mut error = match sender.try_send_request(request).await {
-            Ok(response) => return Ok(Answered { response, reusable: None }),
-            Err(error) => error,
-        };
-        let Some(request) = error.take_message() else { return Err(CallError::of_h2(error.into_error())) };
-        let mut sender = state.pool.shared(worker, addr).await.map_err(CallError::Connect)?;
-        let response = sender.send_request(request).await.map_err(CallError::of_h2)?;
+        let response = app_h2::call(worker, addr, request, (told, is_asked_for)).await?;
         return Ok(Answered { response, reusable: None });
     }
     let pooled = if is_repeat { None } else { state.pool.checkout(addr).await };
@@ -538,7 +530,10 @@ async fn call<D: Dial>(
         let whole = request.body_mut().whole();
         told.listen(&connection.interims).await;
         let mut error = match connection.sender.try_send_request(request).await {
-            Ok(response) => return Ok(Answered { response, reusable: Some((connection, whole)) }),
+            Ok(response) => {
+                let response = response.map(AppBody::Http1);
+                return Ok(Answered { response, reusable: Some((connection, whole)) });
+            }
             Err(error) => error,
         };
         request = match error.take_message() {
@@ -554,18 +549,18 @@ async fn call<D: Dial>(
                         second.0.set(true);
                         build(head, TunnelBody::default(), local, added)
                     }
-                    Err(_) => return Err(CallError::App(error.into_error())),
+                    Err(_) => return Err(CallError::App(error.into_error().into())),
                 }
             }
-            None => return Err(CallError::App(error.into_error())),
+            None => return Err(CallError::App(error.into_error().into())),
         };
     }
     let whole = request.body_mut().whole();
     let mut connection = Pool::connect(worker, addr).await.map_err(CallError::Connect)?;
     told.listen(&connection.interims).await;
     match connection.sender.send_request(request).await {
-        Ok(response) => Ok(Answered { response, reusable: Some((connection, whole)) }),
-        Err(error) => Err(CallError::App(error)),
+        Ok(response) => Ok(Answered { response: response.map(AppBody::Http1), reusable: Some((connection, whole)) }),
+        Err(error) => Err(CallError::App(error.into())),
     }
 }
 

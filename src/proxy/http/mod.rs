@@ -13,6 +13,7 @@
 
 mod activity;
 mod answer;
+mod app_h2;
 mod attempt;
 mod body;
 mod gate;

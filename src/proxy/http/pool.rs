@@ -20,6 +20,7 @@ use tokio::time::Instant;
 use tracing::debug;
 
 use super::Dial;
+use super::app_h2::{self, AppError, Http2};
 use super::body::TunnelBody;
 use super::interims::Interims;
 use super::io::AppIo;
@@ -30,9 +31,6 @@ const IDLE_MAX: usize = 512;
 const IDLE_FOR: Duration = Duration::from_secs(30);
 /// Longest head of an app's response, in bytes, as on the wire between agents.
 const HEAD_BYTES_MAX: usize = crate::proxy::head::HEAD_BYTES_MAX;
-/// HTTP/2 windows towards the app: a loopback without stalls; streams whose callers do not read leave room for 60 others.
-const H2_STREAM_WINDOW: u32 = 1024 * 1024;
-const H2_CONNECTION_WINDOW: u32 = 64 * 1024 * 1024;
 /// How often it is looked whether an app's SETTINGS have come: they are the first that it sends.
 const SETTINGS_PAUSE_MIN: Duration = Duration::from_millis(1);
 const SETTINGS_PAUSE_MAX: Duration = Duration::from_millis(100);
@@ -45,8 +43,6 @@ pub(crate) struct Http1 {
     pub(super) interims: Arc<Interims>,
 }
 
-/// A handle of an HTTP/2 connection.
-pub(crate) type Http2 = http2::SendRequest<TunnelBody>;
 type SharedHttp2 = Rc<tokio::sync::Mutex<Option<Http2>>>;
 
 /// Why an app cannot be connected.
@@ -64,7 +60,7 @@ pub(crate) enum ConnectError {
     Handshake {
         addr: SocketAddr,
         #[source]
-        source: hyper::Error,
+        source: AppError,
     },
 }
 
@@ -85,7 +81,7 @@ pub(crate) struct Pool {
 /// Runs hyper's tasks for a caller's connection on the worker; the drain waits for them.
 pub(crate) struct WorkerExec<D>(pub(crate) Rc<D>);
 
-/// Runs hyper's tasks for a connection to an app on the worker: one of them lives as long as the connection.
+/// Runs hyper's tasks for a WebSocket to an app on the worker: one of them lives as long as the connection.
 struct AppExec<D>(Rc<D>);
 
 impl<D> Clone for WorkerExec<D> {
@@ -154,7 +150,7 @@ impl Pool {
             }
             idle.retain(|_, queue| !queue.is_empty());
             self.shared.borrow_mut().retain(|_, shared| {
-                shared.try_lock().map_or(true, |sender| sender.as_ref().is_some_and(|sender| !sender.is_closed()))
+                shared.try_lock().map_or(true, |mut slot| slot.as_mut().is_some_and(Http2::is_open))
             });
             self.sweeping.set(!idle.is_empty());
         }
@@ -167,7 +163,7 @@ impl Pool {
         let mut builder = http1::Builder::new();
         builder.max_buf_size(HEAD_BYTES_MAX);
         let (sender, connection) =
-            builder.handshake(io).await.map_err(|source| ConnectError::Handshake { addr, source })?;
+            builder.handshake(io).await.map_err(|error| ConnectError::Handshake { addr, source: error.into() })?;
         worker.spawn_untracked(async move {
             if let Err(error) = connection.with_upgrades().await {
                 debug!(%addr, error = %error, "app connection ended");
@@ -176,34 +172,40 @@ impl Pool {
         Ok(Http1 { sender, interims })
     }
 
+    /// Returns the shared HTTP/2 connection, if it is open.
+    pub(super) fn opened(&self, addr: SocketAddr) -> Option<Http2> {
+        let shared = self.shared.borrow();
+        let mut slot = shared.get(&addr)?.try_lock().ok()?;
+        open_in(&mut slot)
+    }
+
     /// Returns the shared HTTP/2 connection, opened if there is none; callers that wait share one attempt.
     pub(crate) async fn shared<D: Dial>(&self, worker: &Rc<D>, addr: SocketAddr) -> Result<Http2, ConnectError> {
         let slot = Rc::clone(self.shared.borrow_mut().entry(addr).or_default());
         let mut slot = slot.lock().await;
-        if let Some(sender) = slot.as_ref().filter(|sender| !sender.is_closed()) {
-            return Ok(sender.clone());
+        if let Some(connection) = open_in(&mut slot) {
+            return Ok(connection);
         }
-        let stream = dial(worker, addr).await?;
-        let handshake = http2_builder(worker).handshake(stream).await;
-        let (sender, connection) = handshake.map_err(|source| ConnectError::Handshake { addr, source })?;
+        let handshake = Http2::handshake(dial(worker, addr).await?).await;
+        let (shared, connection) = handshake.map_err(|error| ConnectError::Handshake { addr, source: error.into() })?;
         worker.spawn_untracked(async move {
             if let Err(error) = connection.await {
                 debug!(%addr, error = %error, "app connection ended");
             }
         });
-        *slot = Some(sender.clone());
-        Ok(sender)
+        *slot = Some(shared.clone());
+        Ok(shared)
     }
 
     /// Opens an HTTP/2 connection for one WebSocket; none: the app's SETTINGS allow none (RFC 8441 §3).
     pub(crate) async fn connect_for_websocket<D: Dial>(
         worker: &Rc<D>,
         addr: SocketAddr,
-    ) -> Result<Option<Http2>, ConnectError> {
+    ) -> Result<Option<http2::SendRequest<TunnelBody>>, ConnectError> {
         let stream = dial(worker, addr).await?;
         // No stream may be opened until the app's SETTINGS have come: so it is seen that they have.
         let handshake = http2_builder(worker).initial_max_send_streams(0_usize).handshake(stream).await;
-        let (sender, connection) = handshake.map_err(|source| ConnectError::Handshake { addr, source })?;
+        let (sender, connection) = handshake.map_err(|error| ConnectError::Handshake { addr, source: error.into() })?;
         let told = async {
             let mut pause = SETTINGS_PAUSE_MIN;
             while connection.current_max_send_streams() == 0 {
@@ -225,11 +227,17 @@ impl Pool {
     }
 }
 
+/// Returns the connection of a place, if it is open.
+fn open_in(slot: &mut Option<Http2>) -> Option<Http2> {
+    let connection = slot.as_mut()?;
+    connection.is_open().then(|| connection.clone())
+}
+
 fn http2_builder<D: Dial>(worker: &Rc<D>) -> http2::Builder<AppExec<D>> {
     let mut builder = http2::Builder::new(AppExec(Rc::clone(worker)));
     builder
-        .initial_stream_window_size(H2_STREAM_WINDOW)
-        .initial_connection_window_size(H2_CONNECTION_WINDOW)
+        .initial_stream_window_size(app_h2::STREAM_WINDOW)
+        .initial_connection_window_size(app_h2::CONNECTION_WINDOW)
         .max_header_list_size(u32::try_from(HEAD_BYTES_MAX).unwrap_or(u32::MAX));
     builder
 }

@@ -1,5 +1,6 @@
 //! Both sides over a loopback QUIC connection, with real apps and callers.
 
+mod app_h2;
 mod cut_off;
 mod edge;
 mod floods;

@@ -16,9 +16,9 @@ use aws_lc_rs::digest::{SHA1_FOR_LEGACY_USE_ONLY, digest};
 use base64::Engine as _;
 use http::header::{self, HeaderValue};
 use http::{Method, Request, Response, StatusCode};
-use hyper::body::Incoming;
 
 use super::Dial;
+use super::app_h2::AppBody;
 use super::body::TunnelBody;
 use super::inbound::CallError;
 use super::pool::Pool;
@@ -50,21 +50,21 @@ impl Handshake {
         worker: &Rc<D>,
         addr: SocketAddr,
         mut request: Request<TunnelBody>,
-    ) -> Result<Response<Incoming>, CallError> {
+    ) -> Result<Response<AppBody>, CallError> {
         let sender = Pool::connect_for_websocket(worker, addr).await.map_err(CallError::Connect)?;
         let mut sender = sender.ok_or(CallError::NoWebsocket)?;
         *request.method_mut() = Method::CONNECT;
         request.extensions_mut().insert(hyper::ext::Protocol::from_static(WEBSOCKET));
         // HTTP/2 needs no proof (RFC 8441 §5): it is made here.
         request.headers_mut().remove(header::SEC_WEBSOCKET_KEY);
-        let mut response = sender.send_request(request).await.map_err(CallError::of_h2)?;
+        let mut response = sender.send_request(request).await.map_err(|error| CallError::of_h2(error.into()))?;
         if response.status() == StatusCode::OK {
             *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
             let headers = response.headers_mut();
             headers.insert(header::UPGRADE, HeaderValue::from_static(WEBSOCKET));
             headers.extend(self.accept().map(|accept| (header::SEC_WEBSOCKET_ACCEPT, accept)));
         }
-        Ok(response)
+        Ok(response.map(AppBody::Http1))
     }
 
     /// The proof for the caller (RFC 6455 §4.2.2); none: it gave no key.

@@ -87,6 +87,9 @@ pub(crate) enum OpenError {
     Draining,
 }
 
+/// A stream, its tunnel, and when it was opened.
+type Streamed = ((quinn::SendStream, quinn::RecvStream), Rc<Tunnel>, Instant);
+
 /// Why a tunnel gave no stream.
 enum Unopened {
     /// It could not be dialled, or broke.
@@ -159,7 +162,8 @@ impl Worker {
         if matches!(picked, Err(OpenError::Overflow(Limited::Instances))) {
             let entered = self.enter(ends, &found, &tried.borrow());
             picked = match entered {
-                Some(Ok(turn)) => self.wait_in_turn(ends, service, tried, &turn).await,
+                // In a box, as all that seldom happens on the way of a request: its task has room for what is common.
+                Some(Ok(turn)) => Box::pin(self.wait_in_turn(ends, service, tried, &turn)).await,
                 Some(Err(what)) => Err(OpenError::Overflow(what)),
                 None => picked,
             };
@@ -262,7 +266,10 @@ impl Worker {
             addr: node.mesh_addr,
             generation: instance.node.generation,
         };
-        let opened = self.stream(&key, destination, limit, now).await;
+        let opened = match self.stream_of_open(&key, destination, now) {
+            Some(opened) => Ok(opened),
+            None => Box::pin(self.stream(&key, destination, limit, now)).await,
+        };
         drop(waiting);
         let ((send, recv), tunnel, at) = match opened {
             Ok(opened) => opened,
@@ -278,7 +285,15 @@ impl Worker {
         Ok(Opened { send, recv, preamble, instance, lease: Lease::new(tunnel, load), at })
     }
 
-    /// Opens a stream on the tunnel of `key`; a tunnel that turns out to be lost is dialled once more, in what is left of the
+    /// Opens a stream on the tunnel of `key` if that is open and has one: most times it is and does.
+    fn stream_of_open(&self, key: &TunnelKey, destination: &ServiceName, now: Instant) -> Option<Streamed> {
+        let tunnel = self.tunnels.opened(key, now)?;
+        let covers = tunnel.peer.scope.covers(destination.as_str());
+        let streams = covers.then(|| tunnel.connection.open_bi().now_or_never())??.ok()?;
+        Some((streams, tunnel, now))
+    }
+
+    /// Opens a stream on the tunnel of `key`, which is dialled where it is not open; a tunnel that turns out to be lost is dialled once more, in what is left of the
     /// time. A tunnel that does not come within `limit` has failed; one that gives no stream in that time is full. Also returns
     /// when that was.
     async fn stream(
@@ -287,14 +302,7 @@ impl Worker {
         destination: &ServiceName,
         limit: Option<Duration>,
         now: Instant,
-    ) -> Result<((quinn::SendStream, quinn::RecvStream), Rc<Tunnel>, Instant), Unopened> {
-        // Most times: a tunnel is open and has a stream.
-        if let Some(tunnel) = self.tunnels.opened(key, now)
-            && tunnel.peer.scope.covers(destination.as_str())
-            && let Some(Ok(streams)) = tunnel.connection.open_bi().now_or_never()
-        {
-            return Ok((streams, tunnel, now));
-        }
+    ) -> Result<Streamed, Unopened> {
         let patience = limit.map_or(WAIT_MAX, |limit| limit.min(WAIT_MAX));
         let until = now + patience;
         let left = || until.saturating_duration_since(clock::now()).max(STREAM_WAIT_MIN.min(patience));

@@ -35,7 +35,7 @@ impl Played {
 }
 
 /// Reads up to and with `end`, and no byte more.
-async fn until(stream: &mut TcpStream, end: &str) -> String {
+pub(super) async fn until(stream: &mut TcpStream, end: &str) -> String {
     let mut bytes = Vec::new();
     while !bytes.ends_with(end.as_bytes()) {
         match stream.read_u8().await {
@@ -46,7 +46,7 @@ async fn until(stream: &mut TcpStream, end: &str) -> String {
     String::from_utf8(bytes).unwrap()
 }
 
-async fn rest(stream: &mut TcpStream) -> String {
+pub(super) async fn rest(stream: &mut TcpStream) -> String {
     let mut text = String::new();
     stream.read_to_string(&mut text).await.unwrap();
     text
