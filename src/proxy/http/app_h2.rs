@@ -98,12 +98,11 @@ fn poll_stream(stream: &mut RecvStream, cx: &mut Context<'_>) -> Poll<Option<Res
             // Read is as good as passed on: how much lies between here and the caller is bounded by the tunnel's stream.
             Some(stream.flow_control().release_capacity(data.len()).map(|()| Frame::data(data)))
         }
-        // An app that answers before the request is whole may tell so with this code, once its answer is whole (RFC 9113 §8.1).
-        Some(Err(error)) if error.is_remote() && error.reason() == Some(Reason::NO_ERROR) => None,
         Some(Err(error)) => Some(Err(error)),
         None => ready!(stream.poll_trailers(cx)).transpose().map(|trailers| trailers.map(Frame::trailers)),
     };
-    Poll::Ready(next)
+    // An app that answered before the request was whole may send this code once its answer is whole (RFC 9113 §8.1).
+    Poll::Ready(next.filter(|next| next.as_ref().err().and_then(h2::Error::reason) != Some(Reason::NO_ERROR)))
 }
 
 /// A handle of an app's HTTP/2 connection.
