@@ -1,7 +1,7 @@
 //! Requests to an app over HTTP/2, and its answers.
 //!
 //! ```text
-//!   request -> a handle of the app's shared connection -> stream: head, body (a task of its own, unless it is there whole)
+//!   request -> its turn at the app's shared connection -> stream: head, body (a task of its own, unless it is there whole)
 //!                 interim heads, head, body as it is read <--'
 //! ```
 //!
@@ -25,12 +25,14 @@ use http::{Method, Request, Response, StatusCode};
 use http_body::{Body, Frame};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
-use tokio::sync::oneshot;
+use tokio::sync::{Mutex, oneshot};
 
-use super::Dial;
 use super::body::TunnelBody;
+use super::headers;
 use super::inbound::{CallError, Told};
 use super::io::AppIo;
+use super::pool::Pool;
+use super::{Dial, FIRST_BYTES_MAX};
 
 /// HTTP/2 windows towards the app: a loopback without stalls; streams whose callers do not read leave room for 60 others.
 pub(super) const STREAM_WINDOW: u32 = 1024 * 1024;
@@ -93,20 +95,22 @@ impl Body for AppBody {
 }
 
 fn poll_stream(stream: &mut RecvStream, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, h2::Error>>> {
-    let next = match ready!(stream.poll_data(cx)) {
+    // An app that answers before the request is whole may reset the stream behind its answer's end, with NO_ERROR (RFC 9113 §8.1).
+    // h2 keeps that to itself: what comes here, of any code, came before the end.
+    Poll::Ready(match ready!(stream.poll_data(cx)) {
         Some(Ok(data)) => {
             // Read is as good as passed on: how much lies between here and the caller is bounded by the tunnel's stream.
             Some(stream.flow_control().release_capacity(data.len()).map(|()| Frame::data(data)))
         }
         Some(Err(error)) => Some(Err(error)),
         None => ready!(stream.poll_trailers(cx)).transpose().map(|trailers| trailers.map(Frame::trailers)),
-    };
-    // An app that answered before the request was whole may send this code once its answer is whole (RFC 9113 §8.1).
-    Poll::Ready(next.filter(|next| next.as_ref().err().and_then(h2::Error::reason) != Some(Reason::NO_ERROR)))
+    })
 }
 
-/// A handle of an app's HTTP/2 connection.
-#[derive(Debug, Clone)]
+/// An app's HTTP/2 connection. Who sends has it alone, and waits until the app has room for one more stream (its
+/// `SETTINGS_MAX_CONCURRENT_STREAMS`), or nearly: one request waits with h2. That has room for all, but one that is given up
+/// there still goes out, to be reset, and apps close connections for a number of those.
+#[derive(Debug)]
 pub(crate) struct Http2(SendRequest<Bytes>);
 
 impl Http2 {
@@ -123,24 +127,24 @@ impl Http2 {
         Ok((Self(sender), connection))
     }
 
-    /// Tells whether it takes requests: none any more after a GOAWAY, nor once it is closed.
+    /// Tells whether it takes requests, now or later: none any more after a GOAWAY, nor once it is closed.
     pub(super) fn is_open(&mut self) -> bool {
-        self.check().is_ok()
+        !matches!(self.0.poll_ready(&mut Context::from_waker(Waker::noop())), Poll::Ready(Err(_)))
     }
 
-    /// A handle that has sent nothing itself waits for nothing.
-    fn check(&mut self) -> Result<(), h2::Error> {
-        match self.0.poll_ready(&mut Context::from_waker(Waker::noop())) {
-            Poll::Ready(checked) => checked,
-            Poll::Pending => Ok(()),
-        }
+    /// Returns it if it takes a request now.
+    pub(super) fn with_room(&mut self) -> Option<&mut Self> {
+        let checked = self.0.poll_ready(&mut Context::from_waker(Waker::noop()));
+        matches!(checked, Poll::Ready(Ok(()))).then_some(self)
     }
 
-    /// Begins a request; one that the connection does not take any more is given back.
-    fn begin<D: Dial>(mut self, worker: &Rc<D>, request: Request<TunnelBody>) -> Result<Begun, Untaken> {
-        if let Err(error) = self.check() {
-            return Err(Untaken { error, request: Some(Box::new(request)) });
-        }
+    /// Waits until it takes a request.
+    async fn room(&mut self) -> Result<(), h2::Error> {
+        poll_fn(|cx| self.0.poll_ready(cx)).await
+    }
+
+    /// Begins a request, where there is room for it.
+    fn begin<D: Dial>(&mut self, worker: &Rc<D>, request: Request<TunnelBody>) -> Result<Begun, h2::Error> {
         let (parts, body) = request.into_parts();
         let mut request = Request::from_parts(parts, ());
         // A length that is known is told, as over HTTP/1.1; that there is nothing, only where something is usual.
@@ -152,18 +156,10 @@ impl Http2 {
             request.headers_mut().insert(header::CONTENT_LENGTH, HeaderValue::from(length));
         }
         let is_whole = body.is_end_stream();
-        let (response, stream) =
-            self.0.send_request(request, is_whole).map_err(|error| Untaken { error, request: None })?;
+        let (response, stream) = self.0.send_request(request, is_whole)?;
         let upload = if is_whole { None } else { Upload::begin(worker, body, stream) };
         Ok(Begun { response, upload })
     }
-}
-
-/// A request that was not sent.
-struct Untaken {
-    error: h2::Error,
-    /// None: it is the request that cannot be sent.
-    request: Option<Box<Request<TunnelBody>>>,
 }
 
 /// A request whose answer has not come. Dropping it resets its stream.
@@ -176,10 +172,13 @@ impl Begun {
     /// Waits for the answer's head; `told` hears of the interim ones before it.
     async fn answer(mut self, told: &Told) -> Result<Response<AppBody>, h2::Error> {
         let response = poll_fn(|cx| {
-            if let Poll::Ready(Some(interim)) = self.response.poll_informational(cx) {
+            let mut is_news = false;
+            while let Poll::Ready(Some(interim)) = self.response.poll_informational(cx) {
                 let (head, ()) = interim?.into_parts();
-                told.hear(cx, head.status, head.headers);
-                // What goes ahead of the final answer does so where both are there.
+                is_news |= headers::is_interim(head.status) && told.hear(cx, head.status, head.headers);
+            }
+            // What goes ahead of the final answer does so where both are there.
+            if is_news {
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
             }
@@ -220,72 +219,77 @@ impl Upload {
     }
 }
 
-/// Sends a request's body to its end; where it breaks off, the stream is reset.
+/// Sends a request's body to its end; where it breaks off, the stream is reset. Only data waits for the app's window, and
+/// nothing of it is reserved before there is data: an upload that pauses takes no room from others.
 async fn send_body(mut body: TunnelBody, mut stream: SendStream<Bytes>) {
+    let mut is_first = true;
     loop {
-        // A byte of room is room for a frame: h2 holds what is more, and no more than that one.
-        stream.reserve_capacity(1);
-        let frame = poll_fn(|cx| {
-            if stream.poll_reset(cx).is_ready() {
-                return Poll::Ready(Err(()));
-            }
-            while stream.capacity() == 0 {
-                match ready!(stream.poll_capacity(cx)) {
-                    Some(Ok(_)) => {}
-                    Some(Err(_)) | None => return Poll::Ready(Err(())),
-                }
-            }
-            Pin::new(&mut body).poll_frame(cx).map(Ok)
-        });
-        let sent = match frame.await {
+        let frame = poll_fn(|cx| match stream.poll_reset(cx) {
             // The app wants no more.
+            Poll::Ready(_) => Poll::Ready(Err(())),
+            Poll::Pending => Pin::new(&mut body).poll_frame(cx).map(Ok),
+        });
+        let data = match frame.await {
             Err(()) => return,
             Ok(None) => return drop(stream.send_data(Bytes::new(), true)),
             Ok(Some(Err(_broke_off))) => return stream.send_reset(Reason::CANCEL),
             Ok(Some(Ok(frame))) => match frame.into_data() {
-                Ok(data) => {
-                    let is_last = body.is_end_stream();
-                    let sent = stream.send_data(data, is_last);
-                    if is_last {
-                        return;
-                    }
-                    sent
-                }
+                Ok(data) => data,
                 Err(frame) => match frame.into_trailers() {
                     Ok(trailers) => return drop(stream.send_trailers(trailers)),
-                    Err(_of_no_known_kind) => Ok(()),
+                    Err(_of_no_known_kind) => continue,
                 },
             },
         };
-        if sent.is_err() {
+        // What is little goes with the head: h2 keeps it until there is room, and most bodies are no more than that.
+        let goes_at_once = std::mem::take(&mut is_first) && data.len() <= FIRST_BYTES_MAX;
+        if !goes_at_once && !data.is_empty() && !has_window(&mut stream).await {
+            return;
+        }
+        let is_last = body.is_end_stream();
+        if stream.send_data(data, is_last).is_err() || is_last {
             return;
         }
     }
 }
 
-/// Sends `request` to the app at `addr` and waits for the answer's head.
+/// Waits until the app takes a byte, which is room for a piece of a body: h2 keeps what is more, and no more than that one
+/// piece. Tells whether it does: it may want no more.
+async fn has_window(stream: &mut SendStream<Bytes>) -> bool {
+    stream.reserve_capacity(1);
+    poll_fn(|cx| {
+        while stream.capacity() == 0 {
+            if stream.poll_reset(cx).is_ready() {
+                return Poll::Ready(false);
+            }
+            match ready!(stream.poll_capacity(cx)) {
+                Some(Ok(_)) => {}
+                Some(Err(_)) | None => return Poll::Ready(false),
+            }
+        }
+        Poll::Ready(true)
+    })
+    .await
+}
+
+/// Sends `request` to the app at `addr` and waits for the answer's head; one for which the app has no room waits its turn.
 ///
 /// # Errors
-/// As any request to an app; a connection that takes no more requests is left for a new one, once.
+/// As any request to an app.
 ///
 /// # Cancel safety
-/// Dropping the future resets the request's stream.
+/// Dropping the future resets the request's stream; one that waits for room never goes out.
 pub(super) async fn call<D: Dial>(
     worker: &Rc<D>,
     addr: SocketAddr,
     request: Request<TunnelBody>,
     (told, is_asked_for): (&Told, bool),
 ) -> Result<Response<AppBody>, CallError> {
-    let of_h2 = |error| CallError::of_h2(AppError::H2(error));
-    let mut begun = shared(worker, addr).await?.begin(worker, request);
-    if let Err(Untaken { request: Some(request), .. }) = begun {
-        begun = shared(worker, addr).await?.begin(worker, *request);
-    }
-    let begun = begun.map_err(|untaken| of_h2(untaken.error))?;
+    let begun = begin(worker, addr, request).await?;
     // Many apps over HTTP/2 ask for no body. This one is there: it is asked for in its place.
     if is_asked_for {
         poll_fn(|cx| {
-            told.hear(cx, StatusCode::CONTINUE, HeaderMap::new());
+            let _is_the_first = told.hear(cx, StatusCode::CONTINUE, HeaderMap::new());
             Poll::Ready(())
         })
         .await;
@@ -293,11 +297,36 @@ pub(super) async fn call<D: Dial>(
     begun.answer(told).await.map_err(of_h2)
 }
 
-/// Returns the app's shared connection.
-async fn shared<D: Dial>(worker: &Rc<D>, addr: SocketAddr) -> Result<Http2, CallError> {
-    let pool = &worker.http().pool;
-    match pool.opened(addr) {
-        Some(connection) => Ok(connection),
-        None => Box::pin(pool.shared(worker, addr)).await.map_err(CallError::Connect),
+/// Begins a request on the app's shared connection.
+async fn begin<D: Dial>(worker: &Rc<D>, addr: SocketAddr, request: Request<TunnelBody>) -> Result<Begun, CallError> {
+    let shared = worker.http().pool.shared(addr);
+    // Nobody waits, and there is room: most times.
+    let mut at_once = shared.try_lock().ok();
+    if let Some(connection) = at_once.as_mut().and_then(|slot| slot.as_mut()?.with_room()) {
+        return connection.begin(worker, request).map_err(of_h2);
     }
+    drop(at_once);
+    Box::pin(begin_in_turn(worker, addr, &shared, request)).await
+}
+
+/// Begins a request on the app's shared connection, which is opened where there is none; all wait in one queue.
+async fn begin_in_turn<D: Dial>(
+    worker: &Rc<D>,
+    addr: SocketAddr,
+    shared: &Mutex<Option<Http2>>,
+    request: Request<TunnelBody>,
+) -> Result<Begun, CallError> {
+    let mut slot = shared.lock().await;
+    if let Some(connection) = slot.as_mut()
+        && connection.room().await.is_ok()
+    {
+        return connection.begin(worker, request).map_err(of_h2);
+    }
+    let connection = slot.insert(Pool::open(worker, addr).await.map_err(CallError::Connect)?);
+    connection.room().await.map_err(of_h2)?;
+    connection.begin(worker, request).map_err(of_h2)
+}
+
+fn of_h2(error: h2::Error) -> CallError {
+    CallError::of_h2(AppError::H2(error))
 }

@@ -14,6 +14,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
+use futures_util::FutureExt as _;
 use http::header::{self, HeaderMap, HeaderValue};
 use http::{Request, Response, StatusCode, Uri, Version, uri};
 use quinn::{RecvStream, SendStream};
@@ -169,7 +170,7 @@ async fn exchange<D: Dial>(worker: &Rc<D>, stream: Stream, on_admitted: impl Fn(
         Payload::Empty => {
             // Reads the FIN that came with the head: dropping the stream before it would send STOP_SENDING.
             let read = recv.read_chunk(1, true);
-            let _fin = futures_util::FutureExt::now_or_never(read);
+            let _fin = read.now_or_never();
             (TunnelBody::default(), None)
         }
     };
@@ -251,15 +252,15 @@ impl Told {
         self.0.replace(Some(Arc::clone(interims)));
     }
 
-    /// Notes one that an app over HTTP/2 sent; the task of `cx` is woken.
-    pub(super) fn hear(&self, cx: &Context<'_>, status: StatusCode, headers: HeaderMap) {
+    /// Notes one that an app over HTTP/2 sent; the task of `cx` is woken. Tells whether it is passed on.
+    pub(super) fn hear(&self, cx: &Context<'_>, status: StatusCode, headers: HeaderMap) -> bool {
         let mut told = self.0.borrow_mut();
         let interims = told.get_or_insert_with(|| {
             let interims = Arc::<Interims>::default();
             interims.begin(cx);
             interims
         });
-        interims.put(status, headers);
+        interims.put(status, headers)
     }
 
     /// Waits for the next one.
@@ -278,7 +279,26 @@ async fn answer(
     loop {
         tokio::select! {
             biased;
-            interim = told.next() => send_interim(state, send, interim).await?,
+            interim = told.next() => {
+                let answered = {
+                    let mut sending = pin!(send_interim(state, send, interim));
+                    // What the app says while this waits for room is read on: of an app over HTTP/2 it would be kept without end.
+                    let answered = tokio::select! {
+                        biased;
+                        sent = sending.as_mut() => {
+                            sent?;
+                            continue;
+                        }
+                        answered = call.as_mut() => answered,
+                    };
+                    sending.await?;
+                    answered
+                };
+                while let Some(interim) = told.next().now_or_never() {
+                    send_interim(state, send, interim).await?;
+                }
+                return Ok(answered);
+            }
             answered = call.as_mut() => return Ok(answered),
             error = send.stopped() => return Err(ServeError::Body(error)),
         }

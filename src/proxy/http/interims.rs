@@ -119,7 +119,7 @@ impl Interims {
                 break rest.len() <= HEAD_BYTES_MAX;
             }
             let Some((length, status, headers)) = first_of(rest) else { break false };
-            self.put(status, headers);
+            let _is_passed_on = self.put(status, headers);
             used += length;
             end_from = used;
         };
@@ -131,16 +131,17 @@ impl Interims {
         }
     }
 
-    /// Adds one.
-    pub(super) fn put(&self, status: StatusCode, headers: HeaderMap) {
+    /// Adds one; tells whether it is passed on.
+    pub(super) fn put(&self, status: StatusCode, headers: HeaderMap) -> bool {
         let mut heard = self.heard();
         if !heard.takes(status) {
-            return;
+            return false;
         }
         heard.heads.push_back((status, headers));
         self.is_any.store(true, Ordering::Release);
         drop(heard);
         self.waker.wake();
+        true
     }
 
     /// Tells whether there ever was one.

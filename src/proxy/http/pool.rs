@@ -43,7 +43,8 @@ pub(crate) struct Http1 {
     pub(super) interims: Arc<Interims>,
 }
 
-type SharedHttp2 = Rc<tokio::sync::Mutex<Option<Http2>>>;
+/// Who sends a request by it locks it; callers that wait for it to be opened share one attempt.
+pub(super) type SharedHttp2 = Rc<tokio::sync::Mutex<Option<Http2>>>;
 
 /// Why an app cannot be connected.
 #[derive(Debug, thiserror::Error)]
@@ -172,29 +173,21 @@ impl Pool {
         Ok(Http1 { sender, interims })
     }
 
-    /// Returns the shared HTTP/2 connection, if it is open.
-    pub(super) fn opened(&self, addr: SocketAddr) -> Option<Http2> {
-        let shared = self.shared.borrow();
-        let mut slot = shared.get(&addr)?.try_lock().ok()?;
-        open_in(&mut slot)
+    /// Returns the place of the HTTP/2 connection that all requests to an app share; it may be empty.
+    pub(super) fn shared(&self, addr: SocketAddr) -> SharedHttp2 {
+        Rc::clone(self.shared.borrow_mut().entry(addr).or_default())
     }
 
-    /// Returns the shared HTTP/2 connection, opened if there is none; callers that wait share one attempt.
-    pub(crate) async fn shared<D: Dial>(&self, worker: &Rc<D>, addr: SocketAddr) -> Result<Http2, ConnectError> {
-        let slot = Rc::clone(self.shared.borrow_mut().entry(addr).or_default());
-        let mut slot = slot.lock().await;
-        if let Some(connection) = open_in(&mut slot) {
-            return Ok(connection);
-        }
+    /// Opens an HTTP/2 connection.
+    pub(super) async fn open<D: Dial>(worker: &Rc<D>, addr: SocketAddr) -> Result<Http2, ConnectError> {
         let handshake = Http2::handshake(dial(worker, addr).await?).await;
-        let (shared, connection) = handshake.map_err(|error| ConnectError::Handshake { addr, source: error.into() })?;
+        let (opened, connection) = handshake.map_err(|error| ConnectError::Handshake { addr, source: error.into() })?;
         worker.spawn_untracked(async move {
             if let Err(error) = connection.await {
                 debug!(%addr, error = %error, "app connection ended");
             }
         });
-        *slot = Some(shared.clone());
-        Ok(shared)
+        Ok(opened)
     }
 
     /// Opens an HTTP/2 connection for one WebSocket; none: the app's SETTINGS allow none (RFC 8441 §3).
@@ -225,12 +218,6 @@ impl Pool {
         });
         Ok(Some(sender))
     }
-}
-
-/// Returns the connection of a place, if it is open.
-fn open_in(slot: &mut Option<Http2>) -> Option<Http2> {
-    let connection = slot.as_mut()?;
-    connection.is_open().then(|| connection.clone())
 }
 
 fn http2_builder<D: Dial>(worker: &Rc<D>) -> http2::Builder<AppExec<D>> {

@@ -13,6 +13,8 @@ type Led = (Request<h2::RecvStream>, SendResponse<Bytes>);
 struct App {
     listener: TcpListener,
     port: SocketAddr,
+    server: h2::server::Builder,
+    worker: Rc<Loopback>,
 }
 
 /// One connection of the app's.
@@ -24,10 +26,15 @@ struct Link {
 
 impl App {
     async fn start() -> Self {
+        Self::of_server(h2::server::Builder::new()).await
+    }
+
+    /// One whose connections are made by `server`.
+    async fn of_server(server: h2::server::Builder) -> Self {
         let worker = Loopback::new(Limits::default());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         worker.add(listener.local_addr().unwrap(), Protocol::Http2).await;
-        Self { port: worker.listen(false).await, listener }
+        Self { port: worker.listen(false).await, listener, server, worker }
     }
 
     async fn send(&self, request: &str) -> TcpStream {
@@ -36,9 +43,26 @@ impl App {
         caller
     }
 
+    /// Waits until so many requests wait for their turn at the connection.
+    async fn queues(&self, count: usize) {
+        let place = self.worker.http.pool.shared(self.listener.local_addr().unwrap());
+        // The pool's, this one, and one of each that waits.
+        while Rc::strong_count(&place) != 2 + count {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// Waits until the connection takes no more requests for now.
+    async fn is_full(&self) {
+        let place = self.worker.http.pool.shared(self.listener.local_addr().unwrap());
+        while place.try_lock().unwrap().as_mut().unwrap().with_room().is_some() {
+            tokio::task::yield_now().await;
+        }
+    }
+
     async fn accept(&self) -> Link {
         let (stream, _) = self.listener.accept().await.unwrap();
-        let mut connection = h2::server::handshake(stream).await.unwrap();
+        let mut connection = self.server.handshake(stream).await.unwrap();
         let (led, requests) = mpsc::channel(8);
         let (leave, mut leaves) = tokio::sync::oneshot::channel();
         tokio::task::spawn_local(async move {
@@ -62,6 +86,11 @@ impl App {
 
 fn head(status: u16) -> Response<()> {
     Response::builder().status(status).body(()).unwrap()
+}
+
+async fn answers(mut caller: TcpStream, begins: &str) {
+    let seen = rest(&mut caller).await;
+    assert!(seen.starts_with(begins), "{seen}");
 }
 
 const GET: &str = "GET / HTTP/1.1\r\nhost: web\r\nconnection: close\r\n\r\n";
@@ -95,7 +124,7 @@ fn an_answer_that_an_app_over_http2_breaks_off_never_looks_whole() {
         let app = App::start().await;
         let mut caller = app.send(GET).await;
         let mut link = app.accept().await;
-        for reason in [Reason::CANCEL, Reason::INTERNAL_ERROR] {
+        for reason in [Reason::CANCEL, Reason::INTERNAL_ERROR, Reason::NO_ERROR] {
             let (_request, mut respond) = link.requests.recv().await.unwrap();
             let mut send = respond.send_response(head(200), false).unwrap();
             send.send_data("part".into(), false).unwrap();
@@ -210,5 +239,83 @@ fn requests_after_a_goaway_go_by_a_new_connection() {
         let (_request, mut respond) = second.requests.recv().await.unwrap();
         respond.send_response(head(204), true).unwrap();
         assert!(rest(&mut third).await.starts_with("HTTP/1.1 204"));
+    });
+}
+
+#[test]
+fn no_more_interim_answers_are_passed_on_than_anybody_sends_and_no_switch_of_protocols() {
+    run(async {
+        let app = App::start().await;
+        let mut caller = app.send(GET).await;
+        let mut link = app.accept().await;
+        let (_request, mut respond) = link.requests.recv().await.unwrap();
+        for status in [101].into_iter().chain([103; 30]) {
+            respond.send_informational(head(status)).unwrap();
+        }
+        respond.send_response(head(204), true).unwrap();
+        let seen = rest(&mut caller).await;
+        assert_eq!(seen.matches("HTTP/1.1 103").count(), 8, "{seen}");
+        assert!(seen.contains("HTTP/1.1 204") && !seen.contains("101"), "{seen}");
+    });
+}
+
+#[test]
+fn a_request_that_is_given_up_while_the_app_has_no_room_for_it_never_goes_out() {
+    run(async {
+        let mut server = h2::server::Builder::new();
+        server.max_concurrent_streams(1);
+        let app = App::of_server(server).await;
+        let get = |path: &str| format!("GET {path} HTTP/1.1\r\nhost: web\r\nconnection: close\r\n\r\n");
+        // Once an answer has come, the app's SETTINGS have.
+        let first = app.send(&get("/first")).await;
+        let mut link = app.accept().await;
+        let (_request, mut respond) = link.requests.recv().await.unwrap();
+        respond.send_response(head(204), true).unwrap();
+        answers(first, "HTTP/1.1 204").await;
+
+        let under_way = app.send(&get("/under-way")).await;
+        let (_request, mut respond) = link.requests.recv().await.unwrap();
+        // One waits in h2 itself.
+        let next = app.send(&get("/next")).await;
+        app.is_full().await;
+        let given_up = app.send(&get("/given-up")).await;
+        app.queues(1).await;
+        let waits = app.send(&get("/waits")).await;
+        app.queues(2).await;
+        drop(given_up);
+        app.queues(1).await;
+        respond.send_response(head(204), true).unwrap();
+        answers(under_way, "HTTP/1.1 204").await;
+        for (path, caller) in [("/next", next), ("/waits", waits)] {
+            let (request, mut respond) = link.requests.recv().await.unwrap();
+            assert_eq!(request.uri().path(), path);
+            respond.send_response(head(204), true).unwrap();
+            answers(caller, "HTTP/1.1 204").await;
+        }
+    });
+}
+
+#[test]
+fn a_request_without_a_byte_needs_no_window_of_the_app_s() {
+    run(async {
+        let app = App::start().await;
+        let long = 200_000;
+        let mut stalled = app.send(&format!("POST / HTTP/1.1\r\nhost: web\r\ncontent-length: {long}\r\n\r\n")).await;
+        let mut link = app.accept().await;
+        let (mut request, _respond) = link.requests.recv().await.unwrap();
+        stalled.write_all(&vec![0; long]).await.unwrap();
+        // The whole window of the connection, of which nothing is given back.
+        let mut held = 0;
+        while held < 65_535 {
+            held += request.body_mut().data().await.unwrap().unwrap().len();
+        }
+        let post = "POST / HTTP/1.1\r\nhost: web\r\ntransfer-encoding: chunked\r\nconnection: close\r\n\r\n0\r\n\r\n";
+        let caller = app.send(post).await;
+        let (mut empty, mut respond) = link.requests.recv().await.unwrap();
+        while let Some(data) = empty.body_mut().data().await {
+            assert!(data.unwrap().is_empty(), "nothing but the end comes");
+        }
+        respond.send_response(head(204), true).unwrap();
+        answers(caller, "HTTP/1.1 204").await;
     });
 }
