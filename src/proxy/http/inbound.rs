@@ -7,6 +7,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
+use std::io::ErrorKind;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -591,7 +592,12 @@ fn is_multiplexed(local: &LocalInstance) -> bool {
 
 /// Tells whether a reused connection ended before it answered anything.
 fn is_stale(error: &hyper::Error) -> bool {
-    error.is_incomplete_message() || error.is_canceled() || error.is_closed()
+    // An app that closes with bytes unread, or dies, sends RST in place of FIN: it means the same.
+    let cause = std::error::Error::source(error).and_then(|cause| cause.downcast_ref::<std::io::Error>());
+    let is_reset = cause.is_some_and(|cause| {
+        matches!(cause.kind(), ErrorKind::ConnectionReset | ErrorKind::ConnectionAborted | ErrorKind::BrokenPipe)
+    });
+    is_reset || error.is_incomplete_message() || error.is_canceled() || error.is_closed()
 }
 
 /// What weft adds to an app's request.

@@ -52,9 +52,9 @@ fn where_every_stream_breaks_the_budget_bounds_what_is_sent_again_without_a_poli
     });
 }
 
-/// An app that answers the first request of its first connection, and then takes each and closes. Returns how many it took
+/// An app that answers the first request of its first connection, and then takes each and closes, by RST if `resets`. Returns how many it took
 /// after the first one, and the heads of these.
-async fn closing() -> (SocketAddr, mpsc::Receiver<String>) {
+async fn closing(resets: bool) -> (SocketAddr, mpsc::Receiver<String>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let addr = listener.local_addr().unwrap();
     let (seen, messages) = mpsc::channel(64);
@@ -67,6 +67,9 @@ async fn closing() -> (SocketAddr, mpsc::Receiver<String>) {
                 while !head.ends_with(b"\r\n\r\n") && stream.read_buf(&mut head).await.unwrap() > 0 {}
                 if !std::mem::take(&mut is_first) {
                     seen.try_send(String::from_utf8(head).unwrap()).unwrap();
+                    if resets {
+                        stream.set_zero_linger().unwrap();
+                    }
                     break;
                 }
                 stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await.unwrap();
@@ -79,9 +82,9 @@ async fn closing() -> (SocketAddr, mpsc::Receiver<String>) {
 #[test]
 fn a_request_meets_an_app_as_often_as_its_route_says_whoever_repeats_it() {
     run(async {
-        for (times, want) in [(0, 2), (1, 2), (2, 3)] {
+        for (times, want, resets) in [(0, 2, false), (0, 2, true), (1, 2, false), (2, 3, true)] {
             let worker = Loopback::new(Limits::default());
-            let (addr, mut messages) = closing().await;
+            let (addr, mut messages) = closing(resets).await;
             worker.add(addr, Protocol::Http).await;
             super::routed::say(&worker, &[route(&json!({"NumRetries": times, "RetryOn": ["5xx"]}))]);
             let port = worker.listen(false).await;
