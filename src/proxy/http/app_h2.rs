@@ -7,8 +7,9 @@
 //!
 //! By h2 itself: hyper's client takes every request by a queue to its connection's task and every answer by a task of its
 //! own back, and tells of no interim answer.
-//! Invariants: a header that frames a message of HTTP/1.1 fails its request (h2 looks at them); a request that nobody waits for any more is reset
-//! (CANCEL), with its body; an answer that the app breaks off never looks whole; the app's window opens as its bytes are read.
+//! Invariants: a header that frames a message of HTTP/1.1 fails its request (h2 looks at them); a request that nobody waits
+//! for any more is reset (CANCEL), with its body; an answer that the app breaks off never looks whole; the app's window opens
+//! as its bytes are read.
 //! Not here: which connections there are (`pool`), WebSockets, which have one each, by hyper (`websocket`).
 
 use std::future::poll_fn;
@@ -31,14 +32,12 @@ use super::body::TunnelBody;
 use super::headers;
 use super::inbound::{CallError, Told};
 use super::io::AppIo;
-use super::pool::Pool;
+use super::pool::{HEAD_BYTES_MAX, Pool};
 use super::{Dial, FIRST_BYTES_MAX};
 
 /// HTTP/2 windows towards the app: a loopback without stalls; streams whose callers do not read leave room for 60 others.
 pub(super) const STREAM_WINDOW: u32 = 1024 * 1024;
 pub(super) const CONNECTION_WINDOW: u32 = 64 * 1024 * 1024;
-/// Longest list of headers that an app may answer, in bytes: as on the wire between agents.
-pub(super) const HEADER_LIST_MAX: usize = crate::proxy::head::HEAD_BYTES_MAX;
 /// Streams that are opened before the app's SETTINGS have come: as hyper and Go.
 const STREAMS_UNTOLD: usize = 100;
 
@@ -122,7 +121,7 @@ impl Http2 {
             .initial_max_send_streams(STREAMS_UNTOLD)
             .initial_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
-            .max_header_list_size(u32::try_from(HEADER_LIST_MAX).unwrap_or(u32::MAX));
+            .max_header_list_size(u32::try_from(HEAD_BYTES_MAX).unwrap_or(u32::MAX));
         let (sender, connection) = builder.handshake(TokioIo::new(io)).await?;
         Ok((Self(sender), connection))
     }

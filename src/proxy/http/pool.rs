@@ -30,7 +30,7 @@ const IDLE_MAX: usize = 512;
 /// An idle connection is closed after this: below the 60-75 s after which common servers close it.
 const IDLE_FOR: Duration = Duration::from_secs(30);
 /// Longest head of an app's response, in bytes, as on the wire between agents.
-const HEAD_BYTES_MAX: usize = crate::proxy::head::HEAD_BYTES_MAX;
+pub(super) const HEAD_BYTES_MAX: usize = crate::proxy::head::HEAD_BYTES_MAX;
 /// How often it is looked whether an app's SETTINGS have come: they are the first that it sends.
 const SETTINGS_PAUSE_MIN: Duration = Duration::from_millis(1);
 const SETTINGS_PAUSE_MAX: Duration = Duration::from_millis(100);

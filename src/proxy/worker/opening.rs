@@ -293,9 +293,9 @@ impl Worker {
         Some((streams, tunnel, now))
     }
 
-    /// Opens a stream on the tunnel of `key`, which is dialled where it is not open; a tunnel that turns out to be lost is dialled once more, in what is left of the
-    /// time. A tunnel that does not come within `limit` has failed; one that gives no stream in that time is full. Also returns
-    /// when that was.
+    /// Opens a stream on the tunnel of `key`, which is dialled where it is not open; a tunnel that turns out to be lost is
+    /// dialled once more, in what is left of the time. A tunnel that does not come within `limit` has failed; one that gives no
+    /// stream in that time is full. Also returns when that was.
     async fn stream(
         &self,
         key: &TunnelKey,
