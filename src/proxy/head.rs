@@ -309,6 +309,12 @@ pub(crate) struct Inbox {
 }
 
 impl Inbox {
+    /// Returns another that shares its bytes; none: they are more than `bytes_max`.
+    pub(crate) fn copy(&mut self, bytes_max: usize) -> Option<Self> {
+        self.settle();
+        (self.bytes.len() <= bytes_max).then(|| Self { bytes: self.bytes.clone(), ..Self::default() })
+    }
+
     /// Adds received bytes.
     pub(crate) fn push(&mut self, chunk: Bytes) {
         if self.is_empty() {

@@ -1,7 +1,7 @@
 //! Requests to an app over HTTP/2, and its answers.
 //!
 //! ```text
-//!   request -> its turn at the app's shared connection -> stream: head, body (a task of its own, unless it is there whole)
+//!   request -> a stream of a connection to the app: head, body (a task of its own, unless it is there whole)
 //!                 interim heads, head, body as it is read <--'
 //! ```
 //!
@@ -10,7 +10,7 @@
 //! Invariants: a header that frames a message of HTTP/1.1 fails its request (h2 looks at them); a request that nobody waits
 //! for any more is reset (CANCEL), with its body; an answer that the app breaks off never looks whole; the app's window opens
 //! as its bytes are read.
-//! Not here: which connections there are (`pool`), WebSockets, which have one each, by hyper (`websocket`).
+//! Not here: which connections there are (`h2_connections`), WebSockets, which have one each, by hyper (`websocket`).
 
 use std::future::poll_fn;
 use std::net::SocketAddr;
@@ -25,21 +25,13 @@ use http::header::{self, HeaderMap, HeaderValue};
 use http::{Method, Request, Response, StatusCode};
 use http_body::{Body, Frame};
 use hyper::body::Incoming;
-use hyper_util::rt::TokioIo;
-use tokio::sync::{Mutex, oneshot};
+use tokio::sync::oneshot;
 
 use super::body::TunnelBody;
+use super::h2_connections::Taken;
 use super::headers;
 use super::inbound::{CallError, Told};
-use super::io::AppIo;
-use super::pool::{HEAD_BYTES_MAX, Pool};
 use super::{Dial, FIRST_BYTES_MAX};
-
-/// HTTP/2 windows towards the app: a loopback without stalls; streams whose callers do not read leave room for 60 others.
-pub(super) const STREAM_WINDOW: u32 = 1024 * 1024;
-pub(super) const CONNECTION_WINDOW: u32 = 64 * 1024 * 1024;
-/// Streams that are opened before the app's SETTINGS have come: as hyper and Go.
-const STREAMS_UNTOLD: usize = 100;
 
 /// Why an app's connection, of either kind, carries no message any more.
 #[derive(Debug, thiserror::Error)]
@@ -71,7 +63,7 @@ pub(crate) enum AppBody {
     /// Of an app over HTTP/1.1.
     Http1(Incoming),
     /// Of an app over HTTP/2.
-    Http2(RecvStream),
+    Http2(RecvStream, #[expect(dead_code, reason = "keeps the stream's place until it is over")] Rc<Taken>),
 }
 
 impl Body for AppBody {
@@ -81,14 +73,14 @@ impl Body for AppBody {
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, AppError>>> {
         match &mut *self {
             Self::Http1(body) => Pin::new(body).poll_frame(cx).map_err(AppError::Hyper),
-            Self::Http2(stream) => poll_stream(stream, cx).map_err(AppError::H2),
+            Self::Http2(stream, _) => poll_stream(stream, cx).map_err(AppError::H2),
         }
     }
 
     fn is_end_stream(&self) -> bool {
         match self {
             Self::Http1(body) => body.is_end_stream(),
-            Self::Http2(stream) => stream.is_end_stream(),
+            Self::Http2(stream, _) => stream.is_end_stream(),
         }
     }
 }
@@ -106,65 +98,33 @@ fn poll_stream(stream: &mut RecvStream, cx: &mut Context<'_>) -> Poll<Option<Res
     })
 }
 
-/// An app's HTTP/2 connection. Who sends has it alone, and waits until the app has room for one more stream (its
-/// `SETTINGS_MAX_CONCURRENT_STREAMS`), or nearly: one request waits with h2. That has room for all, but one that is given up
-/// there still goes out, to be reset, and apps close connections for a number of those.
-#[derive(Debug)]
-pub(crate) struct Http2(SendRequest<Bytes>);
-
-impl Http2 {
-    /// Begins HTTP/2 on `io`; also returns what carries the connection and has to run until it ends.
-    pub(super) async fn handshake(io: AppIo) -> Result<(Self, impl Future<Output = Result<(), h2::Error>>), h2::Error> {
-        let mut builder = h2::client::Builder::new();
-        builder
-            .enable_push(false)
-            .initial_max_send_streams(STREAMS_UNTOLD)
-            .initial_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(CONNECTION_WINDOW)
-            .max_header_list_size(u32::try_from(HEAD_BYTES_MAX).unwrap_or(u32::MAX));
-        let (sender, connection) = builder.handshake(TokioIo::new(io)).await?;
-        Ok((Self(sender), connection))
+/// Sends `request` where there is room for it, which `taken` keeps.
+pub(super) fn send<D: Dial>(
+    worker: &Rc<D>,
+    sender: &mut SendRequest<Bytes>,
+    request: Request<TunnelBody>,
+    taken: Rc<Taken>,
+) -> Result<Begun, h2::Error> {
+    let (parts, body) = request.into_parts();
+    let mut request = Request::from_parts(parts, ());
+    // A length that is known is told, as over HTTP/1.1; that there is nothing, only where something is usual.
+    if let Some(length) = body.size_hint().exact()
+        && (length > 0 || !matches!(*request.method(), Method::GET | Method::HEAD | Method::DELETE | Method::CONNECT))
+        && !request.headers().contains_key(header::CONTENT_LENGTH)
+    {
+        request.headers_mut().insert(header::CONTENT_LENGTH, HeaderValue::from(length));
     }
-
-    /// Tells whether it takes requests, now or later: none any more after a GOAWAY, nor once it is closed.
-    pub(super) fn is_open(&mut self) -> bool {
-        !matches!(self.0.poll_ready(&mut Context::from_waker(Waker::noop())), Poll::Ready(Err(_)))
-    }
-
-    /// Returns it if it takes a request now.
-    pub(super) fn with_room(&mut self) -> Option<&mut Self> {
-        let checked = self.0.poll_ready(&mut Context::from_waker(Waker::noop()));
-        matches!(checked, Poll::Ready(Ok(()))).then_some(self)
-    }
-
-    /// Waits until it takes a request.
-    async fn room(&mut self) -> Result<(), h2::Error> {
-        poll_fn(|cx| self.0.poll_ready(cx)).await
-    }
-
-    /// Begins a request, where there is room for it.
-    fn begin<D: Dial>(&mut self, worker: &Rc<D>, request: Request<TunnelBody>) -> Result<Begun, h2::Error> {
-        let (parts, body) = request.into_parts();
-        let mut request = Request::from_parts(parts, ());
-        // A length that is known is told, as over HTTP/1.1; that there is nothing, only where something is usual.
-        if let Some(length) = body.size_hint().exact()
-            && (length > 0
-                || !matches!(*request.method(), Method::GET | Method::HEAD | Method::DELETE | Method::CONNECT))
-            && !request.headers().contains_key(header::CONTENT_LENGTH)
-        {
-            request.headers_mut().insert(header::CONTENT_LENGTH, HeaderValue::from(length));
-        }
-        let is_whole = body.is_end_stream();
-        let (response, stream) = self.0.send_request(request, is_whole)?;
-        let upload = if is_whole { None } else { Upload::begin(worker, body, stream) };
-        Ok(Begun { response, upload })
-    }
+    let is_whole = body.is_end_stream();
+    let (response, stream) = sender.send_request(request, is_whole)?;
+    let upload = if is_whole { None } else { Upload::begin(worker, body, (stream, Rc::clone(&taken))) };
+    Ok(Begun { response, upload, taken })
 }
 
 /// A request whose answer has not come. Dropping it resets its stream.
-struct Begun {
+pub(super) struct Begun {
     response: ResponseFuture,
     upload: Option<Upload>,
+    taken: Rc<Taken>,
 }
 
 impl Begun {
@@ -187,7 +147,7 @@ impl Begun {
         if let Some(upload) = self.upload {
             upload.goes_on();
         }
-        Ok(response.map(AppBody::Http2))
+        Ok(response.map(|stream| AppBody::Http2(stream, self.taken)))
     }
 }
 
@@ -196,7 +156,11 @@ struct Upload(oneshot::Sender<()>);
 
 impl Upload {
     /// Sends what is there of `body`; none: that is all. The rest has a task of its own.
-    fn begin<D: Dial>(worker: &Rc<D>, body: TunnelBody, stream: SendStream<Bytes>) -> Option<Self> {
+    fn begin<D: Dial>(
+        worker: &Rc<D>,
+        body: TunnelBody,
+        (stream, taken): (SendStream<Bytes>, Rc<Taken>),
+    ) -> Option<Self> {
         let mut upload = Box::pin(send_body(body, stream));
         if upload.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_ready() {
             return None;
@@ -208,6 +172,7 @@ impl Upload {
                 () = upload.as_mut() => {}
                 Err(_given_up) = is_wanted => {}
             }
+            drop((upload, taken));
         });
         Some(Self(goes_on))
     }
@@ -284,7 +249,7 @@ pub(super) async fn call<D: Dial>(
     request: Request<TunnelBody>,
     (told, is_asked_for): (&Told, bool),
 ) -> Result<Response<AppBody>, CallError> {
-    let begun = begin(worker, addr, request).await?;
+    let begun = worker.http().pool.shared(addr).begin(worker, addr, request).await?;
     // Many apps over HTTP/2 ask for no body. This one is there: it is asked for in its place.
     if is_asked_for {
         poll_fn(|cx| {
@@ -293,39 +258,17 @@ pub(super) async fn call<D: Dial>(
         })
         .await;
     }
-    begun.answer(told).await.map_err(of_h2)
-}
-
-/// Begins a request on the app's shared connection.
-async fn begin<D: Dial>(worker: &Rc<D>, addr: SocketAddr, request: Request<TunnelBody>) -> Result<Begun, CallError> {
-    let shared = worker.http().pool.shared(addr);
-    // Nobody waits, and there is room: most times.
-    let mut at_once = shared.try_lock().ok();
-    if let Some(connection) = at_once.as_mut().and_then(|slot| slot.as_mut()?.with_room()) {
-        return connection.begin(worker, request).map_err(of_h2);
+    let is_on_kept = begun.taken.is_on_kept;
+    let error = match begun.answer(told).await {
+        Ok(response) => return Ok(response),
+        Err(error) => error,
+    };
+    let is_cut_off = error.is_io();
+    if is_cut_off {
+        worker.http().pool.shared(addr).forget();
     }
-    drop(at_once);
-    Box::pin(begin_in_turn(worker, addr, &shared, request)).await
-}
-
-/// Begins a request on the app's shared connection, which is opened where there is none; all wait in one queue.
-async fn begin_in_turn<D: Dial>(
-    worker: &Rc<D>,
-    addr: SocketAddr,
-    shared: &Mutex<Option<Http2>>,
-    request: Request<TunnelBody>,
-) -> Result<Begun, CallError> {
-    let mut slot = shared.lock().await;
-    if let Some(connection) = slot.as_mut()
-        && connection.room().await.is_ok()
-    {
-        return connection.begin(worker, request).map_err(of_h2);
-    }
-    let connection = slot.insert(Pool::open(worker, addr).await.map_err(CallError::Connect)?);
-    connection.room().await.map_err(of_h2)?;
-    connection.begin(worker, request).map_err(of_h2)
-}
-
-fn of_h2(error: h2::Error) -> CallError {
-    CallError::of_h2(AppError::H2(error))
+    Err(match CallError::of_h2(AppError::H2(error)) {
+        CallError::App(error) if is_cut_off && is_on_kept && !told.were_any() => CallError::Stale(error),
+        error => error,
+    })
 }

@@ -128,6 +128,8 @@ struct Message {
     /// Bytes that the message's `content-length` still promises.
     promised: Option<u64>,
     failed: bool,
+    /// How reading ended, which whoever reads has not met yet.
+    broken: Option<BodyError>,
     limit: Option<Box<BodyLimit>>,
     lease: Lease,
     unsent: Option<Unsent>,
@@ -224,12 +226,18 @@ impl TunnelBody {
     pub(crate) fn whole(&mut self) -> Option<Rc<Cell<bool>>> {
         self.0.as_mut()?.whole()
     }
+
+    /// Returns another body of the same content, before anything is taken of this one; none: not all of it is here, or it is
+    /// long. Copies no bytes. Who waits is woken as by reading.
+    pub(super) fn copy(&mut self, cx: &mut Context<'_>) -> Option<Self> {
+        self.0.as_mut().map_or_else(|| Some(Self::default()), |message| message.copy(cx))
+    }
 }
 
 impl Message {
-    /// Reads once.
+    /// Reads once; once all is read, tells whether the message may end with what was taken of it.
     fn fill(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BodyError>> {
-        let Some(recv) = &mut self.recv else { return Poll::Ready(Ok(())) };
+        let Some(recv) = &mut self.recv else { return Poll::Ready(self.check_end()) };
         let chunk = {
             let mut read = pin!(recv.read_chunk(READ_BYTES_MAX, true));
             match read.as_mut().poll(cx) {
@@ -241,9 +249,7 @@ impl Message {
             Ok(Some(chunk)) => self.inbox.push(chunk.bytes),
             Ok(None) => {
                 self.recv = None;
-                if !self.decoder.may_end(&self.inbox) {
-                    return Poll::Ready(Err(BodyError::Truncated));
-                }
+                return Poll::Ready(if self.inbox.is_empty() { self.check_end() } else { Ok(()) });
             }
             Err(error) => {
                 self.recv = None;
@@ -251,6 +257,26 @@ impl Message {
             }
         }
         Poll::Ready(Ok(()))
+    }
+
+    fn check_end(&self) -> Result<(), BodyError> {
+        if self.decoder.may_end(&self.inbox) { Ok(()) } else { Err(BodyError::Truncated) }
+    }
+
+    fn copy(&mut self, cx: &mut Context<'_>) -> Option<TunnelBody> {
+        if self.promised.is_some_and(|promised| promised > FIRST_BYTES_MAX as u64) {
+            return None;
+        }
+        // Its end may not have been looked for.
+        if let Poll::Ready(Err(error)) = self.fill(cx) {
+            self.broken = Some(error);
+        }
+        if self.recv.is_some() || self.broken.is_some() {
+            return None;
+        }
+        let mut copy = Box::<Self>::default();
+        (copy.inbox, copy.promised) = (self.inbox.copy(FIRST_BYTES_MAX)?, self.promised);
+        Some(TunnelBody(Some(copy)))
     }
 
     fn fail(&mut self, error: BodyError) -> BodyError {
@@ -342,6 +368,10 @@ impl Message {
                     return Poll::Ready(Some(Ok(frame)));
                 }
                 Ok(None) if this.recv.is_none() => {
+                    let broken = this.broken.take().or_else(|| this.check_end().err());
+                    if let Some(error) = broken {
+                        return Poll::Ready(Some(Err(this.fail(error))));
+                    }
                     if this.promised.is_some_and(|promised| promised > 0) {
                         return Poll::Ready(Some(Err(this.fail(BodyError::Truncated))));
                     }
@@ -363,7 +393,8 @@ impl Message {
 
     fn is_end_stream(&self) -> bool {
         let is_read = self.text.is_empty() && self.recv.is_none() && self.inbox.is_empty();
-        is_read && !self.failed && self.promised.is_none_or(|promised| promised == 0)
+        let is_broken = self.failed || self.broken.is_some();
+        is_read && !is_broken && self.promised.is_none_or(|promised| promised == 0)
     }
 
     fn size_hint(&self) -> SizeHint {

@@ -88,6 +88,12 @@ pub(super) enum CallError {
     /// It processed nothing of the request, and says so.
     #[error("the app refused the request unread")]
     Refused(#[source] AppError),
+    /// As above, by ending the connection for no fault of the request's: another one may take it.
+    #[error("the app ended the connection before it read the request")]
+    LeftOut(#[source] AppError),
+    /// The connection, which had served others, ended with nothing answered: the app may have been about to close it.
+    #[error("the app's connection ended before it answered")]
+    Stale(#[source] AppError),
     /// It takes no WebSockets over HTTP/2.
     #[error("the app's SETTINGS allow no WebSocket over HTTP/2 (RFC 8441)")]
     NoWebsocket,
@@ -99,12 +105,11 @@ impl CallError {
     /// That of a request over HTTP/2: a refused stream, or one that a graceful GOAWAY left out, was not processed (RFC 9113
     /// §8.7, §6.8). A GOAWAY for an error leaves streams out as well, but the next app may give the same answer.
     pub(super) fn of_h2(error: AppError) -> Self {
-        let is_unread = error.h2().is_some_and(|h2| {
-            let is_refused = h2.is_reset() && h2.reason() == Some(h2::Reason::REFUSED_STREAM);
-            let is_left_out = h2.is_go_away() && h2.reason() == Some(h2::Reason::NO_ERROR);
-            h2.is_remote() && (is_refused || is_left_out)
-        });
-        if is_unread { Self::Refused(error) } else { Self::App(error) }
+        match error.h2().filter(|h2| h2.is_remote()) {
+            Some(h2) if h2.is_reset() && h2.reason() == Some(h2::Reason::REFUSED_STREAM) => Self::Refused(error),
+            Some(h2) if h2.is_go_away() && h2.reason() == Some(h2::Reason::NO_ERROR) => Self::LeftOut(error),
+            _ => Self::App(error),
+        }
     }
 }
 
@@ -191,7 +196,7 @@ async fn exchange<D: Dial>(worker: &Rc<D>, stream: Stream, on_admitted: impl Fn(
     };
     let Answered { mut response, reusable } = match answered {
         Ok(answered) => answered,
-        Err(error @ (CallError::Connect(_) | CallError::Refused(_))) => {
+        Err(error @ (CallError::Connect(_) | CallError::Refused(_) | CallError::LeftOut(_))) => {
             debug!(service = %local.service, error = %error, "app not reached");
             // The status byte is said once.
             if send.has_status() {
@@ -206,7 +211,7 @@ async fn exchange<D: Dial>(worker: &Rc<D>, stream: Stream, on_admitted: impl Fn(
             let refusal = Refusal::no_websocket(&local.service);
             return turn_away(state, &mut send, refusal, (&mut exchange, is_grpc)).await;
         }
-        Err(CallError::App(error)) => {
+        Err(CallError::App(error) | CallError::Stale(error)) => {
             debug!(service = %local.service, error = %error, "app broke off");
             return broke_off(state, &mut send, (local, &mut exchange, &second), is_grpc).await;
         }
@@ -262,6 +267,11 @@ impl Told {
             interims
         });
         interims.put(status, headers)
+    }
+
+    /// Tells whether there ever was one.
+    pub(super) fn were_any(&self) -> bool {
+        self.0.borrow().as_ref().is_some_and(|interims| interims.were_any())
     }
 
     /// Waits for the next one.
@@ -522,7 +532,7 @@ async fn switch(
 
 /// Sends the request to the app and waits for the head of its response.
 ///
-/// A pooled connection may have been closed by the app just then: if it took nothing of the request, or nothing that
+/// A kept connection may have been closed by the app just then: if it took nothing of the request, or nothing that
 /// must not be repeated, a fresh one is tried once. What somebody else repeats goes by a fresh one at once, and once.
 async fn call<D: Dial>(
     worker: &Rc<D>,
@@ -543,7 +553,23 @@ async fn call<D: Dial>(
         return Ok(Answered { response, reusable: None });
     }
     if is_multiplexed(local) {
-        let response = app_h2::call(worker, addr, request, (told, is_asked_for)).await?;
+        // What is here of a body as a whole can be sent again.
+        let copy = poll_fn(|cx| Poll::Ready(request.body_mut().copy(cx))).await;
+        let called = app_h2::call(worker, addr, request, (told, is_asked_for)).await;
+        let is_again = match &called {
+            Err(CallError::LeftOut(_)) => true,
+            Err(CallError::Stale(_)) => repeatable && !is_repeat,
+            _ => false,
+        };
+        let response = match (called, copy) {
+            (Err(error), Some(body)) if is_again => {
+                let head = head::decode_request(block);
+                second.0.set(matches!(error, CallError::Stale(_)));
+                let Ok(head) = head else { return Err(error) };
+                Box::pin(app_h2::call(worker, addr, build(head, body, local, added), (told, false))).await?
+            }
+            (called, _) => called?,
+        };
         return Ok(Answered { response, reusable: None });
     }
     let pooled = if is_repeat { None } else { state.pool.checkout(addr).await };

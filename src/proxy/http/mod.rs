@@ -17,6 +17,7 @@ mod app_h2;
 mod attempt;
 mod body;
 mod gate;
+mod h2_connections;
 mod headers;
 pub(crate) mod inbound;
 mod interims;
@@ -180,7 +181,7 @@ const SCRATCH_BYTES: usize = 16 * 1024;
 /// Callers whose identity header is kept ready: far above the peers that one worker serves at once.
 const PEERS_MAX: usize = 4096;
 
-/// Time limits, with their defaults' reasons.
+/// Limits, with their defaults' reasons.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Limits {
     /// A head that began must be whole after at most this: slow senders hold no connection. 30 s, as nginx and hyper.
@@ -191,6 +192,9 @@ pub(crate) struct Limits {
     pub(crate) idle: Duration,
     /// Connecting to an app on this host: 5 s, a full backlog answers nothing.
     pub(crate) connect: Duration,
+    /// HTTP/2 connections of a worker to one app: 64, which have 6,400 streams and more where servers allow the usual 100 to
+    /// 250; without an end, an app that allows one would get a connection for each request.
+    pub(crate) app_connections: usize,
 }
 
 impl Default for Limits {
@@ -200,6 +204,7 @@ impl Default for Limits {
             response: Duration::from_mins(1),
             idle: Duration::from_hours(1),
             connect: Duration::from_secs(5),
+            app_connections: 64,
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Connections from a worker to the apps on its host.
 //!
-//! HTTP/1.1: idle keep-alive connections per address, the last used first. HTTP/2: one shared connection per address, and one
-//! for each WebSocket.
+//! HTTP/1.1: idle keep-alive connections per address, the last used first. HTTP/2: shared ones per address
+//! (`h2_connections`), and one for each WebSocket.
 //! Invariants: a connection waits here only after both its request and its response were whole; one that the app closed
 //! is dropped at checkout. The drain waits for requests and their bodies, never for a connection to an app: its tasks are not tracked.
 //! Not here: how many connections an app may get (a limit per route).
@@ -20,8 +20,9 @@ use tokio::time::Instant;
 use tracing::debug;
 
 use super::Dial;
-use super::app_h2::{self, AppError, Http2};
+use super::app_h2::AppError;
 use super::body::TunnelBody;
+use super::h2_connections::{self, Connections};
 use super::interims::Interims;
 use super::io::AppIo;
 
@@ -43,9 +44,6 @@ pub(crate) struct Http1 {
     pub(super) interims: Arc<Interims>,
 }
 
-/// Who sends a request by it locks it; callers that wait for it to be opened share one attempt.
-pub(super) type SharedHttp2 = Rc<tokio::sync::Mutex<Option<Http2>>>;
-
 /// Why an app cannot be connected.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ConnectError {
@@ -57,6 +55,8 @@ pub(crate) enum ConnectError {
     },
     #[error("the app at {addr} does not accept the connection in time")]
     Timeout { addr: SocketAddr },
+    #[error("the app at {addr} closed the connection before it began to speak HTTP/2")]
+    Closed { addr: SocketAddr },
     #[error("the app at {addr} does not speak HTTP/2")]
     Handshake {
         addr: SocketAddr,
@@ -75,7 +75,7 @@ struct Idle {
 #[derive(Debug, Default)]
 pub(crate) struct Pool {
     idle: RefCell<HashMap<SocketAddr, VecDeque<Idle>>>,
-    shared: RefCell<HashMap<SocketAddr, SharedHttp2>>,
+    shared: RefCell<HashMap<SocketAddr, Rc<Connections>>>,
     sweeping: Cell<bool>,
 }
 
@@ -133,6 +133,12 @@ impl Pool {
             queue.pop_front();
         }
         queue.push_back(Idle { connection, since: crate::clock::now() });
+        drop(idle);
+        self.keep_sweeping(worker);
+    }
+
+    /// Closes from here on what is idle too long.
+    pub(super) fn keep_sweeping<D: Dial>(self: &Rc<Self>, worker: &Rc<D>) {
         if !self.sweeping.replace(true) {
             worker.spawn_untracked(Rc::clone(self).sweep());
         }
@@ -150,10 +156,10 @@ impl Pool {
                 }
             }
             idle.retain(|_, queue| !queue.is_empty());
-            self.shared.borrow_mut().retain(|_, shared| {
-                shared.try_lock().map_or(true, |mut slot| slot.as_mut().is_some_and(Http2::is_open))
-            });
-            self.sweeping.set(!idle.is_empty());
+            let mut shared = self.shared.borrow_mut();
+            // Who holds them may be opening one.
+            shared.retain(|_, connections| connections.sweep() || Rc::strong_count(connections) > 1);
+            self.sweeping.set(!idle.is_empty() || !shared.is_empty());
         }
     }
 
@@ -173,21 +179,9 @@ impl Pool {
         Ok(Http1 { sender, interims })
     }
 
-    /// Returns the place of the HTTP/2 connection that all requests to an app share; it may be empty.
-    pub(super) fn shared(&self, addr: SocketAddr) -> SharedHttp2 {
+    /// Returns the HTTP/2 connections to an app; there may be none.
+    pub(super) fn shared(&self, addr: SocketAddr) -> Rc<Connections> {
         Rc::clone(self.shared.borrow_mut().entry(addr).or_default())
-    }
-
-    /// Opens an HTTP/2 connection.
-    pub(super) async fn open<D: Dial>(worker: &Rc<D>, addr: SocketAddr) -> Result<Http2, ConnectError> {
-        let handshake = Http2::handshake(dial(worker, addr).await?).await;
-        let (opened, connection) = handshake.map_err(|error| ConnectError::Handshake { addr, source: error.into() })?;
-        worker.spawn_untracked(async move {
-            if let Err(error) = connection.await {
-                debug!(%addr, error = %error, "app connection ended");
-            }
-        });
-        Ok(opened)
     }
 
     /// Opens an HTTP/2 connection for one WebSocket; none: the app's SETTINGS allow none (RFC 8441 §3).
@@ -223,13 +217,13 @@ impl Pool {
 fn http2_builder<D: Dial>(worker: &Rc<D>) -> http2::Builder<AppExec<D>> {
     let mut builder = http2::Builder::new(AppExec(Rc::clone(worker)));
     builder
-        .initial_stream_window_size(app_h2::STREAM_WINDOW)
-        .initial_connection_window_size(app_h2::CONNECTION_WINDOW)
+        .initial_stream_window_size(h2_connections::STREAM_WINDOW)
+        .initial_connection_window_size(h2_connections::CONNECTION_WINDOW)
         .max_header_list_size(u32::try_from(HEAD_BYTES_MAX).unwrap_or(u32::MAX));
     builder
 }
 
-async fn dial<D: Dial>(worker: &Rc<D>, addr: SocketAddr) -> Result<AppIo, ConnectError> {
+pub(super) async fn dial<D: Dial>(worker: &Rc<D>, addr: SocketAddr) -> Result<AppIo, ConnectError> {
     let limit = worker.http().limits.connect;
     let connected = tokio::time::timeout(limit, TcpStream::connect(addr)).await;
     let stream =

@@ -4,7 +4,9 @@ use h2::Reason;
 use h2::server::SendResponse;
 
 use super::edge::{rest, until};
+use super::floods::{GOAWAY, HEADERS, PREFACE, SETTINGS, frame};
 use super::*;
+use crate::proxy::http::h2_connections::Connections;
 
 /// A request as the app got it.
 type Led = (Request<h2::RecvStream>, SendResponse<Bytes>);
@@ -24,14 +26,29 @@ struct Link {
     leave: Option<tokio::sync::oneshot::Sender<()>>,
 }
 
+impl Link {
+    /// Takes the next request, of this path.
+    async fn asked(&mut self, path: &str) -> SendResponse<Bytes> {
+        let (request, respond) = self.requests.recv().await.unwrap();
+        assert_eq!(request.uri().path(), path);
+        respond
+    }
+}
+
 impl App {
     async fn start() -> Self {
-        Self::of_server(h2::server::Builder::new()).await
+        Self::limited(h2::server::Builder::new(), usize::MAX).await
     }
 
-    /// One whose connections are made by `server`.
-    async fn of_server(server: h2::server::Builder) -> Self {
-        let worker = Loopback::new(Limits::default());
+    /// One whose connections, so many at most, allow one stream each.
+    async fn of_single_streams(connections: usize) -> Self {
+        let mut server = h2::server::Builder::new();
+        server.max_concurrent_streams(1);
+        Self::limited(server, connections).await
+    }
+
+    async fn limited(server: h2::server::Builder, app_connections: usize) -> Self {
+        let worker = Loopback::new(Limits { app_connections, ..Limits::default() });
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         worker.add(listener.local_addr().unwrap(), Protocol::Http2).await;
         Self { port: worker.listen(false).await, listener, server, worker }
@@ -43,19 +60,15 @@ impl App {
         caller
     }
 
-    /// Waits until so many requests wait for their turn at the connection.
-    async fn queues(&self, count: usize) {
-        let place = self.worker.http.pool.shared(self.listener.local_addr().unwrap());
-        // The pool's, this one, and one of each that waits.
-        while Rc::strong_count(&place) != 2 + count {
-            tokio::task::yield_now().await;
-        }
+    fn connections(&self) -> Rc<Connections> {
+        self.worker.http.pool.shared(self.listener.local_addr().unwrap())
     }
 
-    /// Waits until the connection takes no more requests for now.
-    async fn is_full(&self) {
-        let place = self.worker.http.pool.shared(self.listener.local_addr().unwrap());
-        while place.try_lock().unwrap().as_mut().unwrap().with_room().is_some() {
+    /// Waits until so many requests wait for a stream.
+    async fn queues(&self, count: usize) {
+        let connections = self.connections();
+        // The pool's, this one, and one of each that waits.
+        while Rc::strong_count(&connections) != 2 + count {
             tokio::task::yield_now().await;
         }
     }
@@ -68,12 +81,15 @@ impl App {
         tokio::task::spawn_local(async move {
             loop {
                 tokio::select! {
+                    biased;
                     Ok(()) = &mut leaves => {
                         connection.graceful_shutdown();
                         break;
                     }
-                    Some(Ok(request)) = connection.accept() => led.try_send(request).unwrap(),
-                    else => return,
+                    accepted = connection.accept() => match accepted {
+                        Some(Ok(request)) => led.try_send(request).unwrap(),
+                        Some(Err(_)) | None => return,
+                    },
                 }
             }
             while let Some(Ok(request)) = connection.accept().await {
@@ -259,39 +275,272 @@ fn no_more_interim_answers_are_passed_on_than_anybody_sends_and_no_switch_of_pro
     });
 }
 
+fn get_of(path: &str) -> String {
+    format!("GET {path} HTTP/1.1\r\nhost: web\r\nconnection: close\r\n\r\n")
+}
+
+fn say_204(mut respond: SendResponse<Bytes>) {
+    respond.send_response(head(204), true).unwrap();
+}
+
 #[test]
 fn a_request_that_is_given_up_while_the_app_has_no_room_for_it_never_goes_out() {
     run(async {
-        let mut server = h2::server::Builder::new();
-        server.max_concurrent_streams(1);
-        let app = App::of_server(server).await;
-        let get = |path: &str| format!("GET {path} HTTP/1.1\r\nhost: web\r\nconnection: close\r\n\r\n");
-        // Once an answer has come, the app's SETTINGS have.
-        let first = app.send(&get("/first")).await;
+        let app = App::of_single_streams(1).await;
+        let under_way = app.send(&get_of("/under-way")).await;
         let mut link = app.accept().await;
-        let (_request, mut respond) = link.requests.recv().await.unwrap();
-        respond.send_response(head(204), true).unwrap();
-        answers(first, "HTTP/1.1 204").await;
-
-        let under_way = app.send(&get("/under-way")).await;
-        let (_request, mut respond) = link.requests.recv().await.unwrap();
-        // One waits in h2 itself.
-        let next = app.send(&get("/next")).await;
-        app.is_full().await;
-        let given_up = app.send(&get("/given-up")).await;
+        let respond = link.asked("/under-way").await;
+        let first = app.send(&get_of("/first")).await;
         app.queues(1).await;
-        let waits = app.send(&get("/waits")).await;
+        let given_up = app.send(&get_of("/given-up")).await;
         app.queues(2).await;
+        let last = app.send(&get_of("/last")).await;
+        app.queues(3).await;
         drop(given_up);
-        app.queues(1).await;
-        respond.send_response(head(204), true).unwrap();
+        app.queues(2).await;
+        say_204(respond);
         answers(under_way, "HTTP/1.1 204").await;
-        for (path, caller) in [("/next", next), ("/waits", waits)] {
-            let (request, mut respond) = link.requests.recv().await.unwrap();
-            assert_eq!(request.uri().path(), path);
-            respond.send_response(head(204), true).unwrap();
+        for (path, caller) in [("/first", first), ("/last", last)] {
+            say_204(link.asked(path).await);
             answers(caller, "HTTP/1.1 204").await;
         }
+    });
+}
+
+#[test]
+fn where_an_app_allows_no_more_streams_a_further_connection_has_them_up_to_a_limit() {
+    run(async {
+        let app = App::of_single_streams(2).await;
+        let mut callers = vec![app.send(&get_of("/0")).await];
+        let mut links = vec![app.accept().await];
+        let first = links[0].asked("/0").await;
+        callers.push(app.send(&get_of("/1")).await);
+        links.push(app.accept().await);
+        let second = links[1].asked("/1").await;
+        // The others wait for a stream of either.
+        for waiting in 1..=2 {
+            callers.push(app.send(&get_of(&format!("/{}", waiting + 1))).await);
+            app.queues(waiting).await;
+        }
+        say_204(second);
+        let third = links[1].asked("/2").await;
+        say_204(first);
+        let fourth = links[0].asked("/3").await;
+        say_204(third);
+        say_204(fourth);
+        for caller in callers {
+            answers(caller, "HTTP/1.1 204").await;
+        }
+        // What one connection has room for goes by the first.
+        let caller = app.send(&get_of("/alone")).await;
+        say_204(links[0].asked("/alone").await);
+        answers(caller, "HTTP/1.1 204").await;
+    });
+}
+
+#[test]
+fn connections_that_carried_nothing_between_two_sweeps_are_closed() {
+    run(async {
+        let app = App::of_single_streams(2).await;
+        let long = app.send(&get_of("/long")).await;
+        let mut first = app.accept().await;
+        let held = first.asked("/long").await;
+        let short = app.send(&get_of("/short")).await;
+        let mut second = app.accept().await;
+        say_204(second.asked("/short").await);
+        answers(short, "HTTP/1.1 204").await;
+        let connections = app.connections();
+        assert!(connections.sweep() && connections.sweep(), "one is busy");
+        assert!(second.requests.recv().await.is_none(), "the other one is closed");
+        say_204(held);
+        answers(long, "HTTP/1.1 204").await;
+        assert!(connections.sweep(), "it was used");
+        assert!(!connections.sweep());
+        assert!(first.requests.recv().await.is_none());
+    });
+}
+
+/// Takes a connection of an app that speaks frame by frame, which begins with `settings`.
+async fn accept_raw(listener: &TcpListener, settings: &[u8]) -> TcpStream {
+    let (mut stream, _) = listener.accept().await.unwrap();
+    let mut preface = vec![0; PREFACE.len()];
+    stream.read_exact(&mut preface).await.unwrap();
+    stream.write_all(settings).await.unwrap();
+    stream
+}
+
+/// Reads up to the next head of a request; none: the connection ends.
+async fn next_head(stream: &mut TcpStream) -> Option<()> {
+    loop {
+        let mut head = [0; 9];
+        stream.read_exact(&mut head).await.ok()?;
+        let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
+        stream.read_exact(&mut vec![0; usize::try_from(length).unwrap()]).await.ok()?;
+        if head[3] == HEADERS {
+            return Some(());
+        }
+    }
+}
+
+/// SETTINGS that allow so many streams.
+fn allows(streams: u32) -> Vec<u8> {
+    frame(SETTINGS, 0, 0, &[&[0, 3][..], &streams.to_be_bytes()].concat())
+}
+
+/// `:status: 200` and the end of stream `id` (RFC 7541 §6.1).
+fn ok_of(id: u32) -> Vec<u8> {
+    frame(HEADERS, 5, id, &[0x88])
+}
+
+#[test]
+fn no_request_goes_out_before_the_app_s_settings_or_beyond_what_they_allow() {
+    run(async {
+        let app = App::start().await;
+        let caller = app.send(&get_of("/")).await;
+        let mut stream = accept_raw(&app.listener, &[]).await;
+        app.queues(1).await;
+        // Whatever comes up to here is no request.
+        stream.write_all(&allows(0)).await.unwrap();
+        let mut ack = [0; 9];
+        while ack[3] != SETTINGS || ack[4] != 1 {
+            stream.read_exact(&mut ack).await.unwrap();
+            assert_ne!(ack[3], HEADERS);
+            let length = u32::from_be_bytes([0, ack[0], ack[1], ack[2]]);
+            stream.read_exact(&mut vec![0; usize::try_from(length).unwrap()]).await.unwrap();
+        }
+        app.queues(1).await;
+        stream.write_all(&allows(1)).await.unwrap();
+        next_head(&mut stream).await.unwrap();
+        stream.write_all(&ok_of(1)).await.unwrap();
+        answers(caller, "HTTP/1.1 200").await;
+    });
+}
+
+#[test]
+fn an_app_that_does_not_speak_http2_is_not_reached() {
+    run(async {
+        for says in [&b""[..], b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\n\r\n"] {
+            let app = App::start().await;
+            let caller = app.send(&get_of("/")).await;
+            for _tried_elsewhere in 0..3 {
+                drop(accept_raw(&app.listener, says).await);
+            }
+            answers(caller, "HTTP/1.1 503").await;
+        }
+    });
+}
+
+/// How an app leaves.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Leaves {
+    /// With a GOAWAY that leaves the request out.
+    Saying,
+    /// By FIN.
+    Silently,
+    /// By RST.
+    Reset,
+}
+
+#[test]
+fn a_request_that_meets_the_end_of_a_kept_connection_goes_by_another_as_far_as_that_is_safe() {
+    run(async {
+        use Leaves::{Reset, Saying, Silently};
+        let post = |name: &str, length: usize| {
+            format!("{name} / HTTP/1.1\r\nhost: web\r\nconnection: close\r\ncontent-length: {length}\r\n\r\nbody")
+        };
+        for (leaves, request, is_again) in [
+            (Saying, get_of("/"), true),
+            (Saying, post("POST", 4), true),
+            (Silently, get_of("/"), true),
+            (Reset, get_of("/"), true),
+            // Who knows what it has done.
+            (Silently, post("POST", 4), false),
+            (Silently, post("PUT", 4), false),
+            (Reset, get_of("/").replace("GET", "POST"), false),
+            // Somebody repeats it already.
+            (Silently, get_of("/").replace("host", "x-weft-retry: 1\r\nhost"), false),
+        ] {
+            let app = App::start().await;
+            let caller = app.send(&get_of("/first")).await;
+            let mut kept = accept_raw(&app.listener, &allows(100)).await;
+            next_head(&mut kept).await.unwrap();
+            kept.write_all(&ok_of(1)).await.unwrap();
+            answers(caller, "HTTP/1.1 200").await;
+
+            let opened = app.worker.next.get();
+            let caller = app.send(&request).await;
+            next_head(&mut kept).await.unwrap();
+            match leaves {
+                Saying => kept.write_all(&frame(GOAWAY, 0, 0, &[0, 0, 0, 1, 0, 0, 0, 0])).await.unwrap(),
+                Reset => kept.set_zero_linger().unwrap(),
+                Silently => {}
+            }
+            drop(kept);
+            if is_again {
+                let mut link = app.accept().await;
+                let (mut asked, respond) = link.requests.recv().await.unwrap();
+                let mut body = Vec::new();
+                while let Some(data) = asked.body_mut().data().await {
+                    body.extend_from_slice(&data.unwrap());
+                }
+                assert_eq!(body, if request.ends_with("body") { &b"body"[..] } else { b"" });
+                say_204(respond);
+                answers(caller, "HTTP/1.1 204").await;
+            } else {
+                answers(caller, "HTTP/1.1 502").await;
+            }
+            assert_eq!(app.worker.next.get(), opened + 1, "{leaves:?} {request}: the caller's agent repeats nothing");
+            let is_stale = app.worker.metrics.render().unwrap().contains("reason=\"stale\"} 1");
+            assert_eq!(is_stale, is_again && leaves != Saying, "{leaves:?} {request}");
+        }
+    });
+}
+
+#[test]
+fn a_body_that_is_not_here_as_a_whole_is_left_to_the_caller_s_agent() {
+    run(async {
+        let app = App::start().await;
+        let mut caller =
+            app.send("POST / HTTP/1.1\r\nhost: web\r\nconnection: close\r\ncontent-length: 8\r\n\r\nhalf").await;
+        let mut first = accept_raw(&app.listener, &allows(100)).await;
+        next_head(&mut first).await.unwrap();
+        first.write_all(&frame(GOAWAY, 0, 0, &[0; 8])).await.unwrap();
+        // It is sent by another stream of the tunnel, with what comes.
+        let mut link = app.accept().await;
+        let (mut asked, respond) = link.requests.recv().await.unwrap();
+        assert_eq!(app.worker.next.get(), 2);
+        caller.write_all(b"done").await.unwrap();
+        let mut body = Vec::new();
+        while let Some(data) = asked.body_mut().data().await {
+            body.extend_from_slice(&data.unwrap());
+        }
+        assert_eq!(body, b"halfdone");
+        say_204(respond);
+        answers(caller, "HTTP/1.1 204").await;
+    });
+}
+
+#[test]
+fn an_app_that_dies_takes_all_its_connections_along() {
+    run(async {
+        let app = App::start().await;
+        let mut links = Vec::new();
+        let mut callers = Vec::new();
+        for _ in 0..2 {
+            callers.push(app.send(&get_of("/")).await);
+            let mut stream = accept_raw(&app.listener, &allows(1)).await;
+            next_head(&mut stream).await.unwrap();
+            links.push(stream);
+        }
+        links[1].write_all(&ok_of(1)).await.unwrap();
+        answers(callers.pop().unwrap(), "HTTP/1.1 200").await;
+        // The end of the first is all that the agent knows: a request would find room on the other one.
+        drop(links.remove(0));
+        answers(callers.pop().unwrap(), "HTTP/1.1 502").await;
+        let caller = app.send(&get_of("/again")).await;
+        let mut link = app.accept().await;
+        say_204(link.asked("/again").await);
+        answers(caller, "HTTP/1.1 204").await;
     });
 }
 
