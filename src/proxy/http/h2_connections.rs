@@ -153,56 +153,50 @@ impl Connections {
         self: &Rc<Self>,
         worker: &Rc<D>,
         addr: SocketAddr,
-        mut request: Request<TunnelBody>,
+        request: Request<TunnelBody>,
     ) -> Result<Begun, CallError> {
-        if let Ok(_nobody_waits) = self.turn.try_lock() {
-            request = match self.begin_at_once(worker, request) {
-                Ok(begun) => return begun,
-                Err(request) => request,
-            };
+        if let Ok(_nobody_waits) = self.turn.try_lock()
+            && let Some(at) = self.with_room()
+        {
+            return self.begin_on(at, worker, request);
         }
         Box::pin(self.begin_in_turn(worker, addr, request)).await
     }
 
-    /// Begins `request` where there is room for it; gives it back where there is none. Drops what is closed.
-    fn begin_at_once<D: Dial>(
-        &self,
-        worker: &Rc<D>,
-        request: Request<TunnelBody>,
-    ) -> Result<Result<Begun, CallError>, Request<TunnelBody>> {
+    /// Returns where the first connection with room is. Drops what is closed.
+    fn with_room(&self) -> Option<usize> {
         let mut open = self.open.borrow_mut();
         let mut at = 0;
         while let Some(connection) = open.get_mut(at) {
-            if connection.is_full() {
-                at += 1;
-                continue;
-            }
-            match connection.poll_ready() {
-                Poll::Ready(Ok(())) => {
-                    let taken = connection.take();
-                    let begun = app_h2::send(worker, &mut connection.sender, request, taken);
-                    return Ok(begun.map_err(|error| CallError::of_h2(AppError::H2(error))));
-                }
+            match if connection.is_full() { Poll::Pending } else { connection.poll_ready() } {
+                Poll::Ready(Ok(())) => return Some(at),
                 Poll::Ready(Err(_)) => drop(open.remove(at)),
-                // A stream that is over here and not for h2: a body that goes on after its answer's end.
+                // Or a stream is over here and not for h2.
                 Poll::Pending => at += 1,
             }
         }
-        Err(request)
+        None
+    }
+
+    fn begin_on<D: Dial>(&self, at: usize, worker: &Rc<D>, request: Request<TunnelBody>) -> Result<Begun, CallError> {
+        let mut open = self.open.borrow_mut();
+        let connection = open.get_mut(at).expect("nothing was removed since it was found");
+        let taken = connection.take();
+        let begun = app_h2::send(worker, &mut connection.sender, request, taken);
+        begun.map_err(|error| CallError::of_h2(AppError::H2(error)))
     }
 
     async fn begin_in_turn<D: Dial>(
         self: &Rc<Self>,
         worker: &Rc<D>,
         addr: SocketAddr,
-        mut request: Request<TunnelBody>,
+        request: Request<TunnelBody>,
     ) -> Result<Begun, CallError> {
         let _turn = self.turn.lock().await;
         loop {
-            request = match self.begin_at_once(worker, request) {
-                Ok(begun) => return begun,
-                Err(request) => request,
-            };
+            if let Some(at) = self.with_room() {
+                return self.begin_on(at, worker, request);
+            }
             self.open.borrow_mut().retain_mut(Connection::is_open);
             if self.open.borrow().is_empty() {
                 self.add(worker, addr).await.map_err(CallError::Connect)?;
