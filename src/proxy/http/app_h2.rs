@@ -101,7 +101,7 @@ fn poll_stream(stream: &mut RecvStream, cx: &mut Context<'_>) -> Poll<Option<Res
 /// Sends `request` where there is room for it, which `taken` keeps.
 pub(super) fn send<D: Dial>(
     worker: &Rc<D>,
-    sender: &mut SendRequest<Bytes>,
+    mut sender: SendRequest<Bytes>,
     request: Request<TunnelBody>,
     taken: Rc<Taken>,
 ) -> Result<Begun, h2::Error> {
@@ -129,7 +129,7 @@ pub(super) struct Begun {
 
 impl Begun {
     /// Waits for the answer's head; `told` hears of the interim ones before it.
-    async fn answer(mut self, told: &Told) -> Result<Response<AppBody>, h2::Error> {
+    async fn answer(&mut self, told: &Told) -> Result<Response<AppBody>, h2::Error> {
         let response = poll_fn(|cx| {
             let mut is_news = false;
             while let Poll::Ready(Some(interim)) = self.response.poll_informational(cx) {
@@ -144,10 +144,11 @@ impl Begun {
             Pin::new(&mut self.response).poll(cx)
         });
         let response = response.await?;
-        if let Some(upload) = self.upload {
+        self.taken.answered();
+        if let Some(upload) = self.upload.take() {
             upload.goes_on();
         }
-        Ok(response.map(|stream| AppBody::Http2(stream, self.taken)))
+        Ok(response.map(|stream| AppBody::Http2(stream, Rc::clone(&self.taken))))
     }
 }
 
@@ -249,7 +250,7 @@ pub(super) async fn call<D: Dial>(
     request: Request<TunnelBody>,
     (told, is_asked_for): (&Told, bool),
 ) -> Result<Response<AppBody>, CallError> {
-    let begun = worker.http().pool.shared(addr).begin(worker, addr, request).await?;
+    let mut begun = worker.http().pool.shared(addr).begin(worker, addr, request).await?;
     // Many apps over HTTP/2 ask for no body. This one is there: it is asked for in its place.
     if is_asked_for {
         poll_fn(|cx| {
@@ -258,17 +259,16 @@ pub(super) async fn call<D: Dial>(
         })
         .await;
     }
-    let is_on_kept = begun.taken.is_on_kept;
     let error = match begun.answer(told).await {
         Ok(response) => return Ok(response),
         Err(error) => error,
     };
     let is_cut_off = error.is_io();
     if is_cut_off {
-        worker.http().pool.shared(addr).forget();
+        worker.http().pool.shared(addr).forget(&begun.taken);
     }
     Err(match CallError::of_h2(AppError::H2(error)) {
-        CallError::App(error) if is_cut_off && is_on_kept && !told.were_any() => CallError::Stale(error),
+        CallError::App(error) if is_cut_off && begun.taken.is_on_kept && !told.were_any() => CallError::Stale(error),
         error => error,
     })
 }

@@ -268,7 +268,9 @@ impl Message {
             return None;
         }
         // Its end may not have been looked for.
-        if let Poll::Ready(Err(error)) = self.fill(cx) {
+        if self.recv.is_some()
+            && let Poll::Ready(Err(error)) = self.fill(cx)
+        {
             self.broken = Some(error);
         }
         if self.recv.is_some() || self.broken.is_some() {
@@ -399,7 +401,7 @@ impl Message {
 
     fn size_hint(&self) -> SizeHint {
         match (&self.recv, self.promised) {
-            (None, _) if self.inbox.is_empty() => SizeHint::with_exact(self.text.len() as u64),
+            (None, _) if self.inbox.is_empty() && self.broken.is_none() => SizeHint::with_exact(self.text.len() as u64),
             (_, Some(promised)) => SizeHint::with_exact(promised),
             _ => SizeHint::default(),
         }

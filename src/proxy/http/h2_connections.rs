@@ -40,21 +40,25 @@ pub(super) const CONNECTION_WINDOW: u32 = 64 * 1024 * 1024;
 const UNTOLD: usize = usize::MAX - 1;
 /// After a further connection could not be opened, none is tried for this long.
 const OPEN_PAUSE: Duration = Duration::from_secs(1);
+/// A connection on which so many requests were given up since the app last answered takes no more: of an app that reads
+/// nothing, h2 would keep them all.
+const GIVEN_UP_MAX: usize = 256;
 
 /// The connections to one app.
 #[derive(Debug, Default)]
 pub(super) struct Connections {
     /// In the order in which they were opened: those behind rest as soon as those in front have room for all.
     open: RefCell<Vec<Connection>>,
-    /// Who sends a request has it; the others wait for it in the order in which they came.
+    /// Who begins a request has it; the others wait for it in the order in which they came.
     turn: Mutex<()>,
-    /// A further one is being opened.
+    /// One is being opened.
     is_opening: Cell<bool>,
     news: Rc<News>,
 }
 
 /// A connection.
 struct Connection {
+    /// Only its clones send: one that sends waits for the stream that it began last, by the waker of that stream's body.
     sender: SendRequest<Bytes>,
     load: Rc<Load>,
 }
@@ -68,23 +72,37 @@ impl fmt::Debug for Connection {
 /// How much a connection carries.
 #[derive(Debug)]
 struct Load {
+    /// Of the app's connections, from 1.
+    number: u64,
+    /// The last number when it ended.
+    ended_at: Cell<u64>,
     under_way: Cell<usize>,
     /// Streams that the app allows.
     allowed: Cell<usize>,
-    /// An exchange ended on it.
+    /// Requests that were given up since the app last answered one.
+    given_up: Cell<usize>,
+    /// The app answered on it.
     has_served: Cell<bool>,
     /// It carried something since the last sweep.
     was_used: Cell<bool>,
     news: Rc<News>,
 }
 
-/// Where who has the turn hears that a stream or a connection was opened or ended.
+/// What the connections have in common.
 #[derive(Debug, Default)]
-struct News(RefCell<Option<Waker>>);
+struct News {
+    /// Who has the turn and waits for a stream or a connection.
+    waiting: RefCell<Option<Waker>>,
+    /// How many connections were begun.
+    begun: Cell<u64>,
+    /// How many ended with nothing answered.
+    failed: Cell<u64>,
+}
 
 impl News {
+    /// Wakes who waits.
     fn tell(&self) {
-        if let Some(waiting) = self.0.take() {
+        if let Some(waiting) = self.waiting.take() {
             waiting.wake();
         }
     }
@@ -93,13 +111,18 @@ impl News {
     async fn next(&self) {
         let mut is_heard = false;
         poll_fn(|cx| {
-            if std::mem::replace(&mut is_heard, true) && self.0.borrow().is_none() {
+            if std::mem::replace(&mut is_heard, true) && self.waiting.borrow().is_none() {
                 return Poll::Ready(());
             }
-            self.0.replace(Some(cx.waker().clone()));
+            self.waiting.replace(Some(cx.waker().clone()));
             Poll::Pending
         })
         .await;
+    }
+
+    fn fail(&self) {
+        self.failed.set(self.failed.get() + 1);
+        self.tell();
     }
 }
 
@@ -107,15 +130,25 @@ impl News {
 #[derive(Debug)]
 pub(super) struct Taken {
     load: Rc<Load>,
-    /// Others were over before it began: if the connection ends first, the app may just have closed what it took to rest.
+    is_answered: Cell<bool>,
+    /// Others were answered before it began: if the connection ends first, the app may just have closed what it took to rest.
     pub(super) is_on_kept: bool,
+}
+
+impl Taken {
+    /// Notes that the app answers.
+    pub(super) fn answered(&self) {
+        self.is_answered.set(true);
+        self.load.has_served.set(true);
+        self.load.given_up.set(0);
+    }
 }
 
 impl Drop for Taken {
     fn drop(&mut self) {
         let load = &self.load;
         load.under_way.set(load.under_way.get().saturating_sub(1));
-        load.has_served.set(true);
+        load.given_up.set(load.given_up.get() + usize::from(!self.is_answered.get()));
         load.was_used.set(true);
         load.news.tell();
     }
@@ -126,18 +159,16 @@ impl Connection {
         self.load.under_way.get() >= self.load.allowed.get()
     }
 
-    fn poll_ready(&mut self) -> Poll<Result<(), h2::Error>> {
-        self.sender.poll_ready(&mut Context::from_waker(Waker::noop()))
-    }
-
     /// Whether it takes requests, at once or later: none any more after a GOAWAY, nor once it is closed.
     fn is_open(&mut self) -> bool {
-        !matches!(self.poll_ready(), Poll::Ready(Err(_)))
+        let checked = self.sender.poll_ready(&mut Context::from_waker(Waker::noop()));
+        self.load.given_up.get() < GIVEN_UP_MAX && !matches!(checked, Poll::Ready(Err(_)))
     }
 
     fn take(&self) -> Rc<Taken> {
-        self.load.under_way.set(self.load.under_way.get() + 1);
-        Rc::new(Taken { load: Rc::clone(&self.load), is_on_kept: self.load.has_served.get() })
+        let load = Rc::clone(&self.load);
+        load.under_way.set(load.under_way.get() + 1);
+        Rc::new(Taken { is_answered: Cell::new(false), is_on_kept: load.has_served.get(), load })
     }
 }
 
@@ -145,10 +176,10 @@ impl Connections {
     /// Begins `request` at the app at `addr`, on a connection with room for it; where there is none, waits for it.
     ///
     /// # Errors
-    /// As any request to an app.
+    /// As any request to an app. Where none can be opened, for all that wait.
     ///
     /// # Cancel safety
-    /// Dropping the future leaves the queue: nothing was sent.
+    /// Dropping the future leaves the queue: nothing was sent. A connection that is being opened for it is there for the next.
     pub(super) async fn begin<D: Dial>(
         self: &Rc<Self>,
         worker: &Rc<D>,
@@ -163,26 +194,29 @@ impl Connections {
         Box::pin(self.begin_in_turn(worker, addr, request)).await
     }
 
-    /// Returns where the first connection with room is. Drops what is closed.
+    /// Returns where the first connection with room is. Drops what is closed in front of it.
     fn with_room(&self) -> Option<usize> {
         let mut open = self.open.borrow_mut();
         let mut at = 0;
         while let Some(connection) = open.get_mut(at) {
-            match if connection.is_full() { Poll::Pending } else { connection.poll_ready() } {
-                Poll::Ready(Ok(())) => return Some(at),
-                Poll::Ready(Err(_)) => drop(open.remove(at)),
-                // Or a stream is over here and not for h2.
-                Poll::Pending => at += 1,
+            if connection.is_full() {
+                at += 1;
+            } else if connection.is_open() {
+                return Some(at);
+            } else {
+                drop(open.remove(at));
             }
         }
         None
     }
 
     fn begin_on<D: Dial>(&self, at: usize, worker: &Rc<D>, request: Request<TunnelBody>) -> Result<Begun, CallError> {
-        let mut open = self.open.borrow_mut();
-        let connection = open.get_mut(at).expect("nothing was removed since it was found");
-        let taken = connection.take();
-        let begun = app_h2::send(worker, &mut connection.sender, request, taken);
+        let (sender, taken) = {
+            let open = self.open.borrow();
+            let connection = open.get(at).expect("nothing was removed since it was found");
+            (connection.sender.clone(), connection.take())
+        };
+        let begun = app_h2::send(worker, sender, request, taken);
         begun.map_err(|error| CallError::of_h2(AppError::H2(error)))
     }
 
@@ -192,15 +226,15 @@ impl Connections {
         addr: SocketAddr,
         request: Request<TunnelBody>,
     ) -> Result<Begun, CallError> {
+        let failed = self.news.failed.get();
         let _turn = self.turn.lock().await;
         loop {
             if let Some(at) = self.with_room() {
                 return self.begin_on(at, worker, request);
             }
             self.open.borrow_mut().retain_mut(Connection::is_open);
-            if self.open.borrow().is_empty() {
-                self.add(worker, addr).await.map_err(CallError::Connect)?;
-                continue;
+            if self.open.borrow().is_empty() && self.news.failed.get() != failed {
+                return Err(CallError::Connect(ConnectError::None { addr }));
             }
             if self.may_grow(worker) && !self.is_opening.replace(true) {
                 worker.spawn_untracked(Rc::clone(self).grow(Rc::clone(worker), addr));
@@ -215,18 +249,27 @@ impl Connections {
         open.len() < worker.http().limits.app_connections && open.iter().all(|one| one.load.allowed.get() > 0)
     }
 
-    /// Opens a further connection. Not by who waits: a stream of another may end before.
+    /// Opens one more connection. Not by who waits, who may be given up, and gets a stream of another if one ends before.
     async fn grow<D: Dial>(self: Rc<Self>, worker: Rc<D>, addr: SocketAddr) {
-        if let Err(error) = self.add(&worker, addr).await {
-            debug!(%addr, error = %error, "no further connection to the app");
-            tokio::time::sleep(OPEN_PAUSE).await;
+        match self.open(&worker, addr).await {
+            Ok(connection) => {
+                self.open.borrow_mut().push(connection);
+                worker.http().pool.keep_sweeping(&worker);
+            }
+            Err(error) => {
+                debug!(%addr, error = %error, "no connection to the app");
+                self.news.fail();
+                // Where there is none at all, who comes next has it tried again.
+                if !self.open.borrow().is_empty() {
+                    tokio::time::sleep(OPEN_PAUSE).await;
+                }
+            }
         }
         self.is_opening.set(false);
         self.news.tell();
     }
 
-    /// Opens a connection.
-    async fn add<D: Dial>(self: &Rc<Self>, worker: &Rc<D>, addr: SocketAddr) -> Result<(), ConnectError> {
+    async fn open<D: Dial>(&self, worker: &Rc<D>, addr: SocketAddr) -> Result<Connection, ConnectError> {
         let io = pool::dial(worker, addr).await?;
         let mut builder = h2::client::Builder::new();
         builder
@@ -238,9 +281,13 @@ impl Connections {
         let handshake = builder.handshake(TokioIo::new(io)).await;
         let (sender, connection) =
             handshake.map_err(|source| ConnectError::Handshake { addr, source: AppError::H2(source) })?;
+        self.news.begun.set(self.news.begun.get() + 1);
         let load = Rc::new(Load {
+            number: self.news.begun.get(),
+            ended_at: Cell::new(0),
             under_way: Cell::new(0),
             allowed: Cell::new(0),
+            given_up: Cell::new(0),
             has_served: Cell::new(false),
             was_used: Cell::new(true),
             news: Rc::clone(&self.news),
@@ -254,15 +301,21 @@ impl Connections {
             Ok(Err(source)) => return Err(ConnectError::Handshake { addr, source: AppError::H2(source) }),
             Err(_ended) => return Err(ConnectError::Closed { addr }),
         }
-        self.open.borrow_mut().push(Connection { sender, load });
-        worker.http().pool.keep_sweeping(worker);
-        Ok(())
+        let mut connection = Connection { sender, load };
+        if connection.is_open() { Ok(connection) } else { Err(ConnectError::Closed { addr }) }
     }
 
-    /// Uses none of them on: an app that dies takes all along, and the end of some may not be read yet.
-    pub(super) fn forget(&self) {
-        self.open.borrow_mut().clear();
+    /// Uses none of those on that were there when that of `taken` was cut off: an app that dies ends them all, and the end of
+    /// some may not be read yet.
+    pub(super) fn forget(&self, taken: &Taken) {
+        let ended_at = taken.load.ended_at.get();
+        self.open.borrow_mut().retain(|one| one.load.number > ended_at);
         self.news.tell();
+    }
+
+    #[cfg(test)]
+    pub(super) fn is_opening(&self) -> bool {
+        self.is_opening.get()
     }
 
     /// Closes what is closed by the app, and what carried nothing since the last call; tells whether any is left.
@@ -296,7 +349,12 @@ async fn carry(
         ended
     });
     let ended = ended.await;
-    load.news.tell();
+    load.ended_at.set(load.news.begun.get());
+    if load.has_served.get() {
+        load.news.tell();
+    } else {
+        load.news.fail();
+    }
     let Err(error) = ended else { return };
     debug!(%addr, error = %error, "app connection ended");
     if let Some(tell) = tell {

@@ -43,6 +43,8 @@ use crate::proxy::relay::IDLE_TIMEOUT;
 use crate::proxy::worker::within;
 use crate::trace::{self, OpenSpan, Side, SpanContext};
 
+/// How often a request that was left out by its app goes by another connection. Each of those took other requests.
+const LEFT_OUT_MAX: usize = 8;
 /// Status bytes that begin every answer (the tunnel code writes the others).
 const STATUS_OK: u8 = 0;
 const STATUS_CONNECT_FAILED: u8 = 1;
@@ -553,23 +555,8 @@ async fn call<D: Dial>(
         return Ok(Answered { response, reusable: None });
     }
     if is_multiplexed(local) {
-        // What is here of a body as a whole can be sent again.
-        let copy = poll_fn(|cx| Poll::Ready(request.body_mut().copy(cx))).await;
-        let called = app_h2::call(worker, addr, request, (told, is_asked_for)).await;
-        let is_again = match &called {
-            Err(CallError::LeftOut(_)) => true,
-            Err(CallError::Stale(_)) => repeatable && !is_repeat,
-            _ => false,
-        };
-        let response = match (called, copy) {
-            (Err(error), Some(body)) if is_again => {
-                let head = head::decode_request(block);
-                second.0.set(matches!(error, CallError::Stale(_)));
-                let Ok(head) = head else { return Err(error) };
-                Box::pin(app_h2::call(worker, addr, build(head, body, local, added), (told, false))).await?
-            }
-            (called, _) => called?,
-        };
+        let again = Again { block, second, may_repeat: repeatable && !is_repeat };
+        let response = call_multiplexed(worker, local, request, (added, told, is_asked_for), again).await?;
         return Ok(Answered { response, reusable: None });
     }
     let pooled = if is_repeat { None } else { state.pool.checkout(addr).await };
@@ -608,6 +595,42 @@ async fn call<D: Dial>(
     match connection.sender.send_request(request).await {
         Ok(response) => Ok(Answered { response: response.map(AppBody::Http1), reusable: Some((connection, whole)) }),
         Err(error) => Err(CallError::App(error.into())),
+    }
+}
+
+/// What sending a request again takes.
+struct Again<'a> {
+    block: &'a Bytes,
+    second: &'a Second,
+    /// It is safe if the app has it already.
+    may_repeat: bool,
+}
+
+/// Sends the request to an app over HTTP/2.
+///
+/// What the app leaves out goes by other connections, some times: servers end each after so many requests (nginx: 1,000),
+/// and leave out what is on its way by then. A body can be sent again that is here as a whole.
+async fn call_multiplexed<D: Dial>(
+    worker: &Rc<D>,
+    local: &LocalInstance,
+    mut request: Request<TunnelBody>,
+    (added, told, is_asked_for): (Added<'_>, &Told, bool),
+    again: Again<'_>,
+) -> Result<Response<AppBody>, CallError> {
+    let mut left_out = 0;
+    loop {
+        let copy = poll_fn(|cx| Poll::Ready(request.body_mut().copy(cx))).await;
+        let error = match app_h2::call(worker, local.app_addr, request, (told, is_asked_for)).await {
+            Ok(response) => return Ok(response),
+            Err(error) => error,
+        };
+        match &error {
+            CallError::LeftOut(_) if left_out < LEFT_OUT_MAX => left_out += 1,
+            CallError::Stale(_) if again.may_repeat && !again.second.0.get() => again.second.0.set(true),
+            _ => return Err(error),
+        }
+        let (Some(body), Ok(head)) = (copy, head::decode_request(again.block)) else { return Err(error) };
+        request = build(head, body, local, added);
     }
 }
 

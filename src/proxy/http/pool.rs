@@ -55,8 +55,11 @@ pub(crate) enum ConnectError {
     },
     #[error("the app at {addr} does not accept the connection in time")]
     Timeout { addr: SocketAddr },
-    #[error("the app at {addr} closed the connection before it began to speak HTTP/2")]
+    #[error("the app at {addr} closed the connection before it took a request")]
     Closed { addr: SocketAddr },
+    /// Another line of the log says why.
+    #[error("there is no connection to the app at {addr}")]
+    None { addr: SocketAddr },
     #[error("the app at {addr} does not speak HTTP/2")]
     Handshake {
         addr: SocketAddr,

@@ -67,8 +67,8 @@ impl App {
     /// Waits until so many requests wait for a stream.
     async fn queues(&self, count: usize) {
         let connections = self.connections();
-        // The pool's, this one, and one of each that waits.
-        while Rc::strong_count(&connections) != 2 + count {
+        // The pool's, this one, that of who opens one, and one of each that waits.
+        while Rc::strong_count(&connections) != 2 + usize::from(connections.is_opening()) + count {
             tokio::task::yield_now().await;
         }
     }
@@ -430,6 +430,77 @@ fn an_app_that_does_not_speak_http2_is_not_reached() {
     });
 }
 
+#[test]
+fn an_app_that_ends_connections_as_it_begins_them_is_not_asked_on_and_on() {
+    run(async {
+        let app = App::start().await;
+        let caller = app.send(&get_of("/")).await;
+        let ends = [allows(100), frame(GOAWAY, 0, 0, &[0; 8])].concat();
+        for _tried_elsewhere in 0..3 {
+            drop(accept_raw(&app.listener, &ends).await);
+        }
+        answers(caller, "HTTP/1.1 503").await;
+    });
+}
+
+#[test]
+fn a_connection_that_is_opened_for_a_request_that_is_given_up_serves_the_next() {
+    run(async {
+        let app = App::start().await;
+        let given_up = app.send(&get_of("/given-up")).await;
+        let mut stream = accept_raw(&app.listener, &[]).await;
+        app.queues(1).await;
+        let waits = app.send(&get_of("/waits")).await;
+        app.queues(2).await;
+        drop(given_up);
+        app.queues(1).await;
+        stream.write_all(&allows(1)).await.unwrap();
+        next_head(&mut stream).await.unwrap();
+        stream.write_all(&ok_of(1)).await.unwrap();
+        answers(waits, "HTTP/1.1 200").await;
+    });
+}
+
+#[test]
+fn where_no_further_connection_can_be_opened_a_request_gets_the_next_stream() {
+    run(async {
+        let app = App::of_single_streams(2).await;
+        let first = app.send(&get_of("/first")).await;
+        let mut link = app.accept().await;
+        let respond = link.asked("/first").await;
+        let waits = app.send(&get_of("/waits")).await;
+        app.queues(1).await;
+        let App { listener, .. } = app;
+        drop(listener);
+        say_204(respond);
+        answers(first, "HTTP/1.1 204").await;
+        say_204(link.asked("/waits").await);
+        answers(waits, "HTTP/1.1 204").await;
+    });
+}
+
+#[test]
+fn a_connection_on_which_every_request_is_given_up_gives_way_to_another() {
+    run(async {
+        let app = App::start().await;
+        let mut link = None;
+        for _ in 0..256 {
+            let caller = app.send(&get_of("/slow")).await;
+            let link = match &mut link {
+                Some(link) => link,
+                none => none.insert(app.accept().await),
+            };
+            let mut respond = link.asked("/slow").await;
+            drop(caller);
+            let _reset = std::future::poll_fn(|cx| respond.poll_reset(cx)).await.unwrap();
+        }
+        let caller = app.send(&get_of("/next")).await;
+        let mut second = app.accept().await;
+        say_204(second.asked("/next").await);
+        answers(caller, "HTTP/1.1 204").await;
+    });
+}
+
 /// How an app leaves.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Leaves {
@@ -439,12 +510,14 @@ enum Leaves {
     Silently,
     /// By RST.
     Reset,
+    /// After an interim answer.
+    Hinting,
 }
 
 #[test]
 fn a_request_that_meets_the_end_of_a_kept_connection_goes_by_another_as_far_as_that_is_safe() {
     run(async {
-        use Leaves::{Reset, Saying, Silently};
+        use Leaves::{Hinting, Reset, Saying, Silently};
         let post = |name: &str, length: usize| {
             format!("{name} / HTTP/1.1\r\nhost: web\r\nconnection: close\r\ncontent-length: {length}\r\n\r\nbody")
         };
@@ -457,6 +530,7 @@ fn a_request_that_meets_the_end_of_a_kept_connection_goes_by_another_as_far_as_t
             (Silently, post("POST", 4), false),
             (Silently, post("PUT", 4), false),
             (Reset, get_of("/").replace("GET", "POST"), false),
+            (Hinting, get_of("/"), false),
             // Somebody repeats it already.
             (Silently, get_of("/").replace("host", "x-weft-retry: 1\r\nhost"), false),
         ] {
@@ -473,6 +547,8 @@ fn a_request_that_meets_the_end_of_a_kept_connection_goes_by_another_as_far_as_t
             match leaves {
                 Saying => kept.write_all(&frame(GOAWAY, 0, 0, &[0, 0, 0, 1, 0, 0, 0, 0])).await.unwrap(),
                 Reset => kept.set_zero_linger().unwrap(),
+                // `:status: 103` (RFC 7541 §6.2.2).
+                Hinting => kept.write_all(&frame(HEADERS, 4, 3, b"\x08\x03103")).await.unwrap(),
                 Silently => {}
             }
             drop(kept);
@@ -487,12 +563,33 @@ fn a_request_that_meets_the_end_of_a_kept_connection_goes_by_another_as_far_as_t
                 say_204(respond);
                 answers(caller, "HTTP/1.1 204").await;
             } else {
-                answers(caller, "HTTP/1.1 502").await;
+                let mut caller = caller;
+                assert!(rest(&mut caller).await.contains("HTTP/1.1 502"), "{leaves:?} {request}");
             }
             assert_eq!(app.worker.next.get(), opened + 1, "{leaves:?} {request}: the caller's agent repeats nothing");
             let is_stale = app.worker.metrics.render().unwrap().contains("reason=\"stale\"} 1");
             assert_eq!(is_stale, is_again && leaves != Saying, "{leaves:?} {request}");
         }
+    });
+}
+
+#[test]
+fn a_request_that_one_connection_after_another_leaves_out_goes_on_to_the_next() {
+    run(async {
+        let app = App::start().await;
+        let post = "POST / HTTP/1.1\r\nhost: web\r\nconnection: close\r\ncontent-length: 4\r\n\r\nbody";
+        let caller = app.send(post).await;
+        let mut ended = Vec::new();
+        for _ in 0..8 {
+            let mut stream = accept_raw(&app.listener, &allows(100)).await;
+            next_head(&mut stream).await.unwrap();
+            stream.write_all(&frame(GOAWAY, 0, 0, &[0; 8])).await.unwrap();
+            ended.push(stream);
+        }
+        let mut link = app.accept().await;
+        say_204(link.asked("/").await);
+        answers(caller, "HTTP/1.1 204").await;
+        assert_eq!(app.worker.next.get(), 1, "the caller's agent repeats nothing");
     });
 }
 
