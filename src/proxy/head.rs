@@ -328,6 +328,11 @@ impl Inbox {
         self.spill.extend_from_slice(&chunk);
     }
 
+    /// Returns how many bytes wait to be decoded.
+    pub(crate) fn len(&self) -> usize {
+        self.bytes.len() + self.spill.len()
+    }
+
     /// Tells whether nothing waits to be decoded.
     pub(crate) fn is_empty(&self) -> bool {
         self.bytes.is_empty() && self.spill.is_empty()

@@ -160,6 +160,31 @@ fn curl_and_h2load_meet_nginx_through_the_mesh() {
 }
 
 #[test]
+fn nginx_that_ends_connections_and_allows_few_streams_costs_no_request() {
+    let programs = [program("nginx"), program("curl"), program("h2load")];
+    let Some([nginx, curl, h2load]) = found("nginx, curl or h2load", programs) else { return };
+    let pair = Pair::start(LAST + 6, &[("web", NGINX, "http2")]);
+    let dir = TempDir::new().unwrap();
+    let addr = SocketAddr::new(loopback_ip(LAST + 7), NGINX);
+    // A GOAWAY after 100 requests (its default is 1,000) leaves out what is on its way by then: 20 of the 128 that are under way.
+    let limits = "keepalive_requests 100; http2_max_concurrent_streams 20;";
+    let _nginx =
+        nginx_with(&nginx, &dir, &format!("listen {addr} http2;\n    {limits} location / {{ return 200 hello; }}"));
+    let url = format!("http://{}/", pair.at(NGINX));
+    until("nginx answers", || match run(&curl, &["-sS", "-f", &url]) {
+        (out, _) if out.status.success() => Ok(()),
+        (_, text) => Err(text),
+    });
+    let body = dir.path().join("body");
+    fs::write(&body, "a body that is here as a whole").unwrap();
+    for args in [&[][..], &["-d", path(&body)]] {
+        let (out, text) = run(&h2load, &[&["-n", "6000", "-c", "8", "-m", "16"], args, &[url.as_str()]].concat());
+        assert!(out.status.success() && text.contains("6000 succeeded, 0 failed"), "{args:?}: {text}");
+        assert!(text.contains("6000 2xx"), "{args:?}: {text}");
+    }
+}
+
+#[test]
 fn grpcio_websockets_and_uploads_of_curl_work_through_the_mesh() {
     let Some([python, curl]) = found("grpcio, websockets or curl", [python(), program("curl")]) else { return };
     let pair = Pair::start(230, &[("uploads", HTTP, "http"), ("rpc", GRPC, "grpc"), ("ws", WS, "http")]);

@@ -12,6 +12,7 @@
 //! as its bytes are read.
 //! Not here: which connections there are (`h2_connections`), WebSockets, which have one each, by hyper (`websocket`).
 
+use std::cell::RefCell;
 use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -105,7 +106,7 @@ pub(super) fn send<D: Dial>(
     request: Request<TunnelBody>,
     taken: Rc<Taken>,
 ) -> Result<Begun, h2::Error> {
-    let (parts, body) = request.into_parts();
+    let (parts, mut body) = request.into_parts();
     let mut request = Request::from_parts(parts, ());
     // A length that is known is told, as over HTTP/1.1; that there is nothing, only where something is usual.
     if let Some(length) = body.size_hint().exact()
@@ -114,18 +115,28 @@ pub(super) fn send<D: Dial>(
     {
         request.headers_mut().insert(header::CONTENT_LENGTH, HeaderValue::from(length));
     }
-    let is_whole = body.is_end_stream();
-    let (response, stream) = sender.send_request(request, is_whole)?;
-    let upload = if is_whole { None } else { Upload::begin(worker, body, (stream, Rc::clone(&taken))) };
-    Ok(Begun { response, upload, taken })
+    if body.is_end_stream() {
+        let (response, _) = sender.send_request(request, true)?;
+        return Ok(Begun { response, body: None, upload: None, taken });
+    }
+    body.keep();
+    let (response, stream) = sender.send_request(request, false)?;
+    let body = Rc::new(RefCell::new(Some(body)));
+    let upload = Upload::begin(worker, Rc::clone(&body), (stream, Rc::clone(&taken)));
+    Ok(Begun { response, body: Some(body), upload, taken })
 }
 
 /// A request whose answer has not come. Dropping it resets its stream.
 pub(super) struct Begun {
     response: ResponseFuture,
+    /// None: it has none.
+    body: Option<SharedBody>,
     upload: Option<Upload>,
     taken: Rc<Taken>,
 }
+
+/// A request's body, until it is taken back from who sends it.
+type SharedBody = Rc<RefCell<Option<TunnelBody>>>;
 
 impl Begun {
     /// Waits for the answer's head; `told` hears of the interim ones before it.
@@ -159,7 +170,7 @@ impl Upload {
     /// Sends what is there of `body`; none: that is all. The rest has a task of its own.
     fn begin<D: Dial>(
         worker: &Rc<D>,
-        body: TunnelBody,
+        body: SharedBody,
         (stream, taken): (SendStream<Bytes>, Rc<Taken>),
     ) -> Option<Self> {
         let mut upload = Box::pin(send_body(body, stream));
@@ -186,13 +197,16 @@ impl Upload {
 
 /// Sends a request's body to its end; where it breaks off, the stream is reset. Only data waits for the app's window, and
 /// nothing of it is reserved before there is data: an upload that pauses takes no room from others.
-async fn send_body(mut body: TunnelBody, mut stream: SendStream<Bytes>) {
+async fn send_body(body: SharedBody, mut stream: SendStream<Bytes>) {
     let mut is_first = true;
     loop {
         let frame = poll_fn(|cx| match stream.poll_reset(cx) {
-            // The app wants no more.
+            // The app wants no more, or nobody does.
             Poll::Ready(_) => Poll::Ready(Err(())),
-            Poll::Pending => Pin::new(&mut body).poll_frame(cx).map(Ok),
+            Poll::Pending => match body.borrow_mut().as_mut() {
+                Some(body) => Pin::new(body).poll_frame(cx).map(Ok),
+                None => Poll::Ready(Err(())),
+            },
         });
         let data = match frame.await {
             Err(()) => return,
@@ -211,7 +225,7 @@ async fn send_body(mut body: TunnelBody, mut stream: SendStream<Bytes>) {
         if !goes_at_once && !data.is_empty() && !has_window(&mut stream).await {
             return;
         }
-        let is_last = body.is_end_stream();
+        let is_last = body.borrow().as_ref().is_none_or(Body::is_end_stream);
         if stream.send_data(data, is_last).is_err() || is_last {
             return;
         }
@@ -240,7 +254,7 @@ async fn has_window(stream: &mut SendStream<Bytes>) -> bool {
 /// Sends `request` to the app at `addr` and waits for the answer's head; one for which the app has no room waits its turn.
 ///
 /// # Errors
-/// As any request to an app.
+/// As any request to an app, with the body if it can be sent again from its beginning.
 ///
 /// # Cancel safety
 /// Dropping the future resets the request's stream; one that waits for room never goes out.
@@ -249,8 +263,9 @@ pub(super) async fn call<D: Dial>(
     addr: SocketAddr,
     request: Request<TunnelBody>,
     (told, is_asked_for): (&Told, bool),
-) -> Result<Response<AppBody>, CallError> {
-    let mut begun = worker.http().pool.shared(addr).begin(worker, addr, request).await?;
+) -> Result<Response<AppBody>, (CallError, Option<TunnelBody>)> {
+    let begun = worker.http().pool.shared(addr).begin(worker, addr, request).await;
+    let mut begun = begun.map_err(|error| (error, None))?;
     // Many apps over HTTP/2 ask for no body. This one is there: it is asked for in its place.
     if is_asked_for {
         poll_fn(|cx| {
@@ -267,8 +282,10 @@ pub(super) async fn call<D: Dial>(
     if is_cut_off {
         worker.http().pool.shared(addr).forget(&begun.taken);
     }
-    Err(match CallError::of_h2(AppError::H2(error)) {
+    let error = match CallError::of_h2(AppError::H2(error)) {
         CallError::App(error) if is_cut_off && begun.taken.is_on_kept && !told.were_any() => CallError::Stale(error),
         error => error,
-    })
+    };
+    let body = begun.body.map_or_else(|| Some(TunnelBody::default()), |body| body.take()?.rewound());
+    Err((error, body))
 }

@@ -128,8 +128,8 @@ struct Message {
     /// Bytes that the message's `content-length` still promises.
     promised: Option<u64>,
     failed: bool,
-    /// How reading ended, which whoever reads has not met yet.
-    broken: Option<BodyError>,
+    /// All that came of it so far, and its promise, as long as that is little: with it the message can be read again.
+    kept: Option<(Inbox, Option<u64>)>,
     limit: Option<Box<BodyLimit>>,
     lease: Lease,
     unsent: Option<Unsent>,
@@ -227,17 +227,28 @@ impl TunnelBody {
         self.0.as_mut()?.whole()
     }
 
-    /// Returns another body of the same content, before anything is taken of this one; none: not all of it is here, or it is
-    /// long. Copies no bytes. Who waits is woken as by reading.
-    pub(super) fn copy(&mut self, cx: &mut Context<'_>) -> Option<Self> {
-        self.0.as_mut().map_or_else(|| Some(Self::default()), |message| message.copy(cx))
+    /// Keeps what is here and what comes, before anything is taken of it, up to [`FIRST_BYTES_MAX`].
+    pub(super) fn keep(&mut self) {
+        if let Some(message) = &mut self.0 {
+            let promised = message.promised;
+            message.kept = message.inbox.copy(FIRST_BYTES_MAX).map(|inbox| (inbox, promised));
+        }
+    }
+
+    /// Returns the message as it was when it was told to keep itself; none: more was read than is kept.
+    pub(super) fn rewound(mut self) -> Option<Self> {
+        if let Some(message) = &mut self.0 {
+            let (inbox, promised) = message.kept.take().filter(|_| !message.failed)?;
+            (message.inbox, message.promised, message.decoder) = (inbox, promised, BodyDecoder::default());
+        }
+        Some(self)
     }
 }
 
 impl Message {
-    /// Reads once; once all is read, tells whether the message may end with what was taken of it.
+    /// Reads once.
     fn fill(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BodyError>> {
-        let Some(recv) = &mut self.recv else { return Poll::Ready(self.check_end()) };
+        let Some(recv) = &mut self.recv else { return Poll::Ready(Ok(())) };
         let chunk = {
             let mut read = pin!(recv.read_chunk(READ_BYTES_MAX, true));
             match read.as_mut().poll(cx) {
@@ -246,10 +257,21 @@ impl Message {
             }
         };
         match chunk {
-            Ok(Some(chunk)) => self.inbox.push(chunk.bytes),
+            Ok(Some(chunk)) => {
+                self.kept = self.kept.take().and_then(|(mut kept, promised)| {
+                    let is_little = kept.len() + chunk.bytes.len() <= FIRST_BYTES_MAX;
+                    is_little.then(|| {
+                        kept.push(chunk.bytes.clone());
+                        (kept, promised)
+                    })
+                });
+                self.inbox.push(chunk.bytes);
+            }
             Ok(None) => {
                 self.recv = None;
-                return Poll::Ready(if self.inbox.is_empty() { self.check_end() } else { Ok(()) });
+                if !self.decoder.may_end(&self.inbox) {
+                    return Poll::Ready(Err(BodyError::Truncated));
+                }
             }
             Err(error) => {
                 self.recv = None;
@@ -257,28 +279,6 @@ impl Message {
             }
         }
         Poll::Ready(Ok(()))
-    }
-
-    fn check_end(&self) -> Result<(), BodyError> {
-        if self.decoder.may_end(&self.inbox) { Ok(()) } else { Err(BodyError::Truncated) }
-    }
-
-    fn copy(&mut self, cx: &mut Context<'_>) -> Option<TunnelBody> {
-        if self.promised.is_some_and(|promised| promised > FIRST_BYTES_MAX as u64) {
-            return None;
-        }
-        // Its end may not have been looked for.
-        if self.recv.is_some()
-            && let Poll::Ready(Err(error)) = self.fill(cx)
-        {
-            self.broken = Some(error);
-        }
-        if self.recv.is_some() || self.broken.is_some() {
-            return None;
-        }
-        let mut copy = Box::<Self>::default();
-        (copy.inbox, copy.promised) = (self.inbox.copy(FIRST_BYTES_MAX)?, self.promised);
-        Some(TunnelBody(Some(copy)))
     }
 
     fn fail(&mut self, error: BodyError) -> BodyError {
@@ -370,10 +370,6 @@ impl Message {
                     return Poll::Ready(Some(Ok(frame)));
                 }
                 Ok(None) if this.recv.is_none() => {
-                    let broken = this.broken.take().or_else(|| this.check_end().err());
-                    if let Some(error) = broken {
-                        return Poll::Ready(Some(Err(this.fail(error))));
-                    }
                     if this.promised.is_some_and(|promised| promised > 0) {
                         return Poll::Ready(Some(Err(this.fail(BodyError::Truncated))));
                     }
@@ -395,13 +391,12 @@ impl Message {
 
     fn is_end_stream(&self) -> bool {
         let is_read = self.text.is_empty() && self.recv.is_none() && self.inbox.is_empty();
-        let is_broken = self.failed || self.broken.is_some();
-        is_read && !is_broken && self.promised.is_none_or(|promised| promised == 0)
+        is_read && !self.failed && self.promised.is_none_or(|promised| promised == 0)
     }
 
     fn size_hint(&self) -> SizeHint {
         match (&self.recv, self.promised) {
-            (None, _) if self.inbox.is_empty() && self.broken.is_none() => SizeHint::with_exact(self.text.len() as u64),
+            (None, _) if self.inbox.is_empty() => SizeHint::with_exact(self.text.len() as u64),
             (_, Some(promised)) => SizeHint::with_exact(promised),
             _ => SizeHint::default(),
         }

@@ -609,28 +609,28 @@ struct Again<'a> {
 /// Sends the request to an app over HTTP/2.
 ///
 /// What the app leaves out goes by other connections, some times: servers end each after so many requests (nginx: 1,000),
-/// and leave out what is on its way by then. A body can be sent again that is here as a whole.
+/// and leave out what is on its way by then. A body can be sent again as long as no more of it was read than is kept.
 async fn call_multiplexed<D: Dial>(
     worker: &Rc<D>,
     local: &LocalInstance,
     mut request: Request<TunnelBody>,
-    (added, told, is_asked_for): (Added<'_>, &Told, bool),
+    (added, told, mut is_asked_for): (Added<'_>, &Told, bool),
     again: Again<'_>,
 ) -> Result<Response<AppBody>, CallError> {
     let mut left_out = 0;
     loop {
-        let copy = poll_fn(|cx| Poll::Ready(request.body_mut().copy(cx))).await;
-        let error = match app_h2::call(worker, local.app_addr, request, (told, is_asked_for)).await {
+        let (error, body) = match app_h2::call(worker, local.app_addr, request, (told, is_asked_for)).await {
             Ok(response) => return Ok(response),
-            Err(error) => error,
+            Err(failed) => failed,
         };
         match &error {
             CallError::LeftOut(_) if left_out < LEFT_OUT_MAX => left_out += 1,
             CallError::Stale(_) if again.may_repeat && !again.second.0.get() => again.second.0.set(true),
             _ => return Err(error),
         }
-        let (Some(body), Ok(head)) = (copy, head::decode_request(again.block)) else { return Err(error) };
+        let (Some(body), Ok(head)) = (body, head::decode_request(again.block)) else { return Err(error) };
         request = build(head, body, local, added);
+        is_asked_for = false;
     }
 }
 
