@@ -566,7 +566,7 @@ impl<D: Dial> Attempt<'_, D> {
             0 => Ok(()),
             1 => Err(Failed::Unreached(unreachable(
                 destination,
-                "its application refuses connections, or this request unread",
+                "its application refuses connections or this request unread, or does not speak the registered protocol",
             ))),
             2 => Err(Failed::Unreached(unreachable(
                 destination,
