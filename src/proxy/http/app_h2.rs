@@ -29,9 +29,9 @@ use hyper::body::Incoming;
 use tokio::sync::oneshot;
 
 use super::body::TunnelBody;
+use super::call::{CallError, Told};
 use super::h2_connections::Taken;
 use super::headers;
-use super::inbound::{CallError, Told};
 use super::{Dial, FIRST_BYTES_MAX};
 
 /// Why an app's connection, of either kind, carries no message any more.

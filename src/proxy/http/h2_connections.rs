@@ -29,7 +29,7 @@ use tracing::debug;
 use super::Dial;
 use super::app_h2::{self, AppError, Begun};
 use super::body::TunnelBody;
-use super::inbound::CallError;
+use super::call::CallError;
 use super::io::AppIo;
 use super::pool::{self, ConnectError, HEAD_BYTES_MAX};
 

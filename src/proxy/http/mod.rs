@@ -16,6 +16,7 @@ mod answer;
 mod app_h2;
 mod attempt;
 mod body;
+mod call;
 mod gate;
 mod h2_connections;
 mod headers;

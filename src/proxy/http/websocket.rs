@@ -20,7 +20,7 @@ use http::{Method, Request, Response, StatusCode};
 use super::Dial;
 use super::app_h2::AppBody;
 use super::body::TunnelBody;
-use super::inbound::CallError;
+use super::call::CallError;
 use super::pool::Pool;
 use crate::proxy::head::{Payload, RequestHead};
 
