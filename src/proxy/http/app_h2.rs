@@ -156,6 +156,12 @@ impl Begun {
         });
         let response = response.await?;
         self.taken.answered();
+        // It is sent once: nothing after an answer's head is left out.
+        if let Some(body) = self.body.take()
+            && let Some(body) = body.borrow_mut().as_mut()
+        {
+            body.let_go();
+        }
         if let Some(upload) = self.upload.take() {
             upload.goes_on();
         }

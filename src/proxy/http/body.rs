@@ -235,6 +235,13 @@ impl TunnelBody {
         }
     }
 
+    /// Keeps nothing any more: what lasts would hold on to the buffers that its beginning came in.
+    pub(super) fn let_go(&mut self) {
+        if let Some(message) = &mut self.0 {
+            message.kept = None;
+        }
+    }
+
     /// Returns the message as it was when it was told to keep itself; none: more was read than is kept.
     pub(super) fn rewound(mut self) -> Option<Self> {
         if let Some(message) = &mut self.0 {

@@ -686,3 +686,17 @@ fn a_request_without_a_byte_needs_no_window_of_the_app_s() {
         answers(caller, "HTTP/1.1 204").await;
     });
 }
+
+#[test]
+fn a_body_is_kept_until_an_answer_comes_and_no_longer() {
+    use crate::proxy::http::body::TunnelBody;
+    let kept = || {
+        let mut body = TunnelBody::text("body".into());
+        body.keep();
+        body
+    };
+    assert!(kept().rewound().is_some());
+    let mut body = kept();
+    body.let_go();
+    assert!(body.rewound().is_none());
+}
