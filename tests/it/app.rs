@@ -1,10 +1,11 @@
 //! Small apps that tests put behind the mesh: they answer with their name and what they saw.
 
+use std::collections::HashMap;
 use std::convert::Infallible;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -115,21 +116,29 @@ impl App {
         let answer = Arc::new(answer);
         let stopping = Arc::clone(&stop);
         let accepting = std::thread::spawn(move || {
-            let mut open: Vec<TcpStream> = Vec::new();
-            for stream in listener.incoming() {
+            // What is over is let go, or a long load takes every file that the test may open.
+            let open: Arc<Mutex<HashMap<u64, TcpStream>>> = Arc::default();
+            for (number, stream) in (0..).zip(listener.incoming()) {
                 if stopping.load(Ordering::SeqCst) {
                     break;
                 }
-                let Ok(stream) = stream else { break };
-                let (Ok(kept), Ok(ending)) = (stream.try_clone(), stream.try_clone()) else { break };
-                open.push(kept);
-                let answer = Arc::clone(&answer);
+                let (stream, kept) = match stream.and_then(|stream| Ok((stream.try_clone()?, stream))) {
+                    Ok(both) => both,
+                    Err(e) => {
+                        eprintln!("the app at {addr} takes no more connections: {e}");
+                        break;
+                    }
+                };
+                open.lock().unwrap().insert(number, kept);
+                let (answer, open) = (Arc::clone(&answer), Arc::clone(&open));
                 std::thread::spawn(move || {
                     answer(stream);
-                    let _already_closed = ending.shutdown(Shutdown::Both);
+                    if let Some(ending) = open.lock().unwrap().remove(&number) {
+                        let _already_closed = ending.shutdown(Shutdown::Both);
+                    }
                 });
             }
-            for stream in open {
+            for stream in open.lock().unwrap().values() {
                 let _already_closed = stream.shutdown(Shutdown::Both);
             }
         });
