@@ -172,7 +172,8 @@ class Lab(lab.Lab):
 
     def turns(self, peers, first, count):
         """All pairs stand at once and are loaded one after the other, `count` times, so that figures of one turn are
-        seconds apart; a pair that waits costs next to nothing."""
+        seconds apart; a pair that waits costs next to nothing.  Which of the destination's workers a pair's connections
+        meet is settled as it starts, and with two workers it is one or both: hence several starts."""
         a, pairs = self.a, {}
         with lab.locked(os.environ.get("BENCH_LOCK")), contextlib.ExitStack() as stack:
             if "bulk9000" in a.tests:       # from the start: who finds out the path's MTU does it once in a while
@@ -314,6 +315,7 @@ def parse_args():
     ap.add_argument("-t", "--tests", default=",".join(WORKS), help="of: " + ",".join(WORKS))
     ap.add_argument("-r", "--repeats", type=int, default=3)
     ap.add_argument("--turns", action="store_true", help="all pairs stand at once and take turns, -r times: " + ", ".join(TURNS))
+    ap.add_argument("--starts", type=int, default=1, help="with --turns: start all pairs anew so often, -r turns each")
     ap.add_argument("-c", "--conns", default="1,64,256", help="connections of the HTTP work")
     ap.add_argument("--secs", type=int, default=6, help="seconds of one wrk or open-loop run")
     ap.add_argument("--short", type=int, default=5, help="seconds of one bulk, connection or h2 run")
@@ -327,6 +329,8 @@ def parse_args():
     ap.add_argument("--table", metavar="DIR", help="only print the table of a results folder")
     a = ap.parse_args(sys.argv[4:])
     a.tests, a.conns = a.tests.split(","), [int(x) for x in a.conns.split(",")]
+    if a.starts < 1 or a.starts > 1 and not a.turns:
+        ap.error("--starts is 1 or more, and above 1 for --turns: without it every repeat starts its pair anew")
     if a.turns:
         if a.tests == list(WORKS):
             a.tests = [t for t in TURNS if t != "bulk9000"]
@@ -379,7 +383,9 @@ def main():
     try:
         bench.up()
         if a.turns:
-            bench.turns(peers, base + 1, a.repeats)
+            for start in range(a.starts):
+                bench.turns(peers, base + 1 + start * a.repeats, a.repeats)
+                save(a.out, bench.rows, meta)
         for rep in [] if a.turns else range(base + 1, base + a.repeats + 1):
             for p in peers:
                 bench.block(p, rep)
