@@ -6,7 +6,8 @@
 //! ```
 //!
 //! The kernel runs [`program`] on each datagram; each endpoint hands out ids that begin with its own byte
-//! ([`SteeringIds`]), and a dialer's first datagram carries a byte of the plane that it wants ([`first_id`]).
+//! ([`SteeringIds`]), and a dialer's first datagram carries a byte of the plane that it wants ([`first_id`]); those of tunnels
+//! are dealt over the peer's workers ([`tunnel_id`]).
 //! Invariant: a byte and a number of workers lead to one socket for as long as the sockets are open, so a peer that
 //! changes its address keeps its worker.
 //!
@@ -79,7 +80,7 @@ impl ConnectionIdGenerator for SteeringIds {
     }
 }
 
-/// Makes the destination id of a dialer's first datagram.
+/// Makes the destination id of a dialer's first datagram; that of a tunnel leads to a worker by chance ([`tunnel_id`]).
 pub(crate) fn first_id(plane: Plane) -> ConnectionId {
     let random: u8 = rand::rng().random();
     id_with(match plane {
@@ -87,6 +88,21 @@ pub(crate) fn first_id(plane: Plane) -> ConnectionId {
         Plane::Gossip => CONTROL_FROM + random % (JOIN_FROM - CONTROL_FROM),
         Plane::Join => JOIN_FROM + random % (u8::MAX - JOIN_FROM + 1),
     })
+}
+
+/// Makes the destination id of the first datagram of a tunnel that `lane` dials.
+///
+/// The workers' tunnels of one `bundle` (any number that is the same for all workers: of one peer, as one source) lead to
+/// as many different workers as the peer has; by chance, two of two meet one worker in every second bundle, for as long as
+/// the tunnels last. Bundles begin anywhere, so that who has many peers loads all of their workers.
+pub(crate) fn tunnel_id(lane: Lane, bundle: u64) -> ConnectionId {
+    let index = match lane {
+        Lane::Worker { index, .. } => index,
+        Lane::Control => 0,
+    };
+    // The workers' numbers follow each other, and so do the remainders by which the peer's sockets are chosen.
+    let [begin, ..] = bundle.to_le_bytes();
+    id_with(begin.wrapping_add(index) % CONTROL_FROM)
 }
 
 /// Tells which plane of the control endpoint a dialer wants, by the id of its first datagram.
@@ -165,6 +181,8 @@ pub(super) fn attach(socket: &UdpSocket, workers: usize) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::*;
 
     #[test]
@@ -180,6 +198,21 @@ mod tests {
         }
         let mut ids = SteeringIds(Lane::Control);
         assert!((0..500).all(|_| ids.generate_cid()[0] >= CONTROL_FROM));
+    }
+
+    #[test]
+    fn the_tunnels_of_one_bundle_lead_to_as_many_workers_as_there_are() {
+        for (dialling, serving) in [(2, 2), (4, 2), (2, 4), (8, 8), (128, 128), (1, 2)] {
+            for bundle in 0..500 {
+                let lane = |index| Lane::Worker { index, workers: dialling };
+                let met: HashSet<u8> = (0..dialling).map(|index| tunnel_id(lane(index), bundle)[0] % serving).collect();
+                assert_eq!(met.len(), usize::from(dialling.min(serving)), "{dialling} of bundle {bundle} to {serving}");
+                assert!((0..dialling).all(|index| tunnel_id(lane(index), bundle)[0] < CONTROL_FROM));
+            }
+        }
+        let begins: HashSet<u8> =
+            (0..500).map(|bundle| tunnel_id(Lane::Worker { index: 0, workers: 2 }, bundle)[0] % 2).collect();
+        assert_eq!(begins.len(), 2, "one worker each: both are met");
     }
 
     #[test]

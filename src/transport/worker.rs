@@ -1,10 +1,12 @@
 //! The QUIC endpoint of one data-plane worker.
 
+use std::hash::BuildHasher as _;
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
 
+use foldhash::fast::FixedState;
 use tokio::task::JoinSet;
 
 use super::bind::BindError;
@@ -14,7 +16,7 @@ use super::live::{LiveConnections, LiveEntry};
 use super::port;
 use super::refusals::{MeshPort, Refusals};
 use super::socket::{MeshSocket, Reads};
-use super::steer::Lane;
+use super::steer::{self, Lane};
 use super::timer::ControlRuntime;
 use super::tune;
 use crate::clock::UnixSeconds;
@@ -46,6 +48,9 @@ pub(crate) struct WorkerEndpoint {
     refusals: Refusals,
     credentials: Arc<dyn Credentials>,
     live: LiveConnections,
+    lane: Lane,
+    /// Gives each bundle of tunnels its number ([`steer::tunnel_id`]): the same in all workers of the agent.
+    bundles: FixedState,
     _helpers: JoinSet<()>,
 }
 
@@ -66,7 +71,9 @@ impl WorkerEndpoint {
         };
         let refusals = port.refusals.clone();
         let (endpoint, helpers) = start(port, lane, reset_key, server)?;
-        Ok(Self { endpoint, local_ip, refusals, credentials, live, _helpers: helpers })
+        // Of the key's 512 bits, 64 at most could be guessed by who sees where tunnels lead.
+        let bundles = FixedState::with_seed(FixedState::default().hash_one(reset_key));
+        Ok(Self { endpoint, local_ip, refusals, credentials, live, lane, bundles, _helpers: helpers })
     }
 
     /// Waits for the next attempt to connect; none when closed.
@@ -84,7 +91,9 @@ impl WorkerEndpoint {
     ) -> Result<Dialled, ConnectError> {
         let local = |reason| ConnectError::Local { addr, reason };
         let tls = self.credentials.client(Plane::Tunnel, source, Some(node.clone())).map_err(local)?;
-        let config = tune::client(Plane::Tunnel, tls.config).map_err(local)?;
+        let mut config = tune::client(Plane::Tunnel, tls.config).map_err(local)?;
+        let (lane, bundle) = (self.lane, self.bundles.hash_one((node, source)));
+        config.initial_dst_cid_provider(Arc::new(move || steer::tunnel_id(lane, bundle)));
         let connection = connect(&self.endpoint, config, addr, limit).await?;
         let (peer, live) = verified(&*self.credentials, &self.live, &connection, addr, Some(node))?;
         Ok(Dialled { connection, peer, not_after: tls.not_after, live })

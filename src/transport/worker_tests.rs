@@ -12,22 +12,44 @@ use crate::transport::{NodeCredentials, bind};
 
 /// Starts the endpoints of two nodes of one mesh, `a` and `b`; what else is returned is to be held.
 fn start_two() -> [(WorkerEndpoint, SocketAddr, MeshPort); 2] {
+    start_nodes(1).map(|(mut workers, addr, control)| (workers.remove(0), addr, control))
+}
+
+/// Like [`start_two`], with several workers each.
+fn start_nodes(workers: u8) -> [(Vec<WorkerEndpoint>, SocketAddr, MeshPort); 2] {
     let ca = ephemeral(&"td".parse().unwrap(), clock::wall()).unwrap();
     ["a", "b"].map(|node| {
         let now = clock::wall();
         let authority = ca.issuer().self_certify(&node.parse().unwrap(), &"*".parse().unwrap(), now).unwrap();
-        let bound = bind((Ipv4Addr::LOCALHOST, 0).into(), 1).unwrap();
+        let bound = bind((Ipv4Addr::LOCALHOST, 0).into(), usize::from(workers)).unwrap();
         let credentials = Arc::new(NodeCredentials(Identity::new(authority, now).unwrap()));
-        let socket = bound.workers.into_iter().next().unwrap();
-        let endpoint = WorkerEndpoint::new(
-            socket,
-            Lane::Worker { index: 0, workers: 1 },
-            &[7; 64],
-            credentials,
-            LiveConnections::default(),
-        );
-        (endpoint.unwrap(), bound.addr, bound.control)
+        let start = |(index, socket)| {
+            let lane = Lane::Worker { index, workers };
+            let credentials = Arc::<NodeCredentials>::clone(&credentials);
+            WorkerEndpoint::new(socket, lane, &[7; 64], credentials, LiveConnections::default()).unwrap()
+        };
+        ((0..).zip(bound.workers).map(start).collect(), bound.addr, bound.control)
     })
+}
+
+#[tokio::test]
+async fn the_workers_of_a_node_meet_as_many_workers_of_the_other() {
+    let [(a, _, _a_control), (b, b_addr, _b_control)] = start_nodes(4);
+    let b_name = "b".parse().unwrap();
+    let mut met = Vec::new();
+    for dialling in &a {
+        let accept = async {
+            let accepting = b.iter().map(|worker| Box::pin(worker.accept()));
+            let (incoming, worker, _others) = futures_util::future::select_all(accepting).await;
+            (incoming.unwrap().await.unwrap(), worker)
+        };
+        let (dialled, (_accepted, worker)) =
+            tokio::join!(dialling.dial(b_addr, &b_name, None, Duration::from_secs(20)), accept);
+        dialled.unwrap();
+        met.push(worker);
+    }
+    met.sort_unstable();
+    assert_eq!(met, [0, 1, 2, 3]);
 }
 
 #[tokio::test]
