@@ -1,5 +1,5 @@
 //! The local ports into the mesh: of upstreams, for connections or, to services of protocol udp, for datagrams; and of
-//! gateways. Shared by the workers (SO_REUSEPORT).
+//! gateways. Shared by the workers (SO_REUSEPORT), and evened out among them (`evening`).
 //!
 //! ```text
 //!   snapshot.local.upstreams -+-> worker 0: probe alone, bind, publish state -> the others bind what is listening
@@ -19,9 +19,11 @@ use std::time::Duration;
 
 use socket2::{Domain, Protocol as SocketProtocol, Socket, Type};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, JoinSet};
 use tracing::{debug, info, warn};
 
+use super::evening::{Handed, Seat};
 use super::relay::Tcp;
 use super::worker::{CONNECTIONS_MAX, Caller, Route, Slot, Source, Worker, within};
 use super::{ListenerState, Listeners, http, outbound, udp};
@@ -301,7 +303,7 @@ fn bind(addr: SocketAddr, sharing: Sharing, takes: Takes) -> io::Result<Socket> 
 async fn accept(worker: Rc<Worker>, listener: TcpListener, addr: SocketAddr) {
     loop {
         match listener.accept().await {
-            Ok((stream, from)) => serve(&worker, (stream, from.ip()), addr),
+            Ok((stream, from)) => seat(&worker, (stream, from.ip()), addr),
             Err(error) if is_passing(&error) => debug!(%addr, %error, "a connection was gone before it was accepted"),
             Err(error) => {
                 warn!(%addr, %error, "cannot accept a connection");
@@ -319,13 +321,38 @@ fn is_passing(error: &io::Error) -> bool {
     )
 }
 
+/// Serves a connection here, or has the worker do so that has the fewest.
+fn seat(worker: &Rc<Worker>, (stream, from): (TcpStream, IpAddr), addr: SocketAddr) {
+    let seat = worker.evening.seat(worker.index);
+    if seat.is_at(worker.index) {
+        return serve(worker, (stream, from), addr, seat);
+    }
+    match worker.evening.hand((stream, from), addr, (seat, worker.index)) {
+        Ok(None) => worker.metrics.handed.inc(),
+        Ok(Some((stream, seat))) => serve(worker, (stream, from), addr, seat),
+        Err(error) => debug!(%addr, %error, "a connection was lost on its way to another worker"),
+    }
+}
+
+/// Serves what other workers have accepted.
+pub(super) async fn take_handed(worker: &Rc<Worker>, mut handed: mpsc::Receiver<Handed>) {
+    while let Some(handed) = handed.recv().await {
+        let addr = handed.port;
+        match handed.take() {
+            Ok((connection, seat)) => serve(worker, connection, addr, seat),
+            Err(error) => debug!(%addr, %error, "a connection of another worker was lost on its way"),
+        }
+    }
+}
+
 /// Starts the task of one connection.
-fn serve(worker: &Rc<Worker>, (stream, from): (TcpStream, IpAddr), addr: SocketAddr) {
+fn serve(worker: &Rc<Worker>, (stream, from): (TcpStream, IpAddr), addr: SocketAddr, seat: Seat) {
     let Some(slot) = Slot::take(&worker.connections, CONNECTIONS_MAX) else {
         worker.metrics.overflow.inc();
         // Dropped unclean: the app gets an RST.
         return drop(Tcp::new(stream));
     };
+    let held = (slot, seat);
     let serving = Rc::clone(worker);
     match route(worker, addr) {
         Some((Route::Service(caller), Parse::Bytes)) => worker.spawn(async move {
@@ -333,11 +360,11 @@ fn serve(worker: &Rc<Worker>, (stream, from): (TcpStream, IpAddr), addr: SocketA
                 // In a box: a connection of bytes has no room for it.
                 Box::pin(turn(serving, stream, addr)).await;
             }
-            drop(slot);
+            drop(held);
         }),
         Some((route, _)) => worker.spawn(async move {
             http::outbound::serve(serving, stream, route).await;
-            drop(slot);
+            drop(held);
         }),
         // The upstream went while the connection waited.
         None => drop(Tcp::new(stream)),

@@ -43,6 +43,8 @@ pub(crate) struct ProxyMetrics {
     pub(crate) refused: IntCounterVec,
     /// Calls kept from a node whose certificate does not cover the service.
     pub(crate) outside_scope: IntCounter,
+    /// Connections from local apps that a worker gave to one with fewer.
+    pub(crate) handed: IntCounter,
     /// Connections reset because the worker is full.
     pub(crate) overflow: IntCounter,
     /// Upstream ports that cannot be bound.
@@ -108,6 +110,10 @@ impl ProxyMetrics {
             outside_scope: metrics.add(IntCounter::new(
                 "weft_proxy_outside_scope_total",
                 "Calls kept from a node whose certificate does not cover the service.",
+            )?)?,
+            handed: metrics.add(IntCounter::new(
+                "weft_proxy_connections_handed_total",
+                "Connections from local apps that a worker gave to one with fewer.",
             )?)?,
             overflow: metrics.add(IntCounter::new(
                 "weft_proxy_connections_overflow_total",

@@ -17,6 +17,7 @@ mod authorize;
 mod calls;
 mod dead;
 mod ejections;
+mod evening;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
 pub(crate) mod head;
@@ -51,6 +52,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use self::evening::Evening;
 use self::metrics::ProxyMetrics;
 use self::worker::Setup;
 use crate::catalogue::SnapshotReader;
@@ -219,11 +221,14 @@ fn start(params: StartParams, metrics: &Metrics) -> Result<ProxyHandle, ProxyErr
         rates: Arc::clone(&rates),
         noticed,
     };
-    for (index, port) in (0..workers).zip(params.sockets) {
+    let (evening, handed) = Evening::new(params.sockets.len());
+    for ((index, port), handed) in (0..workers).zip(params.sockets).zip(handed) {
         let (questions_sender, questions) = inspect::queue();
         handle.inspector.0.push(questions_sender);
         let setup = Setup {
             questions,
+            evening: Arc::clone(&evening),
+            handed,
             balancing: Arc::clone(&balancing),
             rates: Arc::clone(&rates),
             budgets: Arc::clone(&budgets),

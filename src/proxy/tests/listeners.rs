@@ -34,6 +34,25 @@ async fn a_port_that_another_program_has_is_told_and_opens_once_it_is_free() {
 }
 
 #[tokio::test]
+async fn connections_that_the_kernel_deals_unevenly_are_handed_to_the_worker_with_fewer() {
+    let mesh = Mesh::start().await;
+    let mut open = Vec::new();
+    // That the kernel deals them evenly all the way is a chance of one in a million.
+    for _ in 0..40 {
+        open.push(mesh.connect().await);
+    }
+    assert!(mesh.a.count("weft_proxy_connections_handed_total", &[]) > 0);
+    for (client, app) in &mut open {
+        client.write_all(b"whole").await.unwrap();
+        let mut read = [0; 5];
+        within(app.read_exact(&mut read)).await.unwrap();
+        assert_eq!(&read, b"whole");
+    }
+    drop(open);
+    mesh.stop().await;
+}
+
+#[tokio::test]
 async fn upstream_ports_follow_the_catalogue() {
     let mut mesh = Mesh::start().await;
     let (old, new) = (mesh.upstream, free_port());

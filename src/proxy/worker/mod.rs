@@ -27,6 +27,7 @@ use tracing::{debug, error, info};
 
 pub(crate) use self::opening::{OpenError, Opened};
 use super::calls::Calls;
+use super::evening::{Evening, Handed};
 use super::http::HttpState;
 use super::http::metrics::HttpMetrics;
 use super::inbound::Stream;
@@ -130,6 +131,8 @@ pub(super) struct Setup {
     pub(super) draining: TaskTracker,
     pub(super) listeners: Arc<watch::Sender<Listeners>>,
     pub(super) questions: mpsc::Receiver<inspect::Asked>,
+    pub(super) evening: Arc<Evening>,
+    pub(super) handed: mpsc::Receiver<Handed>,
     pub(super) balancing: Arc<Shared>,
     pub(super) rates: Arc<Rates>,
     pub(super) budgets: Arc<Budgets>,
@@ -153,6 +156,8 @@ pub(crate) struct Worker {
     pub(super) udp: UdpState,
     /// Connections from local apps.
     pub(super) connections: Rc<Cell<usize>>,
+    /// The same at all workers, as they are dealt.
+    pub(super) evening: Arc<Evening>,
     /// Streams from peers.
     pub(super) streams: Rc<Cell<usize>>,
     /// When the last response was written to a peer.
@@ -178,6 +183,12 @@ pub(crate) struct Worker {
     draining: TaskTracker,
     drain: CancellationToken,
     closed: CancellationToken,
+}
+
+/// What others ask of a worker.
+struct Queues {
+    questions: mpsc::Receiver<inspect::Asked>,
+    handed: mpsc::Receiver<Handed>,
 }
 
 /// Starts a worker's thread and waits until its endpoint is up.
@@ -217,9 +228,9 @@ fn thread(setup: Setup, ready: &Ready) {
     runtime.block_on(async {
         let drain_timeout = setup.drain_timeout;
         match Worker::new(setup) {
-            Ok((worker, questions)) => {
+            Ok((worker, queues)) => {
                 let _starter_is_gone = ready.send(Ok(()));
-                Rc::new(worker).run(questions, drain_timeout).await;
+                Rc::new(worker).run(queues, drain_timeout).await;
             }
             Err(source) => drop(ready.send(Err(ProxyError::Endpoint { worker, source }))),
         }
@@ -227,7 +238,7 @@ fn thread(setup: Setup, ready: &Ready) {
 }
 
 impl Worker {
-    fn new(setup: Setup) -> Result<(Self, mpsc::Receiver<inspect::Asked>), crate::transport::BindError> {
+    fn new(setup: Setup) -> Result<(Self, Queues), crate::transport::BindError> {
         let endpoint = WorkerEndpoint::new(setup.port, setup.lane, &setup.reset_key, setup.credentials, setup.live)?;
         let paths = Paths::new(setup.metrics.paths.clone());
         let worker = Self {
@@ -240,6 +251,7 @@ impl Worker {
             http: HttpState::new(setup.http_metrics).sharing(setup.rates, setup.budgets).tracing(setup.tracer),
             udp: UdpState::new(setup.udp_metrics, setup.udp_accepted),
             connections: Rc::default(),
+            evening: setup.evening,
             streams: Rc::default(),
             responded_at: Cell::new(None),
             runners: Runners::default(),
@@ -260,14 +272,15 @@ impl Worker {
             drain: setup.drain,
             closed: CancellationToken::new(),
         };
-        Ok((worker, setup.questions))
+        Ok((worker, Queues { questions: setup.questions, handed: setup.handed }))
     }
 
     /// Serves until the drain of all workers is over. The loops run here: a panic of one is the worker's end.
     ///
     /// A socket that leaves the mesh port's group moves another into its place, and datagrams go to the wrong worker:
     /// so none closes while another has something open.
-    async fn run(self: Rc<Self>, questions: mpsc::Receiver<inspect::Asked>, drain_timeout: Duration) {
+    async fn run(self: Rc<Self>, queues: Queues, drain_timeout: Duration) {
+        let Queues { questions, handed } = queues;
         let sweep = async {
             loop {
                 tokio::time::sleep(SWEEP).await;
@@ -302,7 +315,7 @@ impl Worker {
         };
         tokio::select! {
             () = drained => {}
-            () = async { tokio::join!(listener::run(&self), inbound::run(&self), sweep, self.forget_vanished(), dead::run(&self), authorize::run(&self), inspect::run(&self, questions)); } => {}
+            () = async { tokio::join!(listener::run(&self), listener::take_handed(&self, handed), inbound::run(&self), sweep, self.forget_vanished(), dead::run(&self), authorize::run(&self), inspect::run(&self, questions)); } => {}
         }
         self.closed.cancel();
         self.tunnels.clear();
