@@ -23,7 +23,7 @@ use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, JoinSet};
 use tracing::{debug, info, warn};
 
-use super::evening::{Handed, Seat};
+use super::evening::{Handed, Listening, Seat};
 use super::relay::Tcp;
 use super::worker::{CONNECTIONS_MAX, Caller, Route, Slot, Source, Worker, within};
 use super::{ListenerState, Listeners, http, outbound, udp};
@@ -259,7 +259,8 @@ impl Held {
             Takes::Connections => {
                 socket.listen(BACKLOG)?;
                 let listener = TcpListener::from_std(socket.into())?;
-                self.tasks.spawn_local(accept(Rc::clone(worker), listener, addr))
+                let listening = worker.evening.listen(addr, worker.index);
+                self.tasks.spawn_local(accept(Rc::clone(worker), (listener, listening), addr))
             }
             Takes::Datagrams => {
                 let socket = UdpSocket::from_std(socket.into())?;
@@ -300,10 +301,10 @@ fn bind(addr: SocketAddr, sharing: Sharing, takes: Takes) -> io::Result<Socket> 
 }
 
 /// Accepts until the port is closed.
-async fn accept(worker: Rc<Worker>, listener: TcpListener, addr: SocketAddr) {
+async fn accept(worker: Rc<Worker>, (listener, listening): (TcpListener, Listening), addr: SocketAddr) {
     loop {
         match listener.accept().await {
-            Ok((stream, from)) => seat(&worker, (stream, from.ip()), addr),
+            Ok((stream, from)) => seat(&worker, &listening, (stream, from.ip()), addr),
             Err(error) if is_passing(&error) => debug!(%addr, %error, "a connection was gone before it was accepted"),
             Err(error) => {
                 warn!(%addr, %error, "cannot accept a connection");
@@ -322,12 +323,12 @@ fn is_passing(error: &io::Error) -> bool {
 }
 
 /// Serves a connection here, or has the worker do so that has the fewest.
-fn seat(worker: &Rc<Worker>, (stream, from): (TcpStream, IpAddr), addr: SocketAddr) {
-    let seat = worker.evening.seat(worker.index);
+fn seat(worker: &Rc<Worker>, listening: &Listening, (stream, from): (TcpStream, IpAddr), addr: SocketAddr) {
+    let seat = listening.seat(worker.connections.get() >= CONNECTIONS_MAX);
     if seat.is_at(worker.index) {
         return serve(worker, (stream, from), addr, seat);
     }
-    match worker.evening.hand((stream, from), addr, (seat, worker.index)) {
+    match listening.hand((stream, from), seat, worker.drain_token()) {
         Ok(None) => worker.metrics.handed.inc(),
         Ok(Some((stream, seat))) => serve(worker, (stream, from), addr, seat),
         Err(error) => debug!(%addr, %error, "a connection was lost on its way to another worker"),
@@ -337,9 +338,10 @@ fn seat(worker: &Rc<Worker>, (stream, from): (TcpStream, IpAddr), addr: SocketAd
 /// Serves what other workers have accepted.
 pub(super) async fn take_handed(worker: &Rc<Worker>, mut handed: mpsc::Receiver<Handed>) {
     while let Some(handed) = handed.recv().await {
-        let addr = handed.port;
+        let addr = handed.port();
         match handed.take() {
-            Ok((connection, seat)) => serve(worker, connection, addr, seat),
+            Ok(Some((connection, seat))) => serve(worker, connection, addr, seat),
+            Ok(None) => {}
             Err(error) => debug!(%addr, %error, "a connection of another worker was lost on its way"),
         }
     }

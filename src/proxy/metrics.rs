@@ -43,7 +43,7 @@ pub(crate) struct ProxyMetrics {
     pub(crate) refused: IntCounterVec,
     /// Calls kept from a node whose certificate does not cover the service.
     pub(crate) outside_scope: IntCounter,
-    /// Connections from local apps that a worker gave to one with fewer.
+    /// Connections to local ports that a worker gave to one with fewer.
     pub(crate) handed: IntCounter,
     /// Connections reset because the worker is full.
     pub(crate) overflow: IntCounter,
@@ -113,7 +113,7 @@ impl ProxyMetrics {
             )?)?,
             handed: metrics.add(IntCounter::new(
                 "weft_proxy_connections_handed_total",
-                "Connections from local apps that a worker gave to one with fewer.",
+                "Connections to local ports that a worker gave to one with fewer.",
             )?)?,
             overflow: metrics.add(IntCounter::new(
                 "weft_proxy_connections_overflow_total",

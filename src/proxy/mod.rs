@@ -221,6 +221,7 @@ fn start(params: StartParams, metrics: &Metrics) -> Result<ProxyHandle, ProxyErr
         rates: Arc::clone(&rates),
         noticed,
     };
+    let dealing = rand::random();
     let (evening, handed) = Evening::new(params.sockets.len());
     for ((index, port), handed) in (0..workers).zip(params.sockets).zip(handed) {
         let (questions_sender, questions) = inspect::queue();
@@ -237,6 +238,7 @@ fn start(params: StartParams, metrics: &Metrics) -> Result<ProxyHandle, ProxyErr
             lane: Lane::Worker { index, workers },
             index: usize::from(index),
             reset_key: params.reset_key,
+            dealing,
             credentials: Arc::clone(&params.credentials),
             live: params.live.clone(),
             snapshot: params.snapshot.clone(),

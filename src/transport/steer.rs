@@ -80,7 +80,8 @@ impl ConnectionIdGenerator for SteeringIds {
     }
 }
 
-/// Makes the destination id of a dialer's first datagram; that of a tunnel leads to a worker by chance ([`tunnel_id`]).
+/// Makes the destination id of a dialer's first datagram; that of a tunnel leads to a worker by chance, while
+/// [`tunnel_id`] deals them.
 pub(crate) fn first_id(plane: Plane) -> ConnectionId {
     let random: u8 = rand::rng().random();
     id_with(match plane {
@@ -96,13 +97,14 @@ pub(crate) fn first_id(plane: Plane) -> ConnectionId {
 /// as many different workers as the peer has; by chance, two of two meet one worker in every second bundle, for as long as
 /// the tunnels last. Bundles begin anywhere, so that who has many peers loads all of their workers.
 pub(crate) fn tunnel_id(lane: Lane, bundle: u64) -> ConnectionId {
-    let index = match lane {
-        Lane::Worker { index, .. } => index,
-        Lane::Control => 0,
+    let (index, workers) = match lane {
+        Lane::Worker { index, workers } => (index, workers.clamp(1, CONTROL_FROM)),
+        Lane::Control => (0, 1),
     };
-    // The workers' numbers follow each other, and so do the remainders by which the peer's sockets are chosen.
+    // The workers' bytes follow each other and end below CONTROL_FROM, so that the remainders by which the peer's sockets are
+    // chosen follow each other too, however many it has.
     let [begin, ..] = bundle.to_le_bytes();
-    id_with(begin.wrapping_add(index) % CONTROL_FROM)
+    id_with(begin % (CONTROL_FROM - workers + 1) + index)
 }
 
 /// Tells which plane of the control endpoint a dialer wants, by the id of its first datagram.
@@ -202,7 +204,7 @@ mod tests {
 
     #[test]
     fn the_tunnels_of_one_bundle_lead_to_as_many_workers_as_there_are() {
-        for (dialling, serving) in [(2, 2), (4, 2), (2, 4), (8, 8), (128, 128), (1, 2)] {
+        for (dialling, serving) in [(2, 2), (3, 3), (6, 6), (4, 2), (2, 4), (5, 12), (96, 96), (128, 128), (1, 2)] {
             for bundle in 0..500 {
                 let lane = |index| Lane::Worker { index, workers: dialling };
                 let met: HashSet<u8> = (0..dialling).map(|index| tunnel_id(lane(index), bundle)[0] % serving).collect();

@@ -1,11 +1,13 @@
 //! The QUIC endpoint of one data-plane worker.
 
+use std::cell::RefCell;
 use std::hash::BuildHasher as _;
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
 
+use foldhash::HashMap;
 use foldhash::fast::FixedState;
 use tokio::task::JoinSet;
 
@@ -25,6 +27,9 @@ use crate::pki::{PeerIdentity, Plane};
 
 /// SNI of every connection; names are checked by SPIFFE id, never by this.
 pub(super) const SERVER_NAME: &str = "mesh.weft";
+
+/// Bundles of tunnels of which the last dial failed, at most; all are forgotten when there are more.
+const FAILURES_MAX: usize = 1_024;
 
 /// How long a refusal speaks of a port: a restart takes longer than the rest of the way to who asks.
 const REFUSAL_LIFE: Duration = Duration::from_secs(3);
@@ -51,14 +56,16 @@ pub(crate) struct WorkerEndpoint {
     lane: Lane,
     /// Gives each bundle of tunnels its number ([`steer::tunnel_id`]): the same in all workers of the agent.
     bundles: FixedState,
+    /// How many dials of a bundle have failed since one did not.
+    failures: RefCell<HashMap<u64, u32>>,
     _helpers: JoinSet<()>,
 }
 
 impl WorkerEndpoint {
-    /// Starts the endpoint on `socket`, on the current runtime.
+    /// Starts the endpoint on `port`, on the current runtime; `dealing` is any number, the same for all workers of an agent.
     pub(crate) fn new(
         port: MeshPort,
-        lane: Lane,
+        (lane, dealing): (Lane, u64),
         reset_key: &[u8; 64],
         credentials: Arc<dyn Credentials>,
         live: LiveConnections,
@@ -71,9 +78,8 @@ impl WorkerEndpoint {
         };
         let refusals = port.refusals.clone();
         let (endpoint, helpers) = start(port, lane, reset_key, server)?;
-        // Of the key's 512 bits, 64 at most could be guessed by who sees where tunnels lead.
-        let bundles = FixedState::with_seed(FixedState::default().hash_one(reset_key));
-        Ok(Self { endpoint, local_ip, refusals, credentials, live, lane, bundles, _helpers: helpers })
+        let (bundles, failures) = (FixedState::with_seed(dealing), RefCell::default());
+        Ok(Self { endpoint, local_ip, refusals, credentials, live, lane, bundles, failures, _helpers: helpers })
     }
 
     /// Waits for the next attempt to connect; none when closed.
@@ -93,10 +99,38 @@ impl WorkerEndpoint {
         let tls = self.credentials.client(Plane::Tunnel, source, Some(node.clone())).map_err(local)?;
         let mut config = tune::client(Plane::Tunnel, tls.config).map_err(local)?;
         let (lane, bundle) = (self.lane, self.bundles.hash_one((node, source)));
-        config.initial_dst_cid_provider(Arc::new(move || steer::tunnel_id(lane, bundle)));
-        let connection = connect(&self.endpoint, config, addr, limit).await?;
-        let (peer, live) = verified(&*self.credentials, &self.live, &connection, addr, Some(node))?;
+        if self.is_dealt(bundle) {
+            config.initial_dst_cid_provider(Arc::new(move || steer::tunnel_id(lane, bundle)));
+        }
+        let connected = async {
+            let connection = connect(&self.endpoint, config, addr, limit).await?;
+            let (peer, live) = verified(&*self.credentials, &self.live, &connection, addr, Some(node))?;
+            Ok((connection, peer, live))
+        };
+        let connected = connected.await;
+        self.note_dial(bundle, connected.is_ok());
+        let (connection, peer, live) = connected?;
         Ok(Dialled { connection, peer, not_after: tls.not_after, live })
+    }
+
+    /// Tells whether the next dial goes to the worker that is its due; every third of a row that failed goes to any: that
+    /// one worker of the peer may be what fails.
+    fn is_dealt(&self, bundle: u64) -> bool {
+        self.failures.borrow().get(&bundle).is_none_or(|failures| failures % 3 != 2)
+    }
+
+    fn note_dial(&self, bundle: u64, is_open: bool) {
+        let mut failures = self.failures.borrow_mut();
+        if is_open {
+            failures.remove(&bundle);
+            return;
+        }
+        // Those of nodes that are gone for good are never heard of again.
+        if failures.len() >= FAILURES_MAX && !failures.contains_key(&bundle) {
+            failures.clear();
+        }
+        let count = failures.entry(bundle).or_default();
+        *count = count.wrapping_add(1);
     }
 
     /// Tells whether `peer`'s host says that nobody has the port, or said so of a packet within `lately`, of which the last

@@ -26,7 +26,7 @@ fn start_nodes(workers: u8) -> [(Vec<WorkerEndpoint>, SocketAddr, MeshPort); 2] 
         let start = |(index, socket)| {
             let lane = Lane::Worker { index, workers };
             let credentials = Arc::<NodeCredentials>::clone(&credentials);
-            WorkerEndpoint::new(socket, lane, &[7; 64], credentials, LiveConnections::default()).unwrap()
+            WorkerEndpoint::new(socket, (lane, 5), &[7; 64], credentials, LiveConnections::default()).unwrap()
         };
         ((0..).zip(bound.workers).map(start).collect(), bound.addr, bound.control)
     })
@@ -43,13 +43,41 @@ async fn the_workers_of_a_node_meet_as_many_workers_of_the_other() {
             let (incoming, worker, _others) = futures_util::future::select_all(accepting).await;
             (incoming.unwrap().await.unwrap(), worker)
         };
-        let (dialled, (_accepted, worker)) =
-            tokio::join!(dialling.dial(b_addr, &b_name, None, Duration::from_secs(20)), accept);
-        dialled.unwrap();
+        let dial = async { dialling.dial(b_addr, &b_name, None, Duration::from_secs(20)).await.unwrap() };
+        let (_dialled, (_accepted, worker)) = tokio::join!(dial, accept);
         met.push(worker);
     }
     met.sort_unstable();
     assert_eq!(met, [0, 1, 2, 3]);
+}
+
+#[tokio::test]
+async fn a_dial_that_fails_again_and_again_meets_other_workers_too() {
+    let [(a, ..), _b] = start_two();
+    let mut dealt = Vec::new();
+    for _ in 0..7 {
+        dealt.push(a.is_dealt(1));
+        a.note_dial(1, false);
+    }
+    assert_eq!(dealt, [true, true, false, true, true, false, true]);
+    assert!(a.is_dealt(2));
+    a.note_dial(1, true);
+    assert!(a.is_dealt(1) && a.failures.borrow().is_empty());
+    for bundle in 0..3 * u64::try_from(FAILURES_MAX).unwrap() {
+        a.note_dial(bundle, false);
+        assert!(a.failures.borrow().len() <= FAILURES_MAX);
+    }
+    // What a dial brings is noted.
+    a.note_dial(1, true);
+    let (bundle, nobody) = (a.bundles.hash_one((&"b".parse::<NodeName>().unwrap(), None::<&ServiceName>)), free_port());
+    a.note_dial(bundle, true);
+    a.dial(nobody, &"b".parse().unwrap(), None, Duration::from_millis(50)).await.unwrap_err();
+    assert_eq!(a.failures.borrow().get(&bundle), Some(&1));
+}
+
+/// An address that nobody has.
+fn free_port() -> SocketAddr {
+    UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap()
 }
 
 #[tokio::test]

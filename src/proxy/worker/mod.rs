@@ -114,6 +114,8 @@ pub(super) struct Setup {
     pub(super) lane: Lane,
     pub(super) index: usize,
     pub(super) reset_key: [u8; 64],
+    /// Of where tunnels lead: drawn once for all workers.
+    pub(super) dealing: u64,
     pub(super) credentials: Arc<dyn Credentials>,
     pub(super) live: LiveConnections,
     pub(super) snapshot: SnapshotReader,
@@ -156,7 +158,7 @@ pub(crate) struct Worker {
     pub(super) udp: UdpState,
     /// Connections from local apps.
     pub(super) connections: Rc<Cell<usize>>,
-    /// The same at all workers, as they are dealt.
+    /// How those are dealt: the same at all workers.
     pub(super) evening: Arc<Evening>,
     /// Streams from peers.
     pub(super) streams: Rc<Cell<usize>>,
@@ -239,7 +241,13 @@ fn thread(setup: Setup, ready: &Ready) {
 
 impl Worker {
     fn new(setup: Setup) -> Result<(Self, Queues), crate::transport::BindError> {
-        let endpoint = WorkerEndpoint::new(setup.port, setup.lane, &setup.reset_key, setup.credentials, setup.live)?;
+        let endpoint = WorkerEndpoint::new(
+            setup.port,
+            (setup.lane, setup.dealing),
+            &setup.reset_key,
+            setup.credentials,
+            setup.live,
+        )?;
         let paths = Paths::new(setup.metrics.paths.clone());
         let worker = Self {
             index: setup.index,
@@ -352,6 +360,7 @@ impl Worker {
 
     /// Notes that `instance` could not be connected: it is left out for a while if there are others.
     pub(crate) fn connect_failed(&self, instance: &Instance) {
+        self.evening.shun(self.index);
         let left_out = self.backoff.borrow_mut().failed(instance, clock::now());
         debug!(node = %instance.node.info.name, instance = %instance.record.id, ?left_out, "instance backs off");
     }
@@ -422,6 +431,11 @@ impl Worker {
     /// Returns what the drain waits for until it is dropped.
     pub(super) fn task_token(&self) -> TaskTrackerToken {
         self.tasks.token()
+    }
+
+    /// Returns what the drain of all workers waits for until it is dropped.
+    pub(super) fn drain_token(&self) -> TaskTrackerToken {
+        self.draining.token()
     }
 
     /// Tells whether the agent drains.
