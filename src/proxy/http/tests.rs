@@ -8,6 +8,7 @@ mod flow;
 mod forwarded;
 mod framing;
 mod gateway;
+mod h2_connections;
 mod hedged;
 mod over_h2;
 mod refused;
