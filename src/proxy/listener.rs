@@ -3,13 +3,13 @@
 //!
 //! ```text
 //!   snapshot.local.upstreams -+-> worker 0: probe alone, bind, publish state -> the others bind what is listening
-//!   snapshot.gateway_ports() -+
+//!   snapshot.gateway_ports() -+                                                 (of datagrams: take what worker 0 bound)
 //! ```
 //!
 //! Invariants: a port that somebody else has is an error that `listeners` shows, never a port shared in silence; of two that
 //! ask for one the first has it (shared HTTP port, upstreams, gateways by name), and the log names the other; where a port
 //! leads is looked up for each connection, and how it is parsed follows what the service is said to take: bytes are never
-//! carried where requests are due; a port of datagrams stays with one worker per source address, by the kernel's hash.
+//! carried where requests are due; a port of datagrams stays with one worker per source address (`udp::ports`).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -18,7 +18,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use socket2::{Domain, Protocol as SocketProtocol, Socket, Type};
-use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, JoinSet};
 use tracing::{debug, info, warn};
@@ -212,8 +212,11 @@ fn open_first(
     if held.ports.contains_key(&addr) {
         return listening;
     }
-    // The probe goes first: a UDP port that it still held could not be bound again.
-    match bind(addr, Sharing::Exclusive, takes).map(drop).and_then(|()| held.open(worker, addr, takes)) {
+    let opened = match takes {
+        Takes::Connections => bind(addr, Sharing::Exclusive).and_then(|_probe| held.open(worker, addr, takes)),
+        Takes::Datagrams => worker.udp_ports.open(addr).and_then(|_held| held.open(worker, addr, takes)),
+    };
+    match opened {
         Ok(()) => {
             info!(%addr, ?takes, "local port is open");
             listening
@@ -254,17 +257,18 @@ impl Held {
         if self.ports.contains_key(&addr) {
             return Ok(());
         }
-        let socket = bind(addr, Sharing::Shared, takes)?;
         let task = match takes {
             Takes::Connections => {
+                let socket = bind(addr, Sharing::Shared)?;
                 socket.listen(BACKLOG)?;
                 let listener = TcpListener::from_std(socket.into())?;
                 let listening = worker.evening.listen(addr, worker.index);
                 self.tasks.spawn_local(accept(Rc::clone(worker), (listener, listening), addr))
             }
             Takes::Datagrams => {
-                let socket = UdpSocket::from_std(socket.into())?;
-                worker.spawn_abortable(udp::outbound::listen(Rc::clone(worker), socket, addr))
+                // Worker 0 has closed it again: the state that says so is on its way.
+                let Some(sockets) = worker.udp_ports.find(addr) else { return Ok(()) };
+                worker.spawn_abortable(udp::outbound::listen(Rc::clone(worker), sockets, addr)?)
             }
         };
         self.ports.insert(addr, (takes, task));
@@ -278,23 +282,15 @@ enum Sharing {
     Shared,
 }
 
-fn bind(addr: SocketAddr, sharing: Sharing, takes: Takes) -> io::Result<Socket> {
-    let (kind, protocol) = match takes {
-        Takes::Connections => (Type::STREAM, SocketProtocol::TCP),
-        Takes::Datagrams => (Type::DGRAM, SocketProtocol::UDP),
-    };
-    let socket = Socket::new(Domain::for_address(addr), kind, Some(protocol))?;
-    if takes == Takes::Connections {
-        // Old connections in TIME_WAIT do not hold the port; a program that listens on it does. With UDP it would share.
-        socket.set_reuse_address(true)?;
-    }
+fn bind(addr: SocketAddr, sharing: Sharing) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(addr), Type::STREAM, Some(SocketProtocol::TCP))?;
+    // Old connections in TIME_WAIT do not hold the port; a program that listens on it does.
+    socket.set_reuse_address(true)?;
     if sharing == Sharing::Shared {
         socket.set_reuse_port(true)?;
     }
-    if takes == Takes::Connections {
-        // Without Nagle's delay: what is accepted has it from the listener (Linux). One that refuses it still carries bytes.
-        let _slower = socket.set_tcp_nodelay(true);
-    }
+    // Without Nagle's delay: what is accepted has it from the listener (Linux). One that refuses it still carries bytes.
+    let _slower = socket.set_tcp_nodelay(true);
     socket.set_nonblocking(true)?;
     socket.bind(&addr.into())?;
     Ok(socket)
@@ -560,7 +556,7 @@ mod tests {
 
     #[test]
     fn what_a_port_accepts_sends_at_once() {
-        let port = bind(SocketAddr::from(([127, 0, 0, 1], 0)), Sharing::Exclusive, Takes::Connections).unwrap();
+        let port = bind(SocketAddr::from(([127, 0, 0, 1], 0)), Sharing::Exclusive).unwrap();
         port.set_nonblocking(false).unwrap();
         port.listen(BACKLOG).unwrap();
         let port = std::net::TcpListener::from(port);

@@ -201,6 +201,7 @@ fn start(params: StartParams, metrics: &Metrics) -> Result<ProxyHandle, ProxyErr
     let http_metrics = http::metrics::HttpMetrics::register(metrics).map_err(ProxyError::Metrics)?;
     let udp_metrics = udp::UdpMetrics::register(metrics).map_err(ProxyError::Metrics)?;
     let udp_accepted = Arc::<udp::Accepted>::default();
+    let udp_ports = Arc::new(udp::Ports::new(params.sockets.len()));
     let listeners = Arc::new(watch::Sender::new(Listeners::new()));
     let died = Arc::new(watch::Sender::new(None));
     let drain = params.stop.child_token();
@@ -250,6 +251,7 @@ fn start(params: StartParams, metrics: &Metrics) -> Result<ProxyHandle, ProxyErr
             tracer: params.tracer.clone(),
             udp_metrics: udp_metrics.clone(),
             udp_accepted: Arc::clone(&udp_accepted),
+            udp_ports: Arc::clone(&udp_ports),
             drain: handle.drain.clone(),
             drain_timeout: params.drain_timeout,
             draining: draining.clone(),

@@ -151,23 +151,6 @@ fn dropped(agent: &Agent, reason: &str) -> f64 {
     )
 }
 
-/// Waits until each worker of `agent` has its socket of the upstream's port. The first opens it alone, the others follow at
-/// once; the kernel then deals by another hash, and a flow that began in between goes to another worker, which picks anew.
-fn wait_open(host: &Host, agent: &Agent) {
-    let log = agent.log();
-    let workers = log.split("workers=").nth(1).and_then(|rest| rest.split_whitespace().next());
-    let workers: usize = workers.expect("the agent logs its workers").parse().unwrap();
-    let port = UPSTREAM.rsplit(':').next().unwrap().parse::<u16>().unwrap();
-    until("each worker has opened the port", || {
-        let sockets = host.run(|| std::fs::read_to_string("/proc/thread-self/net/udp").unwrap());
-        let local = format!(":{port:04X}");
-        let open =
-            sockets.lines().filter(|line| line.split_whitespace().nth(1).is_some_and(|addr| addr.ends_with(&local)));
-        let open = open.count();
-        if open == workers { Ok(()) } else { Err(format!("{open} of {workers}")) }
-    });
-}
-
 #[test]
 fn datagrams_pass_whole_and_apart_and_flows_move_past_instances_that_go() {
     let Some(mut cluster) = Cluster::start(3, &[]) else { return };
@@ -177,7 +160,6 @@ fn datagrams_pass_whole_and_apart_and_flows_move_past_instances_that_go() {
         cluster.serve(number, &json!({"Protocol": "udp"}));
     }
     cluster.agents[0].wait_passing("echo", &["echo-2", "echo-3"]);
-    wait_open(&host, &cluster.agents[0]);
     let clients = [Client::on(&host), Client::on(&host)];
     let mut who = clients.each_ref().map(|client| client.wait_who("the mesh carries datagrams", |_| true));
 

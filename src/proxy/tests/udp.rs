@@ -10,7 +10,7 @@ use tokio::io::AsyncWriteExt as _;
 use tokio::net::UdpSocket;
 use tokio::task::JoinSet;
 
-use super::harness::{Authority, Mesh, Node, Place, host, serve, stranger, upstreams};
+use super::harness::{Authority, DRAIN_TIMEOUT, Mesh, Node, Place, host, serve, stranger, upstreams};
 use super::within;
 use crate::authz::Action;
 use crate::catalogue::LocalView;
@@ -48,11 +48,16 @@ fn serve_udp(local: &mut LocalView, apps: &[(&str, &UdpSocket)]) {
 
 /// Node `a` calls `web` by UDP; these are its instances, on node `b`.
 async fn mesh_of(apps: &[(&str, &UdpSocket)]) -> Mesh {
+    mesh_on((1, DRAIN_TIMEOUT), apps).await
+}
+
+/// The same, with so many workers on each node and so long a drain.
+async fn mesh_on(how: (usize, Duration), apps: &[(&str, &UdpSocket)]) -> Mesh {
     let with_apps = |local: &mut LocalView| {
         serve_udp(local, apps);
         Vec::new()
     };
-    let mut mesh = Mesh::start_on(1, &Authority::new(), "*", with_apps).await;
+    let mut mesh = Mesh::start_as(how, &Authority::new(), "*", with_apps).await;
     mesh.upstream = free_port();
     let places: Vec<Place<'_>> = apps.iter().map(|(id, _)| ("b", mesh.b.addr, *id)).collect();
     lead(&mesh, &places).await;
@@ -278,6 +283,34 @@ async fn a_node_that_drains_hands_its_flows_over_and_its_answers_still_come() {
     insist(&client, b"?", receive(&there)).await;
     // And its own agent's drain does not wait for a silent flow for a minute.
     tokio::join!(within(a.handle.shutdown()), within(c.handle.shutdown()));
+}
+
+#[tokio::test]
+async fn flows_of_a_node_that_drains_stay_with_their_workers_while_others_have_none_left() {
+    let app = socket().await;
+    // Some workers have no flow, and have drained at once.
+    let mesh = mesh_on((16, Duration::from_mins(1)), &[("web-1", &app)]).await;
+    let _echo = echo(app);
+    let mut clients = Vec::new();
+    for _ in 0..12 {
+        let client = client(&mesh).await;
+        insist(&client, b"?", receive(&client)).await;
+        clients.push(client);
+    }
+    let Mesh { a, b, .. } = mesh;
+    let talking = async {
+        for round in 0..50_u16 {
+            for client in &clients {
+                let answer = async {
+                    // What was asked before may still be answered.
+                    while receive(client).await.0 != round.to_be_bytes() {}
+                };
+                insist(client, &round.to_be_bytes(), answer).await;
+            }
+        }
+    };
+    tokio::join!(within(a.handle.shutdown()), talking);
+    within(b.handle.shutdown()).await;
 }
 
 #[tokio::test]

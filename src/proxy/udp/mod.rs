@@ -18,6 +18,7 @@ mod carrier;
 pub(super) mod inbound;
 mod metrics;
 pub(super) mod outbound;
+mod ports;
 mod share;
 mod table;
 
@@ -29,6 +30,7 @@ use std::time::Duration;
 
 pub(super) use self::carrier::Datagrams;
 pub(super) use self::metrics::UdpMetrics;
+pub(super) use self::ports::{Ports, Sockets};
 
 use self::metrics::UdpEdges;
 use self::table::FlowTable;

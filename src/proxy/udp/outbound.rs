@@ -15,7 +15,7 @@ use tracing::debug;
 use super::carrier::{Exit, Registered};
 use super::metrics::UdpEdge;
 use super::table::{Bounds, Dropped, FlowTable, Gone, Verdict};
-use super::{DRAIN_IDLE, FLOWS_MAX, FLOWS_PER_PORT_MAX, Flows, IDLE_TIMEOUT, WAITING_BYTES_MAX, WAITING_MAX};
+use super::{DRAIN_IDLE, FLOWS_MAX, FLOWS_PER_PORT_MAX, Flows, IDLE_TIMEOUT, Sockets, WAITING_BYTES_MAX, WAITING_MAX};
 use crate::catalogue::{ServiceEntry, Snapshot};
 use crate::clock;
 use crate::model::{HealthStatus, Instance};
@@ -84,11 +84,27 @@ impl Drop for Closing {
     }
 }
 
-/// Takes the datagrams of an upstream port until the drain is over, or the task is aborted.
+/// Returns what takes the datagrams that come to this worker of an upstream port, until the drain is over or it is dropped.
+///
+/// # Errors
+/// No descriptor is left.
 ///
 /// # Cancel safety
 /// Cancelling ends the port's flows.
-pub(in crate::proxy) async fn listen(worker: Rc<Worker>, socket: UdpSocket, addr: SocketAddr) {
+pub(in crate::proxy) fn listen(
+    worker: Rc<Worker>,
+    sockets: Arc<Sockets>,
+    addr: SocketAddr,
+) -> io::Result<impl Future<Output = ()>> {
+    let socket = sockets.of(worker.index)?;
+    Ok(async move {
+        take_all(worker, socket, addr).await;
+        // The other workers' flows may go on: while they do, none of the port's sockets goes.
+        drop(sockets);
+    })
+}
+
+async fn take_all(worker: Rc<Worker>, socket: UdpSocket, addr: SocketAddr) {
     // The drain waits for the flows and the port that they answer by.
     let _token = worker.task_token();
     let flows = Rc::new(RefCell::new(FlowTable::new(BOUNDS)));

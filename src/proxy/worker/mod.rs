@@ -36,7 +36,7 @@ use super::open::OpenTunnels;
 use super::paths::Paths;
 use super::runners::Runners;
 use super::tunnel::Tunnels;
-use super::udp::{Accepted, UdpMetrics, UdpState};
+use super::udp::{Accepted, Ports, UdpMetrics, UdpState};
 use super::views::Views;
 use super::{Died, Listeners, ProxyError, authorize, dead, inbound, inspect, listener};
 use crate::catalogue::SnapshotReader;
@@ -127,6 +127,7 @@ pub(super) struct Setup {
     pub(super) tracer: Option<Tracer>,
     pub(super) udp_metrics: UdpMetrics,
     pub(super) udp_accepted: Arc<Accepted>,
+    pub(super) udp_ports: Arc<Ports>,
     pub(super) drain: CancellationToken,
     pub(super) drain_timeout: Duration,
     /// Holds one token per worker that still drains.
@@ -156,6 +157,8 @@ pub(crate) struct Worker {
     pub(crate) http: HttpState,
     /// The state of `proxy::udp`.
     pub(super) udp: UdpState,
+    /// The ports that take datagrams, of all workers.
+    pub(super) udp_ports: Arc<Ports>,
     /// Connections from local apps.
     pub(super) connections: Rc<Cell<usize>>,
     /// How those are dealt: the same at all workers.
@@ -258,6 +261,7 @@ impl Worker {
             edges: Edges::new(setup.metrics.clone()),
             http: HttpState::new(setup.http_metrics).sharing(setup.rates, setup.budgets).tracing(setup.tracer),
             udp: UdpState::new(setup.udp_metrics, setup.udp_accepted),
+            udp_ports: setup.udp_ports,
             connections: Rc::default(),
             evening: setup.evening,
             streams: Rc::default(),
